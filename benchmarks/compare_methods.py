@@ -1,0 +1,101 @@
+"""MixDPO, DPO and SFT on the same pairs: same start, steps, batch and seed. Writes a JSON and a Markdown table.
+
+    python benchmarks/compare_methods.py configs/alpaca_eval.yaml [options of run.py …]
+
+The held-out pairs are easy or hard by MixDPO's threshold for all three. Lengths and end-token rates are of greedy
+answers to prompts of the same file that come after the pairs that were read (`data.limit`).
+"""
+
+import csv
+import gzip
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+METHODS = {
+    "MixDPO": None,
+    "DPO": "{hard_fraction: 0, threshold: null, order: shuffled}",
+    "SFT": "{hard_fraction: 1, threshold: null, order: shuffled}",
+}
+PROMPTS, NEW_TOKENS = 24, 128
+COLUMNS = {
+    "reward accuracy, easy": "val/easy/rewards/accuracy",
+    "longer wins, easy": "val/easy/length_accuracy",
+    "reward accuracy, hard": "val/hard/rewards/accuracy",
+    "longer wins, hard": "val/hard/length_accuracy",
+    "displacement of chosen, nats": "val/all/displacement/chosen",
+    "SFT loss on chosen": "val/all/sft_loss",
+}
+
+
+def write_prompts(config: dict[str, Any], path: Path) -> None:
+    """The first prompts of at most 400 characters behind the rows that are trained and validated on."""
+    data = config["data"]["init_args"]
+    with gzip.open(data["source"], "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    seen = {row["prompt"] for row in rows[: data["limit"]]}
+    fresh = dict.fromkeys(row["prompt"] for row in rows[data["limit"] :] if len(row["prompt"]) <= 400)
+    prompts = [prompt for prompt in fresh if prompt not in seen][:PROMPTS]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
+def train(config: str, method: str, prompts: Path, threshold: float | None, options: list[str]) -> dict[str, Any]:
+    """One run of run.py in a process of its own; its held-out metrics, lengths, and route."""
+    name = f"{Path(config).stem}-{method.lower()}"
+    existing = set(Path("runs").glob(f"{name}*"))
+    evaluation = {"prompts": str(prompts), "scorer": None, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPTS}
+    callback = [{"class_path": "lightning_modules.gold_evaluation.GoldEvaluation", "init_args": evaluation}]
+    command = [sys.executable, "run.py", "--config", config, "--name", name, *options]
+    command += ["--trainer.callbacks", json.dumps(callback)]
+    if METHODS[method]:
+        command += ["--data.routing", METHODS[method], "--data.validation_threshold", str(threshold)]
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    (folder,) = set(Path("runs").glob(f"{name}*")) - existing
+    with (folder / "metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    values = {title: float(rows[-1][key]) if rows[-1].get(key) else None for title, key in COLUMNS.items()}
+    answers = json.loads((folder / "results.json").read_text())["heldout_prompts"]
+    for title in ("answer length, tokens", "ended by itself"):
+        values[title] = answers[title]["after"]
+        values[f"{title}, before training"] = answers[title]["before"]
+    route = json.loads((folder / "route.json").read_text())
+    return {"values": values, "route": route, "seconds": round(time.perf_counter() - started), "command": command[1:]}
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    titles = list(next(iter(results.values()))["values"])
+    lines = ["| | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
+    for title in titles:
+        cells = [result["values"][title] for result in results.values()]
+        lines.append(f"| {title} | " + " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells) + " |")
+    lines.append("| seconds in all | " + " | ".join(str(result["seconds"]) for result in results.values()) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config, options = sys.argv[1], sys.argv[2:]
+    out = Path("benchmarks/results") / f"compare_{Path(config).stem}"
+    out.parent.mkdir(exist_ok=True)
+    prompts = out.with_suffix(".prompts.jsonl")
+    write_prompts(yaml.safe_load(Path(config).read_text()), prompts)
+    results: dict[str, dict[str, Any]] = {}
+    for method in METHODS:
+        threshold = results["MixDPO"]["route"]["threshold"] if results else None
+        results[method] = train(config, method, prompts, threshold, options)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": platform.platform()}
+    out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+    out.with_suffix(".md").write_text(markdown(results) + "\n")
+    prompts.unlink()
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What happens around the steps: files of the run, exact resume, throughput. All are on by default in run.py."""
+
+import json
+import os
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+
+from mixdpo.errors import InputError
+from mixdpo.models import save_adapter
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all: a temporary file, then a rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class RunFiles(Callback):
+    """`route.json` before training, the policy as a PEFT folder `adapter/` after it."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        mass = pl_module.planned_learning_rate_mass()
+        if trainer.is_global_zero:
+            summary = trainer.datamodule.summary() | {"planned_lr_mass": mass}
+            write_json(Path(trainer.default_root_dir) / "route.json", summary)
+            trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
+            print(f"policy: {trainable / 1e6:.2f}M trainable parameters; run folder: {trainer.default_root_dir}")
+            if summary["hard"] and not mass["lr_mass/sft"]:
+                print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            save_adapter(pl_module.model, Path(trainer.default_root_dir) / "adapter")
+
+
+class LastCheckpoint(Checkpoint):
+    def __init__(self, every_n_steps: int = 50) -> None:
+        """Keeps the latest state of the run as `checkpoints/last.ckpt`: adapters, optimizer, schedule, RNG, position.
+
+        Args:
+            every_n_steps: Optimizer steps between two checkpoints; one more is written after the last step.
+        """
+        if every_n_steps < 1:
+            raise InputError(f"checkpoint.every_n_steps must be at least 1, not {every_n_steps}")
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Only where an optimizer step is complete: in the middle of one, its accumulated gradient would be lost."""
+        if trainer.fit_loop._should_accumulate():
+            return
+        last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        ends = trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch)
+        if not ends and trainer.global_step % self.every_n_steps:
+            return
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        trainer.save_checkpoint(folder / ".last.ckpt.tmp")
+        if trainer.is_global_zero:
+            os.replace(folder / ".last.ckpt.tmp", folder / "last.ckpt")  # killed in between, the old one is still whole
+
+
+class ValidateAtMaxSteps(Callback):
+    """A run that `max_steps` ends in mid-epoch is validated as well, not only one that ends with its epoch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if 0 < trainer.max_steps <= trainer.global_step and not trainer.fit_loop._should_accumulate():
+            trainer.should_stop = True
+
+
+class ExactResume(Callback):
+    """A resumed run draws the random numbers that it would have drawn; validation draws none of them."""
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+        self._aside: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return _random_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._restored is not None:
+            _set_random_state(self._restored)
+            self._restored = None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._aside = _random_state()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _set_random_state(self._aside)
+
+
+def _random_state() -> dict[str, Any]:
+    """Plain types only, so that a checkpoint loads with `weights_only=True`."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Throughput(Callback):
+    """Logs tokens_per_second (of the policy, padding not counted), pairs_per_second and memory/peak_gb."""
+
+    def __init__(self) -> None:
+        self.tokens = self.pairs = 0
+        self.seconds = 0.0
+        self._total_pairs, self._total_seconds, self._started = 0, 0.0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        now = time.perf_counter()
+        self.tokens += batch.rows.tokens
+        self.pairs += len(batch)
+        self.seconds += now - self._started
+        self._started = now
+        if trainer.fit_loop._should_accumulate() or trainer.global_step % trainer.log_every_n_steps:
+            return
+        self._total_pairs += self.pairs
+        self._total_seconds += self.seconds
+        rates = {"tokens_per_second": self.tokens / self.seconds, "pairs_per_second": self.pairs / self.seconds}
+        pl_module.log_step(rates | {"memory/peak_gb": peak_memory_gb()})
+        self.tokens, self.pairs, self.seconds = 0, 0, 0.0
+
+    @property
+    def mean_pairs_per_second(self) -> float:
+        """Over the whole run up to the last logged step."""
+        return self._total_pairs / self._total_seconds if self._total_seconds else float("nan")
+
+
+def peak_memory_gb() -> float:
+    """Peak so far in GB (1e9 bytes): allocated on the GPU if there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,112 @@
+"""A callback that shows what training changed: the gold score on held-out prompts, before and after."""
+
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch.callbacks import Callback
+
+from lightning_modules.callbacks import Throughput, peak_memory_gb, write_json
+from mixdpo.constraints.scoring import ConstraintScorer
+from mixdpo.evaluation.gold import Answers, answer, compare, markdown
+from mixdpo.make_pairs import read_prompts
+from mixdpo.models import Role, load_tokenizer, merged_copy, role
+
+
+class GoldEvaluation(Callback):
+    def __init__(
+        self,
+        prompts: str = "heldout",
+        scorer: Callable[[dict[str, Any], list[str]], Any] | None = lazy_instance(ConstraintScorer),  # noqa: B008
+        max_new_tokens: int = 64,
+        batch_size: int = 64,
+        limit: int | None = None,
+        dequantise: bool = True,
+    ) -> None:
+        """Answers held-out prompts greedily as the reference (before) and as the policy (after); prints a table and
+        writes results.json, results.md and answers.json to the run's folder.
+
+        Args:
+            prompts: File of prompt rows (jsonl), or `heldout` for the built-in ones of the task `constraints`.
+            scorer: Class path of what scores answers: (prompt row, answers) -> scores, larger is better. Null reports
+                lengths and end tokens only.
+            max_new_tokens: Longest answer, in tokens.
+            batch_size: Prompts answered at a time.
+            limit: Use the first so many prompts only.
+            dequantise: Generate with a dequantised copy of the model that the adapter is merged into: faster, but a
+                whole second model in memory. False generates with the quantised model itself.
+        """
+        self.prompts, self.scorer, self.limit = prompts, scorer, limit
+        self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        self.dequantise = dequantise
+        self.before: Answers | None = None
+        self.seconds = {"training": 0.0, "evaluation": 0.0}
+        self._rows: list[dict[str, Any]] = []
+        self._fit_started = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            builtin = str(files("mixdpo") / "data" / "constraints_heldout.jsonl")
+            self._rows = read_prompts(builtin if self.prompts == "heldout" else self.prompts, self.limit)
+            self.before = self._answer(pl_module, "reference", "before training")
+        self._fit_started = time.perf_counter()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds["training"] = time.perf_counter() - self._fit_started
+        if not trainer.is_global_zero or self.before is None:
+            return
+        after = self._answer(pl_module, "policy", "after training")
+        rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
+        facts = self._facts(trainer)
+        folder = Path(trainer.default_root_dir)
+        write_json(folder / "results.json", {"heldout_prompts": rows, "facts": facts, "steps": trainer.global_step})
+        write_json(
+            folder / "answers.json",
+            [
+                {**row, "before": before, "after": after}
+                for row, before, after in zip(self._rows, self.before.rows(), after.rows(), strict=True)
+            ],
+        )
+        table = markdown(rows, facts)
+        (folder / "results.md").write_text(table + "\n")
+        print(f"\n{table}\n\nrun folder: {folder}")
+
+    def _answer(self, pl_module: Any, name: Role, when: str) -> Answers:
+        started = time.perf_counter()
+        print(f"answering {len(self._rows)} held-out prompts {when}")
+        tokenizer = load_tokenizer(pl_module.base)
+        if self.dequantise:
+            model = merged_copy(pl_module.model, name)
+            answers = answer(model, tokenizer, self._rows, self.scorer, **self.options)
+        else:
+            with torch.no_grad(), role(pl_module.model, name):
+                answers = answer(pl_module.model, tokenizer, self._rows, self.scorer, **self.options)
+        self.seconds["evaluation"] += time.perf_counter() - started
+        return answers
+
+    def _facts(self, trainer: L.Trainer) -> dict[str, str]:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        facts: dict[str, str] = {}
+        for group in ("easy", "hard"):
+            if f"val/{group}/rewards/accuracy" in metrics:
+                value = {name: metrics[f"val/{group}/{name}"] for name in ("rewards/accuracy", "length_accuracy")}
+                facts[f"reward accuracy, {group} pairs (longer response wins)"] = (
+                    f"{value['rewards/accuracy']:.3f} ({value['length_accuracy']:.3f})"
+                )
+        if "val/all/displacement/chosen" in metrics:
+            facts["displacement of the chosen log-prob, nats"] = f"{metrics['val/all/displacement/chosen']:+.2f}"
+        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
+        precision = "the quantised model" if not self.dequantise else "a dequantised fp32 copy, adapter merged"
+        return facts | {
+            "optimizer steps": str(trainer.global_step),
+            "pairs per second": f"{throughput.mean_pairs_per_second:.2f}",
+            "training and validation, s": f"{self.seconds['training']:.0f}",
+            "generation and scoring, s": f"{self.seconds['evaluation']:.0f}",
+            "peak memory, GB": f"{peak_memory_gb():.1f}",
+            "answers generated with": precision,
+        }

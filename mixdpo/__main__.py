@@ -1,0 +1,42 @@
+"""`mixdpo VERB`: what needs no Trainer."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from mixdpo.errors import InputError
+
+# verb: (module, function, what it does); the module is imported only when its verb is used.
+VERBS = {
+    "make-pairs": ("mixdpo.make_pairs", "make_pairs", "sample a model, score the samples, write preference pairs"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status: 0, or 2 for bad input."""
+    verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if verb not in VERBS:
+        print(f"mixdpo: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    from jsonargparse import auto_cli
+
+    module, function, _ = VERBS[verb]
+    try:
+        auto_cli(getattr(import_module(module), function), args=rest, prog=f"mixdpo {verb}", as_positional=False)
+    except InputError as error:
+        print(f"mixdpo {verb}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    listed = "\n".join(f"  {verb:<{width}}  {what}" for verb, (_, _, what) in VERBS.items())
+    return f"usage: mixdpo VERB [options]\n\nverbs:\n{listed}\n\nmixdpo VERB --help lists a verb's options."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

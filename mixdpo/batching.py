@@ -1,0 +1,277 @@
+"""Order -> optimizer steps -> micro-batches -> tensors.
+
+A step is `batch_size` pairs over all devices. It is cut into exactly `accumulate × world` micro-batches of balanced
+tokens, so that Lightning's windows never shift and no rank waits for another; the cut does not change the update,
+because the loss is normalised over the step.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHOSEN, REJECTED = 1, 2
+PROMPT, PADDING = 0, -1
+MicroBatch = tuple[tuple[int, ...], float, int]
+"""Indices of the pairs in the encoded data, the weight they carry (0 = filler), the number of pairs in the step."""
+
+
+@dataclass
+class TokenRows:
+    """Token sequences of one forward pass, and the list of what is to be predicted in them.
+
+    One row is a pair that shares its prompt, `[prompt | chosen | rejected]`, with positions restarted after the prompt
+    and the rejected response blind to the chosen one; or, unshared, one completion with its own prompt. The list of
+    targets is the only mask: the last prompt token predicts the first token of both completions, which labels per
+    position cannot say. What is not in the list (prompt, padding, a hard pair's rejected response) can have no loss.
+
+    Attributes:
+        input_ids, position_ids, segments: (R, T) int64; segment 0 prompt, 1 chosen, 2 rejected, -1 padding.
+        source: (M,) int64, index into the R·T flattened positions whose hidden state predicts target m.
+        target: (M,) int64 token ids.
+        completion: (M,) int64, b for the chosen and B + b for the rejected completion of pair b.
+        lengths: (2B,) int64, tokens of each completion, 0 where it is left out.
+        tokens: positions that are not padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    source: Tensor
+    target: Tensor
+    completion: Tensor
+    lengths: Tensor
+    tokens: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "TokenRows":
+        return _move(self, device, non_blocking)
+
+    def attention_mask(self) -> Tensor:
+        """(R, 1, T, T) bool, True = may attend: causal, own row, the prompt and the own completion only.
+
+        Padding attends to itself, since a row of the softmax with nothing to attend to is NaN.
+        """
+        segment = self.segments
+        visible = (segment[:, None, :] == PROMPT) | (segment[:, None, :] == segment[:, :, None])
+        length = segment.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+        return (
+            visible & causal & (segment != PADDING)[:, None, :]
+            | torch.eye(length, dtype=torch.bool, device=segment.device)
+        )[:, None]
+
+
+@dataclass
+class PairBatch:
+    """One micro-batch of B pairs.
+
+    Attributes:
+        rows: what the policy sees. Without the rejected responses of hard pairs, unless made for evaluation.
+        reference_rows: what the reference sees: easy pairs only (all pairs in evaluation); None if there is none.
+        is_hard: (B,) bool, True = SFT on the chosen response.
+        easy, hard: (E,) and (H,) int64, the positions in the batch of either route (indexing by them needs no sync).
+        margin: (B,) float64.
+        weight: (B,) float32, 0 for a filler pair that only keeps the count of micro-batches right.
+        pair_id: (B,) int64.
+        step_pairs: pairs in the whole optimizer step, over all micro-batches and devices.
+    """
+
+    rows: TokenRows
+    reference_rows: TokenRows | None
+    is_hard: Tensor
+    easy: Tensor
+    hard: Tensor
+    margin: Tensor
+    weight: Tensor
+    pair_id: Tensor
+    step_pairs: int
+
+    def __len__(self) -> int:
+        return len(self.is_hard)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PairBatch":
+        return _move(self, device, non_blocking)
+
+
+def _move(batch: Any, device: torch.device, non_blocking: bool) -> Any:
+    moved = {
+        field.name: value.to(device, non_blocking=non_blocking)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor | TokenRows)
+    }
+    return replace(batch, **moved)
+
+
+def plan_steps(order: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
+    """Consecutive pieces of the order, one per optimizer step; the last one may be shorter."""
+    return [tuple(int(i) for i in order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
+def cut_step(step: Sequence[int], tokens: Sequence[int], *, accumulate: int, world: int, rank: int) -> list[MicroBatch]:
+    """The `accumulate` micro-batches of one step that this rank computes.
+
+    Pairs go, longest first, to the lightest of the step's `accumulate × world` micro-batches; those of like size
+    run at the same time on different ranks. A micro-batch left empty gets the step's shortest pair with weight 0.
+
+    Args:
+        step: indices of the step's pairs.
+        tokens: tokens of every pair in the data, by index.
+    """
+    bins: list[list[int]] = [[] for _ in range(accumulate * world)]
+    loads = [0] * len(bins)
+    for index in sorted(step, key=lambda i: (-tokens[i], i)):
+        # among bins of equal load the emptier first, so that the first pairs spread
+        lightest = min(range(len(bins)), key=lambda b: (loads[b], len(bins[b]), b))
+        bins[lightest].append(index)
+        loads[lightest] += tokens[index]
+    filler = (min(step, key=lambda i: (tokens[i], i)),)
+    heaviest_first = sorted(range(len(bins)), key=lambda b: (-loads[b], b))
+    mine = [bins[b] for b in heaviest_first][rank::world]
+    return [(tuple(pairs), 1.0, len(step)) if pairs else (filler, 0.0, len(step)) for pairs in mine]
+
+
+def collate(
+    pairs: Sequence[Mapping[str, Any]],
+    is_hard: Sequence[bool],
+    *,
+    weight: float = 1.0,
+    step_pairs: int | None = None,
+    evaluation: bool = False,
+    share_prompt: bool = True,
+) -> PairBatch:
+    """Tensors of one micro-batch.
+
+    Args:
+        pairs: encoded pairs: `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
+        is_hard: the route of each.
+        weight: of every pair, 0 for filler.
+        step_pairs: pairs in the optimizer step; the batch's own number by default.
+        evaluation: keep the rejected responses of hard pairs and show every pair to the reference.
+        share_prompt: one row per pair instead of one per completion; the numbers are the same.
+    """
+    routed_to_sft = [bool(hard) and not evaluation for hard in is_hard]
+    rows = build_rows(pairs, [True] * len(pairs), [not sft for sft in routed_to_sft], share_prompt)
+    if not any(routed_to_sft):
+        reference_rows: TokenRows | None = rows
+    elif all(routed_to_sft):
+        reference_rows = None
+    else:
+        easy = [not sft for sft in routed_to_sft]
+        reference_rows = build_rows(pairs, easy, easy, share_prompt)
+    return PairBatch(
+        rows,
+        reference_rows,
+        is_hard=torch.tensor([bool(hard) for hard in is_hard]),
+        easy=torch.tensor([b for b, hard in enumerate(is_hard) if not hard], dtype=torch.long),
+        hard=torch.tensor([b for b, hard in enumerate(is_hard) if hard], dtype=torch.long),
+        margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
+        weight=torch.full((len(pairs),), weight),
+        pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
+        step_pairs=len(pairs) if step_pairs is None else step_pairs,
+    )
+
+
+def build_rows(
+    pairs: Sequence[Mapping[str, Any]],
+    with_chosen: Sequence[bool],
+    with_rejected: Sequence[bool],
+    share_prompt: bool = True,
+) -> TokenRows:
+    """Rows that hold the named completions of B pairs; a pair with neither has no row."""
+    rows: list[list[tuple[int, int, Sequence[int]]]] = []  # per row: (segment, completion, ids)
+    lengths = [0] * (2 * len(pairs))
+    for b, pair in enumerate(pairs):
+        parts = []
+        if with_chosen[b]:
+            parts.append((CHOSEN, b, pair["chosen_ids"]))
+        if with_rejected[b]:
+            parts.append((REJECTED, len(pairs) + b, pair["rejected_ids"]))
+        for _, completion, ids in parts:
+            lengths[completion] = len(ids)
+        for row in [parts] if share_prompt else [[part] for part in parts]:
+            if row:
+                rows.append([(PROMPT, -1, pair["prompt_ids"]), *row])
+    width = max(sum(len(ids) for _, _, ids in row) for row in rows)
+    return _tensors(rows, width, lengths)
+
+
+def _tensors(rows: list[list[tuple[int, int, Sequence[int]]]], width: int, lengths: list[int]) -> TokenRows:
+    input_ids, positions = (
+        torch.zeros(len(rows), width, dtype=torch.long),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )
+    segments = torch.full((len(rows), width), PADDING)
+    source: list[int] = []
+    target: list[int] = []
+    completions: list[int] = []
+    for r, row in enumerate(rows):
+        prompt_length, start = len(row[0][2]), 0
+        for segment, completion, ids in row:
+            end, first = start + len(ids), 0 if segment == PROMPT else prompt_length
+            input_ids[r, start:end] = torch.as_tensor(ids)
+            positions[r, start:end] = torch.arange(first, first + len(ids))
+            segments[r, start:end] = segment
+            if segment != PROMPT:
+                source += [r * width + prompt_length - 1, *range(r * width + start, r * width + end - 1)]
+                target += list(ids)
+                completions += [completion] * len(ids)
+            start = end
+    lists = (torch.tensor(values, dtype=torch.long) for values in (source, target, completions, lengths))
+    return TokenRows(input_ids, positions, segments, *lists, tokens=int((segments != PADDING).sum()))
+
+
+class PairCollator:
+    """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers."""
+
+    def __init__(self, data: Any, is_hard: Sequence[bool], *, evaluation: bool, share_prompt: bool) -> None:
+        self.data, self.is_hard, self.evaluation, self.share_prompt = data, is_hard, evaluation, share_prompt
+
+    def __call__(self, micro_batch: MicroBatch) -> PairBatch:
+        indices, weight, step_pairs = micro_batch
+        return collate(
+            [self.data[i] for i in indices],
+            [self.is_hard[i] for i in indices],
+            weight=weight,
+            step_pairs=step_pairs,
+            evaluation=self.evaluation,
+            share_prompt=self.share_prompt,
+        )
+
+
+class ResumableLoader:
+    """One epoch of micro-batches in their planned order, which continues where an interrupted epoch stopped.
+
+    Its own small iterable rather than a DataLoader: Lightning replays the data of a plain DataLoader after a mid-epoch
+    resume. `consumed` counts the batches handed out, not those that workers have prefetched.
+    """
+
+    def __init__(
+        self, plan: Sequence[MicroBatch], collator: PairCollator, *, workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        self.plan, self.collator, self.workers, self.pin_memory = list(plan), collator, workers, pin_memory
+        self.consumed = 0
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        inner = torch.utils.data.DataLoader(
+            self.plan[self.consumed % max(len(self.plan), 1) :],  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=None,
+            collate_fn=self.collator,
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # a loader without one draws its seed from the global generator
+        )
+        self.consumed %= max(len(self.plan), 1)
+        for batch in inner:
+            self.consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.consumed = state["consumed"]

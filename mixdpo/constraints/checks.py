@@ -1,0 +1,67 @@
+"""What a program can tell about a text: each function is a pure, strict test or count."""
+
+import json
+import re
+
+
+def words(text: str) -> list[str]:
+    """Pieces between white space that hold a letter or a digit: a lone dash is no word, "well-known" is one."""
+    return [piece for piece in text.split() if any(character.isalnum() for character in piece)]
+
+
+def occurrences(text: str, word: str) -> int:
+    """How often `word` stands in `text` as a whole word, in any case."""
+    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+
+
+def sentences(text: str) -> int:
+    """Number of sentence ends: `.`, `!` or `?` (or several, or closing marks after them) before a space or the end."""
+    return len(re.findall(r"[.!?]+[\"')\]]*(?=\s|$)", text))
+
+
+def is_json_object(text: str) -> bool:
+    """Whether the whole text is a JSON object with at least one key."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")  # but Python would read it
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(value)
+
+
+def is_one_sentence(text: str) -> bool:
+    """One sentence end, which is also the end of the text, on one line."""
+    return "\n" not in text and sentences(text) == 1 and _ends_sentence(text)
+
+
+def is_two_sentences(text: str) -> bool:
+    """Two sentence ends, the second of which is the end of the text."""
+    return sentences(text) == 2 and _ends_sentence(text)
+
+
+def _ends_sentence(text: str) -> bool:
+    return re.search(r"[.!?][\"')\]]*$", text) is not None
+
+
+def is_numbered_list(text: str, n: int) -> bool:
+    """The lines that begin with "<number>." or "<number>)" are numbered 1 to n, in order."""
+    numbers = re.findall(r"^[ \t]*(\d+)[.)][ \t]+\S", text, re.MULTILINE)
+    return numbers == [str(number) for number in range(1, n + 1)]
+
+
+def is_quoted(text: str) -> bool:
+    """Whether the text stands in straight double quotes and holds no others."""
+    return len(text) > 2 and text[0] == text[-1] == '"' and '"' not in text[1:-1] and bool(text[1:-1].strip())
+
+
+def starts_with(text: str, phrase: str) -> bool:
+    """Whether the text starts with the phrase, as whole words: "Well" does not start "Wellness"."""
+    return text.startswith(phrase) and not text[len(phrase) : len(phrase) + 1].isalnum()
+
+
+def count_bullets(text: str) -> int:
+    """Number of lines that begin with `-`, `*` or `•`, a space and something more."""
+    return len(re.findall(r"^[ \t]*[-*•][ \t]+\S", text, re.MULTILINE))

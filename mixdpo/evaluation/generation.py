@@ -1,0 +1,205 @@
+"""Complete prompts in batches: samples of one prompt share its prefill, and a row that has ended costs nothing more."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mixdpo.errors import InputError
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One completion.
+
+    Args:
+        text: the completion, special tokens left out.
+        tokens: number of tokens produced, the end token included.
+        ended: whether the model ended by itself, rather than being cut at `max_new_tokens`.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Picks (B,) next tokens from (B, V) logits."""
+
+    temperature: float
+    top_p: float
+    generator: torch.Generator
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probs = (logits.float() / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            probs = _nucleus(probs, self.top_p)
+        return torch.multinomial(probs, 1, generator=self.generator).squeeze(1)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    max_new_tokens: int
+    samples: int
+    ends: Tensor  # (E,) ids that end a completion
+    pad: int
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str | list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    samples: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[list[Generation]]:
+    """Complete each prompt `samples` times; entry i belongs to prompt i.
+
+    The model is put in eval mode and given back as it was; the global random state is untouched.
+
+    Args:
+        model: a Hugging Face causal language model, plain or wrapped by PEFT; its active adapters count.
+        tokenizer: its tokenizer, with a chat template.
+        prompts: a user's text, or messages that end with the user's.
+        max_new_tokens: a completion is cut there.
+        batch_size: completions decoded together (prompts in a batch = batch_size // samples, at least one).
+        temperature: 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that hold this much probability.
+        samples: completions per prompt.
+        seed: same seed, same batch_size, same machine: same completions.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: an option out of range, or a tokenizer without chat template.
+    """
+    _check(temperature, top_p, samples, max_new_tokens, batch_size)
+    if not prompts:
+        return []
+    device = next(model.parameters()).device
+    encoded = _encode(tokenizer, prompts)
+    limits = _Limits(max_new_tokens, samples, _end_tokens(model, tokenizer, device), _pad_token(tokenizer))
+    sampler = _Sampler(temperature, top_p, torch.Generator(device).manual_seed(seed))
+    # Longest first: the first batch is the peak of memory, so what fits there fits.
+    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+    width = max(1, batch_size // samples)
+    results: list[list[Generation]] = [[] for _ in encoded]
+    with _evaluating(model), torch.no_grad(), tqdm(total=len(order), unit="prompt", disable=not progress) as bar:
+        for start in range(0, len(order), width):
+            batch = order[start : start + width]
+            completions = _complete(model, [encoded[index] for index in batch], sampler, limits)
+            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
+                ended = bool(ids) and ids[-1] in limits.ends.tolist()
+                results[batch[row // samples]].append(Generation(text, len(ids), ended))
+            bar.update(len(batch))
+    return results
+
+
+def _complete(model: nn.Module, prompts: list[list[int]], sampler: _Sampler, limits: _Limits) -> list[list[int]]:
+    """Token ids of `samples` completions per prompt, samples of one prompt side by side."""
+    from transformers import DynamicCache
+
+    ids, mask = _left_pad(prompts, limits.pad, limits.ends.device)  # (P, T) both
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = _step(model, ids, mask, positions, cache).repeat_interleave(limits.samples, 0)  # (P * samples, V)
+    cache.batch_repeat_interleave(limits.samples)
+    mask = mask.repeat_interleave(limits.samples, 0)
+    alive = torch.arange(len(mask), device=mask.device)  # rows still decoded
+    completions: list[list[int]] = [[] for _ in range(len(mask))]
+    for produced in range(1, limits.max_new_tokens + 1):
+        tokens = sampler(logits)
+        for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
+            completions[row].append(token)
+        open_rows = (~torch.isin(tokens, limits.ends)).nonzero().squeeze(1)
+        if not len(open_rows) or produced == limits.max_new_tokens:
+            break
+        if len(open_rows) < len(alive):
+            alive, tokens, mask = alive[open_rows], tokens[open_rows], mask[open_rows]
+            cache.batch_select_indices(open_rows)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = _step(model, tokens[:, None], mask, mask.sum(1, keepdim=True) - 1, cache)
+    return completions
+
+
+def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    """(B, V) logits of the last position; `cache` grows by the ids."""
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]
+
+
+def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(P, T) ids and mask. The mask comes from lengths: the pad id may well be the end token, which prompts contain."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Zero what lies outside the smallest set of tokens that reaches `top_p`; the likeliest token always stays."""
+    ordered, indices = probs.sort(-1, descending=True)
+    outside = ordered.cumsum(-1) - ordered >= top_p
+    return torch.zeros_like(probs).scatter(-1, indices, ordered.masked_fill(outside, 0.0))
+
+
+def _encode(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("the tokenizer has no chat template: use an instruct model, or set tokenizer.chat_template")
+    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True)["input_ids"]
+
+
+def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tensor:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    return torch.tensor(sorted(ends - {None}), dtype=torch.long, device=device)
+
+
+def _pad_token(tokenizer: Any) -> int:
+    # Padding is masked, so any id serves where a tokenizer has none.
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; each module gets its own flag back, since a trainer may hold some in eval on purpose."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check(temperature: float, top_p: float, samples: int, max_new_tokens: int, batch_size: int) -> None:
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise InputError(f"temperature {temperature}, top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
+    if min(samples, max_new_tokens, batch_size) < 1:
+        raise InputError(
+            f"samples {samples}, max_new_tokens {max_new_tokens}, batch_size {batch_size}: each must be at least 1"
+        )
+    if samples > 1 and temperature == 0:
+        raise InputError(
+            f"samples {samples} at temperature 0 would all be the same: raise temperature or take 1 sample"
+        )

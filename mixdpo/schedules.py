@@ -1,0 +1,123 @@
+"""Learning-rate schedules that know about stages.
+
+Sorting pairs easy → hard and routing the hard ones to SFT puts all SFT steps last, where cosine decay has almost
+nothing left: 12 % of the steps get 0.36 % of the learning rate. So a schedule sees the stages of the run. Each
+dataclass maps a `StepPlan` to one multiplier of the peak learning rate per optimizer step.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from mixdpo.errors import InputError
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a schedule may know of a run of S optimizer steps.
+
+    Attributes:
+        hard_share: (S,) float64, share of the step's pairs that are routed to SFT.
+        stage_starts: first step of each stage, starting with 0: where the order turns from easy to hard pairs, and
+            where a new epoch begins again.
+    """
+
+    hard_share: np.ndarray
+    stage_starts: tuple[int, ...] = (0,)
+
+    def __len__(self) -> int:
+        return len(self.hard_share)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Warm up, then stay at the peak.
+
+    Args:
+        warmup: share of the run's steps over which the rate rises linearly.
+    """
+
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_shares(self)
+
+    def __call__(self, plan: StepPlan) -> np.ndarray:
+        return _warm_up(np.ones(len(plan)), self.warmup)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Warm up, then decay along half a cosine over the whole run: the papers' schedule, which starves the SFT stage.
+
+    Args:
+        warmup: share of the run's steps over which the rate rises linearly.
+        floor: multiplier that the decay ends at, 0 to 1.
+    """
+
+    warmup: float = 0.1
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_shares(self)
+
+    def __call__(self, plan: StepPlan) -> np.ndarray:
+        return _cosine(len(plan), self.warmup, self.floor)
+
+
+@dataclass(frozen=True)
+class StagedCosine:
+    """A warm-up and a cosine of its own for each stage, so that the SFT stage trains at the full rate as well.
+
+    Args:
+        warmup: share of each stage's steps over which the rate rises linearly.
+        floor: multiplier that each decay ends at, 0 to 1.
+    """
+
+    warmup: float = 0.1
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_shares(self)
+
+    def __call__(self, plan: StepPlan) -> np.ndarray:
+        ends = [*plan.stage_starts[1:], len(plan)]
+        stages = [
+            _cosine(end - start, self.warmup, self.floor) for start, end in zip(plan.stage_starts, ends, strict=True)
+        ]
+        return np.concatenate(stages)
+
+
+def learning_rate_mass(multipliers: np.ndarray, hard_share: np.ndarray) -> dict[str, float]:
+    """Share of the summed learning rate that each route receives; the two add up to 1.
+
+    Args:
+        multipliers: (S,) of the schedule.
+        hard_share: (S,) share of each step's pairs routed to SFT.
+    """
+    total = multipliers.sum()
+    sft = float((multipliers * hard_share).sum() / total) if total else 0.0
+    return {"lr_mass/preference": 1.0 - sft if total else 0.0, "lr_mass/sft": sft}
+
+
+def _cosine(steps: int, warmup: float, floor: float) -> np.ndarray:
+    risen = _warm_up_steps(steps, warmup)
+    progress = np.arange(steps - risen) / max(steps - risen, 1)
+    decay = floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * progress))
+    return _warm_up(np.concatenate([np.ones(risen), decay]), warmup)
+
+
+def _warm_up(multipliers: np.ndarray, warmup: float) -> np.ndarray:
+    risen = _warm_up_steps(len(multipliers), warmup)
+    # from 1/(n+1), not 0: a first step at rate 0 is a step wasted, and stages here can be a handful of steps
+    return np.concatenate([multipliers[:risen] * np.arange(1, risen + 1) / (risen + 1), multipliers[risen:]])
+
+
+def _warm_up_steps(steps: int, warmup: float) -> int:
+    return min(int(np.ceil(warmup * steps)), max(steps - 1, 0))
+
+
+def _check_shares(schedule: "Constant | Cosine | StagedCosine") -> None:
+    for field in fields(schedule):
+        if not 0 <= (value := getattr(schedule, field.name)) <= 1:
+            raise InputError(f"schedule.{field.name} must lie in [0, 1], not {value}")

@@ -1,0 +1,251 @@
+"""Chat template -> prompt, chosen and rejected token ids with one boundary that both sides share."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mixdpo.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+Messages = list[dict[str, str]]
+Overlong = Literal["truncate", "drop"]
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of one pair. A completion ends with its end token, unless it was truncated."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
+    """The Jinja template to render with, or `"plain"`.
+
+    Args:
+        tokenizer: its own template is used when `chat_template` is None.
+        chat_template: path of a template, a template itself, or `"plain"`: the prompt's messages joined by a newline,
+            directly followed by the completion and the tokenizer's eos token.
+
+    Raises:
+        InputError: there is no template, or `chat_template` is neither a file nor a template.
+    """
+    if chat_template is None:
+        if tokenizer.chat_template is None:
+            raise InputError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template: give `chat_template`, a path of a "
+                f"Jinja template or {PLAIN!r} (prompt, completion and eos token as they are)."
+            )
+        return tokenizer.get_chat_template()
+    if chat_template == PLAIN or "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise InputError(f"chat_template {chat_template!r} is no file, no Jinja template and not {PLAIN!r}.")
+    return path.read_text("utf-8")
+
+
+def encode_pair(
+    tokenizer: "Tokenizer",
+    prompt: Messages,
+    chosen: str,
+    rejected: str,
+    *,
+    chat_template: str | None = None,
+) -> EncodedPair:
+    """Token ids of one pair.
+
+    Prompt + completion tokenised together may merge tokens across the seam. The boundary is the longest common prefix
+    of the prompt and of both whole sequences: the same context for both sides, and each side's ids are those of its
+    whole text.
+
+    Raises:
+        InputError: the template fails, changes the prompt once an answer follows, or writes no end token.
+    """
+    template = load_template(tokenizer, chat_template)
+    encode = _encode_plain if template == PLAIN else partial(_encode_chat, template=template)
+    prompt_ids, chosen_ids, rejected_ids = encode(tokenizer, prompt, chosen, rejected)
+    boundary = _shared_length(prompt_ids, chosen_ids, rejected_ids)
+    if not boundary:
+        raise InputError("the prompt and the two whole sequences share no token: the prompt is empty or is changed.")
+    return EncodedPair(prompt_ids[:boundary], chosen_ids[boundary:], rejected_ids[boundary:])
+
+
+def limit_lengths(
+    pair: EncodedPair, *, max_length: int, max_prompt_length: int, overlong: Overlong
+) -> EncodedPair | None:
+    """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
+
+    `truncate` touches only a pair that is too long: its prompt keeps its last `max_prompt_length` tokens (a BOS goes
+    first), then each completion its first `max_length` - prompt tokens, and so loses its end token.
+    `drop` drops a pair that is too long. A pair with an empty completion is dropped always.
+
+    Raises:
+        InputError: the limits leave no room for a completion.
+    """
+    if not 0 < max_prompt_length < max_length:
+        raise InputError(
+            f"max_prompt_length ({max_prompt_length}) should be above 0 and below max_length ({max_length})."
+        )
+    if overlong not in ("truncate", "drop"):
+        raise InputError(f"overlong should be 'truncate' or 'drop', not {overlong!r}.")
+    if not pair.chosen_ids or not pair.rejected_ids:
+        return None
+    if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
+        return pair
+    if overlong == "drop":
+        return None
+    prompt_ids = pair.prompt_ids[-max_prompt_length:]
+    room = max_length - len(prompt_ids)
+    return EncodedPair(prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
+
+
+def encode_pairs(
+    dataset: "Dataset",
+    tokenizer: "Tokenizer",
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    overlong: Overlong = "truncate",
+    chat_template: str | None = None,
+    num_proc: int | None = None,
+) -> tuple["Dataset", dict[str, int]]:
+    """Encode the pairs of `read_pairs`, cached by data, tokenizer, template and limits.
+
+    Args:
+        dataset: columns pair_id, margin, row, prompt, chosen, rejected.
+        num_proc: processes; None or 1 is this one.
+
+    Returns:
+        A data set with the columns pair_id, margin, row, prompt_ids, chosen_ids, rejected_ids, truncated (bool), and
+        the counts `dropped_overlong`, `dropped_empty` (a completion of nothing but its end token) and `truncated`.
+
+    Raises:
+        InputError: a pair cannot be encoded (with its row), or all are dropped.
+    """
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
+    limit_lengths(EncodedPair([0], [0], [0]), **limits)  # refuse impossible limits before the work starts
+    template = load_template(tokenizer, chat_template)
+    encoded = dataset.map(
+        partial(_encode_row, tokenizer=tokenizer, template=template, limits=limits),
+        remove_columns=["prompt", "chosen", "rejected"],
+        features=_features(),
+        num_proc=num_proc if num_proc and num_proc > 1 else None,
+        new_fingerprint=_fingerprint(dataset, tokenizer, template, limits),
+        desc="Encoding pairs",
+    )
+    statuses = list(encoded["status"])
+    kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
+    counts = {name: statuses.count(name) for name in ("dropped_overlong", "dropped_empty", "truncated")}
+    if not kept:
+        raise InputError(f"no pair is left of {len(statuses)} ({counts}): raise max_length ({max_length}) or truncate.")
+    encoded = encoded.remove_columns("status")
+    return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
+
+
+def _shared_length(*sequences: Sequence[Any]) -> int:
+    """Length of the longest common prefix."""
+    for position, items in enumerate(zip(*sequences, strict=False)):
+        if any(item != items[0] for item in items):
+            return position
+    return min(map(len, sequences))
+
+
+def _encode_chat(tokenizer: "Tokenizer", prompt: Messages, *completions: str, template: str) -> list[list[int]]:
+    """Ids of the prompt and of prompt + each completion, each cut after the end token."""
+    answers = [[*prompt, {"role": "assistant", "content": completion}] for completion in completions]
+    texts = [_render(tokenizer, template, prompt, add_generation_prompt=True)]
+    texts += [_render(tokenizer, template, messages, add_generation_prompt=False) for messages in answers]
+    if prompt[-1]["content"].strip() not in texts[0][: _shared_length(*texts)]:
+        raise InputError("the chat template shows the last user message differently once an answer follows it.")
+    # The template writes BOS itself: special tokens added here would double it.
+    prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [prompt_ids, *(_cut_after_end_token(tokenizer, whole) for whole in wholes)]
+
+
+def _render(tokenizer: "Tokenizer", template: str, messages: Messages, *, add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(f"the chat template refuses messages of the roles ({roles}): {error}") from error
+
+
+def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
+    """Without the white space that templates add after the end token, which a model never gets to generate."""
+    for end in range(len(ids), 0, -1):
+        text = tokenizer.decode(ids[end - 1 : end])
+        if text and not tokenizer.decode(ids[end - 1 : end], skip_special_tokens=True):
+            return ids[:end]
+        if text.strip():
+            break
+    raise InputError(
+        f"the chat template ends an answer with {tokenizer.decode(ids[-3:])!r}, which is no special token: the model "
+        "would never learn to stop. Give a `chat_template` that writes eos_token after an answer."
+    )
+
+
+def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, *completions: str) -> list[list[int]]:
+    """BOS, where the tokenizer is one that starts a text with it, + text as it is; eos after a completion."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if eos is None:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no eos token, which {PLAIN!r} ends an answer with."
+        )
+    start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    text = "\n".join(message["content"] for message in prompt)
+    texts = [text, *(text + completion for completion in completions)]
+    prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [start + prompt_ids, *(start + whole + [eos] for whole in wholes)]
+
+
+def _encode_row(row: dict[str, Any], tokenizer: "Tokenizer", template: str, limits: dict[str, Any]) -> dict[str, Any]:
+    try:
+        pair = encode_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], chat_template=template)
+    except InputError as error:
+        raise InputError(f"row {row['row']} (pair_id {row['pair_id']}): {error}") from error
+    limited = limit_lengths(pair, **limits)
+    status = ""
+    if min(len(pair.chosen_ids), len(pair.rejected_ids)) < 2:
+        status = "dropped_empty"
+    elif limited is None:
+        status = "dropped_overlong"
+    elif limited != pair:
+        status = "truncated"
+    return vars(limited or pair) | {"truncated": status == "truncated", "status": status}
+
+
+def _features() -> Any:
+    from datasets import Features, Value
+
+    ids, number = [Value("int32")], Value("int64")
+    scalars = {"pair_id": number, "margin": Value("float64"), "row": number}
+    token_ids = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}
+    return Features(scalars | token_ids | {"truncated": Value("bool"), "status": Value("string")})
+
+
+def _fingerprint(dataset: "Dataset", tokenizer: "Tokenizer", template: str, limits: dict[str, Any]) -> str:
+    """Cache key of the encoding: everything that it depends on, this code included.
+
+    The hash `datasets` would make itself pickles the tokenizer, whose padding and truncation state changes with use.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json), which is needed here.")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    code = Path(__file__).read_text("utf-8")
+    parts = [dataset._fingerprint, backend, special, template, limits, code]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,124 @@
+"""`python run.py --config configs/demo.yaml [--model.… --data.… --trainer.…]`: Lightning CLI, with `fit` understood."""
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles, Throughput, ValidateAtMaxSteps
+from mixdpo.errors import InputError
+
+SUBCOMMANDS = ("fit", "validate")
+THIRD_PARTY_NOISE = ("`is_gradient_checkpointing`", ".*isinstance.treespec", ".*does not have many workers")
+
+
+class RunCLI(LightningCLI):
+    """Lightning's CLI with one folder a run: config.yaml, metrics.csv, route.json, checkpoints/, adapter/."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: LightningCLI.subcommands()[name] for name in SUBCOMMANDS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", default="run", help="The run's folder is RUNS/NAME, or NAME-2, … if that exists.")
+        parser.add_argument("--runs", default="runs", help="Where the folders of runs are.")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
+
+    def before_instantiate_classes(self) -> None:
+        self.config[self.subcommand].weights_only = True  # never unpickle what a checkpoint may hold besides tensors
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        if self.subcommand == "fit":
+            config = self.config[self.subcommand]
+            folder = new_run_folder(Path(config.runs), config.name)
+            kwargs["default_root_dir"] = str(folder)
+            if config.trainer.logger in (None, True):
+                kwargs["logger"] = [
+                    logger(str(folder), name="", version="") for logger in (CSVLogger, TensorBoardLogger)
+                ]
+        else:
+            kwargs["logger"] = False
+        return super().instantiate_trainer(**kwargs)
+
+
+def new_run_folder(runs: Path, name: str) -> Path:
+    """Make RUNS/NAME, or the first free NAME-2, NAME-3, …: no run is ever overwritten.
+
+    Processes that Lightning starts for further devices take the first one's folder from the environment.
+    """
+    if inherited := os.environ.get("MIXDPO_RUN_FOLDER"):
+        return Path(inherited)
+    number = 1
+    while True:
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not runs.is_dir():
+                raise InputError(f"runs folder {runs} is a file: give another with --runs") from None
+            number += 1
+        except OSError as error:
+            raise InputError(
+                f"cannot write the run folder {folder}: {error.strerror}. Give another with --runs"
+            ) from None
+        else:
+            os.environ["MIXDPO_RUN_FOLDER"] = str(folder)
+            return folder
+
+
+def main(arguments: list[str] | None = None) -> RunCLI:
+    """Parse, build and run; `run.py --config X` means `run.py fit --config X`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] not in (*SUBCOMMANDS, "-h", "--help"):
+        arguments = ["fit", *arguments]
+    sys.argv[1:] = arguments  # Lightning starts further processes with it
+    return RunCLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=42,
+        trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), ValidateAtMaxSteps()]},
+        parser_kwargs={"exit_on_error": False},
+        save_config_callback=SaveConfigCallback if arguments[:1] == ["fit"] else None,
+    )
+
+
+def run() -> None:
+    """`main`, with the user's mistakes as one message on stderr and exit status 1, and no empty run folder left."""
+    for message in THIRD_PARTY_NOISE:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+    try:
+        main()
+    except (ValueError, ArgumentError) as error:
+        if (message := _for_the_user(error)) is None:
+            raise
+        folder = os.environ.get("MIXDPO_RUN_FOLDER")
+        if folder and os.environ.get("LOCAL_RANK", "0") == "0" and not (Path(folder) / "route.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # nothing was trained
+        sys.exit(f"error: {message}")
+
+
+def _for_the_user(error: BaseException | None) -> str | None:
+    """The message of a user's mistake; jsonargparse wraps an `InputError` of a constructor in another error."""
+    while error is not None:
+        if isinstance(error, InputError | ArgumentError):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+if __name__ == "__main__":
+    run()

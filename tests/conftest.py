@@ -1,0 +1,133 @@
+"""Shared by the tests: a tiny random model with a real tokenizer and chat template, pairs, and one short fit."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lightning as L
+import pytest
+import torch
+
+from datamodules.preference import PreferenceDataModule
+from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles
+from lightning_modules.preference import PreferenceModule
+from mixdpo.models import Lora
+from mixdpo.routing import Routing
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+WORDS = "red blue green tea sun moon cat dog tree sea hill road book song rain wind salt snow bird fish".split()
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("shared") and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"no shared data at {SHARED}"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a 2-layer Llama with random weights (fp32, 64 wide) and a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    special = ["<unk>", "<pad>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, "user", "assistant", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=3,
+        pad_token_id=1,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs of random words of many lengths, with distinct margins 0.5, 1.0, … shuffled."""
+    draw = random.Random(seed)
+    margins = [0.5 * (i + 1) for i in range(count)]
+    draw.shuffle(margins)
+
+    def text(longest: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(2, longest)))
+
+    return [
+        {"pair_id": f"p{i}", "prompt": f"{text(6)} {i % 7}", "chosen": text(12), "rejected": text(9), "margin": margin}
+        for i, margin in enumerate(margins)
+    ]
+
+
+def write_pairs(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def build(
+    model: str,
+    source: str,
+    folder: Path,
+    *,
+    trainer: dict[str, Any] | None = None,
+    lr: float = 0.1,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    data: dict[str, Any] | None = None,
+    **module: Any,
+) -> tuple[L.Trainer, PreferenceModule, PreferenceDataModule]:
+    """Trainer, module and data module of a short CPU run; full precision and no dropout unless asked for."""
+    L.seed_everything(0, verbose=False)
+    module = {"lora": Lora(rank=4, alpha=8), "quantization": "none", "dtype": "float32", **module}
+    preference = PreferenceModule(model, optimizer=lambda p: optimizer(p, lr=lr), **module)
+    options = {"routing": Routing(hard_fraction=0.25), "validation": 0.0, "batch_size": 4, "max_length": 64}
+    pairs = PreferenceDataModule(source, tokenizer=model, **{**options, "max_prompt_length": 32, **(data or {})})
+    arguments = {"max_epochs": 1, "log_every_n_steps": 1, "callbacks": [RunFiles(), ExactResume(), LastCheckpoint()]}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "num_sanity_val_steps": 0}
+    folder.mkdir(parents=True, exist_ok=True)
+    fitter = L.Trainer(
+        accelerator="cpu", default_root_dir=str(folder), **{**arguments, **quiet, **(trainer or {})}
+    )
+    return fitter, preference, pairs
+
+
+def fit(*arguments: Any, ckpt_path: str | None = None, **options: Any) -> PreferenceModule:
+    """Build, train, and return the module."""
+    trainer, module, data = build(*arguments, **options)
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    return module
+
+
+def adapter_weights(module: PreferenceModule, name: str = "policy") -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in module.state_dict().items() if f".{name}." in key}

@@ -1,0 +1,405 @@
+import pickle
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixdpo.batching import PairCollator, ResumableLoader, TokenRows, collate, cut_step, plan_steps
+
+fast = settings(deadline=None, max_examples=40)
+ANY = st.sampled_from([True, False])
+
+
+@given(st.lists(st.integers(0, 1000), unique=True, max_size=50), st.integers(1, 20))
+@fast
+def test_steps_are_consecutive_pieces_of_the_order(order, batch_size):
+    steps = plan_steps(order, batch_size)
+    assert [index for step in steps for index in step] == order
+    assert all(len(step) == batch_size for step in steps[:-1])
+    assert all(1 <= len(step) <= batch_size for step in steps)
+
+
+def test_steps_by_hand():
+    assert plan_steps([4, 0, 3, 1, 2], 2) == [(4, 0), (3, 1), (2,)]
+
+
+@st.composite
+def step_cuts(draw, enough_pairs=False):
+    accumulate, world = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    tokens = draw(st.lists(st.integers(1, 30), min_size=40, max_size=40))
+    smallest = accumulate * world if enough_pairs else 1
+    step = draw(st.lists(st.integers(0, 39), unique=True, min_size=smallest, max_size=40))
+    return step, tokens, accumulate, world
+
+
+def cut(step, tokens, accumulate, world):
+    return [cut_step(step, tokens, accumulate=accumulate, world=world, rank=rank) for rank in range(world)]
+
+
+@given(step_cuts())
+@fast
+def test_a_step_is_cut_into_the_asked_number_and_holds_every_pair_once(case):
+    step, tokens, accumulate, world = case
+    ranks = cut(*case)
+    assert [len(rank) for rank in ranks] == [accumulate] * world
+    batches = [batch for rank in ranks for batch in rank]
+    assert all(step_pairs == len(step) for _, _, step_pairs in batches)
+    assert {weight for _, weight, _ in batches} <= {0.0, 1.0}
+    kept = [index for indices, weight, _ in batches for index in indices if weight == 1]
+    assert sorted(kept) == sorted(step)
+    fillers = [indices for indices, weight, _ in batches if weight == 0]
+    assert len(fillers) == max(0, accumulate * world - len(step))
+    for indices in fillers:
+        assert len(indices) == 1 and indices[0] in step
+        assert tokens[indices[0]] == min(tokens[index] for index in step)
+
+
+@given(step_cuts())
+@fast
+def test_micro_batches_are_balanced_within_the_longest_pair(case):
+    step, tokens, *_ = case
+    batches = [batch for rank in cut(*case) for batch in rank]
+    loads = [sum(tokens[index] for index in indices) * weight for indices, weight, _ in batches]
+    assert max(loads) - min(loads) <= max(tokens[index] for index in step)
+
+
+@given(step_cuts(enough_pairs=True))
+@fast
+def test_ranks_work_on_micro_batches_of_like_size_at_the_same_time(case):
+    """With all loads sorted, those computed at one time are neighbours: no other time's load falls between them."""
+    _, tokens, accumulate, _ = case
+    loads = [[sum(tokens[index] for index in indices) for indices, _, _ in rank] for rank in cut(*case)]
+    times = sorted((min(time), max(time)) for time in zip(*loads, strict=True))
+    assert len(times) == accumulate
+    assert all(before[1] <= after[0] for before, after in pairwise(times))
+
+
+@given(step_cuts(), st.randoms(use_true_random=False))
+@fast
+def test_the_cut_depends_on_the_pairs_of_the_step_and_not_on_their_order(case, random):
+    step, *others = case
+    shuffled = list(step)
+    random.shuffle(shuffled)
+
+    def as_sets(ranks):
+        return Counter((frozenset(indices), weight, pairs) for rank in ranks for indices, weight, pairs in rank)
+
+    assert cut(*case) == cut(*case)
+    assert as_sets(cut(step, *others)) == as_sets(cut(shuffled, *others))
+
+
+def test_a_cut_by_hand():
+    """9 | 5 + 3 | 4 + 4, longest first to the lightest of three."""
+    tokens = {10: 3, 11: 9, 12: 4, 13: 5, 14: 4}
+    batches = cut_step([10, 11, 12, 13, 14], tokens, accumulate=3, world=1, rank=0)
+    assert {frozenset(indices) for indices, _, _ in batches} == {
+        frozenset({11}),
+        frozenset({10, 13}),
+        frozenset({12, 14}),
+    }
+
+
+def test_filler_by_hand():
+    batches = cut_step([0, 2], [7, 1, 5], accumulate=3, world=1, rank=0)
+    assert sorted(batches, key=lambda batch: (batch[1], batch[0])) == [((2,), 0.0, 2), ((0,), 1.0, 2), ((2,), 1.0, 2)]
+
+
+def make_pair(index, prompt, chosen, rejected):
+    """No token occurs twice in all of the data, so that a token says where it is from."""
+    tokens = iter(range(1000 * (index + 1), 1000 * (index + 2)))
+    lengths = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    ids = {name: [next(tokens) for _ in range(length)] for name, length in lengths.items()}
+    return {**ids, "margin": 0.5 * index - 1, "pair_id": 7 * index + 2**40}
+
+
+PAIRS = [make_pair(0, 3, 2, 4), make_pair(1, 1, 5, 1), make_pair(2, 2, 1, 3), make_pair(3, 4, 3, 3)]
+IS_HARD = [False, True, False, True]
+EASY = [PAIRS[0], PAIRS[2]]
+
+
+@st.composite
+def batches(draw):
+    size = draw(st.integers(1, 4))
+    length = st.integers(1, 5)
+    pairs = [make_pair(index, draw(length), draw(length), draw(length)) for index in range(size)]
+    return pairs, draw(st.lists(ANY, min_size=size, max_size=size))
+
+
+def predictions(rows: TokenRows):
+    """completion -> {position predicted from: (target, token at that position, its segment)}."""
+    width = rows.input_ids.shape[1]
+    found = {}
+    for source, target, completion in zip(
+        rows.source.tolist(), rows.target.tolist(), rows.completion.tolist(), strict=True
+    ):
+        row, column = divmod(source, width)
+        position = rows.position_ids[row, column].item()
+        found.setdefault(completion, {})[position] = (
+            target,
+            rows.input_ids[row, column].item(),
+            rows.segments[row, column].item(),
+        )
+    return found
+
+
+def check_rows(rows, pairs, has_chosen, has_rejected):
+    """Every token of the wanted completions is a target once, with the right source, and nothing else is."""
+    count = len(pairs)
+    wanted = {b: (pairs[b], "chosen_ids", 1) for b in range(count) if has_chosen[b]}
+    wanted |= {count + b: (pairs[b], "rejected_ids", 2) for b in range(count) if has_rejected[b]}
+    found = predictions(rows)
+    assert set(found) == set(wanted)
+    assert len(rows.target) == sum(len(pair[side]) for pair, side, _ in wanted.values())
+    for completion, (pair, side, segment) in wanted.items():
+        prompt, ids = pair["prompt_ids"], pair[side]
+        first = len(prompt) - 1
+        expected = {first: (ids[0], prompt[-1], 0)}
+        expected |= {first + k: (ids[k], ids[k - 1], segment) for k in range(1, len(ids))}
+        assert found[completion] == expected
+    lengths = [len(wanted[c][0][wanted[c][1]]) if c in wanted else 0 for c in range(2 * count)]
+    assert rows.lengths.tolist() == lengths
+
+
+def row_contents(rows):
+    """(token, position, segment) of each row, padding left out."""
+    contents = []
+    for ids, positions, segments in zip(rows.input_ids, rows.position_ids, rows.segments, strict=True):
+        real = segments != -1
+        contents.append(list(zip(ids[real].tolist(), positions[real].tolist(), segments[real].tolist(), strict=True)))
+    return contents
+
+
+def expected_row(pair, sides):
+    """prompt at 0…P−1, and each completion restarts at P."""
+    prompt = pair["prompt_ids"]
+    row = [(token, position, 0) for position, token in enumerate(prompt)]
+    for side, segment in sides:
+        row += [(token, len(prompt) + k, segment) for k, token in enumerate(pair[side])]
+    return row
+
+
+BOTH = [("chosen_ids", 1), ("rejected_ids", 2)]
+
+
+@given(batches(), ANY, ANY)
+@fast
+def test_targets_and_sources(batch, evaluation, share_prompt):
+    pairs, is_hard = batch
+    result = collate(pairs, is_hard, evaluation=evaluation, share_prompt=share_prompt)
+    easy = [evaluation or not hard for hard in is_hard]
+    check_rows(result.rows, pairs, [True] * len(pairs), easy)
+    if any(easy):
+        check_rows(result.reference_rows, pairs, easy, easy)
+    else:
+        assert result.reference_rows is None
+
+
+@given(batches(), ANY)
+@fast
+def test_shared_rows_restart_positions_after_the_prompt(batch, evaluation):
+    pairs, is_hard = batch
+    rows = collate(pairs, is_hard, evaluation=evaluation).rows
+    expected = [
+        expected_row(pair, BOTH if evaluation or not hard else BOTH[:1])
+        for pair, hard in zip(pairs, is_hard, strict=True)
+    ]
+    assert sorted(row_contents(rows)) == sorted(expected)
+    assert rows.tokens == sum(map(len, expected))
+
+
+@given(batches(), ANY)
+@fast
+def test_unshared_rows_hold_one_completion_each(batch, evaluation):
+    pairs, is_hard = batch
+    rows = collate(pairs, is_hard, evaluation=evaluation, share_prompt=False).rows
+    expected = [expected_row(pair, BOTH[:1]) for pair in pairs]
+    expected += [expected_row(p, BOTH[1:]) for p, hard in zip(pairs, is_hard, strict=True) if evaluation or not hard]
+    assert sorted(row_contents(rows)) == sorted(expected)
+    assert rows.tokens == sum(map(len, expected))
+
+
+@given(batches(), ANY)
+@fast
+def test_sharing_the_prompt_changes_no_prediction(batch, evaluation):
+    pairs, is_hard = batch
+    counts = []
+    for share_prompt in (True, False):
+        result = collate(pairs, is_hard, evaluation=evaluation, share_prompt=share_prompt)
+        for rows in (result.rows, result.reference_rows):
+            if rows is not None:
+                counts.append(Counter(zip(rows.completion.tolist(), rows.target.tolist(), strict=True)))
+    half = len(counts) // 2
+    assert counts[:half] == counts[half:]
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_a_hard_pairs_rejected_response_is_nowhere(share_prompt):
+    batch = collate(PAIRS, IS_HARD, share_prompt=share_prompt)
+    rejected = {token for b in (1, 3) for token in PAIRS[b]["rejected_ids"]}
+    chosen = {token for b in (1, 3) for token in PAIRS[b]["chosen_ids"]}
+    for rows in (batch.rows, batch.reference_rows):
+        assert not rejected & set(rows.input_ids.flatten().tolist())
+        assert not rejected & set(rows.target.tolist())
+    assert not {4 + 1, 4 + 3} & set(batch.rows.completion.tolist())
+    assert batch.rows.lengths.tolist() == [2, 5, 1, 3, 4, 0, 3, 0]
+    assert chosen <= set(batch.rows.target.tolist())
+    hard_prompts = {PAIRS[1]["prompt_ids"][0], PAIRS[3]["prompt_ids"][0]}
+    for row, ids in enumerate(batch.rows.input_ids.tolist()):
+        if hard_prompts & set(ids):
+            assert 2 not in batch.rows.segments[row].tolist()
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_the_reference_sees_easy_pairs_only(share_prompt):
+    rows = collate(PAIRS, IS_HARD, share_prompt=share_prompt).reference_rows
+    easy = {token for pair in EASY for side in ("prompt_ids", "chosen_ids", "rejected_ids") for token in pair[side]}
+    seen = set(rows.input_ids[rows.segments != -1].tolist())
+    assert seen == easy
+    assert set(rows.target.tolist()) == {t for pair in EASY for s in ("chosen_ids", "rejected_ids") for t in pair[s]}
+
+
+def test_a_batch_of_hard_pairs_has_no_reference():
+    batch = collate(PAIRS, [True] * 4)
+    assert batch.reference_rows is None
+    assert (batch.easy.tolist(), batch.hard.tolist()) == ([], [0, 1, 2, 3])
+    assert batch.rows.segments.max() == 1
+
+
+def test_evaluation_keeps_everything():
+    batch = collate(PAIRS, [True] * 4, evaluation=True)
+    everything = Counter(t for pair in PAIRS for side in ("chosen_ids", "rejected_ids") for t in pair[side])
+    assert Counter(batch.rows.target.tolist()) == Counter(batch.reference_rows.target.tolist()) == everything
+    assert batch.is_hard.tolist() == [True] * 4
+
+
+def test_the_flags_of_a_batch():
+    batch = collate(PAIRS, IS_HARD)
+    assert len(batch) == batch.step_pairs == 4
+    assert (batch.is_hard.dtype, batch.is_hard.tolist()) == (torch.bool, IS_HARD)
+    assert (batch.easy.dtype, batch.easy.tolist()) == (torch.int64, [0, 2])
+    assert (batch.hard.dtype, batch.hard.tolist()) == (torch.int64, [1, 3])
+    assert (batch.margin.dtype, batch.margin.tolist()) == (torch.float64, [-1.0, -0.5, 0.0, 0.5])
+    assert (batch.weight.dtype, batch.weight.tolist()) == (torch.float32, [1.0] * 4)
+    assert (batch.pair_id.dtype, batch.pair_id.tolist()) == (torch.int64, [2**40 + 7 * b for b in range(4)])
+    for rows in (batch.rows, batch.reference_rows):
+        for name in ("input_ids", "position_ids", "segments", "source", "target", "completion", "lengths"):
+            assert getattr(rows, name).dtype == torch.int64, name
+
+
+def test_filler_has_no_weight():
+    batch = collate(PAIRS[:1], [False], weight=0.0, step_pairs=8)
+    assert (batch.weight.tolist(), batch.step_pairs) == ([0.0], 8)
+
+
+@pytest.mark.parametrize("missing", ["margin", "pair_id", "rejected_ids"])
+def test_a_column_that_was_dropped_is_an_error_and_never_a_default(missing):
+    pair = {name: value for name, value in PAIRS[0].items() if name != missing}
+    with pytest.raises(KeyError, match=missing):
+        collate([pair], [False])
+
+
+def test_moving_a_batch_moves_its_rows():
+    batch = collate(PAIRS, IS_HARD)
+    moved = batch.to(torch.device("meta"))
+    tensors = [moved.weight, moved.easy, moved.pair_id, moved.rows.source, moved.rows.lengths]
+    tensors += [moved.reference_rows.input_ids, moved.reference_rows.target]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert (moved.step_pairs, moved.rows.tokens) == (4, batch.rows.tokens)
+    assert batch.rows.source.device.type == "cpu"
+
+
+@given(batches(), ANY, ANY)
+@fast
+def test_the_mask_against_three_loops(batch, evaluation, share_prompt):
+    """What padding sees beside itself is left open: no target is predicted from it and no token looks at it."""
+    rows = collate(*batch, evaluation=evaluation, share_prompt=share_prompt).rows
+    mask = rows.attention_mask()
+    count, width = rows.input_ids.shape
+    assert mask.dtype == torch.bool and mask.shape == (count, 1, width, width)
+    segments, allowed = rows.segments.tolist(), mask[:, 0].tolist()
+    for row in range(count):
+        for query in range(width):
+            asking = segments[row][query]
+            assert allowed[row][query][query]
+            for key in range(width if asking != -1 else 0):
+                expected = key <= query and segments[row][key] in (0, asking)
+                assert allowed[row][query][key] == expected, (row, query, key)
+
+
+def test_a_mask_by_hand():
+    """Prompt of 2, chosen of 2, rejected of 1, one of padding: the rejected token skips the chosen ones."""
+    short, long = make_pair(0, 2, 2, 1), make_pair(1, 2, 2, 2)
+    rows = collate([short, long], [False, False]).rows
+    row = next(r for r in range(2) if rows.input_ids[r, 0] == short["prompt_ids"][0])
+    assert rows.segments[row].tolist() == [0, 0, 1, 1, 2, -1]
+    expected = ["100000", "110000", "111000", "111100", "110010"]
+    assert rows.attention_mask()[row, 0, :5].int().tolist() == [[int(c) for c in line] for line in expected]
+
+
+PLAN = [((0,), 1.0, 3), ((1, 2), 1.0, 3), ((3,), 1.0, 1), ((3,), 0.0, 1), ((2, 0), 1.0, 2), ((1,), 1.0, 2)]
+
+
+def make_loader(workers=0):
+    collator = PairCollator(PAIRS, IS_HARD, evaluation=False, share_prompt=True)
+    return ResumableLoader(PLAN, collator, workers=workers)
+
+
+def seen(batch):
+    return tuple((i - 2**40) // 7 for i in batch.pair_id.tolist()), batch.weight[0].item(), batch.step_pairs
+
+
+def test_the_collator_survives_a_worker():
+    collator = PairCollator(PAIRS, IS_HARD, evaluation=True, share_prompt=False)
+    batch = pickle.loads(pickle.dumps(collator))(((3, 0), 0.0, 9))
+    expected = collate(
+        [PAIRS[3], PAIRS[0]], [True, False], weight=0.0, step_pairs=9, evaluation=True, share_prompt=False
+    )
+    assert seen(batch) == ((3, 0), 0.0, 9)
+    assert batch.is_hard.tolist() == [True, False]
+    assert torch.equal(batch.rows.input_ids, expected.rows.input_ids)
+    assert torch.equal(batch.reference_rows.source, expected.reference_rows.source)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_new_loader_continues_and_then_starts_over(workers):
+    first = make_loader(workers)
+    batches = iter(first)
+    assert [seen(next(batches)) for _ in range(3)] == PLAN[:3]
+    state = first.state_dict()
+    assert [seen(batch) for batch in batches] == PLAN[3:], "asking for the state must not disturb the epoch"
+    second = make_loader(workers)
+    second.load_state_dict(state)
+    assert len(second) == len(PLAN), "Lightning wants the length of the full epoch"
+    assert [seen(batch) for batch in second] == PLAN[3:]
+    assert [seen(batch) for batch in second] == PLAN
+
+
+def test_the_first_epochs_are_full():
+    loader = make_loader()
+    assert len(loader) == len(PLAN)
+    for _ in range(2):
+        assert [seen(batch) for batch in loader] == PLAN
+
+
+def test_a_state_is_plain_integers():
+    loader = make_loader()
+    next(iter(loader))
+    assert loader.state_dict() and {type(value) for value in loader.state_dict().values()} == {int}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_global_generator_is_left_alone(workers):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert len(list(make_loader(workers))) == len(PLAN)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_change_nothing():
+    for here, there in zip(make_loader(0), make_loader(2), strict=True):
+        assert seen(here) == seen(there)
+        for name in ("input_ids", "position_ids", "segments", "source", "target", "completion", "lengths"):
+            assert torch.equal(getattr(here.rows, name), getattr(there.rows, name)), name

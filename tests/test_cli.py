@@ -1,0 +1,238 @@
+"""`run.py` as a user meets it: what a run leaves behind, and how a mistake ends."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_pairs, write_pairs
+
+import run
+
+ROOT = Path(__file__).parents[1]
+METRICS = [
+    *("train/loss", "train/preference_loss", "train/sft_loss", "train/hard_fraction"),
+    *("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy"),
+    *("log_probs/chosen", "log_probs/rejected", "displacement/chosen", "lr_mass/preference", "lr_mass/sft"),
+    *("tokens_per_second", "memory/peak_gb"),
+]
+pytestmark = pytest.mark.filterwarnings(
+    # Lightning 2.6 calls what jsonargparse 4.53 has renamed
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)
+
+
+def options(model: str, source: str, runs: Path) -> list[str]:
+    """14 training and 2 validation pairs in 7 steps, the last two of hard pairs only."""
+    return [
+        *("--model.base", model, "--model.quantization", "none", "--model.optimizer.lr", "3e-4"),
+        *("--data.source", source, "--data.routing", "{hard_fraction: 0.3, threshold: null}"),
+        *("--data.validation", "0.25", "--data.batch_size", "2", "--data.max_length", "64"),
+        *("--data.max_prompt_length", "32", "--trainer.accumulate_grad_batches", "1", "--trainer.callbacks", "null"),
+        *("--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false", "--runs", str(runs), "--name", "tiny"),
+    ]
+
+
+def in_process(*arguments: str) -> int:
+    """`python run.py ARGUMENTS` without its half minute of imports; the exit status, messages on this stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["run.py", *arguments])
+        patch.setenv("MIXDPO_RUN_FOLDER", "")  # of the run before; undone, whatever this one puts there
+        try:
+            run.run()
+        except SystemExit as exit:
+            if isinstance(exit.code, str):  # what the interpreter does with a message
+                print(exit.code, file=sys.stderr)
+                return 1
+            return exit.code or 0
+    return 0
+
+
+def in_shell(*arguments: str) -> tuple[int, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "MIXDPO_RUN_FOLDER"}
+    done = subprocess.run(
+        [sys.executable, "run.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert "error: " not in done.stdout
+    return done.returncode, done.stderr
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(16))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: str, source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that ended well."""
+    runs = tmp_path_factory.mktemp("finished") / "runs"
+    assert in_process("--config", "configs/demo.yaml", *options(tiny_model, source, runs)) == 0
+    assert [folder.name for folder in runs.iterdir()] == ["tiny"]
+    return runs / "tiny"
+
+
+@pytest.fixture
+def refused(
+    tiny_model: str, source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Run with a mistake among the options; the one message, after a look at all that a mistake must not do."""
+
+    def check(*mistake: str, through: str = "process") -> str:
+        arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path / "runs"), *mistake]
+        if through == "shell":
+            status, errors = in_shell(*arguments)
+        else:
+            status = in_process(*arguments)
+            captured = capfd.readouterr()
+            errors = captured.err
+            assert "error: " not in captured.out
+        assert status not in (0, None)
+        assert "Traceback" not in errors
+        messages = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert len(messages) == errors.count("error: ") == 1, errors
+        message = errors[errors.index("error: ") :].strip()
+        assert errors.count(message[7:67]) == 1, f"said twice: {errors}"
+        assert len(message) < 1000, message
+        assert not list((tmp_path / "runs").rglob("*")), "something half-written is left"
+        return message
+
+    yield check
+
+
+def test_a_source_that_is_not_there(refused: Callable[..., str]) -> None:
+    assert "/nonexistent" in refused("--data.source", "/nonexistent", through="shell")
+
+
+def test_a_misspelt_option(refused: Callable[..., str]) -> None:
+    assert "betta" in refused("--model.preference_loss.betta", "1", through="shell")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [({"rejected": None}, ["row 2", "'rejected'"]), ({"margin": "high"}, ["row 2", "margin", "'high'"])],
+    ids=["no rejected", "a margin in words"],
+)
+def test_a_bad_row(change: dict[str, str | None], expected: list[str], refused: Callable[..., str], tmp_path: Path) -> None:
+    rows = make_pairs(16)
+    rows[1] = {name: value for name, value in (rows[1] | change).items() if value is not None}
+    path = write_pairs(tmp_path / "bad.jsonl", rows)
+    message = refused("--data.source", path)
+    assert path in message and all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--model.base", "/nonexistent/model"),
+        ("--model.preference_loss.beta", "-1"),
+        ("--data.routing.hard_fraction", "2"),
+        ("--trainer.max_stepz", "2"),
+        ("--config", "/nonexistent.yaml"),
+    ],
+)
+def test_a_bad_value(option: str, value: str, refused: Callable[..., str]) -> None:
+    message = refused(option, value)
+    named = option.rsplit(".")[-1] if value in ("-1", "2") else value
+    assert named in message
+
+
+@pytest.mark.parametrize("where", ["below a file", "a file", "/proc/x"])
+def test_runs_that_cannot_be_written(where: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("a file\n")
+    runs = {"below a file": f"{file}/runs", "a file": str(file)}.get(where, where)
+    message = refused("--runs", runs)
+    assert runs in message and "--runs" in message
+    assert file.read_text() == "a file\n" and not Path("/proc/x").exists()
+
+
+def test_held_out_prompts_that_are_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
+    """A mistake that shows only after the model is loaded."""
+    callback = {"class_path": "lightning_modules.gold_evaluation.GoldEvaluation", "init_args": {"prompts": "/no.jsonl"}}
+    assert "/no.jsonl" in refused("--trainer.callbacks", json.dumps([callback]))
+
+
+def test_a_run_leaves_its_files(finished: Path) -> None:
+    files = contents(finished)
+    assert {
+        *("config.yaml", "metrics.csv", "route.json", "checkpoints/last.ckpt"),
+        *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+    } <= set(files)
+    assert not [name for name in files if name.endswith(".tmp")]
+    assert sum(name.startswith("events.out.tfevents.") for name in files) == 1
+    route = json.loads((finished / "route.json").read_text())
+    assert route["pairs"] + route["counts"]["validation"]["pairs"] == 16
+    assert route["hard"] == round(0.3 * route["pairs"])
+    assert sum(route["planned_lr_mass"].values()) == pytest.approx(1)
+
+
+def test_the_metrics_have_the_names_of_the_design(finished: Path) -> None:
+    with (finished / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(METRICS) <= set(rows[0])
+    assert all(any(row[name] for row in rows) for name in METRICS)
+    hard = [row for row in rows if row["train/hard_fraction"] and float(row["train/hard_fraction"]) == 1]
+    easy = [row for row in rows if row["train/hard_fraction"] and float(row["train/hard_fraction"]) == 0]
+    assert len(easy) >= 4 and len(hard) >= 2
+    pairwise = [name for name in METRICS if name.startswith(("rewards/", "log_probs/", "displacement/"))]
+    for row in hard:
+        assert not any(row[name] for name in [*pairwise, "train/preference_loss"])
+        assert row["train/sft_loss"] == row["train/loss"]
+    for row in easy:
+        assert all(row[name] for name in pairwise) and not row["train/sft_loss"]
+        assert row["train/preference_loss"] == row["train/loss"]
+    assert float(easy[0]["train/loss"]) == pytest.approx(0.6931472, abs=1e-6)
+    assert float(hard[-1]["lr_mass/sft"]) + float(hard[-1]["lr_mass/preference"]) == pytest.approx(1)
+    assert any(row["val/all/rewards/accuracy"] for row in rows)
+
+
+def test_its_config_repeats_it_under_another_name(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """config.yaml holds every option; a second run of one name leaves the first alone and trains the same adapter."""
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 3e-4
+    assert config["data"]["init_args"]["routing"] == {"threshold": None, "hard_fraction": 0.3, "order": "easy_to_hard"}
+    before = contents(finished)
+    assert in_process("--config", str(finished / "config.yaml")) == 0
+    second = finished.with_name("tiny-2")
+    assert str(second) in capfd.readouterr().out
+    assert contents(finished) == before
+    assert {name for name in contents(second) if "tfevents" not in name} == {n for n in before if "tfevents" not in n}
+    for name in ("config.yaml", "route.json", "adapter/adapter_model.safetensors"):
+        assert contents(second)[name] == before[name], name
+
+
+def test_validate(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint gives what the run itself found at its end, and validating makes no run folder."""
+    folders = sorted(finished.parent.iterdir())
+    config, checkpoint = str(finished / "config.yaml"), str(finished / "checkpoints" / "last.ckpt")
+    before = contents(finished)
+    assert in_process("validate", "--config", config, "--ckpt_path", checkpoint) == 0
+    printed = capfd.readouterr().out
+    assert "val/all/rewards/accuracy" in printed
+    with (finished / "metrics.csv").open(newline="") as file:
+        (found,) = [row for row in csv.DictReader(file) if row["val/all/sft_loss"]]
+    assert found["val/all/sft_loss"][:8] in printed
+    assert sorted(finished.parent.iterdir()) == folders and contents(finished) == before
+
+
+def test_resume(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Stopped after 3 of 7 steps and continued with --ckpt_path, in a folder of its own."""
+    config, runs = str(finished / "config.yaml"), ["--runs", str(tmp_path)]
+    assert in_process("--config", config, *runs, "--trainer.max_steps", "3") == 0
+    checkpoint = tmp_path / "tiny" / "checkpoints" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
+    assert in_process("--config", config, *runs, "--ckpt_path", str(checkpoint)) == 0
+    assert torch.load(tmp_path / "tiny-2" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7

@@ -1,0 +1,156 @@
+"""Every shipped YAML through the real command line, up to where training would start; and what imports what."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run
+from datamodules.preference import PreferenceDataModule
+from lightning_modules.preference import PreferenceModule
+from mixdpo.losses import DPO
+from mixdpo.routing import Routing
+from mixdpo.schedules import Cosine
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
+
+pytestmark = pytest.mark.filterwarnings(
+    # Lightning 2.6 calls what jsonargparse 4.53 has renamed
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """`run.py --config FILE OPTIONS`, parsed and built for a CPU, stopped before training and before the run's folder.
+
+    Nothing is loaded: weights come in `configure_model`, data in `setup`.
+    """
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setattr(run, "new_run_folder", lambda runs, name: tmp_path / name)
+    monkeypatch.setattr(run.RunCLI, "_run_subcommand", lambda self, subcommand: None)
+    cpu = ["--trainer.accelerator", "cpu"]
+    return lambda config, *options: run.main(["--config", str(config), *cpu, *options])
+
+
+def header_overrides(config: Path) -> dict[str, list[str]]:
+    """The lines `#   name: --options …` of a config's header, as arguments."""
+    found = re.findall(r"^# +([\w' ]+): +(--.+)$", config.read_text("utf-8"), flags=re.MULTILINE)
+    return {name: shlex.split(options) for name, options in found}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_config_builds(build, config):
+    cli = build(config)
+    assert type(cli.model) is PreferenceModule and cli.model.model is None
+    assert type(cli.datamodule) is PreferenceDataModule and cli.datamodule.route is None
+    assert cli.datamodule.tokenizer == cli.model.base
+    assert cli.config.fit.name == config.stem
+    # no filler pairs: a step divides into its micro-batches
+    assert cli.datamodule.batch_size % cli.trainer.accumulate_grad_batches == 0
+    assert cli.datamodule.lengths["max_prompt_length"] < cli.datamodule.lengths["max_length"]
+
+
+def test_baseline_overrides(build):
+    """What a header offers as baselines is accepted and means what its name says; the command it names is its own."""
+    parser = build(ROOT / "configs/demo.yaml").parser
+    for config in (path for path in CONFIGS if path.name != "demo.yaml"):
+        assert f"#   python run.py --config {config.relative_to(ROOT)}\n" in config.read_text("utf-8")
+        overrides = header_overrides(config)
+        for baseline, hard_fraction in {"DPO": 0, "SFT": 1}.items():
+            parsed = parser.parse_args(["fit", "--config", str(config), *overrides[baseline]]).fit
+            routing = Routing(**vars(parsed.data.init_args.routing))
+            assert routing == Routing(hard_fraction=hard_fraction, order="shuffled"), config
+            assert parsed.name == f"{config.stem}-{baseline.lower()}"
+
+
+def test_control_overrides(build):
+    paper = ROOT / "configs/mixdpo/llama3_8b.yaml"
+    overrides = header_overrides(paper)
+    assert build(paper, *overrides["sort only"]).datamodule.routing == Routing(hard_fraction=0)
+    shuffled = Routing(threshold=0.5, hard_fraction=None, order="shuffled")
+    assert build(paper, *overrides["route only"]).datamodule.routing == shuffled
+    assert build(paper, *overrides["paper's schedule"]).model.schedule == Cosine(warmup=0.1)
+    for config in (ROOT / "configs/mixdpo").glob("*.yaml"):
+        assert header_overrides(config) == {
+            name: [option.replace(paper.stem, config.stem) for option in options] for name, options in overrides.items()
+        }
+
+
+def test_paper_choices_arrive(build):
+    cli = build(ROOT / "configs/mixdpo/llama3_8b.yaml")
+    assert cli.model.preference_loss == DPO(beta=0.01, label_smoothing=0.1)
+    assert cli.datamodule.routing == Routing(threshold=0.5, hard_fraction=None)
+    assert (cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches, cli.trainer.max_epochs) == (160, 160, 1)
+    assert cli.trainer.precision == "bf16-mixed"
+
+
+def test_override_arrives(build):
+    options = [
+        "--model.preference_loss.beta",
+        "0.05",
+        "--data.routing.hard_fraction",
+        "0.3",
+        "--trainer.max_steps",
+        "7",
+    ]
+    cli = build(ROOT / "configs/demo.yaml", *options)
+    assert cli.model.preference_loss.beta == 0.05
+    assert cli.datamodule.routing.hard_fraction == 0.3
+    assert cli.trainer.max_steps == 7
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--model.sft_wieght", "--model.preference_loss.betta", "--data.routing.hard_fractoin", "--trainer.max_stepz"],
+)
+def test_misspelt_option_is_named(build, option):
+    with pytest.raises(run.ArgumentError, match=option.rsplit(".")[-1]):
+        build(ROOT / "configs/demo.yaml", f"--{option}", "0.3")
+
+
+def python(code: str) -> str:
+    """What the code prints in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports():
+    """`mixdpo.losses` costs torch and nothing else; no module under `mixdpo` imports lightning."""
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "mixdpo").rglob("*.py"))
+    ]
+    code = f"""if True:
+        import sys
+        import mixdpo.losses
+        print(sorted({{"transformers", "peft", "datasets", "bitsandbytes"}} & set(sys.modules)))
+        for name in {modules}:
+            __import__(name)
+        lightning = {{"lightning", "pytorch_lightning", "lightning_fabric", "lightning_modules", "datamodules"}}
+        print(sorted(lightning & set(sys.modules)))
+    """
+    assert python(code).splitlines() == ["[]", "[]"]
+
+
+def test_help():
+    """`python run.py --help` and `python run.py fit --help`, in one process because most of its time is imports."""
+    code = """if True:
+        import runpy, sys
+        for arguments in (["--help"], ["fit", "--help"]):
+            sys.argv = ["run.py", *arguments]
+            try:
+                runpy.run_path("run.py", run_name="__main__")
+            except SystemExit as exit:
+                print("status", exit.code)
+    """
+    printed = python(code)
+    assert printed.count("status 0\n") == 2
+    assert "--trainer.max_steps" in printed

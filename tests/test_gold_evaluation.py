@@ -1,0 +1,193 @@
+"""The gold score before and after training: the table by hand, and the callback around a short run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, adapter_weights, build, make_pairs, write_pairs
+
+from lightning_modules.callbacks import ExactResume, RunFiles, Throughput
+from lightning_modules.gold_evaluation import GoldEvaluation
+from lightning_modules.preference import PreferenceModule
+from mixdpo.errors import InputError
+from mixdpo.evaluation.gold import Answers, answer, compare, markdown
+from mixdpo.models import Lora, load_tokenizer
+from mixdpo.schedules import Constant
+
+
+def answers(scores: Sequence[float], tokens: Sequence[float], ended: Sequence[bool]) -> Answers:
+    return Answers(["text"] * len(scores), np.array(scores), np.array(tokens), np.array(ended))
+
+
+# Seen prompts gain 1 each, so their interval has no width; of the others one gains ½ and one loses ½.
+BEFORE = answers([0.0, 0.25, 0.5, 1.0], [10, 20, 30, 64], [True, True, True, False])
+AFTER = answers([1.0, 1.25, 1.0, 0.5], [20, 30, 40, 50], [True, True, True, True])
+PARTS = ["seen", "seen", "new", "new"]
+
+
+def test_compare_by_hand() -> None:
+    rows = compare(BEFORE, AFTER, PARTS)
+    assert list(rows) == [
+        *("gold score, all prompts", "gold score, seen", "gold score, new"),
+        *("answer length, tokens", "ended by itself"),
+    ]
+    expected = {  # n, before, after, difference
+        "gold score, all prompts": (4, 1.75 / 4, 3.75 / 4, 0.5),
+        "gold score, seen": (2, 0.125, 1.125, 1.0),
+        "gold score, new": (2, 0.75, 0.75, 0.0),
+        "answer length, tokens": (4, 31.0, 35.0, 4.0),
+        "ended by itself": (4, 0.75, 1.0, 0.25),
+    }
+    for name, values in expected.items():
+        assert [rows[name][key] for key in ("n", "before", "after", "difference")] == pytest.approx(values), name
+    assert (rows["gold score, seen"]["low"], rows["gold score, seen"]["high"]) == (1.0, 1.0)
+    # two resampled differences of ±½: means −½, 0 and ½ with chances ¼, ½ and ¼
+    assert (rows["gold score, new"]["low"], rows["gold score, new"]["high"]) == (-0.5, 0.5)
+    # four of which one is 1: the mean is 0 in 32 % of the resamples and above ¾ in 0.4 %
+    assert (rows["ended by itself"]["low"], rows["ended by itself"]["high"]) == (0.0, 0.75)
+
+
+def test_one_seed_one_table() -> None:
+    assert compare(BEFORE, AFTER, PARTS, seed=3) == compare(BEFORE, AFTER, PARTS, seed=3)
+
+
+def test_parts_keep_their_order_and_a_single_one_repeats_the_whole() -> None:
+    assert list(compare(BEFORE, AFTER, ["b", "a", "b", "a"]))[1:3] == ["gold score, b", "gold score, a"]
+    rows = compare(BEFORE, AFTER, ["all"] * 4)
+    assert rows["gold score, all"] == rows["gold score, all prompts"]
+
+
+def test_markdown_by_hand() -> None:
+    rows = {
+        "gold score, seen": {"n": 2, "before": 0.125, "after": 1.0625, "difference": 0.9375, "low": -0.25, "high": 1.0},
+        "answer length, tokens": {"n": 2, "before": 31, "after": 28.5, "difference": -2.5, "low": -4, "high": 0.75},
+    }
+    assert markdown(rows, {"optimizer steps": "7"}).splitlines() == [
+        "| held-out prompts | n | before | after | difference [95 % interval] |",
+        "|---|---|---|---|---|",
+        "| gold score, seen | 2 | 0.125 | 1.062 | +0.938 [-0.250, +1.000] |",
+        "| answer length, tokens | 2 | 31.0 | 28.5 | -2.5 [-4.0, +0.8] |",
+        "",
+        "| training and held-out pairs | |",
+        "|---|---|",
+        "| optimizer steps | 7 |",
+    ]
+
+
+class CountsWord:
+    """A scorer from outside the project: how often the answer says the row's word."""
+
+    def __call__(self, row: Mapping[str, Any], texts: Sequence[str]) -> list[float]:
+        return [float(text.split().count(row["word"])) for text in texts]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    rows = [{"prompt": f"{WORDS[i]} {WORDS[-i]} 7", "word": WORDS[0], "part": "odd" if i % 2 else "even"} for i in range(6)]
+    return write_pairs(tmp_path / "prompts.jsonl", rows)
+
+
+def run(
+    model: str, folder: Path, callback: GoldEvaluation | None, **options: Any
+) -> tuple[PreferenceModule, dict[str, torch.Tensor]]:
+    """A fit with dropout, so that any random number that the evaluation draws would show in the adapter."""
+    source = write_pairs(folder.with_suffix(".jsonl"), make_pairs(12))
+    callbacks = [RunFiles(), ExactResume(), Throughput(), *([callback] if callback else [])]
+    defaults: dict[str, Any] = {"lora": Lora(rank=4, alpha=8, dropout=0.3), "schedule": Constant(warmup=0.0), "lr": 5.0}
+    trainer, module, data = build(
+        model, source, folder, trainer={"callbacks": callbacks}, data={"validation": 0.2}, **{**defaults, **options}
+    )
+    trainer.fit(module, data)
+    return module, adapter_weights(module)
+
+
+def evaluation(prompts: str, **options: Any) -> GoldEvaluation:
+    return GoldEvaluation(prompts, scorer=CountsWord(), max_new_tokens=4, batch_size=2, **options)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_files_of_the_run(tiny_model: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    module, _ = run(tiny_model, folder, evaluation(prompts, limit=5))
+    results, rows = (json.loads((folder / name).read_text()) for name in ("results.json", "answers.json"))
+    table = (folder / "results.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert results["steps"] == module.trainer.global_step
+    assert table == markdown(results["heldout_prompts"], results["facts"]) + "\n"
+    assert len(rows) == 5 and [row["part"] for row in rows] == ["even", "odd", "even", "odd", "even"]
+    for row in rows:
+        for when in ("before", "after"):
+            assert row[f"score_{when}"] == row[when].split().count(row["word"])
+    for name, chosen in (("all prompts", rows), ("even", rows[::2]), ("odd", rows[1::2])):
+        found = results["heldout_prompts"][f"gold score, {name}"]
+        for when in ("before", "after"):
+            assert found[when] == pytest.approx(sum(row[f"score_{when}"] for row in chosen) / len(chosen))
+    assert any(row["before"] != row["after"] for row in rows), "training changed no answer: the table shows nothing"
+    assert results["facts"]["optimizer steps"] == str(results["steps"])
+    assert "reward accuracy, easy pairs (longer response wins)" in results["facts"]
+
+
+def plain_answers(model: Any, prompts: str, **options: Any) -> list[str]:
+    rows = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
+    return answer(model, options["tokenizer"], rows, CountsWord(), max_new_tokens=4, batch_size=2).texts
+
+
+@pytest.mark.parametrize("dequantise", [True, False])
+def test_before_is_the_start_and_after_is_the_policy(
+    dequantise: bool, tiny_model: str, prompts: str, tmp_path: Path
+) -> None:
+    """Training that starts from an adapter: before is that adapter, neither the bare base nor the trained policy."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run(tiny_model, tmp_path / "start", None)
+    run(tiny_model, tmp_path / "run", evaluation(prompts, dequantise=dequantise), adapter=str(tmp_path / "start/adapter"))
+    found = json.loads((tmp_path / "run" / "answers.json").read_text())
+    tokenizer = load_tokenizer(tiny_model)
+    expected = {"base": plain_answers(plain(AutoModelForCausalLM, tiny_model), prompts, tokenizer=tokenizer)}
+    for name in ("start", "run"):
+        with_adapter = PeftModel.from_pretrained(plain(AutoModelForCausalLM, tiny_model), str(tmp_path / name / "adapter"))
+        expected[name] = plain_answers(with_adapter, prompts, tokenizer=tokenizer)
+    assert len({tuple(texts) for texts in expected.values()}) == 3, "the three models answer alike: nothing could fail"
+    assert [row["before"] for row in found] == expected["start"]
+    assert [row["after"] for row in found] == expected["run"]
+
+
+def plain(cls: Any, folder: str) -> Any:
+    return cls.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_dequantising_changes_no_answer(tiny_model: str, prompts: str, tmp_path: Path) -> None:
+    texts = []
+    for dequantise in (True, False):
+        folder = tmp_path / str(dequantise)
+        run(tiny_model, folder, evaluation(prompts, dequantise=dequantise))
+        texts.append([(r["before"], r["after"]) for r in json.loads((folder / "answers.json").read_text())])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dequantise", [True, False])
+def test_the_run_is_the_one_without_it(dequantise: bool, tiny_model: str, prompts: str, tmp_path: Path) -> None:
+    _, alone = run(tiny_model, tmp_path / "alone", None)
+    module, watched = run(tiny_model, tmp_path / "watched", evaluation(prompts, dequantise=dequantise))
+    assert all(torch.equal(value, watched[key]) for key, value in alone.items())
+    assert module.model.training and all(p.requires_grad == (".policy." in n) for n, p in module.model.named_parameters())
+
+
+def test_evaluation_leaves_the_random_state(tiny_model: str, prompts: str, tmp_path: Path) -> None:
+    callback = evaluation(prompts)
+    module, _ = run(tiny_model, tmp_path / "run", None)
+    module.trainer.callbacks.append(callback)
+    state = torch.get_rng_state()
+    callback.on_fit_start(module.trainer, module)
+    callback.on_fit_end(module.trainer, module)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_prompts_that_are_not_there(tiny_model: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="/no/such.jsonl"):
+        run(tiny_model, tmp_path / "run", evaluation("/no/such.jsonl"))

@@ -1,0 +1,261 @@
+"""Training steps on a tiny model: what is computed, what gets a gradient, and what never may."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+
+from lightning_modules import preference as preference_module
+from lightning_modules.preference import PreferenceModule
+from mixdpo import losses
+from mixdpo.batching import PairBatch
+from mixdpo.models import role, save_adapter, sequence_log_probs
+from mixdpo.routing import Routing
+from mixdpo.schedules import Constant
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
+
+
+def first_batch(trainer: Any, module: PreferenceModule, data: Any) -> PairBatch:
+    """Load weights and data as `fit` does, without training."""
+    trainer.strategy._lightning_module = module
+    trainer._data_connector.attach_data(module, datamodule=data)
+    module.trainer = data.trainer = trainer
+    data.setup("fit")
+    with trainer.init_module():  # sets the default dtype, as `fit` does
+        module.configure_model()
+    return next(iter(data.train_dataloader()))
+
+
+def perturb_policy(module: PreferenceModule, scale: float = 0.5) -> None:
+    """LoRA's B starts at 0, where policy and reference are equal and half of the mistakes cannot show."""
+    torch.manual_seed(1)
+    for name, parameter in module.model.named_parameters():
+        if "lora_B.policy" in name:
+            parameter.data.normal_(0, scale)
+
+
+def plain_log_prob(causal_lm: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """Independent of the project's code: one forward of prompt + completion, one loop over its tokens."""
+    ids = torch.tensor([prompt + completion])
+    log_probs = causal_lm(ids).logits[0].log_softmax(-1)
+    return torch.stack([log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(completion)]).sum()
+
+
+def step_by_hand(module: PreferenceModule, data: Any, indices: list[int], beta: float, lr: float) -> None:
+    """One SGD step, one pair at a time, from the equations."""
+    policy = [p for p in module.model.parameters() if p.requires_grad]
+    total = torch.zeros((), dtype=torch.float64)
+    causal_lm = module.model.get_base_model()
+    for i in indices:
+        pair = data.train_pairs[i]
+        prompt, chosen, rejected = pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
+        if data.route.is_hard[i]:
+            total = total - plain_log_prob(causal_lm, prompt, chosen) / len(chosen)
+            continue
+        with torch.no_grad(), module.model.disable_adapter():
+            r_w, r_l = (plain_log_prob(causal_lm, prompt, side) for side in (chosen, rejected))
+        for parameter in policy:
+            parameter.requires_grad_(True)
+        s_w, s_l = (plain_log_prob(causal_lm, prompt, side) for side in (chosen, rejected))
+        total = total - torch.log(torch.sigmoid(beta * ((s_w - r_w) - (s_l - r_l))))
+    gradients = torch.autograd.grad(total / len(indices), policy)
+    with torch.no_grad():
+        for parameter, gradient in zip(policy, gradients, strict=True):
+            parameter -= lr * gradient
+
+
+@pytest.fixture
+def full_precision_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers rounds RMSNorm to fp32 even in an fp64 model, which blurs 1e-16 differences to 1e-8."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+CUTS = [
+    {"accumulate": 1},
+    {"accumulate": 2},
+    {"accumulate": 4},
+    {"accumulate": 2, "share_prompt": False},
+    {"accumulate": 2, "attention": "eager"},
+    {"accumulate": 1, "activation_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.usefixtures("full_precision_norms")
+def test_update_is_the_mean_over_the_step_whatever_the_cut(
+    cut: dict[str, Any], tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """10 training pairs in steps of 4, 4 and 2, mixed micro-batches among them, against a loop in this file."""
+    cut = dict(cut)
+    trainer = {"accumulate_grad_batches": cut.pop("accumulate"), "precision": "64-true", "max_epochs": 2}
+    data = {"limit": 10, "share_prompt": cut.pop("share_prompt", True), "routing": Routing(hard_fraction=0.3)}
+    options = {"dtype": "float64", "schedule": Constant(warmup=0.0), "preference_loss": losses.DPO(beta=0.5), **cut}
+    module = fit(tiny_model, source, tmp_path / "run", trainer=trainer, data=data, **options)
+
+    fitter, by_hand, pairs = build(tiny_model, source, tmp_path / "hand", trainer=trainer, data=data, **options)
+    first_batch(fitter, by_hand, pairs)
+    order = pairs.route.order.tolist()
+    for _ in range(2):
+        for start in range(0, 10, 4):
+            step_by_hand(by_hand, pairs, order[start : start + 4], beta=0.5, lr=0.1)
+    ours, theirs = adapter_weights(module), adapter_weights(by_hand)
+    assert max(value.abs().max() for key, value in ours.items() if "lora_B" in key) > 1e-3  # B starts at 0
+    for key in ours:
+        close = 1e-6 if "attention" in cut else 1e-11  # eager attention takes its softmax in fp32
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=close)
+
+
+@pytest.mark.usefixtures("full_precision_norms")
+def test_order_inside_a_step_does_not_matter(tiny_model: str, source: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": "float64", "trainer": {"precision": "64-true"}, "data": {"batch_size": 12}}
+    straight = fit(tiny_model, source, tmp_path / "a", **options)
+    options["data"] = {"batch_size": 12, "routing": Routing(hard_fraction=0.25, order="shuffled"), "seed": 3}
+    shuffled = fit(tiny_model, source, tmp_path / "b", **options)
+    for key, value in adapter_weights(straight).items():
+        torch.testing.assert_close(value, adapter_weights(shuffled)[key], rtol=1e-10, atol=1e-13)
+
+
+def test_first_step_is_ln2_with_margin_zero(tiny_model: str, source: str, tmp_path: Path) -> None:
+    batch = first_batch(*(run := build(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0)})))
+    module = run[1]
+    policy, reference = module.policy_and_reference(batch)
+    loss, preference, _ = module.route_losses(batch, policy, reference)
+    torch.testing.assert_close(preference, torch.full((4,), 0.6931472))
+    assert torch.equal(policy.sums, reference.sums)
+    assert len(loss) == 4
+
+
+def test_only_the_policy_gets_a_gradient_and_nothing_else_moves(tiny_model: str, source: str, tmp_path: Path) -> None:
+    trained = fit(tiny_model, source, tmp_path / "first")
+    folder = tmp_path / "first" / "adapter"
+    run = build(tiny_model, source, tmp_path / "second", adapter=str(folder))
+    first_batch(*run)
+    module = run[1]
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    for key, value in adapter_weights(trained).items():  # starts from the trained adapter, which is its reference
+        assert torch.equal(value, before[key])
+        assert torch.equal(value, before[key.replace(".policy.", ".reference.")])
+    run[0].fit(module, run[2])
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad == (".policy." in name), name
+    after = module.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(".policy." in key for key in changed)
+    assert {key for key in before if ".policy." in key} == changed
+
+
+def test_reference_is_the_frozen_start_not_the_base(tiny_model: str, source: str, tmp_path: Path) -> None:
+    first = fit(tiny_model, source, tmp_path / "first", lr=1.0)
+    run = build(tiny_model, source, tmp_path / "second", adapter=str(tmp_path / "first" / "adapter"))
+    batch = first_batch(*run)
+    module = run[1]
+    with torch.no_grad():
+        with role(module.model, "reference"):
+            reference = sequence_log_probs(module.model, batch.rows).sums
+        with role(module.model, "base"):
+            base = sequence_log_probs(module.model, batch.rows).sums
+        expected = sequence_log_probs(first.model, batch.rows).sums
+    assert torch.equal(reference, expected)
+    assert (reference - base).abs().max() > 1e-3
+
+
+def test_roles_restore_what_was_even_after_an_error(tiny_model: str, source: str, tmp_path: Path) -> None:
+    run = build(tiny_model, source, tmp_path / "run")
+    batch = first_batch(*run)
+    module = run[1]
+    perturb_policy(module)
+    trainable = [p.requires_grad for p in module.parameters()]
+    policy = sequence_log_probs(module.model, batch.rows).sums
+    with pytest.raises(KeyError), role(module.model, "base"):
+        raise KeyError
+    assert torch.equal(policy, sequence_log_probs(module.model, batch.rows).sums)
+    assert [p.requires_grad for p in module.parameters()] == trainable
+    with role(module.model, "base"):
+        ours = sequence_log_probs(module.model, batch.rows).sums
+    with module.model.disable_adapter():
+        peft = sequence_log_probs(module.model, batch.rows).sums
+    assert torch.equal(ours, peft) and not torch.equal(ours, policy)
+
+
+def with_random_rejected(rows: list[dict[str, Any]], hard: bool, threshold: float) -> list[dict[str, Any]]:
+    """Replace the rejected text of all hard pairs, or of one easy pair."""
+    changed = [dict(row) for row in rows]
+    picked = [row for row in changed if (row["margin"] < threshold) == hard]
+    for row in picked if hard else picked[:1]:
+        row["rejected"] = "snow snow bird fish fish salt " + row["rejected"][:3]
+    return changed
+
+
+@pytest.mark.parametrize(("hard", "same"), [(True, True), (False, False)])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_hard_pairs_rejected_text_is_not_there(
+    hard: bool, same: bool, accumulate: int, tiny_model: str, tmp_path: Path
+) -> None:
+    """12 pairs in three steps of which the middle one mixes both routes (5 hard)."""
+    rows = make_pairs(12)
+    options: dict[str, Any] = {
+        "trainer": {"accumulate_grad_batches": accumulate},
+        "data": {"routing": Routing(threshold=3.0, hard_fraction=None)},
+    }
+    a = fit(tiny_model, write_pairs(tmp_path / "a.jsonl", rows), tmp_path / "a", **options)
+    other = write_pairs(tmp_path / "b.jsonl", with_random_rejected(rows, hard, 3.0))
+    b = fit(tiny_model, other, tmp_path / "b", **options)
+    equal = [torch.equal(value, adapter_weights(b)[key]) for key, value in adapter_weights(a).items()]
+    assert all(equal) if same else not all(equal)
+
+
+def test_flipping_a_flag_changes_the_loss(tiny_model: str, source: str, tmp_path: Path) -> None:
+    results = []
+    for fraction in (0.0, 0.25, 1.0):
+        run = build(tiny_model, source, tmp_path / str(fraction), data={"routing": Routing(hard_fraction=fraction)})
+        batch = first_batch(*run)
+        if fraction == 0.25:
+            assert not batch.is_hard.any()  # the easiest come first
+        policy, reference = run[1].policy_and_reference(batch)
+        results.append(run[1].route_losses(batch, policy, reference)[0].mean().item())
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 3), (1 / 3, 2), (1.0, 0)])
+def test_steps_of_hard_pairs_never_run_the_reference(
+    fraction: float, expected: int, tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grads: list[bool] = []
+    real = preference_module.sequence_log_probs
+
+    def counted(*arguments: Any) -> Any:
+        grads.append(torch.is_grad_enabled())
+        return real(*arguments)
+
+    monkeypatch.setattr(preference_module, "sequence_log_probs", counted)
+    fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=fraction)})
+    assert grads.count(True) == 3 and grads.count(False) == expected
+
+
+def test_saved_adapter_gives_the_policys_log_probs_in_a_fresh_model(tiny_model: str, source: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    module = fit(tiny_model, source, tmp_path / "run", lr=1.0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    fresh = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        ours, theirs = module.model.get_base_model()(ids).logits, fresh(ids).logits
+    assert torch.equal(ours, theirs)
+    save_adapter(module.model, tmp_path / "run" / "adapter")  # writing again replaces the folder
+    assert sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]

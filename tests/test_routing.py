@@ -1,0 +1,220 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixdpo.errors import InputError
+from mixdpo.routing import Routing, plan_route
+
+FEW_MARGINS = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.5])  # few values: ties everywhere
+PAIR_IDS = st.integers(-(2**63), 2**63 - 1)
+fast = settings(deadline=None, max_examples=60)
+
+
+@st.composite
+def pairs(draw, margin=FEW_MARGINS, unique_margins=False):
+    margins = draw(st.lists(margin, min_size=1, max_size=40, unique=unique_margins))
+    ids = draw(st.lists(PAIR_IDS, min_size=len(margins), max_size=len(margins), unique=True))
+    return np.array(margins), np.array(ids, dtype=np.int64)
+
+
+options = st.one_of(
+    st.builds(lambda f: {"hard_fraction": f}, st.floats(0, 1)),
+    st.builds(lambda t: {"threshold": t}, st.sampled_from([-2.0, 0.0, 0.25, 0.5, 1.0, 9.0])),
+)
+
+
+def test_the_threshold_is_strict():
+    margins = np.array([0.5, 0.0, 0.49, 1.0, -2.0, 0.5])
+    route = plan_route(margins, np.arange(6), threshold=0.5)
+    assert route.is_hard.tolist() == [False, True, True, False, True, False]
+    assert route.is_hard.dtype == bool
+    assert route.threshold == 0.5
+
+
+def test_half_point_scores_at_the_default_threshold_make_ties_hard():
+    margins = np.array([0.0, 0.5, 1.0, 0.0, 3.5])
+    assert plan_route(margins, np.arange(5), threshold=0.5).is_hard.tolist() == [True, False, False, True, False]
+
+
+@given(pairs(), st.floats(0, 1), st.integers(0, 5))
+@fast
+def test_the_fraction_takes_exactly_the_rounded_count_from_the_small_end(data, fraction, seed):
+    margins, ids = data
+    is_hard = plan_route(margins, ids, hard_fraction=fraction, seed=seed).is_hard
+    assert is_hard.sum() == round(fraction * len(margins))
+    if is_hard.any() and not is_hard.all():
+        assert margins[is_hard].max() <= margins[~is_hard].min()
+
+
+@pytest.mark.parametrize(("pairs", "fraction", "hard"), [(5, 0.5, 2), (7, 0.5, 4), (50, 0.12, 6), (3, 0.12, 0)])
+def test_counts_by_hand(pairs, fraction, hard):
+    """2.5 → 2 and 3.5 → 4, as Python rounds."""
+    assert plan_route(np.zeros(pairs), np.arange(pairs), hard_fraction=fraction).is_hard.sum() == hard
+
+
+@given(pairs(), options, st.integers(0, 5), st.randoms(use_true_random=False))
+@fast
+def test_the_order_of_the_rows_decides_nothing(data, option, seed, random):
+    margins, ids = data
+    shuffled = list(range(len(ids)))
+    random.shuffle(shuffled)
+    first = plan_route(margins, ids, seed=seed, **option)
+    second = plan_route(margins[shuffled], ids[shuffled], seed=seed, **option)
+    assert set(ids[first.is_hard]) == set(ids[shuffled][second.is_hard])
+    assert ids[first.order].tolist() == ids[shuffled][second.order].tolist()
+    assert first.threshold == second.threshold
+
+
+@given(pairs(), options, st.integers(0, 5))
+@fast
+def test_easy_to_hard_descends_and_ends_with_every_hard_pair(data, option, seed):
+    margins, ids = data
+    route = plan_route(margins, ids, seed=seed, **option)
+    assert sorted(route.order.tolist()) == list(range(len(ids)))
+    assert (np.diff(margins[route.order]) <= 0).all()
+    hard = int(route.is_hard.sum())
+    assert route.is_hard[route.order].tolist() == [False] * (len(ids) - hard) + [True] * hard
+    assert route.order.dtype == np.int64
+    assert route.is_hard.shape == route.margins.shape == margins.shape
+
+
+@pytest.mark.parametrize("order", ["easy_to_hard", "shuffled"])
+def test_one_seed_one_plan(order):
+    margins, ids = np.repeat([0.0, 1.0], 32), np.arange(64)
+
+    def plan(seed):
+        route = plan_route(margins, ids, hard_fraction=0.25, order=order, seed=seed)
+        return route.order.tolist(), set(ids[route.is_hard].tolist()), route.fingerprint()
+
+    assert plan(3) == plan(3)
+    for same, different in zip(plan(3), plan(4), strict=True):
+        assert same != different
+
+
+def test_ties_are_split_evenly_over_seeds():
+    """Each of 20 tied pairs should be hard in half of 200 seeds; 60 to 140 is 5.6 standard deviations wide."""
+    ids = np.arange(20)
+    counts = sum(plan_route(np.zeros(20), ids, hard_fraction=0.5, seed=seed).is_hard.astype(int) for seed in range(200))
+    assert counts.sum() == 2000
+    assert counts.min() >= 60 and counts.max() <= 140
+
+
+def test_shuffled_changes_the_order_only():
+    margins, ids = np.arange(100.0), np.arange(100)
+    sorted_route = plan_route(margins, ids, hard_fraction=0.3, seed=1)
+    route = plan_route(margins, ids, hard_fraction=0.3, order="shuffled", seed=1)
+    assert route.is_hard.tolist() == sorted_route.is_hard.tolist() == [True] * 30 + [False] * 70
+    assert sorted(route.order.tolist()) == list(range(100))
+    assert not route.is_hard[route.order][-30:].all()
+    assert (route.ordering, sorted_route.ordering) == ("shuffled", "easy_to_hard")
+
+
+@pytest.mark.parametrize("option", [{"hard_fraction": 1.0}, {"threshold": 3.0}])
+def test_all_hard(option):
+    margins = np.array([0.0, 2.5, -1.0, 2.5])
+    route = plan_route(margins, np.arange(4), **option)
+    assert route.is_hard.all()
+    assert (margins < route.threshold).all()
+    assert json.loads(json.dumps(route.summary(), allow_nan=False))["hard"] == 4
+
+
+@pytest.mark.parametrize("option", [{"hard_fraction": 0.0}, {"threshold": -1.0}])
+def test_none_hard(option):
+    margins = np.array([0.0, 2.5, -1.0, 2.5])
+    route = plan_route(margins, np.arange(4), **option)
+    assert not route.is_hard.any()
+    assert not (margins < route.threshold).any()
+    assert json.loads(json.dumps(route.summary(), allow_nan=False))["hard"] == 0
+
+
+@given(pairs(st.floats(-1e6, 1e6), unique_margins=True), st.floats(0, 1))
+@fast
+def test_without_a_split_tie_the_threshold_repeats_the_cut(data, fraction):
+    margins, ids = data
+    route = plan_route(margins, ids, hard_fraction=fraction)
+    assert (margins < route.threshold).tolist() == route.is_hard.tolist()
+    if not route.is_hard.all():
+        assert route.threshold == margins[~route.is_hard].min()
+
+
+def test_new_pairs_in_a_split_block_of_ties_are_easy():
+    margins = np.array([3.0, 1.0, 1.0, 1.0, 0.0])
+    route = plan_route(margins, np.arange(5), hard_fraction=0.4)
+    assert route.is_hard.sum() == 2
+    assert route.threshold == 1.0
+
+
+def test_summary_by_hand():
+    route = plan_route(np.array([4.0, 1.0, 0.0, 1.0, 2.0]), np.arange(5), hard_fraction=0.4)
+    summary = json.loads(json.dumps(route.summary(), allow_nan=False))
+    quantiles = summary.pop("margin_quantiles")
+    assert [quantiles[q] for q in ("0%", "25%", "50%", "75%", "100%")] == [0.0, 1.0, 1.0, 2.0, 4.0]
+    assert summary == {
+        "pairs": 5,
+        "hard": 2,
+        "hard_fraction": 0.4,
+        "threshold": 1.0,
+        "ties_at_threshold": 2,
+        "hard_at_threshold": 1,
+        "order": "easy_to_hard",
+    }
+
+
+@given(pairs(), options)
+@fast
+def test_every_summary_is_json(data, option):
+    summary = plan_route(*data, **option).summary()
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+def test_the_fingerprint_tells_routes_and_orders_apart():
+    margins, ids = np.arange(10.0), np.arange(10)
+    plain = plan_route(margins, ids, threshold=3.0).fingerprint()
+    assert plain == plan_route(margins, ids, threshold=3.0).fingerprint()
+    assert plain != plan_route(margins, ids, threshold=4.0).fingerprint()
+    assert plain != plan_route(margins, ids, threshold=3.0, order="shuffled").fingerprint()
+    assert plain != plan_route(margins[::-1].copy(), ids, threshold=3.0).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("margins", "option"),
+    [
+        ([], {"threshold": 0.5}),
+        ([], {"hard_fraction": 0.5}),
+        ([1.0, math.nan], {"threshold": 0.5}),
+        ([1.0, math.inf], {"hard_fraction": 0.5}),
+        ([1.0, -math.inf], {"threshold": 0.5}),
+        ([1.0, 2.0], {}),
+        ([1.0, 2.0], {"threshold": 0.5, "hard_fraction": 0.5}),
+        ([1.0, 2.0], {"hard_fraction": 1.01}),
+        ([1.0, 2.0], {"hard_fraction": -0.01}),
+        ([1.0, 2.0], {"hard_fraction": math.nan}),
+        ([1.0, 2.0], {"threshold": math.nan}),
+    ],
+)
+def test_bad_input_is_refused(margins, option):
+    with pytest.raises(InputError):
+        plan_route(np.array(margins, dtype=np.float64), np.arange(len(margins)), **option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"threshold": 0.5}, {"hard_fraction": None}, {"hard_fraction": 1.5}, {"hard_fraction": -0.1}],
+)
+def test_bad_options_are_refused_before_there_is_data(option):
+    """`threshold` alone clashes with the default fraction: the other has to be null."""
+    with pytest.raises(InputError):
+        Routing(**option)
+
+
+def test_the_options_make_the_same_plan():
+    margins, ids = np.tile([0.0, 0.5, 1.0], 10), np.arange(30)
+    for option in ({"threshold": 0.5, "hard_fraction": None}, {"threshold": None, "hard_fraction": 0.2}):
+        for order in ("easy_to_hard", "shuffled"):
+            planned = Routing(**option, order=order).plan(margins, ids, seed=7)
+            assert planned.fingerprint() == plan_route(margins, ids, **option, order=order, seed=7).fingerprint()
+            assert planned.is_hard.sum() == (10 if option["threshold"] else 6)

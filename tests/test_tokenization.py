@@ -1,0 +1,319 @@
+import dataclasses
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from mixdpo.errors import InputError
+from mixdpo.tokenization import EncodedPair, encode_pair, encode_pairs, limit_lengths, load_template
+
+# ChatML as SmolLM2 writes it: a newline follows every end token.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>", "\n", "system", "user", "assistant", "two", "plus", "is", "four"]
+UNK, BOS, START, END, NEWLINE, SYSTEM, USER, ASSISTANT, TWO, PLUS, IS, FOUR = range(len(WORDS))
+PROMPT = [{"role": "user", "content": "two plus two"}]
+PROMPT_IDS = [START, USER, NEWLINE, TWO, PLUS, TWO, END, NEWLINE, START, ASSISTANT, NEWLINE]
+
+
+def wrap(backend, template=CHATML, **special):
+    special = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]} | special
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def word_tokenizer(template=CHATML, bos=False, **special):
+    """One token a word or newline; spaces only separate."""
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    backend.add_special_tokens([AddedToken(word, special=True) for word in WORDS[:4]])
+    if bos:
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+        special["bos_token"] = "<s>"
+    return wrap(backend, template, **special)
+
+
+def merging_tokenizer(template=None):
+    """Characters, with the one merge a + b = ab."""
+    vocabulary = {"<unk>": 0, "<|im_end|>": 1, "a": 2, "b": 3, "c": 4, "ab": 5}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b")], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    return wrap(backend, template, additional_special_tokens=[])
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def table(*triples):
+    rows = [
+        {"pair_id": 10 + i, "prompt": user(p), "chosen": c, "rejected": r, "margin": i / 2, "row": i + 1}
+        for i, (p, c, r) in enumerate(triples)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+# One pair.
+
+
+def test_a_pair_through_the_chat_template():
+    pair = encode_pair(word_tokenizer(), PROMPT, "is four", "two")
+    # The newline after <|im_end|> is the template's and is cut.
+    assert pair == EncodedPair(PROMPT_IDS, [IS, FOUR, END], [TWO, END])
+
+
+def test_ids_are_those_of_the_template_without_a_second_bos():
+    tokenizer = word_tokenizer("{{ bos_token }}" + CHATML, bos=True)
+    assert tokenizer("two")["input_ids"] == [BOS, TWO]
+    pair = encode_pair(tokenizer, PROMPT, "is four", "two")
+    assert pair.prompt_ids == [BOS, *PROMPT_IDS]
+    answered = [*PROMPT, {"role": "assistant", "content": "is four"}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=True)["input_ids"]
+    assert pair.prompt_ids + pair.chosen_ids == whole[:-1]
+    generation = tokenizer.apply_chat_template(PROMPT, tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert pair.prompt_ids == generation
+
+
+def test_the_boundary_stops_at_the_prompt_even_when_both_sides_begin_alike():
+    pair = encode_pair(word_tokenizer(), PROMPT, "is four", "is two")
+    assert (pair.chosen_ids, pair.rejected_ids) == ([IS, FOUR, END], [IS, TWO, END])
+
+
+def test_a_merge_across_the_seam_moves_the_boundary_for_both_sides():
+    # "ca" + "b" is c ab, while "ca" + "c" is c a c: only c is shared, so both completions start at the a.
+    pair = encode_pair(merging_tokenizer(), user("ca"), "b", "c", chat_template="plain")
+    assert pair == EncodedPair([4], [5, 1], [2, 4, 1])
+
+
+def test_a_merge_across_the_seam_of_a_template():
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}c"
+    with pytest.raises(InputError, match="no special token"):
+        encode_pair(merging_tokenizer(template), user("ca"), "b", "c")
+    pair = encode_pair(merging_tokenizer(template.removesuffix("c")), user("cca"), "b", "c")
+    assert pair == EncodedPair([4, 4], [5, 1], [2, 4, 1])
+
+
+def test_a_generation_prompt_that_answers_lack_is_not_in_the_prompt():
+    # As Qwen3 does: only the generation prompt opens a thought.
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\nplus{% endif %}")
+    pair = encode_pair(word_tokenizer(template), PROMPT, "four", "two")
+    assert pair == EncodedPair(PROMPT_IDS, [FOUR, END], [TWO, END])
+
+
+words = st.lists(st.sampled_from(["two", "plus", "is", "four", "other"]), min_size=1, max_size=6).map(" ".join)
+WORD_TOKENIZER = word_tokenizer()
+
+
+@given(words, words, words)
+def test_prompt_and_completion_make_up_the_whole(prompt, chosen, rejected):
+    pair = encode_pair(WORD_TOKENIZER, user(prompt), chosen, rejected)
+    ids = [WORDS.index(word) if word in WORDS else UNK for word in chosen.split()]
+    assert pair.chosen_ids == [*ids, END]
+    assert pair.prompt_ids == encode_pair(WORD_TOKENIZER, user(prompt), rejected, chosen).prompt_ids
+    whole = WORD_TOKENIZER.apply_chat_template([*user(prompt), {"role": "assistant", "content": rejected}])["input_ids"]
+    assert [*pair.prompt_ids, *pair.rejected_ids, NEWLINE] == whole
+
+
+seam_text = st.text(alphabet="abc", min_size=1, max_size=5)
+
+
+@given(seam_text, seam_text, seam_text)
+def test_merging_loses_and_invents_nothing(prompt, chosen, rejected):
+    tokenizer = merging_tokenizer()
+    pair = encode_pair(tokenizer, user("c" + prompt), chosen, rejected, chat_template="plain")
+    for completion, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+        assert tokenizer.decode(pair.prompt_ids + ids) == f"c{prompt}{completion}<|im_end|>"
+
+
+# Templates.
+
+
+def test_plain_joins_messages_starts_with_bos_and_ends_with_eos():
+    tokenizer = word_tokenizer(template=None, bos=True)
+    prompt = [{"role": "system", "content": "is"}, *user("two\n")]
+    pair = encode_pair(tokenizer, prompt, "four", "two", chat_template="plain")
+    assert pair == EncodedPair([BOS, IS, NEWLINE, TWO, NEWLINE], [FOUR, END], [TWO, END])
+
+
+def test_plain_needs_an_eos_token():
+    with pytest.raises(InputError, match="no eos token"):
+        encode_pair(word_tokenizer(eos_token=None), PROMPT, "four", "two", chat_template="plain")
+
+
+def test_a_template_may_be_given_as_text_or_as_a_path(tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text(CHATML)
+    expected = encode_pair(word_tokenizer(), PROMPT, "four", "two")
+    for given_template in (CHATML, str(path)):
+        assert encode_pair(word_tokenizer(None), PROMPT, "four", "two", chat_template=given_template) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "given_template", "message"),
+    [
+        (None, None, "no chat template: give `chat_template`.*'plain'"),
+        (None, "no/such.jinja", "is no file, no Jinja template"),
+        (CHATML, "{{ raise_exception('no system role') }}", r"refuses messages of the roles \(user\): no system role"),
+        (CHATML, "{% for", "refuses"),
+        (CHATML, CHATML.replace("<|im_end|>", ""), "no special token"),
+        (CHATML, "{{ messages | length }}{{ messages[-1].content }}<|im_end|>", "last user message differently"),
+    ],
+)
+def test_templates_that_do_not_serve(template, given_template, message):
+    with pytest.raises(InputError, match=message):
+        encode_pair(word_tokenizer(template), PROMPT, "four", "two", chat_template=given_template)
+
+
+def test_named_templates_use_the_default_one():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ 1 }}"}
+    assert load_template(tokenizer, None) == CHATML
+
+
+# Lengths.
+
+PAIR = EncodedPair([1, 2, 3, 4], [5, 6, 7, 99], [8, 99])
+
+
+@pytest.mark.parametrize(
+    ("max_length", "max_prompt_length", "expected"),
+    [
+        (8, 2, PAIR),  # 4 + 4 fits, so the prompt is left alone
+        (7, 3, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),
+        (5, 3, EncodedPair([2, 3, 4], [5, 6], [8, 99])),
+        (4, 3, EncodedPair([2, 3, 4], [5], [8])),
+        (7, 6, EncodedPair([1, 2, 3, 4], [5, 6, 7], [8, 99])),
+        (5, 4, EncodedPair([1, 2, 3, 4], [5], [8])),
+    ],
+)
+def test_truncation_keeps_the_prompts_end_and_the_completions_start(max_length, max_prompt_length, expected):
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    assert limit_lengths(PAIR, **limits, overlong="truncate") == expected
+    assert limit_lengths(PAIR, **limits, overlong="drop") == (PAIR if max_length == 8 else None)
+
+
+@pytest.mark.parametrize("side", ["chosen_ids", "rejected_ids"])
+def test_an_empty_completion_is_dropped(side):
+    pair = dataclasses.replace(PAIR, **{side: []})
+    assert limit_lengths(pair, max_length=100, max_prompt_length=50, overlong="truncate") is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_length": 5, "max_prompt_length": 5, "overlong": "drop"}, "below max_length"),
+        ({"max_length": 5, "max_prompt_length": 0, "overlong": "drop"}, "above 0"),
+        ({"max_length": 5, "max_prompt_length": 4, "overlong": "keep"}, "'truncate' or 'drop'"),
+    ],
+)
+def test_impossible_limits(limits, message):
+    with pytest.raises(InputError, match=message):
+        limit_lengths(PAIR, **limits)
+
+
+token_ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
+
+
+@given(token_ids, token_ids, token_ids, st.integers(2, 20), st.data())
+def test_limits_hold_and_no_completion_is_empty(prompt_ids, chosen_ids, rejected_ids, max_length, data):
+    max_prompt_length = data.draw(st.integers(1, max_length - 1))
+    pair = EncodedPair(prompt_ids, chosen_ids, rejected_ids)
+    limited = limit_lengths(pair, max_length=max_length, max_prompt_length=max_prompt_length, overlong="truncate")
+    assert limited.chosen_ids and limited.rejected_ids
+    assert prompt_ids[len(prompt_ids) - len(limited.prompt_ids) :] == limited.prompt_ids
+    for whole, part in ((chosen_ids, limited.chosen_ids), (rejected_ids, limited.rejected_ids)):
+        assert len(limited.prompt_ids) + len(part) <= max_length
+        assert whole[: len(part)] == part
+
+
+# Tables.
+
+LIMITS = {"max_length": 13, "max_prompt_length": 9}
+
+
+def three_pairs():
+    # Prompts of 11 tokens; the longer sides make 13, 14 and 13 tokens with the end token.
+    return table(("two plus two", "four", "two"), ("two plus two", "four", "is two"), ("two plus two", "plus", "is"))
+
+
+def test_a_table_truncates_and_counts():
+    encoded, counts = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS)
+    assert counts == {"dropped_overlong": 0, "dropped_empty": 0, "truncated": 1}
+    names = ["chosen_ids", "margin", "pair_id", "prompt_ids", "rejected_ids", "row", "truncated"]
+    assert sorted(encoded.column_names) == names
+    assert encoded["truncated"][:] == [False, True, False]
+    assert (
+        encoded["pair_id"][:] == [10, 11, 12] and encoded["margin"][:] == [0, 0.5, 1] and encoded["row"][:] == [1, 2, 3]
+    )
+    assert encoded["prompt_ids"][:] == [PROMPT_IDS, PROMPT_IDS[-9:], PROMPT_IDS]
+    assert encoded["rejected_ids"][:] == [[TWO, END], [IS, TWO, END], [IS, END]]
+
+
+def test_a_table_drops_and_counts():
+    encoded, counts = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS, overlong="drop")
+    assert counts == {"dropped_overlong": 1, "dropped_empty": 0, "truncated": 0}
+    assert encoded["row"][:] == [1, 3]
+
+
+def test_a_completion_that_the_template_empties_is_dropped():
+    template = CHATML.replace("{{ m.content }}", "{{ m.content | replace('plus', '') }}")
+    data = table(("two", "four", "two"), ("two", "plus", "two"))
+    encoded, counts = encode_pairs(data, word_tokenizer(template), **LIMITS)
+    assert counts == {"dropped_overlong": 0, "dropped_empty": 1, "truncated": 0}
+    assert encoded["row"][:] == [1]
+
+
+def test_dropping_every_pair_is_an_error():
+    with pytest.raises(InputError, match=r"no pair is left of 3 .*'dropped_overlong': 3"):
+        encode_pairs(three_pairs(), word_tokenizer(), max_length=4, max_prompt_length=2, overlong="drop")
+
+
+def test_a_pair_that_cannot_be_encoded_is_named_by_its_row():
+    template = CHATML + "{% if messages[-1].content == 'is' %}{{ raise_exception('no') }}{% endif %}"
+    with pytest.raises(InputError, match=r"row 3 .pair_id 12.*no"):
+        encode_pairs(three_pairs(), word_tokenizer(template), **LIMITS)
+
+
+def test_two_processes_give_the_same(tmp_path):
+    one, _ = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS)
+    two, _ = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS, num_proc=2)
+    assert one.to_list() == two.to_list()
+
+
+def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():
+    def key(tokenizer=None, **options):
+        return encode_pairs(three_pairs(), tokenizer or word_tokenizer(), **(LIMITS | options))[0]._fingerprint
+
+    used = word_tokenizer(pad_token="<|im_end|>")
+    used(["two", "two two"], padding="max_length", truncation=True, max_length=8)
+    assert key() == key() == key(chat_template=CHATML)
+    assert key(used) == key(word_tokenizer(pad_token="<|im_end|>"))
+    other_words = word_tokenizer()
+    other_words.add_tokens(["plus two"])
+    changed = [
+        key(max_length=14),
+        key(max_prompt_length=8),
+        key(overlong="drop"),
+        key(word_tokenizer(CHATML + " ")),
+        key(other_words),
+    ]
+    assert len({key(), *changed}) == 6
+
+
+def test_a_second_encoding_comes_from_the_cache(tmp_path, monkeypatch):
+    three_pairs().save_to_disk(tmp_path / "pairs")
+    data = datasets.load_from_disk(tmp_path / "pairs")
+    first = encode_pairs(data, word_tokenizer(), **LIMITS)
+    monkeypatch.setattr("mixdpo.tokenization.encode_pair", lambda *_, **__: pytest.fail("encoded again"))
+    second = encode_pairs(data, word_tokenizer(), **LIMITS)
+    assert first[0].to_list() == second[0].to_list() and first[1] == second[1]
