@@ -2,21 +2,28 @@
 
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles, Throughput, ValidateAtMaxSteps
 from mixdpo.errors import InputError
 
 SUBCOMMANDS = ("fit", "validate")
+_made: Path | None = None  # the run folder, where this process made it
+UNKNOWN_OPTION = re.compile(
+    r"Option '[^']+' is not accepted|[Uu]nrecognized arguments: \S+|Key '[^']+' is not expected"
+)
 THIRD_PARTY_NOISE = ("`is_gradient_checkpointing`", ".*isinstance.treespec", ".*does not have many workers")
 
 
@@ -34,7 +41,16 @@ class RunCLI(LightningCLI):
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
     def before_instantiate_classes(self) -> None:
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint and not Path(checkpoint).is_file():
+            raise InputError(f"ckpt_path {checkpoint} is no file; a run's is RUNS/NAME/checkpoints/last.ckpt")
         self.config[self.subcommand].weights_only = True  # never unpickle what a checkpoint may hold besides tensors
+
+    def after_fit(self) -> None:
+        if not (Path(self.trainer.default_root_dir) / "route.json").exists():
+            raise InputError(
+                "nothing is left to train: the run of ckpt_path is complete; raise max_epochs or max_steps"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         if self.subcommand == "fit":
@@ -57,6 +73,7 @@ def new_run_folder(runs: Path, name: str) -> Path:
     """
     if inherited := os.environ.get("MIXDPO_RUN_FOLDER"):
         return Path(inherited)
+    global _made
     number = 1
     while True:
         folder = runs / (name if number == 1 else f"{name}-{number}")
@@ -72,6 +89,7 @@ def new_run_folder(runs: Path, name: str) -> Path:
             ) from None
         else:
             os.environ["MIXDPO_RUN_FOLDER"] = str(folder)
+            _made = folder
             return folder
 
 
@@ -102,20 +120,25 @@ def run() -> None:
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     try:
         main()
-    except (ValueError, ArgumentError) as error:
+    except (ValueError, ArgumentError, MisconfigurationException, UnpicklingError) as error:
         if (message := _for_the_user(error)) is None:
             raise
-        folder = os.environ.get("MIXDPO_RUN_FOLDER")
-        if folder and os.environ.get("LOCAL_RANK", "0") == "0" and not (Path(folder) / "route.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # nothing was trained
         sys.exit(f"error: {message}")
+    finally:
+        if _made is not None and not (_made / "route.json").exists():
+            shutil.rmtree(_made, ignore_errors=True)  # nothing was trained
 
 
 def _for_the_user(error: BaseException | None) -> str | None:
     """The message of a user's mistake; jsonargparse wraps an `InputError` of a constructor in another error."""
     while error is not None:
-        if isinstance(error, InputError | ArgumentError):
-            return str(error)
+        if isinstance(error, UnpicklingError):
+            return "ckpt_path is not a checkpoint of a run (or holds more than tensors and plain values)"
+        if isinstance(error, InputError | ArgumentError | MisconfigurationException):
+            unknown = UNKNOWN_OPTION.search(str(error))  # one line of the many that jsonargparse prints around it
+            return (
+                f"{unknown[0]}; see run.py fit --help, --model.help CLASS, --data.help CLASS" if unknown else str(error)
+            )
         error = error.__cause__ or error.__context__
     return None
 

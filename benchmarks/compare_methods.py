@@ -81,6 +81,8 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     config, options = sys.argv[1], sys.argv[2:]
+    if any(option.startswith(("--data.limit", "--runs", "--name")) for option in options):
+        sys.exit("change the limit in the config: the prompts for generation are chosen by it; names are given here")
     out = Path("benchmarks/results") / f"compare_{Path(config).stem}"
     out.parent.mkdir(exist_ok=True)
     prompts = out.with_suffix(".prompts.jsonl")

@@ -25,6 +25,7 @@ class PreferenceDataModule(L.LightningDataModule):
         routing: Routing = Routing(),  # noqa: B008
         split: str = "train",
         validation: float | str = 0.1,
+        validation_split: str | None = None,
         validation_threshold: float | None = None,
         margin: str | list[str] | None = None,
         limit: int | None = None,
@@ -47,6 +48,7 @@ class PreferenceDataModule(L.LightningDataModule):
             routing: Which pairs are hard, and the order of training.
             split: Split of a hub data set or folder to train on.
             validation: Share of the prompts (not pairs) held out, or another source of pairs; 0 for none.
+            validation_split: Split of `validation`, where that is a source with several; `split` if not given.
             validation_threshold: Margin below which validation reports a pair as hard; the route's τ if not given. Give
                 it to baselines that route no pair or all pairs, to compare them with a run that routes some.
             margin: Column with the margin, or two columns [chosen, rejected] whose difference it is; found by the usual
@@ -71,7 +73,7 @@ class PreferenceDataModule(L.LightningDataModule):
             raise InputError(f"validation must be a share in [0, 1) or a source of pairs, not {validation}")
         self.source, self.tokenizer, self.routing, self.split = source, tokenizer, routing, split
         self.validation, self.margin, self.limit = validation, margin, limit
-        self.validation_threshold = validation_threshold
+        self.validation_split, self.validation_threshold = validation_split or split, validation_threshold
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
         self.chat_template, self.share_prompt = chat_template, share_prompt
@@ -87,9 +89,12 @@ class PreferenceDataModule(L.LightningDataModule):
         if self.route is not None:
             return
         self._encoder = load_tokenizer(self.tokenizer)
-        read = self._read(self.source)
+        if not self.validation and stage == "validate":
+            raise InputError("there is nothing to validate on: data.validation is 0")
+        read = self._read(self.source, self.split)
         if isinstance(self.validation, str):
-            train, held_out = read, self._read(self.validation)
+            train, held_out = read, self._read(self.validation, self.validation_split)
+            _check_apart(train, held_out, self.validation)
         elif self.validation:
             kept, out = split_by_prompt(read, self.validation, self.seed)
             train, held_out = read.select(kept), read.select(out)
@@ -102,8 +107,8 @@ class PreferenceDataModule(L.LightningDataModule):
         self.route = self.routing.plan(margins, ids, seed=self.seed)
         rank_zero_info(self._describe())
 
-    def _read(self, source: str) -> Any:
-        pairs = read_pairs(source, split=self.split, margin=self.margin, limit=self.limit)
+    def _read(self, source: str, split: str) -> Any:
+        pairs = read_pairs(source, split=split, margin=self.margin, limit=self.limit)
         self.counts[f"read/{source}"] = {"pairs": len(pairs.dataset), **pairs.dropped}
         return pairs.dataset
 
@@ -143,8 +148,14 @@ class PreferenceDataModule(L.LightningDataModule):
         if self.route.ordering == "easy_to_hard" and (first_hard := int(np.argmax(one >= 0.5))) > 0:
             starts.append(first_hard)
         max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs
+        if max_steps < 0 and (max_epochs is None or max_epochs < 0):
+            raise InputError("give trainer.max_epochs or trainer.max_steps: a schedule needs an end")
+        if max_steps == 0 or max_epochs == 0:
+            raise InputError("trainer.max_steps or trainer.max_epochs is 0: there is nothing to train")
         epochs = max_epochs if max_epochs and max_epochs > 0 else -(-max_steps // len(one))
         total = len(one) * epochs if max_steps < 0 else min(max_steps, len(one) * epochs)
+        if starts == [0]:  # one stage: a baseline's schedule does not restart with each epoch
+            return StepPlan(np.tile(one, epochs)[:total])
         all_starts = [start + epoch * len(one) for epoch in range(epochs) for start in starts]
         return StepPlan(np.tile(one, epochs)[:total], tuple(start for start in all_starts if start < total))
 
@@ -152,6 +163,14 @@ class PreferenceDataModule(L.LightningDataModule):
         assert self.trainer is not None
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
             raise InputError("GradientAccumulationScheduler would shift the steps: set trainer.accumulate_grad_batches")
+        if self.trainer.limit_train_batches != 1.0 and not self.trainer.fast_dev_run:
+            raise InputError("trainer.limit_train_batches cuts the curriculum: use data.limit or trainer.max_steps")
+        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        if self.batch_size < micro_batches:
+            raise InputError(
+                f"data.batch_size {self.batch_size} is less than trainer.accumulate_grad_batches × devices "
+                f"{micro_batches}: there would be micro-batches without a pair"
+            )
         plan: list[MicroBatch] = []
         tokens = self._tokens(self.train_pairs, self.route.is_hard)
         for step in self._steps():
@@ -163,7 +182,8 @@ class PreferenceDataModule(L.LightningDataModule):
                 rank=self.trainer.global_rank,
             )
         self._loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False)
-        self._loader.consumed = self._consumed
+        self._loader.load_state_dict({"consumed": self._consumed})
+        self._consumed = 0
         return self._loader
 
     def val_dataloader(self) -> ResumableLoader:
@@ -180,8 +200,7 @@ class PreferenceDataModule(L.LightningDataModule):
         self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], *, evaluation: bool
     ) -> ResumableLoader:
         collator = PairCollator(pairs, is_hard, evaluation=evaluation, share_prompt=self.share_prompt)
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        return ResumableLoader(plan, collator, workers=self.workers, pin_memory=on_gpu)
+        return ResumableLoader(plan, collator, workers=self.workers)
 
     @staticmethod
     def _tokens(pairs: Any, is_hard: Any) -> list[int]:
@@ -190,16 +209,41 @@ class PreferenceDataModule(L.LightningDataModule):
         return [len(p) + len(c) + (0 if hard else len(r)) for p, c, r, hard in columns]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed": self._loader.consumed if self._loader else 0, "route": self.route.fingerprint()}
+        return {"consumed": self._loader.consumed if self._loader else 0, "run": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue in the middle of the epoch. Held here as well as in the loader because Lightning may build the
         loader before it restores its state."""
-        if state["route"] != self.route.fingerprint():
+        if self.trainer.state.fn != "fit":
+            return  # validation of a checkpoint may use any pairs
+        now = self._identity()
+        changed = {key: (old, now[key]) for key, old in state["run"].items() if old != now[key]}
+        if changed:
             raise InputError(
-                "the checkpoint was made on another route: data, routing, seed or lengths differ from now. "
-                "Use the config.yaml beside the checkpoint, or start anew from its adapter/ folder (model.adapter)."
+                f"the checkpoint belongs to another run: (then, now) is {changed}. Continue with the config.yaml beside "
+                "it, or start anew from its adapter/ folder (model.adapter)."
             )
         self._consumed = state["consumed"]
         if self._loader is not None:
-            self._loader.consumed = self._consumed
+            self._loader.load_state_dict({"consumed": self._consumed})
+
+    def _identity(self) -> dict[str, Any]:
+        """What must stay for a position to mean the same pairs."""
+        assert self.route is not None and self.trainer is not None
+        return {
+            "route": self.route.fingerprint(),
+            "batch_size": self.batch_size,
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "devices": self.trainer.world_size,
+        }
+
+
+def _check_apart(train: Any, held_out: Any, source: str) -> None:
+    """No held-out prompt may be trained on: accuracy on it would mean nothing."""
+    known = {str(prompt) for prompt in train["prompt"]}
+    shared = [row for row, prompt in zip(held_out["row"], held_out["prompt"], strict=True) if str(prompt) in known]
+    if shared:
+        raise InputError(
+            f"{len(shared)} of {len(held_out)} held-out pairs of {source} have a prompt that is trained on (first: row "
+            f"{shared[0]}): give another data.validation or data.validation_split"
+        )

@@ -26,9 +26,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class RunFiles(Callback):
-    """`route.json` before training, the policy as a PEFT folder `adapter/` after it."""
+    """`route.json` before training, the policy as a PEFT folder `adapter/` after it: the last one, or the best one
+    where a ModelCheckpoint monitors a metric."""
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         mass = pl_module.planned_learning_rate_mass()
         if trainer.is_global_zero:
             summary = trainer.datamodule.summary() | {"planned_lr_mass": mass}
@@ -40,6 +41,11 @@ class RunFiles(Callback):
                 print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "") and c.monitor), None)
+        if best is not None:
+            print(f"adapter/ holds the best {best.monitor}, {float(best.best_model_score):.4f}: {best.best_model_path}")
+            state = torch.load(best.best_model_path, weights_only=True, map_location=pl_module.device)["state_dict"]
+            pl_module.load_state_dict(state, strict=False)
         if trainer.is_global_zero:
             save_adapter(pl_module.model, Path(trainer.default_root_dir) / "adapter")
 
@@ -60,11 +66,11 @@ class LastCheckpoint(Checkpoint):
         if trainer.fit_loop._should_accumulate():
             return
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        ends = trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch)
+        ends = trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch) or trainer.should_stop
         if not ends and trainer.global_step % self.every_n_steps:
             return
         folder = Path(trainer.default_root_dir) / "checkpoints"
-        trainer.save_checkpoint(folder / ".last.ckpt.tmp")
+        trainer.save_checkpoint(folder / ".last.ckpt.tmp", weights_only=False)  # False: the whole state
         if trainer.is_global_zero:
             os.replace(folder / ".last.ckpt.tmp", folder / "last.ckpt")  # killed in between, the old one is still whole
 
@@ -118,7 +124,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():  # else it was saved on another machine
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
@@ -141,7 +147,7 @@ class Throughput(Callback):
     ) -> None:
         now = time.perf_counter()
         self.tokens += batch.rows.tokens
-        self.pairs += len(batch)
+        self.pairs += batch.pairs
         self.seconds += now - self._started
         self._started = now
         if trainer.fit_loop._should_accumulate() or trainer.global_step % trainer.log_every_n_steps:
@@ -149,7 +155,7 @@ class Throughput(Callback):
         self._total_pairs += self.pairs
         self._total_seconds += self.seconds
         rates = {"tokens_per_second": self.tokens / self.seconds, "pairs_per_second": self.pairs / self.seconds}
-        pl_module.log_step(rates | {"memory/peak_gb": peak_memory_gb()})
+        pl_module.callback_values.update(rates | {"memory/peak_gb": peak_memory_gb(pl_module.device)})
         self.tokens, self.pairs, self.seconds = 0, 0, 0.0
 
     @property
@@ -158,9 +164,9 @@ class Throughput(Callback):
         return self._total_pairs / self._total_seconds if self._total_seconds else float("nan")
 
 
-def peak_memory_gb() -> float:
-    """Peak so far in GB (1e9 bytes): allocated on the GPU if there is one, else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak so far in GB (1e9 bytes): allocated on a CUDA device, or else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -16,6 +16,7 @@ from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.evaluation.gold import Answers, answer, compare, markdown
 from mixdpo.make_pairs import read_prompts
 from mixdpo.models import Role, load_tokenizer, merged_copy, role
+from mixdpo.tokenization import load_template
 
 
 class GoldEvaluation(Callback):
@@ -56,7 +57,7 @@ class GoldEvaluation(Callback):
             self.before = self._answer(pl_module, "reference", "before training")
         self._fit_started = time.perf_counter()
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds["training"] = time.perf_counter() - self._fit_started
         if not trainer.is_global_zero or self.before is None:
             return
@@ -80,6 +81,7 @@ class GoldEvaluation(Callback):
         started = time.perf_counter()
         print(f"answering {len(self._rows)} held-out prompts {when}")
         tokenizer = load_tokenizer(pl_module.base)
+        tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
         if self.dequantise:
             model = merged_copy(pl_module.model, name)
             answers = answer(model, tokenizer, self._rows, self.scorer, **self.options)
@@ -101,12 +103,12 @@ class GoldEvaluation(Callback):
         if "val/all/displacement/chosen" in metrics:
             facts["displacement of the chosen log-prob, nats"] = f"{metrics['val/all/displacement/chosen']:+.2f}"
         throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
-        precision = "the quantised model" if not self.dequantise else "a dequantised fp32 copy, adapter merged"
+        precision = "a dequantised fp32 copy, adapter merged" if self.dequantise else "the model as trained"
         return facts | {
             "optimizer steps": str(trainer.global_step),
             "pairs per second": f"{throughput.mean_pairs_per_second:.2f}",
             "training and validation, s": f"{self.seconds['training']:.0f}",
             "generation and scoring, s": f"{self.seconds['evaluation']:.0f}",
-            "peak memory, GB": f"{peak_memory_gb():.1f}",
+            "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",
             "answers generated with": precision,
         }

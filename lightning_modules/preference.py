@@ -73,6 +73,7 @@ class PreferenceModule(L.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
+        self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
         self.model: Any = None
         self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
 
@@ -157,13 +158,14 @@ class PreferenceModule(L.LightningModule):
         self.train_means.reset()
         values |= learning_rate_mass(self._multipliers[:step], self._plan.hard_share[:step])
         values["lr"] = self._multipliers[step - 1] * self.optimizers().defaults["lr"]
-        self.log_step({name: float(value) for name, value in values.items()})
+        self._log_step({name: float(value) for name, value in values.items()} | self.callback_values)
+        self.callback_values.clear()
 
-    def log_step(self, values: dict[str, float]) -> None:
+    def _log_step(self, values: dict[str, float]) -> None:
         """Log values of the optimizer step just made. Straight to the loggers, because `self.log` would repeat the last
         value of a metric that this step does not have, such as the rewards of a step of hard pairs."""
         for logger in self.loggers:
-            logger.log_metrics(values, step=self.trainer.global_step)
+            logger.log_metrics(values, step=self.trainer.global_step - 1)
             logger.save()  # a run that dies keeps what it logged
         for name in PROGRESS_BAR & set(values):
             self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
@@ -183,7 +185,7 @@ class PreferenceModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_means.compute().items():
             # float32 is what Lightning keeps; the state was summed in float64 over all ranks
-            self.log(name, value.float(), rank_zero_only=True)
+            self.log(name, value.float())
         self.val_means.reset()
 
     def configure_optimizers(self) -> Any:

@@ -45,8 +45,8 @@ class TokenRows:
     lengths: Tensor
     tokens: int
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "TokenRows":
-        return _move(self, device, non_blocking)
+    def to(self, device: torch.device) -> "TokenRows":
+        return replace(self, **_moved_tensors(self, device))
 
     def attention_mask(self) -> Tensor:
         """(R, 1, T, T) bool, True = may attend: causal, own row, the prompt and the own completion only.
@@ -76,6 +76,7 @@ class PairBatch:
         weight: (B,) float32, 0 for a filler pair that only keeps the count of micro-batches right.
         pair_id: (B,) int64.
         step_pairs: pairs in the whole optimizer step, over all micro-batches and devices.
+        pairs: pairs of this batch that count, 0 for filler.
     """
 
     rows: TokenRows
@@ -87,21 +88,21 @@ class PairBatch:
     weight: Tensor
     pair_id: Tensor
     step_pairs: int
+    pairs: int
 
     def __len__(self) -> int:
         return len(self.is_hard)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "PairBatch":
-        return _move(self, device, non_blocking)
+    def to(self, device: torch.device) -> "PairBatch":
+        rows = self.rows.to(device)
+        same = self.reference_rows is self.rows  # then they are moved, and held, once
+        reference = rows if same or self.reference_rows is None else self.reference_rows.to(device)
+        moved = _moved_tensors(self, device)
+        return replace(self, **moved, rows=rows, reference_rows=reference if self.reference_rows is not None else None)
 
 
-def _move(batch: Any, device: torch.device, non_blocking: bool) -> Any:
-    moved = {
-        field.name: value.to(device, non_blocking=non_blocking)
-        for field in fields(batch)
-        if isinstance(value := getattr(batch, field.name), Tensor | TokenRows)
-    }
-    return replace(batch, **moved)
+def _moved_tensors(batch: Any, device: torch.device) -> dict[str, Tensor]:
+    return {f.name: value.to(device) for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
 
 
 def plan_steps(order: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
@@ -170,6 +171,7 @@ def collate(
         weight=torch.full((len(pairs),), weight),
         pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
         step_pairs=len(pairs) if step_pairs is None else step_pairs,
+        pairs=len(pairs) if weight else 0,
     )
 
 
@@ -247,25 +249,22 @@ class ResumableLoader:
     resume. `consumed` counts the batches handed out, not those that workers have prefetched.
     """
 
-    def __init__(
-        self, plan: Sequence[MicroBatch], collator: PairCollator, *, workers: int = 0, pin_memory: bool = False
-    ) -> None:
-        self.plan, self.collator, self.workers, self.pin_memory = list(plan), collator, workers, pin_memory
-        self.consumed = 0
+    def __init__(self, plan: Sequence[MicroBatch], collator: PairCollator, *, workers: int = 0) -> None:
+        self.plan, self.collator, self.workers = list(plan), collator, workers
+        self.consumed = self._start = 0
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[PairBatch]:
+        self.consumed, self._start = self._start % max(len(self.plan), 1), 0  # an iterator left early starts anew
         inner = torch.utils.data.DataLoader(
-            self.plan[self.consumed % max(len(self.plan), 1) :],  # type: ignore[arg-type]  # a list is a map-style dataset
+            self.plan[self.consumed :],  # type: ignore[arg-type]  # a list is a map-style dataset
             batch_size=None,
             collate_fn=self.collator,
             num_workers=self.workers,
-            pin_memory=self.pin_memory,
             generator=torch.Generator(),  # a loader without one draws its seed from the global generator
         )
-        self.consumed %= max(len(self.plan), 1)
         for batch in inner:
             self.consumed += 1
             yield batch
@@ -274,4 +273,4 @@ class ResumableLoader:
         return {"consumed": self.consumed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.consumed = state["consumed"]
+        self.consumed = self._start = state["consumed"]

@@ -27,6 +27,7 @@ def make_pairs(
     scorer: Scorer | None = None,
     samples: int = 4,
     pairs_per_prompt: int = 1,
+    min_score: float = -math.inf,
     max_new_tokens: int = 80,
     temperature: float = 0.9,
     top_p: float = 1.0,
@@ -48,6 +49,7 @@ def make_pairs(
             mixdpo.constraints.scoring.ConstraintScorer.
         samples: completions sampled per prompt, at least 2.
         pairs_per_prompt: at most this many pairs per prompt: best against worst, second best against second worst, …
+        min_score: a chosen completion must score at least this: SFT on a response that fails teaches to fail.
         max_new_tokens: a completion is cut there, and then left out.
         temperature: of sampling, above 0.
         top_p: sample among the likeliest tokens that hold this much probability.
@@ -66,10 +68,10 @@ def make_pairs(
     rows = read_prompts(prompts, limit, seed)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size}
     completions = _sample(model, rows, samples=samples, seed=seed, **options)
-    pairs, counts = pair_up(rows, completions, scorer or _constraint_scorer(), pairs_per_prompt, seed)
+    pairs, counts = pair_up(rows, completions, scorer or _constraint_scorer(), pairs_per_prompt, seed, min_score)
     print(counts)
     if not pairs:
-        raise InputError(f"no pair among {len(rows)} prompts: the samples of each prompt all score the same")
+        raise InputError(f"no pair among {len(rows)} prompts: all samples of a prompt score the same, or below min_score")
     write_rows(out, pairs)
     print(f"wrote {out}")
 
@@ -138,7 +140,12 @@ def _histogram(margins: list[float], bins: int = 8) -> list[tuple[float, int]]:
 
 
 def pair_up(
-    rows: Sequence[Row], completions: Sequence[Sequence[Any]], scorer: Scorer, pairs_per_prompt: int, seed: int
+    rows: Sequence[Row],
+    completions: Sequence[Sequence[Any]],
+    scorer: Scorer,
+    pairs_per_prompt: int,
+    seed: int,
+    min_score: float = -math.inf,
 ) -> tuple[list[Row], Counts]:
     """Pairs of all prompts, in the prompts' order, and counts.
 
@@ -148,6 +155,7 @@ def pair_up(
         scorer: (prompt row, texts) -> scores.
         pairs_per_prompt: as for `make_pairs`.
         seed: breaks ties between equal scores.
+        min_score: least score of a chosen completion.
 
     Raises:
         InputError: the scorer gives a score too many or too few, or one that is not finite.
@@ -163,6 +171,7 @@ def pair_up(
         scores = _score(scorer, row, texts)
         counts.scores += scores
         chosen = select_pairs(texts, scores, pairs_per_prompt, random.Random(f"{seed} {index}"))
+        chosen = [pair for pair in chosen if pair[0][1] >= min_score]
         pairs += [_pair_row(len(pairs) + offset, row, *pair) for offset, pair in enumerate(chosen)]
     counts.margins = [pair["margin"] for pair in pairs]
     return pairs, counts

@@ -1,6 +1,7 @@
 """Means over pairs, kept as sums and counts so that batches, devices and epochs of any size add up exactly."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ class NamedMeans(Metric):
         self.names = names
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Any, exclude_state: Any = "") -> "NamedMeans":
+        return super()._apply(
+            lambda t: fn(t).to(t.dtype), exclude_state
+        )  # `.to(bfloat16)` moves, but never rounds counts
 
     def update(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add values (B,) with weights (B,) under their names; a value of weight 0 is not read, NaN or not."""

@@ -83,6 +83,7 @@ def load_base(
     _check_supported(model)
     model.requires_grad_(False)
     _switch_off_dropout(model)
+    _keep_weights_in_place(model)
     return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
 
 
@@ -111,6 +112,7 @@ def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None
         with _readable(adapter, "adapter"):
             model = PeftModel.from_pretrained(base, adapter, adapter_name="policy", is_trainable=True)
             model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
+        _check_adapter(adapter, model.peft_config["policy"])
         for layer in _adapter_layers(model):
             layer.lora_dropout["reference"] = nn.Identity()
     for name, parameter in model.named_parameters():
@@ -161,7 +163,8 @@ def sequence_log_probs(model: "PeftModel", rows: TokenRows) -> SequenceLogProbs:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' own tensors by their full name: what a checkpoint holds."""
-    return {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    # named_parameters, not state_dict: that would pack the quantisation state of every 4-bit layer
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
 
 
 def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
@@ -193,7 +196,8 @@ def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = 
         **{key: value for key, value in causal_lm.config.to_dict().items() if key != "quantization_config"}
     )
     device = next(causal_lm.parameters()).device
-    copy = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
+        copy = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
     missing, unexpected = copy.load_state_dict({key: value.to(dtype) for key, value in state.items()}, strict=False)
     tied = set(copy.all_tied_weights_keys)
     if unexpected or set(missing) - tied:
@@ -230,6 +234,14 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
     temporary.rename(folder)
 
 
+def _check_adapter(name: str, config: Any) -> None:
+    """Refuse what the roles cannot switch: they flip LoRA layers, and nothing else."""
+    others = {"modules_to_save": config.modules_to_save, "use_dora": config.use_dora, "bias": config.bias != "none"}
+    if config.peft_type != "LORA" or any(others.values()):
+        extra = [key for key, value in others.items() if value]
+        raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): only plain LoRA can be used")
+
+
 def _adapter_layers(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -254,6 +266,14 @@ def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _keep_weights_in_place(model: "PreTrainedModel") -> None:
+    """On CPUs with AVX-512 BF16, bitsandbytes repacks a 4-bit weight in place at the first forward in eval mode, into a
+    layout that has no backward and does not dequantise: training after a validation would be silently wrong."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _switch_off_dropout(model: "PreTrainedModel") -> None:

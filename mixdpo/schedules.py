@@ -65,8 +65,7 @@ class Cosine:
         return _cosine(len(plan), self.warmup, self.floor)
 
 
-@dataclass(frozen=True)
-class StagedCosine:
+class StagedCosine(Cosine):
     """A warm-up and a cosine of its own for each stage, so that the SFT stage trains at the full rate as well.
 
     Args:
@@ -74,18 +73,10 @@ class StagedCosine:
         floor: multiplier that each decay ends at, 0 to 1.
     """
 
-    warmup: float = 0.1
-    floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_shares(self)
-
     def __call__(self, plan: StepPlan) -> np.ndarray:
         ends = [*plan.stage_starts[1:], len(plan)]
-        stages = [
-            _cosine(end - start, self.warmup, self.floor) for start, end in zip(plan.stage_starts, ends, strict=True)
-        ]
-        return np.concatenate(stages)
+        stages = zip(plan.stage_starts, ends, strict=True)
+        return np.concatenate([_cosine(end - start, self.warmup, self.floor) for start, end in stages])
 
 
 def learning_rate_mass(multipliers: np.ndarray, hard_share: np.ndarray) -> dict[str, float]:
@@ -117,7 +108,7 @@ def _warm_up_steps(steps: int, warmup: float) -> int:
     return min(int(np.ceil(warmup * steps)), max(steps - 1, 0))
 
 
-def _check_shares(schedule: "Constant | Cosine | StagedCosine") -> None:
+def _check_shares(schedule: "Constant | Cosine") -> None:
     for field in fields(schedule):
         if not 0 <= (value := getattr(schedule, field.name)) <= 1:
             raise InputError(f"schedule.{field.name} must lie in [0, 1], not {value}")

@@ -19,7 +19,8 @@ from mixdpo.models import Lora
 from mixdpo.routing import Routing
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
-WORDS = "red blue green tea sun moon cat dog tree sea hill road book song rain wind salt snow bird fish".split()
+_WORDS = "red blue green tea sun moon cat dog tree sea hill road book song rain wind salt snow bird fish"
+WORDS = _WORDS.split()
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
@@ -116,9 +117,7 @@ def build(
     arguments = {"max_epochs": 1, "log_every_n_steps": 1, "callbacks": [RunFiles(), ExactResume(), LastCheckpoint()]}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "num_sanity_val_steps": 0}
     folder.mkdir(parents=True, exist_ok=True)
-    fitter = L.Trainer(
-        accelerator="cpu", default_root_dir=str(folder), **{**arguments, **quiet, **(trainer or {})}
-    )
+    fitter = L.Trainer(accelerator="cpu", default_root_dir=str(folder), **{**arguments, **quiet, **(trainer or {})})
     return fitter, preference, pairs
 
 

@@ -36,7 +36,16 @@ def options(model: str, source: str, runs: Path) -> list[str]:
         *("--data.source", source, "--data.routing", "{hard_fraction: 0.3, threshold: null}"),
         *("--data.validation", "0.25", "--data.batch_size", "2", "--data.max_length", "64"),
         *("--data.max_prompt_length", "32", "--trainer.accumulate_grad_batches", "1", "--trainer.callbacks", "null"),
-        *("--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false", "--runs", str(runs), "--name", "tiny"),
+        *(
+            "--trainer.log_every_n_steps",
+            "1",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--runs",
+            str(runs),
+            "--name",
+            "tiny",
+        ),
     ]
 
 
@@ -125,7 +134,9 @@ def test_a_misspelt_option(refused: Callable[..., str]) -> None:
     [({"rejected": None}, ["row 2", "'rejected'"]), ({"margin": "high"}, ["row 2", "margin", "'high'"])],
     ids=["no rejected", "a margin in words"],
 )
-def test_a_bad_row(change: dict[str, str | None], expected: list[str], refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_bad_row(
+    change: dict[str, str | None], expected: list[str], refused: Callable[..., str], tmp_path: Path
+) -> None:
     rows = make_pairs(16)
     rows[1] = {name: value for name, value in (rows[1] | change).items() if value is not None}
     path = write_pairs(tmp_path / "bad.jsonl", rows)

@@ -61,6 +61,13 @@ def test_parts_keep_their_order_and_a_single_one_repeats_the_whole() -> None:
     assert rows["gold score, all"] == rows["gold score, all prompts"]
 
 
+def test_without_a_scorer_only_lengths_and_ends_are_compared() -> None:
+    nothing = [float("nan")] * 4
+    before, after = (answers(nothing, one.tokens, one.ended) for one in (BEFORE, AFTER))
+    expected = compare(BEFORE, AFTER, PARTS)
+    assert compare(before, after, PARTS) == {n: expected[n] for n in ("answer length, tokens", "ended by itself")}
+
+
 def test_markdown_by_hand() -> None:
     rows = {
         "gold score, seen": {"n": 2, "before": 0.125, "after": 1.0625, "difference": 0.9375, "low": -0.25, "high": 1.0},
@@ -87,7 +94,9 @@ class CountsWord:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> str:
-    rows = [{"prompt": f"{WORDS[i]} {WORDS[-i]} 7", "word": WORDS[0], "part": "odd" if i % 2 else "even"} for i in range(6)]
+    rows = [
+        {"prompt": f"{WORDS[i]} {WORDS[-i]} 7", "word": WORDS[0], "part": "odd" if i % 2 else "even"} for i in range(6)
+    ]
     return write_pairs(tmp_path / "prompts.jsonl", rows)
 
 
@@ -109,7 +118,6 @@ def evaluation(prompts: str, **options: Any) -> GoldEvaluation:
     return GoldEvaluation(prompts, scorer=CountsWord(), max_new_tokens=4, batch_size=2, **options)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_files_of_the_run(tiny_model: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     module, _ = run(tiny_model, folder, evaluation(prompts, limit=5))
@@ -121,12 +129,15 @@ def test_files_of_the_run(tiny_model: str, prompts: str, tmp_path: Path, capsys:
     assert len(rows) == 5 and [row["part"] for row in rows] == ["even", "odd", "even", "odd", "even"]
     for row in rows:
         for when in ("before", "after"):
-            assert row[f"score_{when}"] == row[when].split().count(row["word"])
+            assert row[when]["score"] == row[when]["text"].split().count(row["word"])
+            assert 1 <= row[when]["tokens"] <= 4 and row[when]["ended"] in (True, False)
     for name, chosen in (("all prompts", rows), ("even", rows[::2]), ("odd", rows[1::2])):
         found = results["heldout_prompts"][f"gold score, {name}"]
         for when in ("before", "after"):
-            assert found[when] == pytest.approx(sum(row[f"score_{when}"] for row in chosen) / len(chosen))
-    assert any(row["before"] != row["after"] for row in rows), "training changed no answer: the table shows nothing"
+            assert found[when] == pytest.approx(sum(row[when]["score"] for row in chosen) / len(chosen))
+    assert any(row["before"]["text"] != row["after"]["text"] for row in rows), (
+        "training changed no answer: the table shows nothing"
+    )
     assert results["facts"]["optimizer steps"] == str(results["steps"])
     assert "reward accuracy, easy pairs (longer response wins)" in results["facts"]
 
@@ -145,16 +156,23 @@ def test_before_is_the_start_and_after_is_the_policy(
     from transformers import AutoModelForCausalLM
 
     run(tiny_model, tmp_path / "start", None)
-    run(tiny_model, tmp_path / "run", evaluation(prompts, dequantise=dequantise), adapter=str(tmp_path / "start/adapter"))
+    run(
+        tiny_model,
+        tmp_path / "run",
+        evaluation(prompts, dequantise=dequantise),
+        adapter=str(tmp_path / "start/adapter"),
+    )
     found = json.loads((tmp_path / "run" / "answers.json").read_text())
     tokenizer = load_tokenizer(tiny_model)
     expected = {"base": plain_answers(plain(AutoModelForCausalLM, tiny_model), prompts, tokenizer=tokenizer)}
     for name in ("start", "run"):
-        with_adapter = PeftModel.from_pretrained(plain(AutoModelForCausalLM, tiny_model), str(tmp_path / name / "adapter"))
+        with_adapter = PeftModel.from_pretrained(
+            plain(AutoModelForCausalLM, tiny_model), str(tmp_path / name / "adapter")
+        )
         expected[name] = plain_answers(with_adapter, prompts, tokenizer=tokenizer)
     assert len({tuple(texts) for texts in expected.values()}) == 3, "the three models answer alike: nothing could fail"
-    assert [row["before"] for row in found] == expected["start"]
-    assert [row["after"] for row in found] == expected["run"]
+    assert [row["before"]["text"] for row in found] == expected["start"]
+    assert [row["after"]["text"] for row in found] == expected["run"]
 
 
 def plain(cls: Any, folder: str) -> Any:
@@ -165,7 +183,7 @@ def test_dequantising_changes_no_answer(tiny_model: str, prompts: str, tmp_path:
     texts = []
     for dequantise in (True, False):
         folder = tmp_path / str(dequantise)
-        run(tiny_model, folder, evaluation(prompts, dequantise=dequantise))
+        run(tiny_model, folder, evaluation(prompts, dequantise=dequantise), lora=Lora(rank=4, alpha=8))
         texts.append([(r["before"], r["after"]) for r in json.loads((folder / "answers.json").read_text())])
     assert texts[0] == texts[1]
 
@@ -175,7 +193,9 @@ def test_the_run_is_the_one_without_it(dequantise: bool, tiny_model: str, prompt
     _, alone = run(tiny_model, tmp_path / "alone", None)
     module, watched = run(tiny_model, tmp_path / "watched", evaluation(prompts, dequantise=dequantise))
     assert all(torch.equal(value, watched[key]) for key, value in alone.items())
-    assert module.model.training and all(p.requires_grad == (".policy." in n) for n, p in module.model.named_parameters())
+    assert module.model.training and all(
+        p.requires_grad == (".policy." in n) for n, p in module.model.named_parameters()
+    )
 
 
 def test_evaluation_leaves_the_random_state(tiny_model: str, prompts: str, tmp_path: Path) -> None:
@@ -189,5 +209,5 @@ def test_evaluation_leaves_the_random_state(tiny_model: str, prompts: str, tmp_p
 
 
 def test_prompts_that_are_not_there(tiny_model: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="/no/such.jsonl"):
+    with pytest.raises(InputError, match=r"/no/such\.jsonl"):
         run(tiny_model, tmp_path / "run", evaluation("/no/such.jsonl"))

@@ -127,7 +127,9 @@ def test_order_inside_a_step_does_not_matter(tiny_model: str, source: str, tmp_p
 
 
 def test_first_step_is_ln2_with_margin_zero(tiny_model: str, source: str, tmp_path: Path) -> None:
-    batch = first_batch(*(run := build(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0)})))
+    batch = first_batch(
+        *(run := build(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0)}))
+    )
     module = run[1]
     policy, reference = module.policy_and_reference(batch)
     loss, preference, _ = module.route_losses(batch, policy, reference)
@@ -243,7 +245,7 @@ def test_steps_of_hard_pairs_never_run_the_reference(
     assert grads.count(True) == 3 and grads.count(False) == expected
 
 
-def test_saved_adapter_gives_the_policys_log_probs_in_a_fresh_model(tiny_model: str, source: str, tmp_path: Path) -> None:
+def test_saved_adapter_gives_the_policys_logits_in_a_fresh_model(tiny_model: str, source: str, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

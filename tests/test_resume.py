@@ -28,7 +28,7 @@ def source(tmp_path: Path) -> str:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [2, 5, 7])
 def test_resume_equals_never_stopping(stop: int, workers: int, tiny_model: str, source: str, tmp_path: Path) -> None:
-    """8 steps in two epochs of 4; stops at mid-epoch and past an epoch's end; validation in between draws dropout-free."""
+    """10 steps in two epochs; stops in mid-epoch and at an epoch's end, with a validation in between."""
     data = {"workers": workers, "validation": 0.2}
     trainer: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 2}
     whole = fit(tiny_model, source, tmp_path / "whole", trainer=trainer, data=data, **DROPOUT)
@@ -56,7 +56,7 @@ def test_checkpoint_of_another_adapter_or_route_is_refused(tiny_model: str, sour
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     with pytest.raises(InputError, match="adapter does not fit"):
         fit(tiny_model, source, tmp_path / "a", ckpt_path=checkpoint, lora=Lora(rank=4, targets=["q_proj"]))
-    with pytest.raises(InputError, match="another route"):
+    with pytest.raises(InputError, match="another run"):
         other = {"routing": Routing(hard_fraction=0.5)}
         fit(tiny_model, source, tmp_path / "b", ckpt_path=checkpoint, data=other)
 

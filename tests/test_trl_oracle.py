@@ -129,7 +129,7 @@ def record_losses(trainer: Any) -> list[float]:
 
 def test_log_probs_and_loss_of_single_pairs(tiny_model: str, tmp_path: Path) -> None:
     trl = trl_trainer(tiny_model, tmp_path / "trl", batch=1)
-    trainer, module, data = our_run(tiny_model, tmp_path, trl.model, accumulate=BATCH)
+    _, module, data = our_run(tiny_model, tmp_path, trl.model, accumulate=BATCH)
     loader, ours = iter(trl.get_train_dataloader()), list(data.train_dataloader())
     by_id = {int(batch.pair_id[0]): batch for batch in ours}
     trl_losses = record_losses(trl)
