@@ -186,9 +186,13 @@ class PreferenceDataModule(L.LightningDataModule):
         self._consumed = 0
         return self._loader
 
-    def val_dataloader(self) -> ResumableLoader:
+    def validation_is_hard(self) -> np.ndarray:
+        """(N,) bool, which held-out pairs are reported as hard."""
         threshold = self.route.threshold if self.validation_threshold is None else self.validation_threshold
-        is_hard = (np.asarray(self.validation_pairs["margin"]) < threshold).tolist()
+        return np.asarray(self.validation_pairs["margin"]) < threshold
+
+    def val_dataloader(self) -> ResumableLoader:
+        is_hard = self.validation_is_hard().tolist()
         tokens = self._tokens(self.validation_pairs, [False] * len(is_hard))
         by_length = sorted(range(len(tokens)), key=lambda i: -tokens[i])
         world, rank = self.trainer.world_size, self.trainer.global_rank

@@ -96,8 +96,9 @@ class GoldEvaluation(Callback):
         facts: dict[str, str] = {}
         for group in ("easy", "hard"):
             if f"val/{group}/rewards/accuracy" in metrics:
+                pairs = int((trainer.datamodule.validation_is_hard() == (group == "hard")).sum())
                 value = {name: metrics[f"val/{group}/{name}"] for name in ("rewards/accuracy", "length_accuracy")}
-                facts[f"reward accuracy, {group} pairs (longer response wins)"] = (
+                facts[f"reward accuracy, {pairs} {group} pairs (longer response wins)"] = (
                     f"{value['rewards/accuracy']:.3f} ({value['length_accuracy']:.3f})"
                 )
         if "val/all/displacement/chosen" in metrics:

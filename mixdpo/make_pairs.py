@@ -71,7 +71,9 @@ def make_pairs(
     pairs, counts = pair_up(rows, completions, scorer or _constraint_scorer(), pairs_per_prompt, seed, min_score)
     print(counts)
     if not pairs:
-        raise InputError(f"no pair among {len(rows)} prompts: all samples of a prompt score the same, or below min_score")
+        raise InputError(
+            f"no pair among {len(rows)} prompts: all samples of a prompt score the same, or below min_score"
+        )
     write_rows(out, pairs)
     print(f"wrote {out}")
 
