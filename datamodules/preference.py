@@ -224,8 +224,8 @@ class PreferenceDataModule(L.LightningDataModule):
         changed = {key: (old, now[key]) for key, old in state["run"].items() if old != now[key]}
         if changed:
             raise InputError(
-                f"the checkpoint belongs to another run: (then, now) is {changed}. Continue with the config.yaml beside "
-                "it, or start anew from its adapter/ folder (model.adapter)."
+                f"the checkpoint belongs to another run: (then, now) is {changed}. Continue with the config.yaml "
+                "beside it, or start anew from its adapter/ folder (model.adapter)."
             )
         self._consumed = state["consumed"]
         if self._loader is not None:
