@@ -139,7 +139,7 @@ def test_files_of_the_run(tiny_model: str, prompts: str, tmp_path: Path, capsys:
         "training changed no answer: the table shows nothing"
     )
     assert results["facts"]["optimizer steps"] == str(results["steps"])
-    assert "reward accuracy, easy pairs (longer response wins)" in results["facts"]
+    assert "reward accuracy, 1 easy pairs (longer response wins)" in results["facts"]
 
 
 def plain_answers(model: Any, prompts: str, **options: Any) -> list[str]:
