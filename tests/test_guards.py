@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_modules.callbacks import RunFiles
 from lightning_modules.preference import PreferenceModule
 from mixdpo.batching import PairCollator, ResumableLoader
 from mixdpo.errors import InputError
@@ -113,3 +115,20 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tiny_model: str, tmp_path: 
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(InputError, match="modules_to_save"):
         add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(), str(tmp_path / "adapter"))
+
+
+def test_the_adapter_folder_holds_the_best_on_request(tiny_model: str, tmp_path: Path) -> None:
+    """Monitoring a loss to be made *large* over three epochs keeps an early epoch, and not the last weights."""
+    from safetensors.torch import load_file
+
+    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(16))
+    best = ModelCheckpoint(monitor="val/all/sft_loss", mode="max", dirpath=tmp_path / "best")
+    data = {"validation": 0.3, "routing": Routing(hard_fraction=1.0)}
+    trainer = {"max_epochs": 3, "callbacks": [RunFiles(), best]}
+    fit(tiny_model, source, tmp_path / "run", trainer=trainer, data=data, lr=0.5, schedule=Constant(warmup=0.0))
+    kept = torch.load(best.best_model_path, weights_only=True)
+    assert kept["epoch"] == 0
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    state = {key.replace(".policy", "").removeprefix("model."): value for key, value in kept["state_dict"].items()}
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[key], state[key]) for key in saved)
