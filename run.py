@@ -28,7 +28,7 @@ THIRD_PARTY_NOISE = ("`is_gradient_checkpointing`", ".*isinstance.treespec", ".*
 
 
 class RunCLI(LightningCLI):
-    """Lightning's CLI with one folder a run: config.yaml, metrics.csv, route.json, checkpoints/, adapter/."""
+    """Lightning's CLI with one folder a run: config.yaml, metrics.csv, the data's plan, checkpoints/, adapter/."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -47,7 +47,7 @@ class RunCLI(LightningCLI):
         self.config[self.subcommand].weights_only = True  # never unpickle what a checkpoint may hold besides tensors
 
     def after_fit(self) -> None:
-        if not (Path(self.trainer.default_root_dir) / "route.json").exists():
+        if not has_begun(Path(self.trainer.default_root_dir)):
             raise InputError(
                 "nothing is left to train: the run of ckpt_path is complete; raise max_epochs or max_steps"
             )
@@ -64,6 +64,11 @@ class RunCLI(LightningCLI):
         else:
             kwargs["logger"] = False
         return super().instantiate_trainer(**kwargs)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether training has started there: its plan is written then."""
+    return any((folder / plan).exists() for plan in ("route.json", "stages.json"))
 
 
 def new_run_folder(runs: Path, name: str) -> Path:
@@ -125,7 +130,7 @@ def run() -> None:
             raise
         sys.exit(f"error: {message}")
     finally:
-        if _made is not None and not (_made / "route.json").exists():
+        if _made is not None and not has_begun(_made):
             shutil.rmtree(_made, ignore_errors=True)  # nothing was trained
 
 

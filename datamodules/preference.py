@@ -1,23 +1,25 @@
 """The LightningDataModule of preference pairs: read, split, encode, route, and hand over micro-batches."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.planned import PlannedDataModule
 from mixdpo.batching import MicroBatch, PairCollator, ResumableLoader, cut_step, plan_steps
 from mixdpo.errors import InputError
 from mixdpo.models import load_tokenizer
 from mixdpo.records import read_pairs, split_by_prompt
 from mixdpo.routing import Route, Routing
+from mixdpo.samples import TokenPool, content_hash
 from mixdpo.schedules import StepPlan
+from mixdpo.sft_tokenization import encoding_identity
 from mixdpo.tokenization import Overlong, encode_pairs
 
 
-class PreferenceDataModule(L.LightningDataModule):
+class PreferenceDataModule(PlannedDataModule):
+    summary_file = "route.json"
+
     def __init__(
         self,
         source: str,
@@ -66,15 +68,12 @@ class PreferenceDataModule(L.LightningDataModule):
             processes: Processes that tokenise, once; the result is cached.
             seed: For the validation split and the order of ties.
         """
-        super().__init__()
-        if batch_size < 1 or eval_batch_size < 1:
-            raise InputError(f"batch_size ({batch_size}) and eval_batch_size ({eval_batch_size}) must be at least 1")
+        super().__init__(batch_size, eval_batch_size)
         if isinstance(validation, float) and not 0 <= validation < 1:
             raise InputError(f"validation must be a share in [0, 1) or a source of pairs, not {validation}")
         self.source, self.tokenizer, self.routing, self.split = source, tokenizer, routing, split
         self.validation, self.margin, self.limit = validation, margin, limit
         self.validation_split, self.validation_threshold = validation_split or split, validation_threshold
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
         self.chat_template, self.share_prompt = chat_template, share_prompt
         self.workers, self.processes, self.seed = workers, processes, seed
@@ -82,10 +81,10 @@ class PreferenceDataModule(L.LightningDataModule):
         self.counts: dict[str, Any] = {}
         self.train_pairs: Any = None
         self.validation_pairs: Any = None
-        self._loader: ResumableLoader | None = None
-        self._consumed = 0
+        self._pool: TokenPool | None = None
 
     def setup(self, stage: str) -> None:
+        """Read, split, encode and route; the pool of cleaning is made where the module cleans."""
         if self.route is not None:
             return
         self._encoder = load_tokenizer(self.tokenizer)
@@ -106,6 +105,8 @@ class PreferenceDataModule(L.LightningDataModule):
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
         rank_zero_info(self._describe())
+        if getattr(self.trainer.lightning_module, "cleaning", None) is not None:
+            self.cleaning_pool()
 
     def _read(self, source: str, split: str) -> Any:
         pairs = read_pairs(source, split=split, margin=self.margin, limit=self.limit)
@@ -140,51 +141,55 @@ class PreferenceDataModule(L.LightningDataModule):
         assert self.route is not None
         return plan_steps(self.route.order.tolist(), self.batch_size)
 
-    def step_plan(self) -> StepPlan:
-        """The optimizer steps of the whole run, over all epochs and up to max_steps, for the schedule."""
-        assert self.route is not None and self.trainer is not None
-        one = np.array([self.route.is_hard[list(step)].mean() for step in self._steps()])
+    def epoch_plan(self) -> StepPlan:
+        assert self.route is not None
+        hard_share = np.array([self.route.is_hard[list(step)].mean() for step in self._steps()])
         starts = [0]
-        if self.route.ordering == "easy_to_hard" and (first_hard := int(np.argmax(one >= 0.5))) > 0:
+        if self.route.ordering == "easy_to_hard" and (first_hard := int(np.argmax(hard_share >= 0.5))) > 0:
             starts.append(first_hard)
-        max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs
-        if max_steps < 0 and (max_epochs is None or max_epochs < 0):
-            raise InputError("give trainer.max_epochs or trainer.max_steps: a schedule needs an end")
-        if max_steps == 0 or max_epochs == 0:
-            raise InputError("trainer.max_steps or trainer.max_epochs is 0: there is nothing to train")
-        epochs = max_epochs if max_epochs and max_epochs > 0 else -(-max_steps // len(one))
-        total = len(one) * epochs if max_steps < 0 else min(max_steps, len(one) * epochs)
-        if starts == [0]:  # one stage: a baseline's schedule does not restart with each epoch
-            return StepPlan(np.tile(one, epochs)[:total])
-        all_starts = [start + epoch * len(one) for epoch in range(epochs) for start in starts]
-        return StepPlan(np.tile(one, epochs)[:total], tuple(start for start in all_starts if start < total))
+        return StepPlan(hard_share, tuple(starts))
 
-    def train_dataloader(self) -> ResumableLoader:
-        assert self.trainer is not None
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
-            raise InputError("GradientAccumulationScheduler would shift the steps: set trainer.accumulate_grad_batches")
-        if self.trainer.limit_train_batches != 1.0 and not self.trainer.fast_dev_run:
-            raise InputError("trainer.limit_train_batches cuts the curriculum: use data.limit or trainer.max_steps")
-        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        if self.batch_size < micro_batches:
-            raise InputError(
-                f"data.batch_size {self.batch_size} is less than trainer.accumulate_grad_batches × devices "
-                f"{micro_batches}: there would be micro-batches without a pair"
-            )
-        plan: list[MicroBatch] = []
+    def micro_batches(self) -> list[MicroBatch]:
+        assert self.route is not None
         tokens = self._tokens(self.train_pairs, self.route.is_hard)
-        for step in self._steps():
-            plan += cut_step(
-                step,
-                tokens,
-                accumulate=self.trainer.accumulate_grad_batches,
-                world=self.trainer.world_size,
-                rank=self.trainer.global_rank,
-            )
-        self._loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False)
-        self._loader.load_state_dict({"consumed": self._consumed})
-        self._consumed = 0
-        return self._loader
+        return [piece for step in self._steps() for piece in cut_step(step, tokens, **self.cut())]
+
+    def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
+        assert self.route is not None
+        first_token = None
+        if self._pool is not None:
+            first_token = np.full(len(self.route.is_hard), -1)
+            first_token[np.flatnonzero(self.route.is_hard)] = self._pool.offsets[:-1]
+        return self._make_loader(
+            plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False, first_token=first_token
+        )
+
+    def fingerprint(self) -> str:
+        assert self.route is not None
+        return self.route.fingerprint()
+
+    def cleaning_pool(self) -> TokenPool:
+        """The chosen responses of the hard pairs, in the order of the data."""
+        assert self.route is not None
+        if self._pool is None:
+            hard = self.train_pairs.select(np.flatnonzero(self.route.is_hard))
+            samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
+            identity = {
+                "data": content_hash([self.route.fingerprint(), *samples["sample_id"]]),
+                **encoding_identity(self._encoder, self.chat_template, **self.lengths),
+            }
+            self._pool = TokenPool.of(samples, identity)
+        return self._pool
+
+    def easy_samples(self) -> list[dict[str, Any]]:
+        """The chosen responses of the easy pairs, which the default cleaning reference learns."""
+        assert self.route is not None
+        return [_chosen_sample(self.train_pairs[int(i)]) for i in np.flatnonzero(~self.route.is_hard)]
+
+    def pool_steps(self) -> list[tuple[int, ...]]:
+        assert self.route is not None
+        number = np.cumsum(self.route.is_hard) - 1
+        return [tuple(int(number[i]) for i in step if self.route.is_hard[i]) for step in self._steps()]
 
     def validation_is_hard(self) -> np.ndarray:
         """(N,) bool, which held-out pairs are reported as hard."""
@@ -200,10 +205,8 @@ class PreferenceDataModule(L.LightningDataModule):
         batches += [((by_length[-1],), 0.0, 1)] * (-len(batches) % world)
         return self._make_loader(batches[rank::world], self.validation_pairs, is_hard, evaluation=True)
 
-    def _make_loader(
-        self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], *, evaluation: bool
-    ) -> ResumableLoader:
-        collator = PairCollator(pairs, is_hard, evaluation=evaluation, share_prompt=self.share_prompt)
+    def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
+        collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 
     @staticmethod
@@ -212,34 +215,13 @@ class PreferenceDataModule(L.LightningDataModule):
         columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_hard, strict=True)
         return [len(p) + len(c) + (0 if hard else len(r)) for p, c, r, hard in columns]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"consumed": self._loader.consumed if self._loader else 0, "run": self._identity()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue in the middle of the epoch. Held here as well as in the loader because Lightning may build the
-        loader before it restores its state."""
-        if self.trainer.state.fn != "fit":
-            return  # validation of a checkpoint may use any pairs
-        now = self._identity()
-        changed = {key: (old, now[key]) for key, old in state["run"].items() if old != now[key]}
-        if changed:
-            raise InputError(
-                f"the checkpoint belongs to another run: (then, now) is {changed}. Continue with the config.yaml "
-                "beside it, or start anew from its adapter/ folder (model.adapter)."
-            )
-        self._consumed = state["consumed"]
-        if self._loader is not None:
-            self._loader.load_state_dict({"consumed": self._consumed})
-
-    def _identity(self) -> dict[str, Any]:
-        """What must stay for a position to mean the same pairs."""
-        assert self.route is not None and self.trainer is not None
-        return {
-            "route": self.route.fingerprint(),
-            "batch_size": self.batch_size,
-            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
-            "devices": self.trainer.world_size,
-        }
+def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair's prompt and chosen response as an SFT sample."""
+    start = len(pair["prompt_ids"])
+    ids = [*pair["prompt_ids"], *pair["chosen_ids"]]
+    about = {"sample_id": pair["pair_id"], "source": "", "row": pair["row"], "truncated": pair["truncated"]}
+    return {**about, "input_ids": ids, "spans": [start, len(ids)]}
 
 
 def _check_apart(train: Any, held_out: Any, source: str) -> None:

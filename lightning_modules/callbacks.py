@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from mixdpo.errors import InputError
-from mixdpo.models import save_adapter
+from mixdpo.export import save_adapter
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -26,19 +26,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class RunFiles(Callback):
-    """`route.json` before training, the policy as a PEFT folder `adapter/` after it: the last one, or the best one
-    where a ModelCheckpoint monitors a metric."""
+    """The plan of the data (route.json or stages.json) before training, the policy as a PEFT folder `adapter/` after
+    it: the last one, or the best one where a ModelCheckpoint monitors a metric."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        mass = pl_module.planned_learning_rate_mass()
+        facts = pl_module.plan_facts()
         if trainer.is_global_zero:
-            summary = trainer.datamodule.summary() | {"planned_lr_mass": mass}
-            write_json(Path(trainer.default_root_dir) / "route.json", summary)
+            data = trainer.datamodule
+            write_json(Path(trainer.default_root_dir) / data.summary_file, data.summary() | facts)
             trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-            print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
             print(f"policy: {trainable / 1e6:.2f}M trainable parameters; run folder: {trainer.default_root_dir}")
-            if summary["hard"] and not mass["lr_mass/sft"]:
-                print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "") and c.monitor), None)
@@ -129,12 +126,12 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 class Throughput(Callback):
-    """Logs tokens_per_second (of the policy, padding not counted), pairs_per_second and memory/peak_gb."""
+    """Logs tokens_per_second (of the policy, padding not counted), pairs_ or samples_per_second and memory/peak_gb."""
 
     def __init__(self) -> None:
-        self.tokens = self.pairs = 0
+        self.tokens = self.rows = 0
         self.seconds = 0.0
-        self._total_pairs, self._total_seconds, self._started = 0, 0.0, 0.0
+        self._total_rows, self._total_seconds, self._started = 0, 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.perf_counter()
@@ -147,21 +144,24 @@ class Throughput(Callback):
     ) -> None:
         now = time.perf_counter()
         self.tokens += batch.rows.tokens
-        self.pairs += batch.pairs
+        self.rows += batch.count
         self.seconds += now - self._started
         self._started = now
         if trainer.fit_loop._should_accumulate() or trainer.global_step % trainer.log_every_n_steps:
             return
-        self._total_pairs += self.pairs
+        self._total_rows += self.rows
         self._total_seconds += self.seconds
-        rates = {"tokens_per_second": self.tokens / self.seconds, "pairs_per_second": self.pairs / self.seconds}
+        rates = {
+            "tokens_per_second": self.tokens / self.seconds,
+            f"{batch.unit}_per_second": self.rows / self.seconds,
+        }
         pl_module.callback_values.update(rates | {"memory/peak_gb": peak_memory_gb(pl_module.device)})
-        self.tokens, self.pairs, self.seconds = 0, 0, 0.0
+        self.tokens, self.rows, self.seconds = 0, 0, 0.0
 
     @property
-    def mean_pairs_per_second(self) -> float:
+    def mean_rows_per_second(self) -> float:
         """Over the whole run up to the last logged step."""
-        return self._total_pairs / self._total_seconds if self._total_seconds else float("nan")
+        return self._total_rows / self._total_seconds if self._total_seconds else float("nan")
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -12,10 +12,12 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks import Throughput, peak_memory_gb, write_json
+from mixdpo.adapters import Role, role
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.evaluation.gold import Answers, answer, compare, markdown
+from mixdpo.export import merged_copy
 from mixdpo.make_pairs import read_prompts
-from mixdpo.models import Role, load_tokenizer, merged_copy, role
+from mixdpo.models import load_tokenizer
 from mixdpo.tokenization import load_template
 
 
@@ -107,7 +109,7 @@ class GoldEvaluation(Callback):
         precision = "a dequantised fp32 copy, adapter merged" if self.dequantise else "the model as trained"
         return facts | {
             "optimizer steps": str(trainer.global_step),
-            "pairs per second": f"{throughput.mean_pairs_per_second:.2f}",
+            "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",
             "training and validation, s": f"{self.seconds['training']:.0f}",
             "generation and scoring, s": f"{self.seconds['evaluation']:.0f}",
             "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",

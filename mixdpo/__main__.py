@@ -9,7 +9,10 @@ from mixdpo.errors import InputError
 # verb: (module, function, what it does); the module is imported only when its verb is used.
 VERBS = {
     "make-pairs": ("mixdpo.make_pairs", "make_pairs", "sample a model, score the samples, write preference pairs"),
+    "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, as a web page"),
+    "export-labels": ("mixdpo.token_cleaning.labels", "export_labels", "write a run's cleaned labels as a data set"),
 }
+POSITIONAL = {"report", "export-labels"}  # verbs whose required arguments have no name on the command line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     module, function, _ = VERBS[verb]
     try:
-        auto_cli(getattr(import_module(module), function), args=rest, prog=f"mixdpo {verb}", as_positional=False)
+        auto_cli(
+            getattr(import_module(module), function), args=rest, prog=f"mixdpo {verb}", as_positional=verb in POSITIONAL
+        )
     except InputError as error:
         print(f"mixdpo {verb}: {error}", file=sys.stderr)
         return 2

@@ -7,8 +7,9 @@ because the loss is normalised over the step.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class TokenRows:
     tokens: int
 
     def to(self, device: torch.device) -> "TokenRows":
-        return replace(self, **_moved_tensors(self, device))
+        return replace(self, **moved_tensors(self, device))
 
     def attention_mask(self) -> Tensor:
         """(R, 1, T, T) bool, True = may attend: causal, own row, the prompt and the own completion only.
@@ -76,9 +77,13 @@ class PairBatch:
         weight: (B,) float32, 0 for a filler pair that only keeps the count of micro-batches right.
         pair_id: (B,) int64.
         step_pairs: pairs in the whole optimizer step, over all micro-batches and devices.
-        pairs: pairs of this batch that count, 0 for filler.
+        count: pairs of this batch that count, 0 for filler.
+        token: (M,) int64, the number in the cleaning pool of each target in `rows`, -1 where it is none of a hard
+            pair's chosen response; None without token cleaning.
+        token_weight: (M,) float32, weight of each target in the sum over its completion; None without token cleaning.
     """
 
+    unit: ClassVar[str] = "pairs"
     rows: TokenRows
     reference_rows: TokenRows | None
     is_hard: Tensor
@@ -88,7 +93,9 @@ class PairBatch:
     weight: Tensor
     pair_id: Tensor
     step_pairs: int
-    pairs: int
+    count: int
+    token: Tensor | None = None
+    token_weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.is_hard)
@@ -97,11 +104,11 @@ class PairBatch:
         rows = self.rows.to(device)
         same = self.reference_rows is self.rows  # then they are moved, and held, once
         reference = rows if same or self.reference_rows is None else self.reference_rows.to(device)
-        moved = _moved_tensors(self, device)
+        moved = moved_tensors(self, device)
         return replace(self, **moved, rows=rows, reference_rows=reference if self.reference_rows is not None else None)
 
 
-def _moved_tensors(batch: Any, device: torch.device) -> dict[str, Tensor]:
+def moved_tensors(batch: Any, device: torch.device) -> dict[str, Tensor]:
     return {f.name: value.to(device) for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
 
 
@@ -171,7 +178,7 @@ def collate(
         weight=torch.full((len(pairs),), weight),
         pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
         step_pairs=len(pairs) if step_pairs is None else step_pairs,
-        pairs=len(pairs) if weight else 0,
+        count=len(pairs) if weight else 0,
     )
 
 
@@ -225,14 +232,28 @@ def _tensors(rows: list[list[tuple[int, int, Sequence[int]]]], width: int, lengt
 
 
 class PairCollator:
-    """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers."""
+    """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers.
 
-    def __init__(self, data: Any, is_hard: Sequence[bool], *, evaluation: bool, share_prompt: bool) -> None:
+    Args:
+        first_token: (N,) int64, number in the cleaning pool of the first token of a pair's chosen response, -1 for a
+            pair that is not in it.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        is_hard: Sequence[bool],
+        *,
+        evaluation: bool,
+        share_prompt: bool,
+        first_token: np.ndarray | None = None,
+    ) -> None:
         self.data, self.is_hard, self.evaluation, self.share_prompt = data, is_hard, evaluation, share_prompt
+        self.first_token = first_token
 
     def __call__(self, micro_batch: MicroBatch) -> PairBatch:
         indices, weight, step_pairs = micro_batch
-        return collate(
+        batch = collate(
             [self.data[i] for i in indices],
             [self.is_hard[i] for i in indices],
             weight=weight,
@@ -240,6 +261,14 @@ class PairCollator:
             evaluation=self.evaluation,
             share_prompt=self.share_prompt,
         )
+        if self.first_token is not None:
+            batch.token = torch.full_like(batch.rows.target, -1)
+            batch.token_weight = torch.ones(len(batch.token))
+            for b, first in enumerate(self.first_token[list(indices)].tolist()):
+                if first >= 0:
+                    chosen = batch.rows.completion == b
+                    batch.token[chosen] = first + torch.arange(int(chosen.sum()))
+        return batch
 
 
 class ResumableLoader:

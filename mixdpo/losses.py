@@ -7,6 +7,7 @@ hold hyper-parameters and are what a YAML file names.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -35,8 +36,11 @@ def cdpo(delta: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
 
 def sft(chosen: SequenceLogProbs) -> Tensor:
     """−s_w / L_w: negative log-likelihood of the chosen response as a mean over its tokens, then one number per pair
-    (not a mean over the tokens of the batch). MixDPO's loss of a hard pair. (B,)"""
-    return -chosen.sums / chosen.lengths
+    (not a mean over the tokens of the batch). MixDPO's loss of a hard pair. (B,)
+
+    On cleaned tokens sum and length are weighted, −Σ w log p / Σ w, and a response that keeps nothing has loss 0.
+    """
+    return -chosen.sums / torch.where(chosen.lengths > 0, chosen.lengths, 1)
 
 
 def log_ratio_difference(

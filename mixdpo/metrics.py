@@ -44,6 +44,8 @@ TRAINING = (
     "train/preference_loss",
     "train/sft_loss",
     "train/hard_fraction",
+    "cleaning/kept_fraction",
+    "cleaning/empty_fraction",
     "rewards/chosen",
     "rewards/rejected",
     "rewards/margin",
@@ -52,7 +54,7 @@ TRAINING = (
     "log_probs/rejected",
     "displacement/chosen",
 )
-PAIRWISE = TRAINING[4:]
+PAIRWISE = TRAINING[6:]
 VALIDATION = tuple(
     f"val/{group}/{name}"
     for group in ("all", "easy", "hard")

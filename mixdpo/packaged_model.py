@@ -34,13 +34,13 @@ def model_folder(name: str) -> str:
         return name
     if name != PACKAGED:
         raise InputError(f"model {name!r}: the only packaged model is {PACKAGED!r}; write that, a hub id or a folder")
-    folder = _cache_root() / "SmolLM2-135M-Instruct"
+    folder = cache_root() / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
         _convert_whole(_packaged_file(), folder)
     return str(folder)
 
 
-def _cache_root() -> Path:
+def cache_root() -> Path:
     return Path(os.environ.get("MIXDPO_CACHE") or Path.home() / ".cache" / "mixdpo").expanduser()
 
 

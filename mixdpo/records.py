@@ -1,17 +1,15 @@
 """Read and validate preference pairs: any source, any of the four row forms in, one table of pairs out."""
 
-import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixdpo import margins, sources
+from mixdpo import margins
 from mixdpo.errors import InputError
-from mixdpo.sources import Source, open_source
+from mixdpo.tables import checked_text, hash63, read_table, row_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,17 +46,21 @@ def read_pairs(
     Raises:
         InputError: the source cannot be read, or a row is malformed, scoreless or repeats a pair_id.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit should be at least 1 or absent, not {limit}.")
-    opened = open_source(source, split)
-    table = _build_table(opened, margin, limit)
-    causes = table["drop"]
-    kept = [index for index, cause in enumerate(causes) if not cause]
-    dropped = dict(Counter(cause for cause in causes if cause))
-    if not kept:
-        raise InputError(f"{opened.name} has no usable pair ({len(causes)} rows read, kept out: {dropped}).")
-    table = table.remove_columns("drop")
-    return Pairs(table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name)
+    from datasets import Value
+
+    margin_columns: margins.MarginColumns | None = None
+
+    def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
+        nonlocal margin_columns
+        margin_columns = margin_columns or margins.find_margin_columns(row, margin)
+        return _record(row, margin_columns, rows_of_ids)
+
+    code = [Path(module).read_text("utf-8") for module in (__file__, margins.__file__)]
+    spec = margin if margin is None or isinstance(margin, str) else list(margin)
+    text = Value("string")
+    columns = {"pair_id": Value("int64"), "prompt": [{"role": text, "content": text}], "chosen": text}
+    columns |= {"rejected": text, "margin": Value("float64")}
+    return Pairs(*read_table(source, split, limit, "pair", parse, columns, key=[spec, *code]))
 
 
 def split_by_prompt(prompts: Any, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -81,7 +83,7 @@ def split_by_prompt(prompts: Any, fraction: float, seed: int) -> tuple[list[int]
     sides: tuple[list[int], list[int]] = ([], [])
     for index, prompt in enumerate(prompts):
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-        share = _hash63(json.dumps([seed, [text.strip() for text in texts]])) / 2**63
+        share = hash63(json.dumps([seed, [text.strip() for text in texts]])) / 2**63
         sides[share < fraction].append(index)
     if not sides[0] or (fraction and not sides[1]):
         raise InputError(
@@ -100,7 +102,7 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     Mixed is UltraFeedback's: a `prompt` string, and conversations that repeat it. A prompt that the completions repeat
     appears once.
     """
-    chosen, rejected = _conversation(row, "chosen"), _conversation(row, "rejected")
+    chosen, rejected = parse_messages(row, "chosen"), parse_messages(row, "rejected")
     if "prompt" not in row:
         if isinstance(row["chosen"], str):
             raise InputError(
@@ -109,40 +111,30 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
             )
         prompt = _shared_messages(chosen, rejected)
     elif isinstance(row["prompt"], str):
-        text = _text(row["prompt"], "prompt")
+        text = checked_text(row["prompt"], "prompt")
         prompt = _shared_messages(chosen, rejected) or [{"role": "user", "content": text}]
         if text.strip() not in (message["content"].strip() for message in prompt):
             raise InputError("'prompt' is no message of the conversation that 'chosen' and 'rejected' share.")
     else:
-        prompt = _conversation(row, "prompt")
+        prompt = parse_messages(row, "prompt")
     if not prompt or prompt[-1]["role"] != "user":
         raise InputError("the prompt, which chosen and rejected must share, should end in a message of role 'user'.")
     return prompt, _completion(chosen, prompt, "chosen"), _completion(rejected, prompt, "rejected")
 
 
-def _conversation(row: dict[str, Any], column: str) -> list[Message]:
+def parse_messages(row: dict[str, Any], column: str) -> list[Message]:
     """The column as messages; a plain string is one message of the assistant."""
     if column not in row:
         raise InputError(f"the column {column!r} is missing.")
     value = row[column]
     if isinstance(value, str):
-        return [{"role": "assistant", "content": _text(value, column)}]
+        return [{"role": "assistant", "content": checked_text(value, column)}]
     if not isinstance(value, list) or not value:
         raise InputError(f"{column!r} should be text or a list of messages, not {value!r}.")
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(f"{column!r} holds {message!r:.80}; a message has the keys 'role' and 'content'.")
-    return [{key: _text(message[key], f"{column}.{key}") for key in ("role", "content")} for message in value]
-
-
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{column!r} should be text, not {value!r:.80}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{column!r} holds half a surrogate pair at character {error.start + 1}.") from None
-    return value
+    return [{key: checked_text(message[key], f"{column}.{key}") for key in ("role", "content")} for message in value]
 
 
 def _shared_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -166,57 +158,9 @@ def _completion(conversation: list[Message], prompt: list[Message], column: str)
     return rest[0]["content"]
 
 
-# Table.
-
-
-def _build_table(source: Source, margin: str | Sequence[str] | None, limit: int | None) -> "Dataset":
-    """All rows as a memory-mapped table; what is to be kept out is marked in `drop`, so a cached table counts it too.
-
-    The cache key holds the content of the data and of the code that reads it.
-    """
-    from datasets import Dataset, Features, Value
-    from datasets.exceptions import DatasetGenerationError
-
-    text, number = Value("string"), Value("int64")
-    features = Features(
-        {"pair_id": number, "prompt": [{"role": text, "content": text}], "chosen": text, "rejected": text}
-        | {"margin": Value("float64"), "row": number, "drop": text}
-    )
-    code = [Path(module).read_text("utf-8") for module in (__file__, sources.__file__, margins.__file__)]
-    spec = margin if margin is None or isinstance(margin, str) else list(margin)
-    fingerprint = hashlib.sha256(json.dumps([source.name, source.key, spec, limit, code]).encode()).hexdigest()[:32]
-    try:
-        return Dataset.from_generator(
-            lambda: _table_rows(source, margin, limit), features=features, fingerprint=fingerprint
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise
-
-
-def _table_rows(source: Source, margin: str | Sequence[str] | None, limit: int | None) -> Iterator[dict[str, Any]]:
-    columns: margins.MarginColumns | None = None
-    rows_of_ids: dict[int, int] = {}
-    usable = 0
-    for number, row in source.rows:
-        try:
-            columns = columns or margins.find_margin_columns(row, margin)
-            record = _record(row, columns, rows_of_ids)
-        except InputError as error:
-            raise InputError(f"{source.name}, row {number}: {error} Columns present: {', '.join(row)}.") from error
-        rows_of_ids[record["pair_id"]] = number
-        yield record | {"row": number}
-        usable += not record["drop"]
-        if usable == limit:
-            return
-    if columns is None:
-        raise InputError(f"{source.name} holds no rows.")
-
-
 def _record(row: dict[str, Any], columns: margins.MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
     prompt, chosen, rejected = parse_row(row)
-    pair_id = _pair_id(row, json.dumps([prompt, chosen, rejected]), rows_of_ids)
+    pair_id = row_id(row, "pair_id", json.dumps([prompt, chosen, rejected]), rows_of_ids)
     drop = _why_unusable(prompt, chosen, rejected)
     # A row that is kept out needs no score.
     margin = math.nan if drop else margins.row_margin(row, columns)
@@ -231,24 +175,3 @@ def _why_unusable(prompt: list[Message], chosen: str, rejected: str) -> str:
     if not chosen.strip() or not rejected.strip():
         return "empty_completion"
     return "identical" if chosen.strip() == rejected.strip() else ""
-
-
-def _pair_id(row: dict[str, Any], content: str, rows_of_ids: dict[int, int]) -> int:
-    """Hash of the row's pair_id; without one, of its content, where a repeated row gets the next free number."""
-    if "pair_id" not in row:
-        repeat = 0
-        while (pair_id := _hash63(f"{content} {repeat}")) in rows_of_ids:
-            repeat += 1
-        return pair_id
-    name = row["pair_id"]
-    if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
-        raise InputError(f"'pair_id' should be text or a whole number, not {name!r}.")
-    pair_id = _hash63(_text(str(name), "pair_id"))
-    if pair_id in rows_of_ids:
-        raise InputError(f"pair_id {name!r} was already given by row {rows_of_ids[pair_id]}; each pair needs its own.")
-    return pair_id
-
-
-def _hash63(text: str) -> int:
-    """First 8 bytes of sha256, shifted into a non-negative int64."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -28,6 +28,14 @@ class StepPlan:
     def __len__(self) -> int:
         return len(self.hard_share)
 
+    def repeated(self, epochs: int, total: int) -> "StepPlan":
+        """The plan of so many such epochs, cut after `total` steps. A plan of one stage stays one stage."""
+        hard_share = np.tile(self.hard_share, epochs)[:total]
+        if self.stage_starts == (0,):
+            return StepPlan(hard_share)
+        starts = (start + epoch * len(self) for epoch in range(epochs) for start in self.stage_starts)
+        return StepPlan(hard_share, tuple(start for start in starts if start < total))
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -48,7 +56,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Warm up, then decay along half a cosine over the whole run: the papers' schedule, which starves the SFT stage.
+    """Warm up, then decay along half a cosine over the whole run: MixDPO's schedule, which starves the SFT stage.
 
     Args:
         warmup: share of the run's steps over which the rate rises linearly.
@@ -62,7 +70,30 @@ class Cosine:
         _check_shares(self)
 
     def __call__(self, plan: StepPlan) -> np.ndarray:
-        return _cosine(len(plan), self.warmup, self.floor)
+        return self.decayed(len(plan))
+
+    def decayed(self, steps: int) -> np.ndarray:
+        """(steps,) of one warm-up and decay."""
+        risen = _warm_up_steps(steps, self.warmup)
+        progress = np.arange(steps - risen) / max(steps - risen, 1)
+        decay = self.floor + (1 - self.floor) * self.shape(progress)
+        return _warm_up(np.concatenate([np.ones(risen), decay]), self.warmup)
+
+    def shape(self, progress: np.ndarray) -> np.ndarray:
+        """Progress through the decay, 0 to 1 -> what is left of the rate, 1 to 0."""
+        return 0.5 * (1 + np.cos(np.pi * progress))
+
+
+class Linear(Cosine):
+    """Warm up, then decay along a straight line over the whole run: Token Cleaning's schedule.
+
+    Args:
+        warmup: share of the run's steps over which the rate rises linearly.
+        floor: multiplier that the decay ends at, 0 to 1.
+    """
+
+    def shape(self, progress: np.ndarray) -> np.ndarray:
+        return 1 - progress
 
 
 class StagedCosine(Cosine):
@@ -75,8 +106,16 @@ class StagedCosine(Cosine):
 
     def __call__(self, plan: StepPlan) -> np.ndarray:
         ends = [*plan.stage_starts[1:], len(plan)]
-        stages = zip(plan.stage_starts, ends, strict=True)
-        return np.concatenate([_cosine(end - start, self.warmup, self.floor) for start, end in stages])
+        return np.concatenate([self.decayed(end - start) for start, end in zip(plan.stage_starts, ends, strict=True)])
+
+
+class StagedLinear(StagedCosine, Linear):
+    """A warm-up and a straight line down for each stage: what restarting the trainer with every slice amounts to.
+
+    Args:
+        warmup: share of each stage's steps over which the rate rises linearly.
+        floor: multiplier that each decay ends at, 0 to 1.
+    """
 
 
 def learning_rate_mass(multipliers: np.ndarray, hard_share: np.ndarray) -> dict[str, float]:
@@ -89,13 +128,6 @@ def learning_rate_mass(multipliers: np.ndarray, hard_share: np.ndarray) -> dict[
     total = multipliers.sum()
     sft = float((multipliers * hard_share).sum() / total) if total else 0.0
     return {"lr_mass/preference": 1.0 - sft if total else 0.0, "lr_mass/sft": sft}
-
-
-def _cosine(steps: int, warmup: float, floor: float) -> np.ndarray:
-    risen = _warm_up_steps(steps, warmup)
-    progress = np.arange(steps - risen) / max(steps - risen, 1)
-    decay = floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * progress))
-    return _warm_up(np.concatenate([np.ones(risen), decay]), warmup)
 
 
 def _warm_up(multipliers: np.ndarray, warmup: float) -> np.ndarray:

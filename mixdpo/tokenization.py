@@ -72,9 +72,8 @@ def encode_pair(
         InputError: the template fails, changes the prompt once an answer follows, or writes no end token.
     """
     template = load_template(tokenizer, chat_template)
-    encode = _encode_plain if template == PLAIN else partial(_encode_chat, template=template)
-    prompt_ids, chosen_ids, rejected_ids = encode(tokenizer, prompt, chosen, rejected)
-    boundary = _shared_length(prompt_ids, chosen_ids, rejected_ids)
+    prompt_ids, chosen_ids, rejected_ids = encode_answers(tokenizer, template, prompt, chosen, rejected)
+    boundary = shared_length(prompt_ids, chosen_ids, rejected_ids)
     if not boundary:
         raise InputError("the prompt and the two whole sequences share no token: the prompt is empty or is changed.")
     return EncodedPair(prompt_ids[:boundary], chosen_ids[boundary:], rejected_ids[boundary:])
@@ -140,19 +139,26 @@ def encode_pairs(
         remove_columns=["prompt", "chosen", "rejected"],
         features=_features(),
         num_proc=num_proc if num_proc and num_proc > 1 else None,
-        new_fingerprint=_fingerprint(dataset, tokenizer, template, limits),
+        new_fingerprint=encoding_key(dataset, tokenizer, template, limits),
         desc="Encoding pairs",
     )
+    return keep_encoded(encoded, "pair", max_length)
+
+
+def keep_encoded(encoded: "Dataset", noun: str, max_length: int) -> tuple["Dataset", dict[str, int]]:
+    """What the column `status` (which goes) does not say is dropped, and the counts of what it says."""
     statuses = list(encoded["status"])
     kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     counts = {name: statuses.count(name) for name in ("dropped_overlong", "dropped_empty", "truncated")}
     if not kept:
-        raise InputError(f"no pair is left of {len(statuses)} ({counts}): raise max_length ({max_length}) or truncate.")
+        raise InputError(
+            f"no {noun} is left of {len(statuses)} ({counts}): raise max_length ({max_length}) or truncate."
+        )
     encoded = encoded.remove_columns("status")
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
 
 
-def _shared_length(*sequences: Sequence[Any]) -> int:
+def shared_length(*sequences: Sequence[Any]) -> int:
     """Length of the longest common prefix."""
     for position, items in enumerate(zip(*sequences, strict=False)):
         if any(item != items[0] for item in items):
@@ -160,12 +166,22 @@ def _shared_length(*sequences: Sequence[Any]) -> int:
     return min(map(len, sequences))
 
 
+def encode_answers(tokenizer: "Tokenizer", template: str, prompt: Messages, *completions: str) -> list[list[int]]:
+    """Ids of the prompt and of prompt + each completion with its end token, through a template of `load_template`.
+
+    Raises:
+        InputError: the template fails, changes the prompt once an answer follows, or writes no end token.
+    """
+    encode = _encode_plain if template == PLAIN else partial(_encode_chat, template=template)
+    return encode(tokenizer, prompt, *completions)
+
+
 def _encode_chat(tokenizer: "Tokenizer", prompt: Messages, *completions: str, template: str) -> list[list[int]]:
     """Ids of the prompt and of prompt + each completion, each cut after the end token."""
     answers = [[*prompt, {"role": "assistant", "content": completion}] for completion in completions]
     texts = [_render(tokenizer, template, prompt, add_generation_prompt=True)]
     texts += [_render(tokenizer, template, messages, add_generation_prompt=False) for messages in answers]
-    if prompt[-1]["content"].strip() not in texts[0][: _shared_length(*texts)]:
+    if prompt[-1]["content"].strip() not in texts[0][: shared_length(*texts)]:
         raise InputError("the chat template shows the last user message differently once an answer follows it.")
     # The template writes BOS itself: special tokens added here would double it.
     prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -237,15 +253,26 @@ def _features() -> Any:
     return Features(scalars | token_ids | {"truncated": Value("bool"), "status": Value("string")})
 
 
-def _fingerprint(dataset: "Dataset", tokenizer: "Tokenizer", template: str, limits: dict[str, Any]) -> str:
-    """Cache key of the encoding: everything that it depends on, this code included.
+def tokenizer_state(tokenizer: "Tokenizer") -> str:
+    """What decides the ids of a text, as json: not the padding and truncation state, which changes with use.
 
-    The hash `datasets` would make itself pickles the tokenizer, whose padding and truncation state changes with use.
+    Raises:
+        InputError: it is not a fast tokenizer.
     """
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json), which is needed here.")
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    code = Path(__file__).read_text("utf-8")
-    parts = [dataset._fingerprint, backend, special, template, limits, code]
+    return json.dumps([backend, special], sort_keys=True)
+
+
+def encoding_key(
+    dataset: "Dataset", tokenizer: "Tokenizer", template: str, limits: dict[str, Any], *modules: str
+) -> str:
+    """Cache key of the encoding: everything that it depends on, this code and that of the files `modules` included.
+
+    The hash `datasets` would make itself pickles the tokenizer, whose padding and truncation state changes with use.
+    """
+    code = [Path(module).read_text("utf-8") for module in (__file__, *modules)]
+    parts = [dataset._fingerprint, tokenizer_state(tokenizer), template, limits, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from datamodules.preference import PreferenceDataModule
+from datamodules.sft import SFTDataModule
 from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles
 from lightning_modules.preference import PreferenceModule
-from mixdpo.models import Lora
+from lightning_modules.sft import SFTModule
+from mixdpo.adapters import Lora
 from mixdpo.routing import Routing
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -92,6 +94,25 @@ def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def make_samples(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """SFT rows of two sources, of random words of many lengths; every third one has two turns."""
+    draw = random.Random(seed)
+
+    def message(role: str, longest: int) -> dict[str, str]:
+        return {"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(2, longest)))}
+
+    return [
+        {
+            "id": f"s{i}",
+            "source": "odd" if i % 2 else "even",
+            "messages": [
+                m for _ in range(2 if i % 3 == 0 else 1) for m in (message("user", 6), message("assistant", 12))
+            ],
+        }
+        for i in range(count)
+    ]
+
+
 def write_pairs(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -114,19 +135,45 @@ def build(
     preference = PreferenceModule(model, optimizer=lambda p: optimizer(p, lr=lr), **module)
     options = {"routing": Routing(hard_fraction=0.25), "validation": 0.0, "batch_size": 4, "max_length": 64}
     pairs = PreferenceDataModule(source, tokenizer=model, **{**options, "max_prompt_length": 32, **(data or {})})
-    arguments = {"max_epochs": 1, "log_every_n_steps": 1, "callbacks": [RunFiles(), ExactResume(), LastCheckpoint()]}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "num_sanity_val_steps": 0}
+    return make_trainer(folder, **(trainer or {})), preference, pairs
+
+
+def build_sft(
+    model: str,
+    source: str,
+    folder: Path,
+    *,
+    trainer: dict[str, Any] | None = None,
+    lr: float = 0.1,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    data: dict[str, Any] | None = None,
+    **module: Any,
+) -> tuple[L.Trainer, SFTModule, SFTDataModule]:
+    """As `build`, for SFT."""
+    L.seed_everything(0, verbose=False)
+    module = {"lora": Lora(rank=4, alpha=8), "quantization": "none", "dtype": "float32", **module}
+    sft = SFTModule(model, optimizer=lambda p: optimizer(p, lr=lr), **module)
+    samples = SFTDataModule(
+        source, tokenizer=model, **{"validation": 0.0, "batch_size": 4, "max_length": 64, **(data or {})}
+    )
+    return make_trainer(folder, **(trainer or {})), sft, samples
+
+
+def make_trainer(folder: Path, *, first: tuple[Any, ...] = (), **options: Any) -> L.Trainer:
+    """A quiet trainer on the CPU with the callbacks `first` and those of a run."""
     folder.mkdir(parents=True, exist_ok=True)
-    fitter = L.Trainer(accelerator="cpu", default_root_dir=str(folder), **{**arguments, **quiet, **(trainer or {})})
-    return fitter, preference, pairs
+    ours = [*first, RunFiles(), ExactResume(), LastCheckpoint()]
+    arguments = {"max_epochs": 1, "log_every_n_steps": 1, "accelerator": "cpu", "default_root_dir": str(folder)}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "num_sanity_val_steps": 0}
+    return L.Trainer(**{**arguments, **quiet, "callbacks": ours, **options})
 
 
-def fit(*arguments: Any, ckpt_path: str | None = None, **options: Any) -> PreferenceModule:
-    """Build, train, and return the module."""
-    trainer, module, data = build(*arguments, **options)
+def fit(*arguments: Any, ckpt_path: str | None = None, make: Any = build, **options: Any) -> Any:
+    """Build (by `make`: build or build_sft), train, and return the module."""
+    trainer, module, data = make(*arguments, **options)
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module
 
 
-def adapter_weights(module: PreferenceModule, name: str = "policy") -> dict[str, torch.Tensor]:
+def adapter_weights(module: L.LightningModule, name: str = "policy") -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in module.state_dict().items() if f".{name}." in key}

@@ -10,14 +10,20 @@ import pytest
 
 import run
 from datamodules.preference import PreferenceDataModule
+from datamodules.sft import SFTDataModule
 from lightning_modules.preference import PreferenceModule
+from lightning_modules.sft import SFTModule
+from lightning_modules.token_cleaning import RefreshReference
 from mixdpo.losses import DPO
 from mixdpo.routing import Routing
+from mixdpo.samples import Slices
 from mixdpo.schedules import Cosine
+from mixdpo.token_cleaning.scorers import ExcessLoss
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
+SFT = [path for path in CONFIGS if "token_cleaning" in path.parts]
 
 pytestmark = pytest.mark.filterwarnings(
     # Lightning 2.6 calls what jsonargparse 4.53 has renamed
@@ -41,33 +47,68 @@ def build(monkeypatch, tmp_path):
 
 def header_overrides(config: Path) -> dict[str, list[str]]:
     """The lines `#   name: --options …` of a config's header, as arguments."""
-    found = re.findall(r"^# +([\w' ]+): +(--.+)$", config.read_text("utf-8"), flags=re.MULTILINE)
+    found = re.findall(r"^# +([\w' -]+(?: \([\w ]+\))?): +(--.+)$", config.read_text("utf-8"), flags=re.MULTILINE)
     return {name: shlex.split(options) for name, options in found}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_config_builds(build, config):
     cli = build(config)
-    assert type(cli.model) is PreferenceModule and cli.model.model is None
-    assert type(cli.datamodule) is PreferenceDataModule and cli.datamodule.route is None
+    assert type(cli.model) is (SFTModule if config in SFT else PreferenceModule) and cli.model.model is None
+    assert type(cli.datamodule) is (SFTDataModule if config in SFT else PreferenceDataModule)
+    assert not cli.datamodule.counts  # nothing was read
     assert cli.datamodule.tokenizer == cli.model.base
     assert cli.config.fit.name == config.stem
-    # no filler pairs: a step divides into its micro-batches
+    # no filler rows: a step divides into its micro-batches
     assert cli.datamodule.batch_size % cli.trainer.accumulate_grad_batches == 0
-    assert cli.datamodule.lengths["max_prompt_length"] < cli.datamodule.lengths["max_length"]
+    assert cli.datamodule.lengths.get("max_prompt_length", 0) < cli.datamodule.lengths["max_length"]
+    assert f"python run.py --config {config.relative_to(ROOT)}" in config.read_text("utf-8")
+
+
+def test_header_overrides_parse(build):
+    """All that a header offers as a line of options is accepted."""
+    parser = build(ROOT / "configs/demo.yaml").parser
+    for config in CONFIGS:
+        for options in header_overrides(config).values():
+            assert parser.parse_args(["fit", "--config", str(config), *options]).fit.name
 
 
 def test_baseline_overrides(build):
-    """What a header offers as baselines is accepted and means what its name says; the command it names is its own."""
+    """What a header offers as baselines means what its name says."""
     parser = build(ROOT / "configs/demo.yaml").parser
-    for config in (path for path in CONFIGS if path.name != "demo.yaml"):
-        assert f"#   python run.py --config {config.relative_to(ROOT)}\n" in config.read_text("utf-8")
+    for config in (path for path in CONFIGS if "DPO" in header_overrides(path) and path.name != "demo.yaml"):
         overrides = header_overrides(config)
         for baseline, hard_fraction in {"DPO": 0, "SFT": 1}.items():
             parsed = parser.parse_args(["fit", "--config", str(config), *overrides[baseline]]).fit
             routing = Routing(**vars(parsed.data.init_args.routing))
             assert routing == Routing(hard_fraction=hard_fraction, order="shuffled"), config
             assert parsed.name == f"{config.stem}-{baseline.lower()}"
+
+
+def test_token_cleaning_configs_mean_what_they_say(build):
+    folder = ROOT / "configs/token_cleaning"
+    cli = build(folder / "self_evolving.yaml")
+    assert cli.model.cleaning.scorer == ExcessLoss() and cli.model.cleaning.warm_up_stages == 1
+    assert cli.datamodule.slices == Slices(3) and cli.model.stage_start == "restart"
+    assert [type(callback) for callback in cli.trainer.callbacks].count(RefreshReference) == 1
+
+    def parse(name, *options):
+        config = folder / f"{name}.yaml"
+        parsed = cli.parser.parse_args(["fit", "--config", str(config), *options]).fit
+        return parsed.model.init_args, parsed.data.init_args
+
+    assert parse("full")[0].cleaning is None and parse("staged_full")[1].slices.count == 3
+    rho = parse("rho", "--model.cleaning.reference", "somewhere/adapter")[0].cleaning
+    assert vars(rho.scorer.init_args) == {"worse": "policy", "better": "reference", "normalise": False}
+    assert rho.reference == "somewhere/adapter"
+    overrides = header_overrides(folder / "rho.yaml")
+    history = parse("rho", *overrides["ssToken's loss term"])[0].cleaning.scorer
+    assert vars(history.init_args) == {"worse": "reference", "better": "policy", "normalise": True}
+    assert parse("rho", *overrides["DFT"])[0].cleaning.selection is None
+    paper, data = parse("paper/llama3.2_3b")
+    assert (paper.lora.rank, paper.lora.alpha, paper.lora.dropout, data.batch_size) == (64, 16, 0.1, 48)
+    for config in (folder / "paper").glob("*.yaml"):
+        assert header_overrides(config).keys() == header_overrides(folder / "paper/llama3.2_3b.yaml").keys()
 
 
 def test_control_overrides(build):

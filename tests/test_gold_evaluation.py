@@ -13,9 +13,10 @@ from conftest import WORDS, adapter_weights, build, make_pairs, write_pairs
 from lightning_modules.callbacks import ExactResume, RunFiles, Throughput
 from lightning_modules.gold_evaluation import GoldEvaluation
 from lightning_modules.preference import PreferenceModule
+from mixdpo.adapters import Lora
 from mixdpo.errors import InputError
 from mixdpo.evaluation.gold import Answers, answer, compare, markdown
-from mixdpo.models import Lora, load_tokenizer
+from mixdpo.models import load_tokenizer
 from mixdpo.schedules import Constant
 
 

@@ -9,10 +9,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules.callbacks import RunFiles
 from lightning_modules.preference import PreferenceModule
+from mixdpo.adapters import Lora, add_adapters
 from mixdpo.batching import PairCollator, ResumableLoader
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
-from mixdpo.models import Lora, add_adapters, load_base, load_tokenizer
+from mixdpo.models import load_base, load_tokenizer
 from mixdpo.records import read_pairs
 from mixdpo.routing import Routing
 from mixdpo.schedules import Constant

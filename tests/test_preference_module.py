@@ -10,8 +10,10 @@ from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 from lightning_modules import preference as preference_module
 from lightning_modules.preference import PreferenceModule
 from mixdpo import losses
+from mixdpo.adapters import role
 from mixdpo.batching import PairBatch
-from mixdpo.models import role, save_adapter, sequence_log_probs
+from mixdpo.export import save_adapter
+from mixdpo.models import sequence_log_probs
 from mixdpo.routing import Routing
 from mixdpo.schedules import Constant
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import write_pairs
 
+from mixdpo.adapters import Lora, add_adapters, role
 from mixdpo.batching import PairBatch, collate
+from mixdpo.export import merged_copy
 from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import DPO
-from mixdpo.models import Lora, add_adapters, load_base, load_tokenizer, merged_copy, role, sequence_log_probs
+from mixdpo.models import load_base, load_tokenizer, sequence_log_probs
 from mixdpo.packaged_model import PACKAGED
 from mixdpo.records import read_pairs
 from mixdpo.tokenization import encode_pairs
@@ -185,7 +187,7 @@ def test_roles_on_a_gpu(gpu_model: Any, encoded: list[dict[str, Any]]) -> None:
 
 @pytest.mark.gpu
 def test_an_adapter_saved_on_a_gpu_loads_again(gpu_model: Any, encoded: list[dict[str, Any]], tmp_path: Path) -> None:
-    from mixdpo.models import save_adapter
+    from mixdpo.export import save_adapter
 
     fill_b(gpu_model)
     save_adapter(gpu_model, tmp_path / "adapter")

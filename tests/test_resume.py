@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 
+from mixdpo.adapters import Lora
 from mixdpo.errors import InputError
-from mixdpo.models import Lora
 from mixdpo.routing import Routing
 from mixdpo.schedules import Constant
 

@@ -13,8 +13,8 @@ import torch
 from conftest import WORDS, build, make_pairs, write_pairs
 
 from lightning_modules.preference import PreferenceModule
+from mixdpo.adapters import Lora
 from mixdpo.losses import DPO
-from mixdpo.models import Lora
 from mixdpo.routing import Routing
 from mixdpo.schedules import Constant
 

@@ -1,0 +1,79 @@
+"""Shared by the comparisons of token cleaning: runs of run.py, two at a time, and what they leave."""
+
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path("configs/token_cleaning")
+Job = tuple[str, str, list[str]]
+"""Name of the run, name of its config, options of run.py."""
+
+
+def run(folder: Path, job: Job) -> Path:
+    """One run in a process of its own with one thread; one that is already complete is not repeated."""
+    name, config, options = job
+    path = folder / name
+    if (path / "done.json").exists():
+        return path
+    shutil.rmtree(path, ignore_errors=True)  # of this benchmark only, and not complete
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "run.py", "--config", str(CONFIGS / f"{config}.yaml"), "--name", name]
+    command += ["--runs", str(folder), *options]
+    started = time.perf_counter()
+    with (folder / f"{name}.log").open("w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    if status:
+        raise SystemExit(f"{name} failed: see {folder / name}.log")
+    seconds = round(time.perf_counter() - started)
+    (path / "done.json").write_text(json.dumps({"seconds": seconds, "command": command[1:]}) + "\n")
+    print(f"{time.strftime('%H:%M:%S')} {name}: {seconds} s", flush=True)
+    return path
+
+
+def run_all(folder: Path, jobs: list[Job], at_once: int = 2) -> dict[str, Path]:
+    with ThreadPoolExecutor(at_once) as pool:
+        paths = list(pool.map(lambda job: run(folder, job), jobs))
+    return {job[0]: path for job, path in zip(jobs, paths, strict=True)}
+
+
+def stages(path: Path) -> list[dict[str, Any]]:
+    """Summaries of the stages that were cleaned."""
+    file = path / "cleaning/stages.json"
+    return [stage for stage in json.loads(file.read_text())["stages"] if stage["scorer"]] if file.exists() else []
+
+
+def held_out(path: Path) -> dict[str, float]:
+    """Held-out response loss in nats per token at the end of a run, in all and by source."""
+    with (path / "metrics.csv").open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get("val/loss")]
+    return {key.removeprefix("val/"): float(value) for key, value in rows[-1].items() if key.startswith("val/")}
+
+
+def about() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": platform.platform(), "threads_per_run": 1}
+
+
+def write(name: str, content: dict[str, Any], table: str) -> None:
+    out = Path("benchmarks/results") / name
+    out.parent.mkdir(exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    out.with_suffix(".md").write_text(table + "\n")
+    print(table)
+
+
+def table(headings: list[str], rows: list[list[Any]]) -> str:
+    def cell(value: Any) -> str:
+        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    lines = [headings, ["---"] * len(headings), *([cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

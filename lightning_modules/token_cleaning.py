@@ -1,0 +1,250 @@
+"""Callbacks of token cleaning: refresh the reference, and score and select the tokens that come next."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from mixdpo.adapters import adapter_fingerprint, base_fingerprint, copy_adapter
+from mixdpo.errors import InputError
+from mixdpo.models import load_tokenizer
+from mixdpo.samples import TokenPool
+from mixdpo.token_cleaning.cleaning import Cleaning, weigh
+from mixdpo.token_cleaning.scorers import TokenStatistics, is_online
+from mixdpo.token_cleaning.stored import RunTokens, read_masks
+from mixdpo.token_cleaning.summary import summarise
+from mixdpo.token_cleaning.token_losses import add_losses, open_losses
+
+ROLES = {"base": "base", "reference": "cleaning", "previous": "previous"}
+"""Role in a scorer -> role of the model: a preference module's own reference is another one."""
+
+
+class RefreshReference(Callback):
+    def __init__(self, every: int | Literal["stage"] = "stage", ema: float = 0.0) -> None:
+        """Makes the policy the cleaning reference, again and again: self-evolving token cleaning.
+
+        What comes next is then scored by the new reference. With `every: stage` and slices of the data, slice t is
+        cleaned by the model that slices 0 to t − 1 have trained.
+
+        Args:
+            every: At the start of each stage but the first, or every so many optimizer steps.
+            ema: New reference = ema · old + (1 − ema) · policy, matrix by matrix; 0 is a copy.
+        """
+        if every != "stage" and every < 1:
+            raise InputError(f"RefreshReference.every must be 'stage' or a number of steps, not {every}")
+        if not 0 <= ema < 1:
+            raise InputError(f"RefreshReference.ema must lie in [0, 1), not {ema}")
+        self.every, self.ema = every, ema
+        self._refreshed_at = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if "cleaning" not in pl_module.model.peft_config:
+            raise InputError(
+                "RefreshReference: nothing to refresh, since model.cleaning has no scorer that reads a reference"
+            )
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        step, stage_of = trainer.global_step, trainer.datamodule.stage_of
+        if step == self._refreshed_at or step == 0:
+            return  # a later micro-batch of the same step, or nothing learnt yet
+        if stage_of(step) == stage_of(step - 1) if self.every == "stage" else step % self.every:
+            return
+        model = pl_module.model
+        if "previous" in model.peft_config:
+            copy_adapter(model, "cleaning", "previous")
+        copy_adapter(model, "policy", "cleaning", decay=self.ema)
+        pl_module.reference_version += 1
+        self._refreshed_at = step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"refreshed_at": self._refreshed_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._refreshed_at = state_dict["refreshed_at"]
+
+
+class CleanTokens(Callback):
+    """Scores and selects the tokens of each stage before it begins, and hands every batch its tokens' weights.
+
+    Added by a module with `cleaning`. Leaves `cleaning/` in the run's folder: samples/, scores.npy, weights.npy,
+    stages.json. Its state in a checkpoint is the scores and weights so far, so a resumed run does not score again.
+    """
+
+    def __init__(self, cleaning: Cleaning) -> None:
+        self.cleaning = cleaning
+        self._tokens: RunTokens | None = None
+        self._restored: dict[str, Any] | None = None
+        self._scored: list[int] | None = None  # stage and version of the reference that weights are of
+        self._losses: dict[str, np.ndarray] = {}
+        self._losses_of: list[int] | None = None
+        self._always_keep: np.ndarray | None = None
+        self._masks: np.ndarray | None = None
+        self._open: dict[str, Any] | None = None  # the stage whose tokens are not all decided yet
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pool: TokenPool = trainer.datamodule.cleaning_pool()
+        identity = {
+            **pool.identity,
+            "model": base_fingerprint(pl_module.model),
+            "dtype": f"{pl_module.dtype_name}, {trainer.precision}",
+        }
+        self._tokens = RunTokens(pool, identity)
+        if self._restored is not None:
+            self._tokens.restore(self._restored)
+            self._scored, self._open = self._restored["scored"], self._restored["open"]
+            if self._open is not None:
+                self._open["samples"] = np.array(self._open["samples"], dtype=np.int64)
+        if self.cleaning.masks is not None:
+            self._masks = read_masks(Path(self.cleaning.masks), identity)
+        self._always_keep = self._always_kept(trainer.datamodule.tokenizer, pool)
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir) / "cleaning"
+            folder.mkdir(exist_ok=True)
+            self._tokens.write_samples(folder)
+            self._tokens.write(folder, trainer.datamodule.tokenizer)  # of a resumed run: what was decided before
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        assert self._tokens is not None
+        now = [trainer.datamodule.stage_of(trainer.global_step), pl_module.reference_version]
+        warm_up = now[0] < self.cleaning.warm_up_stages
+        online = is_online(self.cleaning.scorer) and not warm_up
+        if now != self._scored or (online and now != self._losses_of):
+            samples, steps = trainer.datamodule.upcoming_samples(trainer.global_step)
+            if online or (not warm_up and self._masks is None):
+                self._prepare_losses(pl_module, samples, now)
+            if now != self._scored:
+                self._finish_stage(trainer)
+                self._clean(trainer, samples, steps, warm_up, online)
+                self._scored = now
+        token = batch.token.cpu().numpy()
+        device = batch.token.device
+        if online:
+            batch.losses = {name: torch.from_numpy(values[token]).to(device) for name, values in self._losses.items()}
+            batch.always_keep = None if self._always_keep is None else self._always_keep[token]
+        else:
+            weights = np.where(token >= 0, self._tokens.weights[token], np.float32(1))
+            batch.token_weight = batch.token_weight * torch.from_numpy(weights).to(device)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if getattr(batch, "scores", None) is not None and batch.count:
+            token = batch.token.cpu().numpy()
+            self._tokens.scores[token] = batch.scores.float().cpu().numpy()
+            self._tokens.weights[token] = batch.token_weight.float().cpu().numpy()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._finish_stage(trainer)
+
+    def _prepare_losses(self, pl_module: Any, samples: np.ndarray, now: list[int]) -> None:
+        """Losses of the roles that the scorer reads besides the policy. Those of the base, and of a reference that was
+        given and never refreshed, are kept on disk for every later round, ratio and run."""
+        assert self._tokens is not None
+        pool, model = self._tokens.pool, pl_module.model
+        for name in (name for name in self.cleaning.scorer.roles if name != "policy"):
+            lasting = name == "base" or (self.cleaning.reference is not None and now[1] == 0)
+            if name not in self._losses or not lasting:
+                adapter = {"adapter": "none" if name == "base" else adapter_fingerprint(model, ROLES[name])}
+                self._losses[name] = open_losses(len(pool), self._tokens.identity | adapter if lasting else None)
+            add_losses(self._losses[name], model, ROLES[name], pool, samples, device=pl_module.device)
+        self._losses_of = now
+
+    def _clean(self, trainer: L.Trainer, samples: np.ndarray, steps: np.ndarray, warm_up: bool, online: bool) -> None:
+        """Decide the weights of these samples' tokens; those of an online scorer are decided in each step instead."""
+        assert self._tokens is not None
+        tokens, entry = self._tokens.pool.tokens(samples), {"samples": samples, "warm_up": warm_up, "kept": None}
+        self._tokens.scores[tokens], self._tokens.weights[tokens] = np.nan, 1 if warm_up else np.nan
+        self._tokens.decided[samples] = len(self._tokens.stages)
+        if not (warm_up or online) and self._masks is not None:
+            if np.isnan(self._masks[tokens]).any():
+                raise InputError(f"cleaning.masks {self.cleaning.masks} says nothing of some tokens of this stage")
+            self._tokens.weights[tokens] = self._masks[tokens]
+        elif not (warm_up or online) and len(tokens):
+            offsets = self._offsets(samples)
+            scores = self._scores(tokens, np.repeat(samples, np.diff(offsets)))
+            always = None if self._always_keep is None else self._always_keep[tokens]
+            weights, entry["kept"] = weigh(self.cleaning.selection, scores, offsets, batch=steps, always_keep=always)
+            self._tokens.scores[tokens], self._tokens.weights[tokens] = scores, weights
+        step = trainer.global_step
+        self._open = entry | {"stage": trainer.datamodule.stage_of(step), "step": step}
+        if not online:
+            self._finish_stage(trainer)
+
+    def _scores(self, tokens: np.ndarray, sample: np.ndarray) -> np.ndarray:
+        losses = {name: torch.from_numpy(values[tokens]) for name, values in self._losses.items()}
+        statistics = TokenStatistics(losses, torch.from_numpy(sample), torch.from_numpy(tokens))
+        scores = self.cleaning.scorer(statistics).numpy()
+        if "reference" in losses and not scores.any():
+            raise InputError(
+                "every score is 0: the cleaning reference is the same as what it is compared with. Give "
+                "model.cleaning.reference, or warm_up_stages of at least 1 and the callback RefreshReference"
+            )
+        return scores
+
+    def _finish_stage(self, trainer: L.Trainer) -> None:
+        """Sum up the stage whose weights are complete, and write all that is known so far."""
+        if self._open is None or not len(self._open["samples"]):
+            return
+        assert self._tokens is not None
+        entry, self._open = self._open, None
+        pool, warm_up = self._tokens.pool, entry["warm_up"]
+        reached = ~np.isnan(self._tokens.weights[pool.offsets[entry["samples"]]])  # max_steps may end a stage early
+        samples = entry["samples"][reached]
+        tokens, planted = pool.tokens(samples), pool.planted()
+        facts = summarise(
+            self._tokens.weights[tokens],
+            self._tokens.scores[tokens],
+            self._offsets(samples),
+            [pool.samples["source"][i] for i in samples],
+            entry["kept"],
+            None if planted is None else planted[tokens],
+        )
+        names = {"scorer": self.cleaning.scorer, "selection": self.cleaning.selection}
+        said = {name: None if warm_up or value is None else repr(value) for name, value in names.items()}
+        self._tokens.stages.append({"stage": entry["stage"], "step": entry["step"], **said, **facts})
+        if trainer.is_global_zero:
+            self._tokens.write(Path(trainer.default_root_dir) / "cleaning", trainer.datamodule.tokenizer)
+        rank_zero_info(describe(self._tokens.stages[-1]))
+
+    def _offsets(self, samples: np.ndarray) -> np.ndarray:
+        """(n+1,) where the tokens of these samples begin, once they stand one behind the other."""
+        assert self._tokens is not None
+        counts = np.diff(self._tokens.pool.offsets)[samples]
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    def _always_kept(self, tokenizer_name: str, pool: TokenPool) -> np.ndarray | None:
+        names = list(self.cleaning.selection.always_keep) if self.cleaning.selection else []
+        if not names:
+            return None
+        tokenizer = load_tokenizer(tokenizer_name)
+        unknown = [name for name in names if name not in tokenizer.get_vocab()]
+        if unknown:
+            raise InputError(
+                f"cleaning.selection.always_keep: the tokenizer has no token {', '.join(map(repr, unknown))}"
+            )
+        return np.isin(pool.target_ids(), tokenizer.convert_tokens_to_ids(names))
+
+    def state_dict(self) -> dict[str, Any]:
+        open_ = self._open and {**self._open, "samples": self._open["samples"].tolist()}
+        return {**self._tokens.state(), "scored": self._scored, "open": open_} if self._tokens else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+
+def describe(stage: dict[str, Any]) -> str:
+    """One line on what a stage keeps."""
+    if stage["scorer"] is None:
+        return f"stage {stage['stage']}: all {stage['tokens']} response tokens"
+    line = f"stage {stage['stage']}: {stage['kept_share']:.1%} of {stage['tokens']} response tokens kept"
+    if stage["mean_abs_score"] is not None:
+        line += f", mean |score| {stage['mean_abs_score']:.3f}"
+    if stage["threshold"] is not None:
+        line += f", threshold {stage['threshold']:.4g} ({stage['ties']} ties)"
+    found = stage.get("planted", {})
+    names = {"auc": "AUC", "share": "share before", "kept_noise_rate": "among the kept"}
+    if facts := [f"{name} {found[key]:.3f}" for key, name in names.items() if found.get(key) is not None]:
+        line += "; planted noise: " + ", ".join(facts)
+    return line

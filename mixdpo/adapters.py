@@ -1,0 +1,218 @@
+"""One set of weights, several roles: LoRA adapters on one frozen base, switched by flags.
+
+*policy* is the adapter that learns. *reference* is what a preference loss is held against: a frozen copy of the adapter
+that training started from, or the base when it started from none. *cleaning* is the reference of token cleaning and
+*previous* what it was before its last refresh. *base* is the model with its adapters off.
+
+A policy may be stacked: after `stack_policy` it is the sum of the frozen adapters `stage_1`, `stage_2`, … and the
+adapter `policy` that learns on top of them.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixdpo.errors import InputError
+from mixdpo.models import readable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Role = Literal["policy", "reference", "cleaning", "previous", "base"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the frozen base (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        rank: r, inner dimension of the update.
+        alpha: α; the update is scaled by α / r.
+        dropout: on the adapter's input, while training.
+        targets: "all-linear" (every linear layer but the head) or module names such as ["q_proj", "v_proj"].
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise InputError(f"lora needs rank >= 1, alpha > 0 and dropout in [0, 1), not {self}")
+
+
+def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None) -> "PeftModel":
+    """Put the adapter `policy` on the base: a fresh one, or the one saved in `adapter` (PEFT folder or hub id), whose
+    frozen copy becomes the adapter `reference`.
+
+    Only the policy's weights require a gradient afterwards.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if adapter is None:
+        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            model = get_peft_model(base, config, adapter_name="policy")
+        except ValueError as error:
+            raise InputError(f"lora.targets {lora.targets} do not fit this model: {error}") from error
+    else:
+        with readable(adapter, "adapter"):
+            model = PeftModel.from_pretrained(base, adapter, adapter_name="policy", is_trainable=True)
+        _check_adapter(adapter, model.peft_config["policy"])
+    model.stacked = {}  # adapter -> how many of the stage adapters stand under it
+    if adapter is not None:
+        add_reference(model, "reference", adapter)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".policy." in name)
+    return model
+
+
+def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) -> None:
+    """Add the frozen adapter `name`: the one saved in `adapter`, or a copy of the policy as it is now."""
+    if adapter is None:
+        _add_like_policy(model, name)
+        copy_adapter(model, "policy", name)
+        return
+    with readable(adapter, "adapter"):
+        model.load_adapter(adapter, adapter_name=name, is_trainable=False)
+    _check_adapter(adapter, model.peft_config[name])
+    _freeze_all_but_policy(model, name)
+
+
+def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float = 0.0) -> None:
+    """target := decay · target + (1 − decay) · source, matrix by matrix; decay 0 is a copy.
+
+    Raises:
+        InputError: the two adapters differ in shape, or a moving average is asked for while the policy is stacked.
+    """
+    stages = model.stacked.get(source, 0)
+    if decay and stages != model.stacked.get(target, 0):
+        raise InputError("ema: the moving average of stacked adapters is not defined: use 0, or stage_start restart")
+    with torch.no_grad():
+        for layer in adapter_layers(model):
+            for matrices in (layer.lora_A, layer.lora_B):
+                new, old = matrices[source].weight, matrices[target].weight
+                if new.shape != old.shape:
+                    raise InputError(
+                        f"the adapter '{target}' has matrices of {tuple(old.shape)}, '{source}' of {tuple(new.shape)}: "
+                        "a reference that is refreshed needs the policy's rank (model.lora.rank)"
+                    )
+                old.copy_(old.lerp(new, 1 - decay) if decay else new)
+    model.stacked[target] = stages
+
+
+def stack_policy(model: "PeftModel") -> None:
+    """Freeze the policy as the next stage adapter and start a fresh one on top: the same function, new weights."""
+    add_stage(model)
+    stage = model.stacked["policy"]
+    copy_adapter(model, "policy", f"stage_{stage}")
+    for layer in adapter_layers(model):
+        layer.reset_lora_parameters("policy", True)
+
+
+def add_stage(model: "PeftModel") -> None:
+    """Room for one more frozen stage adapter under the policy."""
+    model.stacked["policy"] = stage = model.stacked.get("policy", 0) + 1
+    _add_like_policy(model, f"stage_{stage}")
+    for layer in adapter_layers(model):
+        layer._active_adapter = adapters_of(model, "policy")
+
+
+@contextmanager
+def role(model: "PeftModel", name: Role) -> Iterator[None]:
+    """Compute as `name` inside the block, as before it afterwards.
+
+    Flips PEFT's two per-layer flags only: `disable_adapter()` would also flip `requires_grad` (and un-freeze on exit
+    what was frozen) and takes 30 times longer. The role at *backward* decides the gradient, so never enter a role
+    between a forward and its backward.
+    """
+    layers = adapter_layers(model)
+    saved = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    active = adapters_of(model, name)
+    try:
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = active or ["policy"], not active
+        yield
+    finally:
+        for layer, (before, disabled) in zip(layers, saved, strict=True):
+            layer._active_adapter, layer._disable_adapters = before, disabled
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' own tensors by their full name: what a checkpoint holds."""
+    # named_parameters, not state_dict: that would pack the quantisation state of every 4-bit layer
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def adapter_fingerprint(model: "PeftModel", name: Role) -> str:
+    """Changes whenever the weights do that `name` adds to the base; "none" where it adds nothing."""
+    digest = hashlib.sha256()
+    adapters = adapters_of(model, name)
+    for layer in adapter_layers(model):
+        for adapter in adapters:
+            digest.update(repr(layer.scaling[adapter]).encode())
+            for matrices in (layer.lora_A, layer.lora_B):
+                digest.update(matrices[adapter].weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16] if adapters else "none"
+
+
+def base_fingerprint(model: "PeftModel") -> str:
+    """Changes whenever the base's weights do, quantised as they are: a name or a path would not tell."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.get_base_model().named_parameters()):
+        if "lora_" not in name:
+            flat = parameter.detach().reshape(-1)
+            bits = flat.view(torch.uint8) if flat.dtype.itemsize == 1 else flat
+            whole = bits.numel() // 8 * 8
+            if bits.dtype == torch.uint8 and whole:  # the hash keeps as many bits as an element has
+                bits = bits[:whole].view(torch.int64)
+            digest.update(f"{name} {tuple(parameter.shape)} {torch.hash_tensor(bits).item()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def adapters_of(model: "PeftModel", name: str) -> list[str]:
+    """The adapters whose sum a role adds to the base; none for the bare base."""
+    stages = [f"stage_{stage}" for stage in range(1, model.stacked.get(name, 0) + 1)]
+    return [*stages, name] if name in model.peft_config else stages
+
+
+def _add_like_policy(model: "PeftModel", name: str) -> None:
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
+        model.add_adapter(name, copy.copy(model.peft_config["policy"]))
+    _freeze_all_but_policy(model, name)
+
+
+def _freeze_all_but_policy(model: "PeftModel", added: str) -> None:
+    for layer in adapter_layers(model):
+        layer.lora_dropout[added] = nn.Identity()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".policy." in name)
+
+
+def _check_adapter(name: str, config: Any) -> None:
+    """Refuse what the roles cannot switch: they flip LoRA layers, and nothing else."""
+    others = {"modules_to_save": config.modules_to_save, "use_dora": config.use_dora, "bias": config.bias != "none"}
+    if config.peft_type != "LORA" or any(others.values()):
+        extra = [key for key, value in others.items() if value]
+        raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): only plain LoRA can be used")

@@ -1,0 +1,81 @@
+"""The policy as files and models that others can use: a PEFT folder, a plain merged model."""
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mixdpo.adapters import Role, adapters_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """A plain model in the role `name`: the base dequantised *before* the adapter is added, for generation or export.
+
+    (Merging into 4-bit weights would round the adapter away.) Equal to the role up to rounding in `dtype`.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.integrations import dequantize_module_weight
+    from transformers import AutoModelForCausalLM
+
+    causal_lm = model.get_base_model()
+    adapters = adapters_of(model, name)
+    state: dict[str, Tensor] = {}
+    for path, module in causal_lm.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            with torch.no_grad():
+                weight = dequantize_module_weight(base).to(torch.float32)
+                state[f"{path}.weight"] = sum((module.get_delta_weight(adapter) for adapter in adapters), weight)
+            if base.bias is not None:
+                state[f"{path}.bias"] = base.bias
+        elif "lora_" not in path and ".base_layer" not in path:
+            state |= {
+                f"{path}.{key}".lstrip("."): value for key, value in module._parameters.items() if value is not None
+            }
+    config = causal_lm.config.__class__(
+        **{key: value for key, value in causal_lm.config.to_dict().items() if key != "quantization_config"}
+    )
+    device = next(causal_lm.parameters()).device
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
+    missing, unexpected = plain.load_state_dict({key: value.to(dtype) for key, value in state.items()}, strict=False)
+    tied = set(plain.all_tied_weights_keys)
+    if unexpected or set(missing) - tied:
+        raise RuntimeError(f"the merged copy does not match the model: missing {missing}, unexpected {unexpected}")
+    plain.tie_weights()
+    plain.generation_config = causal_lm.generation_config
+    return plain.eval().requires_grad_(False)
+
+
+def save_adapter(model: "PeftModel", folder: Path) -> None:
+    """Write the policy as a PEFT folder that `PeftModel.from_pretrained` loads; written whole, then renamed.
+
+    A stacked policy becomes one adapter of the summed rank: B₁A₁ + B₂A₂ is [B₁ B₂] times A₁ above A₂.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    os.chmod(temporary, 0o755)  # mkdtemp makes it private
+    states = [get_peft_model_state_dict(model, adapter_name=adapter) for adapter in adapters_of(model, "policy")]
+    state = {key: torch.cat([s[key] for s in states], dim=0 if "lora_A" in key else 1) for key in states[0]}
+    weights = temporary / "adapter_model.safetensors"
+    save_file({key: value.contiguous().cpu() for key, value in state.items()}, weights, metadata={"format": "pt"})
+    os.chmod(weights, 0o644)
+    config = copy.copy(model.peft_config["policy"])
+    config.inference_mode = True
+    config.r, config.lora_alpha = config.r * len(states), config.lora_alpha * len(states)
+    config.save_pretrained(str(temporary))
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)

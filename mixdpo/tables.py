@@ -1,0 +1,113 @@
+"""Rows of any source -> one memory-mapped table of records, with row numbers, ids and counts of what was left out."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixdpo import sources
+from mixdpo.errors import InputError
+from mixdpo.sources import Source, open_source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
+
+
+def read_table(
+    source: str, split: str, limit: int | None, noun: str, parse: Parse, columns: dict[str, Any], *, key: list[Any]
+) -> tuple["Dataset", dict[str, int], str]:
+    """The usable rows of a source as a memory-mapped table, what was dropped by cause, and the source's name.
+
+    Args:
+        noun: what a row is; its id is the column NOUN_id.
+        parse: a row and {id: row number} of those before it -> a record, in which `drop` says why it is not usable.
+        columns: name and type of the table's columns, `row` and `drop` aside.
+        key: what the table depends on besides the data, `limit`, and the code of this module and of `sources`.
+
+    Raises:
+        InputError: the source cannot be read, a row is malformed, or none is usable.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit should be at least 1 or absent, not {limit}.")
+    opened = open_source(source, split)
+    table = _build_table(opened, lambda: _table_rows(opened, parse, f"{noun}_id", limit), columns, [*key, limit])
+    causes = table["drop"]
+    kept = [index for index, cause in enumerate(causes) if not cause]
+    dropped = dict(Counter(cause for cause in causes if cause))
+    if not kept:
+        raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
+    table = table.remove_columns("drop")
+    return table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name
+
+
+def _build_table(
+    source: Source, rows: Callable[[], Iterator[dict[str, Any]]], columns: dict[str, Any], key: list[Any]
+) -> "Dataset":
+    """All rows as a memory-mapped table; what is to be kept out is marked in `drop`, so a cached table counts it too.
+
+    The cache key holds the content of the data and of the code that reads it.
+    """
+    from datasets import Dataset, Features, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    features = Features(columns | {"row": Value("int64"), "drop": Value("string")})
+    code = [Path(module).read_text("utf-8") for module in (__file__, sources.__file__)]
+    fingerprint = hashlib.sha256(json.dumps([source.name, source.key, key, code]).encode()).hexdigest()[:32]
+    try:
+        return Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+
+
+def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    rows_of_ids: dict[int, int] = {}
+    usable = 0
+    for number, row in source.rows:
+        try:
+            record = parse(row, rows_of_ids)
+        except InputError as error:
+            raise InputError(f"{source.name}, row {number}: {error} Columns present: {', '.join(row)}.") from error
+        rows_of_ids[record[id_column]] = number
+        yield record | {"row": number}
+        usable += not record["drop"]
+        if usable == limit:
+            return
+    if not rows_of_ids:
+        raise InputError(f"{source.name} holds no rows.")
+
+
+def row_id(row: dict[str, Any], column: str, content: str, rows_of_ids: dict[int, int]) -> int:
+    """Hash of the row's value in `column`; without one, of its content, where a repeated row gets the next number."""
+    if column not in row:
+        repeat = 0
+        while (number := hash63(f"{content} {repeat}")) in rows_of_ids:
+            repeat += 1
+        return number
+    name = row[column]
+    if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
+        raise InputError(f"{column!r} should be text or a whole number, not {name!r}.")
+    number = hash63(checked_text(str(name), column))
+    if number in rows_of_ids:
+        raise InputError(f"{column} {name!r} was already given by row {rows_of_ids[number]}; each row needs its own.")
+    return number
+
+
+def hash63(text: str) -> int:
+    """First 8 bytes of sha256, shifted into a non-negative int64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def checked_text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{column!r} should be text, not {value!r:.80}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{column!r} holds half a surrogate pair at character {error.start + 1}.") from None
+    return value

@@ -1,0 +1,71 @@
+"""What a YAML file says of token cleaning: how tokens are scored, which are kept, against which reference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jsonargparse import lazy_instance
+
+from mixdpo.errors import InputError
+from mixdpo.token_cleaning.scorers import ExcessLoss, TokenStatistics, is_online
+from mixdpo.token_cleaning.selection import Kept, Selection, select
+
+Scorer = Callable[[TokenStatistics], Any]
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """SFT on the response tokens that matter (Token Cleaning, arXiv 2502.01968).
+
+    Args:
+        scorer: Class path of what scores tokens, high = keep: ExcessLoss, Loss, Probability, Random of
+            mixdpo.token_cleaning.scorers, or your own with the attribute `roles`.
+        selection: Which scores are kept; null makes the score itself the token's weight.
+        reference: PEFT folder or hub id of the reference adapter that scores tokens. Null starts it as a copy of the
+            policy: give warm_up_stages and the callback RefreshReference then, or it knows no more than the base.
+        reference_lr: Preference training without a `reference` fits one to the easy pairs' chosen responses, in one
+            pass of AdamW at this learning rate.
+        warm_up_stages: So many first stages (slices) are trained on every response token.
+        masks: Folder RUN/cleaning of an earlier run on the same data and model: its weights instead of new scores.
+    """
+
+    scorer: Scorer = lazy_instance(ExcessLoss)  # noqa: RUF009
+    selection: Selection | None = Selection()  # noqa: RUF009
+    reference: str | None = None
+    reference_lr: float = 1e-4
+    warm_up_stages: int = 0
+    masks: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.warm_up_stages < 0:
+            raise InputError(f"cleaning.warm_up_stages must be >= 0, not {self.warm_up_stages}")
+        if is_online(self.scorer) and self.selection is not None:
+            if self.masks is not None:
+                raise InputError(f"cleaning.masks replaces scores, which {self.scorer} makes in each step: give one")
+            if self.selection.scope == "global" and self.selection.keep_ratio is not None:
+                raise InputError(
+                    f"cleaning.selection.scope global needs all scores before training, and {self.scorer} reads the "
+                    "policy of each step: use scope batch (the tokens of a micro-batch) or sample"
+                )
+
+
+def weigh(
+    selection: Selection | None,
+    scores: np.ndarray,
+    offsets: np.ndarray,
+    *,
+    batch: np.ndarray | None = None,
+    always_keep: np.ndarray | None = None,
+) -> tuple[np.ndarray, Kept | None]:
+    """Scores -> weights (M,) float32 in the loss: 1 kept and 0 cut, or without a selection the score itself.
+
+    Raises:
+        InputError: a score that is to be a weight is negative or no number.
+    """
+    if selection is not None:
+        kept = select(scores, offsets, selection, batch=batch, always_keep=always_keep)
+        return kept.mask.astype(np.float32), kept
+    if not (scores >= 0).all():
+        raise InputError("cleaning.selection is null, so scores are weights, but some are negative or no numbers")
+    return np.asarray(scores, dtype=np.float32), None

@@ -1,0 +1,49 @@
+"""Fit a frozen adapter to samples: the reference that token cleaning needs where none is given."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from mixdpo.adapters import Role, role
+from mixdpo.models import row_log_probs
+from mixdpo.sft_batching import sample_rows
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def fit_adapter(
+    model: "PeftModel",
+    name: Role,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    learning_rate: float,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> None:
+    """One pass of SFT on every response token of the samples, in their order, with AdamW at a constant rate.
+
+    The loss of a step is the mean over its response tokens; one sample is computed at a time. Only the adapter `name`
+    changes, and it requires no gradient afterwards.
+    """
+    parameters = [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with role(model, name):  # at backward as well
+            for start in tqdm(range(0, len(samples), batch_size), desc=f"fitting {name}", unit="step"):
+                step = [
+                    sample_rows([sample]).to(torch.device(device)) for sample in samples[start : start + batch_size]
+                ]
+                tokens = sum(len(rows.target) for rows in step)
+                for rows in step:
+                    (-row_log_probs(model, rows).sum() / tokens).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None

@@ -1,0 +1,165 @@
+"""Losses of a token under one or two models -> its score, high = keep; frozen dataclasses that a YAML file names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mixdpo.errors import InputError
+
+Role = Literal["base", "reference", "previous", "policy"]
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What is known of M response tokens.
+
+    Attributes:
+        losses: role -> (M,) negative log-likelihood in nats, detached.
+        sample: (M,) int64, which sample a token belongs to.
+        token: (M,) int64, the token's own number in the whole pool.
+    """
+
+    losses: Mapping[str, Tensor]
+    sample: Tensor
+    token: Tensor
+
+
+@dataclass(frozen=True)
+class ExcessLoss:
+    """ℓ_worse − ℓ_better: how much better one model predicts the token than another.
+
+    | method                                          | worse     | better    | normalise |
+    |-------------------------------------------------|-----------|-----------|-----------|
+    | Token Cleaning (arXiv 2502.01968)               | base      | reference | no        |
+    | the same with a moving base                     | previous  | reference | no        |
+    | Rho-1 (Lin et al. 2024), online                 | policy    | reference | no        |
+    | ssToken's loss term; reference = the own history | reference | policy    | yes       |
+
+    Args:
+        worse: Role whose loss counts for keeping a token: base, reference, previous or policy.
+        better: Role whose loss counts against it.
+        normalise: Map each sample's scores to [0, 1] by their smallest and largest; equal scores become 0.
+    """
+
+    worse: Role = "base"
+    better: Role = "reference"
+    normalise: bool = False
+
+    def __post_init__(self) -> None:
+        _check_roles(*self.roles)
+        if self.worse == self.better:
+            raise InputError(
+                f"ExcessLoss: worse and better are both {self.worse!r}, so every score is 0: name two roles"
+            )
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return (self.worse, self.better)
+
+    def __call__(self, statistics: TokenStatistics) -> Tensor:
+        """(M,) in nats, or in [0, 1] where normalised."""
+        excess = statistics.losses[self.worse] - statistics.losses[self.better]
+        return _min_max(excess, statistics.sample) if self.normalise else excess
+
+
+@dataclass(frozen=True)
+class Loss:
+    """ℓ: keeps what the model finds hard.
+
+    Args:
+        role: Whose loss: base, reference, previous or policy.
+    """
+
+    role: Role = "policy"
+
+    def __post_init__(self) -> None:
+        _check_roles(self.role)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return (self.role,)
+
+    def __call__(self, statistics: TokenStatistics) -> Tensor:
+        """(M,) in nats."""
+        return statistics.losses[self.role]
+
+
+@dataclass(frozen=True)
+class Probability:
+    """exp(−ℓ): the token's probability.
+
+    ProFit keeps p > τ: a selection with threshold τ and keep_ratio null. DFT weighs each token by p: no selection.
+
+    Args:
+        role: Whose probability: base, reference, previous or policy.
+    """
+
+    role: Role = "policy"
+
+    def __post_init__(self) -> None:
+        _check_roles(self.role)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return (self.role,)
+
+    def __call__(self, statistics: TokenStatistics) -> Tensor:
+        """(M,) in [0, 1]."""
+        return torch.exp(-statistics.losses[self.role])
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform in [0, 1), a hash of seed and token: the same whatever the batch, the order or the device.
+
+    Args:
+        seed: Another seed, other tokens.
+    """
+
+    seed: int = 0
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ()
+
+    def __call__(self, statistics: TokenStatistics) -> Tensor:
+        """(M,) float32 multiples of 2⁻²⁴, which float32 holds exactly and never rounds up to 1."""
+        token = statistics.token
+        hashed = _splitmix64(_splitmix64(torch.full_like(token, self.seed)) + token)
+        return _shift_right(hashed, 40).float() * 2.0**-24
+
+
+def is_online(scorer: Any) -> bool:
+    """Whether scores need the model in training, so cannot be computed before a step."""
+    return "policy" in scorer.roles
+
+
+def _check_roles(*roles: str) -> None:
+    for role in roles:
+        if role not in get_args(Role):
+            raise InputError(f"{role!r} is no role of a scorer: give one of {', '.join(get_args(Role))}")
+
+
+def _min_max(scores: Tensor, sample: Tensor) -> Tensor:
+    index = torch.unique(sample, return_inverse=True)[1]
+    low, high = (
+        scores.new_zeros(len(scores)).scatter_reduce(0, index, scores, reduce, include_self=False)[index]
+        for reduce in ("amin", "amax")
+    )
+    return (scores - low) / (high - low).masked_fill(high == low, 1)
+
+
+def _splitmix64(state: Tensor) -> Tensor:
+    """Steele et al. 2014, "Fast splittable pseudorandom number generators"; int64 products wrap as uint64's do."""
+    state = state - 0x61C8864680B583EB  # + 0x9E3779B97F4A7C15, as are the next two, in 64 bits with a sign
+    state = (state ^ _shift_right(state, 30)) * -0x40A7B892E31B1A47
+    state = (state ^ _shift_right(state, 27)) * -0x6B2FB644ECCEEE15
+    return state ^ _shift_right(state, 31)
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    """Without the copies of the sign bit that >> brings in."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)

@@ -1,0 +1,165 @@
+"""Scores -> which tokens are kept (Token Cleaning, arXiv 2502.01968): the best share, or all above a threshold."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from mixdpo.errors import InputError
+
+Scope = Literal["global", "sample", "batch"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which response tokens stay in the loss; high scores are kept.
+
+    Args:
+        keep_ratio: Share of the eligible tokens that is kept, in (0, 1]. The paper's 0.6 is flat from 0.3 to 0.8.
+        threshold: Keep tokens with a score above this instead, so 0 keeps by sign. Give this or keep_ratio; the other
+            is null.
+        scope: What keep_ratio ranks over: all tokens scored together (the paper's method), each sample by itself (its
+            RHO baseline), or the samples of a batch.
+        min_keep: Every sample keeps at least this many of its best tokens, or all it has: more than keep_ratio if need
+            be.
+        always_keep: Tokens that are kept whatever their score, such as <|im_end|>; they are part of keep_ratio.
+    """
+
+    keep_ratio: float | None = 0.6
+    threshold: float | None = None
+    scope: Scope = "global"
+    min_keep: int = 0
+    always_keep: tuple[str, ...] | list[str] = ()
+
+    def __post_init__(self) -> None:
+        if (self.keep_ratio is None) == (self.threshold is None):
+            raise InputError(
+                f"selection: give exactly one of keep_ratio ({self.keep_ratio}) and threshold ({self.threshold}), and "
+                "null for the other"
+            )
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise InputError(f"selection.keep_ratio must lie in (0, 1], not {self.keep_ratio}; 1 keeps every token")
+        if self.threshold is not None and not np.isfinite(self.threshold):
+            raise InputError(
+                f"selection.threshold must be finite, not {self.threshold}; keep_ratio 1 keeps every token"
+            )
+        if self.scope not in get_args(Scope):
+            raise InputError(f"selection.scope must be one of {', '.join(get_args(Scope))}, not {self.scope!r}")
+        if self.min_keep < 0:
+            raise InputError(f"selection.min_keep must be >= 0, not {self.min_keep}")
+        if isinstance(self.always_keep, str):
+            raise InputError(f"selection.always_keep must be a list of tokens: write [{self.always_keep!r}]")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a selection keeps of M tokens.
+
+    Attributes:
+        mask: (M,) bool, True = kept.
+        threshold: the selection's own threshold; else, under scope global, the lowest score that the ranking keeps.
+            None for other scopes, and where tokens that are kept always use up the budget.
+        ties: tokens whose score equals the lowest that their group keeps (or the threshold), kept or not.
+        ties_kept: those of them that the ranking keeps (none under a threshold, which is strict).
+    """
+
+    mask: np.ndarray
+    threshold: float | None
+    ties: int
+    ties_kept: int
+
+
+def select(
+    scores: np.ndarray,
+    offsets: np.ndarray,
+    selection: Selection,
+    *,
+    batch: np.ndarray | None = None,
+    always_keep: np.ndarray | None = None,
+) -> Kept:
+    """Decide for each of M tokens whether it is kept.
+
+    keep_ratio k keeps exactly round(k·m) of a group's m tokens; of equal scores the earlier token goes first, as in a
+    stable descending sort. Tokens to be kept always come before all others and use up the budget, but are all kept
+    where it is too small. min_keep then adds tokens.
+
+    Args:
+        scores: (M,) finite, any float type, may be memory-mapped; high = keep.
+        offsets: (N+1,) int64; the tokens of sample n are scores[offsets[n]:offsets[n+1]].
+        batch: (N,) int, which batch each sample is in; needed for scope batch only.
+        always_keep: (M,) bool, tokens that are kept whatever their score.
+
+    Raises:
+        InputError: a score is not finite, offsets or batch do not fit, or scope batch comes without batches.
+    """
+    scores = np.asarray(scores)
+    _check(scores, offsets, selection, batch)
+    if always_keep is not None:
+        scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
+    if selection.threshold is not None:
+        ties = np.count_nonzero(scores == selection.threshold)
+        kept = Kept(scores > selection.threshold, selection.threshold, ties, 0)
+    else:
+        kept = _keep_share(scores, offsets, selection, batch)
+    _top_up(kept.mask, scores, offsets, selection.min_keep)
+    return kept
+
+
+def _keep_share(scores: np.ndarray, offsets: np.ndarray, selection: Selection, batch: np.ndarray | None) -> Kept:
+    mask, threshold, ties, ties_kept = np.zeros(len(scores), dtype=bool), None, 0, 0
+    for tokens in _groups(offsets, selection.scope, batch):
+        group = scores[tokens]
+        count = max(round(selection.keep_ratio * len(group)), np.count_nonzero(group == np.inf))
+        if not count:
+            continue
+        mask[tokens], cut = _best(group, count)
+        if cut < np.inf:
+            is_tie = group == cut
+            ties += np.count_nonzero(is_tie)
+            ties_kept += np.count_nonzero(is_tie & mask[tokens])
+            threshold = float(cut) if selection.scope == "global" else None
+    return Kept(mask, threshold, ties, ties_kept)
+
+
+def _groups(offsets: np.ndarray, scope: Scope, batch: np.ndarray | None) -> Iterator[slice | np.ndarray]:
+    """The tokens that are ranked together: as a slice, or as indices in file order."""
+    if scope == "global":
+        yield slice(0, int(offsets[-1]))
+    elif scope == "sample":
+        yield from map(slice, offsets[:-1].tolist(), offsets[1:].tolist())
+    else:
+        order = np.argsort(batch, kind="stable")
+        starts = np.unique(np.asarray(batch)[order], return_index=True)[1]
+        for samples in np.split(order, starts)[1:]:
+            yield np.concatenate([np.arange(offsets[n], offsets[n + 1]) for n in samples])
+
+
+def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.floating]:
+    """Mask of the `count` >= 1 best of m scores, the earlier ones of equal scores, and the lowest score kept."""
+    cut = np.partition(scores, len(scores) - count)[len(scores) - count]
+    mask = scores > cut
+    mask[np.flatnonzero(scores == cut)[: count - np.count_nonzero(mask)]] = True
+    return mask, cut
+
+
+def _top_up(mask: np.ndarray, scores: np.ndarray, offsets: np.ndarray, least: int) -> None:
+    """What is kept of a sample is always its best: so its `least` best contain it where it is too little."""
+    least = np.minimum(least, np.diff(offsets))
+    kept = np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
+    for sample in np.flatnonzero(kept < least):
+        tokens = slice(offsets[sample], offsets[sample + 1])
+        mask[tokens], _ = _best(scores[tokens], least[sample])
+
+
+def _check(scores: np.ndarray, offsets: np.ndarray, selection: Selection, batch: np.ndarray | None) -> None:
+    if offsets[0] != 0 or offsets[-1] != len(scores) or (np.diff(offsets) < 0).any():
+        raise InputError(f"the samples have {offsets[-1]} tokens and there are {len(scores)} scores: not the same data")
+    if not np.isfinite(scores).all():
+        token = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise InputError(f"the score of token {token} is {scores[token]}; selection needs numbers: check its losses")
+    if selection.scope == "batch" and selection.keep_ratio is not None and np.shape(batch) != (len(offsets) - 1,):
+        raise InputError(
+            f"selection.scope batch needs the batch of each of the {len(offsets) - 1} samples, not "
+            f"{None if batch is None else np.shape(batch)}; scope global and sample need none"
+        )

@@ -1,0 +1,114 @@
+"""What a selection did, in numbers: how much is kept, from where, and of planted noise what was found."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mixdpo.errors import InputError
+from mixdpo.token_cleaning.selection import Kept
+
+
+def summarise(
+    weights: np.ndarray,
+    scores: np.ndarray,
+    offsets: np.ndarray,
+    sources: Sequence[str] | np.ndarray,
+    kept: Kept | None = None,
+    planted: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Facts of M tokens of N samples, fit for JSON; a share of nothing is None.
+
+    Args:
+        weights: (M,) >= 0, weight of each token in the loss; 0 = cut.
+        scores: (M,); tokens that were not scored are NaN and left out of what is said of scores.
+        offsets: (N+1,) int64; the tokens of sample n are offsets[n] to offsets[n+1].
+        sources: (N,) str, where each sample is from.
+        kept: threshold and ties of the selection that made the weights.
+        planted: (M,) bool, the tokens that are planted noise.
+
+    Returns:
+        tokens, kept_tokens (weight > 0), kept_share (of the weight), threshold, ties, ties_kept, samples,
+        samples_keeping_nothing, mean_abs_score, score_quantiles, by_source {source: tokens, kept_share}, by_position
+        (kept shares of the ten tenths of the responses) and with `planted` also planted (see `_find_planted`).
+    """
+    weights, scores = np.asarray(weights, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    lengths = np.diff(offsets)
+    sample = np.repeat(np.arange(len(lengths)), lengths)
+    scored = scores[~np.isnan(scores)]
+    facts = {
+        "tokens": len(weights),
+        "kept_tokens": int(np.count_nonzero(weights)),
+        "kept_share": _ratio(weights.sum(), len(weights)),
+        "threshold": kept.threshold if kept else None,
+        "ties": int(kept.ties) if kept else None,
+        "ties_kept": int(kept.ties_kept) if kept else None,
+        "samples": len(lengths),
+        "samples_keeping_nothing": int(len(lengths) - len(np.unique(sample[weights > 0]))),
+        "mean_abs_score": _ratio(np.abs(scored).sum(), len(scored)),
+        "score_quantiles": _quantiles(scored),
+        "by_source": _by_source(weights, sample, sources),
+        "by_position": _by_position(weights, sample, offsets),
+    }
+    if planted is not None:
+        facts["planted"] = _find_planted(weights, scores, np.asarray(planted, dtype=bool))
+    return facts
+
+
+def bound_term(kept_tokens: int, delta: float = 0.05) -> float:
+    """√(2 log(4/δ) / M): what the paper's bound (arXiv 2502.01968), with probability 1 − δ, adds to the noise rate of
+    the kept labels. It shrinks with the M kept tokens: .009 at 10⁵, so that cleaning is about the noise rate.
+
+    Raises:
+        InputError: no token is kept.
+    """
+    if kept_tokens < 1:
+        raise InputError(f"the bound needs at least one kept token, not {kept_tokens}")
+    return math.sqrt(2 * math.log(4 / delta) / kept_tokens)
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _quantiles(scores: np.ndarray) -> dict[str, float | None]:
+    levels = [0, 5, 25, 50, 75, 95, 100]
+    values = np.percentile(scores, levels).tolist() if len(scores) else [None] * len(levels)
+    return {f"{level}%": value for level, value in zip(levels, values, strict=True)}
+
+
+def _by_source(weights: np.ndarray, sample: np.ndarray, sources: Sequence[str] | np.ndarray) -> dict[str, Any]:
+    names, source = np.unique(np.asarray(sources, dtype=str), return_inverse=True)
+    tokens = np.bincount(source[sample], minlength=len(names)).tolist()
+    kept = np.bincount(source[sample], weights, minlength=len(names)).tolist()
+    facts = zip(names.tolist(), tokens, kept, strict=True)
+    return {name: {"tokens": count, "kept_share": _ratio(weight, count)} for name, count, weight in facts}
+
+
+def _by_position(weights: np.ndarray, sample: np.ndarray, offsets: np.ndarray) -> list[float | None]:
+    """Token i of a sample's m is in tenth ⌊10 i / m⌋."""
+    tenth = 10 * (np.arange(len(weights)) - offsets[sample]) // np.diff(offsets)[sample]
+    tokens, kept = np.bincount(tenth, minlength=10), np.bincount(tenth, weights, minlength=10)
+    return [_ratio(weight, count) for weight, count in zip(kept, tokens, strict=True)]
+
+
+def _find_planted(weights: np.ndarray, scores: np.ndarray, planted: np.ndarray) -> dict[str, float | None]:
+    """Cutting as a detector of planted tokens: `share` of them before and weighted share after (`kept_noise_rate`),
+    precision and recall, and the threshold-free `auc`."""
+    found = np.count_nonzero(planted & (weights == 0))
+    is_scored = ~np.isnan(scores)
+    return {
+        "share": _ratio(np.count_nonzero(planted), len(planted)),
+        "auc": _auc(scores[is_scored & ~planted], scores[is_scored & planted]),
+        "precision": _ratio(found, np.count_nonzero(weights == 0)),
+        "recall": _ratio(found, np.count_nonzero(planted)),
+        "kept_noise_rate": _ratio(weights[planted].sum(), weights.sum()),
+    }
+
+
+def _auc(clean: np.ndarray, noise: np.ndarray) -> float | None:
+    """Probability that a clean token's score is above a planted one's, ties ½; exact."""
+    noise = np.sort(noise)
+    wins = np.searchsorted(noise, clean, "left").sum() + np.searchsorted(noise, clean, "right").sum()
+    return _ratio(wins, 2 * len(clean) * len(noise))

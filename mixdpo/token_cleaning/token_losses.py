@@ -1,0 +1,94 @@
+"""Losses of every response token under one role of the model: computed once, kept in a flat memory-mapped file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from mixdpo.adapters import Role, role
+from mixdpo.models import row_log_probs
+from mixdpo.packaged_model import cache_root
+from mixdpo.samples import TokenPool
+from mixdpo.sft_batching import sample_rows
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.ndarray:
+    """(M,) float32, NaN where a loss is not known yet: in memory, or with an identity the file that belongs to it.
+
+    The identity names all that the losses depend on: data, tokenizer, template, lengths, model, adapter, dtype. The
+    file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed.
+    """
+    if identity is None:
+        return np.full(tokens, np.nan, dtype=np.float32)
+    text = json.dumps(dict(identity), sort_keys=True, indent=2)
+    folder = cache_root() / "token_losses"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        empty = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(tokens,))
+        empty[:] = np.nan
+        empty.flush()
+        path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
+        os.replace(temporary, path)
+    return np.load(path, mmap_mode="r+")
+
+
+def add_losses(
+    losses: np.ndarray,
+    model: "PeftModel",
+    name: Role,
+    pool: TokenPool,
+    samples: Sequence[int] | np.ndarray,
+    *,
+    batch_tokens: int = 4096,
+    pack: int = 0,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Compute what is still NaN in `losses` for these samples: −log p of each response token under the role, in nats.
+
+    Samples are batched by length, so that nearly nothing is padding; the head sees response positions only and
+    computes in fp32. Returns the number of samples that were computed.
+
+    Args:
+        batch_tokens: most positions in a batch, padding included (a longer sample is a batch of its own).
+        pack: put samples of up to so many tokens together into one row; same numbers.
+    """
+    missing = [int(i) for i in samples if np.isnan(losses[pool.offsets[i] : pool.offsets[i + 1]]).any()]
+    batches = _by_length(missing, [len(pool.samples[i]["input_ids"]) for i in missing], batch_tokens)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), role(model, name), tqdm(total=len(missing), desc=f"scoring with {name}") as bar:
+            for batch in batches:
+                rows = sample_rows([pool.samples[i] for i in batch], pack).to(torch.device(device))
+                found = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
+                losses[pool.tokens(batch)] = found
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
+    if isinstance(losses, np.memmap):
+        losses.flush()
+    return len(missing)
+
+
+def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Samples sorted by length, cut where the padded batch would exceed the tokens; the longest first, so that a run
+    that has not memory enough fails at once."""
+    order = sorted(range(len(samples)), key=lambda k: (-lengths[k], samples[k]))
+    batches: list[list[int]] = []
+    width = 0
+    for k in order:
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+            batches.append([])
+            width = lengths[k]
+        batches[-1].append(samples[k])
+    return batches

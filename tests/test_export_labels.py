@@ -1,0 +1,148 @@
+"""Cleaned labels of a run as a data set: -100 where nothing is trained on, weights aligned with the tokens."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Value, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixdpo.__main__ import main
+from mixdpo.errors import InputError
+from mixdpo.token_cleaning.labels import _label, export_labels, read_cleaning
+
+NAN = float("nan")
+IDENTITY = {"data": "d1", "tokenizer": "t1", "template": "c1", "lengths": "64", "model": "m1", "dtype": "float32"}
+SAMPLES = [
+    {"source": "gsm", "row": 5, "input_ids": [6, 7, 8, 9, 3], "spans": [2, 5]},
+    {"source": "dolly", "row": 6, "input_ids": [6, 10, 11, 12], "spans": [1, 4]},  # never reached
+    {"source": "gsm", "row": 9, "input_ids": [6, 13, 3, 7, 14, 15, 3], "spans": [1, 3, 4, 7]},  # two turns
+]
+WEIGHTS = [1, 0, 1, NAN, NAN, NAN, 0.5, 0, NAN, 2, 0]
+
+
+def write_run(folder: Path, weights: list[float] = WEIGHTS) -> str:
+    cleaning = folder / "cleaning"
+    cleaning.mkdir(parents=True)
+    ids = [Value("int32")]
+    features = {"sample_id": Value("int64"), "source": Value("string"), "row": Value("int64")}
+    features |= {"input_ids": ids, "spans": ids, "truncated": Value("bool")}
+    rows = [sample | {"sample_id": 100 + n, "truncated": False} for n, sample in enumerate(SAMPLES)]
+    Dataset.from_list(rows, features=Features(features)).save_to_disk(str(cleaning / "samples"))
+    np.save(cleaning / "weights.npy", np.array(weights, dtype=np.float32))
+    np.save(cleaning / "scores.npy", np.full(11, np.nan, dtype=np.float32))
+    np.save(cleaning / "decided.npy", np.zeros(4, dtype=np.int16))
+    record = {"identity": IDENTITY, "tokenizer": "any", "stages": []}
+    (cleaning / "stages.json").write_text(json.dumps(record))
+    return str(folder)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    return write_run(tmp_path / "run")
+
+
+def test_labels_by_hand(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "labels"
+    assert main(["export-labels", run, str(out)]) == 0
+    exported = load_from_disk(str(out))
+    assert exported.to_list() == [
+        {
+            "sample_id": 100,
+            "source": "gsm",
+            "input_ids": [6, 7, 8, 9, 3],
+            "labels": [-100, -100, 8, -100, 3],
+            "weights": [0, 0, 1, 0, 1],
+        },
+        {
+            "sample_id": 102,
+            "source": "gsm",
+            "input_ids": [6, 13, 3, 7, 14, 15, 3],
+            "labels": [-100, 13, -100, -100, -100, 15, -100],
+            "weights": [0, 0.5, 0, 0, 0, 2, 0],
+        },
+    ]
+    types = {name: feature.feature.dtype for name, feature in exported.features.items() if hasattr(feature, "feature")}
+    assert types == {"input_ids": "int32", "labels": "int64", "weights": "float32"}
+    assert json.loads((out / "identity.json").read_text()) == {
+        "identity": IDENTITY,
+        "tokenizer": "any",
+        "run": run,
+        "samples": 2,
+        "left_out": 1,
+        "labels": 4,
+    }
+    printed = capsys.readouterr().out
+    assert "2 samples, 4 of 11 response tokens have a label; left out 1 samples" in printed
+
+
+def test_nothing_else_is_left_behind(run: str, tmp_path: Path) -> None:
+    before = sorted(path for path in Path(run).rglob("*"))
+    export_labels(run, str(tmp_path / "labels"))
+    assert sorted(path for path in Path(run).rglob("*")) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels", "run"]
+    assert not list((tmp_path / "labels").glob("*map*"))
+
+
+def test_what_exists_is_replaced_only_when_asked(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "labels"
+    export_labels(run, str(out))
+    np.save(Path(run, "cleaning", "weights.npy"), np.ones(11, dtype=np.float32))
+    assert main(["export-labels", run, str(out)]) == 2
+    assert "exists" in capsys.readouterr().err and len(load_from_disk(str(out))) == 2
+    assert main(["export-labels", run, str(out), "--overwrite", "true"]) == 0
+    assert len(load_from_disk(str(out))) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels", "run"]
+
+
+def test_a_folder_that_holds_no_labels_is_never_replaced(run: str, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="exists"):
+        export_labels(run, str(precious), overwrite=True)
+    assert (precious / "thesis.txt").exists()
+
+
+def test_a_run_without_cleaning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export-labels", str(tmp_path), str(tmp_path / "labels")]) == 2
+    assert "samples, scores.npy, weights.npy, decided.npy, stages.json" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_trained_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of the 3 samples"):
+        export_labels(write_run(tmp_path / "run", [NAN] * 11), str(tmp_path / "labels"))
+    assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize("name", ["scores.npy", "weights.npy"])
+def test_arrays_that_do_not_fit_the_samples(name: str, run: str) -> None:
+    np.save(Path(run, "cleaning", name), np.ones(10, dtype=np.float32))
+    with pytest.raises(InputError, match=rf"{name} has the shape \(10,\).* 11 eligible tokens"):
+        read_cleaning(run)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), max_size=3), min_size=1, max_size=5), st.data()
+)
+@settings(deadline=None, max_examples=60)
+def test_every_weight_lands_on_its_token(turns: list[list[tuple[int, int]]], data: st.DataObject) -> None:
+    """Samples of (context, response) lengths; the weight of the k-th response token of all is k, or 0 or NaN."""
+    rows, next_id = [], 0
+    for sample in turns:
+        ids, spans = [], []
+        for context, response in sample:
+            ids += [-1] * context
+            spans += [len(ids), len(ids) + response]
+            ids += range(next_id, next_id := next_id + response)
+        rows.append({"input_ids": ids, "spans": spans})
+    numbered = [data.draw(st.sampled_from([float(k + 1), 0.0, NAN])) for k in range(next_id)]
+    starts = np.array([min([i for i in row["input_ids"] if i >= 0], default=0) for row in rows])
+    for index, row in enumerate(rows):
+        found = _label(row, index, np.array(numbered, dtype=np.float32), starts)
+        for token, label, weight in zip(row["input_ids"], found["labels"], found["weights"], strict=True):
+            trained = token >= 0 and numbered[token] == token + 1
+            assert (label, weight) == ((token, token + 1) if trained else (-100, 0))

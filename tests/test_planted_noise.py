@@ -1,0 +1,184 @@
+"""Planted noise: marks that are true, turns and prompts left alone, the same whatever the order of the rows."""
+
+from collections import Counter
+
+import pytest
+from conftest import WORDS
+from datasets import Dataset, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixdpo.errors import InputError
+from mixdpo.token_cleaning.planted_noise import PHRASES, PlantedNoise, plant
+
+PROMPT, END, FIRST_WORD = 2, 3, 6  # <|im_start|>, <|im_end|>, and after two roles the WORDS
+SENTENCES = (" ".join(WORDS[:5]), " ".join(WORDS[5:12]))
+WORD = st.integers(FIRST_WORD, FIRST_WORD + len(WORDS) - 1)
+CONVERSATION = st.lists(st.tuples(st.lists(WORD, min_size=1, max_size=4), st.lists(WORD, max_size=40)), min_size=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def encoded(conversations):
+    """Each a list of (prompt ids, response ids); an end token closes the response."""
+    rows = []
+    for number, turns in enumerate(conversations):
+        ids, spans = [], []
+        for prompt, response in turns:
+            ids += [PROMPT, *prompt]
+            spans += [len(ids), len(ids) + len(response) + 1]
+            ids += [*response, END]
+        rows.append({"sample_id": 1000 + number, "source": "s", "row": number + 1, "input_ids": ids, "spans": spans})
+    number, numbers = Value("int64"), {"input_ids": [Value("int32")], "spans": [Value("int32")]}
+    features = {"sample_id": number, "source": Value("string"), "row": number, **numbers}
+    return Dataset.from_list(rows, features=Features(features)).add_column("truncated", [False] * len(rows))
+
+
+def random_conversations(count, length):
+    """One turn each, words that a small linear generator draws."""
+    words = [FIRST_WORD + (i * i * 7 + i // 3) % len(WORDS) for i in range(count * length)]
+    return [[([6], words[n * length : (n + 1) * length])] for n in range(count)]
+
+
+def turns_of(row):
+    """(prompt before it, response, marks) of each turn of a planted row."""
+    turns, end, used = [], 0, 0
+    for start, stop in zip(row["spans"][::2], row["spans"][1::2], strict=True):
+        marks = row["planted"][used : used + stop - start]
+        turns.append((row["input_ids"][end:start], row["input_ids"][start:stop], marks))
+        end, used = stop, used + stop - start
+    assert used == len(row["planted"]) and end == len(row["input_ids"])
+    return turns
+
+
+@given(st.lists(CONVERSATION, min_size=1, max_size=4), st.sampled_from([0.05, 0.2, 0.5]), st.integers(0, 3))
+@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("kind", ["swap", "boilerplate", "shuffle"])
+def test_only_marked_tokens_differ(tokenizer, kind, conversations, rate, seed):
+    conversations.append([([6], [FIRST_WORD + i for i in range(9)])])  # so that swap has different tokens to draw
+    before = encoded(conversations)
+    noise = PlantedNoise(rate=rate, kinds=[kind], phrases=SENTENCES, span=4, seed=seed)
+    after = plant(before, noise, tokenizer)
+    assert after.column_names == [*before.column_names, "planted"]
+    phrases = [tokenizer(text)["input_ids"] for text in SENTENCES]
+    for row, turns in zip(after, conversations, strict=True):
+        for (prompt, new, marks), (old_prompt, old) in zip(turns_of(row), turns, strict=True):
+            assert prompt == [PROMPT, *old_prompt]
+            assert new[-1] == END and marks[-1] == 0
+            kept = [token for token, mark in zip(new, marks, strict=True) if not mark]
+            if kind == "boilerplate":
+                assert kept == [*old, END]
+                assert sum(marks) in {5 * a + 7 * b for a in range(30) for b in range(30)}
+                assert not any(marks) or any(new[i : i + len(p)] == p for i in range(len(new)) for p in phrases)
+            else:
+                differs = [one != other for one, other in zip(new, [*old, END], strict=True)]
+                assert marks == differs
+                assert kind == "swap" or Counter(new) == Counter([*old, END])
+        tokens, planted = sum(len(old) + 1 for _, old in turns), sum(row["planted"])
+        assert planted == 0 or tokens >= 8
+        if tokens >= 8 and kind == "swap":
+            assert planted == min(max(1, round(rate * tokens)), sum(len(old) for _, old in turns))
+        if tokens >= 8 and kind == "boilerplate" and any(old for _, old in turns):
+            assert planted > 0
+
+
+def test_swapped_tokens_come_from_responses(tokenizer):
+    """The prompts' word is in no response, so no response may get it; and a frequent token is drawn more often."""
+    responses = [[8] * 30 + [9] * 9 + [10]] * 50
+    samples = encoded([[([7], response)] for response in responses])
+    after = plant(samples, PlantedNoise(kinds=("swap",), rate=0.5), tokenizer)
+    swapped = Counter(
+        t for row in after for _, new, marks in turns_of(row) for t, m in zip(new, marks, strict=True) if m
+    )
+    assert set(swapped) == {8, 9, 10}
+    assert swapped[9] > 4 * swapped[10]
+
+
+@pytest.mark.parametrize("kind", ["swap", "boilerplate", "shuffle"])
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5])
+def test_the_rate_is_met_on_average(tokenizer, kind, rate):
+    after = plant(
+        encoded(random_conversations(40, 100)), PlantedNoise(rate=rate, kinds=[kind], phrases=SENTENCES), tokenizer
+    )
+    shares = [sum(marks) / len(marks) for marks in after["planted"]]
+    assert sum(shares) / len(shares) == pytest.approx(rate, abs=0.03)
+    assert max(abs(share - rate) for share in shares) < 0.07
+
+
+def test_the_order_of_the_rows_decides_nothing(tokenizer):
+    samples = encoded(random_conversations(30, 20))
+    noise = PlantedNoise(phrases=SENTENCES)
+    forth = {row["sample_id"]: row for row in plant(samples, noise, tokenizer)}
+    turned = samples.select(range(29, -1, -1)).remove_columns("row").add_column("row", list(range(30)))
+    back = {row["sample_id"]: row for row in plant(turned, noise, tokenizer)}
+    assert all(forth[name] | {"row": 0} == row | {"row": 0} for name, row in back.items())
+    assert len({len(row["input_ids"]) for row in forth.values()}) > 1  # some are longer: boilerplate
+    other = {row["sample_id"]: row for row in plant(samples, PlantedNoise(phrases=SENTENCES, seed=1), tokenizer)}
+    assert other != forth
+
+
+def test_the_cache_key_tells_noise_apart(tokenizer):
+    samples = encoded(random_conversations(2, 20))
+    noises = [PlantedNoise(), PlantedNoise(), PlantedNoise(seed=1), PlantedNoise(rate=0.3), PlantedNoise(span=5)]
+    keys = [plant(samples, noise, tokenizer)._fingerprint for noise in noises]
+    assert keys[0] == keys[1] and len(set(keys)) == 4
+
+
+def test_special_tokens_inside_a_response_stay(tokenizer):
+    response = [8, 9, 10, PROMPT, END, 11, 12, 13]
+    for kind in ("swap", "shuffle"):
+        after = plant(encoded([[([7], response)]] * 20), PlantedNoise(rate=0.5, kinds=[kind]), tokenizer)
+        for row in after:
+            ((_, new, _),) = turns_of(row)
+            assert [new[3], new[4], new[8]] == [PROMPT, END, END]
+            assert not {PROMPT, END} & {*new[:3], *new[5:8]}
+
+
+@pytest.mark.parametrize("kind", ["swap", "boilerplate", "shuffle"])
+def test_the_last_token_of_a_truncated_response_stays(tokenizer, kind):
+    """It is a word here, not an end token."""
+    samples = encoded([[([7], [8, 9, 10, 11, 12, 13, 14, 15])]] * 30)
+    cut = samples.map(lambda row: {"input_ids": row["input_ids"][:-1], "spans": [2, 10], "truncated": True})
+    after = plant(cut, PlantedNoise(rate=0.5, kinds=[kind], phrases=SENTENCES, span=8), tokenizer)
+    assert {row["input_ids"][-1] for row in after} == {15}
+    assert {row["planted"][-1] for row in after} == {0}
+
+
+def test_a_span_of_equal_tokens_cannot_be_shuffled(tokenizer):
+    samples = encoded([[([7], [8] * 20)]])
+    (row,) = plant(samples, PlantedNoise(kinds=["shuffle"]), tokenizer)
+    assert row["planted"] == [0] * 21
+
+
+def test_data_that_cannot_be_planted_is_refused(tokenizer):
+    with pytest.raises(InputError, match="two different tokens"):
+        plant(encoded([[([7], [8] * 20)]]), PlantedNoise(kinds=["swap"]), tokenizer)
+    with pytest.raises(InputError, match="no tokens"):
+        plant(encoded([[([7], [8] * 20)]]), PlantedNoise(kinds=["boilerplate"], phrases=["red", " "]), tokenizer)
+
+
+def test_the_shipped_phrases():
+    assert len(set(PHRASES)) == len(PHRASES) >= 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": 0.0},
+        {"rate": 0.51},
+        {"rate": float("nan")},
+        {"kinds": ()},
+        {"kinds": ("swap", "typo")},
+        {"span": 1},
+        {"phrases": ()},
+        {"phrases": "fine"},
+    ],
+)
+def test_bad_options_are_refused(options):
+    with pytest.raises(InputError, match=f"noise.{next(iter(options))}"):
+        PlantedNoise(**options)

@@ -1,0 +1,101 @@
+"""Scorers: values by hand, roles, and random scores that belong to the token."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixdpo.errors import InputError
+from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random, TokenStatistics, is_online
+
+LOSSES = {
+    "base": torch.tensor([3.0, 1.0, 2.0, 2.0, 0.5]),
+    "reference": torch.tensor([1.0, 2.0, 2.0, 1.0, 0.5]),
+    "policy": torch.tensor([0.0, math.log(2), 5.0, 5.0, 1.0]),
+}
+
+
+def statistics(losses=LOSSES, sample=(4, 4, 4, 9, 7), token=(0, 1, 2, 3, 4)):
+    return TokenStatistics(losses, torch.tensor(sample), torch.tensor(token))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "scores"),
+    [
+        (ExcessLoss(), [2.0, -1.0, 0.0, 1.0, 0.0]),
+        (ExcessLoss("policy", "reference"), [-1.0, math.log(2) - 2, 3.0, 4.0, 0.5]),
+        (ExcessLoss(normalise=True), [1.0, 0.0, 1 / 3, 0.0, 0.0]),  # sample 4: 2 -1 0; 9 and 7: one token each
+        (Loss(), [0.0, math.log(2), 5.0, 5.0, 1.0]),
+        (Loss("base"), [3.0, 1.0, 2.0, 2.0, 0.5]),
+        (Probability(), [1.0, 0.5, math.exp(-5), math.exp(-5), math.exp(-1)]),
+    ],
+)
+def test_by_hand(scorer, scores):
+    torch.testing.assert_close(scorer(statistics()), torch.tensor(scores))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "roles", "online"),
+    [
+        (ExcessLoss(), ("base", "reference"), False),
+        (ExcessLoss("previous"), ("previous", "reference"), False),
+        (ExcessLoss("policy", "reference"), ("policy", "reference"), True),
+        (ExcessLoss("reference", "policy", normalise=True), ("reference", "policy"), True),
+        (Loss(), ("policy",), True),
+        (Probability("base"), ("base",), False),
+        (Random(), (), False),
+    ],
+)
+def test_roles_are_what_is_read(scorer, roles, online):
+    assert scorer.roles == roles
+    assert is_online(scorer) is online
+    losses = {role: torch.arange(5.0) for role in roles}
+    assert scorer(statistics(losses)).shape == (5,)  # and a role that is not named would be a KeyError
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-20, 20)), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_normalised_per_sample_as_a_loop_does(tokens):
+    sample, worse = zip(*tokens, strict=True)
+    losses = {"base": torch.tensor(worse) / 4, "reference": torch.zeros(len(tokens))}
+    scores = ExcessLoss(normalise=True)(statistics(losses, sample, range(len(tokens)))).tolist()
+    for (name, value), score in zip(tokens, scores, strict=True):
+        own = [other for its, other in tokens if its == name]
+        width = max(own) - min(own)
+        assert score == pytest.approx((value - min(own)) / width if width else 0.0)
+
+
+def test_random_scores_are_those_of_splitmix64():
+    def splitmix64(state):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        return state ^ state >> 31
+
+    assert splitmix64(0) == 0xE220A8397B1DCDAF  # the published first output for seed 0
+    tokens = [0, 1, 2, 12345, 3_350_000]
+    for seed in (0, 41, -1):
+        expected = [(splitmix64((splitmix64(seed % 2**64) + t) % 2**64) >> 40) / 2**24 for t in tokens]
+        found = Random(seed)(TokenStatistics({}, torch.zeros(5), torch.tensor(tokens)))
+        assert found.tolist() == expected
+
+
+def test_random_scores_are_uniform_and_differ_by_seed():
+    token = torch.arange(100_000)
+    scores = [Random(seed)(TokenStatistics({}, token, token)) for seed in (1, 2)]
+    for score in scores:
+        counts = torch.histc(score, 10, 0, 1)
+        assert (counts - 10_000).abs().max() < 600  # 6 standard deviations of √(10⁵ · 0.1 · 0.9) = 95
+        assert score.min() >= 0 and score.max() < 1
+    assert torch.corrcoef(torch.stack(scores))[0, 1].abs() < 0.02  # 6 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("scorer", "arguments"),
+    [(ExcessLoss, ("base", "base")), (ExcessLoss, ("bass",)), (Loss, ("chosen",)), (Probability, ("",))],
+)
+def test_bad_roles_are_refused(scorer, arguments):
+    with pytest.raises(InputError):
+        scorer(*arguments)

@@ -1,0 +1,168 @@
+"""Selection: equal to a stable sort per group, for every scope, with ties, least counts and tokens kept always."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixdpo.errors import InputError
+from mixdpo.token_cleaning.selection import Selection, select
+
+FEW_SCORES = st.sampled_from([-1.5, -0.0, 0.0, 0.5, 2.0])  # few values: ties everywhere
+SCOPES = st.sampled_from(["global", "sample", "batch"])
+RULES = st.one_of(
+    st.builds(lambda ratio: {"keep_ratio": ratio}, st.floats(0.01, 1)),
+    st.builds(lambda threshold: {"keep_ratio": None, "threshold": threshold}, st.sampled_from([-2.0, 0.0, 0.5, 9.0])),
+)
+fast = settings(deadline=None, max_examples=200)
+
+
+@st.composite
+def pools(draw):
+    """scores, offsets, batch, always_keep of up to 8 samples of 0 to 9 tokens, batches in any order."""
+    samples = draw(st.lists(st.lists(st.tuples(FEW_SCORES, st.booleans()), max_size=9), max_size=8))
+    tokens = [token for sample in samples for token in sample]
+    scores = np.array([score for score, _ in tokens], dtype=np.float32)
+    always = draw(st.sampled_from([None, np.array([mark for _, mark in tokens], dtype=bool)]))
+    batch = np.array([draw(st.integers(0, 2)) for _ in samples], dtype=np.int64)
+    return scores, np.cumsum([0, *map(len, samples)]), batch, always
+
+
+def kept_by_sorting(scores, offsets, batch, always, selection):
+    """The rules by Python's stable sort: a set of token numbers."""
+    samples = [range(start, end) for start, end in pairwise(offsets)]
+    always = np.zeros(len(scores), dtype=bool) if always is None else always
+    groups = {
+        "global": [range(len(scores))],
+        "sample": samples,
+        "batch": [[t for n, s in enumerate(samples) if batch[n] == b for t in s] for b in set(batch.tolist())],
+    }[selection.scope]
+
+    def best(tokens):
+        return sorted(tokens, key=lambda token: (not always[token], -scores[token]))
+
+    kept = set(np.flatnonzero(always))
+    if selection.threshold is not None:
+        kept |= {token for token in range(len(scores)) if scores[token] > selection.threshold}
+    else:
+        for group in groups:
+            kept |= set(best(group)[: round(selection.keep_ratio * len(group))])
+    for sample in samples:
+        kept |= set(best(sample)[: selection.min_keep])
+    return kept
+
+
+@given(pools(), RULES, SCOPES, st.integers(0, 4))
+@fast
+def test_equal_to_a_stable_sort(pool, rule, scope, min_keep):
+    scores, offsets, batch, always = pool
+    selection = Selection(**rule, scope=scope, min_keep=min_keep)
+    kept = select(scores, offsets, selection, batch=batch, always_keep=always)
+    assert kept.mask.dtype == bool and kept.mask.shape == scores.shape
+    assert set(np.flatnonzero(kept.mask)) == kept_by_sorting(scores, offsets, batch, always, selection)
+
+
+@given(pools(), st.floats(0.01, 1))
+@fast
+def test_the_threshold_tells_kept_from_cut_but_for_ties(pool, ratio):
+    scores, offsets, _, _ = pool
+    kept = select(scores, offsets, Selection(ratio))
+    if not kept.mask.any():
+        assert (kept.threshold, kept.ties, kept.ties_kept) == (None, 0, 0)
+        return
+    assert kept.threshold == scores[kept.mask].min()
+    assert kept.ties == (scores == kept.threshold).sum()
+    assert kept.ties_kept == (scores[kept.mask] == kept.threshold).sum()
+    assert kept.mask[scores > kept.threshold].all()
+
+
+SCORES = np.array([3, 1, 1, 1, 0, 2, 1, 0, 0, -1], dtype=np.float32)
+OFFSETS = np.array([0, 4, 5, 10])  # samples (3 1 1 1) (0) (2 1 0 0 -1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "threshold", "ties", "ties_kept"),
+    [
+        ({"keep_ratio": 0.4}, [0, 1, 2, 5], 1.0, 4, 2),
+        ({"keep_ratio": 0.4, "min_keep": 1}, [0, 1, 2, 4, 5], 1.0, 4, 2),
+        ({"keep_ratio": 0.25}, [0, 5], 2.0, 1, 1),  # round(2.5) is 2
+        ({"keep_ratio": 0.04}, [], None, 0, 0),  # round(0.4) is 0
+        ({"keep_ratio": 1.0}, list(range(10)), -1.0, 1, 1),
+        ({"keep_ratio": 0.5, "scope": "sample"}, [0, 1, 5, 6], None, 4, 2),  # round(2), round(0.5), round(2.5)
+        ({"keep_ratio": 0.5, "scope": "sample", "min_keep": 3}, [0, 1, 2, 4, 5, 6, 7], None, 4, 2),
+        ({"keep_ratio": 0.5, "scope": "batch"}, [0, 1, 2, 5], None, 4, 2),  # samples 0 and 2: round(4.5); 1: round(0.5)
+        ({"keep_ratio": None, "threshold": 1.0}, [0, 5], 1.0, 4, 0),
+        ({"keep_ratio": None, "threshold": 0.0, "min_keep": 1}, [0, 1, 2, 3, 4, 5, 6], 0.0, 3, 0),
+    ],
+)
+def test_by_hand(options, kept, threshold, ties, ties_kept):
+    found = select(SCORES, OFFSETS, Selection(**options), batch=np.array([7, 2, 7]))
+    assert np.flatnonzero(found.mask).tolist() == kept
+    assert (found.threshold, found.ties, found.ties_kept) == (threshold, ties, ties_kept)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept", "threshold"),
+    [(0.5, [0, 1, 5, 8, 9], 1.0), (0.2, [8, 9], None), (0.1, [8, 9], None)],
+)
+def test_tokens_kept_always_use_up_the_budget(ratio, kept, threshold):
+    always = np.isin(np.arange(10), [8, 9])
+    found = select(SCORES, OFFSETS, Selection(ratio), always_keep=always)
+    assert np.flatnonzero(found.mask).tolist() == kept
+    assert found.threshold == threshold
+    assert found.ties == (4 if threshold else 0)
+
+
+def test_batches_need_not_be_neighbours():
+    scores, offsets = np.array([1.0, 2.0, 3.0, 4.0]), np.arange(5)
+    found = select(scores, offsets, Selection(0.5, scope="batch"), batch=np.array([1, 0, 1, 0]))
+    assert found.mask.tolist() == [False, False, True, True]
+
+
+def test_scores_on_disk_and_in_half_precision(tmp_path):
+    np.save(tmp_path / "scores.npy", SCORES.astype(np.float16))
+    on_disk = np.load(tmp_path / "scores.npy", mmap_mode="r")
+    for options in ({"always_keep": np.isin(np.arange(10), [9])}, {}):
+        found = select(on_disk, OFFSETS, Selection(0.4), **options)
+        assert found.mask.tolist() == select(SCORES, OFFSETS, Selection(0.4), **options).mask.tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_no_number_is_named(bad):
+    scores = SCORES.copy()
+    scores[6] = bad
+    with pytest.raises(InputError, match="token 6 "):
+        select(scores, OFFSETS, Selection())
+
+
+@pytest.mark.parametrize("offsets", [[0, 4, 9], [1, 10], [0, 6, 4, 10]])
+def test_offsets_of_other_data_are_refused(offsets):
+    with pytest.raises(InputError, match="not the same data"):
+        select(SCORES, np.array(offsets), Selection())
+
+
+@pytest.mark.parametrize("batch", [None, np.array([0, 1])])
+def test_scope_batch_needs_the_batches(batch):
+    with pytest.raises(InputError, match="3 samples"):
+        select(SCORES, OFFSETS, Selection(scope="batch"), batch=batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 0.0},
+        {"keep_ratio": None},
+        {"keep_ratio": 0.0},
+        {"keep_ratio": 1.01},
+        {"keep_ratio": np.nan},
+        {"keep_ratio": None, "threshold": np.nan},
+        {"scope": "file"},
+        {"min_keep": -1},
+        {"always_keep": "<|im_end|>"},
+    ],
+)
+def test_bad_options_are_refused(options):
+    with pytest.raises(InputError, match="selection"):
+        Selection(**options)

@@ -1,0 +1,95 @@
+"""SFT on weighted tokens: the step's normalisation, stages, and what cleaning does to the loss."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import adapter_weights, build_sft, fit, make_samples, write_pairs
+from lightning.pytorch.callbacks import Callback
+
+from lightning_modules.callbacks import LastCheckpoint
+from lightning_modules.token_cleaning import CleanTokens, RefreshReference
+from mixdpo.adapters import adapter_state
+from mixdpo.samples import Slices
+from mixdpo.token_cleaning.cleaning import Cleaning
+from mixdpo.token_cleaning.scorers import ExcessLoss, Random
+from mixdpo.token_cleaning.selection import Selection
+
+EVOLVING: dict[str, Any] = {
+    "cleaning": Cleaning(scorer=ExcessLoss(), selection=Selection(0.6), warm_up_stages=1),
+    "stage_start": "restart",
+    "optimizer": torch.optim.AdamW,
+    "lr": 1e-2,
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "samples.jsonl", make_samples(24))
+
+
+def run(tiny_model: str, source: str, folder: Path, **options: Any) -> Any:
+    return fit(tiny_model, source, folder, make=build_sft, **options)
+
+
+def test_self_evolving_run_leaves_its_files(tiny_model: str, source: str, tmp_path: Path) -> None:
+    module = run(
+        tiny_model,
+        source,
+        tmp_path / "run",
+        data={"slices": Slices(3)},
+        trainer={"first": (RefreshReference(),)},
+        **EVOLVING,
+    )
+    assert module.trainer.global_step == 6
+    assert module.reference_version == 2
+    order = [type(callback) for callback in module.trainer.callbacks]
+    assert order.index(RefreshReference) < order.index(CleanTokens)  # or the old reference would score the new slice
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+@pytest.mark.parametrize("stage_start", ["restart", "fresh_adapter", "continue"])
+def test_killed_and_resumed_equals_never_stopping(
+    stage_start: str, stop: int, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """Six steps in three stages, killed in each stage and where one ends."""
+
+    def go(folder: str, first: tuple[Any, ...] = (), **more: Any) -> Any:
+        options = EVOLVING | {"stage_start": stage_start, "data": {"slices": Slices(3)}}
+        trainer = {"first": (RefreshReference(), *first), "accumulate_grad_batches": 2}
+        return run(tiny_model, source, tmp_path / folder, trainer=trainer, **options, **more)
+
+    whole = go("whole")
+    with pytest.raises(Killed):
+        go("cut", (KillAt(stop), LastCheckpoint(1)))
+    resumed = go("rest", ckpt_path=str(tmp_path / "cut" / "checkpoints" / "last.ckpt"))
+    assert resumed.trainer.global_step == 6
+    ours, theirs = adapter_state(whole), adapter_state(resumed)
+    assert set(ours) == set(theirs)
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+    for name in ("scores.npy", "weights.npy", "decided.npy", "stages.json"):
+        assert (tmp_path / "whole/cleaning" / name).read_bytes() == (tmp_path / "rest/cleaning" / name).read_bytes(), (
+            name
+        )
+
+
+def test_keeping_all_is_full_sft(tiny_model: str, source: str, tmp_path: Path) -> None:
+    full = run(tiny_model, source, tmp_path / "full")
+    kept = run(tiny_model, source, tmp_path / "kept", cleaning=Cleaning(scorer=Random(), selection=Selection(1.0)))
+    for key, value in adapter_weights(full).items():
+        assert torch.equal(value, adapter_weights(kept)[key]), key

