@@ -1,6 +1,6 @@
 """Does token cleaning find noise that was planted, and does it help? Every scorer, every round, every keep ratio.
 
-    python benchmarks/planted_noise.py [FOLDER]
+    pip install -c constraints.txt matplotlib && python benchmarks/planted_noise.py [FOLDER]
 
 The training responses hold planted noise (data.noise), the held-out ones do not. Writes a JSON, two tables and one
 plot to benchmarks/results: AUC, precision and recall of each scorer on the same slice and of each self-evolving round;

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
     """A data module whose optimizer steps are all known before training."""
 
     summary_file: str
+    cleans_by_stage: bool
+    """Whether the tokens of a stage are scored and ranked when it begins, or those of the whole epoch at once."""
 
     def __init__(self, batch_size: int, eval_batch_size: int) -> None:
         super().__init__()
@@ -53,12 +56,11 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         """The samples of the cleaning pool in each step of one epoch."""
 
     def upcoming_samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the stage of optimizer step `step` trains from this step on: samples of the cleaning pool, in rising
-        order, and the step of the epoch in which each comes (next)."""
-        plan, steps = self.epoch_plan(), self.pool_steps()
-        step %= len(plan)
-        stage = bisect_right(plan.stage_starts, step)
-        end = plan.stage_starts[stage] if stage < len(plan.stage_starts) else len(plan)
+        """What the stage (or the epoch) of optimizer step `step` trains from this step on: samples of the cleaning
+        pool, in rising order, and the step of the epoch in which each comes (next)."""
+        steps, ends = self.pool_steps(), [*self.epoch.stage_starts[1:], len(self.epoch)]
+        step %= len(self.epoch)
+        end = ends[bisect_right(ends, step)] if self.cleans_by_stage else len(self.epoch)
         comes: dict[int, int] = {}
         for number in range(step, end):
             for sample in steps[number]:
@@ -66,10 +68,14 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         samples = sorted(comes)
         return np.array(samples, dtype=np.int64), np.array([comes[sample] for sample in samples], dtype=np.int64)
 
+    @cached_property
+    def epoch(self) -> StepPlan:
+        return self.epoch_plan()
+
     def step_plan(self) -> StepPlan:
         """The optimizer steps of the whole run, over all epochs and up to max_steps, for the schedule."""
         assert self.trainer is not None
-        one = self.epoch_plan()
+        one = self.epoch
         max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs
         if max_steps < 0 and (max_epochs is None or max_epochs < 0):
             raise InputError("give trainer.max_epochs or trainer.max_steps: a schedule needs an end")
@@ -81,11 +87,11 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     def stage_of(self, step: int) -> int:
         """Number, from 0, of the stage that optimizer step `step` of the run belongs to."""
-        plan = self.epoch_plan()
-        if len(plan.stage_starts) == 1:
+        starts = self.epoch.stage_starts
+        if len(starts) == 1:
             return 0
-        epoch, step = divmod(step, len(plan))
-        return epoch * len(plan.stage_starts) + bisect_right(plan.stage_starts, step) - 1
+        number, step = divmod(step, len(self.epoch))
+        return number * len(starts) + bisect_right(starts, step) - 1
 
     def train_dataloader(self) -> ResumableLoader:
         assert self.trainer is not None

@@ -19,6 +19,7 @@ from mixdpo.tokenization import Overlong, encode_pairs
 
 class PreferenceDataModule(PlannedDataModule):
     summary_file = "route.json"
+    cleans_by_stage = False
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from mixdpo.tokenization import Overlong
 
 class SFTDataModule(PlannedDataModule):
     summary_file = "stages.json"
+    cleans_by_stage = True
 
     def __init__(
         self,

@@ -42,6 +42,8 @@ class PreferenceModule(AdapterModule):
         super().__init__(base, **options)
         if sft_weight < 0:
             raise InputError(f"sft_weight must be >= 0, not {sft_weight}")
+        if self.cleaning is not None and self.cleaning.warm_up_stages:
+            raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices; hard pairs have no warm-up")
         if self.cleaning is not None and is_online(self.cleaning.scorer):
             raise InputError(
                 f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step; hard pairs are cleaned "

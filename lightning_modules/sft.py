@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,6 +69,7 @@ class SFTModule(AdapterModule):
             self.cleaning.selection,
             batch.scores.float().cpu().numpy(),
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).numpy(),
+            batch=np.zeros(len(lengths), dtype=int),  # scope batch is the micro-batch: more is not known yet
             always_keep=batch.always_keep,
         )
         batch.token_weight = batch.token_weight * torch.from_numpy(weights).to(batch.token_weight)

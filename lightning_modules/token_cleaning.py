@@ -114,12 +114,15 @@ class CleanTokens(Callback):
         online = is_online(self.cleaning.scorer) and not warm_up
         if now != self._scored or (online and now != self._losses_of):
             samples, steps = trainer.datamodule.upcoming_samples(trainer.global_step)
-            if online or (not warm_up and self._masks is None):
+            # a refreshed reference scores what comes next anew; else only what nobody has decided yet is due
+            renewed = self._scored is None or now[1] != self._scored[1]
+            due = now != self._scored and (renewed or (self._tokens.decided[samples] < 0).any())
+            if online or (due and not warm_up and self._masks is None):
                 self._prepare_losses(pl_module, samples, now)
-            if now != self._scored:
+            if due:
                 self._finish_stage(trainer)
                 self._clean(trainer, samples, steps, warm_up, online)
-                self._scored = now
+            self._scored = now
         token = batch.token.cpu().numpy()
         device = batch.token.device
         if online:

@@ -88,7 +88,8 @@ def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) ->
         _add_like_policy(model, name)
         copy_adapter(model, "policy", name)
         return
-    with readable(adapter, "adapter"):
+    # initial weights are drawn before the saved ones replace them, and must not shift the run's random numbers
+    with torch.random.fork_rng(devices=[]), readable(adapter, "adapter"):
         model.load_adapter(adapter, adapter_name=name, is_trainable=False)
     _check_adapter(adapter, model.peft_config[name])
     _freeze_all_but_policy(model, name)

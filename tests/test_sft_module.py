@@ -24,6 +24,11 @@ EVOLVING: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> str:
     return write_pairs(tmp_path / "samples.jsonl", make_samples(24))

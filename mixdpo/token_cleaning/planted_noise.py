@@ -130,7 +130,7 @@ def _plant_row(row: dict[str, Any], noise: PlantedNoise, material: _Material) ->
     changes: Changes = {}
     if tokens >= SHORTEST and any(bodies):
         draw = random.Random(f"{noise.seed}:{row['sample_id']}")
-        changes = KINDS[draw.choice(noise.kinds)](ids, bodies, noise.rate * tokens, noise, material, draw)
+        changes = KINDS[draw.choice(noise.kinds)](_Place(ids, bodies, noise.rate * tokens), noise, material, draw)
     pieces = [changes.get(position, [(token, 0)]) for position, token in enumerate(ids)]
     moved = [0, *accumulate(map(len, pieces))]
     marked, spans = list(chain.from_iterable(pieces)), [moved[boundary] for boundary in row["spans"]]
@@ -138,62 +138,51 @@ def _plant_row(row: dict[str, Any], noise: PlantedNoise, material: _Material) ->
     return {"input_ids": [token for token, _ in marked], "spans": spans, "planted": planted}
 
 
-# Kinds: ids of a sample, the positions of each turn that may be touched, how many tokens to plant -> changes.
+# Kinds.
 
 
-def _swap(
-    ids: list[int],
-    bodies: list[list[int]],
-    target: float,
-    noise: PlantedNoise,
-    material: _Material,
-    draw: random.Random,
-) -> Changes:
-    positions = list(chain.from_iterable(bodies))
+@dataclass(frozen=True)
+class _Place:
+    """Ids of a sample, the positions of each turn that may be touched, how many tokens to plant."""
+
+    ids: list[int]
+    bodies: list[list[int]]
+    target: float
+
+
+def _swap(place: _Place, noise: PlantedNoise, material: _Material, draw: random.Random) -> Changes:
+    positions = list(chain.from_iterable(place.bodies))
     changes = {}
-    for position in draw.sample(positions, min(len(positions), max(1, round(target)))):
-        token = ids[position]
-        while token == ids[position]:
+    for position in draw.sample(positions, min(len(positions), max(1, round(place.target)))):
+        token = place.ids[position]
+        while token == place.ids[position]:
             (token,) = draw.choices(material.ids, cum_weights=material.cumulative)
         changes[position] = [(token, 1)]
     return changes
 
 
-def _boilerplate(
-    ids: list[int],
-    bodies: list[list[int]],
-    target: float,
-    noise: PlantedNoise,
-    material: _Material,
-    draw: random.Random,
-) -> Changes:
-    positions, target = list(chain.from_iterable(bodies)), target / (1 - noise.rate)  # what is inserted counts too
+def _boilerplate(place: _Place, noise: PlantedNoise, material: _Material, draw: random.Random) -> Changes:
+    positions = list(chain.from_iterable(place.bodies))
+    target = place.target / (1 - noise.rate)  # what is inserted counts too
     changes: Changes = {}
     inserted = 0
     while True:
         phrase, position = draw.choice(material.phrases), draw.choice(positions)
         if inserted and inserted + len(phrase) / 2 > target:
             return changes
-        changes[position] = [(token, 1) for token in phrase] + changes.get(position, [(ids[position], 0)])
+        changes[position] = [(token, 1) for token in phrase] + changes.get(position, [(place.ids[position], 0)])
         inserted += len(phrase)
 
 
-def _shuffle(
-    ids: list[int],
-    bodies: list[list[int]],
-    target: float,
-    noise: PlantedNoise,
-    material: _Material,
-    draw: random.Random,
-) -> Changes:
-    windows = [window for body in bodies for window in _windows(body, noise.span, draw)]
+def _shuffle(place: _Place, noise: PlantedNoise, material: _Material, draw: random.Random) -> Changes:
+    windows = [window for body in place.bodies for window in _windows(body, noise.span, draw)]
     changes: Changes = {}
     for window in draw.sample(windows, len(windows)):
-        before = [ids[position] for position in window]
+        before = [place.ids[position] for position in window]
         after = list(before)
         if len(set(before)) == 1:
             continue
-        if changes and len(changes) + len(window) / 2 > target:
+        if changes and len(changes) + len(window) / 2 > place.target:
             return changes
         while after == before:
             draw.shuffle(after)

@@ -23,7 +23,8 @@ def fit_adapter(
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> None:
-    """One pass of SFT on every response token of the samples, in their order, with AdamW at a constant rate.
+    """One pass of SFT on every response token of the samples, in their order, with AdamW
+    (no weight decay) at a constant rate.
 
     The loss of a step is the mean over its response tokens; one sample is computed at a time. Only the adapter `name`
     changes, and it requires no gradient afterwards.

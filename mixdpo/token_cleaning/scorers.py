@@ -88,7 +88,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Probability:
+class Probability(Loss):
     """exp(−ℓ): the token's probability.
 
     ProFit keeps p > τ: a selection with threshold τ and keep_ratio null. DFT weighs each token by p: no selection.
@@ -97,18 +97,9 @@ class Probability:
         role: Whose probability: base, reference, previous or policy.
     """
 
-    role: Role = "policy"
-
-    def __post_init__(self) -> None:
-        _check_roles(self.role)
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return (self.role,)
-
     def __call__(self, statistics: TokenStatistics) -> Tensor:
         """(M,) in [0, 1]."""
-        return torch.exp(-statistics.losses[self.role])
+        return torch.exp(-super().__call__(statistics))
 
 
 @dataclass(frozen=True)

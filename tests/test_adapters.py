@@ -1,0 +1,292 @@
+"""Adapters and roles: whose weights count when, what is frozen, and what leaves as a file; a run with stages."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_sft, make_samples, write_pairs
+from lightning.pytorch.callbacks import Callback
+from test_token_losses import SCALE, fill, one_by_one, plain_model, with_adapters
+from torch import Tensor
+
+from lightning_modules.token_cleaning import RefreshReference
+from mixdpo.adapters import (
+    Lora,
+    adapter_fingerprint,
+    adapter_state,
+    add_adapters,
+    add_reference,
+    add_stage,
+    base_fingerprint,
+    copy_adapter,
+    role,
+    stack_policy,
+)
+from mixdpo.errors import InputError
+from mixdpo.export import merged_copy, save_adapter
+from mixdpo.models import load_base, row_log_probs
+from mixdpo.samples import Slices
+from mixdpo.schedules import Constant
+from mixdpo.sft_batching import sample_rows
+from mixdpo.token_cleaning.cleaning import Cleaning
+from mixdpo.token_cleaning.scorers import ExcessLoss
+from mixdpo.token_cleaning.selection import Selection
+
+SAMPLES = [
+    {"input_ids": [2, 4, 6, 7, 3, 2, 5, 8, 9, 3, 2, 4, 11, 3, 2, 5, 12, 13, 3], "spans": [7, 10, 16, 19]},
+    {"input_ids": [2, 4, 20, 3, 2, 5, 21, 22, 23, 24, 3], "spans": [6, 11]},
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: str) -> Any:
+    return plain_model(tiny_model)
+
+
+@pytest.fixture
+def model(tiny_model: str) -> Any:
+    """A policy that is not the base, without dropout in it but with dropout asked for."""
+    torch.manual_seed(0)
+    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
+    fill(model, "policy", 1)
+    return model
+
+
+def as_role(model: Any, name: Any = "policy") -> Tensor:
+    with torch.no_grad(), role(model, name):
+        return row_log_probs(model, sample_rows(SAMPLES))
+
+
+def alone(plain: Any, weights: dict[str, Tensor] | None = None) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([one_by_one(plain, sample, weights) for sample in SAMPLES])
+
+
+def close(found: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+
+
+def trainable(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_each_role_is_its_own_function(model: Any, plain: Any) -> None:
+    for seed, name in enumerate(("reference", "cleaning", "previous")):
+        add_reference(model, name)
+        fill(model, name, 10 + seed)
+    seen = []
+    for name in ("policy", "reference", "cleaning", "previous", "base"):
+        names = [] if name == "base" else [name]
+        close(as_role(model, name), alone(plain, with_adapters(plain, adapter_state(model), *names)))
+        seen.append(as_role(model, name))
+    assert min((a - b).abs().max() for i, a in enumerate(seen) for b in seen[:i]) > 0.01
+    assert trainable(model) == {name for name, _ in model.named_parameters() if ".policy." in name}
+
+
+def test_roles_nest_and_end(model: Any) -> None:
+    policy, base = as_role(model), as_role(model, "base")
+    with role(model, "base"):
+        assert torch.equal(as_role(model), policy)
+        with torch.no_grad():
+            assert torch.equal(row_log_probs(model, sample_rows(SAMPLES)), base)
+    assert torch.equal(row_log_probs(model, sample_rows(SAMPLES)).detach(), policy)
+
+
+def test_references_are_copies_that_stay_and_have_no_dropout(tiny_model: str) -> None:
+    base = load_base(tiny_model, quantization="none", dtype="float32")
+    model = add_adapters(base, Lora(rank=4, alpha=8, dropout=0.5)).train()
+    fill(model, "policy", 1)
+    random = torch.get_rng_state()
+    add_reference(model, "cleaning")
+    assert torch.equal(random, torch.get_rng_state())
+    assert not torch.equal(as_role(model), as_role(model))  # train mode: the policy drops out
+    reference = as_role(model, "cleaning")
+    fill(model, "policy", 2)
+    assert torch.equal(as_role(model, "cleaning"), reference)
+    fill(model, "policy", 1)
+    close(as_role(model.eval()), reference, 1e-6)
+
+
+def test_a_saved_reference_is_what_was_saved(model: Any, tmp_path: Path) -> None:
+    wanted = as_role(model)
+    save_adapter(model, tmp_path / "adapter")
+    fill(model, "policy", 2)
+    random = torch.get_rng_state()
+    add_reference(model, "cleaning", str(tmp_path / "adapter"))
+    assert torch.equal(random, torch.get_rng_state()), "a reference must not shift the run's random numbers"
+    close(as_role(model, "cleaning"), wanted, 1e-6)
+    assert (as_role(model) - wanted).abs().max() > 0.01
+    assert all(".policy." in name for name in trainable(model))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_copy_is_an_average_of_matrices(decay: float, model: Any) -> None:
+    add_reference(model, "cleaning")
+    fill(model, "cleaning", 2)
+    before = {key: value.clone() for key, value in adapter_state(model).items()}
+    copy_adapter(model, "policy", "cleaning", decay=decay)
+    for key, value in adapter_state(model).items():
+        new = before[key.replace(".cleaning.", ".policy.")]
+        close(value, decay * before[key] + (1 - decay) * new if ".cleaning." in key else before[key], 1e-7)
+
+
+def test_copy_between_other_ranks_is_refused(model: Any, tiny_model: str, tmp_path: Path) -> None:
+    other = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2, alpha=8))
+    save_adapter(other, tmp_path / "adapter")
+    add_reference(model, "cleaning", str(tmp_path / "adapter"))
+    with pytest.raises(InputError, match=r"model\.lora\.rank"):
+        copy_adapter(model, "policy", "cleaning")
+
+
+def test_stacking_changes_weights_but_not_the_function(model: Any, plain: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    for stage in (1, 2):
+        before = as_role(model)
+        learned = {k: v.clone() for k, v in adapter_state(model).items() if ".policy." in k}
+        stack_policy(model)
+        close(as_role(model), before, 1e-6)
+        state = adapter_state(model)
+        for key, value in learned.items():
+            assert torch.equal(state[key.replace(".policy.", f".stage_{stage}.")], value)
+            if "lora_B" in key:
+                assert not state[key].any()
+            else:
+                assert state[key].any() and not torch.equal(state[key], value)
+        assert trainable(model) == set(learned)
+        fill(model, "policy", 30 + stage)
+    close(as_role(model), alone(plain, with_adapters(plain, adapter_state(model), "stage_1", "stage_2", "policy")))
+    close(as_role(model, "base"), alone(plain))
+
+    save_adapter(model, tmp_path / "adapter")
+    saved = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "adapter")).eval()
+    close(alone(saved.get_base_model()), as_role(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]  # nothing temporary stays
+    close(alone(merged_copy(model)), as_role(model))
+
+
+def test_merged_copies_of_each_role_draw_no_random_numbers(model: Any) -> None:
+    add_reference(model, "cleaning")
+    fill(model, "cleaning", 2)
+    random = torch.get_rng_state()
+    for name in ("policy", "cleaning", "base"):
+        close(alone(merged_copy(model, name)), as_role(model, name))
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_reference_of_a_stacked_policy_is_the_whole_stack(model: Any) -> None:
+    add_reference(model, "cleaning")
+    stack_policy(model)
+    with pytest.raises(InputError, match="ema"):
+        copy_adapter(model, "policy", "cleaning", decay=0.5)
+    fill(model, "policy", 2)
+    whole = as_role(model)
+    copy_adapter(model, "policy", "cleaning")
+    close(as_role(model, "cleaning"), whole, 1e-6)
+    stack_policy(model)
+    fill(model, "policy", 3)
+    close(as_role(model, "cleaning"), whole, 1e-6)
+    assert (as_role(model) - whole).abs().max() > 0.01
+
+
+def test_a_stage_can_be_filled_from_a_checkpoint(model: Any, tiny_model: str) -> None:
+    stack_policy(model)
+    fill(model, "policy", 2)
+    torch.manual_seed(5)
+    fresh = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
+    add_stage(fresh)
+    assert set(adapter_state(fresh)) == set(adapter_state(model)) and trainable(fresh) == trainable(model)
+    fresh.load_state_dict(adapter_state(model), strict=False)
+    assert torch.equal(as_role(fresh), as_role(model))
+
+
+def test_fingerprints_change_with_what_they_are_of(model: Any, tiny_model: str) -> None:
+    add_reference(model, "cleaning")
+    base, policy = base_fingerprint(model), adapter_fingerprint(model, "policy")
+    assert adapter_fingerprint(model, "base") == "none" and adapter_fingerprint(model, "cleaning") == policy
+    fill(model, "policy", 2)
+    assert adapter_fingerprint(model, "policy") != policy == adapter_fingerprint(model, "cleaning")
+    now = adapter_fingerprint(model, "policy")
+    stack_policy(model)
+    assert adapter_fingerprint(model, "policy") not in (now, policy)
+    assert base_fingerprint(model) == base
+    other = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2, alpha=1))
+    assert base_fingerprint(other) == base
+    weight = other.get_base_model().model.norm.weight
+    weight.data[5] = torch.nextafter(weight.data[5], torch.tensor(9.0))
+    assert base_fingerprint(other) != base
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
+def test_impossible_lora_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="lora needs"):
+        Lora(**wrong)
+
+
+class Watch(Callback):
+    """After every optimizer step: how many steps the optimizer remembers, and the policy's log-probabilities."""
+
+    def __init__(self) -> None:
+        self.counts: list[set[float]] = []
+        self.forgetful: list[bool] = []
+        self.log_probs: list[Tensor] = []
+        self.adapters: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step > len(self.counts):
+            states = list(trainer.optimizers[0].state.values())
+            self.counts.append({float(state["step"]) for state in states})
+            self.forgetful.append(  # after one AdamW step m is 0.1 g and v is 0.001 g²; with a past they are not
+                all(torch.allclose(state["exp_avg_sq"], 0.1 * state["exp_avg"] ** 2, rtol=1e-4) for state in states)
+            )
+            self.log_probs.append(as_role(pl_module.model))
+            self.adapters.append({key: value.clone() for key, value in adapter_state(pl_module).items()})
+
+
+@pytest.mark.parametrize("stage_start", ["continue", "restart", "fresh_adapter"])
+def test_what_a_stage_starts_with(stage_start: Any, tiny_model: str, plain: Any, tmp_path: Path) -> None:
+    """Three stages of two steps."""
+    from peft import PeftModel
+
+    watch = Watch()
+    trainer, module, data = build_sft(
+        tiny_model,
+        write_pairs(tmp_path / "samples.jsonl", make_samples(12)),
+        tmp_path / "run",
+        stage_start=stage_start,
+        data={"slices": Slices(3), "batch_size": 2},
+        trainer={"first": (RefreshReference(), watch), "accumulate_grad_batches": 2},
+        optimizer=torch.optim.AdamW,
+        lr=0.05,
+        schedule=Constant(warmup=0.0),
+        cleaning=Cleaning(scorer=ExcessLoss(), selection=Selection(0.6), warm_up_stages=1),
+    )
+    ready: list[Tensor] = []
+    start = module.on_train_batch_start
+
+    def started(*arguments: Any) -> None:
+        start(*arguments)
+        ready.append(as_role(module.model))
+
+    module.on_train_batch_start = started
+    trainer.fit(module, data)
+    assert watch.counts == [{float(step)} for step in ([1, 2, 3, 4, 5, 6] if stage_start == "continue" else [1, 2] * 3)]
+    assert watch.forgetful == [count == {1.0} for count in watch.counts]
+    for step in (2, 4):  # a step is two micro-batches: stages begin at micro-batches 4 and 8
+        close(ready[2 * step], watch.log_probs[step - 1], 1e-6)
+        assert (watch.log_probs[step] - ready[2 * step]).abs().max() > 1e-3
+    state = adapter_state(module)
+    if stage_start == "fresh_adapter":
+        for stage, end in ((1, 1), (2, 3)):
+            for key, value in watch.adapters[end].items():
+                if ".policy." in key:
+                    assert torch.equal(state[key.replace(".policy.", f".stage_{stage}.")], value)
+        assert all(".policy." in name for name in trainable(module.model))
+    else:
+        assert not any(".stage_" in key for key in state)
+    saved = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "run" / "adapter")).eval()
+    close(alone(saved.get_base_model()), as_role(module.model))
+    assert (as_role(module.model) - alone(plain)).abs().max() > 0.1
+    assert module.lora.alpha / module.lora.rank == SCALE

@@ -1,0 +1,220 @@
+"""Losses of response tokens: the right number at the right token, whatever the batch, and each computed once."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_samples, write_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mixdpo.adapters import Lora, adapter_state, add_adapters, add_reference, role
+from mixdpo.log_probs import VOCABULARY_TILE, exact_token_log_probs, token_log_probs
+from mixdpo.models import load_base, load_tokenizer
+from mixdpo.samples import TokenPool
+from mixdpo.sft_records import read_samples
+from mixdpo.sft_tokenization import encode_samples
+from mixdpo.token_cleaning.token_losses import add_losses, open_losses
+
+SCALE = 2.0  # α / r of the adapters here
+
+
+def plain_model(folder: str, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def one_by_one(plain: Any, sample: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """log p of a sample's response tokens, independent of the project's code: one forward, one loop over the spans."""
+    ids, spans = torch.tensor([sample["input_ids"]]), sample["spans"]
+    log_probs = torch.func.functional_call(plain, dict(weights or {}), (ids,)).logits[0].log_softmax(-1)
+    places = [t for start, end in zip(spans[::2], spans[1::2], strict=True) for t in range(start, end)]
+    return torch.stack([log_probs[t - 1, ids[0, t]] for t in places])
+
+
+def with_adapters(plain: Any, adapters: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    """The plain model's weights W + α/r · ΣBA, from the adapters' tensors by their name."""
+    weights = dict(plain.state_dict())
+    for key, a in adapters.items():
+        if any(f".lora_A.{name}." in key for name in names):
+            path = key.split("base_model.model.", 1)[1].split(".lora_A")[0] + ".weight"
+            weights[path] = weights[path] + SCALE * adapters[key.replace("lora_A", "lora_B")] @ a
+    return weights
+
+
+def losses_one_by_one(
+    plain: Any, samples: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor] | None = None
+) -> np.ndarray:
+    with torch.no_grad():
+        return torch.cat([-one_by_one(plain, sample, weights) for sample in samples]).numpy()
+
+
+def fill(model: nn.Module, name: str, seed: int, scale: float = 0.3) -> None:
+    """B starts at 0, where an adapter is the base and half of the mistakes cannot show."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if f"lora_B.{name}." in key:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * scale
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> TokenPool:
+    path = write_pairs(tmp_path_factory.mktemp("data") / "samples.jsonl", make_samples(15))
+    encoded, _ = encode_samples(read_samples(path).dataset, load_tokenizer(tiny_model), max_length=64)
+    return TokenPool.of(encoded, {})
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: str) -> Any:
+    """Policy and cleaning adapter with different weights; in train mode with dropout, as during a run."""
+    base = load_base(tiny_model, quantization="none", dtype="float32")
+    model = add_adapters(base, Lora(rank=4, alpha=8, dropout=0.5))
+    add_reference(model, "cleaning")
+    fill(model, "policy", 1)
+    fill(model, "cleaning", 2)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: str, pool: TokenPool, model: Any) -> dict[str, np.ndarray]:
+    plain = plain_model(tiny_model)
+    adapters = {name: [name] if name != "base" else [] for name in ("base", "policy", "cleaning")}
+    return {
+        name: losses_one_by_one(plain, pool.samples, with_adapters(plain, adapter_state(model), *added))
+        for name, added in adapters.items()
+    }
+
+
+def computed(model: Any, name: Any, pool: TokenPool, samples: Any = None, **options: Any) -> np.ndarray:
+    losses = open_losses(len(pool))
+    add_losses(losses, model, name, pool, range(len(pool.samples)) if samples is None else samples, **options)
+    return losses
+
+
+@pytest.mark.parametrize("name", ["base", "policy", "cleaning"])
+def test_each_loss_sits_at_its_token(
+    name: str, model: Any, pool: TokenPool, expected: dict[str, np.ndarray], tiny_model: str
+) -> None:
+    spans = list(pool.samples["spans"])
+    assert any(len(s) > 2 for s in spans) and any(len(s) == 2 for s in spans)  # several turns, and one
+    assert np.abs(expected["policy"] - expected["cleaning"]).max() > 0.1
+    np.testing.assert_allclose(computed(model, name, pool), expected[name], rtol=0, atol=1e-5)
+    answers = [m["content"] for s in make_samples(15) for m in s["messages"] if m["role"] == "assistant"]
+    text = " ".join(f"{answer} <|im_end|>" for answer in answers)
+    assert load_tokenizer(tiny_model).decode(pool.target_ids()) == text  # every answer with its end token, in order
+
+
+CUTS = [{}, {"batch_tokens": 1}, {"batch_tokens": 70}, {"pack": 64}, {"pack": 200, "batch_tokens": 400}]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_batches_change_nothing(
+    cut: dict[str, int], model: Any, pool: TokenPool, expected: dict[str, np.ndarray]
+) -> None:
+    np.testing.assert_allclose(computed(model, "policy", pool, **cut), expected["policy"], rtol=0, atol=1e-5)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=8)
+def test_order_and_company_change_nothing(
+    data: st.DataObject, model: Any, pool: TokenPool, expected: dict[str, np.ndarray]
+) -> None:
+    some = data.draw(st.lists(st.integers(0, 14), unique=True))
+    found = computed(model, "policy", pool, some, pack=data.draw(st.sampled_from([0, 40, 100])))
+    wanted = np.full(len(pool), np.nan, dtype=np.float32)
+    for i in some:
+        wanted[pool.offsets[i] : pool.offsets[i + 1]] = expected["policy"][pool.offsets[i] : pool.offsets[i + 1]]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)  # NaN where nobody asked
+
+
+def test_a_fresh_adapter_has_the_bases_losses_to_the_bit(tiny_model: str, pool: TokenPool) -> None:
+    fresh = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
+    add_reference(fresh, "cleaning")
+    base = computed(fresh, "base", pool)
+    for name in ("policy", "cleaning"):
+        assert np.array_equal(base - computed(fresh, name, pool), np.zeros(len(pool)))
+
+
+def test_only_what_is_missing_is_computed(model: Any, pool: TokenPool) -> None:
+    rows: list[int] = []
+    hook = model.get_base_model().base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        losses = open_losses(len(pool))
+        assert add_losses(losses, model, "policy", pool, [3, 7]) == 2 and sum(rows) == 2
+        known = pool.tokens([3, 7])
+        losses[known] = 77.0
+        assert add_losses(losses, model, "policy", pool, range(15)) == 13 and sum(rows) == 15
+        assert (losses[known] == 77).all() and (np.delete(losses, known) < 77).all()
+        assert add_losses(losses, model, "policy", pool, range(15)) == 0 and sum(rows) == 15
+    finally:
+        hook.remove()
+
+
+def test_stored_losses_belong_to_their_identity(
+    model: Any, pool: TokenPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path))
+    losses = open_losses(len(pool), {"model": "a", "data": "d"})
+    assert np.isnan(losses).all()
+    add_losses(losses, model, "policy", pool, [0, 1])
+    again = open_losses(len(pool), {"data": "d", "model": "a"})
+    np.testing.assert_array_equal(again, losses)
+    assert add_losses(again, model, "policy", pool, [0, 1, 2]) == 1
+    assert np.isnan(open_losses(len(pool), {"model": "b", "data": "d"})).all()
+    assert np.isnan(open_losses(len(pool))).all()
+
+
+def test_scoring_leaves_the_run_as_it_was(model: Any, pool: TokenPool) -> None:
+    ids = torch.tensor([pool.samples[0]["input_ids"]])
+    random, trainable = torch.get_rng_state(), [p.requires_grad for p in model.parameters()]
+    with role(model, "cleaning"), torch.no_grad():
+        before = model.get_base_model()(ids).logits
+        computed(model, "base", pool, [0, 1])
+        assert torch.equal(before, model.get_base_model()(ids).logits)
+    assert torch.equal(random, torch.get_rng_state())  # dropout was off
+    assert model.training and [p.requires_grad for p in model.parameters()] == trainable
+
+
+class Rounded(nn.Module):
+    """A bf16 head without bf16 arithmetic: sums in fp32, rounded to bf16 in the end."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        bias = None if self.head.bias is None else self.head.bias.float()
+        return nn.functional.linear(hidden.float(), self.head.weight.float(), bias).bfloat16()
+
+
+@pytest.mark.parametrize("vocabulary", [37, VOCABULARY_TILE + 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_exact_log_probs_of_a_bf16_head(vocabulary: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(16, vocabulary, bias=bias)
+    for parameter in head.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    head = head.to(torch.bfloat16)
+    hidden = torch.randn(30, 16, generator=generator).bfloat16()
+    targets = torch.randint(vocabulary, (30,), generator=generator)
+    targets[0], targets[1] = 0, vocabulary - 1
+    logits = hidden.double() @ head.weight.double().T + (head.bias.double() if bias else 0.0)
+    wanted = logits.log_softmax(-1)[torch.arange(30), targets]
+    for tile in (7, 256):
+        found = exact_token_log_probs(hidden, head, targets, tile)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+    assert (token_log_probs(hidden, Rounded(head), targets).double() - wanted).abs().max() > 1e-3
+
+
+def test_exact_log_probs_of_no_positions() -> None:
+    head = nn.Linear(16, 37).to(torch.bfloat16)
+    found = exact_token_log_probs(torch.zeros(0, 16).bfloat16(), head, torch.zeros(0, dtype=torch.long))
+    assert found.shape == (0,) and found.dtype == torch.float32
