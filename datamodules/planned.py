@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -62,7 +62,9 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         step %= len(self.epoch)
         end = ends[bisect_right(ends, step)] if self.cleans_by_stage else len(self.epoch)
         comes: dict[int, int] = {}
-        for number in range(step, end):
+        # what another epoch trains before this step comes as well
+        again = range(step) if self.trainer.max_epochs != 1 else ()
+        for number in (*range(step, end), *again):
             for sample in steps[number]:
                 comes.setdefault(sample, number)
         samples = sorted(comes)
@@ -144,3 +146,14 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             "devices": self.trainer.world_size,
         }
+
+
+def check_apart(train: Iterable[Any], held_out: Sequence[Any], rows: Sequence[int], source: str) -> None:
+    """No held-out prompt may be trained on: a number measured on it would mean nothing."""
+    known = {str(prompt) for prompt in train}
+    shared = [row for row, prompt in zip(rows, held_out, strict=True) if str(prompt) in known]
+    if shared:
+        raise InputError(
+            f"{len(shared)} of {len(held_out)} held-out rows of {source} have a prompt that is trained on (first: row "
+            f"{shared[0]}): give another data.validation or data.validation_split"
+        )

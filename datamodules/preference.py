@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.planned import PlannedDataModule
+from datamodules.planned import PlannedDataModule, check_apart
 from mixdpo.batching import MicroBatch, PairCollator, ResumableLoader, cut_step, plan_steps
 from mixdpo.errors import InputError
 from mixdpo.models import load_tokenizer
@@ -94,13 +94,16 @@ class PreferenceDataModule(PlannedDataModule):
         read = self._read(self.source, self.split)
         if isinstance(self.validation, str):
             train, held_out = read, self._read(self.validation, self.validation_split)
-            _check_apart(train, held_out, self.validation)
+            check_apart(train["prompt"], held_out["prompt"], held_out["row"], self.validation)
         elif self.validation:
             kept, out = split_by_prompt(read, self.validation, self.seed)
             train, held_out = read.select(kept), read.select(out)
         else:
             train, held_out = read, None
             self.trainer.limit_val_batches = 0
+        self._data = content_hash(
+            zip(*(train[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
+        )
         self.train_pairs = self._encode(train, "train")
         self.validation_pairs = self._encode(held_out, "validation") if held_out is not None else None
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
@@ -167,16 +170,18 @@ class PreferenceDataModule(PlannedDataModule):
 
     def fingerprint(self) -> str:
         assert self.route is not None
-        return self.route.fingerprint()
+        return f"{self.route.fingerprint()} {self._data}"
 
     def cleaning_pool(self) -> TokenPool:
         """The chosen responses of the hard pairs, in the order of the data."""
         assert self.route is not None
         if self._pool is None:
+            if not self.route.is_hard.any():
+                raise InputError("model.cleaning has nothing to clean, since no pair is hard: set it to null")
             hard = self.train_pairs.select(np.flatnonzero(self.route.is_hard))
             samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
             identity = {
-                "data": content_hash([self.route.fingerprint(), *samples["sample_id"]]),
+                "data": self._data,
                 **encoding_identity(self._encoder, self.chat_template, **self.lengths),
             }
             self._pool = TokenPool.of(samples, identity)
@@ -223,14 +228,3 @@ def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:
     ids = [*pair["prompt_ids"], *pair["chosen_ids"]]
     about = {"sample_id": pair["pair_id"], "source": "", "row": pair["row"], "truncated": pair["truncated"]}
     return {**about, "input_ids": ids, "spans": [start, len(ids)]}
-
-
-def _check_apart(train: Any, held_out: Any, source: str) -> None:
-    """No held-out prompt may be trained on: accuracy on it would mean nothing."""
-    known = {str(prompt) for prompt in train["prompt"]}
-    shared = [row for row, prompt in zip(held_out["row"], held_out["prompt"], strict=True) if str(prompt) in known]
-    if shared:
-        raise InputError(
-            f"{len(shared)} of {len(held_out)} held-out pairs of {source} have a prompt that is trained on (first: row "
-            f"{shared[0]}): give another data.validation or data.validation_split"
-        )

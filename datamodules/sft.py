@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.planned import PlannedDataModule
+from datamodules.planned import PlannedDataModule, check_apart
 from mixdpo.batching import MicroBatch, ResumableLoader, cut_step, plan_steps
 from mixdpo.errors import InputError
 from mixdpo.models import load_tokenizer
@@ -68,6 +68,8 @@ class SFTDataModule(PlannedDataModule):
         super().__init__(batch_size, eval_batch_size)
         if isinstance(validation, float) and not 0 <= validation < 1:
             raise InputError(f"validation must be a share in [0, 1) or a source of rows, not {validation}")
+        if pack < 0:
+            raise InputError(f"pack must be 0 or a number of tokens, not {pack}")
         self.source, self.tokenizer, self.slices, self.split = source, tokenizer, slices, split
         self.validation, self.validation_split, self.limit = validation, validation_split or split, limit
         self.lengths = {"max_length": max_length, "overlong": overlong}
@@ -88,6 +90,8 @@ class SFTDataModule(PlannedDataModule):
         train, held_out = self._read(self.source, self.split), None
         if isinstance(self.validation, str):
             held_out = self._read(self.validation, self.validation_split)
+            prompts = [[_prompt(row) for row in rows["messages"]] for rows in (train, held_out)]
+            check_apart(*prompts, held_out["row"], self.validation)
         elif self.validation:
             kept, out = split_by_prompt([_prompt(row) for row in train["messages"]], self.validation, self.seed)
             train, held_out = train.select(kept), train.select(out)
@@ -115,7 +119,7 @@ class SFTDataModule(PlannedDataModule):
         if noise is not None:
             encoded = plant(encoded, noise, self._encoder)
         identity = {
-            "data": content_hash(samples["messages"]),
+            "data": content_hash(zip(samples["sample_id"], samples["messages"], strict=True)),
             **encoding_identity(self._encoder, self.chat_template, **self.lengths),
             "noise": "none" if noise is None else f"rate {noise.rate}, seed {noise.seed}, {content_hash([noise])}",
         }

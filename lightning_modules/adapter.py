@@ -80,7 +80,7 @@ class AdapterModule(L.LightningModule):
         self.model = add_adapters(base, self.lora, self.adapter)
         if self.cleaning is not None:
             for role, name in (("reference", "cleaning"), ("previous", "previous")):
-                if role in self.cleaning.scorer.roles:
+                if role in self.cleaning.roles:
                     add_reference(self.model, name, self.cleaning.reference)
         if self.activation_checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})

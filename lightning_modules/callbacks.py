@@ -41,8 +41,9 @@ class RunFiles(Callback):
         best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "") and c.monitor), None)
         if best is not None:
             print(f"adapter/ holds the best {best.monitor}, {float(best.best_model_score):.4f}: {best.best_model_path}")
-            state = torch.load(best.best_model_path, weights_only=True, map_location=pl_module.device)["state_dict"]
-            pl_module.load_state_dict(state, strict=False)
+            checkpoint = torch.load(best.best_model_path, weights_only=True, map_location=pl_module.device)
+            pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
+            pl_module.model.stacked = checkpoint["adapters"]["stacked"]
         if trainer.is_global_zero:
             save_adapter(pl_module.model, Path(trainer.default_root_dir) / "adapter")
 

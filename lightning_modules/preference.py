@@ -136,14 +136,11 @@ class PreferenceModule(AdapterModule):
     def on_train_start(self) -> None:
         """The default reference of token cleaning: an adapter fitted to the easy pairs' chosen responses (SFT)."""
         cleaning = self.cleaning
-        if (
-            cleaning is None
-            or cleaning.reference
-            or "reference" not in cleaning.scorer.roles
-            or self.trainer.global_step
-        ):
+        if cleaning is None or cleaning.reference or "reference" not in cleaning.roles or self.trainer.global_step:
             return
         samples = self.trainer.datamodule.easy_samples()
+        if not samples:
+            raise InputError("there is no easy pair to fit a cleaning reference to: give model.cleaning.reference")
         fit_adapter(
             self.model,
             "cleaning",

@@ -54,7 +54,10 @@ class SFTModule(AdapterModule):
         if batch.losses is not None:  # the scorer reads the policy of this very step
             self._score(batch, log_probs.detach())
         weight = batch.token_weight
-        self._kept, self._step_tokens = self._kept.to(weight.device) + weight.sum(), batch.step_tokens
+        self._kept, self._step_tokens = (
+            self._kept.to(weight.device) + weight.sum(dtype=torch.float32),
+            batch.step_tokens,
+        )
         counted = torch.full_like(weight, float(batch.count > 0))
         self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": (weight, counted)})
         # as if every token were kept, and no more can be known here: on_before_optimizer_step corrects it

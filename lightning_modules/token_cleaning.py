@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from mixdpo.adapters import adapter_fingerprint, base_fingerprint, copy_adapter
+from mixdpo.adapters import adapter_fingerprint, base_fingerprint, check_alike, copy_adapter
 from mixdpo.errors import InputError
 from mixdpo.models import load_tokenizer
 from mixdpo.samples import TokenPool
@@ -46,6 +46,11 @@ class RefreshReference(Callback):
             raise InputError(
                 "RefreshReference: nothing to refresh, since model.cleaning has no scorer that reads a reference"
             )
+        if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:
+            raise InputError("RefreshReference: the run has one stage: set data.slices.count, or every to a number")
+        if self.ema and getattr(pl_module, "stage_start", None) == "fresh_adapter":
+            raise InputError("RefreshReference.ema: the moving average of stacked adapters is not defined: use 0")
+        check_alike(pl_module.model, "policy", "cleaning")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         step, stage_of = trainer.global_step, trainer.datamodule.stage_of
@@ -92,7 +97,14 @@ class CleanTokens(Callback):
             "model": base_fingerprint(pl_module.model),
             "dtype": f"{pl_module.dtype_name}, {trainer.precision}",
         }
-        self._tokens = RunTokens(pool, identity)
+        self._tokens = RunTokens(pool, identity, str(self.cleaning.describe()))
+        if (
+            self.cleaning.warm_up_stages
+            >= len(trainer.datamodule.epoch.stage_starts)
+            > 0
+            < self.cleaning.warm_up_stages
+        ):
+            raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
         if self._restored is not None:
             self._tokens.restore(self._restored)
             self._scored, self._open = self._restored["scored"], self._restored["open"]
@@ -109,6 +121,9 @@ class CleanTokens(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         assert self._tokens is not None
+        token = batch.token.cpu().numpy()
+        if not (token >= 0).any():
+            return  # easy pairs: hard ones are scored when the first of them comes
         now = [trainer.datamodule.stage_of(trainer.global_step), pl_module.reference_version]
         warm_up = now[0] < self.cleaning.warm_up_stages
         online = is_online(self.cleaning.scorer) and not warm_up
@@ -123,7 +138,6 @@ class CleanTokens(Callback):
                 self._finish_stage(trainer)
                 self._clean(trainer, samples, steps, warm_up, online)
             self._scored = now
-        token = batch.token.cpu().numpy()
         device = batch.token.device
         if online:
             batch.losses = {name: torch.from_numpy(values[token]).to(device) for name, values in self._losses.items()}
@@ -146,7 +160,7 @@ class CleanTokens(Callback):
         given and never refreshed, are kept on disk for every later round, ratio and run."""
         assert self._tokens is not None
         pool, model = self._tokens.pool, pl_module.model
-        for name in (name for name in self.cleaning.scorer.roles if name != "policy"):
+        for name in (name for name in self.cleaning.roles if name != "policy"):
             lasting = name == "base" or (self.cleaning.reference is not None and now[1] == 0)
             if name not in self._losses or not lasting:
                 adapter = {"adapter": "none" if name == "base" else adapter_fingerprint(model, ROLES[name])}
@@ -195,17 +209,16 @@ class CleanTokens(Callback):
         pool, warm_up = self._tokens.pool, entry["warm_up"]
         reached = ~np.isnan(self._tokens.weights[pool.offsets[entry["samples"]]])  # max_steps may end a stage early
         samples = entry["samples"][reached]
-        tokens, planted = pool.tokens(samples), pool.planted()
+        tokens, planted, sources = pool.tokens(samples), pool.planted(), pool.samples["source"][:]
         facts = summarise(
             self._tokens.weights[tokens],
             self._tokens.scores[tokens],
             self._offsets(samples),
-            [pool.samples["source"][i] for i in samples],
+            [sources[i] for i in samples],
             entry["kept"],
             None if planted is None else planted[tokens],
         )
-        names = {"scorer": self.cleaning.scorer, "selection": self.cleaning.selection}
-        said = {name: None if warm_up or value is None else repr(value) for name, value in names.items()}
+        said = {"scorer": None, "selection": None} if warm_up else self.cleaning.describe()
         self._tokens.stages.append({"stage": entry["stage"], "step": entry["step"], **said, **facts})
         if trainer.is_global_zero:
             self._tokens.write(Path(trainer.default_root_dir) / "cleaning", trainer.datamodule.tokenizer)

@@ -101,24 +101,36 @@ def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float =
     Raises:
         InputError: the two adapters differ in shape, or a moving average is asked for while the policy is stacked.
     """
-    stages = model.stacked.get(source, 0)
-    if decay and stages != model.stacked.get(target, 0):
+    check_alike(model, source, target)
+    if decay and model.stacked.get(source, 0) != model.stacked.get(target, 0):
         raise InputError("ema: the moving average of stacked adapters is not defined: use 0, or stage_start restart")
     with torch.no_grad():
         for layer in adapter_layers(model):
             for matrices in (layer.lora_A, layer.lora_B):
                 new, old = matrices[source].weight, matrices[target].weight
-                if new.shape != old.shape:
-                    raise InputError(
-                        f"the adapter '{target}' has matrices of {tuple(old.shape)}, '{source}' of {tuple(new.shape)}: "
-                        "a reference that is refreshed needs the policy's rank (model.lora.rank)"
-                    )
                 old.copy_(old.lerp(new, 1 - decay) if decay else new)
-    model.stacked[target] = stages
+    model.stacked[target] = model.stacked.get(source, 0)
+
+
+def check_alike(model: "PeftModel", source: str, target: str) -> None:
+    """Refuse to copy between adapters of other shapes, layers or scale."""
+
+    def shape(layer: Any, name: str) -> Any:
+        return name in layer.lora_A and (tuple(layer.lora_A[name].weight.shape), layer.scaling[name])
+
+    unlike = [layer for layer in adapter_layers(model) if shape(layer, source) != shape(layer, target)]
+    if unlike:
+        raise InputError(
+            f"the adapters '{source}' and '{target}' differ in {len(unlike)} layers (rank, alpha or target modules): a "
+            "reference that is refreshed needs the shape of the policy (model.lora)"
+        )
 
 
 def stack_policy(model: "PeftModel") -> None:
     """Freeze the policy as the next stage adapter and start a fresh one on top: the same function, new weights."""
+    config = model.peft_config["policy"]
+    if config.use_rslora or config.rank_pattern or config.alpha_pattern:
+        raise InputError("stage_start fresh_adapter needs one rank and scale in all layers: the adapter has several")
     add_stage(model)
     stage = model.stacked["policy"]
     copy_adapter(model, "policy", f"stage_{stage}")
@@ -166,23 +178,26 @@ def adapter_fingerprint(model: "PeftModel", name: Role) -> str:
     adapters = adapters_of(model, name)
     for layer in adapter_layers(model):
         for adapter in adapters:
-            digest.update(repr(layer.scaling[adapter]).encode())
-            for matrices in (layer.lora_A, layer.lora_B):
-                digest.update(matrices[adapter].weight.detach().float().cpu().numpy().tobytes())
+            if adapter in layer.lora_A:  # it may know fewer layers than the policy
+                digest.update(repr(layer.scaling[adapter]).encode())
+                for matrices in (layer.lora_A, layer.lora_B):
+                    digest.update(matrices[adapter].weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16] if adapters else "none"
 
 
 def base_fingerprint(model: "PeftModel") -> str:
-    """Changes whenever the base's weights do, quantised as they are: a name or a path would not tell."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.get_base_model().named_parameters()):
+    """Changes whenever the base's weights or configuration do, quantised as they are: a name or path would not tell.
+    Reads all weights once: about a second per GB."""
+    causal_lm = model.get_base_model()
+    config = causal_lm.config.to_dict()
+    digest = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if not k.startswith("_"))).encode())
+    for name, parameter in sorted(causal_lm.named_parameters()):
         if "lora_" not in name:
-            flat = parameter.detach().reshape(-1)
-            bits = flat.view(torch.uint8) if flat.dtype.itemsize == 1 else flat
-            whole = bits.numel() // 8 * 8
-            if bits.dtype == torch.uint8 and whole:  # the hash keeps as many bits as an element has
-                bits = bits[:whole].view(torch.int64)
-            digest.update(f"{name} {tuple(parameter.shape)} {torch.hash_tensor(bits).item()}".encode())
+            quantised = getattr(parameter, "quant_state", None)
+            scales = [quantised.absmax] if quantised is not None else []
+            for tensor in (parameter, *scales):
+                digest.update(name.encode())
+                digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()[:16]
 
 

@@ -34,7 +34,9 @@ def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = 
             base = module.get_base_layer()
             with torch.no_grad():
                 weight = dequantize_module_weight(base).to(torch.float32)
-                state[f"{path}.weight"] = sum((module.get_delta_weight(adapter) for adapter in adapters), weight)
+                state[f"{path}.weight"] = sum(
+                    (module.get_delta_weight(name) for name in adapters if name in module.lora_A), weight
+                )
             if base.bias is not None:
                 state[f"{path}.bias"] = base.bias
         elif "lora_" not in path and ".base_layer" not in path:

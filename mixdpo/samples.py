@@ -1,7 +1,7 @@
 """SFT samples as one flat pool of response tokens, and the stages in which they are trained."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ class TokenPool:
     Attributes:
         samples: N encoded samples: `input_ids`, `spans` [start, end, …) of the response tokens, `source`, …
         offsets: (N+1,) int64; the tokens of sample n have the numbers offsets[n] to offsets[n + 1].
-        identity: what must be the same for numbers of tokens to mean the same tokens: data, tokenizer, template, …
+        identity: what must be the same for numbers of tokens to mean the same tokens: data, tokenizer, template, …; its
+            part `ids` is a hash of the token ids and spans themselves, whatever made them.
     """
 
     samples: Any
@@ -28,8 +29,12 @@ class TokenPool:
 
     @classmethod
     def of(cls, samples: Any, identity: Mapping[str, str]) -> "TokenPool":
-        counts = [sum(spans[1::2]) - sum(spans[::2]) for spans in samples["spans"]]
-        return cls(samples, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]), identity)
+        counts, digest = [], hashlib.sha256()
+        for ids, spans in zip(samples["input_ids"], samples["spans"], strict=True):
+            counts.append(sum(spans[1::2]) - sum(spans[::2]))
+            digest.update(np.array([len(ids), *ids, *spans], dtype=np.int32).tobytes())
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        return cls(samples, offsets, {**identity, "ids": digest.hexdigest()[:16]})
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -54,7 +59,7 @@ class TokenPool:
         return np.concatenate([np.asarray(marks, dtype=bool) for marks in self.samples["planted"]])
 
 
-def content_hash(texts: Sequence[Any]) -> str:
+def content_hash(texts: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for text in texts:
         digest.update(repr(text).encode())

@@ -43,6 +43,8 @@ class Cleaning:
     def __post_init__(self) -> None:
         if self.warm_up_stages < 0:
             raise InputError(f"cleaning.warm_up_stages must be >= 0, not {self.warm_up_stages}")
+        if not hasattr(self.scorer, "roles"):
+            raise InputError(f"cleaning.scorer {self.scorer} needs an attribute `roles`: whose losses it reads")
         if is_online(self.scorer) and self.selection is not None:
             if self.masks is not None:
                 raise InputError(f"cleaning.masks replaces scores, which {self.scorer} makes in each step: give one")
@@ -51,6 +53,19 @@ class Cleaning:
                     f"cleaning.selection.scope global needs all scores before training, and {self.scorer} reads the "
                     "policy of each step: use scope batch (the tokens of a micro-batch) or sample"
                 )
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Whose losses are needed: the scorer's, none where masks are given."""
+        return () if self.masks is not None else tuple(self.scorer.roles)
+
+    def describe(self) -> dict[str, str | None]:
+        """Scorer and selection as stages.json names them."""
+        if self.masks is not None:
+            return {"scorer": f"masks of {self.masks}", "selection": None}
+        values = {"scorer": self.scorer, "selection": self.selection}
+        # a default that YAML may override is a subclass of what it stands for
+        return {name: value and repr(value).removeprefix("LazyInstance_") for name, value in values.items()}
 
 
 def weigh(

@@ -18,7 +18,7 @@ ARRAYS = ("scores", "weights", "decided")
 
 
 class RunTokens:
-    """What a run decided about each of the M response tokens of its pool.
+    """What a run decided about each of the M response tokens of its pool, by the options `cleaning`.
 
     Attributes:
         scores, weights: (M,) float32, NaN where a token has not been scored, or not been reached by training.
@@ -26,8 +26,8 @@ class RunTokens:
         stages: one summary per stage so far, in JSON's types.
     """
 
-    def __init__(self, pool: TokenPool, identity: Mapping[str, str]) -> None:
-        self.pool, self.identity = pool, dict(identity)
+    def __init__(self, pool: TokenPool, identity: Mapping[str, str], cleaning: str) -> None:
+        self.pool, self.identity, self.cleaning = pool, dict(identity), cleaning
         self.scores, self.weights = np.full((2, len(pool)), np.nan, dtype=np.float32)
         self.decided = np.full(len(pool.offsets) - 1, -1, dtype=np.int16)
         self.stages: list[dict[str, Any]] = []
@@ -35,14 +35,18 @@ class RunTokens:
     def state(self) -> dict[str, Any]:
         """For a checkpoint: tensors and plain types."""
         arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in ARRAYS}
-        return {**arrays, "identity": self.identity, "stages": json.loads(json.dumps(self.stages))}
+        return {
+            **arrays,
+            "identity": {**self.identity, "cleaning": self.cleaning},
+            "stages": json.loads(json.dumps(self.stages)),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """
         Raises:
             InputError: the state is of other data, another tokenizer, template or model; says which.
         """
-        refuse_changed(state["identity"], self.identity, "the checkpoint")
+        refuse_changed(state["identity"], {**self.identity, "cleaning": self.cleaning}, "the checkpoint")
         for name in ARRAYS:
             setattr(self, name, state[name].numpy().copy())
         self.stages = list(state["stages"])
@@ -85,6 +89,7 @@ def read_masks(folder: Path, identity: Mapping[str, str]) -> np.ndarray:
 
 def refuse_changed(then: Mapping[str, str], now: Mapping[str, str], what: str) -> None:
     changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    changed = [key for key in changed if key != "ids"] or changed  # other ids follow from what else has changed
     if changed:
         differences = "; ".join(f"{key}: {then.get(key)} there, {now.get(key)} here" for key in changed)
         raise InputError(

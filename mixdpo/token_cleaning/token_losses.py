@@ -62,17 +62,26 @@ def add_losses(
         batch_tokens: most positions in a batch, padding included (a longer sample is a batch of its own).
         pack: put samples of up to so many tokens together into one row; same numbers.
     """
-    missing = [int(i) for i in samples if np.isnan(losses[pool.offsets[i] : pool.offsets[i + 1]]).any()]
-    batches = _by_length(missing, [len(pool.samples[i]["input_ids"]) for i in missing], batch_tokens)
+    samples = [int(i) for i in samples]
+    missing = {i for i in samples if np.isnan(losses[pool.offsets[i] : pool.offsets[i + 1]]).any()}
+    # batches of all samples, of which complete ones are skipped: an interrupted pass goes on with the same batches, so
+    # with the same rounding
+    batches = _by_length(samples, [len(pool.samples[i]["input_ids"]) for i in samples], batch_tokens) if missing else []
+    batches = [batch for batch in batches if missing.intersection(batch)]
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), role(model, name), tqdm(total=len(missing), desc=f"scoring with {name}") as bar:
+        with (
+            torch.no_grad(),
+            role(model, name),
+            tqdm(total=len(missing), desc=f"scoring with {name}", disable=not batches) as bar,
+        ):
             for batch in batches:
                 rows = sample_rows([pool.samples[i] for i in batch], pack).to(torch.device(device))
                 found = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
-                losses[pool.tokens(batch)] = found
-                bar.update(len(batch))
+                is_new = np.concatenate([np.full(pool.offsets[i + 1] - pool.offsets[i], i in missing) for i in batch])
+                losses[pool.tokens(batch)[is_new]] = found[is_new]
+                bar.update(len(missing.intersection(batch)))
     finally:
         model.train(was_training)
     if isinstance(losses, np.memmap):
