@@ -2,7 +2,7 @@
 
     python benchmarks/compare_cleaning.py [FOLDER] [--seeds 0 1] [--anyway] [--gold]
 
-Of four slices the first two are the warm-up: with one of three, planted noise was found with an AUC of 0.58 only.
+The warm-up is two passes over slice 0 of 3: after one, planted noise was found with an AUC of 0.58 only (then 0.65).
 Runs are kept in FOLDER (default runs/compare_cleaning): a stopped comparison goes on where it was. One warm-up per
 seed is shared as reference and as start; base losses are computed once for all. Before anything is compared, planted
 noise must be found: with an AUC below 0.6 the references are too weak, and the script stops (unless --anyway).
@@ -22,14 +22,15 @@ NOISE = "{rate: 0.2, seed: 0}"
 METHODS = ("full", "fixed", "self_evolving", "staged_random")
 
 
-def seeded(seed: int, only: str = "null", count: int = 4) -> list[str]:
-    return ["--seed_everything", str(seed), "--data.slices", f"{{count: {count}, only: {only}, seed: {seed}}}"]
+def seeded(seed: int, only: str = "null", count: int = 3, passes: int = 1) -> list[str]:
+    slices = f"{{count: {count}, only: {only}, passes: {passes}, seed: {seed}}}"
+    return ["--seed_everything", str(seed), "--data.slices", slices]
 
 
 def jobs(folder: Path, seed: int) -> list[Any]:
-    """The four methods; fixed is scored and trained on all slices, the staged start from the warm-up on 0 and 1."""
+    """The four methods; fixed is scored and trained on all slices, the staged start from the warm-up on slice 0."""
     adapter = str(folder / f"warm_up-{seed}/adapter")
-    staged = [*seeded(seed, "[2, 3]"), "--model.adapter", adapter, "--model.cleaning.warm_up_stages", "0"]
+    staged = [*seeded(seed, "[1, 2]"), "--model.adapter", adapter, "--model.cleaning.warm_up_stages", "0"]
     reference = ["--model.cleaning.reference", adapter]
     options = {
         "full": seeded(seed, count=1),
@@ -41,9 +42,9 @@ def jobs(folder: Path, seed: int) -> list[Any]:
 
 
 def noise_found(folder: Path, seed: int) -> dict[str, Any]:
-    """AUC of the warm-up reference on noise planted into slice 2; one step is trained, nothing is validated."""
+    """AUC of the warm-up reference on noise planted into slice 1; one step is trained, nothing is validated."""
     options = ["--model.cleaning.reference", str(folder / f"warm_up-{seed}/adapter"), "--data.noise", NOISE]
-    options += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *seeded(seed, "[2]")]
+    options += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *seeded(seed, "[1]")]
     (stage,) = stages(run(folder, (f"planted-{seed}", "fixed", options)))
     return {"auc": stage["planted"]["auc"], "mean |score|": stage["mean_abs_score"], "tokens": stage["tokens"]}
 
@@ -78,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     folder, seeds = options.folder, options.seeds
     start = run(folder, ("start", "full", ["--model.optimizer.lr", "0", "--trainer.max_steps", "1"]))
-    run_all(folder, [(f"warm_up-{seed}", "full", seeded(seed, "[0, 1]")) for seed in seeds])
+    run_all(folder, [(f"warm_up-{seed}", "full", seeded(seed, "[0]", passes=2)) for seed in seeds])
     with ThreadPoolExecutor(2) as pool:
         checks = dict(zip(seeds, pool.map(lambda seed: noise_found(folder, seed), seeds), strict=True))
     print("planted noise:", checks, flush=True)

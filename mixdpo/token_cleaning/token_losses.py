@@ -19,6 +19,9 @@ from mixdpo.sft_batching import sample_rows
 if TYPE_CHECKING:
     from peft import PeftModel
 
+MOST_PADDING = 0.15
+"""Share of a row: a batch ends where the next sample would be padded by more."""
+
 
 def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.ndarray:
     """(M,) float32, NaN where a loss is not known yet: in memory, or with an identity the file that belongs to it.
@@ -96,7 +99,7 @@ def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int
     batches: list[list[int]] = []
     width = 0
     for k in order:
-        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens or lengths[k] < (1 - MOST_PADDING) * width:
             batches.append([])
             width = lengths[k]
         batches[-1].append(samples[k])
