@@ -10,10 +10,12 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from mixdpo.batching import MicroBatch, ResumableLoader
+from mixdpo.batching import MicroBatch, ResumableLoader, plan_steps
 from mixdpo.errors import InputError
+from mixdpo.records import split_by_prompt
 from mixdpo.samples import TokenPool
 from mixdpo.schedules import StepPlan
+from mixdpo.tokenization import Overlong
 
 
 class PlannedDataModule(L.LightningDataModule, ABC):
@@ -23,13 +25,87 @@ class PlannedDataModule(L.LightningDataModule, ABC):
     cleans_by_stage: bool
     """Whether the tokens of a stage are scored and ranked when it begins, or those of the whole epoch at once."""
 
-    def __init__(self, batch_size: int, eval_batch_size: int) -> None:
+    def __init__(
+        self,
+        source: str,
+        tokenizer: str,
+        split: str = "train",
+        validation: float | str = 0.1,
+        validation_split: str | None = None,
+        limit: int | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int = 8,
+        overlong: Overlong = "truncate",
+        chat_template: str | None = None,
+        workers: int = 0,
+        processes: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Rows of text as planned batches.
+
+        Args:
+            tokenizer: Hub id or folder; linked to model.base.
+            split: Split of a hub data set or folder to train on.
+            validation: Share of the prompts (not rows) held out, or another source; 0 for none.
+            validation_split: Split of `validation`, where that is a source with several; `split` if not given.
+            limit: Read the first so many rows only.
+            batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches. How
+                many of them run at once is batch_size / trainer.accumulate_grad_batches / devices.
+            eval_batch_size: Rows per validation batch.
+            overlong: Truncate cuts a row that is too long to max_length; drop leaves it out. Both are counted.
+            chat_template: Jinja template, a file with one, or `plain` for none; the tokenizer's own if not given.
+            workers: Processes that prepare batches.
+            processes: Processes that tokenise, once; the result is cached.
+            seed: For the validation split and the order of ties.
+        """
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
             raise InputError(f"batch_size ({batch_size}) and eval_batch_size ({eval_batch_size}) must be at least 1")
+        if isinstance(validation, float) and not 0 <= validation < 1:
+            raise InputError(f"validation must be a share in [0, 1) or another source, not {validation}")
+        self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
+        self.validation, self.validation_split = validation, validation_split or split
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.overlong, self.chat_template = overlong, chat_template
+        self.workers, self.processes, self.seed = workers, processes, seed
+        self.counts: dict[str, Any] = {}
         self._loader: ResumableLoader | None = None
         self._consumed = 0
+
+    @abstractmethod
+    def read(self, source: str, split: str) -> Any:
+        """The rows of a source as a data set; counts what is dropped."""
+
+    @abstractmethod
+    def prompts(self, rows: Any) -> list[Any]:
+        """What stands before the first answer of each row: rows that share it land on one side of the split."""
+
+    def read_and_split(self, stage: str) -> tuple[Any, Any]:
+        """Rows to train on, and those held out or None."""
+        if not self.validation and stage == "validate":
+            raise InputError("there is nothing to validate on: data.validation is 0")
+        train = self.read(self.source, self.split)
+        if isinstance(self.validation, str):
+            held_out = self.read(self.validation, self.validation_split)
+            _check_apart(self.prompts(train), self.prompts(held_out), held_out["row"], self.validation)
+            return train, held_out
+        if self.validation:
+            kept, out = split_by_prompt(self.prompts(train), self.validation, self.seed)
+            return train.select(kept), train.select(out)
+        self.trainer.limit_val_batches = 0
+        return train, None
+
+    def describe_counts(self) -> list[str]:
+        """Every row left out or cut, in a few lines: nothing is dropped silently."""
+        return [f"{name}: " + ", ".join(f"{k} {v}" for k, v in counts.items()) for name, counts in self.counts.items()]
+
+    def validation_batches(self, lengths: Sequence[int]) -> list[MicroBatch]:
+        """This rank's batches of held-out rows, by length; filler of weight 0 gives all ranks as many."""
+        assert self.trainer is not None
+        by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        batches: list[MicroBatch] = [(b, 1.0, len(b)) for b in plan_steps(by_length, self.eval_batch_size)]
+        batches += [((by_length[-1],), 0.0, 1)] * (-len(batches) % self.trainer.world_size)
+        return batches[self.trainer.global_rank :: self.trainer.world_size]
 
     @abstractmethod
     def epoch_plan(self) -> StepPlan:
@@ -148,7 +224,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         }
 
 
-def check_apart(train: Iterable[Any], held_out: Sequence[Any], rows: Sequence[int], source: str) -> None:
+def _check_apart(train: Iterable[Any], held_out: Sequence[Any], rows: Sequence[int], source: str) -> None:
     """No held-out prompt may be trained on: a number measured on it would mean nothing."""
     known = {str(prompt) for prompt in train}
     shared = [row for row, prompt in zip(rows, held_out, strict=True) if str(prompt) in known]

@@ -96,16 +96,16 @@ class SFTModule(AdapterModule):
         return {}
 
     def on_validation_epoch_start(self) -> None:
-        names = ("val/loss", *(f"val/loss/{source}" for source in self.trainer.datamodule.sources if source))
+        names = ("val/loss", *(f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources))
         self.val_means = NamedMeans(names).to(self.device)
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""
         losses, source = -row_log_probs(self.model, batch.rows), batch.source[batch.rows.completion]
         values = {"val/loss": (losses, batch.token_weight)}
-        for index, name in enumerate(self.trainer.datamodule.sources):
-            if name:
-                values[f"val/loss/{name}"] = (losses, batch.token_weight * (source == index))
+        for name in self.trainer.datamodule.reported_sources:
+            is_here = source == self.trainer.datamodule.sources.index(name)
+            values[f"val/loss/{name}"] = (losses, batch.token_weight * is_here)
         assert self.val_means is not None
         self.val_means.update(values)
 

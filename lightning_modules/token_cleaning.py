@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from mixdpo.adapters import adapter_fingerprint, base_fingerprint, check_alike, copy_adapter
+from mixdpo.adapters import adapter_fingerprint, adds_nothing, base_fingerprint, check_alike, copy_adapter
 from mixdpo.errors import InputError
 from mixdpo.models import load_tokenizer
 from mixdpo.samples import TokenPool
@@ -160,6 +160,15 @@ class CleanTokens(Callback):
         given and never refreshed, are kept on disk for every later round, ratio and run."""
         assert self._tokens is not None
         pool, model = self._tokens.pool, pl_module.model
+        if (
+            "reference" in self.cleaning.roles
+            and "policy" not in self.cleaning.roles
+            and adds_nothing(model, "cleaning")
+        ):
+            raise InputError(
+                "every score would be 0: the cleaning reference is the base. Give model.cleaning.reference, or "
+                "warm_up_stages of at least 1 and the callback RefreshReference"
+            )
         for name in (name for name in self.cleaning.roles if name != "policy"):
             lasting = name == "base" or (self.cleaning.reference is not None and now[1] == 0)
             if name not in self._losses or not lasting:
@@ -192,13 +201,7 @@ class CleanTokens(Callback):
     def _scores(self, tokens: np.ndarray, sample: np.ndarray) -> np.ndarray:
         losses = {name: torch.from_numpy(values[tokens]) for name, values in self._losses.items()}
         statistics = TokenStatistics(losses, torch.from_numpy(sample), torch.from_numpy(tokens))
-        scores = self.cleaning.scorer(statistics).numpy()
-        if "reference" in losses and not scores.any():
-            raise InputError(
-                "every score is 0: the cleaning reference is the same as what it is compared with. Give "
-                "model.cleaning.reference, or warm_up_stages of at least 1 and the callback RefreshReference"
-            )
-        return scores
+        return self.cleaning.scorer(statistics).numpy()
 
     def _finish_stage(self, trainer: L.Trainer) -> None:
         """Sum up the stage whose weights are complete, and write all that is known so far."""

@@ -185,6 +185,14 @@ def adapter_fingerprint(model: "PeftModel", name: Role) -> str:
     return digest.hexdigest()[:16] if adapters else "none"
 
 
+def adds_nothing(model: "PeftModel", name: Role) -> bool:
+    """Whether the role is the base: a fresh adapter's B is 0."""
+    used = [
+        layer.lora_B[a].weight for layer in adapter_layers(model) for a in adapters_of(model, name) if a in layer.lora_B
+    ]
+    return not any(bool(weight.any()) for weight in used)
+
+
 def base_fingerprint(model: "PeftModel") -> str:
     """Changes whenever the base's weights or configuration do, quantised as they are: a name or path would not tell.
     Reads all weights once: about a second per GB."""
