@@ -282,9 +282,12 @@ def main() -> None:
         return
     parts = {"a": ("scoring", partial(scoring, options.source, options.samples))}
     parts |= {"b": ("selection", selection), "c": ("storage", storage)}
-    report = {"about": about()} | {name: run() for name, run in map(parts.get, options.parts.split(","))}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    report = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for part in options.parts.split(","):  # each is kept as soon as it is measured, with what it was measured on
+        name, measure = parts[part]
+        report[name] = {"about": about(), "measured": measure()}
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
