@@ -73,6 +73,16 @@ def test_header_overrides_parse(build):
             assert parser.parse_args(["fit", "--config", str(config), *options]).fit.name
 
 
+def test_readme_commands_parse(build):
+    """Every `python run.py` command of the README whose config is shipped, with its options."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    commands = re.findall(r"^python run\.py (--config configs/.+?)(?:  +#.*)?$", readme, flags=re.MULTILINE)
+    assert len(commands) >= 8
+    parser = build(ROOT / "configs/demo.yaml").parser
+    for command in commands:
+        assert parser.parse_args(["fit", *shlex.split(command)]).fit.name
+
+
 def test_baseline_overrides(build):
     """What a header offers as baselines means what its name says."""
     parser = build(ROOT / "configs/demo.yaml").parser
