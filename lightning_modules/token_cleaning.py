@@ -98,12 +98,7 @@ class CleanTokens(Callback):
             "dtype": f"{pl_module.dtype_name}, {trainer.precision}",
         }
         self._tokens = RunTokens(pool, identity, str(self.cleaning.describe()))
-        if (
-            self.cleaning.warm_up_stages
-            >= len(trainer.datamodule.epoch.stage_starts)
-            > 0
-            < self.cleaning.warm_up_stages
-        ):
+        if self.cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
         if self._restored is not None:
             self._tokens.restore(self._restored)
@@ -160,11 +155,8 @@ class CleanTokens(Callback):
         given and never refreshed, are kept on disk for every later round, ratio and run."""
         assert self._tokens is not None
         pool, model = self._tokens.pool, pl_module.model
-        if (
-            "reference" in self.cleaning.roles
-            and "policy" not in self.cleaning.roles
-            and adds_nothing(model, "cleaning")
-        ):
+        roles = set(self.cleaning.roles)
+        if "reference" in roles and "policy" not in roles and adds_nothing(model, "cleaning"):
             raise InputError(
                 "every score would be 0: the cleaning reference is the base. Give model.cleaning.reference, or "
                 "warm_up_stages of at least 1 and the callback RefreshReference"
