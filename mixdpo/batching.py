@@ -102,10 +102,10 @@ class PairBatch:
 
     def to(self, device: torch.device) -> "PairBatch":
         rows = self.rows.to(device)
-        same = self.reference_rows is self.rows  # then they are moved, and held, once
-        reference = rows if same or self.reference_rows is None else self.reference_rows.to(device)
-        moved = moved_tensors(self, device)
-        return replace(self, **moved, rows=rows, reference_rows=reference if self.reference_rows is not None else None)
+        reference = self.reference_rows
+        if reference is not None:  # the same rows are moved, and held, once
+            reference = rows if reference is self.rows else reference.to(device)
+        return replace(self, **moved_tensors(self, device), rows=rows, reference_rows=reference)
 
 
 def moved_tensors(batch: Any, device: torch.device) -> dict[str, Tensor]:
@@ -207,10 +207,7 @@ def build_rows(
 
 
 def _tensors(rows: list[list[tuple[int, int, Sequence[int]]]], width: int, lengths: list[int]) -> TokenRows:
-    input_ids, positions = (
-        torch.zeros(len(rows), width, dtype=torch.long),
-        torch.zeros(len(rows), width, dtype=torch.long),
-    )
+    input_ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
     segments = torch.full((len(rows), width), PADDING)
     source: list[int] = []
     target: list[int] = []
@@ -232,12 +229,8 @@ def _tensors(rows: list[list[tuple[int, int, Sequence[int]]]], width: int, lengt
 
 
 class PairCollator:
-    """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers.
-
-    Args:
-        first_token: (N,) int64, number in the cleaning pool of the first token of a pair's chosen response, -1 for a
-            pair that is not in it.
-    """
+    """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers. `first_token` (N,)
+    is the number in the cleaning pool of a pair's first chosen token, -1 for a pair that is not in it."""
 
     def __init__(
         self,
