@@ -123,6 +123,8 @@ def run() -> None:
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+    # on CPUs with AVX-512 BF16 it misses a kernel that only inference would use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         main()
     except (ValueError, ArgumentError, MisconfigurationException, UnpicklingError) as error:

@@ -1,6 +1,5 @@
 """What happens around the steps: files of the run, exact resume, throughput. All are on by default in run.py."""
 
-import json
 import os
 import random
 import resource
@@ -16,13 +15,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from mixdpo.errors import InputError
 from mixdpo.export import save_adapter
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all: a temporary file, then a rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+from mixdpo.files import write_json
 
 
 class RunFiles(Callback):

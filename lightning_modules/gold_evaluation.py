@@ -11,11 +11,12 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Callback
 
-from lightning_modules.callbacks import Throughput, peak_memory_gb, write_json
+from lightning_modules.callbacks import Throughput, peak_memory_gb
 from mixdpo.adapters import Role, role
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.evaluation.gold import Answers, answer, compare, markdown
 from mixdpo.export import merged_copy
+from mixdpo.files import write_json
 from mixdpo.make_pairs import read_prompts
 from mixdpo.models import load_tokenizer
 from mixdpo.tokenization import load_template

@@ -1,9 +1,6 @@
 """The policy as files and models that others can use: a PEFT folder, a plain merged model."""
 
 import copy
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixdpo.adapters import Role, adapters_of
+from mixdpo.files import written_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,18 +64,14 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    os.chmod(temporary, 0o755)  # mkdtemp makes it private
     states = [get_peft_model_state_dict(model, adapter_name=adapter) for adapter in adapters_of(model, "policy")]
     state = {key: torch.cat([s[key] for s in states], dim=0 if "lora_A" in key else 1) for key in states[0]}
-    weights = temporary / "adapter_model.safetensors"
-    save_file({key: value.contiguous().cpu() for key, value in state.items()}, weights, metadata={"format": "pt"})
-    os.chmod(weights, 0o644)
+    state = {key: value.contiguous().cpu() for key, value in state.items()}
     config = copy.copy(model.peft_config["policy"])
     config.inference_mode = True
     config.r, config.lora_alpha = config.r * len(states), config.lora_alpha * len(states)
-    config.save_pretrained(str(temporary))
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    with written_whole(folder) as partial:
+        config.save_pretrained(str(partial))
+        weights = partial / "adapter_model.safetensors"
+        save_file(state, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)

@@ -67,19 +67,14 @@ def test_normalised_per_sample_as_a_loop_does(tokens):
         assert score == pytest.approx((value - min(own)) / width if width else 0.0)
 
 
-def test_random_scores_are_those_of_splitmix64():
-    def splitmix64(state):
-        state = (state + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
-        return state ^ state >> 31
+def test_a_tokens_random_score_depends_on_its_number_and_the_seed_only():
+    def scores(*tokens, seed=3):
+        return Random(seed)(TokenStatistics({}, torch.zeros(len(tokens)), torch.tensor(tokens, dtype=torch.long)))
 
-    assert splitmix64(0) == 0xE220A8397B1DCDAF  # the published first output for seed 0
-    tokens = [0, 1, 2, 12345, 3_350_000]
-    for seed in (0, 41, -1):
-        expected = [(splitmix64((splitmix64(seed % 2**64) + t) % 2**64) >> 40) / 2**24 for t in tokens]
-        found = Random(seed)(TokenStatistics({}, torch.zeros(5), torch.tensor(tokens)))
-        assert found.tolist() == expected
+    assert scores(7, 0, 12_345).tolist() == [scores(token).item() for token in (7, 0, 12_345)]
+    assert scores(7).item() != scores(7, seed=4).item() and len(scores()) == 0
+    with pytest.raises(InputError, match="seed"):
+        Random(-1)
 
 
 def test_random_scores_are_uniform_and_differ_by_seed():

@@ -1,9 +1,7 @@
 """What a token-cleaning run left in its folder, and its cleaned labels as a data set that any trainer can use."""
 
 import json
-import os
 import random
-import shutil
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixdpo.errors import InputError
+from mixdpo.files import write_json, written_whole
 from mixdpo.samples import TokenPool
 
 if TYPE_CHECKING:
@@ -152,14 +151,9 @@ def export_labels(run: str, out: str, overwrite: bool = False) -> None:
     left_out = len(cleaning.samples) - len(reached)
     counts = {"samples": len(reached), "left_out": left_out, "labels": int((cleaning.weights > 0).sum())}
     about = {name: cleaning.record[name] for name in ("identity", "tokenizer")} | {"run": str(run)} | counts
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as partial_folder:
-        new = Path(partial_folder, "new")
-        _labelled(cleaning, reached, f"{partial_folder}/map.arrow").save_to_disk(str(new))
-        (new / "identity.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-        if target.exists():
-            os.replace(target, Path(partial_folder, "old"))
-        shutil.move(new, target)
+    with written_whole(target) as unfinished, tempfile.TemporaryDirectory(prefix=".map-", dir=target.parent) as cache:
+        _labelled(cleaning, reached, f"{cache}/map.arrow").save_to_disk(str(unfinished))
+        write_json(unfinished / "identity.json", about)
     print(
         f"wrote {out}: {len(reached)} samples, {counts['labels']} of {cleaning.offsets[-1]} response tokens have a "
         f"label; left out {left_out} samples that training never reached"

@@ -1,6 +1,5 @@
 """A token-cleaning run as one web page: stages, score histograms, samples with each token coloured by its score."""
 
-import os
 from collections.abc import Iterable, Iterator
 from html import escape
 from itertools import islice
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixdpo.errors import InputError
+from mixdpo.files import written_whole
 from mixdpo.token_cleaning.labels import CleaningRun, ScoredStage, read_cleaning
 
 if TYPE_CHECKING:
@@ -82,10 +82,8 @@ def report(run: str, out: str | None = None, samples: int = 12, seed: int = 0) -
     cleaning = read_cleaning(run)
     page = _page(cleaning, load_tokenizer(cleaning.record["tokenizer"]), Path(run).resolve().name, samples, seed)
     path = Path(out) if out else Path(run) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    unfinished.write_text(page, "utf-8")
-    os.replace(unfinished, path)
+    with written_whole(path) as partial:
+        partial.write_text(page, "utf-8")
     print(f"wrote {path}")
 
 

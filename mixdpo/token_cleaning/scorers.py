@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,7 +105,7 @@ class Probability(Loss):
 
 @dataclass(frozen=True)
 class Random:
-    """Uniform in [0, 1), a hash of seed and token: the same whatever the batch, the order or the device.
+    """Uniform in [0, 1), by seed and number of the token: the same whatever the batch, the order or the device.
 
     Args:
         seed: Another seed, other tokens.
@@ -112,15 +113,19 @@ class Random:
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise InputError(f"Random: seed must be at least 0, not {self.seed}")
+
     @property
     def roles(self) -> tuple[Role, ...]:
         return ()
 
     def __call__(self, statistics: TokenStatistics) -> Tensor:
-        """(M,) float32 multiples of 2⁻²⁴, which float32 holds exactly and never rounds up to 1."""
+        """(M,) float32 in [0, 1)."""
         token = statistics.token
-        hashed = _splitmix64(_splitmix64(torch.full_like(token, self.seed)) + token)
-        return _shift_right(hashed, 40).float() * 2.0**-24
+        drawn = np.random.default_rng(self.seed).random(int(token.max()) + 1 if len(token) else 0, dtype=np.float32)
+        return torch.from_numpy(drawn).to(token.device)[token]
 
 
 def is_online(scorer: Any) -> bool:
@@ -141,16 +146,3 @@ def _min_max(scores: Tensor, sample: Tensor) -> Tensor:
         for reduce in ("amin", "amax")
     )
     return (scores - low) / (high - low).masked_fill(high == low, 1)
-
-
-def _splitmix64(state: Tensor) -> Tensor:
-    """Steele et al. 2014, "Fast splittable pseudorandom number generators"; int64 products wrap as uint64's do."""
-    state = state - 0x61C8864680B583EB  # + 0x9E3779B97F4A7C15, as are the next two, in 64 bits with a sign
-    state = (state ^ _shift_right(state, 30)) * -0x40A7B892E31B1A47
-    state = (state ^ _shift_right(state, 27)) * -0x6B2FB644ECCEEE15
-    return state ^ _shift_right(state, 31)
-
-
-def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Without the copies of the sign bit that >> brings in."""
-    return (bits >> count) & ((1 << (64 - count)) - 1)

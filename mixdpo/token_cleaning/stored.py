@@ -1,9 +1,6 @@
 """Scores, weights and stages of one run over its token pool: in memory, in checkpoints, and in the run's folder."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ import numpy as np
 import torch
 
 from mixdpo.errors import InputError
+from mixdpo.files import write_json, written_whole
 from mixdpo.samples import TokenPool
 
 ARRAYS = ("scores", "weights", "decided")
@@ -53,23 +51,16 @@ class RunTokens:
 
     def write_samples(self, folder: Path) -> None:
         """The pool's samples as a data set, so that report and export need nothing else; whole or not at all."""
-        target = folder / "samples"
-        temporary = Path(tempfile.mkdtemp(prefix=".samples-", dir=folder))
-        self.pool.samples.save_to_disk(str(temporary), num_shards=1)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.chmod(0o755)
-        temporary.rename(target)
+        with written_whole(folder / "samples") as partial:
+            self.pool.samples.save_to_disk(str(partial), num_shards=1)
 
     def write(self, folder: Path, tokenizer: str) -> None:
         """scores.npy, weights.npy, decided.npy and stages.json, each whole or not at all."""
         for name in ARRAYS:
-            temporary = folder / f".{name}.npy"  # np.save appends the suffix where it is missing
-            np.save(temporary, getattr(self, name))
-            os.replace(temporary, folder / f"{name}.npy")
+            with written_whole(folder / f"{name}.npy") as partial:
+                np.save(partial, getattr(self, name))
         content = {"identity": self.identity, "tokenizer": tokenizer, "stages": self.stages}
-        temporary = folder / ".stages.json"
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, folder / "stages.json")
+        write_json(folder / "stages.json", content)
 
 
 def read_masks(folder: Path, identity: Mapping[str, str]) -> np.ndarray:

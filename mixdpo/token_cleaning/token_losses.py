@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mixdpo.adapters import Role, role
+from mixdpo.files import written_whole
 from mixdpo.models import row_log_probs
 from mixdpo.packaged_model import cache_root
 from mixdpo.samples import TokenPool
@@ -33,15 +33,13 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
         return np.full(tokens, np.nan, dtype=np.float32)
     text = json.dumps(dict(identity), sort_keys=True, indent=2)
     folder = cache_root() / "token_losses"
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
     if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        empty = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(tokens,))
-        empty[:] = np.nan
-        empty.flush()
-        path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
-        os.replace(temporary, path)
+        with written_whole(path) as partial:
+            path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
+            empty = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(tokens,))
+            empty[:] = np.nan
+            empty.flush()
     return np.load(path, mmap_mode="r+")
 
 

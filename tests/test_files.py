@@ -1,0 +1,52 @@
+"""Files and folders are written whole or not at all."""
+
+import json
+
+import pytest
+
+from mixdpo.files import write_json, written_whole
+
+
+def test_file_takes_its_place_at_the_end_only(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    with written_whole(path) as partial:
+        partial.write_text("1")
+        assert not path.exists() and partial.suffix == ".json"
+    assert path.read_text() == "1" and [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_error_leaves_what_was_there(tmp_path, folder):
+    path = tmp_path / "a"
+    if folder:
+        path.mkdir()
+        (path / "old").write_text("old")
+    else:
+        path.write_text("old")
+    with pytest.raises(RuntimeError), written_whole(path) as partial:
+        if folder:
+            partial.mkdir()
+            (partial / "half").write_text("half")
+        else:
+            partial.write_text("half")
+        raise RuntimeError
+    assert (path / "old" if folder else path).read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_folder_replaces_a_folder_that_holds_something(tmp_path):
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with written_whole(path) as partial:
+        partial.mkdir()
+        (partial / "new").write_text("new")
+    assert [p.name for p in path.iterdir()] == ["new"] and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"ä": [1, None]})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text("utf-8")) == {"ä": [1, None]}
