@@ -89,7 +89,7 @@ def by_method(losses: dict[str, dict[str, float]], kept: dict[str, Any], gold: d
         shares = [stage["kept_share"] for name in runs for stage in kept[name]]
         each = " / ".join(f"{losses[name]['loss']:.3f}" for name in runs)
         means = [mean(losses[name][key] for name in runs) for key in losses["start"]]
-        means += [mean(shares) if shares else None, mean(gold[name] for name in runs) if gold else None]
+        means += [mean(shares) if shares else None, mean(gold[name] for name in runs) if runs[0] in gold else None]
         rows.append([method, each, *means])
     return table(["method", "each seed", *losses["start"], "kept", "gold"], rows)
 
@@ -112,7 +112,7 @@ def main() -> None:
     paths = {"start": start, **{f"warm_up-{seed}": folder / f"warm_up-{seed}" for seed in seeds}}
     paths |= run_all(folder, [job for seed in seeds for job in jobs(folder, seed)])
     losses = {name: held_out(path) for name, path in paths.items()}
-    gold = gold_scores(paths) if options.gold else {}
+    gold = gold_scores({name: path for name, path in paths.items() if "warm_up" not in name}) if options.gold else {}
     keys = list(losses["start"])
     rows = [[name, *(loss[key] for key in keys), gold.get(name)] for name, loss in losses.items()]
     kept = {name: stages(path) for name, path in paths.items()}

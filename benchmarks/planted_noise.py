@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt matplotlib && python benchmarks/planted_noise.py [FOLDER]
 
-The training responses hold planted noise (data.noise), the held-out ones do not. Slices 0 to 2 of 5 train the reference
+The training responses hold planted noise (data.noise), the held-out ones do not. Slices 0 to 2 of 6 train the reference
 on every token; all scorers are measured on slice 3. Writes a JSON, two tables and one
 plot to benchmarks/results: AUC, precision and recall of each scorer on the same slice and of each self-evolving round;
 held-out loss against the keep ratio with the measured noise rate among the kept tokens.
@@ -17,13 +17,13 @@ from cleaning_runs import Job, about, held_out, run, run_all, stages, table, wri
 from mixdpo.token_cleaning.summary import bound_term
 
 NOISE = ["--data.noise", "{rate: 0.2, seed: 0}"]
-RATIOS = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
+RATIOS = (0.3, 0.45, 0.6, 0.8, 1.0)
 SCORERS = "mixdpo.token_cleaning.scorers"
 OUT = Path("benchmarks/results/planted_noise.png")
 
 
 def slices(only: str) -> list[str]:
-    return ["--data.slices", f"{{count: 5, only: {only}}}"]
+    return ["--data.slices", f"{{count: 6, only: {only}}}"]
 
 
 def cleaning(scorer: str, selection: str, reference: str) -> list[str]:
@@ -87,7 +87,7 @@ def finding(name: str, stage: dict[str, Any], loss: float | None = None) -> list
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/planted_noise")
-    reference = run(folder, ("warm_up", "full", [*NOISE, *slices("[0, 1, 2]")])) / "adapter"
+    reference = run(folder, ("warm_up", "full", [*NOISE, *slices("[0, 1, 2]")]), threads=2) / "adapter"
     paths = run_all(folder, jobs(str(reference)))
     losses = {name: held_out(path) for name, path in paths.items()}
     found = {name: stages(path) for name, path in paths.items()}
