@@ -17,8 +17,8 @@ Job = tuple[str, str, list[str]]
 """Name of the run, name of its config, options of run.py."""
 
 
-def run(folder: Path, job: Job, threads: int = 1) -> Path:
-    """One run in a process of its own; one that is already complete is not repeated."""
+def run(folder: Path, job: Job) -> Path:
+    """One run in a process of its own with one thread; one that is already complete is not repeated."""
     name, config, options = job
     path = folder / name
     if (path / "done.json").exists():
@@ -29,7 +29,7 @@ def run(folder: Path, job: Job, threads: int = 1) -> Path:
     command += ["--runs", str(folder), *options]
     started = time.perf_counter()
     with (folder / f"{name}.log").open("w") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if status:
         raise SystemExit(f"{name} failed: see {folder / name}.log")

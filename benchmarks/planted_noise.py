@@ -87,7 +87,7 @@ def finding(name: str, stage: dict[str, Any], loss: float | None = None) -> list
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/planted_noise")
-    reference = run(folder, ("warm_up", "full", [*NOISE, *slices("[0, 1, 2]")]), threads=2) / "adapter"
+    reference = run(folder, ("warm_up", "full", [*NOISE, *slices("[0, 1, 2]")])) / "adapter"
     paths = run_all(folder, jobs(str(reference)))
     losses = {name: held_out(path) for name, path in paths.items()}
     found = {name: stages(path) for name, path in paths.items()}
