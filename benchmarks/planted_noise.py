@@ -16,7 +16,7 @@ from cleaning_runs import Job, about, held_out, run, run_all, stages, table, wri
 
 from mixdpo.token_cleaning.summary import bound_term
 
-NOISE = ["--data.noise", "{rate: 0.2, seed: 0}"]
+NOISE = ["--data.noise", "{rate: 0.2, seed: 0}", "--data.validation", "0.06"]
 RATIOS = (0.3, 0.45, 0.6, 0.8, 1.0)
 SCORERS = "mixdpo.token_cleaning.scorers"
 OUT = Path("benchmarks/results/planted_noise.png")
