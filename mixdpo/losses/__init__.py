@@ -60,11 +60,15 @@ def objective(
     reference_chosen, reference_rejected), the last two only if it needs a reference."""
     parameters = [p for p in signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     described = "\n".join(f"    {p.name}: {OPTIONS[p.name][2]}" for p in parameters)
+
+    def options(self: Any) -> dict[str, float]:
+        return {p.name: getattr(self, p.name) for p in parameters}
+
     members = {
         "__module__": __name__,
         "__doc__": f"{function.__doc__}\n\nArgs:\n{described}\n",
-        "__post_init__": lambda self: check_options(**vars(self)),
-        "__call__": lambda self, *sequences: function(Pairs(*sequences), **vars(self)),
+        "__post_init__": lambda self: check_options(**options(self)),
+        "__call__": lambda self, *sequences: function(Pairs(*sequences), **options(self)),
         **{"needs_reference": needs_reference, "averaged": averaged, "sft_weight": sft_weight},
     }
     fields: Any = [(p.name, float, defaults.get(p.name, p.default)) for p in parameters]

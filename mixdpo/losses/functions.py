@@ -30,7 +30,7 @@ class Pairs:
         reference_rejected: SequenceLogProbs | None = None,
     ) -> None:
         self.s_w, self.s_l, self.m_w, self.m_l = chosen.sums, rejected.sums, chosen.means, rejected.means
-        self.length_w, self.length_l = chosen.lengths, rejected.lengths
+        self.length_w, self.length_l = chosen.lengths.to(self.s_w), rejected.lengths.to(self.s_l)
         if reference_chosen is not None and reference_rejected is not None:
             self.h_w, self.h_l = self.s_w - reference_chosen.sums, self.s_l - reference_rejected.sums
             self.delta = self.h_w - self.h_l
