@@ -51,7 +51,7 @@ class PreferenceModule(AdapterModule):
         self.preference_loss = preference_loss
         self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
         self.easy_sft_weight, self.log_gradient_norms = easy_sft_weight, log_gradient_norms
-        if self.sft_weight < 0 or easy_sft_weight < 0:
+        if not (self.sft_weight >= 0 and easy_sft_weight >= 0):
             raise InputError(f"sft_weight ({sft_weight}) and easy_sft_weight ({easy_sft_weight}) must be >= 0")
         if self.cleaning is not None and self.cleaning.warm_up_stages:
             raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices; hard pairs have no warm-up")
@@ -127,7 +127,8 @@ class PreferenceModule(AdapterModule):
         """(len(index),) of pairs of the batch, 0 for filler: batch statistics are of real pairs only. Losses with such
         statistics wait for all ranks, so the loss is called even for no pair."""
         real = index[: batch.count]
-        sides = (policy,) if not self._needs_reference else (policy, policy if reference is None else reference)
+        assert reference is not None or not self._needs_reference or not len(real)
+        sides = (policy, reference or policy) if self._needs_reference else (policy,)
         found = self.preference_loss(*(side[i] for side in sides for i in (real, real + len(batch))))
         return torch.cat([found, found.new_zeros(len(index) - len(real))])
 

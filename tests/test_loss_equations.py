@@ -275,7 +275,7 @@ def test_beta_dpo_draws_by_weight():
         )
         for left in range(3)
     ]
-    noise = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
     drawn = [functions.beta_dpo(deltas, mean, deviation, n, beta=0.1, sensitivity=0.6)[1] for n in noise]
     found = 1 - torch.stack(drawn).mean(0)
     assert found.tolist() == pytest.approx(expected, abs=0.03)
