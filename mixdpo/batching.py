@@ -78,6 +78,7 @@ class PairBatch:
         pair_id: (B,) int64.
         step_pairs: pairs in the whole optimizer step, over all micro-batches and devices.
         count: pairs of this batch that count, 0 for filler.
+        sft_sides: which responses of the hard pairs SFT trains on: 0 the chosen, 1 the rejected, (0, 1) both.
         token: (M,) int64, the number in the cleaning pool of each target in `rows`, -1 where it is none of a hard
             pair's chosen response; None without token cleaning.
         token_weight: (M,) float32, weight of each target in the sum over its completion; None without token cleaning.
@@ -96,6 +97,7 @@ class PairBatch:
     count: int
     token: Tensor | None = None
     token_weight: Tensor | None = None
+    sft_sides: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         return len(self.is_hard)

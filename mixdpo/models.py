@@ -85,7 +85,7 @@ def row_log_probs(model: "PeftModel", rows: TokenRows, *, exact: bool = False) -
 def sequence_log_probs(model: "PeftModel", rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
     """Summed log-probabilities of the 2B completions in `rows` (chosen first, then rejected), in the active role.
 
-    A completion that is left out of the rows has sum 0 and length 0.
+    A completion that is left out of the rows has sum 0 and length 0, and its pair shares no token.
 
     Args:
         token_weight: (M,) weight of each target in its completion's sum and length; 1 if not given.
@@ -95,7 +95,12 @@ def sequence_log_probs(model: "PeftModel", rows: TokenRows, token_weight: Tensor
     if token_weight is not None:
         values = values * token_weight
         lengths = token_weight.new_zeros(len(lengths)).index_add(0, rows.completion, token_weight)
-    return SequenceLogProbs(values.new_zeros(len(rows.lengths)).index_add(0, rows.completion, values), lengths)
+    of, zeros = rows.completion, values.new_zeros(len(rows.lengths))
+    number = torch.arange(len(of), device=of.device)
+    first = torch.full_like(rows.lengths, len(of)).scatter_reduce(0, of, number, "amin")
+    shared = torch.minimum(*rows.lengths.chunk(2)).repeat(2)  # a completion's targets stand together and in order
+    is_shared = number - first[of] < shared[of]
+    return SequenceLogProbs(zeros.index_add(0, of, values), lengths, zeros.index_add(0, of, values * is_shared))
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
