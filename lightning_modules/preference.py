@@ -154,7 +154,7 @@ class PreferenceModule(AdapterModule):
         """For the run's summary: the share of the learning rate that each route will receive."""
         mass = learning_rate_mass(self._multipliers, self._plan.hard_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
-        if self._plan.hard_share.any() < self.trainer.datamodule.route.is_hard.any():
+        if self._plan.hard_share.any() < self.trainer.datamodule.route.to_sft.any():
             self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
         return {"planned_lr_mass": mass}
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixdpo.batching import PairCollator, ResumableLoader, TokenRows, collate, cut_step, plan_steps
+from mixdpo.batching import PairCollator, TokenRows, collate, cut_step, plan_steps
+from mixdpo.loader import ResumableLoader
 
 fast = settings(deadline=None, max_examples=40)
 ANY = st.sampled_from([True, False])

@@ -110,7 +110,7 @@ def test_shuffled_changes_the_order_only():
     assert route.is_hard.tolist() == sorted_route.is_hard.tolist() == [True] * 30 + [False] * 70
     assert sorted(route.order.tolist()) == list(range(100))
     assert not route.is_hard[route.order][-30:].all()
-    assert (route.ordering, sorted_route.ordering) == ("shuffled", "easy_to_hard")
+    assert (route.routing.order, sorted_route.routing.order) == ("shuffled", "easy_to_hard")
 
 
 @pytest.mark.parametrize("option", [{"hard_fraction": 1.0}, {"threshold": 3.0}])
@@ -160,7 +160,12 @@ def test_summary_by_hand():
         "threshold": 1.0,
         "ties_at_threshold": 2,
         "hard_at_threshold": 1,
+        "trained": 5,
+        "trained_by_sft": 2,
         "order": "easy_to_hard",
+        "assignment": "margin",
+        "hard_action": "sft",
+        "easy_action": "preference",
     }
 
 
