@@ -100,7 +100,7 @@ def test_without_reshuffle_all_epochs_are_the_first(tiny_model: str, source: str
         ({"order": "easy_to_hard", "hard_action": "preference"}, (0,)),
         ({"order": "easy_to_hard", "hard_action": "drop"}, (0,)),
         ({"order": "sft_first", "easy_action": "drop"}, (0,)),
-        ({"order": "bucketed", "buckets": 2}, (0, 2)),  # the first of 10 pairs ends in the middle of the third step
+        ({"order": "bucketed", "buckets": 2}, (0, 2)),  # half of the third step is enough
         ({"order": "bucketed", "buckets": 5}, (0, 1, 2, 3, 4)),
         ({"order": "bucketed", "buckets": 20}, (0, 1, 2, 3, 4)),  # several in one step are one stage
     ],
@@ -108,9 +108,9 @@ def test_without_reshuffle_all_epochs_are_the_first(tiny_model: str, source: str
 def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(
     routing: dict[str, Any], starts: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """20 pairs in steps of 4, 7 of them hard: one in the fourth step from the end of the sorted order would be 3/4."""
+    """20 pairs in steps of 4, 7 of them hard: of the sorted order's fourth step 3 of 4, and all of its last one."""
     margins = np.random.default_rng(0).permutation(20).astype(float)
-    data = PreferenceDataModule("unread", "unread", routing=Routing(hard_fraction=0.35, **routing), batch_size=4)
+    data = PreferenceDataModule("unread", Routing(hard_fraction=0.35, **routing), tokenizer="unread", batch_size=4)
     data.route = data.routing.plan(margins, np.arange(20), seed=0)
     plan = data.epoch_plan()
     assert plan.stage_starts == starts
