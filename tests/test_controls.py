@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 
 @pytest.fixture(scope="module")
+def parse(tmp_path_factory: pytest.TempPathFactory, parser: Any) -> Any:
+    """Names of configs, one over the other -> what they say; each parsed once."""
+    folder = tmp_path_factory.mktemp("contrary")
+    for assignment in ("margin", "random"):
+        (folder / f"contrary_{assignment}.yaml").write_text(CONTRARY.replace("ASSIGNMENT", assignment))
+
+    @cache
+    def parsed(*names: str) -> Any:
+        places = [(folder if name.startswith("contrary") else ROOT / "configs") / f"{name}.yaml" for name in names]
+        return parser.parse_args(["fit", *(part for place in places for part in ("--config", str(place)))])
+
+    return parsed
+
+
+@pytest.fixture(scope="module")
 def parser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The parser of run.py; building it once is most of the time."""
     with pytest.MonkeyPatch.context() as patch:
@@ -74,10 +90,6 @@ def parser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def control_file(name: str) -> Path:
     return ROOT / f"configs/controls/{name}.yaml"
-
-
-def parse(parser: Any, *configs: Path) -> Any:
-    return parser.parse_args(["fit", *(part for config in configs for part in ("--config", str(config)))])
 
 
 def listed(control: Path) -> list[str]:
@@ -121,16 +133,14 @@ def test_the_header_lists_the_keys_that_are_set(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_changes_what_its_header_lists_and_nothing_else(name: str, parser: Any, tmp_path: Path) -> None:
+def test_a_control_changes_what_its_header_lists_and_nothing_else(name: str, parse: Any) -> None:
     """Over a base with a threshold where every listed key has another value, and over one with a hard fraction."""
     control, keys = control_file(name), listed(control_file(name))
     overlay = yaml.safe_load(control.read_text("utf-8"))["data"]["init_args"]["routing"]
-    contrary = tmp_path / "contrary.yaml"
-    contrary.write_text(CONTRARY.replace("ASSIGNMENT", "random" if overlay.get("assignment") != "random" else "margin"))
-    demo, alpaca = ROOT / "configs/demo.yaml", ROOT / "configs/alpaca_eval.yaml"
+    contrary = "contrary_random" if overlay.get("assignment") != "random" else "contrary_margin"
     results = []
-    for bases in ((demo, contrary), (alpaca,)):
-        before, after = resolved(parse(parser, *bases)), resolved(parse(parser, *bases, control))
+    for bases in (("demo", contrary), ("alpaca_eval",)):
+        before, after = resolved(parse(*bases)), resolved(parse(*bases, f"controls/{name}"))
         found = changed(before, after)
         assert all(any(belongs(key, to) for to in keys) for key in found), found
         if contrary in bases:
@@ -143,8 +153,8 @@ def test_a_control_changes_what_its_header_lists_and_nothing_else(name: str, par
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_trains(name: str, parser: Any, tiny_model: str, tmp_path: Path) -> None:
-    config = parse(parser, ROOT / "configs/alpaca_eval.yaml", control_file(name))
+def test_a_control_trains(name: str, parse: Any, parser: Any, tiny_model: str, tmp_path: Path) -> None:
+    config = parse("alpaca_eval", f"controls/{name}").clone()
     model, data = config.fit.model.init_args, config.fit.data.init_args
     model.base, model.quantization, model.lora.rank = tiny_model, "none", 4
     data.source, data.tokenizer = write_pairs(tmp_path / "pairs.jsonl", make_pairs(24)), tiny_model
