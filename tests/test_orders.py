@@ -50,11 +50,11 @@ def run(model: str, source: str, folder: Path, routing: Routing, *first: Callbac
     return module, seen
 
 
-@pytest.mark.parametrize(("order", "stop", "workers"), [("shuffled", 2, 0), ("bucketed", 7, 2), ("shuffled", 5, 0)])
+@pytest.mark.parametrize(("order", "stop", "workers"), [("bucketed", 7, 2), ("shuffled", 5, 0)])
 def test_reshuffled_epochs_resume_exactly(
     order: str, stop: int, workers: int, tiny_model: str, source: str, tmp_path: Path
 ) -> None:
-    """15 steps in three epochs, each in its own order; stopped in the first, at its end and in the second."""
+    """15 steps in three epochs, each in its own order; stopped in the second and at the end of the first."""
     routing = Routing(hard_fraction=0.25, order=order, reshuffle=True, buckets=2)
     options: dict[str, Any] = {"data": {"workers": workers}, "lora": Lora(rank=4, alpha=8, dropout=0.3)}
     whole, seen = run(tiny_model, source, tmp_path / "whole", routing, trainer={"max_epochs": 3}, **options)
