@@ -6,14 +6,16 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
-from mixdpo.batching import MicroBatch, PairCollator, ResumableLoader, cut_step, plan_steps
+from mixdpo.batching import MicroBatch, PairCollator, cut_step, plan_steps
 from mixdpo.errors import InputError
+from mixdpo.loader import ResumableLoader
 from mixdpo.models import load_tokenizer
 from mixdpo.records import read_pairs
 from mixdpo.routing import Route, Routing
 from mixdpo.samples import TokenPool, content_hash
 from mixdpo.schedules import StepPlan
 from mixdpo.sft_tokenization import encoding_identity
+from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.tokenization import encode_pairs
 
 
@@ -68,7 +70,8 @@ class PreferenceDataModule(PlannedDataModule):
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
         rank_zero_info(self._describe())
-        if getattr(self.trainer.lightning_module, "cleaning", None) is not None:
+        if (cleaning := getattr(self.trainer.lightning_module, "cleaning", None)) is not None:
+            self._check_cleaning(cleaning)
             self.cleaning_pool()
 
     def read(self, source: str, split: str) -> Any:
@@ -90,9 +93,10 @@ class PreferenceDataModule(PlannedDataModule):
         assert self.route is not None
         facts, lines = self.route.summary(), self.describe_counts()
         lines.append(
-            f"route: {facts['hard']} of {facts['pairs']} pairs are hard (margin < {facts['threshold']:.4g}; "
-            f"{facts['ties_at_threshold']} pairs tie at it, {facts['hard_at_threshold']} of them hard), "
-            f"order {facts['order']}, {len(self._steps())} steps of {self.batch_size} pairs"
+            f"route: {facts['hard']} of {facts['pairs']} pairs are hard (by {facts['assignment']}; threshold "
+            f"{facts['threshold']:.4g}, {facts['ties_at_threshold']} pairs tie at it, {facts['hard_at_threshold']} of "
+            f"them hard), trained by {facts['hard_action']}, order {facts['order']}, {len(self._steps())} steps of "
+            f"{self.batch_size} pairs"
         )
         return "\n".join(lines)
 
@@ -101,22 +105,24 @@ class PreferenceDataModule(PlannedDataModule):
         assert self.route is not None
         return {**self.route.summary(), "counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
 
-    def _steps(self) -> list[tuple[int, ...]]:
+    def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         assert self.route is not None
-        return plan_steps(self.route.order.tolist(), self.batch_size)
+        return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)
 
-    def epoch_plan(self) -> StepPlan:
+    def epoch_plan(self, epoch: int = 0) -> StepPlan:
+        """A stage starts with the first step whose pairs are mostly its own (or of a later one)."""
         assert self.route is not None
-        hard_share = np.array([self.route.is_hard[list(step)].mean() for step in self._steps()])
-        starts = [0]
-        if self.route.ordering == "easy_to_hard" and (first_hard := int(np.argmax(hard_share >= 0.5))) > 0:
-            starts.append(first_hard)
+        hard_share = np.array([self.route.to_sft[list(step)].mean() for step in self._steps(epoch)])
+        places, starts = plan_steps(self.route.stages.tolist(), self.batch_size), [0]
+        for stage in range(1, int(self.route.stages[-1]) + 1):
+            first = int(np.argmax([np.mean(np.array(step) >= stage) >= 0.5 for step in places]))
+            starts += [first] if first > starts[-1] else []
         return StepPlan(hard_share, tuple(starts))
 
-    def micro_batches(self) -> list[MicroBatch]:
+    def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         assert self.route is not None
-        tokens = self._tokens(self.train_pairs, self.route.is_hard)
-        return [piece for step in self._steps() for piece in cut_step(step, tokens, **self.cut())]
+        tokens = self._tokens(self.train_pairs, self.route.to_sft, self.route.sft_sides)
+        return [piece for step in self._steps(epoch) for piece in cut_step(step, tokens, **self.cut())]
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
         assert self.route is not None
@@ -124,20 +130,33 @@ class PreferenceDataModule(PlannedDataModule):
         if self._pool is not None:
             first_token = np.full(len(self.route.is_hard), -1)
             first_token[np.flatnonzero(self.route.is_hard)] = self._pool.offsets[:-1]
-        return self._make_loader(
-            plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False, first_token=first_token
-        )
+        routes = {"to_sft": self.route.to_sft.tolist(), "sft_sides": self.route.sft_sides, "first_token": first_token}
+        loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False, **routes)
+        loader.replan = self.micro_batches if self.routing.reshuffle else None
+        return loader
 
     def fingerprint(self) -> str:
         assert self.route is not None
         return f"{self.route.fingerprint()} {self._data}"
 
+    def _check_cleaning(self, cleaning: Cleaning) -> None:
+        assert self.route is not None
+        if not self.route.is_hard.any():
+            raise InputError("model.cleaning has nothing to clean, since no pair is hard: set it to null")
+        if self.routing.hard_action != "sft":
+            raise InputError(
+                "model.cleaning cuts tokens of chosen responses that hard pairs learn: data.routing.hard_action must "
+                f"be sft, not {self.routing.hard_action}"
+            )
+        if self.routing.reshuffle and cleaning.selection is not None and cleaning.selection.scope == "batch":
+            raise InputError(
+                "cleaning.selection.scope batch needs steps that stay: data.routing.reshuffle must be false"
+            )
+
     def cleaning_pool(self) -> TokenPool:
         """The chosen responses of the hard pairs, in the order of the data."""
         assert self.route is not None
         if self._pool is None:
-            if not self.route.is_hard.any():
-                raise InputError("model.cleaning has nothing to clean, since no pair is hard: set it to null")
             hard = self.train_pairs.select(np.flatnonzero(self.route.is_hard))
             samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
             identity = {
@@ -172,10 +191,12 @@ class PreferenceDataModule(PlannedDataModule):
         return ResumableLoader(plan, collator, workers=self.workers)
 
     @staticmethod
-    def _tokens(pairs: Any, is_hard: Any) -> list[int]:
-        """Tokens that training a pair computes: a hard pair's rejected response is not among them."""
-        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_hard, strict=True)
-        return [len(p) + len(c) + (0 if hard else len(r)) for p, c, r, hard in columns]
+    def _tokens(pairs: Any, to_sft: Any, sft_sides: tuple[int, ...] = (0,)) -> list[int]:
+        """Tokens that training a pair computes: what SFT does not learn is not among them."""
+        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], to_sft, strict=True)
+        return [
+            len(prompt) + sum(len(sides[i]) for i in (sft_sides if sft else (0, 1))) for prompt, *sides, sft in columns
+        ]
 
 
 def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:

@@ -128,6 +128,8 @@ class AdapterModule(L.LightningModule):
         saved = checkpoint["adapters"]
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
+        if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:
+            add_reference(self.model, "reference")  # RefreshReference had made it
         self.model.stacked, self.reference_version = dict(saved["stacked"]), saved["reference_version"]
         expected, found = set(self._learnt_state()), set(checkpoint["state_dict"])
         if expected != found:

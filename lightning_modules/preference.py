@@ -84,7 +84,7 @@ class PreferenceModule(AdapterModule):
         # Lightning divides by the number of micro-batches and DDP by the number of ranks: this is the step's mean
         scale = self._micro_batches_per_step() / batch.step_pairs
         if self._gradient_norms_are_due() and len(batch.hard):
-            part = (losses * batch.weight * batch.is_hard).sum() * (scale / self.trainer.accumulate_grad_batches)
+            part = (losses * batch.weight)[batch.hard].sum() * (scale / self.trainer.accumulate_grad_batches)
             options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
             new = torch.autograd.grad(part, self._learning(), **options)
             before = self._sft_gradient or [torch.zeros_like(g) for g in new]
@@ -203,6 +203,6 @@ class PreferenceModule(AdapterModule):
         """For the run's summary: the share of the learning rate that each route will receive."""
         mass = learning_rate_mass(self._multipliers, self._plan.hard_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
-        if self._plan.hard_share.any() < self.trainer.datamodule.route.is_hard.any():
+        if self._plan.hard_share.any() < self.trainer.datamodule.route.to_sft.any():
             self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
         return {"planned_lr_mass": mass}

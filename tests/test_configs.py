@@ -21,7 +21,7 @@ from mixdpo.schedules import Cosine
 from mixdpo.token_cleaning.scorers import ExcessLoss
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "controls")  # overlays
 NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
 SFT = [path for path in CONFIGS if "token_cleaning" in path.parts]
 
