@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles, Throughput, ValidateAtMaxSteps
 from mixdpo.errors import InputError
 
-SUBCOMMANDS = ("fit", "validate")
+SUBCOMMANDS = ("fit", "validate", "predict")
 _made: Path | None = None  # the run folder, where this process made it
 UNKNOWN_OPTION = re.compile(
     r"Option '[^']+' is not accepted|[Uu]nrecognized arguments: \S+|Key '[^']+' is not expected"
@@ -35,7 +35,11 @@ class RunCLI(LightningCLI):
         return {name: LightningCLI.subcommands()[name] for name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", default="run", help="The run's folder is RUNS/NAME, or NAME-2, … if that exists.")
+        parser.add_argument(
+            "--name",
+            default="run",
+            help="The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict's file RUNS/NAME.margins.",
+        )
         parser.add_argument("--runs", default="runs", help="Where the folders of runs are.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
@@ -44,7 +48,17 @@ class RunCLI(LightningCLI):
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint and not Path(checkpoint).is_file():
             raise InputError(f"ckpt_path {checkpoint} is no file; a run's is RUNS/NAME/checkpoints/last.ckpt")
+        if self.subcommand == "predict":
+            self._prepare_prediction(self.config.predict)
         self.config[self.subcommand].weights_only = True  # never unpickle what a checkpoint may hold besides tensors
+
+    @staticmethod
+    def _prepare_prediction(config: Any) -> None:
+        options = config.model.init_args
+        if "output" not in options:
+            raise InputError(f"{config.model.class_path} computes no margins: predict needs one of configs/signals")
+        options.output = options.output or str(Path(config.runs) / f"{config.name}.margins")
+        config.return_predictions = False  # they are in the file
 
     def after_fit(self) -> None:
         if not has_begun(Path(self.trainer.default_root_dir)):

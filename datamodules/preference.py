@@ -6,8 +6,10 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
+from mixdpo.adapters import base_fingerprint
 from mixdpo.batching import MicroBatch, PairCollator, ResumableLoader, cut_step, plan_steps
 from mixdpo.errors import InputError
+from mixdpo.margins_file import MarginsFile, read_margins, text_hash
 from mixdpo.models import load_tokenizer
 from mixdpo.records import read_pairs
 from mixdpo.routing import Route, Routing
@@ -27,6 +29,7 @@ class PreferenceDataModule(PlannedDataModule):
         routing: Routing = Routing(),  # noqa: B008
         validation_threshold: float | None = None,
         margin: str | list[str] | None = None,
+        margins: str | None = None,
         max_length: int = 1024,
         max_prompt_length: int = 512,
         share_prompt: bool = True,
@@ -41,14 +44,22 @@ class PreferenceDataModule(PlannedDataModule):
                 it to baselines that route no pair or all pairs, to compare them with a run that routes some.
             margin: Column with the margin, or two columns [chosen, rejected] whose difference it is; found by the usual
                 names if not given.
+            margins: Margins file of `run.py predict` to take the margins from, instead of a column of the data.
             max_length: Longest prompt + completion, in tokens.
             max_prompt_length: Longest prompt of a pair that exceeds max_length, in tokens.
             share_prompt: Compute the prompt once for both responses; false gives each its own copy, same numbers.
         """
         super().__init__(source, **options)
+        if margin is not None and margins is not None:
+            raise InputError(
+                f"data.margin ({margin}) and data.margins ({margins}) both say what the margin is: give one"
+            )
+        self.margins = margins
+        self.texts: dict[int, str] = {}  # pair id -> hash of its text, in prediction
         self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.lengths, self.share_prompt = {**limits, "overlong": self.overlong}, share_prompt
+        self._margins_file: MarginsFile | None = None
         self.route: Route | None = None
         self.train_pairs: Any = None
         self.validation_pairs: Any = None
@@ -59,22 +70,55 @@ class PreferenceDataModule(PlannedDataModule):
         if self.route is not None:
             return
         self._encoder = load_tokenizer(self.tokenizer)
+        self.identity = encoding_identity(self._encoder, self.chat_template, **self.lengths)
+        if stage == "predict":
+            return self._setup_prediction()
+        if self.margins is not None:
+            self._margins_file = read_margins(self.margins)
+            self._margins_file.check_made_with(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
         self._data = content_hash(
             zip(*(train[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
         )
         self.train_pairs = self._encode(train, "train")
         self.validation_pairs = self._encode(held_out, "validation") if held_out is not None else None
+        if self._margins_file is not None:
+            for pairs, source in ((self.train_pairs, self.source), (self.validation_pairs, self.validation)):
+                if pairs is not None:
+                    name = source if isinstance(source, str) else self.source
+                    self._margins_file.check_complete(pairs["margin"], pairs["row"], name)
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
         rank_zero_info(self._describe())
         if getattr(self.trainer.lightning_module, "cleaning", None) is not None:
             self.cleaning_pool()
 
+    def _setup_prediction(self) -> None:
+        """All pairs, without a split; what a margins file says about them."""
+        if self.margins is not None:
+            raise InputError("data.margins is for fit and validate; predict makes such a file (model.output)")
+        pairs = self.read(self.source, self.split)
+        self.train_pairs = self._encode(pairs, "predict")
+        kept = set(self.train_pairs["pair_id"])
+        self.texts = {pair["pair_id"]: text_hash(pair) for pair in pairs if pair["pair_id"] in kept}
+        self.identity = {"source": self.source, "data": content_hash(self.texts.items()), **self.identity}
+        rank_zero_info("\n".join(self.describe_counts()))
+
+    def predict_dataloader(self) -> ResumableLoader | list[Any]:
+        """Batches by length, of the pairs whose margin is not known yet."""
+        known, ids = self.trainer.lightning_module.file.margins, self.train_pairs["pair_id"][:]
+        blind = [False] * len(ids)
+        batches = self.validation_batches(self._tokens(self.train_pairs, blind))
+        left = [tuple(i for i in indices if ids[i] not in known) for indices, _, _ in batches]
+        plan = [(indices, 1.0, len(indices)) for indices in left if indices]
+        return self._make_loader(plan, self.train_pairs, blind, evaluation=True) if plan else []
+
     def read(self, source: str, split: str) -> Any:
-        pairs = read_pairs(source, split=split, margin=self.margin, limit=self.limit)
+        signal = getattr(self.trainer.lightning_module, "signal", None)
+        rated = self.margins is None and (signal is None or signal.needs == "rating")
+        pairs = read_pairs(source, split=split, margin=self.margin, limit=self.limit, rated=rated)
         self.counts[f"read/{source}"] = {"pairs": len(pairs.dataset), **pairs.dropped}
-        return pairs.dataset
+        return self._margins_file.with_margins(pairs.dataset, source) if self._margins_file else pairs.dataset
 
     def prompts(self, rows: Any) -> list[Any]:
         return rows["prompt"]
@@ -99,7 +143,9 @@ class PreferenceDataModule(PlannedDataModule):
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
         assert self.route is not None
-        return {**self.route.summary(), "counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
+        signal = {"signal": self._margins_file.summary()} if self._margins_file is not None else {}
+        facts = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
+        return {**self.route.summary(), **signal, **facts}
 
     def _steps(self) -> list[tuple[int, ...]]:
         assert self.route is not None
@@ -142,7 +188,7 @@ class PreferenceDataModule(PlannedDataModule):
             samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
             identity = {
                 "data": self._data,
-                **encoding_identity(self._encoder, self.chat_template, **self.lengths),
+                **self.identity,
             }
             self._pool = TokenPool.of(samples, identity)
         return self._pool
@@ -168,6 +214,11 @@ class PreferenceDataModule(PlannedDataModule):
         return self._make_loader(self.validation_batches(tokens), self.validation_pairs, is_hard, evaluation=True)
 
     def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
+        if (
+            self._margins_file is not None and self._margins_file.of_policy
+        ):  # here, since weights are loaded after setup
+            weights = {"weights": base_fingerprint(self.trainer.lightning_module.model)}
+            self._margins_file.check_made_with(weights, "base model")
         collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 

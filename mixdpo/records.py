@@ -32,7 +32,12 @@ class Pairs:
 
 
 def read_pairs(
-    source: str, *, split: str = "train", margin: str | Sequence[str] | None = None, limit: int | None = None
+    source: str,
+    *,
+    split: str = "train",
+    margin: str | Sequence[str] | None = None,
+    limit: int | None = None,
+    rated: bool = True,
 ) -> Pairs:
     """Read preference pairs from a hub id, a local folder or file, or the built-in task `constraints`.
 
@@ -42,17 +47,19 @@ def read_pairs(
         split: split of a hub data set or folder; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
         limit: stop after this many usable pairs.
+        rated: False looks for no margin in the data: those of all pairs are NaN, to be put in later.
 
     Raises:
         InputError: the source cannot be read, or a row is malformed, scoreless or repeats a pair_id.
     """
     from datasets import Value
 
-    margin_columns: margins.MarginColumns | None = None
+    margin_columns: margins.MarginColumns | None = None if rated else ()
 
     def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
         nonlocal margin_columns
-        margin_columns = margin_columns or margins.find_margin_columns(row, margin)
+        if margin_columns is None:
+            margin_columns = margins.find_margin_columns(row, margin)
         return _record(row, margin_columns, rows_of_ids)
 
     code = [Path(module).read_text("utf-8") for module in (__file__, margins.__file__)]
@@ -60,7 +67,7 @@ def read_pairs(
     text = Value("string")
     columns = {"pair_id": Value("int64"), "prompt": [{"role": text, "content": text}], "chosen": text}
     columns |= {"rejected": text, "margin": Value("float64")}
-    return Pairs(*read_table(source, split, limit, "pair", parse, columns, key=[spec, *code]))
+    return Pairs(*read_table(source, split, limit, "pair", parse, columns, key=[spec, rated, *code]))
 
 
 def split_by_prompt(prompts: Any, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -163,7 +170,7 @@ def _record(row: dict[str, Any], columns: margins.MarginColumns, rows_of_ids: di
     pair_id = row_id(row, "pair_id", json.dumps([prompt, chosen, rejected]), rows_of_ids)
     drop = _why_unusable(prompt, chosen, rejected)
     # A row that is kept out needs no score.
-    margin = math.nan if drop else margins.row_margin(row, columns)
+    margin = math.nan if drop or not columns else margins.row_margin(row, columns)
     pair = {"pair_id": pair_id, "prompt": prompt, "chosen": chosen, "rejected": rejected}
     return pair | {"margin": margin, "drop": drop}
 
