@@ -21,6 +21,7 @@ from mixdpo.errors import InputError
 
 SUBCOMMANDS = ("fit", "validate", "predict")
 _made: Path | None = None  # the run folder, where this process made it
+NAME_HELP = "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict writes RUNS/NAME.margins."
 UNKNOWN_OPTION = re.compile(
     r"Option '[^']+' is not accepted|[Uu]nrecognized arguments: \S+|Key '[^']+' is not expected"
 )
@@ -35,11 +36,7 @@ class RunCLI(LightningCLI):
         return {name: LightningCLI.subcommands()[name] for name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--name",
-            default="run",
-            help="The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict's file RUNS/NAME.margins.",
-        )
+        parser.add_argument("--name", default="run", help=NAME_HELP)
         parser.add_argument("--runs", default="runs", help="Where the folders of runs are.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
@@ -49,16 +46,12 @@ class RunCLI(LightningCLI):
         if checkpoint and not Path(checkpoint).is_file():
             raise InputError(f"ckpt_path {checkpoint} is no file; a run's is RUNS/NAME/checkpoints/last.ckpt")
         if self.subcommand == "predict":
-            self._prepare_prediction(self.config.predict)
+            config, options = self.config.predict, self.config.predict.model.init_args
+            if "output" not in options:
+                raise InputError(f"{config.model.class_path} does not predict: use a config of configs/signals")
+            options.output = options.output or str(Path(config.runs) / f"{config.name}.margins")
+            config.return_predictions = False  # they are in the file
         self.config[self.subcommand].weights_only = True  # never unpickle what a checkpoint may hold besides tensors
-
-    @staticmethod
-    def _prepare_prediction(config: Any) -> None:
-        options = config.model.init_args
-        if "output" not in options:
-            raise InputError(f"{config.model.class_path} computes no margins: predict needs one of configs/signals")
-        options.output = options.output or str(Path(config.runs) / f"{config.name}.margins")
-        config.return_predictions = False  # they are in the file
 
     def after_fit(self) -> None:
         if not has_begun(Path(self.trainer.default_root_dir)):

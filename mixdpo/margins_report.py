@@ -1,7 +1,6 @@
-"""Two margins files compared over the pairs they share: rank correlation, overlap of the hard sets, a scatter plot."""
+"""Two margins files over the pairs they share: rank correlation, overlap of the hard sets, a scatter plot."""
 
 import json
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -12,70 +11,54 @@ from mixdpo.margins_file import MarginsFile, read_margins
 from mixdpo.token_cleaning.report import HEAD, table, write_page
 
 HARDEST = (0.1, 0.2, 0.3)
-POINTS = 3000
-"""Most pairs in the plot, drawn by a seed from more."""
-SIZE = 360
-NOTE = """Small margin = hard. Pairs that tie at the cut of a hard set belong to it in part, as if drawn at random: a signal
-with ties does not overlap fully even with itself."""
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Of the hardest `fraction` of the pairs by either file: the `share` of one set that is in the other, and Jaccard's
-    intersection / union; and what two random sets of that size would have. `ties`: pairs that tie at either cut."""
-
-    fraction: float
-    share: float
-    jaccard: float
-    chance_share: float
-    chance_jaccard: float
-    ties: tuple[int, int]
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """(N,) ranks from 1, where equal values have the mean of their ranks."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+POINTS, SIZE = 3000, 360  # most pairs in the plot, drawn by a seed; its width
+COLUMNS = ("hardest", "share", "by chance", "Jaccard", "by chance", "ties at A's cut", "at B's")
+NOTE = """Small margin = hard. Share: how much of one set is in the other. Pairs that tie at a cut are in it in part, as
+if drawn at random, so a signal with ties does not overlap fully even with itself."""
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation; NaN where a side has one value only."""
-    a, b = (ranks(values) - (len(values) + 1) / 2 for values in (x, y))
+    """Spearman's rank correlation of x and y (N,), equal values at their mean rank; NaN if one side is constant."""
+    a, b = (_ranks(values) - (len(values) + 1) / 2 for values in (x, y))
     scale = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / scale) if scale else float("nan")
 
 
-def membership(margins: np.ndarray, count: int) -> np.ndarray:
-    """(N,) probability of being among the `count` smallest margins, where ties at the cut are broken at random."""
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+
+def overlap(x: np.ndarray, y: np.ndarray, fraction: float) -> dict[str, float]:
+    """Of the hardest round(fraction · N) pairs (at least 1) by two margins (N,): the share of one set that is in the
+    other, Jaccard's index, both also for random sets, and ties at the cuts. Expected values, as if ties are drawn."""
+    count = max(1, round(fraction * len(x)))
+    (one, ties_x), (other, ties_y) = (_membership(values, count) for values in (x, y))
+    both, chance = float(one @ other), count**2 / len(x)
+    found = {"share": both / count, "chance_share": chance / count, "jaccard": both / (2 * count - both)}
+    return {**found, "chance_jaccard": chance / (2 * count - chance), "ties_a": ties_x, "ties_b": ties_y}
+
+
+def _membership(margins: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+    """(N,) probability of being among the `count` smallest, and how many tie at the cut."""
     cut = np.sort(margins)[count - 1]
     below, ties = margins < cut, margins == cut
-    return below + ties * ((count - below.sum()) / ties.sum())
+    return below + ties * ((count - below.sum()) / ties.sum()), int(ties.sum())
 
 
-def overlap(x: np.ndarray, y: np.ndarray, fraction: float) -> Overlap:
-    """Expected overlap of the hardest round(fraction · N) pairs (at least 1) by two margins (N,)."""
-    count = max(1, round(fraction * len(x)))
-    one, other = membership(x, count), membership(y, count)
-    both, by_chance = float(one @ other), count**2 / len(x)
-    ties = tuple(int((values == np.sort(values)[count - 1]).sum()) for values in (x, y))
-    shares = [(common / count, common / (2 * count - common)) for common in (both, by_chance)]
-    return Overlap(fraction, *shares[0], *shares[1], ties)  # type: ignore[arg-type]
-
-
-def common_margins(a: MarginsFile, b: MarginsFile) -> tuple[np.ndarray, np.ndarray]:
-    """Margins of the pairs that both files have with the same text, twice (N,).
+def compared(a: MarginsFile, b: MarginsFile) -> tuple[np.ndarray, np.ndarray]:
+    """Margins (N,) by either file of the pairs that both have, with the same text.
 
     Raises:
         InputError: there is none.
     """
-    pairs = [(margin, b.pairs[i][1]) for i, (text, margin) in a.pairs.items() if b.pairs.get(i, ("",))[0] == text]
-    if not pairs:
-        same_id = len(a.pairs.keys() & b.pairs.keys())
+    common = [(margin, b.pairs[i][1]) for i, (text, margin) in a.pairs.items() if b.pairs.get(i, ("",))[0] == text]
+    if not common:
         raise InputError(
-            f"{a.path} ({len(a.pairs)} pairs) and {b.path} ({len(b.pairs)} pairs) have no pair in common ({same_id} have "
-            "the same id and another text): compare two files of the same data"
+            f"{a.path} (of {a.header['source']}) and {b.path} (of {b.header['source']}) have no pair in common: give "
+            "two files of the same data"
         )
-    x, y = np.array(pairs).T
+    x, y = np.array(common).T
     return x, y
 
 
@@ -91,61 +74,44 @@ def compare(a: str, b: str, out: str | None = None) -> None:
         InputError: a file cannot be read, or they have no pair in common.
     """
     files = read_margins(a), read_margins(b)
-    x, y = common_margins(*files)
-    overlaps = [overlap(x, y, fraction) for fraction in HARDEST]
-    facts = [[name, *row] for name, row in zip("AB", map(_file_row, files), strict=True)]
-    rows = [_overlap_row(each) for each in overlaps]
-    summary = f"{len(x)} pairs in common; Spearman's rank correlation {spearman(x, y):.3f}"
-    for line in (*facts, [summary], OVERLAP_HEAD, *rows):
-        print("  ".join(f"{cell:<15}" if len(line) == len(OVERLAP_HEAD) else str(cell) for cell in line).rstrip())
-    title = "Margins: " + " against ".join(escape(Path(file.path).stem) for file in files)
-    page = [HEAD.format(title=title, summary=summary), '<div class="card wide">']
-    page += [table(["", *FILE_HEAD], ([escape(cell) for cell in row] for row in facts)), "</div>"]
-    page += ['<div class="card"><h3>Hardest pairs</h3><div class="wide">', table(OVERLAP_HEAD, rows)]
-    page += [f'</div><p class="quiet">{NOTE}</p></div><div class="card"><h3>One point a pair</h3>', _scatter(x, y)]
-    page += ["</div></body></html>\n"]
-    write_page("".join(page), Path(out) if out else Path(a).with_name(f"{Path(a).stem}-vs-{Path(b).stem}.html"))
+    x, y = compared(*files)
+    about = [f"{name}: {_describe(file)}" for name, file in zip("AB", files, strict=True)]
+    about.append(f"{len(x)} pairs in common, Spearman's rank correlation {spearman(x, y):.3f}")
+    found = [(f"{fraction:.0%}", *overlap(x, y, fraction).values()) for fraction in HARDEST]
+    rows = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in found]
+    print("\n".join([*about, *("  ".join(f"{cell:<15}" for cell in row).rstrip() for row in (COLUMNS, *rows))]))
+    title = escape(" against ".join(file.path.stem for file in files))
+    parts = [HEAD.format(title=f"Margins: {title}", summary="<br>".join(map(escape, about)))]
+    parts += ['<h2>Hardest pairs</h2><div class="card"><div class="wide">', table(map(escape, COLUMNS), rows), "</div>"]
+    parts += [f'<p class="quiet">{NOTE}</p></div><h2>One point a pair</h2><div class="card">', _scatter(x, y)]
+    path = Path(out) if out else files[0].path.with_name(f"{files[0].path.stem}-vs-{files[1].path.stem}.html")
+    write_page("".join([*parts, "</div></body></html>\n"]), path)
 
 
-FILE_HEAD = ["file", "signal", "model", "pairs", "data"]
-OVERLAP_HEAD = ["hardest", "share", "by chance", "Jaccard", "by chance", "ties A", "ties B"]
-
-
-def _file_row(file: MarginsFile) -> list[str]:
+def _describe(file: MarginsFile) -> str:
     header = file.header
-    options = "" if not header["options"] else f" {json.dumps(header['options'])}"
-    model = "none" if header["needs"] == "rating" else str(header["base"])
-    model += "" if header["adapter"] is None else f" + {header['adapter']}"
-    return [file.path, header["signal"] + options, model, str(len(file.pairs)), str(header["source"])]
-
-
-def _overlap_row(found: Overlap) -> list[str]:
-    numbers = found.share, found.chance_share, found.jaccard, found.chance_jaccard
-    return [f"{found.fraction:.0%}", *(f"{number:.3f}" for number in numbers), *map(str, found.ties)]
+    options = f" {json.dumps(header['options'])}" if header["options"] else ""
+    model = "" if header["needs"] == "rating" else f", {header['base']}{' + ' * bool(header['adapter'])}"
+    return f"{file.path}: {header['signal']}{options}{model}{header['adapter'] or ''}, {len(file.pairs)} pairs"
 
 
 def _scatter(x: np.ndarray, y: np.ndarray) -> str:
-    """A as x, B as y; the outermost 1 % a side lie on the border. Dashed: where the hardest 20 % end."""
-    cuts = [np.sort(values)[max(1, round(0.2 * len(values))) - 1] for values in (x, y)]
-    limits = [np.quantile(values, [0.01, 0.99]) for values in (x, y)]
-    places = [_place(values, *ends) for values, ends in zip((x, y), limits, strict=True)]
+    """A to the right, B upwards; the outermost 1 % a side lie on the border; dashed where the hardest 20 % end."""
+    (across, cut_x, low_x, high_x), (up, cut_y, low_y, high_y) = (_scaled(values) for values in (x, y))
     drawn = np.random.default_rng(0).permutation(len(x))[:POINTS]
-    parts = [f'<circle cx="{places[0][i]:.1f}" cy="{SIZE - places[1][i]:.1f}" r="2"/>' for i in drawn]
-    across, up = (float(_place(cut, *ends)) for cut, ends in zip(cuts, limits, strict=True))
-    parts += [f'<path class="mark" d="M{across:.1f} 0V{SIZE}"/>', f'<path class="mark" d="M0 {SIZE - up:.1f}H{SIZE}"/>']
+    parts = [f'<circle cx="{across[i]:.1f}" cy="{SIZE - up[i]:.1f}" r="2"/>' for i in drawn]
+    parts += [f'<path class="mark" d="M{cut_x:.1f} 0V{SIZE}M0 {SIZE - cut_y:.1f}H{SIZE}"/>']
     parts += [f'<path fill="none" d="M0 0H{SIZE}V{SIZE}H0Z"/>']
-    (left, right), (bottom, top) = limits
-    labels = [(0, SIZE + 12, f"{left:.3g}", "start"), (SIZE, SIZE + 12, f"{right:.3g}", "end")]
-    labels += [
-        (SIZE / 2, SIZE + 12, "margin in A", "middle"),
-        (-4, SIZE, f"{bottom:.3g}", "end"),
-        (-4, 9, f"{top:.3g}", "end"),
-    ]
-    labels += [(-4, SIZE / 2, "in B", "end")]
-    parts += [f'<text x="{h:.0f}" y="{v:.0f}" text-anchor="{anchor}">{text}</text>' for h, v, text, anchor in labels]
-    style = 'style="max-width:640px" fill-opacity="0.5"'
-    return f'<svg viewBox="-60 -4 {SIZE + 68} {SIZE + 22}" {style} role="img">{"".join(parts)}</svg>'
+    below = ((0, "start", low_x), (SIZE / 2, "middle", "margin in A"), (SIZE, "end", high_x))
+    parts += [f'<text x="{h}" y="{SIZE + 12}" text-anchor="{anchor}">{text}</text>' for h, anchor, text in below]
+    left = ((SIZE, low_y), (SIZE / 2, "in B"), (9, high_y))
+    parts += [f'<text x="-4" y="{v}" text-anchor="end">{text}</text>' for v, text in left]
+    box = f'viewBox="-60 -4 {SIZE + 68} {SIZE + 22}" style="max-width:640px"'
+    return f'<svg {box} fill-opacity="0.5" role="img">{"".join(parts)}</svg>'
 
 
-def _place(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    return SIZE * (np.clip(values, low, high) - low) / ((high - low) or 1.0)
+def _scaled(values: np.ndarray) -> tuple[np.ndarray, float, str, str]:
+    """Places on an axis (N,), that of the cut of the hardest 20 %, and what is written at the axis' ends."""
+    low, high = np.quantile(values, [0.01, 0.99])
+    places = SIZE * (np.clip(values, low, high) - low) / ((high - low) or 1.0)
+    return places, float(np.sort(places)[max(1, round(0.2 * len(places))) - 1]), f"{low:.3g}", f"{high:.3g}"

@@ -1,5 +1,4 @@
-"""The frozen base, loaded once in 4 bits, and the log-probabilities of what is to be predicted in token rows; reward
-models."""
+"""The frozen base, loaded once in 4 bits, and the log-probabilities of what is to be predicted in token rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,46 +42,51 @@ def load_base(
     Raises:
         InputError: the model cannot be found or read, or its output is not a plain linear head.
     """
-    from transformers import AutoModelForCausalLM
-
-    with readable(name, "model"):
-        options = _loading_options(quantization, dtype, attention, device)
-        model = AutoModelForCausalLM.from_pretrained(model_folder(name), **options)
+    options = {"quantization": quantization, "dtype": dtype, "attention": attention, "device": device}
+    model, _ = _load("AutoModelForCausalLM", name, **options)
     _check_supported(model)
     model.requires_grad_(False)
     _switch_off_dropout(model)
-    _keep_weights_in_place(model)
     return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
 
 
-def load_reward_model(
-    name: str,
-    *,
-    quantization: Quantization = "nf4",
-    dtype: Dtype = "bfloat16",
-    attention: Attention = "sdpa",
-    device: torch.device | str = "cpu",
-) -> "PreTrainedModel":
-    """A sequence classifier with one label, frozen, in eval mode.
+def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
+    """A sequence classifier with one label, frozen, in eval mode; options as for `load_base`.
 
     Raises:
         InputError: the model cannot be found or read, has another number of labels, or no trained head.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    with readable(name, "reward model"):
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            model_folder(name),
-            **_loading_options(quantization, dtype, attention, device),
-            output_loading_info=True,
-        )
-    if model.config.num_labels != 1 or loading["missing_keys"]:
-        missing = f", and {sorted(loading['missing_keys'])} are not in its files" if loading["missing_keys"] else ""
+    model, missing = _load("AutoModelForSequenceClassification", name, **options)
+    if model.config.num_labels != 1 or missing:
         raise InputError(
-            f"'{name}' is no reward model: it has {model.config.num_labels} labels where one is needed{missing}. Give "
-            "a sequence classifier that was trained with one label"
+            f"'{name}' is no reward model, a sequence classifier with one label: it has {model.config.num_labels}, and "
+            f"its files lack {missing or 'nothing'}"
         )
     return model.requires_grad_(False).eval()
+
+
+def _load(
+    auto: str,
+    name: str,
+    quantization: Quantization = "nf4",
+    dtype: Dtype = "bfloat16",
+    attention: Attention = "sdpa",
+    device: torch.device | str = "cpu",
+) -> tuple["PreTrainedModel", list[str]]:
+    """The model, and names of weights that its files lack."""
+    import transformers
+
+    with readable(name, "model"):
+        model, loading = getattr(transformers, auto).from_pretrained(
+            model_folder(name),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
+            device_map={"": str(device)},
+            output_loading_info=True,
+        )
+    _keep_weights_in_place(model)
+    return model, sorted(loading["missing_keys"])
 
 
 def predicting_states(model: "PeftModel", rows: TokenRows) -> Tensor:
@@ -131,17 +135,6 @@ def sequence_log_probs(
         values = values * token_weight
         lengths = token_weight.new_zeros(len(lengths)).index_add(0, rows.completion, token_weight)
     return SequenceLogProbs(values.new_zeros(len(rows.lengths)).index_add(0, rows.completion, values), lengths)
-
-
-def _loading_options(
-    quantization: Quantization, dtype: Dtype, attention: Attention, device: torch.device | str
-) -> dict[str, Any]:
-    return {
-        "dtype": getattr(torch, dtype),
-        "attn_implementation": attention,
-        "quantization_config": _quantization_config(quantization, getattr(torch, dtype)),
-        "device_map": {"": str(device)},
-    }
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
