@@ -195,14 +195,14 @@ class PreferenceDataModule(PlannedDataModule):
         tokens = self._tokens(self.validation_pairs, [False] * len(is_hard))
         return self._make_loader(self.validation_batches(tokens), self.validation_pairs, is_hard, evaluation=True)
 
-    def predict_dataloader(self) -> ResumableLoader | list[Any]:
+    def predict_dataloader(self) -> ResumableLoader:
         """Batches by length of the pairs whose margin is not known yet."""
         known, ids = self.trainer.lightning_module.file.margins, self.train_pairs["pair_id"][:]
         easy = [False] * len(ids)
         batches = self.validation_batches(self._tokens(self.train_pairs, easy))
         left = [tuple(i for i in batch if ids[i] not in known) for batch, _, _ in batches]
         plan = [(batch, 1.0, len(batch)) for batch in left if batch]
-        return self._make_loader(plan, self.train_pairs, easy, evaluation=True) if plan else []
+        return self._make_loader(plan, self.train_pairs, easy, evaluation=True)
 
     def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
         if self.margins_file is not None and self.margins_file.of_policy:  # the weights are loaded after setup

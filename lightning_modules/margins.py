@@ -64,6 +64,8 @@ class MarginModule(L.LightningModule):
         about |= {"base": self.base, "adapter": self.adapter, **used, **self.trainer.datamodule.identity}
         about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self.file = MarginsWriter(str(self.output), about, self.trainer.datamodule.texts)
+        if len(self.file.margins) == len(self.file.texts):
+            self.trainer.limit_predict_batches = 0  # nothing is left to compute
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[float]:
         assert self.file is not None

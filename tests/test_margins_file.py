@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def source(tmp_path):
 class Counted(CHES):
     """Counts the pairs that were computed, and fails in the batch `fails`."""
 
-    computed: list[int] = []
+    computed: ClassVar[list[int]] = []
     fails = -1
 
     def __call__(self, model, batch):
@@ -83,7 +84,7 @@ def test_interrupted_and_continued(tiny_model, source, tmp_path, capfd):
         read_margins(str(tmp_path / "a.margins"))
     part.write_text(part.read_text() + '{"pair_id": 12, "te')  # a line that was being written
     with pytest.raises(InputError, match=r"part holds other margins \(options: .*'normalised': False"):
-        predict(tiny_model, source, tmp_path, CHES(True))
+        predict(tiny_model, source, tmp_path, Counted(True))
     Counted.fails = -1
     path = predict(tiny_model, source, tmp_path, Counted())
     assert len(Counted.computed) == len(set(Counted.computed)) == 10
@@ -113,10 +114,10 @@ def test_other_content_is_not_overwritten(tiny_model, source, tmp_path):
         with pytest.raises(InputError, match=r"a\.margins holds other margins .* there, .* here.*model\.output"):
             predict(tiny_model, source, tmp_path, **change)
     Path(path).write_text("[]\n")
-    with pytest.raises(InputError, match="no margins file of run.py predict"):
+    with pytest.raises(InputError, match=r"no margins file of run.py predict"):
         predict(tiny_model, source, tmp_path)
     Path(path).write_bytes(before[: before.rfind(b"{")])
-    with pytest.raises(InputError, match="has 9 of its 10 pairs"):
+    with pytest.raises(InputError, match=r"has 9 of its 10 pairs"):
         predict(tiny_model, source, tmp_path)
 
 
@@ -125,9 +126,9 @@ def test_data_without_a_margin(tiny_model, tmp_path):
     source = write_pairs(tmp_path / "unrated.jsonl", rows)
     path = predict(tiny_model, source, tmp_path)
     assert len(read_margins(path).pairs) == 10
-    with pytest.raises(InputError, match="no column to take the margin from"):
+    with pytest.raises(InputError, match=r"no column to take the margin from"):
         predict(tiny_model, source, tmp_path, Rating(), name="rating")
-    with pytest.raises(InputError, match="no column to take the margin from"):
+    with pytest.raises(InputError, match=r"no column to take the margin from"):
         build(tiny_model, source, tmp_path / "run")[0].fit(*build(tiny_model, source, tmp_path / "run")[1:])
     trainer, module, data = build(tiny_model, source, tmp_path / "run", data={"margins": path, "validation": 0.3})
     trainer.fit(module, data)
@@ -157,15 +158,15 @@ def test_files_that_fit_refuses(tiny_model, source, tmp_path):
         InputError, match=r"not fit 2 of the 10 pairs of train \(first: row 4\): 1 are not in it, 1 have"
     ):
         fit_with(tiny_model, changed, tmp_path, path)
-    with pytest.raises(InputError, match="another encoding of the pairs.*max_length 64.*max_length 40"):
+    with pytest.raises(InputError, match=r"another encoding of the pairs.*max_length 64.*max_length 40"):
         fit_with(tiny_model, source, tmp_path, path, max_length=40)
-    with pytest.raises(InputError, match="another encoding of the pairs.*template"):
+    with pytest.raises(InputError, match=r"another encoding of the pairs.*template"):
         fit_with(tiny_model, source, tmp_path, path, chat_template="plain")
     with pytest.raises(InputError, match=r"give data.margin \(margin\) or data.margins"):
         fit_with(tiny_model, source, tmp_path, path, margin="margin")
-    with pytest.raises(InputError, match="no margins file .*nothing"):
+    with pytest.raises(InputError, match=r"no margins file .*nothing"):
         fit_with(tiny_model, source, tmp_path, str(tmp_path / "nothing"))
-    with pytest.raises(InputError, match="data.margins is for fit"):
+    with pytest.raises(InputError, match=r"data.margins is for fit"):
         predict(tiny_model, source, tmp_path, name="b", data={"margins": path})
 
 
@@ -184,7 +185,7 @@ def test_another_base_is_refused(tiny_model, source, tmp_path):
     model.model.norm.weight.data += 0.01
     model.save_pretrained(other)
     fit_with(tiny_model, source, tmp_path, path, model=same)
-    with pytest.raises(InputError, match="another base model"):
+    with pytest.raises(InputError, match=r"another base model"):
         fit_with(tiny_model, source, tmp_path, path, model=other)
     fit_with(tiny_model, source, tmp_path, rating, model=other, max_length=50)
     margins = [row["margin"] for row in make_pairs(10)]
@@ -201,10 +202,10 @@ def test_fingerprint_does_not_depend_on_where_adapters_are(tiny_model):
 
 
 def test_adapters_that_do_not_belong(tiny_model):
-    with pytest.raises(InputError, match="ImplicitReward.* needs one"):
+    with pytest.raises(InputError, match=r"ImplicitReward.* needs one"):
         MarginModule(tiny_model, ImplicitReward())
     for signal in (RewardModel(), Rating()):
-        with pytest.raises(InputError, match="needs none"):
+        with pytest.raises(InputError, match=r"needs none"):
             MarginModule(tiny_model, signal, adapter="somewhere")
 
 

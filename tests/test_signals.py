@@ -149,7 +149,7 @@ def test_ches_of_a_bf16_model_is_summed_in_fp32(tiny_model, pairs):
         found = margins(CHES(), model, pairs, size=1)
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
     for pair, margin in zip(pairs, found, strict=True):
-        w, l = (
+        w, lost = (
             states(reference, pair["prompt_ids"], pair[side]).double().sum(0) for side in ("chosen_ids", "rejected_ids")
         )
         # the states themselves differ by bf16 roundings of the two ways to compute attention
@@ -175,7 +175,7 @@ def classifier(folder: Path, tiny_model: str, kind: str, pad: int | None, labels
 @pytest.mark.parametrize(("kind", "pad"), [("causal", None), ("causal", 1), ("causal", 3), ("causal", 0), ("bert", 1)])
 @pytest.mark.parametrize("share", [True, False])
 def test_reward_model(tiny_model, tmp_path, pairs, kind, pad, share):
-    """Whatever the pad token (none, its own, the end token 3, the unknown token that is in the data) and the pooling."""
+    """Whatever the pad token (none, its own, the end token 3, the unknown token in the data) and the pooling."""
     name = classifier(tmp_path, tiny_model, kind, pad)
     reference, expected = AutoModelForSequenceClassification.from_pretrained(name).eval(), []
     for pair in pairs:
