@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
 
 from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, weights_fingerprint
 from mixdpo.batching import PairBatch
@@ -75,4 +74,4 @@ class MarginModule(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         if self.file is not None:
-            rank_zero_info(self.file.finish())
+            print(self.file.finish())
