@@ -3,20 +3,18 @@
     python benchmarks/compare_signals.py [FOLDER] [--data ../shared/data] [--pairs 300] [--model.… --trainer.…]
 
 Policy log-prob and CHES (summed and per token) of SmolLM2-135M-Instruct (NF4, fp32), and the data's own rating. Margins
-files are kept in FOLDER (default runs/compare_signals): a stopped comparison goes on where it was. Further options go to
-`run.py predict`.
+files are kept in FOLDER (default runs/compare_signals): a stopped comparison goes on where it was. Further options go
+to `run.py predict`.
 """
 
 import argparse
 import gzip
-import json
 import random
 import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 from cleaning_runs import about, table, write
 
 from mixdpo.margins_file import read_margins
@@ -48,16 +46,8 @@ def predict(folder: Path, source: Path, signal: str, options: list[str]) -> Path
     config, more = SIGNALS[signal]
     path = folder / f"{source.stem}-{signal.replace(', ', '-').replace(' ', '_')}.margins"
     if not path.exists():
-        files = [
-            "--config",
-            f"configs/signals/{config}.yaml",
-            "--data.source",
-            str(source),
-            "--model.output",
-            str(path),
-        ]
-        own = [option for option in options if config != "rating" or not option.startswith("--model.quant")]
-        subprocess.run([sys.executable, "run.py", "predict", *files, *LIMITS, *more, *own], check=True)
+        given = ["--config", f"configs/signals/{config}.yaml", "--data.source", str(source), *LIMITS, *more, *options]
+        subprocess.run([sys.executable, "run.py", "predict", *given, "--model.output", str(path)], check=True)
     return path
 
 
@@ -78,14 +68,7 @@ def main() -> None:
             found = {"data": data, "a": a, "b": b, "pairs": len(x), "spearman": spearman(x, y)}
             found["hardest"] = {f"{fraction:.0%}": overlap(x, y, fraction) for fraction in HARDEST}
             content["comparisons"].append(found)
-            shares = [share for each in found["hardest"].values() for share in (each["share"],)]
-            rows.append([data, a, b, len(x), found["spearman"], *shares])
-        longer = [len(row["chosen"]) - len(row["rejected"]) for row in map(json.loads, source.open(encoding="utf-8"))]
-        content[f"{data}: Spearman with the difference of characters"] = {
-            name: spearman(np.array([margin for _, margin in file.pairs.values()]), np.array(longer, dtype=float))
-            for name, file in files.items()
-            if len(file.pairs) == len(longer)
-        }
+            rows.append([data, a, b, len(x), found["spearman"], *(e["share"] for e in found["hardest"].values())])
     chance = [f"hardest {fraction:.0%} shared (chance {fraction:.3f})" for fraction in HARDEST]
     write(arguments.name, content, table(["data", "A", "B", "pairs", "Spearman", *chance], rows))
 
