@@ -73,9 +73,8 @@ class PreferenceDataModule(PlannedDataModule):
             if self.margins is not None:
                 raise InputError("data.margins is for fit and validate; predict writes such a file (model.output)")
             self.train_pairs = self._encode(self.read(self.source, self.split), self.source)
-            texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}
-            self.identity |= {"source": self.source, "data": content_hash(texts.items())}
-            self.texts = texts
+            self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
+            self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
             return rank_zero_info("\n".join(self.describe_counts()))
         if self.margins is not None:
             self.margins_file = read_margins(self.margins)
@@ -95,8 +94,8 @@ class PreferenceDataModule(PlannedDataModule):
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins is None and (signal is None or signal.needs == "rating")
-        pairs = read_pairs(source, split=split, margin=self.margin, limit=self.limit, rated=rated)
-        if not rated or signal is not None:
+        pairs = read_pairs(source, split=split, margin=self.margin if rated else (), limit=self.limit)
+        if signal is not None or self.margins is not None:
             self.texts |= {pair["pair_id"]: text_hash(pair) for pair in pairs.dataset}
         self.counts[f"read/{source}"] = {"pairs": len(pairs.dataset), **pairs.dropped}
         return pairs.dataset
@@ -109,7 +108,8 @@ class PreferenceDataModule(PlannedDataModule):
             pairs, self._encoder, **self.lengths, chat_template=self.chat_template, num_proc=self.processes
         )
         self.counts[name] = {"pairs": len(encoded), **counts}
-        return self.margins_file.add_to(encoded, self.texts, name) if self.margins_file else encoded
+        source = self.validation if name == "validation" and isinstance(self.validation, str) else self.source
+        return self.margins_file.add_to(encoded, self.texts, source) if self.margins_file else encoded
 
     def _describe(self) -> str:
         assert self.route is not None
@@ -168,11 +168,7 @@ class PreferenceDataModule(PlannedDataModule):
                 raise InputError("model.cleaning has nothing to clean, since no pair is hard: set it to null")
             hard = self.train_pairs.select(np.flatnonzero(self.route.is_hard))
             samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
-            identity = {
-                "data": self._data,
-                **self.identity,
-            }
-            self._pool = TokenPool.of(samples, identity)
+            self._pool = TokenPool.of(samples, {"data": self._data, **self.identity})
         return self._pool
 
     def easy_samples(self) -> list[dict[str, Any]]:

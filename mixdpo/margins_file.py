@@ -46,10 +46,9 @@ class MarginsFile:
         Raises:
             InputError: a pair is not in the file, or has another text there; says how many, and the first one's row.
         """
-        found = [self.pairs.get(pair_id, ("", math.nan)) for pair_id in pairs["pair_id"]]
-        hashes = [texts[pair_id] for pair_id in pairs["pair_id"]]
-        bad = [i for i, ((text, _), here) in enumerate(zip(found, hashes, strict=True)) if text != here]
-        if bad:
+        ids = pairs["pair_id"][:]
+        found = [self.pairs.get(pair_id, ("", math.nan)) for pair_id in ids]
+        if bad := [i for i, (text, _) in enumerate(found) if text != texts[ids[i]]]:
             changed = sum(found[i][0] != "" for i in bad)
             raise InputError(
                 f"{self.path} does not fit {len(bad)} of the {len(pairs)} pairs of {source} (first: row "

@@ -32,12 +32,7 @@ class Pairs:
 
 
 def read_pairs(
-    source: str,
-    *,
-    split: str = "train",
-    margin: str | Sequence[str] | None = None,
-    limit: int | None = None,
-    rated: bool = True,
+    source: str, *, split: str = "train", margin: str | Sequence[str] | None = None, limit: int | None = None
 ) -> Pairs:
     """Read preference pairs from a hub id, a local folder or file, or the built-in task `constraints`.
 
@@ -46,15 +41,15 @@ def read_pairs(
             with .gz); or `constraints`.
         split: split of a hub data set or folder; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
+            () takes none: all margins are NaN, to be put in later.
         limit: stop after this many usable pairs.
-        rated: False looks for no margin in the data: those of all pairs are NaN, to be put in later.
 
     Raises:
         InputError: the source cannot be read, or a row is malformed, scoreless or repeats a pair_id.
     """
     from datasets import Value
 
-    margin_columns: margins.MarginColumns | None = None if rated else ()
+    margin_columns: margins.MarginColumns | None = () if margin == () else None
 
     def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
         nonlocal margin_columns
@@ -67,7 +62,7 @@ def read_pairs(
     text = Value("string")
     columns = {"pair_id": Value("int64"), "prompt": [{"role": text, "content": text}], "chosen": text}
     columns |= {"rejected": text, "margin": Value("float64")}
-    return Pairs(*read_table(source, split, limit, "pair", parse, columns, key=[spec, rated, *code]))
+    return Pairs(*read_table(source, split, limit, "pair", parse, columns, key=[spec, *code]))
 
 
 def split_by_prompt(prompts: Any, fraction: float, seed: int) -> tuple[list[int], list[int]]:

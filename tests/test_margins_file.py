@@ -155,7 +155,7 @@ def test_files_that_fit_refuses(tiny_model, source, tmp_path):
     rows[6]["pair_id"] = "new"
     changed = write_pairs(tmp_path / "changed.jsonl", rows)
     with pytest.raises(
-        InputError, match=r"not fit 2 of the 10 pairs of train \(first: row 4\): 1 are not in it, 1 have"
+        InputError, match=r"not fit 2 of the 10 pairs of .*changed.jsonl \(first: row 4\): 1 are not in it, 1 have"
     ):
         fit_with(tiny_model, changed, tmp_path, path)
     with pytest.raises(InputError, match=r"another encoding of the pairs.*max_length 64.*max_length 40"):
