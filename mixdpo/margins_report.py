@@ -99,7 +99,8 @@ def _scatter(x: np.ndarray, y: np.ndarray) -> str:
     """A to the right, B upwards; the outermost 1 % a side lie on the border; dashed where the hardest 20 % end."""
     (across, cut_x, low_x, high_x), (up, cut_y, low_y, high_y) = (_scaled(values) for values in (x, y))
     drawn = np.random.default_rng(0).permutation(len(x))[:POINTS]
-    parts = [f'<circle cx="{across[i]:.1f}" cy="{SIZE - up[i]:.1f}" r="2"/>' for i in drawn]
+    points = (f'<circle cx="{across[i]:.1f}" cy="{SIZE - up[i]:.1f}" r="2"/>' for i in drawn)
+    parts = [f'<g class="kept" fill-opacity="0.5">{"".join(points)}</g>']
     parts += [f'<path class="mark" d="M{cut_x:.1f} 0V{SIZE}M0 {SIZE - cut_y:.1f}H{SIZE}"/>']
     parts += [f'<path fill="none" d="M0 0H{SIZE}V{SIZE}H0Z"/>']
     below = ((0, "start", low_x), (SIZE / 2, "middle", "margin in A"), (SIZE, "end", high_x))
@@ -107,7 +108,7 @@ def _scatter(x: np.ndarray, y: np.ndarray) -> str:
     left = ((SIZE, low_y), (SIZE / 2, "in B"), (9, high_y))
     parts += [f'<text x="-4" y="{v}" text-anchor="end">{text}</text>' for v, text in left]
     box = f'viewBox="-60 -4 {SIZE + 68} {SIZE + 22}" style="max-width:640px"'
-    return f'<svg {box} fill-opacity="0.5" role="img">{"".join(parts)}</svg>'
+    return f'<svg {box} role="img">{"".join(parts)}</svg>'
 
 
 def _scaled(values: np.ndarray) -> tuple[np.ndarray, float, str, str]:
