@@ -45,10 +45,13 @@ class RunCLI(LightningCLI):
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint and not Path(checkpoint).is_file():
             raise InputError(f"ckpt_path {checkpoint} is no file; a run's is RUNS/NAME/checkpoints/last.ckpt")
-        if self.subcommand == "predict":
-            config, options = self.config.predict, self.config.predict.model.init_args
-            if "output" not in options:
-                raise InputError(f"{config.model.class_path} does not predict: use a config of configs/signals")
+        config, predicts = self.config[self.subcommand], self.subcommand == "predict"
+        options = config.model.init_args
+        if predicts != ("output" in options):
+            raise InputError(
+                f"{config.model.class_path} does not {self.subcommand}: configs/signals are for predict only"
+            )
+        if predicts:
             options.output = options.output or str(Path(config.runs) / f"{config.name}.margins")
             config.return_predictions = False  # they are in the file
         self.config[self.subcommand].weights_only = True  # never unpickle what a checkpoint may hold besides tensors

@@ -239,7 +239,7 @@ def test_command_line(tiny_model, source, tmp_path, monkeypatch, capfd):
     assert read_margins(tmp_path / "r").pairs.keys() == read_margins(path).pairs.keys()
     message = command_line(monkeypatch, capfd, "predict", "--config", "configs/demo.yaml", *options)
     assert "does not predict" in message and "configs/signals" in message
-    assert "training_step" in command_line(monkeypatch, capfd, "--config", config, *options, *full)
+    assert "does not fit" in command_line(monkeypatch, capfd, "--config", config, *options, *full)
 
 
 # Comparison.
