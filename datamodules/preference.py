@@ -6,9 +6,11 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
+from mixdpo.adapters import base_fingerprint
 from mixdpo.batching import MicroBatch, PairCollator, cut_step, plan_steps
 from mixdpo.errors import InputError
 from mixdpo.loader import ResumableLoader
+from mixdpo.margins_file import MarginsFile, read_margins, text_hash
 from mixdpo.models import load_tokenizer
 from mixdpo.records import read_pairs
 from mixdpo.routing import Route, Routing
@@ -29,6 +31,7 @@ class PreferenceDataModule(PlannedDataModule):
         routing: Routing = Routing(),  # noqa: B008
         validation_threshold: float | None = None,
         margin: str | list[str] | None = None,
+        margins: str | None = None,
         max_length: int = 1024,
         max_prompt_length: int = 512,
         share_prompt: bool = True,
@@ -43,14 +46,20 @@ class PreferenceDataModule(PlannedDataModule):
                 it to baselines that route no pair or all pairs, to compare them with a run that routes some.
             margin: Column with the margin, or two columns [chosen, rejected] whose difference it is; found by the usual
                 names if not given.
+            margins: Margins file of `run.py predict` to take the margins from, instead of the data's columns.
             max_length: Longest prompt + completion, in tokens.
             max_prompt_length: Longest prompt of a pair that exceeds max_length, in tokens.
             share_prompt: Compute the prompt once for both responses; false gives each its own copy, same numbers.
         """
         super().__init__(source, **options)
+        if margin is not None and margins is not None:
+            raise InputError(f"give data.margin ({margin}) or data.margins ({margins}), not both")
+        self.margins = margins
         self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.lengths, self.share_prompt = {**limits, "overlong": self.overlong}, share_prompt
+        self.margins_file: MarginsFile | None = None
+        self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route | None = None
         self.train_pairs: Any = None
         self.validation_pairs: Any = None
@@ -61,6 +70,17 @@ class PreferenceDataModule(PlannedDataModule):
         if self.route is not None:
             return
         self._encoder = load_tokenizer(self.tokenizer)
+        self.identity = encoding_identity(self._encoder, self.chat_template, **self.lengths)
+        if stage == "predict":
+            if self.margins is not None:
+                raise InputError("data.margins is for fit and validate; predict writes such a file (model.output)")
+            self.train_pairs = self._encode(self.read(self.source, self.split), self.source)
+            self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
+            self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
+            return rank_zero_info("\n".join(self.describe_counts()))
+        if self.margins is not None:
+            self.margins_file = read_margins(self.margins)
+            self.margins_file.refuse_other(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
         self._data = content_hash(
             zip(*(train[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
@@ -75,7 +95,11 @@ class PreferenceDataModule(PlannedDataModule):
             self.cleaning_pool()
 
     def read(self, source: str, split: str) -> Any:
-        pairs = read_pairs(source, split=split, margin=self.margin, limit=self.limit)
+        signal = getattr(self.trainer.lightning_module, "signal", None)
+        rated = self.margins is None and (signal is None or signal.needs == "rating")
+        pairs = read_pairs(source, split=split, margin=self.margin if rated else (), limit=self.limit)
+        if signal is not None or self.margins is not None:
+            self.texts |= {pair["pair_id"]: text_hash(pair) for pair in pairs.dataset}
         self.counts[f"read/{source}"] = {"pairs": len(pairs.dataset), **pairs.dropped}
         return pairs.dataset
 
@@ -87,7 +111,8 @@ class PreferenceDataModule(PlannedDataModule):
             pairs, self._encoder, **self.lengths, chat_template=self.chat_template, num_proc=self.processes
         )
         self.counts[name] = {"pairs": len(encoded), **counts}
-        return encoded
+        source = self.validation if name == "validation" and isinstance(self.validation, str) else self.source
+        return self.margins_file.add_to(encoded, self.texts, source) if self.margins_file else encoded
 
     def _describe(self) -> str:
         assert self.route is not None
@@ -103,7 +128,10 @@ class PreferenceDataModule(PlannedDataModule):
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
         assert self.route is not None
-        return {**self.route.summary(), "counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
+        facts = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
+        if self.margins_file is not None:
+            facts["margins"] = {"file": self.margins, **self.margins_file.header}
+        return {**self.route.summary(), **facts}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         assert self.route is not None
@@ -159,11 +187,7 @@ class PreferenceDataModule(PlannedDataModule):
         if self._pool is None:
             hard = self.train_pairs.select(np.flatnonzero(self.route.is_hard))
             samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
-            identity = {
-                "data": self._data,
-                **encoding_identity(self._encoder, self.chat_template, **self.lengths),
-            }
-            self._pool = TokenPool.of(samples, identity)
+            self._pool = TokenPool.of(samples, {"data": self._data, **self.identity})
         return self._pool
 
     def easy_samples(self) -> list[dict[str, Any]]:
@@ -186,7 +210,19 @@ class PreferenceDataModule(PlannedDataModule):
         tokens = self._tokens(self.validation_pairs, [False] * len(is_hard))
         return self._make_loader(self.validation_batches(tokens), self.validation_pairs, is_hard, evaluation=True)
 
+    def predict_dataloader(self) -> ResumableLoader:
+        """Batches by length of the pairs whose margin is not known yet."""
+        known, ids = self.trainer.lightning_module.file.margins, self.train_pairs["pair_id"][:]
+        easy = [False] * len(ids)
+        batches = self.validation_batches(self._tokens(self.train_pairs, easy))
+        left = [tuple(i for i in batch if ids[i] not in known) for batch, _, _ in batches]
+        plan = [(batch, 1.0, len(batch)) for batch in left if batch]
+        return self._make_loader(plan, self.train_pairs, easy, evaluation=True)
+
     def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
+        if self.margins_file is not None and self.margins_file.of_policy:  # the weights are loaded after setup
+            weights = base_fingerprint(self.trainer.lightning_module.model)
+            self.margins_file.refuse_other({"weights": weights}, "base model")
         collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 
