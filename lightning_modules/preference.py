@@ -205,4 +205,4 @@ class PreferenceModule(AdapterModule):
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
         if self._plan.hard_share.any() < self.trainer.datamodule.route.to_sft.any():
             self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
-        return {"planned_lr_mass": mass}
+        return {"planned_lr_mass": mass, "preference_loss": repr(self.preference_loss)}

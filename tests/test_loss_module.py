@@ -42,13 +42,15 @@ def test_every_loss_from_the_command_line(build_cli: Any) -> None:  # noqa: F811
     """Named by its class path over a config with another loss, with changed hyper-parameters."""
     cli = build_cli("configs/demo.yaml")
     for name in NAMES:
-        wanted = TABLE[name][1] | TABLE[name][2]  # all: jsonargparse keeps the β of the loss that the config names
+        wanted = TABLE[name][1] | TABLE[name][2]
         arguments = ["--model.preference_loss", class_of(name)]
         arguments += [text for key, value in wanted.items() for text in (f"--model.preference_loss.{key}", str(value))]
         parsed = cli.parser.parse_args(["fit", "--config", "configs/demo.yaml", *arguments]).fit
         found = parsed.model.init_args.preference_loss
         assert found.class_path == class_of(name)
         assert {key: found.init_args[key] for key in wanted} == wanted
+    alone = build_cli("configs/demo.yaml", "--model.preference_loss", "mixdpo.losses.SPPO").model.preference_loss
+    assert alone.beta == 0.001  # its own: jsonargparse would hand on a number that the config's loss has
     for name in ("simpo", "beta_dpo"):  # a dataclass and a module
         option, value = next(iter(TABLE[name][2].items()))
         arguments = ["--model.preference_loss", class_of(name), f"--model.preference_loss.{option}", str(value)]

@@ -57,21 +57,30 @@ def objective(
     **defaults: float,
 ) -> type:
     """The frozen dataclass that holds a function's hyper-parameters and calls it on (chosen, rejected,
-    reference_chosen, reference_rejected), the last two only if it needs a reference."""
+    reference_chosen, reference_rejected), the last two only if it needs a reference.
+
+    A hyper-parameter that is not given, or None, is the loss's own. (Were it a number in the signature, jsonargparse
+    would hand that number on when a command line names another loss: SPPO would train with DPO's β.)"""
     parameters = [p for p in signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    described = "\n".join(f"    {p.name}: {OPTIONS[p.name][2]}" for p in parameters)
+    own = {p.name: defaults.get(p.name, p.default) for p in parameters}
+    described = "\n".join(f"    {name}: {OPTIONS[name][2]} {value} if null." for name, value in own.items())
 
     def options(self: Any) -> dict[str, float]:
-        return {p.name: getattr(self, p.name) for p in parameters}
+        return {name: getattr(self, name) for name in own}
+
+    def fill_in(self: Any) -> None:
+        for name, value in options(self).items():
+            object.__setattr__(self, name, own[name] if value is None else value)  # the dataclass is frozen
+        check_options(**options(self))
 
     members = {
         "__module__": __name__,
         "__doc__": f"{function.__doc__}\n\nArgs:\n{described}\n",
-        "__post_init__": lambda self: check_options(**options(self)),
+        "__post_init__": fill_in,
         "__call__": lambda self, *sequences: function(Pairs(*sequences), **options(self)),
         **{"needs_reference": needs_reference, "averaged": averaged, "sft_weight": sft_weight},
     }
-    fields: Any = [(p.name, float, defaults.get(p.name, p.default)) for p in parameters]
+    fields: Any = [(name, float | None, None) for name in own]
     return make_dataclass(name, fields, frozen=True, namespace=members)
 
 
@@ -101,19 +110,23 @@ class BetaDPO(nn.Module):
     starts at 0, s at 1) over the batches are in checkpoints. In validation β is β₀ and every pair counts.
 
     Args:
-        beta: β₀, the strength at an average batch.
-        sensitivity: α, how much β follows the batch's mean log-ratio difference.
+        beta: β₀, the strength at an average batch; 0.1 if null.
+        sensitivity: α, how much β follows the batch's mean log-ratio difference; 0.6 if null.
     """
 
     needs_reference, averaged, sft_weight = True, False, 1.0
 
-    def __init__(self, beta: float = 0.1, sensitivity: float = 0.6) -> None:
+    def __init__(self, beta: float | None = None, sensitivity: float | None = None) -> None:
         super().__init__()
+        beta, sensitivity = 0.1 if beta is None else beta, 0.6 if sensitivity is None else sensitivity
         check_options(beta=beta, sensitivity=sensitivity)
         self.beta, self.sensitivity = beta, sensitivity
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("deviation", torch.ones(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, sensitivity={self.sensitivity}"
 
     def forward(self, *sequences: SequenceLogProbs) -> Tensor:
         pairs = Pairs(*sequences)
