@@ -19,8 +19,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles, Throughput, ValidateAtMaxSteps
 from mixdpo.errors import InputError
 
-SUBCOMMANDS = ("fit", "validate")
+SUBCOMMANDS = ("fit", "validate", "predict")
 _made: Path | None = None  # the run folder, where this process made it
+NAME_HELP = "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict writes RUNS/NAME.margins."
 UNKNOWN_OPTION = re.compile(
     r"Option '[^']+' is not accepted|[Uu]nrecognized arguments: \S+|Key '[^']+' is not expected"
 )
@@ -35,7 +36,7 @@ class RunCLI(LightningCLI):
         return {name: LightningCLI.subcommands()[name] for name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", default="run", help="The run's folder is RUNS/NAME, or NAME-2, … if that exists.")
+        parser.add_argument("--name", default="run", help=NAME_HELP)
         parser.add_argument("--runs", default="runs", help="Where the folders of runs are.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
@@ -44,6 +45,15 @@ class RunCLI(LightningCLI):
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint and not Path(checkpoint).is_file():
             raise InputError(f"ckpt_path {checkpoint} is no file; a run's is RUNS/NAME/checkpoints/last.ckpt")
+        config, predicts = self.config[self.subcommand], self.subcommand == "predict"
+        options = config.model.init_args
+        if predicts != ("output" in options):
+            raise InputError(
+                f"{config.model.class_path} does not {self.subcommand}: configs/signals are for predict only"
+            )
+        if predicts:
+            options.output = options.output or str(Path(config.runs) / f"{config.name}.margins")
+            config.return_predictions = False  # they are in the file
         self.config[self.subcommand].weights_only = True  # never unpickle what a checkpoint may hold besides tensors
 
     def after_fit(self) -> None:

@@ -10,8 +10,9 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from mixdpo.batching import MicroBatch, ResumableLoader, plan_steps
+from mixdpo.batching import MicroBatch, plan_steps
 from mixdpo.errors import InputError
+from mixdpo.loader import ResumableLoader
 from mixdpo.records import split_by_prompt
 from mixdpo.samples import TokenPool
 from mixdpo.schedules import StepPlan
@@ -108,11 +109,11 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         return batches[self.trainer.global_rank :: self.trainer.world_size]
 
     @abstractmethod
-    def epoch_plan(self) -> StepPlan:
-        """The steps and stages of one epoch."""
+    def epoch_plan(self, epoch: int = 0) -> StepPlan:
+        """The steps and stages of one epoch. As many, and starting at the same steps, in all epochs."""
 
     @abstractmethod
-    def micro_batches(self) -> list[MicroBatch]:
+    def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         """One epoch as this rank computes it: every step in exactly accumulate × world pieces."""
 
     @abstractmethod
@@ -161,7 +162,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             raise InputError("trainer.max_steps or trainer.max_epochs is 0: there is nothing to train")
         epochs = max_epochs if max_epochs and max_epochs > 0 else -(-max_steps // len(one))
         total = len(one) * epochs if max_steps < 0 else min(max_steps, len(one) * epochs)
-        return one.repeated(epochs, total)
+        return StepPlan.of_epochs([self.epoch_plan(epoch) for epoch in range(-(-total // len(one)))], total)
 
     def stage_of(self, step: int) -> int:
         """Number, from 0, of the stage that optimizer step `step` of the run belongs to."""

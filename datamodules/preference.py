@@ -6,14 +6,18 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
-from mixdpo.batching import MicroBatch, PairCollator, ResumableLoader, cut_step, plan_steps
+from mixdpo.adapters import base_fingerprint
+from mixdpo.batching import MicroBatch, PairCollator, cut_step, plan_steps
 from mixdpo.errors import InputError
+from mixdpo.loader import ResumableLoader
+from mixdpo.margins_file import MarginsFile, read_margins, text_hash
 from mixdpo.models import load_tokenizer
 from mixdpo.records import read_pairs
 from mixdpo.routing import Route, Routing
 from mixdpo.samples import TokenPool, content_hash
 from mixdpo.schedules import StepPlan
 from mixdpo.sft_tokenization import encoding_identity
+from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.tokenization import encode_pairs
 
 
@@ -27,6 +31,7 @@ class PreferenceDataModule(PlannedDataModule):
         routing: Routing = Routing(),  # noqa: B008
         validation_threshold: float | None = None,
         margin: str | list[str] | None = None,
+        margins: str | None = None,
         max_length: int = 1024,
         max_prompt_length: int = 512,
         share_prompt: bool = True,
@@ -41,14 +46,20 @@ class PreferenceDataModule(PlannedDataModule):
                 it to baselines that route no pair or all pairs, to compare them with a run that routes some.
             margin: Column with the margin, or two columns [chosen, rejected] whose difference it is; found by the usual
                 names if not given.
+            margins: Margins file of `run.py predict` to take the margins from, instead of the data's columns.
             max_length: Longest prompt + completion, in tokens.
             max_prompt_length: Longest prompt of a pair that exceeds max_length, in tokens.
             share_prompt: Compute the prompt once for both responses; false gives each its own copy, same numbers.
         """
         super().__init__(source, **options)
+        if margin is not None and margins is not None:
+            raise InputError(f"give data.margin ({margin}) or data.margins ({margins}), not both")
+        self.margins = margins
         self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.lengths, self.share_prompt = {**limits, "overlong": self.overlong}, share_prompt
+        self.margins_file: MarginsFile | None = None
+        self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route | None = None
         self.train_pairs: Any = None
         self.validation_pairs: Any = None
@@ -59,6 +70,17 @@ class PreferenceDataModule(PlannedDataModule):
         if self.route is not None:
             return
         self._encoder = load_tokenizer(self.tokenizer)
+        self.identity = encoding_identity(self._encoder, self.chat_template, **self.lengths)
+        if stage == "predict":
+            if self.margins is not None:
+                raise InputError("data.margins is for fit and validate; predict writes such a file (model.output)")
+            self.train_pairs = self._encode(self.read(self.source, self.split), self.source)
+            self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
+            self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
+            return rank_zero_info("\n".join(self.describe_counts()))
+        if self.margins is not None:
+            self.margins_file = read_margins(self.margins)
+            self.margins_file.refuse_other(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
         self._data = content_hash(
             zip(*(train[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
@@ -68,11 +90,16 @@ class PreferenceDataModule(PlannedDataModule):
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
         rank_zero_info(self._describe())
-        if getattr(self.trainer.lightning_module, "cleaning", None) is not None:
+        if (cleaning := getattr(self.trainer.lightning_module, "cleaning", None)) is not None:
+            self._check_cleaning(cleaning)
             self.cleaning_pool()
 
     def read(self, source: str, split: str) -> Any:
-        pairs = read_pairs(source, split=split, margin=self.margin, limit=self.limit)
+        signal = getattr(self.trainer.lightning_module, "signal", None)
+        rated = self.margins is None and (signal is None or signal.needs == "rating")
+        pairs = read_pairs(source, split=split, margin=self.margin if rated else (), limit=self.limit)
+        if signal is not None or self.margins is not None:
+            self.texts |= {pair["pair_id"]: text_hash(pair) for pair in pairs.dataset}
         self.counts[f"read/{source}"] = {"pairs": len(pairs.dataset), **pairs.dropped}
         return pairs.dataset
 
@@ -84,39 +111,46 @@ class PreferenceDataModule(PlannedDataModule):
             pairs, self._encoder, **self.lengths, chat_template=self.chat_template, num_proc=self.processes
         )
         self.counts[name] = {"pairs": len(encoded), **counts}
-        return encoded
+        source = self.validation if name == "validation" and isinstance(self.validation, str) else self.source
+        return self.margins_file.add_to(encoded, self.texts, source) if self.margins_file else encoded
 
     def _describe(self) -> str:
         assert self.route is not None
         facts, lines = self.route.summary(), self.describe_counts()
         lines.append(
-            f"route: {facts['hard']} of {facts['pairs']} pairs are hard (margin < {facts['threshold']:.4g}; "
-            f"{facts['ties_at_threshold']} pairs tie at it, {facts['hard_at_threshold']} of them hard), "
-            f"order {facts['order']}, {len(self._steps())} steps of {self.batch_size} pairs"
+            f"route: {facts['hard']} of {facts['pairs']} pairs are hard (by {facts['assignment']}; threshold "
+            f"{facts['threshold']:.4g}, {facts['ties_at_threshold']} pairs tie at it, {facts['hard_at_threshold']} of "
+            f"them hard), trained by {facts['hard_action']}, order {facts['order']}, {len(self._steps())} steps of "
+            f"{self.batch_size} pairs"
         )
         return "\n".join(lines)
 
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
         assert self.route is not None
-        return {**self.route.summary(), "counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
+        facts = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
+        if self.margins_file is not None:
+            facts["margins"] = {"file": self.margins, **self.margins_file.header}
+        return {**self.route.summary(), **facts}
 
-    def _steps(self) -> list[tuple[int, ...]]:
+    def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         assert self.route is not None
-        return plan_steps(self.route.order.tolist(), self.batch_size)
+        return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)
 
-    def epoch_plan(self) -> StepPlan:
+    def epoch_plan(self, epoch: int = 0) -> StepPlan:
+        """A stage starts with the first step whose pairs are mostly its own (or of a later one)."""
         assert self.route is not None
-        hard_share = np.array([self.route.is_hard[list(step)].mean() for step in self._steps()])
-        starts = [0]
-        if self.route.ordering == "easy_to_hard" and (first_hard := int(np.argmax(hard_share >= 0.5))) > 0:
-            starts.append(first_hard)
+        hard_share = np.array([self.route.to_sft[list(step)].mean() for step in self._steps(epoch)])
+        places, starts = plan_steps(self.route.stages.tolist(), self.batch_size), [0]
+        for stage in range(1, int(self.route.stages[-1]) + 1):
+            first = int(np.argmax([np.mean(np.array(step) >= stage) >= 0.5 for step in places]))
+            starts += [first] if first > starts[-1] else []
         return StepPlan(hard_share, tuple(starts))
 
-    def micro_batches(self) -> list[MicroBatch]:
+    def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         assert self.route is not None
-        tokens = self._tokens(self.train_pairs, self.route.is_hard)
-        return [piece for step in self._steps() for piece in cut_step(step, tokens, **self.cut())]
+        tokens = self._tokens(self.train_pairs, self.route.to_sft, self.route.sft_sides)
+        return [piece for step in self._steps(epoch) for piece in cut_step(step, tokens, **self.cut())]
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
         assert self.route is not None
@@ -124,27 +158,36 @@ class PreferenceDataModule(PlannedDataModule):
         if self._pool is not None:
             first_token = np.full(len(self.route.is_hard), -1)
             first_token[np.flatnonzero(self.route.is_hard)] = self._pool.offsets[:-1]
-        return self._make_loader(
-            plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False, first_token=first_token
-        )
+        routes = {"to_sft": self.route.to_sft.tolist(), "sft_sides": self.route.sft_sides, "first_token": first_token}
+        loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False, **routes)
+        loader.replan = self.micro_batches if self.routing.reshuffle else None
+        return loader
 
     def fingerprint(self) -> str:
         assert self.route is not None
         return f"{self.route.fingerprint()} {self._data}"
 
+    def _check_cleaning(self, cleaning: Cleaning) -> None:
+        assert self.route is not None
+        if not self.route.is_hard.any():
+            raise InputError("model.cleaning has nothing to clean, since no pair is hard: set it to null")
+        if self.routing.hard_action != "sft":
+            raise InputError(
+                "model.cleaning cuts tokens of chosen responses that hard pairs learn: data.routing.hard_action must "
+                f"be sft, not {self.routing.hard_action}"
+            )
+        if self.routing.reshuffle and cleaning.selection is not None and cleaning.selection.scope == "batch":
+            raise InputError(
+                "cleaning.selection.scope batch needs steps that stay: data.routing.reshuffle must be false"
+            )
+
     def cleaning_pool(self) -> TokenPool:
         """The chosen responses of the hard pairs, in the order of the data."""
         assert self.route is not None
         if self._pool is None:
-            if not self.route.is_hard.any():
-                raise InputError("model.cleaning has nothing to clean, since no pair is hard: set it to null")
             hard = self.train_pairs.select(np.flatnonzero(self.route.is_hard))
             samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
-            identity = {
-                "data": self._data,
-                **encoding_identity(self._encoder, self.chat_template, **self.lengths),
-            }
-            self._pool = TokenPool.of(samples, identity)
+            self._pool = TokenPool.of(samples, {"data": self._data, **self.identity})
         return self._pool
 
     def easy_samples(self) -> list[dict[str, Any]]:
@@ -167,15 +210,29 @@ class PreferenceDataModule(PlannedDataModule):
         tokens = self._tokens(self.validation_pairs, [False] * len(is_hard))
         return self._make_loader(self.validation_batches(tokens), self.validation_pairs, is_hard, evaluation=True)
 
+    def predict_dataloader(self) -> ResumableLoader:
+        """Batches by length of the pairs whose margin is not known yet."""
+        known, ids = self.trainer.lightning_module.file.margins, self.train_pairs["pair_id"][:]
+        easy = [False] * len(ids)
+        batches = self.validation_batches(self._tokens(self.train_pairs, easy))
+        left = [tuple(i for i in batch if ids[i] not in known) for batch, _, _ in batches]
+        plan = [(batch, 1.0, len(batch)) for batch in left if batch]
+        return self._make_loader(plan, self.train_pairs, easy, evaluation=True)
+
     def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
+        if self.margins_file is not None and self.margins_file.of_policy:  # the weights are loaded after setup
+            weights = base_fingerprint(self.trainer.lightning_module.model)
+            self.margins_file.refuse_other({"weights": weights}, "base model")
         collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 
     @staticmethod
-    def _tokens(pairs: Any, is_hard: Any) -> list[int]:
-        """Tokens that training a pair computes: a hard pair's rejected response is not among them."""
-        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_hard, strict=True)
-        return [len(p) + len(c) + (0 if hard else len(r)) for p, c, r, hard in columns]
+    def _tokens(pairs: Any, to_sft: Any, sft_sides: tuple[int, ...] = (0,)) -> list[int]:
+        """Tokens that training a pair computes: what SFT does not learn is not among them."""
+        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], to_sft, strict=True)
+        return [
+            len(prompt) + sum(len(sides[i]) for i in (sft_sides if sft else (0, 1))) for prompt, *sides, sft in columns
+        ]
 
 
 def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:

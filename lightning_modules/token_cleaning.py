@@ -9,7 +9,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from mixdpo.adapters import adapter_fingerprint, adds_nothing, base_fingerprint, check_alike, copy_adapter
+from mixdpo.adapters import (
+    adapter_fingerprint,
+    add_reference,
+    adds_nothing,
+    base_fingerprint,
+    check_alike,
+    copy_adapter,
+)
 from mixdpo.errors import InputError
 from mixdpo.models import load_tokenizer
 from mixdpo.samples import TokenPool
@@ -24,33 +31,54 @@ ROLES = {"base": "base", "reference": "cleaning", "previous": "previous"}
 
 
 class RefreshReference(Callback):
-    def __init__(self, every: int | Literal["stage"] = "stage", ema: float = 0.0) -> None:
-        """Makes the policy the cleaning reference, again and again: self-evolving token cleaning.
+    def __init__(
+        self,
+        every: int | Literal["stage"] = "stage",
+        ema: float = 0.0,
+        role: Literal["cleaning", "reference"] = "cleaning",
+    ) -> None:
+        """Makes the policy a reference, again and again: self-evolving token cleaning, or a moving reference of DPO.
 
-        What comes next is then scored by the new reference. With `every: stage` and slices of the data, slice t is
-        cleaned by the model that slices 0 to t − 1 have trained.
+        What comes next is then scored by, or held against, the new reference. With `every: stage` and slices of the
+        data, slice t is cleaned by the model that slices 0 to t − 1 have trained. With `role: reference` and pairs in
+        buckets, each bucket starts from its own reference (Curri-DPO, arXiv 2403.07230).
 
         Args:
             every: At the start of each stage but the first, or every so many optimizer steps.
             ema: New reference = ema · old + (1 − ema) · policy, matrix by matrix; 0 is a copy.
+            role: The reference of token cleaning, or the one of the preference loss (the base, or `model.adapter`,
+                until the first refresh).
         """
         if every != "stage" and every < 1:
             raise InputError(f"RefreshReference.every must be 'stage' or a number of steps, not {every}")
         if not 0 <= ema < 1:
             raise InputError(f"RefreshReference.ema must lie in [0, 1), not {ema}")
-        self.every, self.ema = every, ema
+        self.every, self.ema, self.role = every, ema, role
         self._refreshed_at = 0
 
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(role=self.role)  # a run may have one of each
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if "cleaning" not in pl_module.model.peft_config:
+        exists = self.role in pl_module.model.peft_config
+        if self.role == "cleaning" and not exists:
             raise InputError(
                 "RefreshReference: nothing to refresh, since model.cleaning has no scorer that reads a reference"
             )
+        if self.role == "reference" and not hasattr(pl_module, "preference_loss"):
+            raise InputError("RefreshReference: role reference belongs to a preference loss, and this is SFT: cleaning")
         if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:
-            raise InputError("RefreshReference: the run has one stage: set data.slices.count, or every to a number")
+            raise InputError(
+                "RefreshReference: the run has one stage: set data.slices.count or data.routing.order (bucketed), or "
+                "every to a number"
+            )
         if self.ema and getattr(pl_module, "stage_start", None) == "fresh_adapter":
             raise InputError("RefreshReference.ema: the moving average of stacked adapters is not defined: use 0")
-        check_alike(pl_module.model, "policy", "cleaning")
+        if self.ema and not exists:
+            raise InputError("RefreshReference.ema: there is no average of the base and an adapter: use 0")
+        if exists:
+            check_alike(pl_module.model, "policy", self.role)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         step, stage_of = trainer.global_step, trainer.datamodule.stage_of
@@ -59,11 +87,14 @@ class RefreshReference(Callback):
         if stage_of(step) == stage_of(step - 1) if self.every == "stage" else step % self.every:
             return
         model = pl_module.model
-        if "previous" in model.peft_config:
-            copy_adapter(model, "cleaning", "previous")
-        copy_adapter(model, "policy", "cleaning", decay=self.ema)
-        pl_module.reference_version += 1
         self._refreshed_at = step
+        if self.role not in model.peft_config:
+            add_reference(model, self.role)  # until now it was the base
+        if self.role == "cleaning":
+            if "previous" in model.peft_config:
+                copy_adapter(model, "cleaning", "previous")
+            pl_module.reference_version += 1
+        copy_adapter(model, "policy", self.role, decay=self.ema)
 
     def state_dict(self) -> dict[str, Any]:
         return {"refreshed_at": self._refreshed_at}

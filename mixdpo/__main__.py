@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from mixdpo.errors import InputError
 
 # verb: (module, function, what it does); the module is imported only when its verb is used.
 VERBS = {
     "make-pairs": ("mixdpo.make_pairs", "make_pairs", "sample a model, score the samples, write preference pairs"),
-    "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, as a web page"),
+    "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, or compare two margins files"),
     "export-labels": ("mixdpo.token_cleaning.labels", "export_labels", "write a run's cleaned labels as a data set"),
 }
 POSITIONAL = {"report", "export-labels"}  # verbs whose required arguments have no name on the command line
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
     module, function, _ = VERBS[verb]
+    if verb == "report" and any(map(Path.is_file, map(Path, rest))) and not any(map(Path.is_dir, map(Path, rest))):
+        module, function = "mixdpo.margins_report", "compare"
     try:
         auto_cli(
             getattr(import_module(module), function), args=rest, prog=f"mixdpo {verb}", as_positional=verb in POSITIONAL

@@ -196,10 +196,15 @@ def adds_nothing(model: "PeftModel", name: Role) -> bool:
 def base_fingerprint(model: "PeftModel") -> str:
     """Changes whenever the base's weights or configuration do, quantised as they are: a name or path would not tell.
     Reads all weights once: about a second per GB."""
-    causal_lm = model.get_base_model()
-    config = causal_lm.config.to_dict()
+    return weights_fingerprint(model.get_base_model())
+
+
+def weights_fingerprint(model: "PreTrainedModel") -> str:
+    """As `base_fingerprint`, of a model with or without adapters on it: the same, whichever layers they are on."""
+    config = model.config.to_dict()
     digest = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if not k.startswith("_"))).encode())
-    for name, parameter in sorted(causal_lm.named_parameters()):
+    named = ((name.replace(".base_layer.", "."), parameter) for name, parameter in model.named_parameters())
+    for name, parameter in sorted(named, key=lambda item: item[0]):
         if "lora_" not in name:
             quantised = getattr(parameter, "quant_state", None)
             scales = [quantised.absmax] if quantised is not None else []

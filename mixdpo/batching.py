@@ -5,7 +5,7 @@ tokens, so that Lightning's windows never shift and no rank waits for another; t
 because the loss is normalised over the step.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -69,15 +69,18 @@ class PairBatch:
     """One micro-batch of B pairs.
 
     Attributes:
-        rows: what the policy sees. Without the rejected responses of hard pairs, unless made for evaluation.
-        reference_rows: what the reference sees: easy pairs only (all pairs in evaluation); None if there is none.
-        is_hard: (B,) bool, True = SFT on the chosen response.
-        easy, hard: (E,) and (H,) int64, the positions in the batch of either route (indexing by them needs no sync).
+        rows: what the policy sees: nothing that no loss is taken of, unless made for evaluation.
+        reference_rows: what the reference sees: `easy` only (all pairs in evaluation); None if there is none.
+        is_hard: (B,) bool, what is reported as hard.
+        easy, hard: (E,) and (H,) int64, the positions in the batch of the pairs trained by the preference loss and by
+            SFT (indexing by them needs no sync).
         margin: (B,) float64.
         weight: (B,) float32, 0 for a filler pair that only keeps the count of micro-batches right.
         pair_id: (B,) int64.
         step_pairs: pairs in the whole optimizer step, over all micro-batches and devices.
         count: pairs of this batch that count, 0 for filler.
+        sft_sides: which responses of the pairs in `hard` SFT learns: 0 the chosen, 1 the rejected, (0, 1) both. `rows`
+            has no others of them, unless made for evaluation.
         token: (M,) int64, the number in the cleaning pool of each target in `rows`, -1 where it is none of a hard
             pair's chosen response; None without token cleaning.
         token_weight: (M,) float32, weight of each target in the sum over its completion; None without token cleaning.
@@ -94,6 +97,7 @@ class PairBatch:
     pair_id: Tensor
     step_pairs: int
     count: int
+    sft_sides: tuple[int, ...] = (0,)
     token: Tensor | None = None
     token_weight: Tensor | None = None
 
@@ -148,37 +152,40 @@ def collate(
     step_pairs: int | None = None,
     evaluation: bool = False,
     share_prompt: bool = True,
+    to_sft: Sequence[bool] | None = None,
+    sft_sides: tuple[int, ...] = (0,),
 ) -> PairBatch:
     """Tensors of one micro-batch.
 
     Args:
         pairs: encoded pairs: `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
-        is_hard: the route of each.
+        is_hard: what each is reported as.
         weight: of every pair, 0 for filler.
         step_pairs: pairs in the optimizer step; the batch's own number by default.
-        evaluation: keep the rejected responses of hard pairs and show every pair to the reference.
+        evaluation: keep both responses of all pairs and show every pair to the reference.
         share_prompt: one row per pair instead of one per completion; the numbers are the same.
+        to_sft: which pairs are trained by SFT; the hard ones if not given.
+        sft_sides: the completions that those learn.
     """
-    routed_to_sft = [bool(hard) and not evaluation for hard in is_hard]
-    rows = build_rows(pairs, [True] * len(pairs), [not sft for sft in routed_to_sft], share_prompt)
-    if not any(routed_to_sft):
+    to_sft = is_hard if to_sft is None else to_sft
+    whole = [evaluation or not sft for sft in to_sft]
+    rows = build_rows(pairs, *([keep or side in sft_sides for keep in whole] for side in (0, 1)), share_prompt)
+    if all(whole):
         reference_rows: TokenRows | None = rows
-    elif all(routed_to_sft):
-        reference_rows = None
     else:
-        easy = [not sft for sft in routed_to_sft]
-        reference_rows = build_rows(pairs, easy, easy, share_prompt)
+        reference_rows = build_rows(pairs, whole, whole, share_prompt) if any(whole) else None
     return PairBatch(
         rows,
         reference_rows,
         is_hard=torch.tensor([bool(hard) for hard in is_hard]),
-        easy=torch.tensor([b for b, hard in enumerate(is_hard) if not hard], dtype=torch.long),
-        hard=torch.tensor([b for b, hard in enumerate(is_hard) if hard], dtype=torch.long),
+        easy=torch.tensor([b for b, sft in enumerate(to_sft) if not sft], dtype=torch.long),
+        hard=torch.tensor([b for b, sft in enumerate(to_sft) if sft], dtype=torch.long),
         margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
         weight=torch.full((len(pairs),), weight),
         pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
         step_pairs=len(pairs) if step_pairs is None else step_pairs,
         count=len(pairs) if weight else 0,
+        sft_sides=sft_sides,
     )
 
 
@@ -229,8 +236,9 @@ def _tensors(rows: list[list[tuple[int, int, Sequence[int]]]], width: int, lengt
 
 
 class PairCollator:
-    """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers. `first_token` (N,)
-    is the number in the cleaning pool of a pair's first chosen token, -1 for a pair that is not in it."""
+    """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers. `is_hard` and
+    `to_sft` are (N,), of the whole data; `first_token` (N,) is the number in the cleaning pool of a pair's first chosen
+    token, -1 for a pair that is not in it."""
 
     def __init__(
         self,
@@ -239,10 +247,12 @@ class PairCollator:
         *,
         evaluation: bool,
         share_prompt: bool,
+        to_sft: Sequence[bool] | None = None,
+        sft_sides: tuple[int, ...] = (0,),
         first_token: np.ndarray | None = None,
     ) -> None:
         self.data, self.is_hard, self.evaluation, self.share_prompt = data, is_hard, evaluation, share_prompt
-        self.first_token = first_token
+        self.to_sft, self.sft_sides, self.first_token = is_hard if to_sft is None else to_sft, sft_sides, first_token
 
     def __call__(self, micro_batch: MicroBatch) -> PairBatch:
         indices, weight, step_pairs = micro_batch
@@ -253,6 +263,8 @@ class PairCollator:
             step_pairs=step_pairs,
             evaluation=self.evaluation,
             share_prompt=self.share_prompt,
+            to_sft=[self.to_sft[i] for i in indices],
+            sft_sides=self.sft_sides,
         )
         if self.first_token is not None:
             batch.token = torch.full_like(batch.rows.target, -1)
@@ -262,37 +274,3 @@ class PairCollator:
                     chosen = batch.rows.completion == b
                     batch.token[chosen] = first + torch.arange(int(chosen.sum()))
         return batch
-
-
-class ResumableLoader:
-    """One epoch of micro-batches in their planned order, which continues where an interrupted epoch stopped.
-
-    Its own small iterable rather than a DataLoader: Lightning replays the data of a plain DataLoader after a mid-epoch
-    resume. `consumed` counts the batches handed out, not those that workers have prefetched.
-    """
-
-    def __init__(self, plan: Sequence[MicroBatch], collator: PairCollator, *, workers: int = 0) -> None:
-        self.plan, self.collator, self.workers = list(plan), collator, workers
-        self.consumed = self._start = 0
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __iter__(self) -> Iterator[PairBatch]:
-        self.consumed, self._start = self._start % max(len(self.plan), 1), 0  # an iterator left early starts anew
-        inner = torch.utils.data.DataLoader(
-            self.plan[self.consumed :],  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=None,
-            collate_fn=self.collator,
-            num_workers=self.workers,
-            generator=torch.Generator(),  # a loader without one draws its seed from the global generator
-        )
-        for batch in inner:
-            self.consumed += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.consumed = self._start = state["consumed"]

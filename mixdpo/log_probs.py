@@ -19,13 +19,22 @@ class SequenceLogProbs:
     Attributes:
         sums: (B,) summed log-probability of the completion's tokens given what stands before them, in nats, fp32.
         lengths: (B,) number of these tokens, the end token counted.
+        shared_sums: (B,) `sums` over the first min(L_w, L_l) tokens, as many as both completions of the pair have. Only
+            ld_dpo reads it.
     """
 
     sums: Tensor
     lengths: Tensor
+    shared_sums: Tensor | None = None
 
     def __getitem__(self, index: Tensor | slice) -> "SequenceLogProbs":
-        return SequenceLogProbs(self.sums[index], self.lengths[index])
+        shared = None if self.shared_sums is None else self.shared_sums[index]
+        return SequenceLogProbs(self.sums[index], self.lengths[index], shared)
+
+    @property
+    def means(self) -> Tensor:
+        """(B,) per token; 0 of no token."""
+        return self.sums / torch.where(self.lengths > 0, self.lengths, 1)
 
 
 def token_log_probs(hidden: Tensor, head: nn.Module, targets: Tensor, tile: int = TILE) -> Tensor:

@@ -62,25 +62,29 @@ VALIDATION = tuple(
 )
 
 
-def pair_values(policy: SequenceLogProbs, reference: SequenceLogProbs, *, beta: float) -> dict[str, Tensor]:
+def pair_values(
+    policy: SequenceLogProbs, reference: SequenceLogProbs | None, *, beta: float, averaged: bool = False
+) -> dict[str, Tensor]:
     """(E,) values of E pairs whose 2E completions stand chosen first, then rejected.
 
-    rewards: β (s − r) in nats; accuracy: 1 where the chosen reward is the larger, ½ where both are equal;
-    log_probs: mean per token, so that lengths do not hide in them; displacement: chosen log-prob minus the reference's,
-    summed over the response, in nats (negative = the chosen response became less likely).
+    rewards: β (s − r) in nats, or β s without a reference, per token if `averaged`; accuracy: 1 where the chosen reward
+    is the larger, ½ where both are equal; log_probs: mean per token, so that lengths do not hide in them; displacement,
+    with a reference only: chosen log-prob minus the reference's, summed over the response, in nats (negative = the
+    chosen response became less likely).
     """
-    sums, reference_sums = policy.sums.detach(), reference.sums.detach()
-    chosen, rejected = (beta * (sums - reference_sums)).chunk(2)
+    sums = policy.sums.detach()
+    ratios = sums if reference is None else sums - reference.sums.detach()
+    chosen, rejected = (beta * (ratios / policy.lengths if averaged else ratios)).chunk(2)
     log_prob_chosen, log_prob_rejected = (sums / policy.lengths).chunk(2)
-    return {
+    values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margin": chosen - rejected,
         "rewards/accuracy": ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()),
         "log_probs/chosen": log_prob_chosen,
         "log_probs/rejected": log_prob_rejected,
-        "displacement/chosen": (sums - reference_sums).chunk(2)[0],
     }
+    return values if reference is None else values | {"displacement/chosen": ratios.chunk(2)[0]}
 
 
 def length_accuracy(lengths: Tensor) -> Tensor:

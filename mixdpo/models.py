@@ -42,21 +42,67 @@ def load_base(
     Raises:
         InputError: the model cannot be found or read, or its output is not a plain linear head.
     """
-    from transformers import AutoModelForCausalLM
+    options = {"quantization": quantization, "dtype": dtype, "attention": attention, "device": device}
+    model, _ = _load("AutoModelForCausalLM", name, **options)
+    _check_supported(model)
+    model.requires_grad_(False)
+    _switch_off_dropout(model)
+    return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
+
+
+def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
+    """A sequence classifier with one label, frozen, in eval mode; options as for `load_base`.
+
+    Raises:
+        InputError: the model cannot be found or read, has another number of labels, or no trained head.
+    """
+    model, missing = _load("AutoModelForSequenceClassification", name, **options)
+    if model.config.num_labels != 1 or missing:
+        raise InputError(
+            f"'{name}' is no reward model, a sequence classifier with one label: it has {model.config.num_labels}, and "
+            f"its files lack {missing or 'nothing'}"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def _load(
+    auto: str,
+    name: str,
+    quantization: Quantization = "nf4",
+    dtype: Dtype = "bfloat16",
+    attention: Attention = "sdpa",
+    device: torch.device | str = "cpu",
+) -> tuple["PreTrainedModel", list[str]]:
+    """The model, and names of weights that its files lack."""
+    import transformers
 
     with readable(name, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = getattr(transformers, auto).from_pretrained(
             model_folder(name),
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
             device_map={"": str(device)},
+            output_loading_info=True,
         )
-    _check_supported(model)
-    model.requires_grad_(False)
-    _switch_off_dropout(model)
     _keep_weights_in_place(model)
-    return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
+    return model, sorted(loading["missing_keys"])
+
+
+def predicting_states(model: "PeftModel", rows: TokenRows) -> Tensor:
+    """Last-layer hidden state, after the final norm, that predicts each target in `rows` (M, H), in the active role:
+    of a completion, those from the last prompt token to its last token but one."""
+    causal_lm = model.get_base_model()
+    mask = rows.attention_mask()
+    if causal_lm.config._attn_implementation == "eager":  # adds its mask to the scores instead of choosing by it
+        dtype = next(causal_lm.parameters()).dtype
+        dtype = dtype if dtype.is_floating_point else torch.float32
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    _check_window(causal_lm.config, rows.input_ids.shape[1])
+    hidden: Tensor = causal_lm.base_model(
+        input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    return hidden.flatten(0, 1)[rows.source]
 
 
 def row_log_probs(model: "PeftModel", rows: TokenRows, *, exact: bool = False) -> Tensor:
@@ -68,34 +114,32 @@ def row_log_probs(model: "PeftModel", rows: TokenRows, *, exact: bool = False) -
         exact: apply the head in fp32 whatever its dtype. Logits rounded to bf16 are off by 0.06 nats, which flips the
             sign of many token-cleaning scores.
     """
-    causal_lm = model.get_base_model()
-    mask = rows.attention_mask()
-    if causal_lm.config._attn_implementation == "eager":  # adds its mask to the scores instead of choosing by it
-        dtype = next(causal_lm.parameters()).dtype
-        dtype = dtype if dtype.is_floating_point else torch.float32
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    _check_window(causal_lm.config, rows.input_ids.shape[1])
-    hidden: Tensor = causal_lm.base_model(
-        input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state
     log_probs = exact_token_log_probs if exact else token_log_probs
-    return log_probs(hidden.flatten(0, 1)[rows.source], causal_lm.get_output_embeddings(), rows.target)
+    return log_probs(predicting_states(model, rows), model.get_base_model().get_output_embeddings(), rows.target)
 
 
-def sequence_log_probs(model: "PeftModel", rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
+def sequence_log_probs(
+    model: "PeftModel", rows: TokenRows, token_weight: Tensor | None = None, *, exact: bool = False
+) -> SequenceLogProbs:
     """Summed log-probabilities of the 2B completions in `rows` (chosen first, then rejected), in the active role.
 
-    A completion that is left out of the rows has sum 0 and length 0.
+    A completion that is left out of the rows has sum 0 and length 0, and its pair shares no token.
 
     Args:
         token_weight: (M,) weight of each target in its completion's sum and length; 1 if not given.
+        exact: as for `row_log_probs`.
     """
-    values = row_log_probs(model, rows)
+    values = row_log_probs(model, rows, exact=exact)
     lengths = rows.lengths
     if token_weight is not None:
         values = values * token_weight
         lengths = token_weight.new_zeros(len(lengths)).index_add(0, rows.completion, token_weight)
-    return SequenceLogProbs(values.new_zeros(len(rows.lengths)).index_add(0, rows.completion, values), lengths)
+    of, zeros = rows.completion, values.new_zeros(len(rows.lengths))
+    number = torch.arange(len(of), device=of.device)
+    first = torch.full_like(rows.lengths, len(of)).scatter_reduce(0, of, number, "amin")
+    shared = torch.minimum(*rows.lengths.chunk(2)).repeat(2)  # a completion's targets stand together and in order
+    is_shared = number - first[of] < shared[of]
+    return SequenceLogProbs(zeros.index_add(0, of, values), lengths, zeros.index_add(0, of, values * is_shared))
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:

@@ -41,6 +41,7 @@ def read_pairs(
             with .gz); or `constraints`.
         split: split of a hub data set or folder; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
+            () takes none: all margins are NaN, to be put in later.
         limit: stop after this many usable pairs.
 
     Raises:
@@ -48,11 +49,12 @@ def read_pairs(
     """
     from datasets import Value
 
-    margin_columns: margins.MarginColumns | None = None
+    margin_columns: margins.MarginColumns | None = () if margin == () else None
 
     def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
         nonlocal margin_columns
-        margin_columns = margin_columns or margins.find_margin_columns(row, margin)
+        if margin_columns is None:
+            margin_columns = margins.find_margin_columns(row, margin)
         return _record(row, margin_columns, rows_of_ids)
 
     code = [Path(module).read_text("utf-8") for module in (__file__, margins.__file__)]
@@ -163,7 +165,7 @@ def _record(row: dict[str, Any], columns: margins.MarginColumns, rows_of_ids: di
     pair_id = row_id(row, "pair_id", json.dumps([prompt, chosen, rejected]), rows_of_ids)
     drop = _why_unusable(prompt, chosen, rejected)
     # A row that is kept out needs no score.
-    margin = math.nan if drop else margins.row_margin(row, columns)
+    margin = math.nan if drop or not columns else margins.row_margin(row, columns)
     pair = {"pair_id": pair_id, "prompt": prompt, "chosen": chosen, "rejected": rejected}
     return pair | {"margin": margin, "drop": drop}
 

@@ -5,6 +5,7 @@ nothing left: 12 % of the steps get 0.36 % of the learning rate. So a schedule s
 dataclass maps a `StepPlan` to one multiplier of the peak learning rate per optimizer step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -18,8 +19,8 @@ class StepPlan:
 
     Attributes:
         hard_share: (S,) float64, share of the step's pairs that are routed to SFT.
-        stage_starts: first step of each stage, starting with 0: where the order turns from easy to hard pairs, and
-            where a new epoch begins again.
+        stage_starts: first step of each stage, starting with 0: where the order turns from one route to the other, or
+            to the next bucket, and where a new epoch begins again.
     """
 
     hard_share: np.ndarray
@@ -28,13 +29,15 @@ class StepPlan:
     def __len__(self) -> int:
         return len(self.hard_share)
 
-    def repeated(self, epochs: int, total: int) -> "StepPlan":
-        """The plan of so many such epochs, cut after `total` steps. A plan of one stage stays one stage."""
-        hard_share = np.tile(self.hard_share, epochs)[:total]
-        if self.stage_starts == (0,):
-            return StepPlan(hard_share)
-        starts = (start + epoch * len(self) for epoch in range(epochs) for start in self.stage_starts)
-        return StepPlan(hard_share, tuple(start for start in starts if start < total))
+    @classmethod
+    def of_epochs(cls, epochs: Sequence["StepPlan"], total: int) -> "StepPlan":
+        """These epochs one after the other, cut after `total` steps. Epochs of one stage make one stage."""
+        hard_share = np.concatenate([epoch.hard_share for epoch in epochs])[:total]
+        if all(epoch.stage_starts == (0,) for epoch in epochs):
+            return cls(hard_share)
+        begins = np.cumsum([0, *map(len, epochs)]).tolist()
+        starts = (begin + start for begin, epoch in zip(begins, epochs, strict=False) for start in epoch.stage_starts)
+        return cls(hard_share, tuple(start for start in starts if start < total))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixdpo.batching import PairCollator, ResumableLoader, TokenRows, collate, cut_step, plan_steps
+from mixdpo.batching import PairCollator, TokenRows, collate, cut_step, plan_steps
+from mixdpo.loader import ResumableLoader
 
 fast = settings(deadline=None, max_examples=40)
 ANY = st.sampled_from([True, False])
@@ -403,3 +404,53 @@ def test_workers_change_nothing():
         assert seen(here) == seen(there)
         for name in ("input_ids", "position_ids", "segments", "source", "target", "completion", "lengths"):
             assert torch.equal(getattr(here.rows, name), getattr(there.rows, name)), name
+
+
+@pytest.mark.parametrize(("sides", "segments"), [((0,), {0, 1}), ((1,), {0, 2}), ((0, 1), {0, 1, 2})])
+def test_sft_computes_the_sides_it_learns_and_no_other(sides, segments):
+    """Reported hard: pairs 1 and 3. Trained by SFT: pair 1 only, so that 3 has a reference and both responses."""
+    to_sft = [False, True, False, False]
+    batch = collate(PAIRS, IS_HARD, to_sft=to_sft, sft_sides=sides)
+    assert batch.is_hard.tolist() == IS_HARD
+    assert (batch.easy.tolist(), batch.hard.tolist(), batch.sft_sides) == ([0, 2, 3], [1], sides)
+    lengths = [[len(pair["chosen_ids"]) for pair in PAIRS], [len(pair["rejected_ids"]) for pair in PAIRS]]
+    for side in {0, 1} - set(sides):
+        lengths[side][1] = 0
+    assert batch.rows.lengths.tolist() == lengths[0] + lengths[1]
+    assert len(batch.rows.target) == sum(map(sum, lengths))
+    mine = [
+        set(batch.rows.segments[row].tolist())
+        for row in range(4)
+        if PAIRS[1]["prompt_ids"][0] in batch.rows.input_ids[row]
+    ]
+    assert mine and mine[0] - {-1} == segments
+    assert batch.reference_rows.lengths.tolist()[1] == batch.reference_rows.lengths.tolist()[5] == 0
+    assert batch.reference_rows.lengths.tolist()[3] == len(PAIRS[3]["chosen_ids"])
+
+
+def test_hard_pairs_by_the_preference_loss_have_a_reference():
+    batch = collate(PAIRS, [True] * 4, to_sft=[False] * 4)
+    assert batch.reference_rows is batch.rows
+    assert (batch.easy.tolist(), batch.hard.tolist(), batch.is_hard.tolist()) == ([0, 1, 2, 3], [], [True] * 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_that_differ_are_continued_in_the_right_one(workers):
+    plans = [PLAN, PLAN[::-1], PLAN[3:] + PLAN[:3]]
+
+    def loader():
+        made = make_loader(workers)
+        made.replan = plans.__getitem__
+        return made
+
+    first = loader()
+    for epoch in (0, 1):
+        first.sampler.set_epoch(epoch)
+        assert [seen(batch) for batch in first] == plans[epoch]
+    first.sampler.set_epoch(2)
+    batches = iter(first)
+    assert [seen(next(batches)) for _ in range(2)] == plans[2][:2]
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    second.sampler.set_epoch(2)
+    assert [seen(batch) for batch in second] == plans[2][2:]

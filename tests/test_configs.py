@@ -11,6 +11,7 @@ import pytest
 import run
 from datamodules.preference import PreferenceDataModule
 from datamodules.sft import SFTDataModule
+from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.sft import SFTModule
 from lightning_modules.token_cleaning import RefreshReference
@@ -21,7 +22,9 @@ from mixdpo.schedules import Cosine
 from mixdpo.token_cleaning.scorers import ExcessLoss
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SIGNALS = sorted((ROOT / "configs/signals").glob("*.yaml"))
+OVERLAYS = {"controls", "signals", "studies"}  # laid over another config, or of another command
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in OVERLAYS)
 NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
 SFT = [path for path in CONFIGS if "token_cleaning" in path.parts]
 
@@ -42,7 +45,11 @@ def build(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "new_run_folder", lambda runs, name: tmp_path / name)
     monkeypatch.setattr(run.RunCLI, "_run_subcommand", lambda self, subcommand: None)
     cpu = ["--trainer.accelerator", "cpu"]
-    return lambda config, *options: run.main(["--config", str(config), *cpu, *options])
+    return lambda config, *options: run.main([verb_of(config), "--config", str(config), *cpu, *options])
+
+
+def verb_of(config: Path) -> str:
+    return "predict" if config in SIGNALS else "fit"
 
 
 def header_overrides(config: Path) -> dict[str, list[str]]:
@@ -65,22 +72,35 @@ def test_config_builds(build, config):
     assert f"python run.py --config {config.relative_to(ROOT)}" in config.read_text("utf-8")
 
 
+@pytest.mark.parametrize("config", SIGNALS, ids=lambda path: path.stem)
+def test_signal_config_builds(build, config):
+    cli = build(config)
+    assert type(cli.model) is MarginModule and cli.model.model is None
+    assert (cli.model.adapter is not None) == (config.stem == "implicit_reward")
+    assert cli.model.output == f"runs/{config.stem}.margins" and cli.datamodule.tokenizer == cli.model.base
+    assert f"python run.py predict --config {config.relative_to(ROOT)}" in config.read_text("utf-8")
+
+
 def test_header_overrides_parse(build):
     """All that a header offers as a line of options is accepted."""
     parser = build(ROOT / "configs/demo.yaml").parser
-    for config in CONFIGS:
+    for config in [*CONFIGS, *SIGNALS]:
+        verb = verb_of(config)
         for options in header_overrides(config).values():
-            assert parser.parse_args(["fit", "--config", str(config), *options]).fit.name
+            assert parser.parse_args([verb, "--config", str(config), *options])[verb].name
 
 
 def test_readme_commands_parse(build):
     """Every `python run.py` command of the README whose config is shipped, with its options."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    commands = re.findall(r"^python run\.py (--config configs/.+?)(?:  +#.*)?$", readme, flags=re.MULTILINE)
+    commands = re.findall(
+        r"^python run\.py ((?:predict )?--config configs/.+?)(?:  +#.*)?$", readme, flags=re.MULTILINE
+    )
     assert len(commands) >= 8
     parser = build(ROOT / "configs/demo.yaml").parser
     for command in commands:
-        assert parser.parse_args(["fit", *shlex.split(command)]).fit.name
+        verb, *arguments = shlex.split(command if command.startswith("predict") else f"fit {command}")
+        assert parser.parse_args([verb, *arguments])[verb].name
 
 
 def test_baseline_overrides(build):

@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules.callbacks import RunFiles
 from lightning_modules.preference import PreferenceModule
 from mixdpo.adapters import Lora, add_adapters
-from mixdpo.batching import PairCollator, ResumableLoader
+from mixdpo.batching import PairCollator
 from mixdpo.errors import InputError
+from mixdpo.loader import ResumableLoader
 from mixdpo.metrics import NamedMeans
 from mixdpo.models import load_base, load_tokenizer
 from mixdpo.records import read_pairs

@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from mixdpo.errors import InputError
 from mixdpo.log_probs import SequenceLogProbs
-from mixdpo.losses import DPO, cdpo, dpo, log_ratio_difference, sft
+from mixdpo.losses import DPO
+from mixdpo.losses.functions import Pairs, cdpo, dpo, sft
 
 
 def sequences(*sums, lengths=None, dtype=torch.float32):
@@ -17,6 +18,12 @@ def sequences(*sums, lengths=None, dtype=torch.float32):
 # Δ = h_w − h_l, pair by pair: (0 − 0, .1 + 9.9, −.9 + 20.9) = (0, 10, 20)
 POLICY = sequences(-0.5, -10.0, -1.0), sequences(-0.1, -30.0, -21.0)
 REFERENCE = sequences(-0.5, -10.1, -0.1), sequences(-0.1, -20.1, -0.1)
+
+
+def pairs_of(delta):
+    """Pairs of this Δ, the chosen response's log-ratio."""
+    chosen, zero = (SequenceLogProbs(sums, torch.ones(len(delta))) for sums in (delta, torch.zeros_like(delta)))
+    return Pairs(chosen, zero, zero, zero)
 
 
 def scalar_cdpo(delta, beta, epsilon):
@@ -31,7 +38,7 @@ def test_closed_form():
 
 
 def test_log_ratio_difference():
-    assert_close(log_ratio_difference(*POLICY, *REFERENCE), torch.tensor([0.0, 10.0, 20.0]))
+    assert_close(Pairs(*POLICY, *REFERENCE).delta, torch.tensor([0.0, 10.0, 20.0]))
 
 
 def test_the_defaults_are_those_of_the_table():
@@ -44,13 +51,13 @@ def test_label_smoothing_follows_the_equation(beta, epsilon):
     deltas = [-20.0, -3.0, -0.1, 0.0, 0.5, 7.0, 20.0]
     expected = torch.tensor([scalar_cdpo(delta, beta, epsilon) for delta in deltas], dtype=torch.float64)
     delta = torch.tensor(deltas, dtype=torch.float64)
-    assert_close(cdpo(delta, beta=beta, label_smoothing=epsilon), expected, rtol=1e-7, atol=1e-10)
+    assert_close(cdpo(pairs_of(delta), beta=beta, label_smoothing=epsilon), expected, rtol=1e-7, atol=1e-10)
     chosen, zero = SequenceLogProbs(delta, torch.ones(7)), SequenceLogProbs(0 * delta, torch.ones(7))
     assert_close(DPO(beta, epsilon)(chosen, zero, zero, zero), expected, rtol=1e-7, atol=1e-10)
 
 
 def test_no_smoothing_is_dpo_bit_for_bit():
-    delta = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 100
+    delta = pairs_of(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 100)
     assert torch.equal(cdpo(delta, beta=0.07, label_smoothing=0.0), dpo(delta, beta=0.07))
 
 
@@ -70,8 +77,8 @@ def test_gradient_at_zero(epsilon):
 def test_gradients_are_those_of_the_values():
     generator = torch.Generator().manual_seed(1)
     delta = (torch.randn(6, dtype=torch.float64, generator=generator) * 5).requires_grad_()
-    assert torch.autograd.gradcheck(lambda d: dpo(d, beta=0.3), delta)
-    assert torch.autograd.gradcheck(lambda d: cdpo(d, beta=0.3, label_smoothing=0.1), delta)
+    assert torch.autograd.gradcheck(lambda d: dpo(pairs_of(d), beta=0.3), delta)
+    assert torch.autograd.gradcheck(lambda d: cdpo(pairs_of(d), beta=0.3, label_smoothing=0.1), delta)
     assert torch.autograd.gradcheck(lambda s: sft(SequenceLogProbs(s, torch.arange(1, 7))), delta)
 
 
@@ -80,7 +87,7 @@ def test_gradients_are_those_of_the_values():
 def test_extreme_log_ratios_stay_finite(beta, epsilon):
     """For large |x|, −log σ(x) is 0 or |x|: the loss is ε·β|Δ| on the right side and (1 − ε)·β|Δ| on the wrong."""
     delta = torch.tensor([1e4, -1e4], requires_grad=True)
-    loss = cdpo(delta, beta=beta, label_smoothing=epsilon)
+    loss = cdpo(pairs_of(delta), beta=beta, label_smoothing=epsilon)
     loss.sum().backward()
     assert_close(loss.detach(), torch.tensor([epsilon, 1 - epsilon]) * beta * 1e4, rtol=1e-5, atol=1e-4)
     assert_close(delta.grad, torch.tensor([epsilon, epsilon - 1]) * beta, rtol=1e-5, atol=1e-6)
@@ -95,8 +102,8 @@ def test_swapping_the_sides_flips_the_preference():
     assert_close(wrong - right, torch.tensor([0.0, 1.0, 2.0]))
     delta = torch.tensor([-3.0, 0.0, 5.0])
     assert_close(
-        cdpo(-delta, beta=0.5, label_smoothing=0.2),
-        0.8 * dpo(-delta, beta=0.5) + 0.2 * dpo(delta, beta=0.5),
+        cdpo(pairs_of(-delta), beta=0.5, label_smoothing=0.2),
+        0.8 * dpo(pairs_of(-delta), beta=0.5) + 0.2 * dpo(pairs_of(delta), beta=0.5),
     )
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
-from mixdpo.routing import Routing, plan_route
+from mixdpo.routing import Assignment, EasyAction, HardAction, Order, Routing, plan_route
 
 FEW_MARGINS = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.5])  # few values: ties everywhere
 PAIR_IDS = st.integers(-(2**63), 2**63 - 1)
@@ -110,7 +111,7 @@ def test_shuffled_changes_the_order_only():
     assert route.is_hard.tolist() == sorted_route.is_hard.tolist() == [True] * 30 + [False] * 70
     assert sorted(route.order.tolist()) == list(range(100))
     assert not route.is_hard[route.order][-30:].all()
-    assert (route.ordering, sorted_route.ordering) == ("shuffled", "easy_to_hard")
+    assert (route.routing.order, sorted_route.routing.order) == ("shuffled", "easy_to_hard")
 
 
 @pytest.mark.parametrize("option", [{"hard_fraction": 1.0}, {"threshold": 3.0}])
@@ -160,7 +161,12 @@ def test_summary_by_hand():
         "threshold": 1.0,
         "ties_at_threshold": 2,
         "hard_at_threshold": 1,
+        "trained": 5,
+        "trained_by_sft": 2,
         "order": "easy_to_hard",
+        "assignment": "margin",
+        "hard_action": "sft",
+        "easy_action": "preference",
     }
 
 
@@ -218,3 +224,208 @@ def test_the_options_make_the_same_plan():
             planned = Routing(**option, order=order).plan(margins, ids, seed=7)
             assert planned.fingerprint() == plan_route(margins, ids, **option, order=order, seed=7).fingerprint()
             assert planned.is_hard.sum() == (10 if option["threshold"] else 6)
+
+
+def routings(**fixed):
+    """Any `Routing` but those that train nothing."""
+    free = {
+        "order": st.sampled_from(get_args(Order)),
+        "assignment": st.sampled_from(get_args(Assignment)),
+        "hard_action": st.sampled_from(get_args(HardAction)),
+        "buckets": st.integers(2, 5),
+        "easy_action": st.sampled_from(get_args(EasyAction)),
+    }
+    chosen = st.fixed_dictionaries(free | {name: st.just(value) for name, value in fixed.items()})
+    return st.builds(lambda size, rest: size | rest, options, chosen).filter(
+        lambda o: not o["hard_action"] == o["easy_action"] == "drop"
+    )
+
+
+def planned(margins, ids, **option):
+    """The route, or None where the routing rightly says that there is too little to train."""
+    try:
+        return plan_route(margins, ids, **option)
+    except InputError as error:
+        whole = plan_route(
+            margins, ids, **{**option, "order": "shuffled", "hard_action": "sft", "easy_action": "preference"}
+        )
+        hard, easy = whole.is_hard.sum(), (~whole.is_hard).sum()
+        trained = hard * (option["hard_action"] != "drop") + easy * (option["easy_action"] != "drop")
+        assert trained < (option["buckets"] if option["order"] == "bucketed" else 1), error
+        return None
+
+
+@given(pairs(), routings(), st.integers(0, 5), st.booleans())
+@fast
+def test_every_plan_is_a_partition_with_exact_counts(data, option, seed, reshuffle):
+    margins, ids = data
+    option["reshuffle"] = reshuffle and option["order"] in ("shuffled", "bucketed")
+    if (route := planned(margins, ids, seed=seed, **option)) is None:
+        return
+    expected = (
+        (margins < option["threshold"]).sum() if "threshold" in option else round(option["hard_fraction"] * len(ids))
+    )
+    assert route.is_hard.sum() == expected
+    trained = np.full(len(ids), True)
+    trained[route.is_hard] = option["hard_action"] != "drop"
+    trained[~route.is_hard] &= option["easy_action"] != "drop"
+    for epoch in (0, 1, 7):
+        assert sorted(route.epoch_order(epoch).tolist()) == np.flatnonzero(trained).tolist()
+        assert route.epoch_order(epoch).dtype == np.int64
+        assert np.array_equal(route.epoch_order(epoch), route.order) or option["reshuffle"]
+    assert (
+        route.to_sft.tolist()
+        == (route.is_hard & (option["hard_action"] in ("sft", "sft_rejected", "sft_both"))).tolist()
+    )
+    assert route.stages.shape == route.order.shape and route.stages[0] == 0
+    assert set(np.diff(route.stages)) <= {0, 1}
+    assert json.loads(json.dumps(route.summary(), allow_nan=False))["trained"] == len(route.order)
+
+
+@given(pairs(), routings(), st.integers(0, 5), st.randoms(use_true_random=False))
+@fast
+def test_no_plan_depends_on_the_rows_and_one_seed_is_one_plan(data, option, seed, random):
+    margins, ids = data
+    rows = list(range(len(ids)))
+    random.shuffle(rows)
+    option["reshuffle"] = option["order"] in ("shuffled", "bucketed")
+    if (first := planned(margins, ids, seed=seed, **option)) is None:
+        return
+    second = plan_route(margins[rows], ids[rows], seed=seed, **option)
+    for epoch in (0, 1, 5):
+        assert ids[first.epoch_order(epoch)].tolist() == ids[rows][second.epoch_order(epoch)].tolist()
+    assert set(ids[first.is_hard]) == set(ids[rows][second.is_hard])
+    assert first.stages.tolist() == second.stages.tolist()
+    assert plan_route(margins, ids, seed=seed, **option).fingerprint() == first.fingerprint()
+
+
+@given(pairs(), options, st.sampled_from(get_args(Assignment)), st.integers(0, 5))
+@fast
+def test_sorted_orders_are_monotone(data, option, assignment, seed):
+    margins, ids = data
+    option = option | {"assignment": assignment}
+
+    def margins_by(order, of=None):
+        route = plan_route(margins, ids, order=order, seed=seed, **option)
+        kept = route.order if of is None else route.order[route.is_hard[route.order] == of]
+        return margins[kept], route.is_hard[route.order]
+
+    assert (np.diff(margins_by("easy_to_hard")[0]) <= 0).all()
+    assert (np.diff(margins_by("hard_to_easy")[0]) >= 0).all()
+    for order in ("preference_first", "sft_first", "interleaved"):
+        for of in (True, False):
+            assert (np.diff(margins_by(order, of)[0]) <= 0).all()
+    hard = int(margins_by("easy_to_hard")[1].sum())
+    flags = [False] * (len(ids) - hard) + [True] * hard
+    assert margins_by("preference_first")[1].tolist() == flags
+    assert margins_by("sft_first")[1].tolist() == [True] * hard + [False] * (len(ids) - hard)
+    if assignment == "margin":
+        for order, turned in (("easy_to_hard", flags), ("hard_to_easy", flags[::-1])):
+            route = plan_route(margins, ids, order=order, seed=seed, **option)
+            assert route.is_hard[route.order].tolist() == turned
+            assert route.stages.tolist() == [int(flag != turned[0]) for flag in turned]
+
+
+@given(pairs(), st.floats(0, 1), st.integers(0, 5))
+@fast
+def test_any_window_of_interleaved_has_its_share_of_hard_pairs(data, fraction, seed):
+    """⌊wH/N⌋ or ⌈wH/N⌉ in each window of w pairs: never one pair off the expectation."""
+    margins, ids = data
+    route = plan_route(margins, ids, hard_fraction=fraction, order="interleaved", seed=seed)
+    hard, count = route.is_hard[route.order], len(ids)
+    before = np.concatenate([[0], np.cumsum(hard)])
+    for width in range(1, count + 1):
+        found = before[width:] - before[:-width]
+        assert (np.abs(found * count - width * hard.sum()) < count).all()
+    assert route.stages.tolist() == [0] * count
+
+
+@given(pairs(), st.integers(2, 6), st.booleans())
+@fast
+def test_buckets_are_quantiles_and_keep_their_pairs_when_reshuffled(data, buckets, reshuffle):
+    margins, ids = data
+    option = {"hard_fraction": 0.3, "order": "bucketed", "buckets": buckets, "reshuffle": reshuffle}
+    if len(ids) < buckets:
+        with pytest.raises(InputError, match="needs"):
+            plan_route(margins, ids, **option)
+        return
+    route = plan_route(margins, ids, **option)
+    sizes = np.bincount(route.stages, minlength=buckets)
+    assert len(sizes) == buckets and sizes.max() - sizes.min() <= 1
+    for epoch in (0, 1, 2):
+        order = route.epoch_order(epoch)
+        for bucket in range(1, buckets):
+            assert margins[order[route.stages == bucket]].max() <= margins[order[route.stages == bucket - 1]].min()
+            assert set(order[route.stages == bucket]) == set(route.order[route.stages == bucket])
+
+
+def test_reshuffling_draws_each_epoch_anew():
+    margins, ids = np.repeat([0.0, 1.0], 32), np.arange(64)
+    for order in ("shuffled", "bucketed"):
+        fixed = plan_route(margins, ids, hard_fraction=0.25, order=order, seed=1)
+        anew = plan_route(margins, ids, hard_fraction=0.25, order=order, seed=1, reshuffle=True)
+        assert anew.order.tolist() == fixed.order.tolist()
+        assert len({tuple(anew.epoch_order(epoch).tolist()) for epoch in range(5)}) == 5
+        assert {tuple(fixed.epoch_order(epoch).tolist()) for epoch in range(5)} == {tuple(fixed.order.tolist())}
+        assert anew.fingerprint() != fixed.fingerprint()
+
+
+def test_random_assignment_is_random():
+    """Each of 40 pairs should be hard in a quarter of 200 seeds; 20 to 80 is 4.9 standard deviations wide. And neither
+    the shuffle nor the split of ties may repeat the draw: 10 hard places of 40 lie on average in the middle."""
+    margins, ids = np.zeros(40), np.arange(40)
+    counts, places = np.zeros(40), {"random": [], "margin": []}
+    for seed in range(200):
+        for assignment, found in places.items():
+            route = plan_route(margins, ids, hard_fraction=0.25, assignment=assignment, order="shuffled", seed=seed)
+            found.append(np.flatnonzero(route.is_hard[route.order]).mean())
+        counts += plan_route(margins, ids, hard_fraction=0.25, assignment="random", seed=seed).is_hard
+    assert counts.sum() == 2000 and counts.min() >= 20 and counts.max() <= 80
+    for found in places.values():  # one place has a standard deviation of 11.5, the mean of 200 × 10 of them .26
+        assert np.mean(found) == pytest.approx(19.5, abs=1.5)
+
+
+def test_inverted_takes_the_largest_margins_and_keeps_the_threshold():
+    margins, ids = np.arange(10.0), np.arange(10)
+    route = plan_route(margins, ids, threshold=3.0, assignment="inverted")
+    assert np.flatnonzero(route.is_hard).tolist() == [7, 8, 9]
+    assert route.threshold == 3.0  # what validation reports stays comparable
+    assert plan_route(margins, ids, hard_fraction=0.3, assignment="inverted").threshold == 3.0
+
+
+@pytest.mark.parametrize(("action", "sides"), [("sft", (0,)), ("sft_rejected", (1,)), ("sft_both", (0, 1))])
+def test_what_sft_learns(action, sides):
+    assert plan_route(np.arange(4.0), np.arange(4), hard_fraction=0.5, hard_action=action).sft_sides == sides
+
+
+def test_the_fingerprint_tells_actions_apart():
+    routes = [
+        plan_route(np.arange(10.0), np.arange(10), hard_fraction=0.5, hard_action=action).fingerprint()
+        for action in get_args(HardAction)
+    ]
+    assert len(set(routes)) == len(routes)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        *(
+            ({"order": order, "reshuffle": True}, "nothing to shuffle")
+            for order in get_args(Order)[:1] + get_args(Order)[4:]
+        ),
+        ({"order": "sorted"}, r"routing\.order must be one of easy_to_hard"),
+        ({"assignment": "hash"}, r"routing\.assignment must be one of margin"),
+        ({"hard_action": "dpo"}, r"routing\.hard_action must be one of sft"),
+        ({"easy_action": "sft"}, r"routing\.easy_action must be one of preference"),
+        ({"buckets": 1}, r"routing\.buckets must be at least 2"),
+        ({"hard_action": "drop", "easy_action": "drop"}, "nothing would be trained"),
+    ],
+)
+def test_bad_orders_and_actions_are_refused(option, message):
+    with pytest.raises(InputError, match=message):
+        Routing(**option)
+
+
+def test_a_run_without_a_pair_is_refused():
+    with pytest.raises(InputError, match="trains 0 of 3 pairs"):
+        plan_route(np.arange(3.0), np.arange(3), hard_fraction=1.0, hard_action="drop")

@@ -143,3 +143,12 @@ def test_a_warm_up_out_of_range_is_refused(schedule, warmup):
 def test_a_floor_out_of_range_is_refused(schedule, floor):
     with pytest.raises(InputError, match="floor"):
         schedule(floor=floor)
+
+
+def test_epochs_one_after_the_other():
+    """The epoch's stages begin anew; an epoch of one stage adds none; what lies beyond the end is cut."""
+    staged = [StepPlan(np.array([0.0, 1.0]), (0, 1)), StepPlan(np.array([0.5, 0.5]), (0, 1))]
+    plan = StepPlan.of_epochs(staged, 4)
+    assert (plan.hard_share.tolist(), plan.stage_starts) == ([0.0, 1.0, 0.5, 0.5], (0, 1, 2, 3))
+    assert StepPlan.of_epochs(staged, 3).stage_starts == (0, 1, 2)
+    assert StepPlan.of_epochs([StepPlan(np.zeros(3))] * 2, 5).stage_starts == (0,)

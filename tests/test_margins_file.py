@@ -1,0 +1,318 @@
+"""Margins files: made by `run.py predict`, continued, refused, used by fit, compared by `mixdpo report`."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from conftest import build, make_pairs, make_trainer, write_pairs
+
+import run
+from datamodules.preference import PreferenceDataModule
+from lightning_modules.margins import MarginModule
+from mixdpo.__main__ import main
+from mixdpo.adapters import Lora, add_adapters, base_fingerprint
+from mixdpo.errors import InputError
+from mixdpo.margins_file import FORMAT, read_margins
+from mixdpo.margins_report import overlap, spearman
+from mixdpo.models import load_base
+from mixdpo.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning", "ignore:.*return_predictions"
+)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(10))
+
+
+class Counted(CHES):
+    """Counts the pairs that were computed, and fails in the batch `fails`."""
+
+    computed: ClassVar[list[int]] = []
+    fails = -1
+
+    def __call__(self, model, batch):
+        if len(self.computed) // 3 == type(self).fails:
+            raise KeyboardInterrupt
+        self.computed.extend(batch.pair_id.tolist())
+        return super().__call__(model, batch)
+
+
+def predict(model, source, folder, signal=None, *, name="a.margins", data=None, trainer=None, **options):
+    """What one `run.py predict` does; the path of the margins file."""
+    options = {"quantization": "none", "dtype": "float32", **options}
+    module = MarginModule(model, signal or CHES(), output=str(folder / name), **options)
+    limits = {"max_length": 64, "max_prompt_length": 32, "eval_batch_size": 3}
+    pairs = PreferenceDataModule(source, tokenizer=model, **{**limits, **(data or {})})
+    make_trainer(folder, **(trainer or {})).predict(module, pairs, return_predictions=False)
+    return str(folder / name)
+
+
+def without_date(path):
+    header, *lines = Path(path).read_text().splitlines()
+    return [{key: value for key, value in json.loads(header).items() if key != "date"}, *lines]
+
+
+def test_file(tiny_model, source, tmp_path):
+    path = predict(tiny_model, source, tmp_path)
+    file = read_margins(path)
+    assert len(file.pairs) == 10 and np.isfinite([margin for _, margin in file.pairs.values()]).all()
+    weights = base_fingerprint(add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora()))
+    expected = {"signal": "mixdpo.signals.CHES", "options": {"normalised": False}, "needs": "policy", "pairs": 10}
+    expected |= {"base": tiny_model, "weights": weights, "adapter": None, "adapter_weights": None, "source": source}
+    expected |= {"lengths": "max_length 64, max_prompt_length 32, truncate", "dtype": "none, float32, sdpa, 32-true"}
+    assert expected.items() <= file.header.items() and {"date", "tokenizer", "template", "data"} <= file.header.keys()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.margins", "pairs.jsonl"]
+
+
+def test_interrupted_and_continued(tiny_model, source, tmp_path, capfd):
+    """No pair is computed twice, and the file is that of the computation that was never interrupted."""
+    whole = predict(tiny_model, source, tmp_path, Counted(), name="whole")
+    Counted.computed, Counted.fails = [], 2
+    with pytest.raises(SystemExit):  # what Lightning makes of an interrupt
+        predict(tiny_model, source, tmp_path, Counted())
+    part = tmp_path / "a.margins.part"
+    assert len(part.read_text().splitlines()) == 1 + 6 == 1 + len(Counted.computed)
+    with pytest.raises(InputError, match=r"no margins file .*a\.margins; .*\.part"):
+        read_margins(str(tmp_path / "a.margins"))
+    part.write_text(part.read_text() + '{"pair_id": 12, "te')  # a line that was being written
+    with pytest.raises(InputError, match=r"part holds other margins \(options: .*'normalised': False"):
+        predict(tiny_model, source, tmp_path, Counted(True))
+    Counted.fails = -1
+    path = predict(tiny_model, source, tmp_path, Counted())
+    assert len(Counted.computed) == len(set(Counted.computed)) == 10
+    assert without_date(path) == without_date(whole) and not part.exists()
+    before = Path(path).read_bytes()
+    assert predict(tiny_model, source, tmp_path, Counted()) == path  # complete already
+    assert len(Counted.computed) == 10 and Path(path).read_bytes() == before
+
+
+def test_a_limit_leaves_a_part(tiny_model, source, tmp_path):
+    predict(tiny_model, source, tmp_path, trainer={"limit_predict_batches": 1})
+    assert not (tmp_path / "a.margins").exists()
+    path = predict(tiny_model, source, tmp_path)
+    assert without_date(path) == without_date(predict(tiny_model, source, tmp_path, name="b"))
+
+
+def test_other_content_is_not_overwritten(tiny_model, source, tmp_path):
+    path = predict(tiny_model, source, tmp_path)
+    before = Path(path).read_bytes()
+    for change in (
+        {"signal": PolicyLogProb()},
+        {"dtype": "float64"},
+        {"data": {"limit": 5}},
+        {"data": {"max_length": 40}},
+        {"signal": Rating()},
+    ):
+        with pytest.raises(InputError, match=r"a\.margins holds other margins .* there, .* here.*model\.output"):
+            predict(tiny_model, source, tmp_path, **change)
+    Path(path).write_text("[]\n")
+    with pytest.raises(InputError, match=r"no margins file of run.py predict"):
+        predict(tiny_model, source, tmp_path)
+    Path(path).write_bytes(before[: before.rfind(b"{")])
+    with pytest.raises(InputError, match=r"has 9 of its 10 pairs"):
+        predict(tiny_model, source, tmp_path)
+
+
+def test_data_without_a_margin(tiny_model, tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "margin"} for row in make_pairs(10)]
+    source = write_pairs(tmp_path / "unrated.jsonl", rows)
+    path = predict(tiny_model, source, tmp_path)
+    assert len(read_margins(path).pairs) == 10
+    with pytest.raises(InputError, match=r"no column to take the margin from"):
+        predict(tiny_model, source, tmp_path, Rating(), name="rating")
+    with pytest.raises(InputError, match=r"no column to take the margin from"):
+        build(tiny_model, source, tmp_path / "run")[0].fit(*build(tiny_model, source, tmp_path / "run")[1:])
+    trainer, module, data = build(tiny_model, source, tmp_path / "run", data={"margins": path, "validation": 0.3})
+    trainer.fit(module, data)
+    margins = [margin for _, margin in read_margins(path).pairs.values()]
+    used = [*data.train_pairs["margin"], *data.validation_pairs["margin"]]
+    assert sorted(used) == sorted(margins)
+    ids = dict(zip(data.train_pairs["pair_id"], data.train_pairs["margin"], strict=True))
+    assert all(read_margins(path).pairs[pair_id][1] == margin for pair_id, margin in ids.items())
+    route = json.loads((tmp_path / "run/route.json").read_text())
+    assert route["margins"]["file"] == path and route["margins"]["signal"] == "mixdpo.signals.CHES"
+    trainer, module, data = build(tiny_model, source, tmp_path / "again", data={"margins": path, "validation": 0.3})
+    trainer.validate(module, data, verbose=False)
+
+
+def fit_with(tiny_model, source, folder, path, model=None, **data):
+    trainer, module, pairs = build(model or tiny_model, source, folder / "run", data={"margins": path, **data})
+    trainer.fit(module, pairs)
+
+
+def test_files_that_fit_refuses(tiny_model, source, tmp_path):
+    path = predict(tiny_model, source, tmp_path)
+    rows = make_pairs(10)
+    rows[3]["chosen"] += " red"
+    rows[6]["pair_id"] = "new"
+    changed = write_pairs(tmp_path / "changed.jsonl", rows)
+    with pytest.raises(
+        InputError, match=r"not fit 2 of the 10 pairs of .*changed.jsonl \(first: row 4\): 1 are not in it, 1 have"
+    ):
+        fit_with(tiny_model, changed, tmp_path, path)
+    with pytest.raises(InputError, match=r"another encoding of the pairs.*max_length 64.*max_length 40"):
+        fit_with(tiny_model, source, tmp_path, path, max_length=40)
+    with pytest.raises(InputError, match=r"another encoding of the pairs.*template"):
+        fit_with(tiny_model, source, tmp_path, path, chat_template="plain")
+    with pytest.raises(InputError, match=r"give data.margin \(margin\) or data.margins"):
+        fit_with(tiny_model, source, tmp_path, path, margin="margin")
+    with pytest.raises(InputError, match=r"no margins file .*nothing"):
+        fit_with(tiny_model, source, tmp_path, str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match=r"data.margins is for fit"):
+        predict(tiny_model, source, tmp_path, name="b", data={"margins": path})
+
+
+def test_another_base_is_refused(tiny_model, source, tmp_path):
+    """By its weights, not by its name; ratings and reward models may come from anywhere."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = predict(tiny_model, source, tmp_path)
+    rating = predict(tiny_model, source, tmp_path, Rating(), name="rating")
+    assert read_margins(rating).header["weights"] is None
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    other, same = str(tmp_path / "other"), str(tmp_path / "same")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(other)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(same)
+    model.save_pretrained(same)
+    model.model.norm.weight.data += 0.01
+    model.save_pretrained(other)
+    fit_with(tiny_model, source, tmp_path, path, model=same)
+    with pytest.raises(InputError, match=r"another base model"):
+        fit_with(tiny_model, source, tmp_path, path, model=other)
+    fit_with(tiny_model, source, tmp_path, rating, model=other, max_length=50)
+    margins = [row["margin"] for row in make_pairs(10)]
+    assert [margin for _, margin in read_margins(rating).pairs.values()] == margins
+
+
+def test_fingerprint_does_not_depend_on_where_adapters_are(tiny_model):
+    options = {"quantization": "none", "dtype": "float32"}
+    prints = [
+        base_fingerprint(add_adapters(load_base(tiny_model, **options), Lora(targets=targets)))
+        for targets in ("all-linear", ["q_proj"])
+    ]
+    assert prints[0] == prints[1]
+
+
+def test_adapters_that_do_not_belong(tiny_model):
+    with pytest.raises(InputError, match=r"ImplicitReward.* needs one"):
+        MarginModule(tiny_model, ImplicitReward())
+    for signal in (RewardModel(), Rating()):
+        with pytest.raises(InputError, match=r"needs none"):
+            MarginModule(tiny_model, signal, adapter="somewhere")
+
+
+def command_line(monkeypatch, capfd, *arguments):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    monkeypatch.setenv("MIXDPO_RUN_FOLDER", "")
+    try:
+        run.run()
+        return ""
+    except SystemExit as exit:
+        return str(exit.code)
+
+
+def test_command_line(tiny_model, source, tmp_path, monkeypatch, capfd):
+    options = ["--model.base", tiny_model, "--data.source", source, "--runs", str(tmp_path / "runs")]
+    options += ["--trainer.enable_progress_bar", "false"]
+    full = ["--model.quantization", "none", "--model.dtype", "float32"]
+    config = "configs/signals/ches.yaml"
+    assert command_line(monkeypatch, capfd, "predict", "--config", config, *options, *full) == ""
+    path = tmp_path / "runs/ches.margins"
+    assert read_margins(path).header["options"] == {"normalised": False}
+    assert [file.name for file in path.parent.iterdir()] == ["ches.margins"]
+    assert command_line(monkeypatch, capfd, "predict", "--config", config, *options, *full) == ""
+    assert "complete already: 10 pairs" in "".join(capfd.readouterr())
+    other = ["--model.signal.normalised", "true"]
+    message = command_line(monkeypatch, capfd, "predict", "--config", config, *options, *full, *other)
+    assert message.startswith(f"error: {path} holds other margins")
+    rating = ["--config", "configs/signals/rating.yaml", "--model.output", str(tmp_path / "r")]
+    assert command_line(monkeypatch, capfd, "predict", *rating, *options) == ""
+    assert read_margins(tmp_path / "r").pairs.keys() == read_margins(path).pairs.keys()
+    message = command_line(monkeypatch, capfd, "predict", "--config", "configs/demo.yaml", *options)
+    assert "does not predict" in message and "configs/signals" in message
+    assert "does not fit" in command_line(monkeypatch, capfd, "--config", config, *options, *full)
+
+
+# Comparison.
+
+
+def write_margins(path, margins, texts=None, **header):
+    said = {"format": FORMAT, "signal": "s", "options": {}, "needs": "rating", "base": "<b>", "adapter": None}
+    said |= {"source": "d", "pairs": len(margins), **header}
+    pairs = [{"pair_id": i, "text": (texts or {}).get(i, f"t{i}"), "margin": m} for i, m in margins.items()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [said, *pairs]))
+    return str(path)
+
+
+def brute_force_ranks(values):
+    return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spearman_with_ties(seed):
+    draw = np.random.default_rng(seed)
+    x, y = draw.integers(0, 5, 30).astype(float), draw.integers(0, 3, 30) + 0.5
+    expected = np.corrcoef(brute_force_ranks(x), brute_force_ranks(y))[0, 1]
+    assert spearman(x, y) == pytest.approx(expected) and spearman(x, np.exp(x)) == pytest.approx(1)
+    assert spearman(x, -x) == pytest.approx(-1) and np.isnan(spearman(x, np.ones(30)))
+
+
+def test_overlap_by_hand():
+    x = np.array([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+    y = np.array([2.0, 9, 1, 3, 4, 5, 6, 7, 8, 10])
+    found = overlap(x, y, 0.3)  # {0, 1, 2} and {2, 0, 3}: two of three in common, four in all
+    assert (found["share"], found["jaccard"]) == (pytest.approx(2 / 3), pytest.approx(2 / 4))
+    assert (found["chance_share"], found["chance_jaccard"]) == (pytest.approx(0.3), pytest.approx(0.9 / 5.1))
+    assert (found["ties_a"], found["ties_b"]) == (1, 1)
+
+
+def test_overlap_with_ties_is_the_mean_over_ways_to_break_them():
+    x, y = np.array([0.0, 0, 0, 1, 2, 3]), np.array([0.0, 1, 1, 1, 1, 2])
+    ways = [  # all sets of the three smallest, ties taken in every way
+        [set(s) for s in itertools.combinations(range(6), 3) if max(v[list(s)]) <= min(np.delete(v, list(s)))]
+        for v in (x, y)
+    ]
+    expected = np.mean([len(one & other) / 3 for one in ways[0] for other in ways[1]])
+    assert overlap(x, y, 0.5)["share"] == pytest.approx(expected)
+
+
+def test_report(tmp_path, capsys):
+    a = write_margins(tmp_path / "a.margins", {i: float(i % 4) for i in range(20)}, signal="<script>alert(1)</script>")
+    b = write_margins(tmp_path / "b.margins", {i: float(i) for i in range(5, 25)}, {7: "another text"})
+    assert main(["report", a, b]) == 0
+    printed = capsys.readouterr().out
+    shared = [i for i in range(5, 20) if i != 7]
+    expected = np.corrcoef(brute_force_ranks([i % 4 for i in shared]), brute_force_ranks(shared))[0, 1]
+    assert f"14 pairs in common, Spearman's rank correlation {expected:.3f}" in printed
+    page = (tmp_path / "a-vs-b.html").read_text()
+    assert page.count("<circle") == 14 and "<script" not in page and "&lt;script&gt;" in page
+    assert f"{expected:.3f}" in page and "http" not in page
+    assert main(["report", a, b, "--out", str(tmp_path / "x/page.html")]) == 0 and (tmp_path / "x/page.html").exists()
+
+
+def test_report_refuses(tmp_path, capsys):
+    a = write_margins(tmp_path / "a.margins", {1: 1.0})
+    b = write_margins(tmp_path / "b.margins", {1: 1.0}, {1: "another text"})
+    for arguments, message in (
+        ([a, b], "no pair in common"),
+        ([a, str(tmp_path / "c")], "no margins file"),
+        ([a, str(ROOT / "setup.cfg")], "is no margins file"),
+    ):
+        assert main(["report", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_many_points_are_drawn(tmp_path):
+    for name in "ab":
+        write_margins(tmp_path / name, {i: float(hash((name, i)) % 1000) for i in range(4000)})
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert (tmp_path / "a-vs-b.html").read_text().count("<circle") == 3000

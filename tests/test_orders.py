@@ -1,0 +1,244 @@
+"""Orders and actions in real runs: which batches come, where stages start, what is trained, what a resume repeats."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, make_trainer, write_pairs
+from lightning.pytorch.callbacks import Callback
+
+from datamodules.preference import PreferenceDataModule
+from lightning_modules.token_cleaning import RefreshReference
+from mixdpo.adapters import Lora, add_adapters
+from mixdpo.errors import InputError
+from mixdpo.export import save_adapter
+from mixdpo.models import load_base
+from mixdpo.routing import Routing
+from mixdpo.schedules import Constant
+from mixdpo.token_cleaning.cleaning import Cleaning
+from mixdpo.token_cleaning.scorers import Random
+from mixdpo.token_cleaning.selection import Selection
+
+STEADY = {"schedule": Constant(warmup=0.0)}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(20))
+
+
+class Seen(Callback):
+    """The pairs of each optimizer step, and each step's losses."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, list[int]] = {}
+        self.references: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.setdefault(trainer.global_step, []).extend(batch.pair_id[batch.weight > 0].tolist())
+        self.references[trainer.global_step] = adapter_weights(pl_module, "reference")
+
+
+def run(model: str, source: str, folder: Path, routing: Routing, *first: Callback, **options: Any) -> tuple[Any, Seen]:
+    """20 pairs in steps of 4, each cut in two; `ckpt_path` continues."""
+    seen = Seen()
+    trainer = {"first": (*first, seen), "accumulate_grad_batches": 2, **options.pop("trainer", {})}
+    data = {"routing": routing, **options.pop("data", {})}
+    module = fit(model, source, folder, trainer=trainer, data=data, **STEADY, **options)
+    return module, seen
+
+
+@pytest.mark.parametrize(("order", "stop", "workers"), [("bucketed", 7, 2), ("shuffled", 5, 0)])
+def test_reshuffled_epochs_resume_exactly(
+    order: str, stop: int, workers: int, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """15 steps in three epochs, each in its own order; stopped in the second and at the end of the first."""
+    routing = Routing(hard_fraction=0.25, order=order, reshuffle=True, buckets=2)
+    options: dict[str, Any] = {"data": {"workers": workers}, "lora": Lora(rank=4, alpha=8, dropout=0.3)}
+    whole, seen = run(tiny_model, source, tmp_path / "whole", routing, trainer={"max_epochs": 3}, **options)
+    cut = {"max_epochs": 3, "max_steps": stop}
+    run(tiny_model, source, tmp_path / "cut", routing, trainer=cut, **options)
+    checkpoint = str(tmp_path / "cut" / "checkpoints" / "last.ckpt")
+    rest, after = run(
+        tiny_model, source, tmp_path / "rest", routing, trainer={"max_epochs": 3}, ckpt_path=checkpoint, **options
+    )
+    assert after.steps == {step: pairs for step, pairs in seen.steps.items() if step >= stop}
+    for key, value in adapter_weights(whole).items():
+        assert torch.equal(value, adapter_weights(rest)[key]), key
+
+    data = whole.trainer.datamodule
+    ids, route = data.train_pairs["pair_id"], data.route
+    planned = [ids[i] for epoch in range(3) for i in route.epoch_order(epoch).tolist()]
+    found = [seen.steps[step] for step in range(15)]
+    assert [set(step) for step in found] == [set(planned[i : i + 4]) for i in range(0, 60, 4)]
+    assert len({tuple(route.epoch_order(epoch)) for epoch in range(3)}) == 3
+    # what the schedule and lr_mass read is what is trained
+    hard = {ids[i] for i in np.flatnonzero(route.is_hard).tolist()}
+    assert whole._plan.hard_share.tolist() == [sum(pair in hard for pair in step) / 4 for step in found]
+
+
+def test_without_reshuffle_all_epochs_are_the_first(tiny_model: str, source: str, tmp_path: Path) -> None:
+    routing = Routing(hard_fraction=0.25, order="shuffled")
+    _, seen = run(tiny_model, source, tmp_path / "run", routing, trainer={"max_epochs": 2})
+    assert [seen.steps[step] for step in range(5)] == [seen.steps[step + 5] for step in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("routing", "starts"),
+    [
+        ({"order": "easy_to_hard"}, (0, 3)),
+        ({"order": "hard_to_easy"}, (0, 2)),
+        ({"order": "preference_first"}, (0, 3)),
+        ({"order": "preference_first", "assignment": "random"}, (0, 3)),
+        ({"order": "preference_first", "assignment": "inverted"}, (0, 3)),
+        ({"order": "sft_first"}, (0, 2)),
+        ({"order": "shuffled"}, (0,)),
+        ({"order": "interleaved"}, (0,)),
+        ({"order": "easy_to_hard", "assignment": "random"}, (0,)),
+        ({"order": "easy_to_hard", "hard_action": "preference"}, (0,)),
+        ({"order": "easy_to_hard", "hard_action": "drop"}, (0,)),
+        ({"order": "sft_first", "easy_action": "drop"}, (0,)),
+        ({"order": "bucketed", "buckets": 2}, (0, 2)),  # half of the third step is enough
+        ({"order": "bucketed", "buckets": 5}, (0, 1, 2, 3, 4)),
+        ({"order": "bucketed", "buckets": 20}, (0, 1, 2, 3, 4)),  # several in one step are one stage
+    ],
+)
+def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(
+    routing: dict[str, Any], starts: tuple[int, ...], tmp_path: Path
+) -> None:
+    """20 pairs in steps of 4, 7 of them hard: of the sorted order's fourth step 3 of 4, and all of its last one."""
+    margins = np.random.default_rng(0).permutation(20).astype(float)
+    data = PreferenceDataModule("unread", Routing(hard_fraction=0.35, **routing), tokenizer="unread", batch_size=4)
+    data.route = data.routing.plan(margins, np.arange(20), seed=0)
+    plan = data.epoch_plan()
+    assert plan.stage_starts == starts
+    assert len(plan) == -(-len(data.route.order) // 4)
+
+
+ACTIONS = [
+    ({"hard_action": "sft"}, 15, 5, 0),
+    ({"hard_action": "sft_rejected"}, 15, 5, 0),
+    ({"hard_action": "sft_both"}, 15, 5, 0),
+    ({"hard_action": "preference"}, 20, 0, 5),
+    ({"hard_action": "drop"}, 15, 0, 0),
+    ({"easy_action": "drop"}, 0, 5, 0),
+]
+
+
+@pytest.mark.parametrize(("action", "by_preference", "by_sft", "hard_by_preference"), ACTIONS, ids=str)
+def test_actions_train_what_they_say(
+    action: dict[str, str],
+    by_preference: int,
+    by_sft: int,
+    hard_by_preference: int,
+    tiny_model: str,
+    source: str,
+    tmp_path: Path,
+) -> None:
+    trainer, module, data = build(
+        tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0.25, **action)}
+    )
+    trainer.strategy._lightning_module = module
+    module.trainer = data.trainer = trainer
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert sum(len(batch.easy) for batch in batches) == by_preference
+    assert sum(len(batch.hard) for batch in batches) == by_sft
+    assert sum(int(batch.is_hard[batch.easy].sum()) for batch in batches) == hard_by_preference
+    # the plan counts what a batch computes: prompts once, and of SFT pairs the sides that it learns
+    counts = data._tokens(data.train_pairs, data.route.to_sft, data.route.sft_sides)
+    for batch, (indices, _, _) in zip(batches, data.micro_batches(), strict=True):
+        assert batch.rows.tokens == sum(counts[i] for i in indices)
+        assert batch.sft_sides == data.route.sft_sides
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"hard_action": "sft_both"}, "hard_action must be sft, not sft_both"),
+        ({"hard_action": "drop"}, "hard_action must be sft, not drop"),
+        ({"order": "shuffled", "reshuffle": True}, "scope batch needs steps that stay"),
+    ],
+)
+def test_cleaning_wants_sft_and_steps_that_stay(
+    option: dict[str, Any], message: str, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    cleaning = Cleaning(scorer=Random(), selection=Selection(0.5, scope="batch"))
+    with pytest.raises(InputError, match=message):
+        run(tiny_model, source, tmp_path / "run", Routing(hard_fraction=0.25, **option), cleaning=cleaning)
+
+
+@pytest.fixture
+def adapter(tiny_model: str, tmp_path: Path) -> str:
+    """An adapter that does something, of the shape that runs here have."""
+    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B.policy" in name:
+            parameter.data.normal_(0, 0.1)
+    save_adapter(model, tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_the_reference_moves_at_each_bucket_and_resumes_exactly(
+    start: str, adapter: str, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """Buckets start at steps 0, 2 and 3: there the policy becomes the reference, and the reference then stays."""
+    routing, options = Routing(hard_fraction=0, order="bucketed", buckets=3), {"adapter": adapter}
+    options = options if start == "adapter" else {}
+    policies = Policies()
+    whole, seen = run(
+        tiny_model, source, tmp_path / "whole", routing, policies, RefreshReference(role="reference"), **options
+    )
+    assert whole.trainer.datamodule.epoch.stage_starts == (0, 2, 3)
+    assert bool(seen.references[0]) == bool(seen.references[1]) == (start == "adapter")
+    for step in (2, 3, 4):
+        policy = policies.at[min(step, 3)]
+        assert {
+            key.replace(".reference.", ".policy."): v for key, v in seen.references[step].items()
+        }.keys() == policy.keys()
+        for key, value in seen.references[step].items():
+            assert torch.equal(value, policy[key.replace(".reference.", ".policy.")]), (step, key)
+    assert not any(p.requires_grad for name, p in whole.named_parameters() if ".reference." in name)
+    assert whole.reference_version == 0  # of cleaning
+
+    for stop in (1, 3):
+        folder = tmp_path / f"cut{stop}"
+        cut = {"max_steps": stop}
+        run(tiny_model, source, folder, routing, RefreshReference(role="reference"), trainer=cut, **options)
+        saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        assert any(".reference." in key for key in saved) == (start == "adapter" or stop == 3)
+        rest, _ = run(
+            *(tiny_model, source, tmp_path / f"rest{stop}", routing, RefreshReference(role="reference")),
+            ckpt_path=str(folder / "checkpoints" / "last.ckpt"),
+            **options,
+        )
+        for name in ("policy", "reference"):
+            for key, value in adapter_weights(whole, name).items():
+                assert torch.equal(value, adapter_weights(rest, name)[key]), (stop, key)
+
+
+class Policies(Callback):
+    """The policy that each step starts from."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.at.setdefault(trainer.global_step, adapter_weights(pl_module))
+
+
+def test_refreshing_the_reference_that_is_not_there(tiny_model: str, source: str, tmp_path: Path) -> None:
+    buckets = Routing(hard_fraction=0, order="bucketed", buckets=2)
+    with pytest.raises(InputError, match=r"one stage: set .*data\.routing\.order"):
+        run(tiny_model, source, tmp_path / "a", Routing(hard_fraction=0), RefreshReference(role="reference"))
+    with pytest.raises(InputError, match="no average of the base and an adapter"):
+        run(tiny_model, source, tmp_path / "b", buckets, RefreshReference(role="reference", ema=0.5))
+    samples = write_pairs(tmp_path / "samples.jsonl", make_samples(8))
+    trainer, module, data = build_sft(tiny_model, samples, tmp_path / "c")
+    trainer = make_trainer(tmp_path / "c", first=(RefreshReference(role="reference"),))
+    with pytest.raises(InputError, match="belongs to a preference loss"):
+        trainer.fit(module, data)

@@ -1,0 +1,222 @@
+"""Each difficulty signal against a direct computation: one sequence at a time, unpadded, through plain transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pairs, write_pairs
+from torch.nn.functional import log_softmax
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from mixdpo.adapters import Lora, add_adapters, role
+from mixdpo.batching import collate
+from mixdpo.errors import InputError
+from mixdpo.models import load_base, load_reward_model, load_tokenizer
+from mixdpo.records import read_pairs
+from mixdpo.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel, ches
+from mixdpo.tokenization import encode_pairs
+
+LIMITS = {"max_length": 64, "max_prompt_length": 32}
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_model, tmp_path_factory):
+    source = write_pairs(tmp_path_factory.mktemp("signals") / "pairs.jsonl", make_pairs(9))
+    return list(encode_pairs(read_pairs(source).dataset, load_tokenizer(tiny_model), **LIMITS)[0])
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory):
+    """A PEFT folder whose adapter changes the model."""
+    torch.manual_seed(1)
+    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float64"), Lora(rank=3, targets=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder, selected_adapters=["policy"])
+    return str(folder / "policy")
+
+
+def plain(tiny_model, adapter=None):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).double().eval()
+    return model
+
+
+def ours(tiny_model, adapter=None):
+    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float64"), Lora(rank=1), adapter)
+    return model.double().eval()
+
+
+@torch.no_grad()
+def log_prob(model, prompt, completion):
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
+    return sum(log_softmax(logits[len(prompt) - 1 + i], -1)[token] for i, token in enumerate(completion)).item()
+
+
+@torch.no_grad()
+def states(model, prompt, completion):
+    """From the last prompt token to the completion's last token but one."""
+    output = model(input_ids=torch.tensor([prompt + completion]), output_hidden_states=True)
+    return output.hidden_states[-1][0, len(prompt) - 1 : len(prompt) + len(completion) - 1]
+
+
+@torch.no_grad()
+def margins(signal, model, pairs, size=4, share=True):
+    batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return torch.cat([signal(model, collate(b, [True] * len(b), evaluation=True, share_prompt=share)) for b in batches])
+
+
+def log_prob_margins(model, pairs):
+    return [
+        log_prob(model, p["prompt_ids"], p["chosen_ids"]) - log_prob(model, p["prompt_ids"], p["rejected_ids"])
+        for p in pairs
+    ]
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+
+
+def test_policy_log_prob(tiny_model, adapter, pairs):
+    close(
+        margins(PolicyLogProb(), ours(tiny_model), pairs), [0.1 * m for m in log_prob_margins(plain(tiny_model), pairs)]
+    )
+    with_adapter = log_prob_margins(plain(tiny_model, adapter), pairs)
+    close(margins(PolicyLogProb(), ours(tiny_model, adapter), pairs), [0.1 * m for m in with_adapter])
+
+
+def test_policy_log_prob_is_monotone_in_the_loss(tiny_model, pairs):
+    """METHOD's signal is −log σ(0.1 (s_w − s_l)), large = hard."""
+    values = margins(PolicyLogProb(), ours(tiny_model), pairs)
+    losses = torch.tensor(
+        [-torch.nn.functional.logsigmoid(torch.tensor(0.1 * m)) for m in log_prob_margins(plain(tiny_model), pairs)]
+    )
+    assert values.argsort().tolist() == losses.argsort(descending=True).tolist()
+
+
+def test_implicit_reward(tiny_model, adapter, pairs):
+    policy, base = (log_prob_margins(plain(tiny_model, name), pairs) for name in (adapter, None))
+    expected = [0.3 * (p - r) for p, r in zip(policy, base, strict=True)]
+    assert max(map(abs, expected)) > 0.01
+    close(margins(ImplicitReward(beta=0.3), ours(tiny_model, adapter), pairs), expected)
+    with pytest.raises(InputError, match="beta must be > 0"):
+        ImplicitReward(beta=-1)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_ches(tiny_model, pairs, normalised):
+    model, expected = plain(tiny_model), []
+    for pair in pairs:
+        w, lost = (states(model, pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids"))
+        assert (len(w), len(lost)) == (len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        scale_l, scale_w = (len(w) * len(lost), len(w) ** 2) if normalised else (1, 1)
+        total_w, total_l = w.sum(0), lost.sum(0)
+        expected.append(-((total_w @ total_l) / scale_l - (total_w @ total_w) / scale_w).item())
+    close(margins(CHES(normalised), ours(tiny_model), pairs), expected)
+
+
+def test_ches_by_hand():
+    """⟨(1, 2), (3, −1)⟩ − ‖(1, 2)‖² = 1 − 5; a pair of equal responses has 0, the hardest there is on this side."""
+    assert ches(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])).tolist() == [-4.0]
+    same = torch.randn(3, 5)
+    assert ches(same, same).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("signal", [PolicyLogProb(), ImplicitReward(), CHES(), CHES(True)], ids=str)
+def test_batches_do_not_matter(tiny_model, adapter, pairs, signal):
+    model = ours(tiny_model, adapter)
+    expected = margins(signal, model, pairs, size=1)
+    for size, share in ((4, True), (9, True), (3, False)):
+        torch.testing.assert_close(margins(signal, model, pairs, size, share), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_ches_of_a_bf16_model_is_summed_in_fp32(tiny_model, pairs):
+    model = add_adapters(load_base(tiny_model, quantization="none", dtype="bfloat16"), Lora(rank=1)).eval()
+    with role(model, "base"):
+        found = margins(CHES(), model, pairs, size=1)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
+    for pair, margin in zip(pairs, found, strict=True):
+        w, lost = (
+            states(reference, pair["prompt_ids"], pair[side]).double().sum(0) for side in ("chosen_ids", "rejected_ids")
+        )
+        # the states themselves differ by bf16 roundings of the two ways to compute attention
+        assert margin.item() == pytest.approx(-(w @ lost - w @ w).item(), rel=0.05, abs=5)
+
+
+def classifier(folder: Path, tiny_model: str, kind: str, pad: int | None, labels: int = 1) -> str:
+    """A tiny reward model with the tokenizer of the tiny model."""
+    torch.manual_seed(2)
+    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_labels": labels, "pad_token_id": pad, "max_position_embeddings": 256}
+    if kind == "causal":
+        model = LlamaForSequenceClassification(LlamaConfig(**shape))
+    else:
+        model = BertForSequenceClassification(BertConfig(**shape))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("kind", "pad"), [("causal", None), ("causal", 1), ("causal", 3), ("causal", 0), ("bert", 1)])
+@pytest.mark.parametrize("share", [True, False])
+def test_reward_model(tiny_model, tmp_path, pairs, kind, pad, share):
+    """Whatever the pad token (none, its own, the end token 3, the unknown token in the data) and the pooling."""
+    name = classifier(tmp_path, tiny_model, kind, pad)
+    reference, expected = AutoModelForSequenceClassification.from_pretrained(name).eval(), []
+    for pair in pairs:
+        with torch.no_grad():
+            scores = [
+                reference(torch.tensor([pair["prompt_ids"] + pair[side]])).logits.item()
+                for side in ("chosen_ids", "rejected_ids")
+            ]
+        expected.append(scores[0] - scores[1])
+    model = load_reward_model(name, quantization="none", dtype="float32")
+    found = margins(RewardModel(), model, pairs, share=share)
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=1e-5)
+    assert found.abs().max() > 1e-3
+
+
+def test_reward_model_scores_the_last_token(tiny_model, tmp_path, pairs):
+    """A causal classifier: trunk's state at the end token times the head."""
+    model = load_reward_model(classifier(tmp_path, tiny_model, "causal", 1), quantization="none", dtype="float32")
+    pair = pairs[0]
+    with torch.no_grad():
+        last = [
+            model.score(model.model(torch.tensor([pair["prompt_ids"] + pair[side]])).last_hidden_state[0, -1]).item()
+            for side in ("chosen_ids", "rejected_ids")
+        ]
+    assert margins(RewardModel(), model, [pair]).item() == pytest.approx(last[0] - last[1], abs=1e-5)
+
+
+def test_nf4_reward_model_keeps_its_head(tiny_model, tmp_path, pairs):
+    model = load_reward_model(classifier(tmp_path, tiny_model, "causal", 1), dtype="float32")
+    assert type(model.score) is torch.nn.Linear and "4bit" in type(model.model.layers[0].mlp.up_proj).__name__
+    assert margins(RewardModel(), model, pairs).isfinite().all()
+
+
+def test_what_is_no_reward_model(tiny_model, tmp_path):
+    with pytest.raises(InputError, match=r"no reward model.* has 3"):
+        load_reward_model(classifier(tmp_path / "three", tiny_model, "causal", 1, labels=3), quantization="none")
+    with pytest.raises(InputError, match=r"no reward model.*lack \['score.weight'\]"):
+        load_reward_model(tiny_model, quantization="none")
+    with pytest.raises(InputError, match="could not be loaded"):
+        load_reward_model(str(tmp_path / "nothing"))
+
+
+def test_rating(pairs):
+    assert margins(Rating(), None, pairs).tolist() == [pair["margin"] for pair in pairs]
