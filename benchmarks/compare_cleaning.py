@@ -6,7 +6,8 @@ The warm-up is two passes over slice 0 of 3: after one, planted noise was found 
 Runs are kept in FOLDER (default runs/compare_cleaning): a stopped comparison goes on where it was. One warm-up per
 seed is shared as reference and as start; base losses are computed once for all. Before anything is compared, planted
 noise must be found: with an AUC below 0.6 the references are too weak, and the script stops (unless --anyway).
-Outcome: held-out response loss by source, teacher-forced; with --gold also the gold score of the task `constraints`.
+Outcome: held-out response loss by source, teacher-forced; with --gold also the gold score of the task `constraints`
+(results are then compare_cleaning_gold).
 """
 
 import argparse
@@ -119,7 +120,7 @@ def main() -> None:
     done = {name: json.loads((path / "done.json").read_text()) for name, path in paths.items()}
     content = {"about": about(), "planted_noise": checks, "held_out_loss": losses, "gold": gold, "stages": kept}
     tables = by_method(losses, kept, gold) + "\n\n" + table(["run", *keys, "gold"], rows)
-    write("compare_cleaning", content | {"runs": done}, tables)
+    write("compare_cleaning_gold" if gold else "compare_cleaning", content | {"runs": done}, tables)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     pip install -c constraints.txt matplotlib && python benchmarks/planted_noise.py [FOLDER]
 
-The training responses hold planted noise (data.noise), the held-out ones do not. Slices 0 to 2 of 6 train the reference
-on every token; all scorers are measured on slice 3. Writes a JSON, two tables and one
-plot to benchmarks/results: AUC, precision and recall of each scorer on the same slice and of each self-evolving round;
-held-out loss against the keep ratio with the measured noise rate among the kept tokens.
+The training responses hold planted noise (data.noise), the held-out ones do not. Two passes over slices 0 to 2 of 6 train
+the reference on every token; all scorers are measured on slice 3. Writes a JSON, two tables and one plot to
+benchmarks/results: AUC, precision and recall of each scorer on the same slice and of each self-evolving round; held-out
+loss against the keep ratio with the measured noise rate among the kept tokens. Runs are kept in FOLDER (default
+runs/planted_noise): a stopped comparison goes on where it was.
 """
 
 import sys
@@ -22,8 +23,8 @@ SCORERS = "mixdpo.token_cleaning.scorers"
 OUT = Path("benchmarks/results/planted_noise.png")
 
 
-def slices(only: str) -> list[str]:
-    return ["--data.slices", f"{{count: 6, only: {only}}}"]
+def slices(only: str, passes: int = 1) -> list[str]:
+    return ["--data.slices", f"{{count: 6, only: {only}, passes: {passes}}}"]
 
 
 def cleaning(scorer: str, selection: str, reference: str) -> list[str]:
@@ -87,7 +88,7 @@ def finding(name: str, stage: dict[str, Any], loss: float | None = None) -> list
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/planted_noise")
-    reference = run(folder, ("warm_up", "full", [*NOISE, *slices("[0, 1, 2]")])) / "adapter"
+    reference = run(folder, ("warm_up", "full", [*NOISE, *slices("[0, 1, 2]", passes=2)])) / "adapter"
     paths = run_all(folder, jobs(str(reference)))
     losses = {name: held_out(path) for name, path in paths.items()}
     found = {name: stages(path) for name, path in paths.items()}
