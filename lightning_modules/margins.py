@@ -42,7 +42,7 @@ class MarginModule(L.LightningModule):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.model: Any = None
-        self.file: MarginsWriter | None = None
+        self.file: MarginsWriter = None  # type: ignore[assignment]  # until configure_model
 
     def configure_model(self) -> None:
         if self.file is not None:
@@ -67,7 +67,6 @@ class MarginModule(L.LightningModule):
             self.trainer.limit_predict_batches = 0  # nothing is left to compute
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[float]:
-        assert self.file is not None
         margins: list[float] = self.signal(self.model, batch).tolist()
         self.file.append(batch.pair_id.tolist(), margins)
         return margins

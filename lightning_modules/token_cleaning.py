@@ -112,7 +112,7 @@ class CleanTokens(Callback):
 
     def __init__(self, cleaning: Cleaning) -> None:
         self.cleaning = cleaning
-        self._tokens: RunTokens | None = None
+        self._tokens: RunTokens = None  # type: ignore[assignment]  # until on_train_start
         self._restored: dict[str, Any] | None = None
         self._scored: list[int] | None = None  # stage and version of the reference that weights are of
         self._losses: dict[str, np.ndarray] = {}
@@ -146,7 +146,6 @@ class CleanTokens(Callback):
             self._tokens.write(folder, trainer.datamodule.tokenizer)  # of a resumed run: what was decided before
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        assert self._tokens is not None
         token = batch.token.cpu().numpy()
         if not (token >= 0).any():
             return  # easy pairs: hard ones are scored when the first of them comes
@@ -184,7 +183,6 @@ class CleanTokens(Callback):
     def _prepare_losses(self, pl_module: Any, samples: np.ndarray, now: list[int]) -> None:
         """Losses of the roles that the scorer reads besides the policy. Those of the base, and of a reference that was
         given and never refreshed, are kept on disk for every later round, ratio and run."""
-        assert self._tokens is not None
         pool, model = self._tokens.pool, pl_module.model
         roles = set(self.cleaning.roles)
         if "reference" in roles and "policy" not in roles and adds_nothing(model, "cleaning"):
@@ -202,7 +200,6 @@ class CleanTokens(Callback):
 
     def _clean(self, trainer: L.Trainer, samples: np.ndarray, steps: np.ndarray, warm_up: bool, online: bool) -> None:
         """Decide the weights of these samples' tokens; those of an online scorer are decided in each step instead."""
-        assert self._tokens is not None
         tokens, entry = self._tokens.pool.tokens(samples), {"samples": samples, "warm_up": warm_up, "kept": None}
         self._tokens.scores[tokens], self._tokens.weights[tokens] = np.nan, 1 if warm_up else np.nan
         self._tokens.decided[samples] = len(self._tokens.stages)
@@ -230,7 +227,6 @@ class CleanTokens(Callback):
         """Sum up the stage whose weights are complete, and write all that is known so far."""
         if self._open is None or not len(self._open["samples"]):
             return
-        assert self._tokens is not None
         entry, self._open = self._open, None
         pool, warm_up = self._tokens.pool, entry["warm_up"]
         reached = ~np.isnan(self._tokens.weights[pool.offsets[entry["samples"]]])  # max_steps may end a stage early
@@ -252,7 +248,6 @@ class CleanTokens(Callback):
 
     def _offsets(self, samples: np.ndarray) -> np.ndarray:
         """(n+1,) where the tokens of these samples begin, once they stand one behind the other."""
-        assert self._tokens is not None
         counts = np.diff(self._tokens.pool.offsets)[samples]
         return np.concatenate([[0], np.cumsum(counts)])
 
