@@ -7,7 +7,7 @@ because the loss is normalised over the step.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -196,63 +196,69 @@ def build_rows(
     share_prompt: bool = True,
 ) -> TokenRows:
     """Rows that hold the named completions of B pairs; a pair with neither has no row."""
-    rows: list[list[tuple[int, int, Sequence[int]]]] = []  # per row: (segment, completion, ids)
-    lengths = [0] * (2 * len(pairs))
+    rows: list[list[Piece]] = []
     for b, pair in enumerate(pairs):
-        parts = []
-        if with_chosen[b]:
-            parts.append((CHOSEN, b, pair["chosen_ids"]))
-        if with_rejected[b]:
-            parts.append((REJECTED, len(pairs) + b, pair["rejected_ids"]))
-        for _, completion, ids in parts:
-            lengths[completion] = len(ids)
-        for row in [parts] if share_prompt else [[part] for part in parts]:
-            if row:
-                rows.append([(PROMPT, -1, pair["prompt_ids"]), *row])
-    width = max(sum(len(ids) for _, _, ids in row) for row in rows)
-    return _tensors(rows, width, lengths)
+        prompt = Piece(PROMPT, pair["prompt_ids"])
+        sides = ((CHOSEN, with_chosen, b, "chosen_ids"), (REJECTED, with_rejected, len(pairs) + b, "rejected_ids"))
+        parts = [
+            Piece(segment, pair[ids], len(prompt.ids), completion, (0, len(pair[ids])))
+            for segment, wanted, completion, ids in sides
+            if wanted[b]
+        ]
+        rows += [[prompt, *row] for row in ([parts] if share_prompt else [[part] for part in parts]) if row]
+    return token_rows(rows, 2 * len(pairs))
 
 
-def _tensors(rows: list[list[tuple[int, int, Sequence[int]]]], width: int, lengths: list[int]) -> TokenRows:
+class Piece(NamedTuple):
+    """Consecutive tokens of a row: their segment, ids, and the position of the first; `spans` [start, end, …) of the
+    ids are targets, of the completion of this number. A target that begins the piece is predicted by the token of the
+    position before it, in the row's first piece."""
+
+    segment: int
+    ids: Sequence[int]
+    position: int = 0
+    completion: int = -1
+    spans: Sequence[int] = ()
+
+
+def token_rows(rows: Sequence[Sequence[Piece]], completions: int) -> TokenRows:
+    width = max(sum(len(piece.ids) for piece in row) for row in rows)
     input_ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
     segments = torch.full((len(rows), width), PADDING)
     source: list[int] = []
     target: list[int] = []
-    completions: list[int] = []
+    completion: list[int] = []
     for r, row in enumerate(rows):
-        prompt_length, start = len(row[0][2]), 0
-        for segment, completion, ids in row:
-            end, first = start + len(ids), 0 if segment == PROMPT else prompt_length
-            input_ids[r, start:end] = torch.as_tensor(ids)
-            positions[r, start:end] = torch.arange(first, first + len(ids))
-            segments[r, start:end] = segment
-            if segment != PROMPT:
-                source += [r * width + prompt_length - 1, *range(r * width + start, r * width + end - 1)]
-                target += list(ids)
-                completions += [completion] * len(ids)
+        start = 0
+        for piece in row:
+            end = start + len(piece.ids)
+            input_ids[r, start:end] = torch.as_tensor(piece.ids)
+            positions[r, start:end] = torch.arange(piece.position, piece.position + len(piece.ids))
+            segments[r, start:end] = piece.segment
+            for first, last in zip(piece.spans[::2], piece.spans[1::2], strict=True):
+                before = start + first - 1 if first else piece.position - 1
+                source += [r * width + before, *range(r * width + start + first, r * width + start + last - 1)]
+                target += piece.ids[first:last]
+                completion += [piece.completion] * (last - first)
             start = end
-    lists = (torch.tensor(values, dtype=torch.long) for values in (source, target, completions, lengths))
-    return TokenRows(input_ids, positions, segments, *lists, tokens=int((segments != PADDING).sum()))
+    lists = [torch.tensor(values, dtype=torch.long) for values in (source, target, completion)]
+    lengths = torch.bincount(lists[2], minlength=completions)
+    return TokenRows(input_ids, positions, segments, *lists, lengths, tokens=int((segments != PADDING).sum()))
 
 
+@dataclass(frozen=True)
 class PairCollator:
     """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers. `is_hard` and
     `to_sft` are (N,), of the whole data; `first_token` (N,) is the number in the cleaning pool of a pair's first chosen
     token, -1 for a pair that is not in it."""
 
-    def __init__(
-        self,
-        data: Any,
-        is_hard: Sequence[bool],
-        *,
-        evaluation: bool,
-        share_prompt: bool,
-        to_sft: Sequence[bool] | None = None,
-        sft_sides: tuple[int, ...] = (0,),
-        first_token: np.ndarray | None = None,
-    ) -> None:
-        self.data, self.is_hard, self.evaluation, self.share_prompt = data, is_hard, evaluation, share_prompt
-        self.to_sft, self.sft_sides, self.first_token = is_hard if to_sft is None else to_sft, sft_sides, first_token
+    data: Any
+    is_hard: Sequence[bool]
+    evaluation: bool
+    share_prompt: bool
+    to_sft: Sequence[bool] | None = None
+    sft_sides: tuple[int, ...] = (0,)
+    first_token: np.ndarray | None = None
 
     def __call__(self, micro_batch: MicroBatch) -> PairBatch:
         indices, weight, step_pairs = micro_batch
@@ -263,7 +269,7 @@ class PairCollator:
             step_pairs=step_pairs,
             evaluation=self.evaluation,
             share_prompt=self.share_prompt,
-            to_sft=[self.to_sft[i] for i in indices],
+            to_sft=None if self.to_sft is None else [self.to_sft[i] for i in indices],
             sft_sides=self.sft_sides,
         )
         if self.first_token is not None:
