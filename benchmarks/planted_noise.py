@@ -2,8 +2,8 @@
 
     pip install -c constraints.txt matplotlib && python benchmarks/planted_noise.py [FOLDER]
 
-The training responses hold planted noise (data.noise), the held-out ones do not. Two passes over slices 0 to 2 of 6 train
-the reference on every token; all scorers are measured on slice 3. Writes a JSON, two tables and one plot to
+The training responses hold planted noise (data.noise), the held-out ones do not. Two passes over slices 0 to 2 of 6
+train the reference on every token; all scorers are measured on slice 3. Writes a JSON, two tables and one plot to
 benchmarks/results: AUC, precision and recall of each scorer on the same slice and of each self-evolving round; held-out
 loss against the keep ratio with the measured noise rate among the kept tokens. Runs are kept in FOLDER (default
 runs/planted_noise): a stopped comparison goes on where it was.
