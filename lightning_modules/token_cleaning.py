@@ -128,7 +128,8 @@ class CleanTokens(Callback):
             "model": base_fingerprint(pl_module.model),
             "dtype": f"{pl_module.dtype_name}, {trainer.precision}",
         }
-        self._tokens = RunTokens(pool, identity, str(self.cleaning.describe()))
+        tokenizer = trainer.datamodule.tokenizer
+        self._tokens = RunTokens.undecided(pool, identity, tokenizer, str(self.cleaning.describe()))
         if self.cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
         if self._restored is not None:
@@ -138,12 +139,12 @@ class CleanTokens(Callback):
                 self._open["samples"] = np.array(self._open["samples"], dtype=np.int64)
         if self.cleaning.masks is not None:
             self._masks = read_masks(Path(self.cleaning.masks), identity)
-        self._always_keep = self._always_kept(trainer.datamodule.tokenizer, pool)
+        self._always_keep = self._always_kept(tokenizer, pool)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "cleaning"
             folder.mkdir(exist_ok=True)
             self._tokens.write_samples(folder)
-            self._tokens.write(folder, trainer.datamodule.tokenizer)  # of a resumed run: what was decided before
+            self._tokens.write(folder)  # of a resumed run: what was decided before
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         token = batch.token.cpu().numpy()
@@ -243,7 +244,7 @@ class CleanTokens(Callback):
         said = {"scorer": None, "selection": None} if warm_up else self.cleaning.describe()
         self._tokens.stages.append({"stage": entry["stage"], "step": entry["step"], **said, **facts})
         if trainer.is_global_zero:
-            self._tokens.write(Path(trainer.default_root_dir) / "cleaning", trainer.datamodule.tokenizer)
+            self._tokens.write(Path(trainer.default_root_dir) / "cleaning")
         rank_zero_info(describe(self._tokens.stages[-1]))
 
     def _offsets(self, samples: np.ndarray) -> np.ndarray:

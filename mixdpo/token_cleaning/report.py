@@ -10,7 +10,7 @@ import numpy as np
 
 from mixdpo.errors import InputError
 from mixdpo.files import written_whole
-from mixdpo.token_cleaning.labels import CleaningRun, ScoredStage, read_cleaning
+from mixdpo.token_cleaning.stored import RunTokens, ScoredStage, read_cleaning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -83,7 +83,7 @@ def report(run: str, out: str | None = None, samples: int = 12, seed: int = 0) -
     if samples < 0:
         raise InputError(f"samples {samples}: need at least 0")
     cleaning = read_cleaning(run)
-    page = _page(cleaning, load_tokenizer(cleaning.record["tokenizer"]), Path(run).resolve().name, samples, seed)
+    page = _page(cleaning, load_tokenizer(cleaning.tokenizer), Path(run).resolve().name, samples, seed)
     write_page(page, Path(out) if out else Path(run) / "report.html")
 
 
@@ -93,17 +93,17 @@ def write_page(page: str, path: Path) -> None:
     print(f"wrote {path}")
 
 
-def _page(cleaning: CleaningRun, tokenizer: "Tokenizer", name: str, samples: int, seed: int) -> str:
+def _page(cleaning: RunTokens, tokenizer: "Tokenizer", name: str, samples: int, seed: int) -> str:
     cards = (_sample_card(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed))
     kept, reached = (int(which.sum()) for which in (cleaning.weights > 0, ~np.isnan(cleaning.weights)))
-    summary = f"{len(cleaning.samples):,} samples with {len(cleaning.weights):,} response tokens; training has reached "
+    summary = f"{len(cleaning.pool.samples):,} samples with {len(cleaning.pool):,} response tokens; training has reached "
     summary += f"{reached:,} of these and kept {kept:,} ({kept / max(reached, 1):.1%})"
     return HEAD.format(title=f"Token cleaning: {escape(name)}", summary=summary) + PAGE.format(
-        stages=_stage_table(cleaning.record["stages"]),
+        stages=_stage_table(cleaning.stages),
         parts="".join(_stage_card(cleaning, stage) for stage in cleaning.scored_stages()),
-        planted=PLANTED_KEY if "planted" in cleaning.samples.column_names else "",
+        planted=PLANTED_KEY if "planted" in cleaning.pool.samples.column_names else "",
         samples="".join(cards) or "<p>No scored sample is shown.</p>",
-        identity="\n".join(escape(f"{key}: {value}") for key, value in cleaning.record["identity"].items()),
+        identity="\n".join(escape(f"{key}: {value}") for key, value in cleaning.identity.items()),
     )
 
 
@@ -135,7 +135,7 @@ def _bar(share: float | None) -> str:
     return f'{_number(share, SHARE)}<i class="bar" style="--share:{share or 0:.1%}"></i>'
 
 
-def _stage_card(cleaning: CleaningRun, stage: ScoredStage) -> str:
+def _stage_card(cleaning: RunTokens, stage: ScoredStage) -> str:
     facts = stage.facts
     positions = [[str(i + 1), _bar(share)] for i, share in enumerate(facts["by_position"])]
     sources = [
@@ -175,8 +175,8 @@ def _label(x: float, y: float, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{text}</text>'
 
 
-def _sample_card(cleaning: CleaningRun, tokenizer: "Tokenizer", index: int, stage: ScoredStage) -> str:
-    row, tokens = cleaning.samples[index], slice(*cleaning.offsets[[index, index + 1]])
+def _sample_card(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage: ScoredStage) -> str:
+    row, tokens = cleaning.pool.samples[index], slice(*cleaning.pool.offsets[[index, index + 1]])
     ids, weights = row["input_ids"], cleaning.weights[tokens]
     planted = row.get("planted") or [0] * len(weights)
     facts = list(zip(cleaning.scores[tokens].tolist(), weights.tolist(), planted, strict=True))
