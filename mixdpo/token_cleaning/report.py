@@ -96,7 +96,9 @@ def write_page(page: str, path: Path) -> None:
 def _page(cleaning: RunTokens, tokenizer: "Tokenizer", name: str, samples: int, seed: int) -> str:
     cards = (_sample_card(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed))
     kept, reached = (int(which.sum()) for which in (cleaning.weights > 0, ~np.isnan(cleaning.weights)))
-    summary = f"{len(cleaning.pool.samples):,} samples with {len(cleaning.pool):,} response tokens; training has reached "
+    summary = (
+        f"{len(cleaning.pool.samples):,} samples with {len(cleaning.pool):,} response tokens; training has reached "
+    )
     summary += f"{reached:,} of these and kept {kept:,} ({kept / max(reached, 1):.1%})"
     return HEAD.format(title=f"Token cleaning: {escape(name)}", summary=summary) + PAGE.format(
         stages=_stage_table(cleaning.stages),
