@@ -6,8 +6,8 @@ because the loss is normalised over the step.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,19 @@ MicroBatch = tuple[tuple[int, ...], float, int]
 """Indices of the pairs in the encoded data, the weight they carry (0 = filler), the number of pairs in the step."""
 
 
+class Movable:
+    """A dataclass whose tensors go to another device together."""
+
+    def to(self, device: torch.device) -> Self:
+        there = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
+        for part in vars(self).values():
+            if isinstance(part, Tensor | Movable) and id(part) not in there:
+                there[id(part)] = part.to(device)
+        return replace(self, **{name: there[id(part)] for name, part in vars(self).items() if id(part) in there})
+
+
 @dataclass
-class TokenRows:
+class TokenRows(Movable):
     """Token sequences of one forward pass, and the list of what is to be predicted in them.
 
     One row is a pair that shares its prompt, `[prompt | chosen | rejected]`, with positions restarted after the prompt
@@ -46,9 +57,6 @@ class TokenRows:
     lengths: Tensor
     tokens: int
 
-    def to(self, device: torch.device) -> "TokenRows":
-        return replace(self, **moved_tensors(self, device))
-
     def attention_mask(self) -> Tensor:
         """(R, 1, T, T) bool, True = may attend: causal, own row, the prompt and the own completion only.
 
@@ -65,7 +73,7 @@ class TokenRows:
 
 
 @dataclass
-class PairBatch:
+class PairBatch(Movable):
     """One micro-batch of B pairs.
 
     Attributes:
@@ -103,17 +111,6 @@ class PairBatch:
 
     def __len__(self) -> int:
         return len(self.is_hard)
-
-    def to(self, device: torch.device) -> "PairBatch":
-        rows = self.rows.to(device)
-        reference = self.reference_rows
-        if reference is not None:  # the same rows are moved, and held, once
-            reference = rows if reference is self.rows else reference.to(device)
-        return replace(self, **moved_tensors(self, device), rows=rows, reference_rows=reference)
-
-
-def moved_tensors(batch: Any, device: torch.device) -> dict[str, Tensor]:
-    return {f.name: value.to(device) for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
 
 
 def plan_steps(order: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:

@@ -1,18 +1,18 @@
 """SFT samples -> tensors of one micro-batch, with a weight for every response token."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mixdpo.batching import PROMPT, MicroBatch, Piece, TokenRows, moved_tensors, token_rows
+from mixdpo.batching import PROMPT, MicroBatch, Movable, Piece, TokenRows, token_rows
 from mixdpo.samples import TokenPool
 
 
 @dataclass
-class SFTBatch:
+class SFTBatch(Movable):
     """One micro-batch of B samples with M response tokens.
 
     Attributes:
@@ -42,9 +42,6 @@ class SFTBatch:
 
     def __len__(self) -> int:
         return len(self.sample)
-
-    def to(self, device: torch.device) -> "SFTBatch":
-        return replace(self, **moved_tensors(self, device), rows=self.rows.to(device))
 
 
 def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:
