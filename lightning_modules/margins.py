@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, weights_fingerprint
+from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, base_fingerprint
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
 from mixdpo.margins_file import MarginsWriter
@@ -53,7 +53,7 @@ class MarginModule(L.LightningModule):
         if self.needs != "rating":
             load = load_reward_model if self.needs == "reward model" else load_base
             self.model = load(self.base, **self.loading, device=self.trainer.strategy.root_device)
-            used["weights"] = weights_fingerprint(self.model)
+            used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
