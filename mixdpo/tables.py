@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,20 @@ if TYPE_CHECKING:
 Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Table:
+    """The usable rows of one source, memory-mapped: `row` (int64, from 1) is the line of a json-lines file, else the
+    record. `dropped` counts rows kept out by cause."""
+
+    dataset: "Dataset"
+    dropped: dict[str, int]
+    source: str
+
+
 def read_table(
     source: str, split: str, limit: int | None, noun: str, parse: Parse, columns: dict[str, Any], *, key: list[Any]
-) -> tuple["Dataset", dict[str, int], str]:
-    """The usable rows of a source as a memory-mapped table, what was dropped by cause, and the source's name.
+) -> Table:
+    """The usable rows of a source.
 
     Args:
         noun: what a row is; its id is the column NOUN_id.
@@ -41,7 +52,7 @@ def read_table(
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
     table = table.remove_columns("drop")
-    return table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name
+    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name)
 
 
 def _build_table(
