@@ -60,6 +60,7 @@ class AdapterModule(L.LightningModule):
         self.reference_version = 0  # how often the cleaning reference was refreshed
         self.model: Any = None
         self.train_means: NamedMeans
+        self.val_means: NamedMeans
         self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
 
     def configure_callbacks(self) -> list[Any]:
@@ -91,6 +92,12 @@ class AdapterModule(L.LightningModule):
     def step_values(self, step: int) -> dict[str, float]:
         """What a module adds to the row of the step."""
         return {}
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.val_means.compute().items():
+            # float32 is what Lightning keeps; the state was summed in float64 over all ranks
+            self.log(name, value.float())
+        self.val_means.reset()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps

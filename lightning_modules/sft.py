@@ -33,7 +33,6 @@ class SFTModule(AdapterModule):
         super().__init__(base, **options)
         self.stage_start = stage_start
         self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
-        self.val_means: NamedMeans
         self.empty_steps = 0
         self._stage = 0
         self._kept, self._step_tokens = torch.zeros(()), 0
@@ -106,10 +105,6 @@ class SFTModule(AdapterModule):
             is_here = source == self.trainer.datamodule.sources.index(name)
             values[f"val/loss/{name}"] = (losses, batch.token_weight * is_here)
         self.val_means.update(values)
-
-    def on_validation_epoch_end(self) -> None:
-        for name, value in self.val_means.compute().items():
-            self.log(name, value.float())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
