@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def merged_copy(model: "PeftModel", name: Role = "policy") -> "PreTrainedModel":
-    """A plain fp32 model in the role `name`, for generation or export: the base dequantised *before* the adapter is added.
+    """A plain fp32 model in the role `name`, for generation or export, dequantised *before* the adapter is added.
 
     (Merging into 4-bit weights would round the adapter away.) Equal to the role up to rounding.
     """
