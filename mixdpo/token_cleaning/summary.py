@@ -41,9 +41,7 @@ def summarise(
         "tokens": len(weights),
         "kept_tokens": int(np.count_nonzero(weights)),
         "kept_share": _ratio(weights.sum(), len(weights)),
-        "threshold": kept.threshold if kept else None,
-        "ties": int(kept.ties) if kept else None,
-        "ties_kept": int(kept.ties_kept) if kept else None,
+        **{name: getattr(kept, name, None) for name in ("threshold", "ties", "ties_kept")},
         "samples": len(lengths),
         "samples_keeping_nothing": int(len(lengths) - len(np.unique(sample[weights > 0]))),
         "mean_abs_score": _ratio(np.abs(scored).sum(), len(scored)),
@@ -80,17 +78,20 @@ def _quantiles(scores: np.ndarray) -> dict[str, float | None]:
 
 def _by_source(weights: np.ndarray, sample: np.ndarray, sources: Sequence[str] | np.ndarray) -> dict[str, Any]:
     names, source = np.unique(np.asarray(sources, dtype=str), return_inverse=True)
-    tokens = np.bincount(source[sample], minlength=len(names)).tolist()
-    kept = np.bincount(source[sample], weights, minlength=len(names)).tolist()
-    facts = zip(names.tolist(), tokens, kept, strict=True)
-    return {name: {"tokens": count, "kept_share": _ratio(weight, count)} for name, count, weight in facts}
+    found = zip(names.tolist(), *_kept_shares(weights, source[sample], len(names)), strict=True)
+    return {name: {"tokens": count, "kept_share": share} for name, count, share in found}
 
 
 def _by_position(weights: np.ndarray, sample: np.ndarray, offsets: np.ndarray) -> list[float | None]:
     """Token i of a sample's m is in tenth ⌊10 i / m⌋."""
     tenth = 10 * (np.arange(len(weights)) - offsets[sample]) // np.diff(offsets)[sample]
-    tokens, kept = np.bincount(tenth, minlength=10), np.bincount(tenth, weights, minlength=10)
-    return [_ratio(weight, count) for weight, count in zip(kept, tokens, strict=True)]
+    return _kept_shares(weights, tenth, 10)[1]
+
+
+def _kept_shares(weights: np.ndarray, group: np.ndarray, groups: int) -> tuple[list[int], list[float | None]]:
+    """Tokens of each group, and the share of their weight that is kept."""
+    tokens, kept = np.bincount(group, minlength=groups).tolist(), np.bincount(group, weights, minlength=groups)
+    return tokens, list(map(_ratio, kept, tokens))
 
 
 def _find_planted(weights: np.ndarray, scores: np.ndarray, planted: np.ndarray) -> dict[str, float | None]:
