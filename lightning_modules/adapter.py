@@ -52,7 +52,7 @@ class AdapterModule(L.LightningModule):
         """
         super().__init__()
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
-        self.quantization, self.dtype_name, self.attention = quantization, dtype, attention
+        self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.activation_checkpointing = activation_checkpointing
         self.optimizer, self.schedule = optimizer, schedule
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
@@ -71,13 +71,7 @@ class AdapterModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        base = load_base(
-            self.base,
-            quantization=self.quantization,
-            dtype=self.dtype_name,
-            attention=self.attention,
-            device=self.trainer.strategy.root_device,
-        )
+        base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
         self.model = add_adapters(base, self.lora, self.adapter)
         if self.cleaning is not None:
             for role, name in (("reference", "cleaning"), ("previous", "previous")):

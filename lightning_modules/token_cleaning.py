@@ -126,7 +126,7 @@ class CleanTokens(Callback):
         identity = {
             **pool.identity,
             "model": base_fingerprint(pl_module.model),
-            "dtype": f"{pl_module.dtype_name}, {trainer.precision}",
+            "dtype": f"{pl_module.loading['dtype']}, {trainer.precision}",
         }
         tokenizer = trainer.datamodule.tokenizer
         self._tokens = RunTokens.undecided(pool, identity, tokenizer, str(self.cleaning.describe()))

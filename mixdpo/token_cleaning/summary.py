@@ -1,12 +1,10 @@
 """What a selection did, in numbers: how much is kept, from where, and of planted noise what was found."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mixdpo.errors import InputError
 from mixdpo.token_cleaning.selection import Kept
 
 
@@ -52,18 +50,6 @@ def summarise(
     if planted is not None:
         facts["planted"] = _find_planted(weights, scores, np.asarray(planted, dtype=bool))
     return facts
-
-
-def bound_term(kept_tokens: int, delta: float = 0.05) -> float:
-    """√(2 log(4/δ) / M): what the paper's bound (arXiv 2502.01968), with probability 1 − δ, adds to the noise rate of
-    the kept labels. It shrinks with the M kept tokens: .009 at 10⁵, so that cleaning is about the noise rate.
-
-    Raises:
-        InputError: no token is kept.
-    """
-    if kept_tokens < 1:
-        raise InputError(f"the bound needs at least one kept token, not {kept_tokens}")
-    return math.sqrt(2 * math.log(4 / delta) / kept_tokens)
 
 
 def _ratio(part: float, whole: float) -> float | None:
