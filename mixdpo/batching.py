@@ -141,51 +141,6 @@ def cut_step(step: Sequence[int], tokens: Sequence[int], *, accumulate: int, wor
     return [(tuple(pairs), 1.0, len(step)) if pairs else (filler, 0.0, len(step)) for pairs in mine]
 
 
-def collate(
-    pairs: Sequence[Mapping[str, Any]],
-    is_hard: Sequence[bool],
-    *,
-    weight: float = 1.0,
-    step_pairs: int | None = None,
-    evaluation: bool = False,
-    share_prompt: bool = True,
-    to_sft: Sequence[bool] | None = None,
-    sft_sides: tuple[int, ...] = (0,),
-) -> PairBatch:
-    """Tensors of one micro-batch.
-
-    Args:
-        pairs: encoded pairs: `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
-        is_hard: what each is reported as.
-        weight: of every pair, 0 for filler.
-        step_pairs: pairs in the optimizer step; the batch's own number by default.
-        evaluation: keep both responses of all pairs and show every pair to the reference.
-        share_prompt: one row per pair instead of one per completion; the numbers are the same.
-        to_sft: which pairs are trained by SFT; the hard ones if not given.
-        sft_sides: the completions that those learn.
-    """
-    to_sft = is_hard if to_sft is None else to_sft
-    whole = [evaluation or not sft for sft in to_sft]
-    rows = build_rows(pairs, *([keep or side in sft_sides for keep in whole] for side in (0, 1)), share_prompt)
-    if all(whole):
-        reference_rows: TokenRows | None = rows
-    else:
-        reference_rows = build_rows(pairs, whole, whole, share_prompt) if any(whole) else None
-    return PairBatch(
-        rows,
-        reference_rows,
-        is_hard=torch.tensor([bool(hard) for hard in is_hard]),
-        easy=torch.tensor([b for b, sft in enumerate(to_sft) if not sft], dtype=torch.long),
-        hard=torch.tensor([b for b, sft in enumerate(to_sft) if sft], dtype=torch.long),
-        margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
-        weight=torch.full((len(pairs),), weight),
-        pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
-        step_pairs=len(pairs) if step_pairs is None else step_pairs,
-        count=len(pairs) if weight else 0,
-        sft_sides=sft_sides,
-    )
-
-
 def build_rows(
     pairs: Sequence[Mapping[str, Any]],
     with_chosen: Sequence[bool],
@@ -245,35 +200,55 @@ def token_rows(rows: Sequence[Sequence[Piece]], completions: int) -> TokenRows:
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers. `is_hard` and
-    `to_sft` are (N,), of the whole data; `first_token` (N,) is the number in the cleaning pool of a pair's first chosen
-    token, -1 for a pair that is not in it."""
+    """Makes the tensors of one `MicroBatch` of N encoded pairs; picklable, for loader workers.
+
+    Args:
+        data: pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
+        is_hard: (N,) what each is reported as.
+        evaluation: keep both responses of all pairs and show every pair to the reference.
+        share_prompt: one row per pair instead of one per completion; the numbers are the same.
+        to_sft: (N,) which pairs are trained by SFT; the hard ones if not given.
+        sft_sides: the completions that those learn.
+        first_token: (N,) the number in the cleaning pool of a pair's first chosen token, -1 for a pair not in it.
+    """
 
     data: Any
     is_hard: Sequence[bool]
-    evaluation: bool
-    share_prompt: bool
+    evaluation: bool = False
+    share_prompt: bool = True
     to_sft: Sequence[bool] | None = None
     sft_sides: tuple[int, ...] = (0,)
     first_token: np.ndarray | None = None
 
     def __call__(self, micro_batch: MicroBatch) -> PairBatch:
         indices, weight, step_pairs = micro_batch
-        batch = collate(
-            [self.data[i] for i in indices],
-            [self.is_hard[i] for i in indices],
-            weight=weight,
+        pairs = [self.data[i] for i in indices]
+        to_sft = [(self.is_hard if self.to_sft is None else self.to_sft)[i] for i in indices]
+        whole = [self.evaluation or not sft for sft in to_sft]
+        sides = ([keep or side in self.sft_sides for keep in whole] for side in (0, 1))
+        rows = build_rows(pairs, *sides, self.share_prompt)
+        if all(whole):
+            reference_rows: TokenRows | None = rows
+        else:
+            reference_rows = build_rows(pairs, whole, whole, self.share_prompt) if any(whole) else None
+        batch = PairBatch(
+            rows,
+            reference_rows,
+            is_hard=torch.tensor([bool(self.is_hard[i]) for i in indices]),
+            easy=torch.tensor([b for b, sft in enumerate(to_sft) if not sft], dtype=torch.long),
+            hard=torch.tensor([b for b, sft in enumerate(to_sft) if sft], dtype=torch.long),
+            margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
+            weight=torch.full((len(pairs),), weight),
+            pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
             step_pairs=step_pairs,
-            evaluation=self.evaluation,
-            share_prompt=self.share_prompt,
-            to_sft=None if self.to_sft is None else [self.to_sft[i] for i in indices],
+            count=len(pairs) if weight else 0,
             sft_sides=self.sft_sides,
         )
         if self.first_token is not None:
-            batch.token = torch.full_like(batch.rows.target, -1)
+            batch.token = torch.full_like(rows.target, -1)
             batch.token_weight = torch.ones(len(batch.token))
             for b, first in enumerate(self.first_token[list(indices)].tolist()):
                 if first >= 0:
-                    chosen = batch.rows.completion == b
+                    chosen = rows.completion == b
                     batch.token[chosen] = first + torch.arange(int(chosen.sum()))
         return batch
