@@ -102,7 +102,6 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     def validation_batches(self, lengths: Sequence[int]) -> list[MicroBatch]:
         """This rank's batches of held-out rows, by length; filler of weight 0 gives all ranks as many."""
-        assert self.trainer is not None
         by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         batches: list[MicroBatch] = [(b, 1.0, len(b)) for b in plan_steps(by_length, self.eval_batch_size)]
         batches += [((by_length[-1],), 0.0, 1)] * (-len(batches) % self.trainer.world_size)
@@ -153,7 +152,6 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     def step_plan(self) -> StepPlan:
         """The optimizer steps of the whole run, over all epochs and up to max_steps, for the schedule."""
-        assert self.trainer is not None
         one = self.epoch
         max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs
         if max_steps < 0 and (max_epochs is None or max_epochs < 0):
@@ -173,7 +171,6 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         return number * len(starts) + bisect_right(starts, step) - 1
 
     def train_dataloader(self) -> ResumableLoader:
-        assert self.trainer is not None
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
             raise InputError("GradientAccumulationScheduler would shift the steps: set trainer.accumulate_grad_batches")
         if self.trainer.limit_train_batches != 1.0 and not self.trainer.fast_dev_run:
@@ -192,7 +189,6 @@ class PlannedDataModule(L.LightningDataModule, ABC):
     def cut(self) -> dict[str, int]:
         """How each step is cut: the arguments of `cut_step` that the trainer decides."""
         trainer = self.trainer
-        assert trainer is not None
         return {"accumulate": trainer.accumulate_grad_batches, "world": trainer.world_size, "rank": trainer.global_rank}
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,7 +212,6 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     def _identity(self) -> dict[str, Any]:
         """What must stay for a position to mean the same rows."""
-        assert self.trainer is not None
         return {
             self.summary_file.removesuffix(".json"): self.fingerprint(),
             "batch_size": self.batch_size,

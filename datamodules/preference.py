@@ -60,7 +60,7 @@ class PreferenceDataModule(PlannedDataModule):
         self.lengths, self.share_prompt = {**limits, "overlong": self.overlong}, share_prompt
         self.margins_file: MarginsFile | None = None
         self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
-        self.route: Route | None = None
+        self.route: Route = None  # type: ignore[assignment]  # until setup
         self.train_pairs: Any = None
         self.validation_pairs: Any = None
         self._pool: TokenPool | None = None
@@ -115,7 +115,6 @@ class PreferenceDataModule(PlannedDataModule):
         return self.margins_file.add_to(encoded, self.texts, source) if self.margins_file else encoded
 
     def _describe(self) -> str:
-        assert self.route is not None
         facts, lines = self.route.summary(), self.describe_counts()
         lines.append(
             f"route: {facts['hard']} of {facts['pairs']} pairs are hard (by {facts['assignment']}; threshold "
@@ -127,19 +126,16 @@ class PreferenceDataModule(PlannedDataModule):
 
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
-        assert self.route is not None
         facts = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
         if self.margins_file is not None:
             facts["margins"] = {"file": self.margins, **self.margins_file.header}
         return {**self.route.summary(), **facts}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
-        assert self.route is not None
         return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)
 
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         """A stage starts with the first step whose pairs are mostly its own (or of a later one)."""
-        assert self.route is not None
         hard_share = np.array([self.route.to_sft[list(step)].mean() for step in self._steps(epoch)])
         places, starts = plan_steps(self.route.stages.tolist(), self.batch_size), [0]
         for stage in range(1, int(self.route.stages[-1]) + 1):
@@ -148,12 +144,10 @@ class PreferenceDataModule(PlannedDataModule):
         return StepPlan(hard_share, tuple(starts))
 
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
-        assert self.route is not None
         tokens = self._tokens(self.train_pairs, self.route.to_sft, self.route.sft_sides)
         return [piece for step in self._steps(epoch) for piece in cut_step(step, tokens, **self.cut())]
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
-        assert self.route is not None
         first_token = None
         if self._pool is not None:
             first_token = np.full(len(self.route.is_hard), -1)
@@ -164,11 +158,9 @@ class PreferenceDataModule(PlannedDataModule):
         return loader
 
     def fingerprint(self) -> str:
-        assert self.route is not None
         return f"{self.route.fingerprint()} {self._data}"
 
     def _check_cleaning(self, cleaning: Cleaning) -> None:
-        assert self.route is not None
         if not self.route.is_hard.any():
             raise InputError("model.cleaning has nothing to clean, since no pair is hard: set it to null")
         if self.routing.hard_action != "sft":
@@ -183,7 +175,6 @@ class PreferenceDataModule(PlannedDataModule):
 
     def cleaning_pool(self) -> TokenPool:
         """The chosen responses of the hard pairs, in the order of the data."""
-        assert self.route is not None
         if self._pool is None:
             hard = self.train_pairs.select(np.flatnonzero(self.route.is_hard))
             samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
@@ -192,11 +183,9 @@ class PreferenceDataModule(PlannedDataModule):
 
     def easy_samples(self) -> list[dict[str, Any]]:
         """The chosen responses of the easy pairs, which the default cleaning reference learns."""
-        assert self.route is not None
         return [_chosen_sample(self.train_pairs[int(i)]) for i in np.flatnonzero(~self.route.is_hard)]
 
     def pool_steps(self) -> list[tuple[int, ...]]:
-        assert self.route is not None
         number = np.cumsum(self.route.is_hard) - 1
         return [tuple(int(number[i]) for i in step if self.route.is_hard[i]) for step in self._steps()]
 

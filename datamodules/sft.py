@@ -51,7 +51,7 @@ class SFTDataModule(PlannedDataModule):
         self.lengths = {"max_length": max_length, "overlong": self.overlong}
         self.sources: list[str] = []
         self.stages: list[Stage] = []
-        self.pool: TokenPool | None = None
+        self.pool: TokenPool = None  # type: ignore[assignment]  # until setup
         self.validation_pool: TokenPool | None = None
 
     def setup(self, stage: str) -> None:
@@ -113,7 +113,6 @@ class SFTDataModule(PlannedDataModule):
         return StepPlan(np.zeros(starts[-1]), tuple(int(start) for start in starts[:-1]))
 
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
-        assert self.pool is not None
         tokens = [len(ids) for ids in self.pool.samples["input_ids"]]
         responses = np.diff(self.pool.offsets)
         plan: list[MicroBatch] = []
@@ -126,18 +125,15 @@ class SFTDataModule(PlannedDataModule):
         return ResumableLoader(plan, SFTCollator(self.pool, self.sources, pack=self.pack), workers=self.workers)
 
     def fingerprint(self) -> str:
-        assert self.pool is not None
         return content_hash([self._steps(), *sorted(self.pool.identity.items())])
 
     def cleaning_pool(self) -> TokenPool:
-        assert self.pool is not None
         return self.pool
 
     def pool_steps(self) -> list[tuple[int, ...]]:
         return self._steps()
 
     def val_dataloader(self) -> ResumableLoader:
-        assert self.validation_pool is not None and self.trainer is not None
         lengths = [len(ids) for ids in self.validation_pool.samples["input_ids"]]
         collator = SFTCollator(self.validation_pool, self.sources, pack=self.pack)
         return ResumableLoader(self.validation_batches(lengths), collator, workers=self.workers)

@@ -52,7 +52,7 @@ class AdapterModule(L.LightningModule):
         """
         super().__init__()
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
-        self.quantization, self.dtype_name, self.attention = quantization, dtype, attention
+        self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.activation_checkpointing = activation_checkpointing
         self.optimizer, self.schedule = optimizer, schedule
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
@@ -60,6 +60,7 @@ class AdapterModule(L.LightningModule):
         self.reference_version = 0  # how often the cleaning reference was refreshed
         self.model: Any = None
         self.train_means: NamedMeans
+        self.val_means: NamedMeans
         self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
 
     def configure_callbacks(self) -> list[Any]:
@@ -70,13 +71,7 @@ class AdapterModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        base = load_base(
-            self.base,
-            quantization=self.quantization,
-            dtype=self.dtype_name,
-            attention=self.attention,
-            device=self.trainer.strategy.root_device,
-        )
+        base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
         self.model = add_adapters(base, self.lora, self.adapter)
         if self.cleaning is not None:
             for role, name in (("reference", "cleaning"), ("previous", "previous")):
@@ -91,6 +86,12 @@ class AdapterModule(L.LightningModule):
     def step_values(self, step: int) -> dict[str, float]:
         """What a module adds to the row of the step."""
         return {}
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.val_means.compute().items():
+            # float32 is what Lightning keeps; the state was summed in float64 over all ranks
+            self.log(name, value.float())
+        self.val_means.reset()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, weights_fingerprint
+from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, base_fingerprint
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
 from mixdpo.margins_file import MarginsWriter
@@ -42,7 +42,7 @@ class MarginModule(L.LightningModule):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.model: Any = None
-        self.file: MarginsWriter | None = None
+        self.file: MarginsWriter = None  # type: ignore[assignment]  # until configure_model
 
     def configure_model(self) -> None:
         if self.file is not None:
@@ -53,7 +53,7 @@ class MarginModule(L.LightningModule):
         if self.needs != "rating":
             load = load_reward_model if self.needs == "reward model" else load_base
             self.model = load(self.base, **self.loading, device=self.trainer.strategy.root_device)
-            used["weights"] = weights_fingerprint(self.model)
+            used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
@@ -67,7 +67,6 @@ class MarginModule(L.LightningModule):
             self.trainer.limit_predict_batches = 0  # nothing is left to compute
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[float]:
-        assert self.file is not None
         margins: list[float] = self.signal(self.model, batch).tolist()
         self.file.append(batch.pair_id.tolist(), margins)
         return margins

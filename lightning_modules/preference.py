@@ -176,12 +176,6 @@ class PreferenceModule(AdapterModule):
         values["length_accuracy"] = length_accuracy(policy.lengths)
         self.val_means.update(by_difficulty(values, batch))
 
-    def on_validation_epoch_end(self) -> None:
-        for name, value in self.val_means.compute().items():
-            # float32 is what Lightning keeps; the state was summed in float64 over all ranks
-            self.log(name, value.float())
-        self.val_means.reset()
-
     def on_train_start(self) -> None:
         """The default reference of token cleaning: an adapter fitted to the easy pairs' chosen responses (SFT)."""
         cleaning = self.cleaning

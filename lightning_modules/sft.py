@@ -33,7 +33,6 @@ class SFTModule(AdapterModule):
         super().__init__(base, **options)
         self.stage_start = stage_start
         self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
-        self.val_means: NamedMeans | None = None
         self.empty_steps = 0
         self._stage = 0
         self._kept, self._step_tokens = torch.zeros(()), 0
@@ -64,7 +63,6 @@ class SFTModule(AdapterModule):
         return -(log_probs * weight).sum() * (self._micro_batches_per_step() / batch.step_tokens)
 
     def _score(self, batch: SFTBatch, log_probs: Tensor) -> None:
-        assert self.cleaning is not None and batch.losses is not None
         losses = {**batch.losses, "policy": -log_probs}
         batch.scores = self.cleaning.scorer(TokenStatistics(losses, batch.rows.completion, batch.token)).detach()
         lengths = batch.rows.lengths.cpu()
@@ -106,13 +104,7 @@ class SFTModule(AdapterModule):
         for name in self.trainer.datamodule.reported_sources:
             is_here = source == self.trainer.datamodule.sources.index(name)
             values[f"val/loss/{name}"] = (losses, batch.token_weight * is_here)
-        assert self.val_means is not None
         self.val_means.update(values)
-
-    def on_validation_epoch_end(self) -> None:
-        assert self.val_means is not None
-        for name, value in self.val_means.compute().items():
-            self.log(name, value.float())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -112,7 +112,7 @@ class CleanTokens(Callback):
 
     def __init__(self, cleaning: Cleaning) -> None:
         self.cleaning = cleaning
-        self._tokens: RunTokens | None = None
+        self._tokens: RunTokens = None  # type: ignore[assignment]  # until on_train_start
         self._restored: dict[str, Any] | None = None
         self._scored: list[int] | None = None  # stage and version of the reference that weights are of
         self._losses: dict[str, np.ndarray] = {}
@@ -126,9 +126,10 @@ class CleanTokens(Callback):
         identity = {
             **pool.identity,
             "model": base_fingerprint(pl_module.model),
-            "dtype": f"{pl_module.dtype_name}, {trainer.precision}",
+            "dtype": f"{pl_module.loading['dtype']}, {trainer.precision}",
         }
-        self._tokens = RunTokens(pool, identity, str(self.cleaning.describe()))
+        tokenizer = trainer.datamodule.tokenizer
+        self._tokens = RunTokens.undecided(pool, identity, tokenizer, str(self.cleaning.describe()))
         if self.cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
         if self._restored is not None:
@@ -138,15 +139,14 @@ class CleanTokens(Callback):
                 self._open["samples"] = np.array(self._open["samples"], dtype=np.int64)
         if self.cleaning.masks is not None:
             self._masks = read_masks(Path(self.cleaning.masks), identity)
-        self._always_keep = self._always_kept(trainer.datamodule.tokenizer, pool)
+        self._always_keep = self._always_kept(tokenizer, pool)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "cleaning"
             folder.mkdir(exist_ok=True)
             self._tokens.write_samples(folder)
-            self._tokens.write(folder, trainer.datamodule.tokenizer)  # of a resumed run: what was decided before
+            self._tokens.write(folder)  # of a resumed run: what was decided before
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        assert self._tokens is not None
         token = batch.token.cpu().numpy()
         if not (token >= 0).any():
             return  # easy pairs: hard ones are scored when the first of them comes
@@ -184,7 +184,6 @@ class CleanTokens(Callback):
     def _prepare_losses(self, pl_module: Any, samples: np.ndarray, now: list[int]) -> None:
         """Losses of the roles that the scorer reads besides the policy. Those of the base, and of a reference that was
         given and never refreshed, are kept on disk for every later round, ratio and run."""
-        assert self._tokens is not None
         pool, model = self._tokens.pool, pl_module.model
         roles = set(self.cleaning.roles)
         if "reference" in roles and "policy" not in roles and adds_nothing(model, "cleaning"):
@@ -202,7 +201,6 @@ class CleanTokens(Callback):
 
     def _clean(self, trainer: L.Trainer, samples: np.ndarray, steps: np.ndarray, warm_up: bool, online: bool) -> None:
         """Decide the weights of these samples' tokens; those of an online scorer are decided in each step instead."""
-        assert self._tokens is not None
         tokens, entry = self._tokens.pool.tokens(samples), {"samples": samples, "warm_up": warm_up, "kept": None}
         self._tokens.scores[tokens], self._tokens.weights[tokens] = np.nan, 1 if warm_up else np.nan
         self._tokens.decided[samples] = len(self._tokens.stages)
@@ -230,7 +228,6 @@ class CleanTokens(Callback):
         """Sum up the stage whose weights are complete, and write all that is known so far."""
         if self._open is None or not len(self._open["samples"]):
             return
-        assert self._tokens is not None
         entry, self._open = self._open, None
         pool, warm_up = self._tokens.pool, entry["warm_up"]
         reached = ~np.isnan(self._tokens.weights[pool.offsets[entry["samples"]]])  # max_steps may end a stage early
@@ -247,12 +244,11 @@ class CleanTokens(Callback):
         said = {"scorer": None, "selection": None} if warm_up else self.cleaning.describe()
         self._tokens.stages.append({"stage": entry["stage"], "step": entry["step"], **said, **facts})
         if trainer.is_global_zero:
-            self._tokens.write(Path(trainer.default_root_dir) / "cleaning", trainer.datamodule.tokenizer)
+            self._tokens.write(Path(trainer.default_root_dir) / "cleaning")
         rank_zero_info(describe(self._tokens.stages[-1]))
 
     def _offsets(self, samples: np.ndarray) -> np.ndarray:
         """(n+1,) where the tokens of these samples begin, once they stand one behind the other."""
-        assert self._tokens is not None
         counts = np.diff(self._tokens.pool.offsets)[samples]
         return np.concatenate([[0], np.cumsum(counts)])
 

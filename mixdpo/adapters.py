@@ -193,14 +193,10 @@ def adds_nothing(model: "PeftModel", name: Role) -> bool:
     return not any(bool(weight.any()) for weight in used)
 
 
-def base_fingerprint(model: "PeftModel") -> str:
+def base_fingerprint(model: "PeftModel | PreTrainedModel") -> str:
     """Changes whenever the base's weights or configuration do, quantised as they are: a name or path would not tell.
-    Reads all weights once: about a second per GB."""
-    return weights_fingerprint(model.get_base_model())
-
-
-def weights_fingerprint(model: "PreTrainedModel") -> str:
-    """As `base_fingerprint`, of a model with or without adapters on it: the same, whichever layers they are on."""
+    Reads all weights once: about a second per GB. Adapters on it, if any, and where they are change nothing."""
+    model = getattr(model, "get_base_model", lambda: model)()
     config = model.config.to_dict()
     digest = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if not k.startswith("_"))).encode())
     named = ((name.replace(".base_layer.", "."), parameter) for name, parameter in model.named_parameters())

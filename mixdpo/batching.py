@@ -6,8 +6,8 @@ because the loss is normalised over the step.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,19 @@ MicroBatch = tuple[tuple[int, ...], float, int]
 """Indices of the pairs in the encoded data, the weight they carry (0 = filler), the number of pairs in the step."""
 
 
+class Movable:
+    """A dataclass whose tensors go to another device together."""
+
+    def to(self, device: torch.device) -> Self:
+        there = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
+        for part in vars(self).values():
+            if isinstance(part, Tensor | Movable) and id(part) not in there:
+                there[id(part)] = part.to(device)
+        return replace(self, **{name: there[id(part)] for name, part in vars(self).items() if id(part) in there})
+
+
 @dataclass
-class TokenRows:
+class TokenRows(Movable):
     """Token sequences of one forward pass, and the list of what is to be predicted in them.
 
     One row is a pair that shares its prompt, `[prompt | chosen | rejected]`, with positions restarted after the prompt
@@ -46,9 +57,6 @@ class TokenRows:
     lengths: Tensor
     tokens: int
 
-    def to(self, device: torch.device) -> "TokenRows":
-        return replace(self, **moved_tensors(self, device))
-
     def attention_mask(self) -> Tensor:
         """(R, 1, T, T) bool, True = may attend: causal, own row, the prompt and the own completion only.
 
@@ -65,7 +73,7 @@ class TokenRows:
 
 
 @dataclass
-class PairBatch:
+class PairBatch(Movable):
     """One micro-batch of B pairs.
 
     Attributes:
@@ -104,17 +112,6 @@ class PairBatch:
     def __len__(self) -> int:
         return len(self.is_hard)
 
-    def to(self, device: torch.device) -> "PairBatch":
-        rows = self.rows.to(device)
-        reference = self.reference_rows
-        if reference is not None:  # the same rows are moved, and held, once
-            reference = rows if reference is self.rows else reference.to(device)
-        return replace(self, **moved_tensors(self, device), rows=rows, reference_rows=reference)
-
-
-def moved_tensors(batch: Any, device: torch.device) -> dict[str, Tensor]:
-    return {f.name: value.to(device) for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
-
 
 def plan_steps(order: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
     """Consecutive pieces of the order, one per optimizer step; the last one may be shorter."""
@@ -144,51 +141,6 @@ def cut_step(step: Sequence[int], tokens: Sequence[int], *, accumulate: int, wor
     return [(tuple(pairs), 1.0, len(step)) if pairs else (filler, 0.0, len(step)) for pairs in mine]
 
 
-def collate(
-    pairs: Sequence[Mapping[str, Any]],
-    is_hard: Sequence[bool],
-    *,
-    weight: float = 1.0,
-    step_pairs: int | None = None,
-    evaluation: bool = False,
-    share_prompt: bool = True,
-    to_sft: Sequence[bool] | None = None,
-    sft_sides: tuple[int, ...] = (0,),
-) -> PairBatch:
-    """Tensors of one micro-batch.
-
-    Args:
-        pairs: encoded pairs: `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
-        is_hard: what each is reported as.
-        weight: of every pair, 0 for filler.
-        step_pairs: pairs in the optimizer step; the batch's own number by default.
-        evaluation: keep both responses of all pairs and show every pair to the reference.
-        share_prompt: one row per pair instead of one per completion; the numbers are the same.
-        to_sft: which pairs are trained by SFT; the hard ones if not given.
-        sft_sides: the completions that those learn.
-    """
-    to_sft = is_hard if to_sft is None else to_sft
-    whole = [evaluation or not sft for sft in to_sft]
-    rows = build_rows(pairs, *([keep or side in sft_sides for keep in whole] for side in (0, 1)), share_prompt)
-    if all(whole):
-        reference_rows: TokenRows | None = rows
-    else:
-        reference_rows = build_rows(pairs, whole, whole, share_prompt) if any(whole) else None
-    return PairBatch(
-        rows,
-        reference_rows,
-        is_hard=torch.tensor([bool(hard) for hard in is_hard]),
-        easy=torch.tensor([b for b, sft in enumerate(to_sft) if not sft], dtype=torch.long),
-        hard=torch.tensor([b for b, sft in enumerate(to_sft) if sft], dtype=torch.long),
-        margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
-        weight=torch.full((len(pairs),), weight),
-        pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
-        step_pairs=len(pairs) if step_pairs is None else step_pairs,
-        count=len(pairs) if weight else 0,
-        sft_sides=sft_sides,
-    )
-
-
 def build_rows(
     pairs: Sequence[Mapping[str, Any]],
     with_chosen: Sequence[bool],
@@ -196,81 +148,107 @@ def build_rows(
     share_prompt: bool = True,
 ) -> TokenRows:
     """Rows that hold the named completions of B pairs; a pair with neither has no row."""
-    rows: list[list[tuple[int, int, Sequence[int]]]] = []  # per row: (segment, completion, ids)
-    lengths = [0] * (2 * len(pairs))
+    rows: list[list[Piece]] = []
     for b, pair in enumerate(pairs):
-        parts = []
-        if with_chosen[b]:
-            parts.append((CHOSEN, b, pair["chosen_ids"]))
-        if with_rejected[b]:
-            parts.append((REJECTED, len(pairs) + b, pair["rejected_ids"]))
-        for _, completion, ids in parts:
-            lengths[completion] = len(ids)
-        for row in [parts] if share_prompt else [[part] for part in parts]:
-            if row:
-                rows.append([(PROMPT, -1, pair["prompt_ids"]), *row])
-    width = max(sum(len(ids) for _, _, ids in row) for row in rows)
-    return _tensors(rows, width, lengths)
+        prompt = Piece(PROMPT, pair["prompt_ids"])
+        sides = ((CHOSEN, with_chosen, b, "chosen_ids"), (REJECTED, with_rejected, len(pairs) + b, "rejected_ids"))
+        parts = [
+            Piece(segment, pair[ids], len(prompt.ids), completion, (0, len(pair[ids])))
+            for segment, wanted, completion, ids in sides
+            if wanted[b]
+        ]
+        rows += [[prompt, *row] for row in ([parts] if share_prompt else [[part] for part in parts]) if row]
+    return token_rows(rows, 2 * len(pairs))
 
 
-def _tensors(rows: list[list[tuple[int, int, Sequence[int]]]], width: int, lengths: list[int]) -> TokenRows:
+class Piece(NamedTuple):
+    """Consecutive tokens of a row: their segment, ids, and the position of the first; `spans` [start, end, …) of the
+    ids are targets, of the completion of this number. A target that begins the piece is predicted by the token of the
+    position before it, in the row's first piece."""
+
+    segment: int
+    ids: Sequence[int]
+    position: int = 0
+    completion: int = -1
+    spans: Sequence[int] = ()
+
+
+def token_rows(rows: Sequence[Sequence[Piece]], completions: int) -> TokenRows:
+    width = max(sum(len(piece.ids) for piece in row) for row in rows)
     input_ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
     segments = torch.full((len(rows), width), PADDING)
     source: list[int] = []
     target: list[int] = []
-    completions: list[int] = []
+    completion: list[int] = []
     for r, row in enumerate(rows):
-        prompt_length, start = len(row[0][2]), 0
-        for segment, completion, ids in row:
-            end, first = start + len(ids), 0 if segment == PROMPT else prompt_length
-            input_ids[r, start:end] = torch.as_tensor(ids)
-            positions[r, start:end] = torch.arange(first, first + len(ids))
-            segments[r, start:end] = segment
-            if segment != PROMPT:
-                source += [r * width + prompt_length - 1, *range(r * width + start, r * width + end - 1)]
-                target += list(ids)
-                completions += [completion] * len(ids)
+        start = 0
+        for piece in row:
+            end = start + len(piece.ids)
+            input_ids[r, start:end] = torch.as_tensor(piece.ids)
+            positions[r, start:end] = torch.arange(piece.position, piece.position + len(piece.ids))
+            segments[r, start:end] = piece.segment
+            for first, last in zip(piece.spans[::2], piece.spans[1::2], strict=True):
+                before = start + first - 1 if first else piece.position - 1
+                source += [r * width + before, *range(r * width + start + first, r * width + start + last - 1)]
+                target += piece.ids[first:last]
+                completion += [piece.completion] * (last - first)
             start = end
-    lists = (torch.tensor(values, dtype=torch.long) for values in (source, target, completions, lengths))
-    return TokenRows(input_ids, positions, segments, *lists, tokens=int((segments != PADDING).sum()))
+    lists = [torch.tensor(values, dtype=torch.long) for values in (source, target, completion)]
+    lengths = torch.bincount(lists[2], minlength=completions)
+    return TokenRows(input_ids, positions, segments, *lists, lengths, tokens=int((segments != PADDING).sum()))
 
 
+@dataclass(frozen=True)
 class PairCollator:
-    """Looks up one `MicroBatch` in the encoded data and collates it; picklable, for loader workers. `is_hard` and
-    `to_sft` are (N,), of the whole data; `first_token` (N,) is the number in the cleaning pool of a pair's first chosen
-    token, -1 for a pair that is not in it."""
+    """Makes the tensors of one `MicroBatch` of N encoded pairs; picklable, for loader workers.
 
-    def __init__(
-        self,
-        data: Any,
-        is_hard: Sequence[bool],
-        *,
-        evaluation: bool,
-        share_prompt: bool,
-        to_sft: Sequence[bool] | None = None,
-        sft_sides: tuple[int, ...] = (0,),
-        first_token: np.ndarray | None = None,
-    ) -> None:
-        self.data, self.is_hard, self.evaluation, self.share_prompt = data, is_hard, evaluation, share_prompt
-        self.to_sft, self.sft_sides, self.first_token = is_hard if to_sft is None else to_sft, sft_sides, first_token
+    Args:
+        data: pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
+        is_hard: (N,) what each is reported as.
+        evaluation: keep both responses of all pairs and show every pair to the reference.
+        share_prompt: one row per pair instead of one per completion; the numbers are the same.
+        to_sft: (N,) which pairs are trained by SFT; the hard ones if not given.
+        sft_sides: the completions that those learn.
+        first_token: (N,) the number in the cleaning pool of a pair's first chosen token, -1 for a pair not in it.
+    """
+
+    data: Any
+    is_hard: Sequence[bool]
+    evaluation: bool = False
+    share_prompt: bool = True
+    to_sft: Sequence[bool] | None = None
+    sft_sides: tuple[int, ...] = (0,)
+    first_token: np.ndarray | None = None
 
     def __call__(self, micro_batch: MicroBatch) -> PairBatch:
         indices, weight, step_pairs = micro_batch
-        batch = collate(
-            [self.data[i] for i in indices],
-            [self.is_hard[i] for i in indices],
-            weight=weight,
+        pairs = [self.data[i] for i in indices]
+        to_sft = [(self.is_hard if self.to_sft is None else self.to_sft)[i] for i in indices]
+        whole = [self.evaluation or not sft for sft in to_sft]
+        sides = ([keep or side in self.sft_sides for keep in whole] for side in (0, 1))
+        rows = build_rows(pairs, *sides, self.share_prompt)
+        if all(whole):
+            reference_rows: TokenRows | None = rows
+        else:
+            reference_rows = build_rows(pairs, whole, whole, self.share_prompt) if any(whole) else None
+        batch = PairBatch(
+            rows,
+            reference_rows,
+            is_hard=torch.tensor([bool(self.is_hard[i]) for i in indices]),
+            easy=torch.tensor([b for b, sft in enumerate(to_sft) if not sft], dtype=torch.long),
+            hard=torch.tensor([b for b, sft in enumerate(to_sft) if sft], dtype=torch.long),
+            margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
+            weight=torch.full((len(pairs),), weight),
+            pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
             step_pairs=step_pairs,
-            evaluation=self.evaluation,
-            share_prompt=self.share_prompt,
-            to_sft=[self.to_sft[i] for i in indices],
+            count=len(pairs) if weight else 0,
             sft_sides=self.sft_sides,
         )
         if self.first_token is not None:
-            batch.token = torch.full_like(batch.rows.target, -1)
+            batch.token = torch.full_like(rows.target, -1)
             batch.token_weight = torch.ones(len(batch.token))
             for b, first in enumerate(self.first_token[list(indices)].tolist()):
                 if first >= 0:
-                    chosen = batch.rows.completion == b
+                    chosen = rows.completion == b
                     batch.token[chosen] = first + torch.arange(int(chosen.sum()))
         return batch

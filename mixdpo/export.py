@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
-    """A plain model in the role `name`: the base dequantised *before* the adapter is added, for generation or export.
+def merged_copy(model: "PeftModel", name: Role = "policy") -> "PreTrainedModel":
+    """A plain fp32 model in the role `name`, for generation or export, dequantised *before* the adapter is added.
 
-    (Merging into 4-bit weights would round the adapter away.) Equal to the role up to rounding in `dtype`.
+    (Merging into 4-bit weights would round the adapter away.) Equal to the role up to rounding.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.integrations import dequantize_module_weight
@@ -28,26 +28,23 @@ def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = 
     adapters = adapters_of(model, name)
     state: dict[str, Tensor] = {}
     for path, module in causal_lm.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            base = module.get_base_layer()
+        if "lora_" in path or ".base_layer" in path:
+            continue
+        adapted = isinstance(module, BaseTunerLayer)
+        layer = module.get_base_layer() if adapted else module
+        own = {key: value for key, value in layer._parameters.items() if value is not None}
+        if "weight" in own:
             with torch.no_grad():
-                weight = dequantize_module_weight(base).to(torch.float32)
-                state[f"{path}.weight"] = sum(
-                    (module.get_delta_weight(name) for name in adapters if name in module.lora_A), weight
-                )
-            if base.bias is not None:
-                state[f"{path}.bias"] = base.bias
-        elif "lora_" not in path and ".base_layer" not in path:
-            state |= {
-                f"{path}.{key}".lstrip("."): value for key, value in module._parameters.items() if value is not None
-            }
+                deltas = [module.get_delta_weight(name) for name in adapters if adapted and name in module.lora_A]
+                own["weight"] = sum(deltas, dequantize_module_weight(layer).float())
+        state |= {f"{path}.{key}".lstrip("."): value for key, value in own.items()}
     config = causal_lm.config.__class__(
         **{key: value for key, value in causal_lm.config.to_dict().items() if key != "quantization_config"}
     )
     device = next(causal_lm.parameters()).device
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
-        plain = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
-    missing, unexpected = plain.load_state_dict({key: value.to(dtype) for key, value in state.items()}, strict=False)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").to(device)
+    missing, unexpected = plain.load_state_dict(state, strict=False)
     tied = set(plain.all_tied_weights_keys)
     if unexpected or set(missing) - tied:
         raise RuntimeError(f"the merged copy does not match the model: missing {missing}, unexpected {unexpected}")

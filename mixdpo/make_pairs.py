@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.errors import InputError
+from mixdpo.files import written_whole
+from mixdpo.sources import text_rows
 
 Scorer = Callable[[dict[str, Any], list[str]], Any]
 Row = dict[str, Any]
@@ -68,7 +71,7 @@ def make_pairs(
     rows = read_prompts(prompts, limit, seed)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size}
     completions = _sample(model, rows, samples=samples, seed=seed, **options)
-    pairs, counts = pair_up(rows, completions, scorer or _constraint_scorer(), pairs_per_prompt, seed, min_score)
+    pairs, counts = pair_up(rows, completions, scorer or ConstraintScorer(), pairs_per_prompt, seed, min_score)
     print(counts)
     if not pairs:
         raise InputError(
@@ -92,22 +95,14 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
         return training_prompts(limit or DEFAULT_PROMPTS, seed)
     if not Path(source).is_file():
         raise InputError(f"prompts {source!r}: no such file; give a .jsonl file or `builtin`")
-    with open(source, encoding="utf-8") as lines:
-        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-        rows = [_parse_prompt(line, f"{source}, row {number}") for number, line in islice(numbered, limit)]
+    rows = []
+    for number, row in islice(text_rows(Path(source)), limit):
+        if not isinstance(row.get("prompt"), str | list) or not row["prompt"]:
+            raise InputError(f'{source}, row {number}: need an object with "prompt", a text or a list of messages')
+        rows.append(row)
     if not rows:
         raise InputError(f"prompts {source!r}: the file is empty")
     return rows
-
-
-def _parse_prompt(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list) or not row["prompt"]:
-        raise InputError(f'{where}: need an object with "prompt", a text or a list of messages')
-    return row
 
 
 @dataclass
@@ -136,9 +131,8 @@ def _histogram(margins: list[float], bins: int = 8) -> list[tuple[float, int]]:
     distinct = Counter(margins)
     if len(distinct) <= bins:
         return sorted(distinct.items())
-    low, width = min(distinct), (max(distinct) - min(distinct)) / bins
-    binned = Counter(min(int((margin - low) / width), bins - 1) for margin in margins)
-    return [(low + index * width, binned[index]) for index in range(bins)]
+    counts, edges = np.histogram(margins, bins)
+    return list(zip(edges[:-1].tolist(), counts.tolist(), strict=True))
 
 
 def pair_up(
@@ -217,17 +211,9 @@ def _pair_row(pair_id: int, row: Row, chosen: tuple[str, float], rejected: tuple
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write a .jsonl file whole: under another name first, so that no one ever reads half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    """Write a .jsonl file, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Any]]:
@@ -242,9 +228,3 @@ def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Any]]:
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return generate(policy.to("cuda" if on_gpu else "cpu"), tokenizer, [row["prompt"] for row in rows], **options)
-
-
-def _constraint_scorer() -> Scorer:
-    from mixdpo.constraints.scoring import ConstraintScorer
-
-    return ConstraintScorer()

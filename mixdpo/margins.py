@@ -78,15 +78,12 @@ def _value(row: dict[str, Any], column: str) -> Any:
 
 def _number(value: Any, column: str) -> float:
     """A finite float; strings are parsed, because csv knows nothing else. A bool is no score."""
-    problem = InputError(f"{column!r} should be a finite number, not {value!r}.")
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise problem
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
     except (ValueError, OverflowError):
-        raise problem from None
+        number = math.nan
     if not math.isfinite(number):
-        raise problem
+        raise InputError(f"{column!r} should be a finite number, not {value!r}.")
     return number
 
 

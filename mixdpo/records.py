@@ -3,37 +3,19 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixdpo import margins
 from mixdpo.errors import InputError
-from mixdpo.tables import checked_text, hash63, read_table, row_id
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from mixdpo.tables import Table, checked_text, hash63, read_table, row_id
 
 Message = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The usable pairs of one source.
-
-    `dataset` has the columns pair_id (int64, >= 0), prompt (messages, the last one the user's), chosen and rejected
-    (str), margin (float64) and row (int64, from 1: the line of a json-lines file, else the record).
-    `dropped` counts rows kept out by cause: "empty_prompt", "empty_completion", "identical" (whitespace aside).
-    """
-
-    dataset: "Dataset"
-    dropped: dict[str, int]
-    source: str
-
-
 def read_pairs(
     source: str, *, split: str = "train", margin: str | Sequence[str] | None = None, limit: int | None = None
-) -> Pairs:
+) -> Table:
     """Read preference pairs from a hub id, a local folder or file, or the built-in task `constraints`.
 
     Args:
@@ -43,6 +25,10 @@ def read_pairs(
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
             () takes none: all margins are NaN, to be put in later.
         limit: stop after this many usable pairs.
+
+    Returns:
+        Columns pair_id (int64, >= 0), prompt (messages, the last one the user's), chosen and rejected (str), margin
+        (float64) and row; causes "empty_prompt", "empty_completion", "identical" (whitespace aside).
 
     Raises:
         InputError: the source cannot be read, or a row is malformed, scoreless or repeats a pair_id.
@@ -62,7 +48,7 @@ def read_pairs(
     text = Value("string")
     columns = {"pair_id": Value("int64"), "prompt": [{"role": text, "content": text}], "chosen": text}
     columns |= {"rejected": text, "margin": Value("float64")}
-    return Pairs(*read_table(source, split, limit, "pair", parse, columns, key=[spec, *code]))
+    return read_table(source, split, limit, "pair", parse, columns, key=[spec, *code])
 
 
 def split_by_prompt(prompts: Any, fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -54,7 +54,8 @@ class Constant:
         _check_shares(self)
 
     def __call__(self, plan: StepPlan) -> np.ndarray:
-        return _warm_up(np.ones(len(plan)), self.warmup)
+        rise = _rise(len(plan), self.warmup)
+        return np.concatenate([rise, np.ones(len(plan) - len(rise))])
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,9 @@ class Cosine:
 
     def decayed(self, steps: int) -> np.ndarray:
         """(steps,) of one warm-up and decay."""
-        risen = _warm_up_steps(steps, self.warmup)
-        progress = np.arange(steps - risen) / max(steps - risen, 1)
-        decay = self.floor + (1 - self.floor) * self.shape(progress)
-        return _warm_up(np.concatenate([np.ones(risen), decay]), self.warmup)
+        rise = _rise(steps, self.warmup)
+        progress = np.arange(steps - len(rise)) / max(steps - len(rise), 1)
+        return np.concatenate([rise, self.floor + (1 - self.floor) * self.shape(progress)])
 
     def shape(self, progress: np.ndarray) -> np.ndarray:
         """Progress through the decay, 0 to 1 -> what is left of the rate, 1 to 0."""
@@ -133,14 +133,11 @@ def learning_rate_mass(multipliers: np.ndarray, hard_share: np.ndarray) -> dict[
     return {"lr_mass/preference": 1.0 - sft if total else 0.0, "lr_mass/sft": sft}
 
 
-def _warm_up(multipliers: np.ndarray, warmup: float) -> np.ndarray:
-    risen = _warm_up_steps(len(multipliers), warmup)
+def _rise(steps: int, warmup: float) -> np.ndarray:
+    """The multipliers of the warm-up in a stage of so many steps."""
+    risen = min(int(np.ceil(warmup * steps)), max(steps - 1, 0))
     # from 1/(n+1), not 0: a first step at rate 0 is a step wasted, and stages here can be a handful of steps
-    return np.concatenate([multipliers[:risen] * np.arange(1, risen + 1) / (risen + 1), multipliers[risen:]])
-
-
-def _warm_up_steps(steps: int, warmup: float) -> int:
-    return min(int(np.ceil(warmup * steps)), max(steps - 1, 0))
+    return np.arange(1, risen + 1) / (risen + 1)
 
 
 def _check_shares(schedule: "Constant | Cosine") -> None:

@@ -1,18 +1,18 @@
 """SFT samples -> tensors of one micro-batch, with a weight for every response token."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mixdpo.batching import PADDING, PROMPT, MicroBatch, TokenRows, moved_tensors
+from mixdpo.batching import PROMPT, MicroBatch, Movable, Piece, TokenRows, token_rows
 from mixdpo.samples import TokenPool
 
 
 @dataclass
-class SFTBatch:
+class SFTBatch(Movable):
     """One micro-batch of B samples with M response tokens.
 
     Attributes:
@@ -43,45 +43,19 @@ class SFTBatch:
     def __len__(self) -> int:
         return len(self.sample)
 
-    def to(self, device: torch.device) -> "SFTBatch":
-        return replace(self, **moved_tensors(self, device), rows=self.rows.to(device))
-
 
 def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:
     """Samples as token rows: one a row, or with `pack` as many as fit into so many tokens, blind to each other."""
-    rows: list[list[int]] = []
+    rows: list[list[Piece]] = []
     for b, sample in enumerate(samples):
-        used = sum(len(samples[i]["input_ids"]) for i in rows[-1]) if rows else 0
-        if rows and used + len(sample["input_ids"]) <= pack:
-            rows[-1].append(b)
+        # PROMPT is what all later positions of the row may see
+        piece = Piece(PROMPT if not pack else 1 + b, sample["input_ids"], 0, b, sample["spans"])
+        used = sum(len(other.ids) for other in rows[-1]) if rows else 0
+        if rows and used + len(piece.ids) <= pack:
+            rows[-1].append(piece)
         else:
-            rows.append([b])
-    width = max(sum(len(samples[b]["input_ids"]) for b in row) for row in rows)
-    input_ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
-    segments = torch.full((len(rows), width), PADDING)
-    source: list[int] = []
-    target: list[int] = []
-    completion: list[int] = []
-    for r, row in enumerate(rows):
-        at = 0
-        for b in row:
-            ids, spans = samples[b]["input_ids"], samples[b]["spans"]
-            input_ids[r, at : at + len(ids)] = torch.as_tensor(ids)
-            positions[r, at : at + len(ids)] = torch.arange(len(ids))
-            # a row of one needs no walls inside; PROMPT is what all later positions of the row may see
-            segments[r, at : at + len(ids)] = PROMPT if len(row) == 1 else 1 + b
-            for start, end in zip(spans[::2], spans[1::2], strict=True):
-                first = r * width + at + start
-                source += range(first - 1, first - 1 + end - start)
-                target += ids[start:end]
-                completion += [b] * (end - start)
-            at += len(ids)
-    numbers = (torch.tensor(values, dtype=torch.long) for values in (source, target, completion))
-    source_, target_, completion_ = numbers
-    lengths = torch.bincount(completion_, minlength=len(samples))
-    return TokenRows(
-        input_ids, positions, segments, source_, target_, completion_, lengths, tokens=int((segments != PADDING).sum())
-    )
+            rows.append([piece])
+    return token_rows(rows, len(samples))
 
 
 class SFTCollator:

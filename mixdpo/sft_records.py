@@ -1,36 +1,18 @@
 """Read and validate SFT samples: any source, any of the three row forms in, one table of conversations out."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixdpo import records
 from mixdpo.errors import InputError
 from mixdpo.records import Message, parse_messages
-from mixdpo.tables import checked_text, read_table, row_id
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from mixdpo.tables import Table, checked_text, read_table, row_id
 
 FORMS = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The usable samples of one source.
-
-    `dataset` has the columns sample_id (int64, >= 0), messages (the last one the assistant's), source (str, "" where
-    the row names none) and row (int64, from 1: the line of a json-lines file, else the record).
-    `dropped` counts rows kept out by cause: "empty_prompt", "empty_completion" (every answer blank).
-    """
-
-    dataset: "Dataset"
-    dropped: dict[str, int]
-    source: str
-
-
-def read_samples(source: str, *, split: str = "train", limit: int | None = None) -> Samples:
+def read_samples(source: str, *, split: str = "train", limit: int | None = None) -> Table:
     """Read SFT samples from a hub id or a local folder or file.
 
     A row is `messages` (cut after the last answer), `prompt` and `completion` (each text or messages), or Alpaca's
@@ -42,6 +24,10 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
         split: split of a hub data set or folder; a single file has only `train`.
         limit: stop after this many usable samples.
 
+    Returns:
+        Columns sample_id (int64, >= 0), messages (the last one the assistant's), source (str, "" where the row names
+        none) and row; causes "empty_prompt", "empty_completion" (every answer blank).
+
     Raises:
         InputError: the source cannot be read, no sample is usable, or a row is malformed or repeats an id.
     """
@@ -50,7 +36,7 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
     text = Value("string")
     columns = {"sample_id": Value("int64"), "messages": [{"role": text, "content": text}], "source": text}
     code = [Path(module).read_text("utf-8") for module in (__file__, records.__file__)]
-    return Samples(*read_table(source, split, limit, "sample", _record, columns, key=code))
+    return read_table(source, split, limit, "sample", _record, columns, key=code)
 
 
 def parse_sample(row: dict[str, Any]) -> list[Message]:
@@ -63,7 +49,9 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
             "'completion', or 'instruction' and 'output' (with 'input' or without); null counts as absent."
         )
     if "messages" in forms[0]:
-        messages = _listed(row, "messages")
+        if isinstance(row["messages"], str):
+            raise InputError(f"'messages' should be a list of messages, not text: {row['messages']!r:.80}.")
+        messages = parse_messages(row, "messages")
     elif "prompt" in forms[0]:
         messages = _prompt(row) + _completion(row)
     else:
@@ -73,12 +61,6 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(f"no message has the role 'assistant' (there are: {roles}), so there is nothing to learn.")
     return messages[: answers[-1] + 1]
-
-
-def _listed(row: dict[str, Any], column: str) -> list[Message]:
-    if isinstance(row[column], str):
-        raise InputError(f"{column!r} should be a list of messages, not text: {row[column]!r:.80}.")
-    return parse_messages(row, column)
 
 
 def _prompt(row: dict[str, Any]) -> list[Message]:

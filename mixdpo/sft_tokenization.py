@@ -11,8 +11,9 @@ from mixdpo.tokenization import (
     Messages,
     Overlong,
     encode_answers,
+    encode_table,
+    encoded_row,
     encoding_key,
-    keep_encoded,
     load_template,
     shared_length,
     tokenizer_state,
@@ -111,15 +112,9 @@ def encode_samples(
         )
     limits = {"max_length": max_length, "overlong": overlong}
     template = load_template(tokenizer, chat_template)
-    encoded = dataset.map(
-        partial(_encode_row, tokenizer=tokenizer, template=template, limits=limits),
-        remove_columns=["messages"],
-        features=_features(),
-        num_proc=num_proc if num_proc and num_proc > 1 else None,
-        new_fingerprint=encoding_key(dataset, tokenizer, template, limits, __file__),
-        desc="Encoding samples",
-    )
-    return keep_encoded(encoded, "sample", max_length)
+    encode = partial(_encode_row, tokenizer=tokenizer, template=template, limits=limits)
+    key = encoding_key(dataset, tokenizer, template, limits, __file__)
+    return encode_table(dataset, "sample", encode, EncodedSample, max_length, num_proc, key)
 
 
 def encoding_identity(
@@ -152,20 +147,5 @@ def _encode_row(row: dict[str, Any], tokenizer: "Tokenizer", template: str, limi
         sample = encode_sample(tokenizer, row["messages"], template)
     except InputError as error:
         raise InputError(f"row {row['row']} (sample_id {row['sample_id']}): {error}") from error
-    limited = limit_sample(sample, **limits)
-    status = ""
-    if all(end - start < 2 for start, end in zip(sample.spans[::2], sample.spans[1::2], strict=True)):
-        status = "dropped_empty"
-    elif limited is None:
-        status = "dropped_overlong"
-    elif limited != sample:
-        status = "truncated"
-    return vars(limited or sample) | {"truncated": status == "truncated", "status": status}
-
-
-def _features() -> Any:
-    from datasets import Features, Value
-
-    ids, number, text = [Value("int32")], Value("int64"), Value("string")
-    scalars = {"sample_id": number, "source": text, "row": number}
-    return Features(scalars | {"input_ids": ids, "spans": ids, "truncated": Value("bool"), "status": text})
+    is_empty = all(end - start < 2 for start, end in zip(sample.spans[::2], sample.spans[1::2], strict=True))
+    return encoded_row(sample, limit_sample(sample, **limits), is_empty)

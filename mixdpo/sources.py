@@ -56,7 +56,7 @@ def _open_file(path: Path, split: str) -> Source:
     with path.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()
     if path.suffix != ".parquet":
-        return Source(str(path), key, _text_rows(path))
+        return Source(str(path), key, text_rows(path))
     return _through_datasets(
         str(path),
         key,
@@ -99,7 +99,7 @@ def _cache_dir(key: str) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"mixdpo-{key[:16]}")
 
 
-def _text_rows(path: Path) -> NumberedRows:
+def text_rows(path: Path) -> NumberedRows:
     """Rows of a json, json-lines or csv file. Lines are decoded singly, so that a fault is named by its own row."""
     number = 0
     read = _csv_rows if ".csv" in path.suffixes[-2:] else _json_rows

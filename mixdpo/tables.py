@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,20 @@ if TYPE_CHECKING:
 Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Table:
+    """The usable rows of one source, memory-mapped: `row` (int64, from 1) is the line of a json-lines file, else the
+    record. `dropped` counts rows kept out by cause."""
+
+    dataset: "Dataset"
+    dropped: dict[str, int]
+    source: str
+
+
 def read_table(
     source: str, split: str, limit: int | None, noun: str, parse: Parse, columns: dict[str, Any], *, key: list[Any]
-) -> tuple["Dataset", dict[str, int], str]:
-    """The usable rows of a source as a memory-mapped table, what was dropped by cause, and the source's name.
+) -> Table:
+    """The usable rows of a source.
 
     Args:
         noun: what a row is; its id is the column NOUN_id.
@@ -31,38 +43,31 @@ def read_table(
     Raises:
         InputError: the source cannot be read, a row is malformed, or none is usable.
     """
+    from datasets import Dataset, Features, Value
+    from datasets.exceptions import DatasetGenerationError
+
     if limit is not None and limit < 1:
         raise InputError(f"limit should be at least 1 or absent, not {limit}.")
     opened = open_source(source, split)
-    table = _build_table(opened, lambda: _table_rows(opened, parse, f"{noun}_id", limit), columns, [*key, limit])
+    features = Features(columns | {"row": Value("int64"), "drop": Value("string")})
+    # the content of the data and of the code that reads it; a cached table tells as well what it kept out
+    code = [Path(module).read_text("utf-8") for module in (__file__, sources.__file__)]
+    content = json.dumps([opened.name, opened.key, [*key, limit], code])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
+    rows = partial(_table_rows, opened, parse, f"{noun}_id", limit)
+    try:
+        table = Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
     causes = table["drop"]
     kept = [index for index, cause in enumerate(causes) if not cause]
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
     table = table.remove_columns("drop")
-    return table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name
-
-
-def _build_table(
-    source: Source, rows: Callable[[], Iterator[dict[str, Any]]], columns: dict[str, Any], key: list[Any]
-) -> "Dataset":
-    """All rows as a memory-mapped table; what is to be kept out is marked in `drop`, so a cached table counts it too.
-
-    The cache key holds the content of the data and of the code that reads it.
-    """
-    from datasets import Dataset, Features, Value
-    from datasets.exceptions import DatasetGenerationError
-
-    features = Features(columns | {"row": Value("int64"), "drop": Value("string")})
-    code = [Path(module).read_text("utf-8") for module in (__file__, sources.__file__)]
-    fingerprint = hashlib.sha256(json.dumps([source.name, source.key, key, code]).encode()).hexdigest()[:32]
-    try:
-        return Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise
+    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name)
 
 
 def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Overlong = Literal["truncate", "drop"]
 PLAIN = "plain"
+TEXTS = ("prompt", "chosen", "rejected", "messages")
 
 
 @dataclass(frozen=True)
@@ -134,19 +135,34 @@ def encode_pairs(
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
     limit_lengths(EncodedPair([0], [0], [0]), **limits)  # refuse impossible limits before the work starts
     template = load_template(tokenizer, chat_template)
+    encode = partial(_encode_row, tokenizer=tokenizer, template=template, limits=limits)
+    key = encoding_key(dataset, tokenizer, template, limits)
+    return encode_table(dataset, "pair", encode, EncodedPair, max_length, num_proc, key)
+
+
+def encode_table(
+    dataset: "Dataset",
+    noun: str,
+    encode: Callable[[dict[str, Any]], dict[str, Any]],
+    kind: type,
+    max_length: int,
+    num_proc: int | None,
+    key: str,
+) -> tuple["Dataset", dict[str, int]]:
+    """What `encode_pairs` and `encode_samples` return: a column of ids for each field of `kind` instead of the text."""
+    from datasets import Features, Value
+
+    texts = [name for name in dataset.column_names if name in TEXTS]
+    features = {name: feature for name, feature in dataset.features.items() if name not in texts}
+    features |= {name: [Value("int32")] for name in kind.__annotations__}
     encoded = dataset.map(
-        partial(_encode_row, tokenizer=tokenizer, template=template, limits=limits),
-        remove_columns=["prompt", "chosen", "rejected"],
-        features=_features(),
+        encode,
+        remove_columns=texts,
+        features=Features(features | {"truncated": Value("bool"), "status": Value("string")}),
         num_proc=num_proc if num_proc and num_proc > 1 else None,
-        new_fingerprint=encoding_key(dataset, tokenizer, template, limits),
-        desc="Encoding pairs",
+        new_fingerprint=key,
+        desc=f"Encoding {noun}s",
     )
-    return keep_encoded(encoded, "pair", max_length)
-
-
-def keep_encoded(encoded: "Dataset", noun: str, max_length: int) -> tuple["Dataset", dict[str, int]]:
-    """What the column `status` (which goes) does not say is dropped, and the counts of what it says."""
     statuses = list(encoded["status"])
     kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     counts = {name: statuses.count(name) for name in ("dropped_overlong", "dropped_empty", "truncated")}
@@ -156,6 +172,18 @@ def keep_encoded(encoded: "Dataset", noun: str, max_length: int) -> tuple["Datas
         )
     encoded = encoded.remove_columns("status")
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
+
+
+def encoded_row(whole: Any, limited: Any, is_empty: bool) -> dict[str, Any]:
+    """The ids within their limits (None: too long), and what became of the row: `status` is "" where nothing did."""
+    status = ""
+    if is_empty:
+        status = "dropped_empty"
+    elif limited is None:
+        status = "dropped_overlong"
+    elif limited != whole:
+        status = "truncated"
+    return vars(limited or whole) | {"truncated": status == "truncated", "status": status}
 
 
 def shared_length(*sequences: Sequence[Any]) -> int:
@@ -233,24 +261,8 @@ def _encode_row(row: dict[str, Any], tokenizer: "Tokenizer", template: str, limi
         pair = encode_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], chat_template=template)
     except InputError as error:
         raise InputError(f"row {row['row']} (pair_id {row['pair_id']}): {error}") from error
-    limited = limit_lengths(pair, **limits)
-    status = ""
-    if min(len(pair.chosen_ids), len(pair.rejected_ids)) < 2:
-        status = "dropped_empty"
-    elif limited is None:
-        status = "dropped_overlong"
-    elif limited != pair:
-        status = "truncated"
-    return vars(limited or pair) | {"truncated": status == "truncated", "status": status}
-
-
-def _features() -> Any:
-    from datasets import Features, Value
-
-    ids, number = [Value("int32")], Value("int64")
-    scalars = {"pair_id": number, "margin": Value("float64"), "row": number}
-    token_ids = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}
-    return Features(scalars | token_ids | {"truncated": Value("bool"), "status": Value("string")})
+    is_empty = min(len(pair.chosen_ids), len(pair.rejected_ids)) < 2
+    return encoded_row(pair, limit_lengths(pair, **limits), is_empty)
 
 
 def tokenizer_state(tokenizer: "Tokenizer") -> str:

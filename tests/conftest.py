@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.sft import SFTModule
 from mixdpo.adapters import Lora
+from mixdpo.batching import PairBatch, PairCollator
 from mixdpo.routing import Routing
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -77,6 +79,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
+
+
+def collate(pairs: Sequence[Any], is_hard: Sequence[bool], weight: float = 1.0, **options: Any) -> PairBatch:
+    """One micro-batch of all these pairs."""
+    step_pairs = options.pop("step_pairs", len(pairs))
+    return PairCollator(pairs, is_hard, **options)((tuple(range(len(pairs))), weight, step_pairs))
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:

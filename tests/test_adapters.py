@@ -176,6 +176,13 @@ def test_merged_copies_of_each_role_draw_no_random_numbers(model: Any) -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
+def test_a_merged_copy_dequantises_layers_without_an_adapter_too(tiny_model: str) -> None:
+    base = load_base(tiny_model, quantization="nf4", dtype="float32")
+    model = add_adapters(base, Lora(rank=4, targets=["q_proj"]))
+    fill(model, "policy", 1)
+    close(alone(merged_copy(model)), as_role(model))
+
+
 def test_reference_of_a_stacked_policy_is_the_whole_stack(model: Any) -> None:
     add_reference(model, "cleaning")
     stack_policy(model)

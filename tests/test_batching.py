@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import collate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixdpo.batching import PairCollator, TokenRows, collate, cut_step, plan_steps
+from mixdpo.batching import PairCollator, TokenRows, cut_step, plan_steps
 from mixdpo.loader import ResumableLoader
 
 fast = settings(deadline=None, max_examples=40)

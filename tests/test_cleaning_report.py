@@ -13,8 +13,8 @@ from datasets import Dataset, Features, Value
 from mixdpo.__main__ import main
 from mixdpo.errors import InputError
 from mixdpo.models import load_tokenizer
-from mixdpo.token_cleaning.labels import read_cleaning
 from mixdpo.token_cleaning.report import report, visible_units
+from mixdpo.token_cleaning.stored import read_cleaning
 
 NAN = float("nan")
 PROMPT = "<|im_start|> user red blue <|im_end|> <|im_start|> assistant"
@@ -203,7 +203,7 @@ def test_examples_are_spread_and_prefer_moderate_lengths(tmp_path: Path, tiny_mo
     assert found == [(0, 2), (1, 1), (4, 1)]
     for seed in range(5):  # a stage and source in turn: stage 1 has two sources, of gsm the sample of 40 tokens
         chosen = [index for index, _ in cleaning.examples(2, seed)]
-        assert {cleaning.samples[index]["sample_id"] for index in chosen} == {2, 3}
+        assert {cleaning.pool.samples[index]["sample_id"] for index in chosen} == {2, 3}
 
 
 def test_options(run: str, tmp_path: Path) -> None:

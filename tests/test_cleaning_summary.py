@@ -2,6 +2,8 @@
 
 import json
 import math
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
 from mixdpo.token_cleaning.selection import Kept
-from mixdpo.token_cleaning.summary import bound_term, summarise
+from mixdpo.token_cleaning.summary import summarise
 
 
 def summary(*arguments, **options):
@@ -93,7 +95,9 @@ def test_auc_counts_pairs(tokens):
     assert facts["planted"]["auc"] == (pytest.approx(sum(pairs) / len(pairs)) if pairs else None)
 
 
-def test_the_bound():
+def test_the_bound(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    bound_term = import_module("planted_noise").bound_term
     assert bound_term(100_000) == pytest.approx(0.009362, abs=1e-6)  # √(2 · ln 80 / 10⁵), ln 80 = 4.382027
     assert bound_term(8, delta=4 / math.e) == 0.5  # √(2 · 1 / 8)
     with pytest.raises(InputError, match="kept"):

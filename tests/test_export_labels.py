@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mixdpo.__main__ import main
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.labels import _label, export_labels, read_cleaning
+from mixdpo.token_cleaning.labels import _label, export_labels
+from mixdpo.token_cleaning.stored import read_cleaning
 
 NAN = float("nan")
 IDENTITY = {"data": "d1", "tokenizer": "t1", "template": "c1", "lengths": "64", "model": "m1", "dtype": "float32"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from conftest import adapter_weights, build, collate, fit, make_pairs, write_pairs
 from test_configs import build as build_cli  # noqa: F401  (a fixture)
 from test_loss_equations import NAMES, TABLE
 from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
@@ -14,7 +14,6 @@ from test_preference_module import first_batch, full_precision_norms, perturb_po
 from lightning_modules import preference as preference_module
 from mixdpo import losses
 from mixdpo.adapters import role
-from mixdpo.batching import collate
 from mixdpo.errors import InputError
 from mixdpo.losses.functions import sft
 from mixdpo.models import sequence_log_probs

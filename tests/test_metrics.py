@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
+from conftest import collate
 
-from mixdpo.batching import collate
 from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.metrics import PAIRWISE, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, make_pairs, write_pairs
+from conftest import adapter_weights, build, collate, make_pairs, write_pairs
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from test_token_losses import fill, losses_one_by_one, one_by_one, plain_model, with_adapters
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lightning_modules.preference import PreferenceModule
 from mixdpo.adapters import Lora, adapter_state, add_adapters, add_reference, role
-from mixdpo.batching import collate
 from mixdpo.errors import InputError
 from mixdpo.models import load_base, row_log_probs, sequence_log_probs
 from mixdpo.routing import Routing

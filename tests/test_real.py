@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_pairs
+from conftest import collate, write_pairs
 
 from mixdpo.adapters import Lora, add_adapters, role
-from mixdpo.batching import PairBatch, collate
+from mixdpo.batching import PairBatch
 from mixdpo.export import merged_copy
 from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import DPO

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pairs, write_pairs
+from conftest import collate, make_pairs, write_pairs
 from torch.nn.functional import log_softmax
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from mixdpo.adapters import Lora, add_adapters, role
-from mixdpo.batching import collate
 from mixdpo.errors import InputError
 from mixdpo.models import load_base, load_reward_model, load_tokenizer
 from mixdpo.records import read_pairs

@@ -1,8 +1,10 @@
-"""The kinds of constraint: how each is asked for, when it holds, and what it goes together with."""
+"""The kinds of constraint: when each holds. How it is asked for, and what it goes together with, is in the data."""
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 from mixdpo.constraints.checks import (
@@ -32,184 +34,41 @@ class Kind:
     """
 
     check: Callable[..., bool]
-    phrasings: tuple[str, ...]
+    phrasings: Sequence[str]
     aspects: frozenset[str]
-    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     weight: int = 1
     trained: bool = True
 
 
-def _kind(
-    check: Callable[..., bool], *phrasings: str, fixes: str, weight: int = 1, trained: bool = True, **choices: tuple
-) -> Kind:
-    return Kind(check, phrasings, frozenset(fixes.split()), choices, weight, trained)
+CHECKS: dict[str, Callable[..., bool]] = {
+    "max_words": lambda text, n: len(words(text)) <= n,
+    "min_words": lambda text, n: len(words(text)) >= n,
+    "lowercase": lambda text: any(map(str.isalpha, text)) and text == text.lower(),
+    "uppercase": lambda text: any(map(str.isalpha, text)) and text == text.upper(),
+    "no_commas": lambda text: "," not in text,
+    "bullets": lambda text, n: count_bullets(text) == n,
+    "include_word": lambda text, word: occurrences(text, word) > 0,
+    "avoid_word": lambda text, word: occurrences(text, word) == 0,
+    "starts_with": starts_with,
+    "ends_with": lambda text, phrase: text.endswith(phrase),
+    "one_sentence": is_one_sentence,
+    "two_sentences": is_two_sentences,
+    "ends_question": lambda text: text.endswith("?"),
+    "has_number": lambda text: re.search(r"\d", text) is not None,
+    "no_digits": lambda text: re.search(r"\d", text) is None,
+    "quoted": is_quoted,
+    "json_object": is_json_object,
+    "numbered_list": is_numbered_list,
+    "parentheses": lambda text: re.search(r"\([^()]*\w[^()]*\)", text) is not None,
+    "ends_exclamation": lambda text: text.endswith("!"),
+    "repeat_word": lambda text, word, n: occurrences(text, word) >= n,
+    "titled": lambda text: re.match(r"<<[^<>\n]*\w[^<>\n]*>>", text) is not None,
+}
 
+TASK: dict[str, Any] = json.loads((files("mixdpo") / "data" / "constraints.json").read_text("utf-8"))
+"""Requests, subjects, and of each kind what a `Kind` is besides its check, in the order that prompts are drawn by."""
 
-_INCLUDED = ("bright", "quiet", "simple", "gentle", "often", "small", "today", "golden", "together", "patience")
-_FORBIDDEN = ("the", "and", "very", "of", "it")  # common enough to be in the way; in no phrase asked for below
-_OPENINGS = ("Sometimes", "Imagine", "I think", "Yes", "Well", "People", "There")
-_ENDINGS = ("Stay curious.", "Good luck.", "Just saying.", "Enjoy!", "Trust me.", "More soon.")
-
-KINDS: dict[str, Kind] = {
-    "max_words": _kind(
-        lambda text, n: len(words(text)) <= n,
-        "Use at most {n} words.",
-        "Keep it to {n} words or fewer.",
-        "Do not exceed {n} words.",
-        fixes="length",
-        weight=4,
-        n=(8, 10, 12, 15, 20, 25),
-    ),
-    "min_words": _kind(
-        lambda text, n: len(words(text)) >= n,
-        "Use at least {n} words.",
-        "Write {n} words or more.",
-        fixes="length",
-        weight=3,
-        n=(15, 20, 25, 30),
-    ),
-    "lowercase": _kind(
-        lambda text: any(map(str.isalpha, text)) and text == text.lower(),
-        "Write in all lowercase letters.",
-        "Do not use capital letters.",
-        "Use only lowercase.",
-        fixes="case",
-    ),
-    "uppercase": _kind(
-        lambda text: any(map(str.isalpha, text)) and text == text.upper(),
-        "Write in ALL CAPS.",
-        "Use only capital letters.",
-        "Your whole answer must be in uppercase.",
-        fixes="case",
-    ),
-    "no_commas": _kind(
-        lambda text: "," not in text,
-        "Do not use commas.",
-        "Avoid commas.",
-        "Use no commas at all.",
-        fixes="commas",
-        weight=4,
-    ),
-    "bullets": _kind(
-        lambda text, n: count_bullets(text) == n,
-        "Answer with exactly {n} bullet points.",
-        "Give exactly {n} bullet points, each on a line that starts with a dash.",
-        fixes="form start end",
-        n=(2, 3, 4),
-    ),
-    "include_word": _kind(
-        lambda text, word: occurrences(text, word) > 0,
-        'Include the word "{word}".',
-        'Use the word "{word}".',
-        'The word "{word}" must appear.',
-        fixes="word",
-        weight=4,
-        word=_INCLUDED,
-    ),
-    "avoid_word": _kind(
-        lambda text, word: occurrences(text, word) == 0,
-        'Do not use the word "{word}".',
-        'Avoid the word "{word}".',
-        'Never say "{word}".',
-        fixes="avoided",
-        weight=3,
-        word=_FORBIDDEN,
-    ),
-    "starts_with": _kind(
-        starts_with,
-        'Start with "{phrase}".',
-        'Begin your answer with "{phrase}".',
-        fixes="start case",
-        phrase=_OPENINGS,
-    ),
-    "ends_with": _kind(
-        lambda text, phrase: text.endswith(phrase),
-        'End with "{phrase}"',
-        'Finish your answer with "{phrase}"',
-        fixes="end case sentences",
-        phrase=_ENDINGS,
-    ),
-    "one_sentence": _kind(
-        is_one_sentence,
-        "Answer in exactly one sentence.",
-        "Write a single sentence.",
-        "Use one sentence only.",
-        fixes="form sentences",
-        weight=3,
-    ),
-    "two_sentences": _kind(
-        is_two_sentences,
-        "Answer in exactly two sentences.",
-        "Write two short sentences.",
-        fixes="form sentences",
-        weight=2,
-    ),
-    "ends_question": _kind(
-        lambda text: text.endswith("?"),
-        "End with a question mark.",
-        "Your answer must end with a question.",
-        "Finish with a question.",
-        fixes="end",
-        weight=2,
-    ),
-    "has_number": _kind(
-        lambda text: re.search(r"\d", text) is not None,
-        "Include a number in digits.",
-        "Mention at least one number, written in digits.",
-        fixes="digits",
-        weight=3,
-    ),
-    "no_digits": _kind(
-        lambda text: re.search(r"\d", text) is None, "Do not use any digits.", "Use no digits.", fixes="digits"
-    ),
-    "quoted": _kind(
-        is_quoted,
-        "Put your whole answer in double quotes.",
-        "Wrap the entire answer in double quotation marks.",
-        fixes="start end form",
-    ),
-    "json_object": _kind(
-        is_json_object,
-        "Answer with a JSON object only.",
-        'Reply in JSON, as an object with the key "answer".',
-        fixes="form start end case commas sentences",
-    ),
-    "numbered_list": _kind(
-        is_numbered_list,
-        "Answer with a numbered list of exactly {n} items.",
-        "Give {n} items numbered from 1 to {n}.",
-        fixes="form start end digits",
-        weight=3,
-        n=(2, 3, 4),
-    ),
-    "parentheses": _kind(
-        lambda text: re.search(r"\([^()]*\w[^()]*\)", text) is not None,
-        "Put a remark in parentheses.",
-        "Include something in (parentheses).",
-        fixes="brackets",
-        trained=False,
-    ),
-    "ends_exclamation": _kind(
-        lambda text: text.endswith("!"),
-        "End with an exclamation mark.",
-        "The last character must be an exclamation mark.",
-        fixes="end",
-        trained=False,
-    ),
-    "repeat_word": _kind(
-        lambda text, word, n: occurrences(text, word) >= n,
-        'Use the word "{word}" at least {n} times.',
-        'The word "{word}" must appear {n} times or more.',
-        fixes="word",
-        trained=False,
-        word=_INCLUDED,
-        n=(2, 3),
-    ),
-    "titled": _kind(
-        lambda text: re.match(r"<<[^<>\n]*\w[^<>\n]*>>", text) is not None,
-        "Start with a title in double angle brackets, such as <<title>>.",
-        "Put a title in <<double angle brackets>> first.",
-        fixes="start form",
-        trained=False,
-    ),
+KINDS = {
+    name: Kind(CHECKS[name], **{**row, "aspects": frozenset(row["aspects"])}) for name, row in TASK["kinds"].items()
 }

@@ -1,8 +1,8 @@
 """Complete prompts in batches: samples of one prompt share its prefill, and a row that has ended costs nothing more."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixdpo.errors import InputError
+from mixdpo.models import evaluating
 
 
 @dataclass(frozen=True)
@@ -25,31 +26,6 @@ class Generation:
     text: str
     tokens: int
     ended: bool
-
-
-@dataclass(frozen=True)
-class _Sampler:
-    """Picks (B,) next tokens from (B, V) logits."""
-
-    temperature: float
-    top_p: float
-    generator: torch.Generator
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        probs = (logits.float() / self.temperature).softmax(-1)
-        if self.top_p < 1:
-            probs = _nucleus(probs, self.top_p)
-        return torch.multinomial(probs, 1, generator=self.generator).squeeze(1)
-
-
-@dataclass(frozen=True)
-class _Limits:
-    max_new_tokens: int
-    samples: int
-    ends: Tensor  # (E,) ids that end a completion
-    pad: int
 
 
 def generate(
@@ -89,42 +65,58 @@ def generate(
         return []
     device = next(model.parameters()).device
     encoded = _encode(tokenizer, prompts)
-    limits = _Limits(max_new_tokens, samples, _end_tokens(model, tokenizer, device), _pad_token(tokenizer))
-    sampler = _Sampler(temperature, top_p, torch.Generator(device).manual_seed(seed))
+    ends = _end_tokens(model, tokenizer, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {
+        "pick": partial(_pick, temperature=temperature, top_p=top_p, generator=generator),
+        "pad": tokenizer.pad_token_id or 0,  # padding is masked, so any id serves where a tokenizer has none
+        "ends": ends,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+    }
     # Longest first: the first batch is the peak of memory, so what fits there fits.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     width = max(1, batch_size // samples)
     results: list[list[Generation]] = [[] for _ in encoded]
-    with _evaluating(model), torch.no_grad(), tqdm(total=len(order), unit="prompt", disable=not progress) as bar:
+    with evaluating(model), torch.no_grad(), tqdm(total=len(order), unit="prompt", disable=not progress) as bar:
         for start in range(0, len(order), width):
             batch = order[start : start + width]
-            completions = _complete(model, [encoded[index] for index in batch], sampler, limits)
+            completions = _complete(model, [encoded[index] for index in batch], **options)
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
-                ended = bool(ids) and ids[-1] in limits.ends.tolist()
+                ended = bool(ids) and ids[-1] in ends.tolist()
                 results[batch[row // samples]].append(Generation(text, len(ids), ended))
             bar.update(len(batch))
     return results
 
 
-def _complete(model: nn.Module, prompts: list[list[int]], sampler: _Sampler, limits: _Limits) -> list[list[int]]:
-    """Token ids of `samples` completions per prompt, samples of one prompt side by side."""
+def _complete(
+    model: nn.Module,
+    prompts: list[list[int]],
+    *,
+    pick: Callable[[Tensor], Tensor],
+    pad: int,
+    ends: Tensor,
+    samples: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of `samples` completions per prompt, samples of one prompt side by side. `ends` (E,) end one."""
     from transformers import DynamicCache
 
-    ids, mask = _left_pad(prompts, limits.pad, limits.ends.device)  # (P, T) both
+    ids, mask = _left_pad(prompts, pad, ends.device)  # (P, T) both
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = _step(model, ids, mask, positions, cache).repeat_interleave(limits.samples, 0)  # (P * samples, V)
-    cache.batch_repeat_interleave(limits.samples)
-    mask = mask.repeat_interleave(limits.samples, 0)
+    logits = _step(model, ids, mask, positions, cache).repeat_interleave(samples, 0)  # (P * samples, V)
+    cache.batch_repeat_interleave(samples)
+    mask = mask.repeat_interleave(samples, 0)
     alive = torch.arange(len(mask), device=mask.device)  # rows still decoded
     completions: list[list[int]] = [[] for _ in range(len(mask))]
-    for produced in range(1, limits.max_new_tokens + 1):
-        tokens = sampler(logits)
+    for produced in range(1, max_new_tokens + 1):
+        tokens = pick(logits)
         for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
             completions[row].append(token)
-        open_rows = (~torch.isin(tokens, limits.ends)).nonzero().squeeze(1)
-        if not len(open_rows) or produced == limits.max_new_tokens:
+        open_rows = (~torch.isin(tokens, ends)).nonzero().squeeze(1)
+        if not len(open_rows) or produced == max_new_tokens:
             break
         if len(open_rows) < len(alive):
             alive, tokens, mask = alive[open_rows], tokens[open_rows], mask[open_rows]
@@ -155,6 +147,16 @@ def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Te
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def _pick(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """(B,) next tokens from (B, V) logits."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        probs = _nucleus(probs, top_p)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """Zero what lies outside the smallest set of tokens that reaches `top_p`; the likeliest token always stays."""
     ordered, indices = probs.sort(-1, descending=True)
@@ -173,23 +175,6 @@ def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tenso
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     return torch.tensor(sorted(ends - {None}), dtype=torch.long, device=device)
-
-
-def _pad_token(tokenizer: Any) -> int:
-    # Padding is masked, so any id serves where a tokenizer has none.
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; each module gets its own flag back, since a trainer may hold some in eval on purpose."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check(temperature: float, top_p: float, samples: int, max_new_tokens: int, batch_size: int) -> None:

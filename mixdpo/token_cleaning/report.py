@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Iterator
 from html import escape
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mixdpo.errors import InputError
 from mixdpo.files import written_whole
-from mixdpo.token_cleaning.labels import CleaningRun, ScoredStage, read_cleaning
+from mixdpo.token_cleaning.stored import RunTokens, ScoredStage, read_cleaning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -21,43 +23,13 @@ COUNT, SHARE, NUMBER = "{:,}", "{:.1%}", "{:.3g}"
 COLUMNS = {"step": COUNT, "samples": COUNT, "tokens": COUNT, "kept_share": SHARE, "threshold": NUMBER, "ties": COUNT}
 COLUMNS |= {"ties_kept": COUNT, "samples_keeping_nothing": COUNT, "mean_abs_score": NUMBER, "planted_share": SHARE}
 COLUMNS |= {f"planted_{key}": NUMBER for key in ("auc", "precision", "recall")} | {"planted_kept_noise_rate": SHARE}
-HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light; --blue: rgb(66 146 222); --orange: rgb(246 140 50); --line: #dfe3e8; --grey: #5d6675 }}
-body {{ margin: 0 auto; max-width: 1160px; padding: 28px 16px 60px; background: #f6f7f9; color: #1b2230;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }}
-h1 {{ font-size: 25px; margin: 0; overflow-wrap: anywhere }} h2 {{ font-size: 19px; margin: 34px 0 10px }}
-h3 {{ font-size: 16px; margin: 0 }} p {{ margin: 3px 0 }} .quiet {{ color: var(--grey); font-size: 13px }}
-code {{ font: 12px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; white-space: pre-wrap }}
-.card {{ background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; margin-bottom: 14px }}
-.columns {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 16px 32px;
-  margin-top: 12px }} .columns > div, .wide {{ min-width: 0; overflow-x: auto }}
-table {{ border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }}
-th {{ font-weight: 600; color: var(--grey); vertical-align: bottom }}
-th, td {{ text-align: right; padding: 2px 6px; border-bottom: 1px solid var(--line) }} td + td {{ white-space: nowrap }}
-th:first-child, td:first-child {{ text-align: left }} .columns td:first-child {{ overflow-wrap: anywhere }}
-.bar {{ display: inline-block; height: 9px; width: 44px; margin-left: 8px; border-radius: 2px;
-  background: linear-gradient(90deg, var(--blue) var(--share), var(--line) var(--share)) }}
-svg {{ display: block; width: 100%; font: 10px system-ui, "DejaVu Sans", sans-serif; fill: var(--grey) }}
-svg .kept {{ fill: var(--blue) }} svg .cut {{ fill: var(--orange) }} svg path {{ stroke: #9aa3af }}
-svg .mark {{ stroke: #1b2230; stroke-dasharray: 4 3 }}
-.text {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75 }} summary {{ cursor: pointer }}
-.context {{ color: var(--grey); font-size: 13px; line-height: 1.5; margin: 6px 0 }}
-.token {{ border-radius: 2px; padding: 2px 0; color: #000 }} .planted {{ outline: 1.5px solid #111 }}
-.dropped {{ text-decoration: line-through 1px; color: #444 }}
-.legend span, .scale {{ display: inline-block; margin-right: 24px }}
-.scale {{ width: 120px; height: 12px; margin: 0; background: linear-gradient(90deg, var(--orange), #fff, var(--blue)) }}
-</style></head><body>
-<h1>{title}</h1><p class="quiet">{summary}</p>
-"""
 PAGE = """<h2>Stages</h2><div class="card wide">{stages}</div>{parts}
 <h2>Samples</h2><div class="card legend"><span>low <i class="scale"></i> high score; white at the threshold</span>
 <span><b class="token dropped">cut</b>: no label, stays in the context</span>
 {planted}<span class="context">grey: context, never trained on</span>
 <div class="quiet">Point at a token for its score and weight. ↵ is a line break, ▯ a part of a character.</div></div>
 {samples}
-<details class="quiet"><summary>What the scores depend on</summary><code>{identity}</code></details></body></html>
+<details class="quiet"><summary>What the scores depend on</summary><code>{identity}</code></details>
 """
 PLANTED_KEY = '<span><b class="token planted">noise</b>: planted on purpose</span>'
 HISTOGRAM_TITLE = """<p class="quiet">Tokens by score, <b class="token" style="background:var(--blue)">kept</b> on
@@ -83,27 +55,29 @@ def report(run: str, out: str | None = None, samples: int = 12, seed: int = 0) -
     if samples < 0:
         raise InputError(f"samples {samples}: need at least 0")
     cleaning = read_cleaning(run)
-    page = _page(cleaning, load_tokenizer(cleaning.record["tokenizer"]), Path(run).resolve().name, samples, seed)
-    write_page(page, Path(out) if out else Path(run) / "report.html")
+    body = _body(cleaning, load_tokenizer(cleaning.tokenizer), samples, seed)
+    kept, reached = (int(which.sum()) for which in (cleaning.weights > 0, ~np.isnan(cleaning.weights)))
+    summary = f"{len(cleaning.pool.samples):,} samples with {len(cleaning.pool):,} response tokens; training has "
+    summary += f"reached {reached:,} of these and kept {kept:,} ({kept / max(reached, 1):.1%})"
+    path = Path(out) if out else Path(run) / "report.html"
+    write_page(path, f"Token cleaning: {escape(Path(run).resolve().name)}", summary, body)
 
 
-def write_page(page: str, path: Path) -> None:
+def write_page(path: Path, title: str, summary: str, body: str) -> None:
+    shell = Template((files("mixdpo") / "data" / "page.html").read_text("utf-8"))
     with written_whole(path) as partial:
-        partial.write_text(page, "utf-8")
+        partial.write_text(shell.substitute(title=title, summary=summary, body=body), "utf-8")
     print(f"wrote {path}")
 
 
-def _page(cleaning: CleaningRun, tokenizer: "Tokenizer", name: str, samples: int, seed: int) -> str:
+def _body(cleaning: RunTokens, tokenizer: "Tokenizer", samples: int, seed: int) -> str:
     cards = (_sample_card(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed))
-    kept, reached = (int(which.sum()) for which in (cleaning.weights > 0, ~np.isnan(cleaning.weights)))
-    summary = f"{len(cleaning.samples):,} samples with {len(cleaning.weights):,} response tokens; training has reached "
-    summary += f"{reached:,} of these and kept {kept:,} ({kept / max(reached, 1):.1%})"
-    return HEAD.format(title=f"Token cleaning: {escape(name)}", summary=summary) + PAGE.format(
-        stages=_stage_table(cleaning.record["stages"]),
+    return PAGE.format(
+        stages=_stage_table(cleaning.stages),
         parts="".join(_stage_card(cleaning, stage) for stage in cleaning.scored_stages()),
-        planted=PLANTED_KEY if "planted" in cleaning.samples.column_names else "",
+        planted=PLANTED_KEY if "planted" in cleaning.pool.samples.column_names else "",
         samples="".join(cards) or "<p>No scored sample is shown.</p>",
-        identity="\n".join(escape(f"{key}: {value}") for key, value in cleaning.record["identity"].items()),
+        identity="\n".join(escape(f"{key}: {value}") for key, value in cleaning.identity.items()),
     )
 
 
@@ -135,7 +109,7 @@ def _bar(share: float | None) -> str:
     return f'{_number(share, SHARE)}<i class="bar" style="--share:{share or 0:.1%}"></i>'
 
 
-def _stage_card(cleaning: CleaningRun, stage: ScoredStage) -> str:
+def _stage_card(cleaning: RunTokens, stage: ScoredStage) -> str:
     facts = stage.facts
     positions = [[str(i + 1), _bar(share)] for i, share in enumerate(facts["by_position"])]
     sources = [
@@ -175,8 +149,8 @@ def _label(x: float, y: float, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{text}</text>'
 
 
-def _sample_card(cleaning: CleaningRun, tokenizer: "Tokenizer", index: int, stage: ScoredStage) -> str:
-    row, tokens = cleaning.samples[index], slice(*cleaning.offsets[[index, index + 1]])
+def _sample_card(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage: ScoredStage) -> str:
+    row, tokens = cleaning.pool.samples[index], slice(*cleaning.pool.offsets[[index, index + 1]])
     ids, weights = row["input_ids"], cleaning.weights[tokens]
     planted = row.get("planted") or [0] * len(weights)
     facts = list(zip(cleaning.scores[tokens].tolist(), weights.tolist(), planted, strict=True))

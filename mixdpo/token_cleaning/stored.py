@@ -1,7 +1,11 @@
 """Scores, weights and stages of one run over its token pool: in memory, in checkpoints, and in the run's folder."""
 
 import json
+import random
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +17,54 @@ from mixdpo.files import write_json, written_whole
 from mixdpo.samples import TokenPool
 
 ARRAYS = ("scores", "weights", "decided")
+FILES = ("samples", *(f"{name}.npy" for name in ARRAYS), "stages.json")
+MODERATE = range(30, 301)  # response tokens of a sample that is pleasant to read
 
 
-class RunTokens:
-    """What a run decided about each of the M response tokens of its pool, by the options `cleaning`.
+@dataclass(frozen=True)
+class ScoredStage:
+    """Samples whose tokens were scored together.
 
     Attributes:
+        facts: the entry of stages.json.
+        samples: (n,) indices of the samples.
+        centre: the threshold or, without one, the median score.
+        reach: 95 % of the scores are this near to `centre`, or nearer.
+    """
+
+    facts: dict[str, Any]
+    samples: np.ndarray
+    centre: float
+    reach: float
+
+
+@dataclass
+class RunTokens:
+    """What a run decided about each of the M response tokens of the N samples of its pool.
+
+    Attributes:
+        identity: what must be the same for it to hold: of the pool, the model, its dtype.
+        tokenizer: name of the tokenizer.
         scores, weights: (M,) float32, NaN where a token has not been scored, or not been reached by training.
         decided: (N,) int16, the number in `stages` of the entry that decided a sample's tokens last; -1 none yet.
         stages: one summary per stage so far, in JSON's types.
+        cleaning: the options that it was decided by; not in the run's folder.
     """
 
-    def __init__(self, pool: TokenPool, identity: Mapping[str, str], cleaning: str) -> None:
-        self.pool, self.identity, self.cleaning = pool, dict(identity), cleaning
-        self.scores, self.weights = np.full((2, len(pool)), np.nan, dtype=np.float32)
-        self.decided = np.full(len(pool.offsets) - 1, -1, dtype=np.int16)
-        self.stages: list[dict[str, Any]] = []
+    pool: TokenPool
+    identity: Mapping[str, str]
+    tokenizer: str
+    scores: np.ndarray
+    weights: np.ndarray
+    decided: np.ndarray
+    stages: list[dict[str, Any]]
+    cleaning: str = ""
+
+    @classmethod
+    def undecided(cls, pool: TokenPool, identity: Mapping[str, str], tokenizer: str, cleaning: str) -> "RunTokens":
+        scores, weights = np.full((2, len(pool)), np.nan, dtype=np.float32)
+        decided = np.full(len(pool.offsets) - 1, -1, dtype=np.int16)
+        return cls(pool, identity, tokenizer, scores, weights, decided, [], cleaning)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: tensors and plain types."""
@@ -54,13 +90,75 @@ class RunTokens:
         with written_whole(folder / "samples") as partial:
             self.pool.samples.save_to_disk(str(partial), num_shards=1)
 
-    def write(self, folder: Path, tokenizer: str) -> None:
+    def write(self, folder: Path) -> None:
         """scores.npy, weights.npy, decided.npy and stages.json, each whole or not at all."""
         for name in ARRAYS:
             with written_whole(folder / f"{name}.npy") as partial:
                 np.save(partial, getattr(self, name))
-        content = {"identity": self.identity, "tokenizer": tokenizer, "stages": self.stages}
+        content = {"identity": self.identity, "tokenizer": self.tokenizer, "stages": self.stages}
         write_json(folder / "stages.json", content)
+
+    def samples_with(self, values: np.ndarray) -> np.ndarray:
+        """Indices of the samples with a token whose value in `values` (M,) is not NaN."""
+        bounds = zip(self.pool.offsets[:-1], self.pool.offsets[1:], strict=True)
+        return np.flatnonzero([not np.isnan(values[start:end]).all() for start, end in bounds])
+
+    def scored_tokens(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and weights of the scored tokens of these samples."""
+        tokens = self.pool.tokens(samples)
+        is_scored = ~np.isnan(self.scores[tokens])
+        return self.scores[tokens][is_scored], self.weights[tokens][is_scored]
+
+    def scored_stages(self) -> list[ScoredStage]:
+        entries = enumerate(self.stages)
+        return [
+            self._stage(facts, np.flatnonzero(self.decided == entry)) for entry, facts in entries if facts["scorer"]
+        ]
+
+    def _stage(self, facts: dict[str, Any], samples: np.ndarray) -> ScoredStage:
+        scores, _ = self.scored_tokens(samples)
+        centre = facts["threshold"]
+        if centre is None:
+            centre = float(np.median(scores)) if len(scores) else 0.0
+        reach = float(np.quantile(np.abs(scores - centre), 0.95)) if len(scores) else 0.0
+        return ScoredStage(facts, samples, centre, reach)
+
+    def examples(self, count: int, seed: int) -> list[tuple[int, ScoredStage]]:
+        """`count` scored samples, each stage and source in turn, those of moderate length first."""
+        draw, buckets, stages = random.Random(seed), defaultdict(list), self.scored_stages()
+        lengths, sources = np.diff(self.pool.offsets), self.pool.samples["source"][:]
+        scored = set(self.samples_with(self.scores).tolist())
+        for number, stage in enumerate(stages):
+            for index in (sample for sample in stage.samples.tolist() if sample in scored):
+                rank = (lengths[index] not in MODERATE, draw.random(), index)
+                buckets[number, sources[index]].append((*rank, stage))
+        turns = zip_longest(*(sorted(buckets[key], key=lambda choice: choice[:3]) for key in sorted(buckets)))
+        in_turn = [choice[2:] for turn in turns for choice in turn if choice]
+        return sorted(in_turn[:count], key=lambda choice: choice[0])
+
+
+def read_cleaning(run: str) -> RunTokens:
+    """Read the folder `run`/cleaning; its arrays are memory-mapped.
+
+    Raises:
+        InputError: a file is missing, or scores and weights do not fit the samples.
+    """
+    from datasets import load_from_disk
+
+    folder = Path(run) / "cleaning"
+    missing = [name for name in FILES if not (folder / name).exists()]
+    if missing:
+        raise InputError(f"{run} is no token-cleaning run: {folder} lacks {', '.join(missing)}; give the run's folder")
+    record = json.loads((folder / "stages.json").read_text("utf-8"))
+    pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    for name in ("scores", "weights"):
+        if arrays[name].shape != (len(pool),):
+            raise InputError(
+                f"{folder / name}.npy has the shape {arrays[name].shape}, but the {len(pool.samples)} samples beside "
+                f"it have {len(pool)} eligible tokens: the files are of different runs, so run the cleaning again"
+            )
+    return RunTokens(pool, record["identity"], record["tokenizer"], **arrays, stages=record["stages"])
 
 
 def read_masks(folder: Path, identity: Mapping[str, str]) -> np.ndarray:

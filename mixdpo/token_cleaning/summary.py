@@ -1,12 +1,10 @@
 """What a selection did, in numbers: how much is kept, from where, and of planted noise what was found."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mixdpo.errors import InputError
 from mixdpo.token_cleaning.selection import Kept
 
 
@@ -56,18 +54,6 @@ def summarise(
     return facts
 
 
-def bound_term(kept_tokens: int, delta: float = 0.05) -> float:
-    """√(2 log(4/δ) / M): what the paper's bound (arXiv 2502.01968), with probability 1 − δ, adds to the noise rate of
-    the kept labels. It shrinks with the M kept tokens: .009 at 10⁵, so that cleaning is about the noise rate.
-
-    Raises:
-        InputError: no token is kept.
-    """
-    if kept_tokens < 1:
-        raise InputError(f"the bound needs at least one kept token, not {kept_tokens}")
-    return math.sqrt(2 * math.log(4 / delta) / kept_tokens)
-
-
 def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 
@@ -80,17 +66,20 @@ def _quantiles(scores: np.ndarray) -> dict[str, float | None]:
 
 def _by_source(weights: np.ndarray, sample: np.ndarray, sources: Sequence[str] | np.ndarray) -> dict[str, Any]:
     names, source = np.unique(np.asarray(sources, dtype=str), return_inverse=True)
-    tokens = np.bincount(source[sample], minlength=len(names)).tolist()
-    kept = np.bincount(source[sample], weights, minlength=len(names)).tolist()
-    facts = zip(names.tolist(), tokens, kept, strict=True)
-    return {name: {"tokens": count, "kept_share": _ratio(weight, count)} for name, count, weight in facts}
+    found = zip(names.tolist(), *_kept_shares(weights, source[sample], len(names)), strict=True)
+    return {name: {"tokens": count, "kept_share": share} for name, count, share in found}
 
 
 def _by_position(weights: np.ndarray, sample: np.ndarray, offsets: np.ndarray) -> list[float | None]:
     """Token i of a sample's m is in tenth ⌊10 i / m⌋."""
     tenth = 10 * (np.arange(len(weights)) - offsets[sample]) // np.diff(offsets)[sample]
-    tokens, kept = np.bincount(tenth, minlength=10), np.bincount(tenth, weights, minlength=10)
-    return [_ratio(weight, count) for weight, count in zip(kept, tokens, strict=True)]
+    return _kept_shares(weights, tenth, 10)[1]
+
+
+def _kept_shares(weights: np.ndarray, group: np.ndarray, groups: int) -> tuple[list[int], list[float | None]]:
+    """Tokens of each group, and the share of their weight that is kept."""
+    tokens, kept = np.bincount(group, minlength=groups).tolist(), np.bincount(group, weights, minlength=groups)
+    return tokens, list(map(_ratio, kept, tokens))
 
 
 def _find_planted(weights: np.ndarray, scores: np.ndarray, planted: np.ndarray) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from mixdpo.adapters import Role, role
 from mixdpo.files import written_whole
-from mixdpo.models import row_log_probs
+from mixdpo.models import evaluating, row_log_probs
 from mixdpo.packaged_model import cache_root
 from mixdpo.samples import TokenPool
 from mixdpo.sft_batching import sample_rows
@@ -69,22 +69,18 @@ def add_losses(
     # with the same rounding
     batches = _by_length(samples, [len(pool.samples[i]["input_ids"]) for i in samples], batch_tokens) if missing else []
     batches = [batch for batch in batches if missing.intersection(batch)]
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            role(model, name),
-            tqdm(total=len(missing), desc=f"scoring with {name}", disable=not batches) as bar,
-        ):
-            for batch in batches:
-                rows = sample_rows([pool.samples[i] for i in batch], pack).to(torch.device(device))
-                found = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
-                is_new = np.concatenate([np.full(pool.offsets[i + 1] - pool.offsets[i], i in missing) for i in batch])
-                losses[pool.tokens(batch)[is_new]] = found[is_new]
-                bar.update(len(missing.intersection(batch)))
-    finally:
-        model.train(was_training)
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        role(model, name),
+        tqdm(total=len(missing), desc=f"scoring with {name}", disable=not batches) as bar,
+    ):
+        for batch in batches:
+            rows = sample_rows([pool.samples[i] for i in batch], pack).to(torch.device(device))
+            found = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
+            is_new = np.concatenate([np.full(pool.offsets[i + 1] - pool.offsets[i], i in missing) for i in batch])
+            losses[pool.tokens(batch)[is_new]] = found[is_new]
+            bar.update(len(missing.intersection(batch)))
     if isinstance(losses, np.memmap):
         losses.flush()
     return len(missing)
