@@ -140,6 +140,8 @@ def run() -> None:
     except (ValueError, ArgumentError, MisconfigurationException, UnpicklingError) as error:
         if (message := _for_the_user(error)) is None:
             raise
+        if _made is not None and not any((_made / kept).exists() for kept in ("metrics.csv", "checkpoints", "adapter")):
+            shutil.rmtree(_made, ignore_errors=True)  # refused before the first step
         sys.exit(f"error: {message}")
     finally:
         if _made is not None and not has_begun(_made):
@@ -152,12 +154,25 @@ def _for_the_user(error: BaseException | None) -> str | None:
         if isinstance(error, UnpicklingError):
             return "ckpt_path is not a checkpoint of a run (or holds more than tensors and plain values)"
         if isinstance(error, InputError | ArgumentError | MisconfigurationException):
-            unknown = UNKNOWN_OPTION.search(str(error))  # one line of the many that jsonargparse prints around it
-            return (
-                f"{unknown[0]}; see run.py fit --help, --model.help CLASS, --data.help CLASS" if unknown else str(error)
-            )
+            return _innermost(str(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def _innermost(message: str) -> str:
+    """The one line that matters of the many that jsonargparse prints around it."""
+    where = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
+    if unknown := UNKNOWN_OPTION.search(message):
+        return f"{unknown[0]}; {where}"
+    _, nested, leaf = message.rpartition('Parser key "')
+    if not nested:
+        return message
+    key, _, said = leaf.partition('":')
+    said, *value = re.split(r"(?:Got|Given) value: ", said)
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value type:")
+    lines = [line.strip(" -.") for line in said.splitlines() if line.strip() and not line.strip().startswith(noise)]
+    given = f", not {value[0].splitlines()[0]}" if value else ""
+    return f"{key}: {' or '.join(lines)}{given}; {where}"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from mixdpo.loader import ResumableLoader
 from mixdpo.records import split_by_prompt
 from mixdpo.samples import TokenPool
 from mixdpo.schedules import StepPlan
+from mixdpo.tables import hash63
 from mixdpo.tokenization import Overlong
 
 
@@ -78,7 +79,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         """The rows of a source as a data set; counts what is dropped."""
 
     @abstractmethod
-    def prompts(self, rows: Any) -> list[Any]:
+    def prompts(self, rows: Any) -> Iterable[Any]:
         """What stands before the first answer of each row: rows that share it land on one side of the split."""
 
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
@@ -220,12 +221,12 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         }
 
 
-def _check_apart(train: Iterable[Any], held_out: Sequence[Any], rows: Sequence[int], source: str) -> None:
+def _check_apart(train: Iterable[Any], held_out: Iterable[Any], rows: Sequence[int], source: str) -> None:
     """No held-out prompt may be trained on: a number measured on it would mean nothing."""
-    known = {str(prompt) for prompt in train}
-    shared = [row for row, prompt in zip(rows, held_out, strict=True) if str(prompt) in known]
+    known = {hash63(str(prompt)) for prompt in train}
+    shared = [row for row, prompt in zip(rows, held_out, strict=True) if hash63(str(prompt)) in known]
     if shared:
         raise InputError(
-            f"{len(shared)} of {len(held_out)} held-out rows of {source} have a prompt that is trained on (first: row "
+            f"{len(shared)} of {len(rows)} held-out rows of {source} have a prompt that is trained on (first: row "
             f"{shared[0]}): give another data.validation or data.validation_split"
         )

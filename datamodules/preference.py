@@ -1,5 +1,6 @@
 """The LightningDataModule of preference pairs: read, split, encode, route, and hand over micro-batches."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,12 @@ class PreferenceDataModule(PlannedDataModule):
                 it to baselines that route no pair or all pairs, to compare them with a run that routes some.
             margin: Column with the margin, or two columns [chosen, rejected] whose difference it is; found by the usual
                 names if not given.
-            margins: Margins file of `run.py predict` to take the margins from, instead of the data's columns.
+            margins: Margins file of `run.py predict` to take the margins from; the data's columns are then not read.
             max_length: Longest prompt + completion, in tokens.
             max_prompt_length: Longest prompt of a pair that exceeds max_length, in tokens.
             share_prompt: Compute the prompt once for both responses; false gives each its own copy, same numbers.
         """
         super().__init__(source, **options)
-        if margin is not None and margins is not None:
-            raise InputError(f"give data.margin ({margin}) or data.margins ({margins}), not both")
         self.margins = margins
         self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
@@ -103,7 +102,7 @@ class PreferenceDataModule(PlannedDataModule):
         self.counts[f"read/{source}"] = {"pairs": len(pairs.dataset), **pairs.dropped}
         return pairs.dataset
 
-    def prompts(self, rows: Any) -> list[Any]:
+    def prompts(self, rows: Any) -> Iterable[Any]:
         return rows["prompt"]
 
     def _encode(self, pairs: Any, name: str) -> Any:
@@ -178,7 +177,8 @@ class PreferenceDataModule(PlannedDataModule):
         if self._pool is None:
             hard = self.train_pairs.select(np.flatnonzero(self.route.is_hard))
             samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
-            self._pool = TokenPool.of(samples, {"data": self._data, **self.identity})
+            hard_pairs = f"{len(hard)}, {content_hash(hard['pair_id'])}"
+            self._pool = TokenPool.of(samples, {"data": self._data, "hard pairs": hard_pairs, **self.identity})
         return self._pool
 
     def easy_samples(self) -> list[dict[str, Any]]:
@@ -210,8 +210,11 @@ class PreferenceDataModule(PlannedDataModule):
 
     def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
         if self.margins_file is not None and self.margins_file.of_policy:  # the weights are loaded after setup
-            weights = base_fingerprint(self.trainer.lightning_module.model)
-            self.margins_file.refuse_other({"weights": weights}, "base model")
+            module = self.trainer.lightning_module
+            here = {"weights": base_fingerprint(module.model)}
+            if self.margins_file.header["needs"] == "policy":  # an adapter's reward may be of any adapter
+                here["adapter_weights"] = module.start_fingerprint
+            self.margins_file.refuse_other(here, "base model or adapter")
         collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 

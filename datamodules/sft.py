@@ -1,5 +1,6 @@
 """The LightningDataModule of SFT data: read, split, encode, plant noise, slice into stages, hand over micro-batches."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -76,8 +77,8 @@ class SFTDataModule(PlannedDataModule):
         self.counts[f"read/{source}"] = {"samples": len(samples.dataset), **samples.dropped}
         return samples.dataset
 
-    def prompts(self, rows: Any) -> list[Any]:
-        return [_prompt(messages) for messages in rows["messages"]]
+    def prompts(self, rows: Any) -> Iterable[Any]:
+        return (_prompt(messages) for messages in rows["messages"])  # one at a time: the pool may exceed memory
 
     def _encode(self, samples: Any, name: str, noise: PlantedNoise | None) -> TokenPool:
         encoded, counts = encode_samples(

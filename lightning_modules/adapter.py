@@ -9,7 +9,7 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 
-from mixdpo.adapters import Lora, adapter_state, add_adapters, add_reference, add_stage
+from mixdpo.adapters import Lora, adapter_fingerprint, adapter_state, add_adapters, add_reference, add_stage
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
 from mixdpo.models import Attention, Dtype, Quantization, load_base
@@ -21,6 +21,8 @@ Schedule = Callable[[StepPlan], Any]
 
 class AdapterModule(L.LightningModule):
     progress_bar: frozenset[str] = frozenset()
+    plan_file: str
+    """What its data module calls the plan of a run: that of pairs is another one than that of samples."""
 
     def __init__(
         self,
@@ -58,6 +60,9 @@ class AdapterModule(L.LightningModule):
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
         self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
         self.reference_version = 0  # how often the cleaning reference was refreshed
+        self.start_fingerprint: str | None = None  # of the adapter that training starts from; None for the base
+        self.empty_steps = 0
+        self._kept = torch.zeros(())  # weight of the tokens that the step has trained so far
         self.model: Any = None
         self.train_means: NamedMeans
         self.val_means: NamedMeans
@@ -71,8 +76,15 @@ class AdapterModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
+        data = self.trainer.datamodule
+        if getattr(data, "summary_file", None) != self.plan_file:
+            raise InputError(
+                f"{type(self).__name__} cannot train on what {type(data).__name__} reads: change `model` "
+                "or `data`; pairs go with PreferenceModule, SFT samples with SFTModule"
+            )
         base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
         self.model = add_adapters(base, self.lora, self.adapter)
+        self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
         if self.cleaning is not None:
             for role, name in (("reference", "cleaning"), ("previous", "previous")):
                 if role in self.cleaning.roles:
@@ -84,8 +96,18 @@ class AdapterModule(L.LightningModule):
         self.model.train()
 
     def step_values(self, step: int) -> dict[str, float]:
-        """What a module adds to the row of the step."""
-        return {}
+        """What is added to the row of the step."""
+        return {} if self.cleaning is None else {"cleaning/empty_steps": float(self.empty_steps)}
+
+    def kept_in_step(self, optimizer: torch.optim.Optimizer) -> float:
+        """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps nothing
+        leaves no gradient, so that the optimizer does not move: zeros would, since Adam remembers earlier ones."""
+        kept = float(self.trainer.strategy.reduce(self._kept, reduce_op="sum"))
+        self._kept = torch.zeros(())
+        if kept == 0:
+            self.empty_steps += 1
+            optimizer.zero_grad(set_to_none=True)
+        return kept
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_means.compute().items():
@@ -123,7 +145,8 @@ class AdapterModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self._learnt_state()
-        checkpoint["adapters"] = {"stacked": dict(self.model.stacked), "reference_version": self.reference_version}
+        counts = {"reference_version": self.reference_version, "empty_steps": self.empty_steps}
+        checkpoint["adapters"] = {"stacked": dict(self.model.stacked), **counts}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["adapters"]
@@ -132,6 +155,7 @@ class AdapterModule(L.LightningModule):
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:
             add_reference(self.model, "reference")  # RefreshReference had made it
         self.model.stacked, self.reference_version = dict(saved["stacked"]), saved["reference_version"]
+        self.empty_steps = saved["empty_steps"]
         expected, found = set(self._learnt_state()), set(checkpoint["state_dict"])
         if expected != found:
             some = sorted(expected ^ found)[:3]

@@ -25,6 +25,7 @@ PreferenceLoss = Callable[..., Any]
 
 class PreferenceModule(AdapterModule):
     progress_bar = frozenset({"train/loss", "rewards/accuracy", "tokens_per_second"})
+    plan_file = "route.json"
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class PreferenceModule(AdapterModule):
                 f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step; hard pairs are cleaned "
                 "by scores known before it: ExcessLoss(worse=base), Loss(role=base) or Random"
             )
-        self._needs_reference: bool = getattr(preference_loss, "needs_reference", True)
+        self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
         self._sft_gradient: list[Tensor] = []  # of the step so far, if it is asked for
         self._gradient_norms: dict[str, float] = {}
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
@@ -72,7 +73,7 @@ class PreferenceModule(AdapterModule):
         policy's role is the one in force at backward.
         """
         reference = None
-        if batch.reference_rows is not None and self._needs_reference:
+        if batch.reference_rows is not None and self.needs_reference:
             with torch.no_grad(), role(self.model, "reference"):
                 reference = sequence_log_probs(self.model, batch.reference_rows)
         return sequence_log_probs(self.model, batch.rows, batch.token_weight), reference
@@ -81,6 +82,8 @@ class PreferenceModule(AdapterModule):
         policy, reference = self.policy_and_reference(batch)
         losses, preference, sft_losses = self.route_losses(batch, policy, reference)
         self._record(batch, losses, preference, sft_losses, policy, reference)
+        if self.cleaning is not None and batch.count:
+            self._kept = self._kept.to(batch.token_weight.device) + batch.token_weight.sum(dtype=torch.float32)
         # Lightning divides by the number of micro-batches and DDP by the number of ranks: this is the step's mean
         scale = self._micro_batches_per_step() / batch.step_pairs
         if self._gradient_norms_are_due() and len(batch.hard):
@@ -93,6 +96,8 @@ class PreferenceModule(AdapterModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What is not the gradient of the SFT route is that of the preference route; both as means over the ranks."""
+        if self.cleaning is not None:
+            self.kept_in_step(optimizer)
         if not self._gradient_norms_are_due():
             return
         whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._learning()]
@@ -127,8 +132,8 @@ class PreferenceModule(AdapterModule):
         """(len(index),) of pairs of the batch, 0 for filler: batch statistics are of real pairs only. Losses with such
         statistics wait for all ranks, so the loss is called even for no pair."""
         real = index[: batch.count]
-        assert reference is not None or not self._needs_reference or not len(real)
-        sides = (policy, reference or policy) if self._needs_reference else (policy,)
+        assert reference is not None or not self.needs_reference or not len(real)
+        sides = (policy, reference or policy) if self.needs_reference else (policy,)
         found = self.preference_loss(*(side[i] for side in sides for i in (real, real + len(batch))))
         return torch.cat([found, found.new_zeros(len(index) - len(real))])
 
@@ -165,7 +170,8 @@ class PreferenceModule(AdapterModule):
 
     def step_values(self, step: int) -> dict[str, float]:
         norms, self._gradient_norms = self._gradient_norms, {}
-        return learning_rate_mass(self._multipliers[:step], self._plan.hard_share[:step]) | norms
+        mass = learning_rate_mass(self._multipliers[:step], self._plan.hard_share[:step])
+        return super().step_values(step) | mass | norms
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         policy, reference = self.policy_and_reference(batch)
@@ -175,6 +181,14 @@ class PreferenceModule(AdapterModule):
         values["sft_loss"] = sft(policy[every])
         values["length_accuracy"] = length_accuracy(policy.lengths)
         self.val_means.update(by_difficulty(values, batch))
+
+    def on_fit_start(self) -> None:
+        together = self.trainer.datamodule.batch_size // self.trainer.accumulate_grad_batches
+        if getattr(self.preference_loss, "batch_statistics", False) and together < 2:
+            raise InputError(
+                f"{type(self.preference_loss).__name__} takes means over the pairs of a micro-batch, and there is only "
+                "one: set trainer.accumulate_grad_batches to at most half of data.batch_size"
+            )
 
     def on_train_start(self) -> None:
         """The default reference of token cleaning: an adapter fitted to the easy pairs' chosen responses (SFT)."""

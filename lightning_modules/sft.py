@@ -19,6 +19,7 @@ StageStart = Literal["continue", "restart", "fresh_adapter"]
 
 class SFTModule(AdapterModule):
     progress_bar = frozenset({"train/loss", "cleaning/kept_fraction", "tokens_per_second"})
+    plan_file = "stages.json"
 
     def __init__(self, base: str, stage_start: StageStart = "continue", **options: Any) -> None:
         """SFT of a LoRA policy on a 4-bit base. The loss is normalised by the kept weight of the whole optimizer step.
@@ -33,9 +34,8 @@ class SFTModule(AdapterModule):
         super().__init__(base, **options)
         self.stage_start = stage_start
         self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
-        self.empty_steps = 0
         self._stage = 0
-        self._kept, self._step_tokens = torch.zeros(()), 0
+        self._step_tokens = 0
 
     def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
         """After the callbacks' hook: the reference is refreshed by what the policy was before the stage."""
@@ -76,19 +76,11 @@ class SFTModule(AdapterModule):
         batch.token_weight = batch.token_weight * torch.from_numpy(weights).to(batch.token_weight)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Normalise by the kept weight of the step, over all its micro-batches and devices: known only now where a
-        scorer reads the policy. A step that keeps nothing leaves no gradient, so that the optimizer does not move."""
-        kept = float(self.trainer.strategy.reduce(self._kept, reduce_op="sum"))
-        self._kept = torch.zeros(())
-        if kept == 0:
-            self.empty_steps += 1
-            optimizer.zero_grad(set_to_none=True)
-        elif kept != self._step_tokens:
+        """Normalise by the kept weight of the step: known only now where a scorer reads the policy."""
+        kept = self.kept_in_step(optimizer)
+        if kept not in (0, self._step_tokens):
             for group in optimizer.param_groups:
                 torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], self._step_tokens / kept)
-
-    def step_values(self, step: int) -> dict[str, float]:
-        return {"cleaning/empty_steps": float(self.empty_steps)}
 
     def plan_facts(self) -> dict[str, Any]:
         return {}
@@ -108,8 +100,8 @@ class SFTModule(AdapterModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["adapters"] |= {"stage": self._stage, "empty_steps": self.empty_steps}
+        checkpoint["adapters"]["stage"] = self._stage
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._stage, self.empty_steps = checkpoint["adapters"]["stage"], checkpoint["adapters"]["empty_steps"]
+        self._stage = checkpoint["adapters"]["stage"]

@@ -66,8 +66,8 @@ class RefreshReference(Callback):
             raise InputError(
                 "RefreshReference: nothing to refresh, since model.cleaning has no scorer that reads a reference"
             )
-        if self.role == "reference" and not hasattr(pl_module, "preference_loss"):
-            raise InputError("RefreshReference: role reference belongs to a preference loss, and this is SFT: cleaning")
+        if self.role == "reference" and not getattr(pl_module, "needs_reference", False):
+            raise InputError("RefreshReference: role reference belongs to a preference loss that has a reference")
         if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:
             raise InputError(
                 "RefreshReference: the run has one stage: set data.slices.count or data.routing.order (bucketed), or "
@@ -132,6 +132,13 @@ class CleanTokens(Callback):
         self._tokens = RunTokens.undecided(pool, identity, tokenizer, str(self.cleaning.describe()))
         if self.cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
+        refreshed = any(isinstance(c, RefreshReference) and c.role == "cleaning" for c in trainer.callbacks)
+        needs_one = "reference" in self.cleaning.roles and self.cleaning.reference is None and not refreshed
+        if needs_one and self.cleaning.warm_up_stages and pl_module.adapter is None:
+            raise InputError(
+                "cleaning.reference is null, and nothing makes the warmed-up policy the reference: add the callback "
+                "lightning_modules.token_cleaning.RefreshReference, or give an adapter"
+            )
         if self._restored is not None:
             self._tokens.restore(self._restored)
             self._scored, self._open = self._restored["scored"], self._restored["open"]

@@ -11,9 +11,10 @@ from mixdpo.errors import InputError
 VERBS = {
     "make-pairs": ("mixdpo.make_pairs", "make_pairs", "sample a model, score the samples, write preference pairs"),
     "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, or compare two margins files"),
+    "options": ("mixdpo.options", "options", "what a class that a config names takes"),
     "export-labels": ("mixdpo.token_cleaning.labels", "export_labels", "write a run's cleaned labels as a data set"),
 }
-POSITIONAL = {"report", "export-labels"}  # verbs whose required arguments have no name on the command line
+POSITIONAL = {"report", "options", "export-labels"}  # verbs whose required arguments have no name on the command line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -57,7 +57,7 @@ class MarginsFile:
             )
         return pairs.remove_columns("margin").add_column("margin", [margin for _, margin in found])
 
-    def refuse_other(self, here: Mapping[str, str], what: str) -> None:
+    def refuse_other(self, here: Mapping[str, str | None], what: str) -> None:
         """
         Raises:
             InputError: the margins are of a policy, and one of these parts of the header is another one here.
@@ -67,6 +67,7 @@ class MarginsFile:
             raise InputError(
                 f"{self.path} holds margins ({self.header['signal']}) that were made with another {what} "
                 f"({'; '.join(changed)}): use the options it was made with (base {self.header['base']}, "
+                f"adapter {self.header['adapter']}, "
                 f"{self.header['dtype']}, {self.header['lengths']}), or compute it anew"
             )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import build, build_sft, fit, make_pairs, make_samples, write_pairs
+from conftest import build, build_sft, fit, make_pairs, make_samples, make_trainer, write_pairs
 
 from lightning_modules.token_cleaning import RefreshReference
 from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, add_reference, base_fingerprint
@@ -137,6 +137,8 @@ def test_pairs_that_leave_nothing_to_clean_or_learn_from(
         ({"data": {"pack": -5}}, "pack must be 0"),
         ({"cleaning": Cleaning(scorer=Random(), warm_up_stages=1)}, "no stage to clean"),
         ({"cleaning": Cleaning(), "trainer": {"first": (RefreshReference(),)}}, "one stage"),
+        ({"cleaning": Cleaning(warm_up_stages=1), "data": {"slices": Slices(2)}}, "nothing makes the warmed-up policy"),
+        ({"trainer": {"first": (RefreshReference(role="reference", every=1),)}}, "a preference loss that has"),
     ],
 )
 def test_options_without_effect_are_refused(
@@ -144,6 +146,22 @@ def test_options_without_effect_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         fit(tiny_model, source, tmp_path / "run", make=build_sft, **options)
+
+
+def test_masks_for_other_hard_pairs_are_refused(tiny_model: str, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
+    data = [{"routing": Routing(hard_fraction=fraction)} for fraction in (0.5, 0.25)]
+    fit(tiny_model, pairs, tmp_path / "run", cleaning=BASE_LOSS, data=data[0])
+    with pytest.raises(InputError, match=r"another hard pairs \(hard pairs: 6, \w+ there, 3, \w+ here\)"):
+        fit(tiny_model, pairs, tmp_path / "x", cleaning=Cleaning(masks=str(tmp_path / "run/cleaning")), data=data[1])
+
+
+def test_modules_and_data_that_do_not_belong_together(tiny_model: str, source: str, tmp_path: Path) -> None:
+    _, preference, pairs = build(tiny_model, write_pairs(tmp_path / "p.jsonl", make_pairs(8)), tmp_path / "a")
+    _, sft, samples = build_sft(tiny_model, source, tmp_path / "b")
+    for module, data in ((preference, samples), (sft, pairs)):
+        with pytest.raises(InputError, match=f"{type(module).__name__} cannot train on what {type(data).__name__}"):
+            make_trainer(tmp_path / "run").fit(module, data)
 
 
 def test_hard_pairs_are_scored_when_the_first_of_them_comes(tiny_model: str, tmp_path: Path) -> None:

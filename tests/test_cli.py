@@ -15,6 +15,7 @@ import yaml
 from conftest import make_pairs, write_pairs
 
 import run
+from mixdpo.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 METRICS = [
@@ -151,13 +152,16 @@ def test_a_bad_row(
         ("--model.preference_loss.beta", "-1"),
         ("--data.routing.hard_fraction", "2"),
         ("--trainer.max_stepz", "2"),
+        ("--trainer.max_steps", "2.5"),
+        ("--data.routing.order", "easiest"),
+        ("--model.preference_loss", "mixdpo.losses.Nothing"),
         ("--config", "/nonexistent.yaml"),
     ],
 )
 def test_a_bad_value(option: str, value: str, refused: Callable[..., str]) -> None:
     message = refused(option, value)
     named = option.rsplit(".")[-1] if value in ("-1", "2") else value
-    assert named in message
+    assert named in message and "Parser key" not in message
 
 
 @pytest.mark.parametrize("where", ["below a file", "a file", "/proc/x"])
@@ -174,6 +178,19 @@ def test_held_out_prompts_that_are_not_there(refused: Callable[..., str], tmp_pa
     """A mistake that shows only after the model is loaded."""
     callback = {"class_path": "lightning_modules.gold_evaluation.GoldEvaluation", "init_args": {"prompts": "/no.jsonl"}}
     assert "/no.jsonl" in refused("--trainer.callbacks", json.dumps([callback]))
+
+
+def test_what_is_refused_once_the_plan_is_made(refused: Callable[..., str]) -> None:
+    cleaning = "{scorer: mixdpo.token_cleaning.scorers.Random, selection: {always_keep: [nothing]}}"
+    assert "no token 'nothing'" in refused("--model.cleaning", cleaning)
+
+
+def test_options_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["options", "mixdpo.losses.BetaDPO"]) == 0
+    printed = capsys.readouterr().out
+    assert "sensitivity: float | None = None" in printed and "how much β follows" in printed
+    for wrong in ("mixdpo.losses.Nothing", "nothing", "mixdpo.losses.check_options"):
+        assert main(["options", wrong]) == 2 and wrong in capsys.readouterr().err
 
 
 def test_a_run_leaves_its_files(finished: Path) -> None:

@@ -90,8 +90,9 @@ def test_header_overrides_parse(build):
             assert parser.parse_args([verb, "--config", str(config), *options])[verb].name
 
 
-def test_readme_commands_parse(build):
-    """Every `python run.py` command of the README whose config is shipped, with its options."""
+def test_readme_commands_build(build):
+    """Every `python run.py` command of the README whose config is shipped, with its options: neither parser nor module
+    nor data module refuses it."""
     readme = (ROOT / "README.md").read_text("utf-8")
     commands = re.findall(
         r"^python run\.py ((?:predict )?--config configs/.+?)(?:  +#.*)?$", readme, flags=re.MULTILINE
@@ -100,7 +101,8 @@ def test_readme_commands_parse(build):
     parser = build(ROOT / "configs/demo.yaml").parser
     for command in commands:
         verb, *arguments = shlex.split(command if command.startswith("predict") else f"fit {command}")
-        assert parser.parse_args([verb, *arguments])[verb].name
+        built = parser.instantiate_classes(parser.parse_args([verb, *arguments]))[verb]
+        assert built.name and built.data.tokenizer == built.model.base
 
 
 def test_baseline_overrides(build):

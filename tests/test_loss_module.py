@@ -12,9 +12,11 @@ from test_loss_equations import NAMES, TABLE
 from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
 
 from lightning_modules import preference as preference_module
+from lightning_modules.token_cleaning import RefreshReference
 from mixdpo import losses
 from mixdpo.adapters import role
 from mixdpo.errors import InputError
+from mixdpo.losses import BetaDPO, KTOPair, SimPO
 from mixdpo.losses.functions import sft
 from mixdpo.models import sequence_log_probs
 from mixdpo.routing import Routing
@@ -299,3 +301,15 @@ def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str
             assert torch.equal(value, {**adapter_weights(other), **other.preference_loss.state_dict()}[key]), key
     with pytest.raises(InputError, match="preference_loss"):
         fit(tiny_model, source, tmp_path / "other", ckpt_path=str(checkpoint), data=data, trainer={"max_epochs": 2})
+
+
+@pytest.mark.parametrize("loss", [KTOPair(), BetaDPO()])
+def test_batch_statistics_need_a_batch(loss: Any, tiny_model: str, source: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"only one: set trainer\.accumulate_grad_batches to at most half"):
+        fit(tiny_model, source, tmp_path / "run", preference_loss=loss, trainer={"accumulate_grad_batches": 4})
+
+
+def test_a_reference_that_nobody_reads_is_not_refreshed(tiny_model: str, source: str, tmp_path: Path) -> None:
+    trainer = {"first": (RefreshReference(role="reference", every=1),)}
+    with pytest.raises(InputError, match="a preference loss that has a reference"):
+        fit(tiny_model, source, tmp_path / "run", preference_loss=SimPO(), trainer=trainer)

@@ -143,9 +143,13 @@ def test_data_without_a_margin(tiny_model, tmp_path):
     trainer.validate(module, data, verbose=False)
 
 
-def fit_with(tiny_model, source, folder, path, model=None, **data):
-    trainer, module, pairs = build(model or tiny_model, source, folder / "run", data={"margins": path, **data})
+def fit_with(tiny_model, source, folder, path, model=None, adapter=None, **data):
+    """Train by these margins, although a column is named as well; the run's folder."""
+    data = {"margin": "margin", "margins": path, **data}
+    trainer, module, pairs = build(model or tiny_model, source, folder / "run", adapter=adapter, data=data)
     trainer.fit(module, pairs)
+    assert sorted(pairs.route.margins) == sorted(margin for _, margin in read_margins(path).pairs.values())
+    return folder / "run"
 
 
 def test_files_that_fit_refuses(tiny_model, source, tmp_path):
@@ -162,8 +166,6 @@ def test_files_that_fit_refuses(tiny_model, source, tmp_path):
         fit_with(tiny_model, source, tmp_path, path, max_length=40)
     with pytest.raises(InputError, match=r"another encoding of the pairs.*template"):
         fit_with(tiny_model, source, tmp_path, path, chat_template="plain")
-    with pytest.raises(InputError, match=r"give data.margin \(margin\) or data.margins"):
-        fit_with(tiny_model, source, tmp_path, path, margin="margin")
     with pytest.raises(InputError, match=r"no margins file .*nothing"):
         fit_with(tiny_model, source, tmp_path, str(tmp_path / "nothing"))
     with pytest.raises(InputError, match=r"data.margins is for fit"):
@@ -190,6 +192,18 @@ def test_another_base_is_refused(tiny_model, source, tmp_path):
     fit_with(tiny_model, source, tmp_path, rating, model=other, max_length=50)
     margins = [row["margin"] for row in make_pairs(10)]
     assert [margin for _, margin in read_margins(rating).pairs.values()] == margins
+
+
+def test_another_adapter_is_refused(tiny_model, source, tmp_path):
+    """Log-probs are of the policy that training starts from; an adapter's reward may be of any adapter."""
+    trained = fit_with(tiny_model, source, tmp_path / "1", predict(tiny_model, source, tmp_path))
+    adapter = str(trained / "adapter")
+    of_adapter = predict(tiny_model, source, tmp_path, PolicyLogProb(), name="b", adapter=adapter)
+    reward = predict(tiny_model, source, tmp_path, ImplicitReward(), name="c", adapter=adapter)
+    with pytest.raises(InputError, match=r"another base model or adapter \(adapter_weights \w+ there, None here\)"):
+        fit_with(tiny_model, source, tmp_path / "2", of_adapter)
+    fit_with(tiny_model, source, tmp_path / "3", of_adapter, adapter=adapter)
+    fit_with(tiny_model, source, tmp_path / "4", reward)
 
 
 def test_fingerprint_does_not_depend_on_where_adapters_are(tiny_model):

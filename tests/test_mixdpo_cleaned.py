@@ -219,17 +219,21 @@ def test_given_weights_one_pair_with_none(
     assert float(ran.rows[2]["train/sft_loss"]) == pytest.approx(sum(losses[1:]) / 4)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_hard_pairs_that_keep_nothing_teach_nothing(
-    tiny_model: str, source: str, cleaned: Ran, uncleaned: Ran, tmp_path: Path
+    optimizer: type[torch.optim.Optimizer], tiny_model: str, source: str, cleaned: Ran, tmp_path: Path
 ) -> None:
+    """Adam would move on by what it remembers, and by its weight decay."""
     masks = shutil.copytree(cleaned.folder / "cleaning", tmp_path / "masks")
     np.save(masks / "weights.npy", np.zeros_like(np.load(masks / "weights.npy")))
-    ran = run(tiny_model, source, tmp_path / "run", cleaning=Cleaning(masks=str(masks)))
+    options = {"cleaning": Cleaning(masks=str(masks)), "optimizer": optimizer, "lr": 1e-2}
+    ran = run(tiny_model, source, tmp_path / "run", **options)
     assert all(torch.equal(value, ran.starts[3][key]) for key, value in ran.starts[2].items())
     assert not all(torch.equal(value, ran.starts[2][key]) for key, value in ran.starts[1].items())
     for row in ran.rows[1:]:
         assert (float(row["train/sft_loss"]), float(row["cleaning/empty_fraction"])) == (0, 1)
     assert float(ran.rows[2]["train/loss"]) == 0
+    assert [float(row["cleaning/empty_steps"]) for row in ran.rows] == [0, 0, 1]
 
 
 @pytest.mark.parametrize("scorer", [ExcessLoss(), Random()])

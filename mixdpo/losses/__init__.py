@@ -5,6 +5,7 @@ loss of your own is any callable class with that call. It may have the attribute
 
 needs_reference: false for a loss that is called on (chosen, rejected) only; no reference is then ever computed.
 averaged: what the loss compares is per token, and so is the logged reward.
+batch_statistics: it takes means over the pairs that it is called on, and is refused where that is one pair.
 sft_weight: of a hard pair's SFT loss where `model.sft_weight` is null. 1, as in the MixDPO paper, whose balance is that
     of DPO at β = 0.01: at the start (h = 0) an easy pair pulls s_w with β/2 = 0.005, a hard one with 1/L. Losses that
     are of another size by construction have the weight that keeps this balance, their own pull at the start (default
@@ -53,6 +54,7 @@ def objective(
     *,
     needs_reference: bool = True,
     averaged: bool = False,
+    batch_statistics: bool = False,
     sft_weight: float = 1.0,
     **defaults: float,
 ) -> type:
@@ -79,6 +81,7 @@ def objective(
         "__post_init__": fill_in,
         "__call__": lambda self, *sequences: function(Pairs(*sequences), **options(self)),
         **{"needs_reference": needs_reference, "averaged": averaged, "sft_weight": sft_weight},
+        "batch_statistics": batch_statistics,
     }
     fields: Any = [(name, float | None, None) for name in own]
     return make_dataclass(name, fields, frozen=True, namespace=members)
@@ -96,7 +99,7 @@ CPO = objective("CPO", functions.cpo, needs_reference=False)
 IRPO = objective("IRPO", functions.irpo)
 RDPO = objective("RDPO", functions.rdpo)
 DPOP = objective("DPOP", functions.dpop)
-KTOPair = objective("KTOPair", functions.kto_pair)
+KTOPair = objective("KTOPair", functions.kto_pair, batch_statistics=True)
 APOZero = objective("APOZero", functions.apo_zero)
 APODown = objective("APODown", functions.apo_down)
 SPPO = objective("SPPO", functions.sppo, sft_weight=2e5)
@@ -114,7 +117,7 @@ class BetaDPO(nn.Module):
         sensitivity: α, how much β follows the batch's mean log-ratio difference; 0.6 if null.
     """
 
-    needs_reference, averaged, sft_weight = True, False, 1.0
+    needs_reference, averaged, batch_statistics, sft_weight = True, False, True, 1.0
 
     def __init__(self, beta: float | None = None, sensitivity: float | None = None) -> None:
         super().__init__()
