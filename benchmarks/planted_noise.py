@@ -3,10 +3,11 @@
     pip install -c constraints.txt matplotlib && python benchmarks/planted_noise.py [FOLDER]
 
 The training responses hold planted noise (data.noise), the held-out ones do not. Two passes over slices 0 to 2 of 6
-train the reference on every token; all scorers are measured on slice 3. Writes a JSON, two tables and one plot to
-benchmarks/results: AUC, precision and recall of each scorer on the same slice and of each self-evolving round; held-out
-loss against the keep ratio with the measured noise rate among the kept tokens. Runs are kept in FOLDER (default
-runs/planted_noise): a stopped comparison goes on where it was.
+train the reference on every token; all scorers are measured on slice 3. A second reference is trained on the same slices
+without noise, as if they had been curated. Writes a JSON, three tables and one plot to benchmarks/results: AUC, precision
+and recall of each scorer on the same slice and of each self-evolving round, by kind of noise as well; held-out loss
+against the keep ratio with the measured noise rate among the kept tokens; the gold score of the task `constraints` of
+some. Runs are kept in FOLDER (default runs/planted_noise): a stopped comparison goes on where it was.
 """
 
 import math
@@ -14,12 +15,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cleaning_runs import Job, about, held_out, run, run_all, stages, table, write
+import numpy as np
+from cleaning_runs import Job, about, gold_scores, held_out, run_all, stages, table, write
 
 from mixdpo.errors import InputError
+from mixdpo.token_cleaning.planted_noise import PlantedNoise, kind_of
+from mixdpo.token_cleaning.stored import read_cleaning
+from mixdpo.token_cleaning.summary import summarise
 
-NOISE = ["--data.noise", "{rate: 0.2, seed: 0}", "--data.validation", "0.06"]
+SPLIT = ["--data.validation", "0.06"]
+PLANTED = PlantedNoise(rate=0.2, seed=0)
+NOISE = ["--data.noise", f"{{rate: {PLANTED.rate}, seed: {PLANTED.seed}}}", *SPLIT]
+GOLD = ("keep-1.0", "keep-0.6", "random", "frozen", "self_evolving")
 RATIOS = (0.3, 0.45, 0.6, 0.8, 1.0)
+CLEAN = ", clean reference"
 SCORERS = "mixdpo.token_cleaning.scorers"
 OUT = Path("benchmarks/results/planted_noise.png")
 
@@ -33,8 +42,8 @@ def cleaning(scorer: str, selection: str, reference: str) -> list[str]:
     return ["--model.cleaning", text]
 
 
-def jobs(reference: str) -> list[Job]:
-    """Runs on slice 3 for each keep ratio and scorer; and on slices 3 and 4, reference frozen and refreshed."""
+def jobs(reference: str, clean: str) -> list[Job]:
+    """Runs on slice 3 for each keep ratio and scorer; and on slices 3 and 4 from either reference, frozen or refreshed."""
     ratio = "{keep_ratio: 0.6, scope: %s}"
     excess = "ExcessLoss, init_args: {worse: policy, better: reference}"
     history = "ExcessLoss, init_args: {worse: reference, better: policy, normalise: true}"
@@ -52,12 +61,28 @@ def jobs(reference: str) -> list[Job]:
         (f"keep-{k}", "fixed", [*one, *given, "--model.cleaning.selection.keep_ratio", str(k)]) for k in RATIOS
     ]
     all_jobs += [(name, "fixed", [*one, *options]) for name, options in by_scorer.items()]
-    rest = [*NOISE, *slices("[3, 4]")]
-    start = ["--model.adapter", reference, "--model.cleaning.warm_up_stages", "0"]
-    all_jobs.append(("self_evolving", "self_evolving", [*rest, *given, *start]))
-    # the same start and slices with the reference frozen: what refreshing it adds
-    all_jobs.append(("frozen", "self_evolving", [*rest, *given, *start, "--trainer.callbacks", "[]"]))
+    for which, adapter in (("", reference), (CLEAN, clean)):
+        rest = [*NOISE, *slices("[3, 4]"), "--model.cleaning.warm_up_stages", "0"]
+        rest += ["--model.adapter", adapter, "--model.cleaning.reference", adapter]
+        all_jobs.append((f"self_evolving{which}", "self_evolving", rest))
+        # the same start and slices with the reference frozen: what refreshing it adds
+        all_jobs.append((f"frozen{which}", "self_evolving", [*rest, "--trainer.callbacks", "[]"]))
     return all_jobs
+
+
+def by_kind(path: Path) -> dict[str, float]:
+    """AUC on the samples of each kind of noise, over all that was scored."""
+    found = read_cleaning(str(path))
+    ids, scored = found.pool.samples["sample_id"][:], found.samples_with(found.scores)
+    planted, lengths = found.pool.planted(), np.diff(found.pool.offsets)
+    aucs = {}
+    for kind in PLANTED.kinds:
+        samples = np.array([i for i in scored if kind_of(ids[i], PLANTED)[0] == kind])
+        tokens, offsets = found.pool.tokens(samples), np.concatenate([[0], np.cumsum(lengths[samples])])
+        sources = [""] * len(samples)
+        facts = summarise(found.weights[tokens], found.scores[tokens], offsets, sources, planted=planted[tokens])
+        aucs[kind] = facts["planted"]["auc"]
+    return aucs
 
 
 def bound_term(kept_tokens: int, delta: float = 0.05) -> float:
@@ -101,14 +126,17 @@ def finding(name: str, stage: dict[str, Any], loss: float | None = None) -> list
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/planted_noise")
-    reference = run(folder, ("warm_up", "full", [*NOISE, *slices("[0, 1, 2]", passes=2)])) / "adapter"
-    paths = run_all(folder, jobs(str(reference)))
+    options = slices("[0, 1, 2]", passes=2)
+    warm_ups = [("warm_up", "full", [*NOISE, *options]), ("clean_warm_up", "full", [*SPLIT, *options])]
+    paths = run_all(folder, jobs(*(str(path / "adapter") for path in run_all(folder, warm_ups).values())))
     losses = {name: held_out(path) for name, path in paths.items()}
-    found = {name: stages(path) for name, path in paths.items()}
+    found, kinds = ({name: read(path) for name, path in paths.items()} for read in (stages, by_kind))
+    gold = gold_scores({name: paths[name] for name in GOLD})
     rows = [finding("Token Cleaning", found["keep-0.6"][0], losses["keep-0.6"]["loss"])]
-    one_slice = [name for name in paths if name not in ("self_evolving", "frozen") and not name.startswith("keep")]
-    rows += [finding(name, found[name][0], losses[name]["loss"]) for name in one_slice]
-    for name in ("frozen", "self_evolving"):
+    rows += [finding(name, found[name][0], losses[name]["loss"]) for name in paths if len(found[name]) == 1][
+        len(RATIOS) :
+    ]
+    for name in (name for name in paths if len(found[name]) == 2):
         rows += [finding(f"{name}, slice {3 + i}", stage) for i, stage in enumerate(found[name])]
         rows[-1][-1] = losses[name]["loss"]
     points = [
@@ -121,9 +149,16 @@ def main() -> None:
     ]
     plot(points, found["keep-1.0"][0]["kept_tokens"])
     headings = ["scorer", "AUC", "precision", "recall", "η before", "η kept", "held-out loss"]
-    by_ratio = table(["keep ratio", "held-out loss", "η kept"], [list(point.values()) for point in points])
-    content = {"about": about(), "keep_ratios": points, "held_out_loss": losses, "stages": found}
-    write("planted_noise", content, table(headings, rows) + "\n\n" + by_ratio)
+    tables = [table(headings, rows)]
+    by_ratio = [[*point.values(), gold.get(f"keep-{point['keep_ratio']}")] for point in points]
+    tables += [table(["keep ratio", "held-out loss", "η kept", "gold score"], by_ratio)]
+    others = [[name, losses[name]["loss"], gold[name]] for name in GOLD if not name.startswith("keep")]
+    tables += [table(["run", "held-out loss", "gold score"], others)]
+    tables += [
+        table(["AUC by kind of noise", *PLANTED.kinds], [[name, *aucs.values()] for name, aucs in kinds.items()])
+    ]
+    content = {"about": about(), "keep_ratios": points, "held_out_loss": losses, "gold": gold, "auc_by_kind": kinds}
+    write("planted_noise", content | {"stages": found}, "\n\n".join(tables))
 
 
 if __name__ == "__main__":

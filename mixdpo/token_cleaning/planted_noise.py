@@ -119,6 +119,12 @@ def _material(samples: "Dataset", noise: PlantedNoise, tokenizer: "Tokenizer") -
     return _Material(ids, list(accumulate(counts[token] for token in ids)), special, phrases)
 
 
+def kind_of(sample_id: int, noise: PlantedNoise) -> tuple[str, random.Random]:
+    """The kind of noise that a sample gets, if it gets any, and what its events are drawn by."""
+    draw = random.Random(f"{noise.seed}:{sample_id}")
+    return draw.choice(noise.kinds), draw
+
+
 def _turns(spans: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(spans[::2], spans[1::2], strict=True))
 
@@ -129,8 +135,8 @@ def _plant_row(row: dict[str, Any], noise: PlantedNoise, material: _Material) ->
     tokens = sum(end - start for start, end in turns)
     changes: Changes = {}
     if tokens >= SHORTEST and any(bodies):
-        draw = random.Random(f"{noise.seed}:{row['sample_id']}")
-        changes = KINDS[draw.choice(noise.kinds)](_Place(ids, bodies, noise.rate * tokens), noise, material, draw)
+        kind, draw = kind_of(row["sample_id"], noise)
+        changes = KINDS[kind](_Place(ids, bodies, noise.rate * tokens), noise, material, draw)
     pieces = [changes.get(position, [(token, 0)]) for position, token in enumerate(ids)]
     moved = [0, *accumulate(map(len, pieces))]
     marked, spans = list(chain.from_iterable(pieces)), [moved[boundary] for boundary in row["spans"]]
