@@ -3,11 +3,11 @@
     pip install -c constraints.txt matplotlib && python benchmarks/planted_noise.py [FOLDER]
 
 The training responses hold planted noise (data.noise), the held-out ones do not. Two passes over slices 0 to 2 of 6
-train the reference on every token; all scorers are measured on slice 3. A second reference is trained on the same slices
-without noise, as if they had been curated. Writes a JSON, three tables and one plot to benchmarks/results: AUC, precision
-and recall of each scorer on the same slice and of each self-evolving round, by kind of noise as well; held-out loss
-against the keep ratio with the measured noise rate among the kept tokens; the gold score of the task `constraints` of
-some. Runs are kept in FOLDER (default runs/planted_noise): a stopped comparison goes on where it was.
+train the reference on every token, a second reference on the same slices without noise, as if they had been curated;
+all scorers are measured on slice 3, with the first. Writes a JSON, tables and a plot to benchmarks/results: AUC,
+precision and recall of each scorer and of each self-evolving round, by kind of noise as well; held-out loss against the
+keep ratio with the measured noise rate among the kept tokens; of some, the gold score of the task `constraints`. Runs
+are kept in FOLDER (default runs/planted_noise): a stopped comparison goes on where it was.
 """
 
 import math
@@ -43,7 +43,7 @@ def cleaning(scorer: str, selection: str, reference: str) -> list[str]:
 
 
 def jobs(reference: str, clean: str) -> list[Job]:
-    """Runs on slice 3 for each keep ratio and scorer; and on slices 3 and 4 from either reference, frozen or refreshed."""
+    """Runs on slice 3 for each keep ratio and scorer; on slices 3 and 4 from either reference, frozen or refreshed."""
     ratio = "{keep_ratio: 0.6, scope: %s}"
     excess = "ExcessLoss, init_args: {worse: policy, better: reference}"
     history = "ExcessLoss, init_args: {worse: reference, better: policy, normalise: true}"
@@ -133,9 +133,8 @@ def main() -> None:
     found, kinds = ({name: read(path) for name, path in paths.items()} for read in (stages, by_kind))
     gold = gold_scores({name: paths[name] for name in GOLD})
     rows = [finding("Token Cleaning", found["keep-0.6"][0], losses["keep-0.6"]["loss"])]
-    rows += [finding(name, found[name][0], losses[name]["loss"]) for name in paths if len(found[name]) == 1][
-        len(RATIOS) :
-    ]
+    of_slice_3 = [name for name in paths if len(found[name]) == 1 and not name.startswith("keep")]
+    rows += [finding(name, found[name][0], losses[name]["loss"]) for name in of_slice_3]
     for name in (name for name in paths if len(found[name]) == 2):
         rows += [finding(f"{name}, slice {3 + i}", stage) for i, stage in enumerate(found[name])]
         rows[-1][-1] = losses[name]["loss"]
@@ -154,9 +153,8 @@ def main() -> None:
     tables += [table(["keep ratio", "held-out loss", "η kept", "gold score"], by_ratio)]
     others = [[name, losses[name]["loss"], gold[name]] for name in GOLD if not name.startswith("keep")]
     tables += [table(["run", "held-out loss", "gold score"], others)]
-    tables += [
-        table(["AUC by kind of noise", *PLANTED.kinds], [[name, *aucs.values()] for name, aucs in kinds.items()])
-    ]
+    aucs = [[name, *values.values()] for name, values in kinds.items()]
+    tables += [table(["AUC by kind of noise", *PLANTED.kinds], aucs)]
     content = {"about": about(), "keep_ratios": points, "held_out_loss": losses, "gold": gold, "auc_by_kind": kinds}
     write("planted_noise", content | {"stages": found}, "\n\n".join(tables))
 
