@@ -2,9 +2,9 @@
 
     python benchmarks/noisy_labels.py && python -m mixdpo study configs/studies/noisy_labels.yaml
 
-The judge gives 1 + 9 (gold score + σ ε), ε ~ N(0, 1), in half points of 1 to 10; what it prefers is `chosen`, the margin
-is the difference of its scores, and ties are kept, labelled by a hash. Prints how often the label agrees with the gold
-score by decile of the margin, on average over many seeds for each σ and for the file that is written.
+The judge gives 1 + 9 (gold score + σ ε), ε ~ N(0, 1), in half points of 1 to 10; what it prefers is `chosen`, the
+margin is the difference of its scores, and ties are kept, labelled by a hash. Prints how often the label agrees
+with the gold score by decile of the margin, on average over many seeds for each σ and for the file that is written.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ CHOSEN_SIGMA = 0.4
 """The largest of these whose top half agrees in more than .95; the lowest decile agrees in .56 (goal: about .55)."""
 PAIRS, MANY = 240, 200
 SEED = 16
-"""Of 0 to 19 one whose deciles are nearest to their expectation, lowest one included: 24 pairs a decile vary by .1."""
+"""Picked among 0 to 19 by this table alone: a decile of 24 pairs varies by .1, and here the lowest agrees in .54."""
 VALIDATION_PROMPTS, VALIDATION_SEED = 100, 1
 
 

@@ -120,8 +120,8 @@ class Route:
         return _shuffled(self.order, self.stages, self.pair_ids, self.seed, epoch)
 
     def summary(self) -> dict[str, Any]:
-        """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles of all, of easy and of hard
-        pairs, the order and actions."""
+        """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
+        pairs), the order and actions."""
         levels = [0, 5, 25, 50, 75, 95, 100]
         quantiles = np.percentile(self.margins, levels)
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}

@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -59,7 +60,7 @@ def study(study: str, table_only: bool = False) -> int:
     threads = max(1, cores // plan.at_once)
     print(detectable(plan, sum(part in main for part in parts)))
     with _alone(folder), _interruptible():
-        done = finished(plan)
+        done = add_finished(plan, {})
         print(
             f"{plan.size} runs, {len(done)} done; {plan.at_once} at a time, {threads} threads each; {_left(plan, done)}"
         )
@@ -92,13 +93,10 @@ def known_jobs(plan: Study, done: dict[str, float]) -> Iterator[Job]:
             yield from (plan.job(run, point, seed, start) for point in points)
 
 
-def finished(plan: Study) -> dict[str, float]:
-    """Seconds of each job that is done."""
-    done: dict[str, float] = {}
-    while new := {
-        job.name: took for job in known_jobs(plan, done) if job.name not in done and (took := _took(plan, job))
-    }:
-        done |= new
+def add_finished(plan: Study, done: dict[str, float]) -> dict[str, float]:
+    """`done` (seconds of each job) with all that earlier studies have left, which may make further jobs known."""
+    while new := {job.name: s for job in known_jobs(plan, done) if job.name not in done and (s := _took(plan, job))}:
+        done.update(new)
     return done
 
 
@@ -108,7 +106,9 @@ def _run_all(plan: Study, done: dict[str, float], threads: int) -> dict[str, str
     failed: dict[str, str] = {}
     try:
         while True:
-            waiting = [job for job in known_jobs(plan, done) if job.name not in {*done, *failed, *running}]
+            waiting = [
+                job for job in known_jobs(plan, add_finished(plan, done)) if job.name not in {*done, *failed, *running}
+            ]
             for job in waiting[: plan.at_once - len(running)]:
                 running[job.name] = _start(plan, job, threads)
             if not running:
@@ -125,7 +125,6 @@ def _run_all(plan: Study, done: dict[str, float], threads: int) -> dict[str, str
 
 def _start(plan: Study, job: Job, threads: int) -> _Process:
     path = Path(plan.folder, job.name)
-    _took(plan, job)  # refuses one that is done with something else, before it is removed
     if path.exists() and not _record(path).exists():
         raise InputError(f"{path} is in the way and not of this study: move it, or change the study's folder")
     shutil.rmtree(path, ignore_errors=True)  # of a run that did not end
@@ -175,33 +174,12 @@ def _record(path: Path) -> Path:
 
 def _identity(job: Job) -> dict[str, Any]:
     """What must be the same for a run that is done to be this job: its options, and the content of files they name."""
-    named = sorted({text for _, value in job.arguments for text in _texts(value)})
-    paths = {
-        text: path for text in named for path in (Path(text), Path(text, "adapter_model.safetensors")) if _is_file(path)
+    words = {word for _, value in job.arguments for word in re.findall(r'[^\s"\[\]{},]+', value)}
+    named = {
+        word: path for word in words for path in (word, f"{word}/adapter_model.safetensors") if os.path.isfile(path)
     }
-    contents = {text: sha256(path.read_bytes()).hexdigest()[:16] for text, path in paths.items()}
+    contents = {word: sha256(Path(path).read_bytes()).hexdigest()[:16] for word, path in named.items()}
     return {"command": [list(pair) for pair in job.arguments], "files": contents}
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a value too long for a name
-        return False
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in an option's value, which may be JSON."""
-    if isinstance(value, str):
-        try:
-            inner = json.loads(value)
-        except ValueError:
-            yield value
-        else:
-            yield from () if isinstance(inner, str) else _texts(inner)
-    elif isinstance(value, list | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
 
 
 def _took(plan: Study, job: Job) -> float:
@@ -215,11 +193,13 @@ def _took(plan: Study, job: Job) -> float:
     if record["state"] != "done" or not all((path / file).exists() for file in RECORDED):
         return 0.0
     now = _identity(job)
-    then, here = ({tuple(pair) for pair in about["command"]} for about in (record, now))
-    differs = [f"then {' '.join(pair)}" for pair in sorted(then - here)]
-    differs += [f"now {' '.join(pair)}" for pair in sorted(here - then)]
-    files = record["files"].keys() | now["files"].keys()
-    differs += [f"content of {f}" for f in sorted(files) if record["files"].get(f) != now["files"].get(f)]
+    then, here = ({" ".join(pair) for pair in about["command"]} for about in (record, now))
+    changed = {file for file, _ in record["files"].items() ^ now["files"].items()}
+    differs = [
+        *(f"then {option}" for option in sorted(then - here)),
+        *(f"now {option}" for option in sorted(here - then)),
+    ]
+    differs += [f"content of {file}" for file in sorted(changed)]
     if differs:
         raise InputError(
             f"{path} is done, but with something else: {'; '.join(differs)}. Change it back, give the study another "

@@ -29,9 +29,9 @@ def detectable(plan: Study, prompts: int) -> str:
     sd, seeds = plan.assumed_sd, len(plan.seeds)
     smallest = POWER * (sd["prompts"] ** 2 / prompts + sd["seeds"] ** 2 / seeds) ** 0.5
     return (
-        f"smallest detectable difference (power 80 %, two-sided 5 %): {smallest:.3f} with {prompts} prompts and {seeds} "
-        f"seeds, if the standard deviation over prompts is {sd['prompts']:g} and over seeds {sd['seeds']:g}; a smaller "
-        "difference is undecided, not absent"
+        f"smallest detectable difference (power 80 %, two-sided 5 %): {smallest:.3f} with {prompts} prompts, {seeds} "
+        f"seeds, if it varies by {sd['prompts']:g} over prompts and by {sd['seeds']:g} over seeds (standard "
+        "deviations); a smaller one is undecided, not absent"
     )
 
 
@@ -117,7 +117,7 @@ def _interval(found: Interval, name: str, prefix: str) -> dict[str, float]:
 
 
 def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -> np.ndarray:
-    """(3, N) gold scores, lengths in tokens, and whether they ended, of a job's answers to the prompts of these parts."""
+    """(3, N) gold scores, lengths in tokens, and whether they ended, of a job's answers to these parts."""
     path = Path(plan.folder, name, "answers.json")
     rows, asked = json.loads(path.read_text("utf-8")), read_prompts(plan.prompts)
     if [row["prompt"] for row in rows] != [row["prompt"] for row in asked]:
@@ -129,7 +129,8 @@ def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -
 
 
 def _markdown(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    heading = "| {} | chosen | seeds × prompts | mean [95 % interval] | tokens | ended | against | difference | |  detectable |"
+    heading = "| {} | chosen | seeds × prompts | mean [95 % interval] | tokens | ended | against | difference | |"
+    heading += " detectable |"
     lines = []
     for outcome in plan.outcomes:
         lines += [heading.format(outcome), "|---" * 10 + "|"]
