@@ -44,7 +44,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_answers_kept_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setattr("mixdpo.evaluation.answer_cache.cache_root", lambda: tmp_path_factory.mktemp("cache"))
+    root = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("mixdpo.evaluation.answer_cache.cache_root", lambda: root)
 
 
 @pytest.fixture(scope="session")
