@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,9 @@ for i, line in enumerate(Path("prompts.jsonl").read_text().splitlines()):
     rows.append({**json.loads(line), "before": {"score": 0.0, "tokens": 20, "ended": False}, "after": after})
 (folder / "answers.json").write_text(json.dumps(rows))
 """
+
+# Python 3.12 warns of any function between fork and exec; ours makes one system call
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 STUDY: dict[str, Any] = {
     "config": "base.yaml",
@@ -118,8 +122,6 @@ def calls(folder: Path) -> list[str]:
 )
 def test_a_wrong_file_is_refused(folder: Path, changes: dict[str, Any], message: str, capsys: Any) -> None:
     assert main(["study", write_study(folder, **changes)]) == 2
-    import re
-
     assert re.search(message, capsys.readouterr().err), message
     assert not calls(folder)
 
