@@ -57,7 +57,8 @@ def _margins(figure: Any, plan: Study, jobs: Mapping[str, Sequence[str]]) -> Any
     figure.set_size_inches(4 * len(groups), 3)
     for axes, (margins, runs) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for kind, quantiles in json.loads(margins).items():
-            axes.plot(quantiles, np.linspace(0, 1, len(quantiles)), label=kind, drawstyle="steps-post")
+            style = {"label": kind, "color": {"easy": "C0", "hard": "C1"}[kind], "drawstyle": "steps-post"}
+            axes.plot(quantiles, np.linspace(0, 1, len(quantiles)), **style)
         axes.set(xlabel="margin", ylabel="share with at most this margin")
         axes.set_title(", ".join(runs), fontsize="small", wrap=True)
         axes.legend()
@@ -68,19 +69,26 @@ def _margins(figure: Any, plan: Study, jobs: Mapping[str, Sequence[str]]) -> Any
 def _curves(figure: Any, plan: Study, jobs: Mapping[str, Sequence[str]], keys: Sequence[str]) -> Any:
     """A panel for each metric, a line for each run (its first seed), a running mean over the steps that have it."""
     figure.set_size_inches(5 * len(keys), 3.5)
+    lines = {}
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         for number, (run, names) in enumerate(jobs.items()):
-            with Path(plan.folder, names[0], "metrics.csv").open(encoding="utf-8") as lines:
-                points = [(int(row["step"]), float(row[key])) for row in csv.DictReader(lines) if row.get(key)]
-            if len(points) >= SMOOTHED:
-                steps, values = np.array(points).T
-                means = np.convolve(values, np.full(SMOOTHED, 1 / SMOOTHED), "valid")
-                axes.plot(steps[SMOOTHED - 1 :], means, label=run, color=f"C{number}", linewidth=1)
+            steps, values = _metric(Path(plan.folder, names[0], "metrics.csv"), key)
+            if width := min(SMOOTHED, len(values)):
+                means = np.convolve(values, np.full(width, 1 / width), "valid")
+                (lines[run],) = axes.plot(
+                    steps[width - 1 :], means, ".-", color=f"C{number}", linewidth=1, markersize=2
+                )
         axes.set(xlabel="optimizer step", title=key)
-    axes.legend(
-        *axes.figure.axes[0].get_legend_handles_labels(), bbox_to_anchor=(1, 1), loc="upper left", fontsize="small"
-    )
+    axes.legend(lines.values(), lines, bbox_to_anchor=(1, 1), loc="upper left", fontsize="small")
     return figure
+
+
+def _metric(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that have a value of the metric, and the values."""
+    with path.open(encoding="utf-8") as lines:
+        found = [(int(row["step"]), float(row[key])) for row in csv.DictReader(lines) if row.get(key)]
+    steps, values = np.array(found).reshape(-1, 2).T
+    return steps[np.isfinite(values)], values[np.isfinite(values)]
 
 
 def _route(plan: Study, name: str) -> dict[str, Any]:
