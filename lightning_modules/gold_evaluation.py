@@ -1,5 +1,6 @@
 """A callback that shows what training changed: the gold score on held-out prompts, before and after."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -12,14 +13,16 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks import Throughput, peak_memory_gb
-from mixdpo.adapters import Role, role
+from mixdpo.adapters import Role, adapter_fingerprint, base_fingerprint, role
 from mixdpo.constraints.scoring import ConstraintScorer
-from mixdpo.evaluation.gold import Answers, answer, compare, markdown
+from mixdpo.evaluation.answer_cache import kept_answers
+from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.gold import Answers, compare, greedy, markdown, scored
 from mixdpo.export import merged_copy
 from mixdpo.files import write_json
 from mixdpo.make_pairs import read_prompts
 from mixdpo.models import load_tokenizer
-from mixdpo.tokenization import load_template
+from mixdpo.tokenization import load_template, tokenizer_state
 
 
 class GoldEvaluation(Callback):
@@ -33,7 +36,8 @@ class GoldEvaluation(Callback):
         dequantise: bool = True,
     ) -> None:
         """Answers held-out prompts greedily as the reference (before) and as the policy (after); prints a table and
-        writes results.json, results.md and answers.json to the run's folder.
+        writes results.json, results.md and answers.json to the run's folder. Answers of the reference are kept under
+        ~/.cache/mixdpo for the next run that starts from the same weights; they are scored anew.
 
         Args:
             prompts: File of prompt rows (jsonl), or `heldout` for the built-in ones of the task `constraints`.
@@ -85,14 +89,34 @@ class GoldEvaluation(Callback):
         print(f"answering {len(self._rows)} held-out prompts {when}")
         tokenizer = load_tokenizer(pl_module.base)
         tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
-        if self.dequantise:
-            model = merged_copy(pl_module.model, name)
-            answers = answer(model, tokenizer, self._rows, self.scorer, **self.options)
-        else:
+
+        def generations() -> list[Generation]:
+            if self.dequantise:
+                return greedy(merged_copy(pl_module.model, name), tokenizer, self._rows, **self.options)
             with torch.no_grad(), role(pl_module.model, name):
-                answers = answer(pl_module.model, tokenizer, self._rows, self.scorer, **self.options)
+                return greedy(pl_module.model, tokenizer, self._rows, **self.options)
+
+        if name == "reference":
+            found = kept_answers(self._depends_on(pl_module, tokenizer), generations)
+        else:
+            found = generations()
+        answers = scored(self._rows, found, self.scorer)
         self.seconds["evaluation"] += time.perf_counter() - started
         return answers
+
+    def _depends_on(self, pl_module: Any, tokenizer: Any) -> dict[str, Any]:
+        """All that decides the reference's answers; the scorer does not."""
+        model, trainer = pl_module.model, pl_module.trainer
+        return {
+            "weights": base_fingerprint(model),
+            "adapter": adapter_fingerprint(model, "reference"),
+            "ends": repr(model.get_base_model().generation_config.eos_token_id),
+            "tokenizer": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest()[:16],
+            "template": tokenizer.chat_template,
+            "prompts": [row["prompt"] for row in self._rows],
+            "options": {**self.options, "dequantise": self.dequantise},
+            "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
+        }
 
     def _facts(self, trainer: L.Trainer) -> dict[str, str]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

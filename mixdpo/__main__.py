@@ -11,14 +11,15 @@ from mixdpo.errors import InputError
 VERBS = {
     "make-pairs": ("mixdpo.make_pairs", "make_pairs", "sample a model, score the samples, write preference pairs"),
     "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, or compare two margins files"),
+    "study": ("mixdpo.study.run", "study", "run a grid of runs from one file, then a table with intervals and plots"),
     "options": ("mixdpo.options", "options", "what a class that a config names takes"),
     "export-labels": ("mixdpo.token_cleaning.labels", "export_labels", "write a run's cleaned labels as a data set"),
 }
-POSITIONAL = {"report", "options", "export-labels"}  # verbs whose required arguments have no name on the command line
+POSITIONAL = set(VERBS) - {"make-pairs"}  # verbs whose required arguments have no name on the command line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status: 0, or 2 for bad input."""
+    """Run a verb; returns the exit status: its own (0 if it has none), or 2 for bad input."""
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
         print(_usage())
@@ -32,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb == "report" and any(map(Path.is_file, map(Path, rest))) and not any(map(Path.is_dir, map(Path, rest))):
         module, function = "mixdpo.margins_report", "compare"
     try:
-        auto_cli(
+        status = auto_cli(
             getattr(import_module(module), function), args=rest, prog=f"mixdpo {verb}", as_positional=verb in POSITIONAL
         )
     except InputError as error:
         print(f"mixdpo {verb}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _usage() -> str:

@@ -120,9 +120,11 @@ class Route:
         return _shuffled(self.order, self.stages, self.pair_ids, self.seed, epoch)
 
     def summary(self) -> dict[str, Any]:
-        """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles, the order and actions."""
+        """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
+        pairs), the order and actions."""
         levels = [0, 5, 25, 50, 75, 95, 100]
         quantiles = np.percentile(self.margins, levels)
+        groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
         said = {name: getattr(self.routing, name) for name in ("order", "assignment", "hard_action", "easy_action")}
         return {
             "pairs": len(self.margins),
@@ -134,6 +136,7 @@ class Route:
             "ties_at_threshold": int((self.margins == self.threshold).sum()),
             "hard_at_threshold": int((self.is_hard & (self.margins == self.threshold)).sum()),
             "margin_quantiles": {f"{level}%": float(q) for level, q in zip(levels, quantiles, strict=True)},
+            "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items() if len(g)},
             **said,
         }
 

@@ -44,6 +44,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
+@pytest.fixture(autouse=True)
+def _no_answers_kept_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("mixdpo.evaluation.answer_cache.cache_root", lambda: root)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a 2-layer Llama with random weights (fp32, 64 wide) and a word-level tokenizer."""

@@ -1,6 +1,7 @@
 """The gold score before and after training: the table by hand, and the callback around a short run."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, adapter_weights, build, make_pairs, write_pairs
+from conftest import TEMPLATE, WORDS, adapter_weights, build, make_pairs, write_pairs
 
 from lightning_modules.callbacks import ExactResume, RunFiles, Throughput
 from lightning_modules.gold_evaluation import GoldEvaluation
 from lightning_modules.preference import PreferenceModule
 from mixdpo.adapters import Lora
 from mixdpo.errors import InputError
+from mixdpo.evaluation import gold
 from mixdpo.evaluation.gold import Answers, answer, compare, markdown
 from mixdpo.models import load_tokenizer
 from mixdpo.schedules import Constant
@@ -108,9 +110,8 @@ def run(
     source = write_pairs(folder.with_suffix(".jsonl"), make_pairs(12))
     callbacks = [RunFiles(), ExactResume(), Throughput(), *([callback] if callback else [])]
     defaults: dict[str, Any] = {"lora": Lora(rank=4, alpha=8, dropout=0.3), "schedule": Constant(warmup=0.0), "lr": 5.0}
-    trainer, module, data = build(
-        model, source, folder, trainer={"callbacks": callbacks}, data={"validation": 0.2}, **{**defaults, **options}
-    )
+    defaults["data"] = {"validation": 0.2}
+    trainer, module, data = build(model, source, folder, trainer={"callbacks": callbacks}, **{**defaults, **options})
     trainer.fit(module, data)
     return module, adapter_weights(module)
 
@@ -212,3 +213,64 @@ def test_evaluation_leaves_the_random_state(tiny_model: str, prompts: str, tmp_p
 def test_prompts_that_are_not_there(tiny_model: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"/no/such\.jsonl"):
         run(tiny_model, tmp_path / "run", evaluation("/no/such.jsonl"))
+
+
+class TwiceThat(CountsWord):
+    def __call__(self, row: Mapping[str, Any], texts: Sequence[str]) -> list[float]:
+        return [2 * score for score in super().__call__(row, texts)]
+
+
+def test_answers_of_the_start_are_kept(
+    tiny_model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Generated once for runs from the same start; again for whatever they depend on. Scores are never kept."""
+    from transformers import AutoModelForCausalLM
+
+    from lightning_modules import gold_evaluation
+
+    generated: list[int] = []
+
+    def greedy(*arguments: Any, **options: Any) -> Any:
+        generated.append(1)
+        return gold.greedy(*arguments, **options)
+
+    monkeypatch.setattr(gold_evaluation, "greedy", greedy)
+    count = 0
+
+    def times(callback: GoldEvaluation, **options: Any) -> int:
+        """How often a run generates."""
+        nonlocal count
+        generated.clear()
+        count += 1
+        run(options.pop("model", tiny_model), tmp_path / f"run{count}", callback, **options)
+        return len(generated)
+
+    first = evaluation(prompts)
+    assert times(first) == 2 and "the answers are kept in" not in capsys.readouterr().out
+    second = evaluation(prompts)
+    assert times(second, lr=1.0, lora=Lora(rank=2)) == 1 and "the answers are kept in" in capsys.readouterr().out
+    assert first.before is not None and second.before is not None
+    assert first.before.rows() == second.before.rows()
+    third = GoldEvaluation(prompts, scorer=TwiceThat(), max_new_tokens=4, batch_size=2)
+    assert times(third) == 1
+    assert third.before is not None and third.before.scores.tolist() == (2 * first.before.scores).tolist()
+    assert third.before.texts == first.before.texts
+    others = {
+        "limit": evaluation(prompts, limit=5),
+        "dequantise": evaluation(prompts, dequantise=False),
+        "length": GoldEvaluation(prompts, scorer=CountsWord(), max_new_tokens=3, batch_size=2),
+        "batch": GoldEvaluation(prompts, scorer=CountsWord(), max_new_tokens=4, batch_size=3),
+    }
+    assert {name: times(callback) for name, callback in others.items()} == dict.fromkeys(others, 2)
+    assert times(evaluation(prompts), adapter=str(tmp_path / "run1/adapter")) == 2
+    template = tmp_path / "template"
+    template.write_text(TEMPLATE.replace("<|im_start|>{{", "<|im_start|>red {{"))
+    assert times(evaluation(prompts), data={"validation": 0.2, "chat_template": str(template)}) == 2
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_model, changed)
+    model = plain(AutoModelForCausalLM, tiny_model)
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] += 1e-3
+    model.save_pretrained(changed)
+    assert times(evaluation(prompts), model=str(changed)) == 2
+    assert times(evaluation(prompts)) == 1  # nothing was written over

@@ -154,6 +154,8 @@ def test_summary_by_hand():
     summary = json.loads(json.dumps(route.summary(), allow_nan=False))
     quantiles = summary.pop("margin_quantiles")
     assert [quantiles[q] for q in ("0%", "25%", "50%", "75%", "100%")] == [0.0, 1.0, 1.0, 2.0, 4.0]
+    by_route = summary.pop("margins_every_5%")
+    assert {kind: quantiles[::10] for kind, quantiles in by_route.items()} == {"easy": [1, 2, 4], "hard": [0, 0.5, 1]}
     assert summary == {
         "pairs": 5,
         "hard": 2,

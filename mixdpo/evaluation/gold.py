@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixdpo.evaluation.bootstrap import paired_bootstrap
-from mixdpo.evaluation.generation import generate
+from mixdpo.evaluation.generation import Generation, generate
 
 Scorer = Callable[[dict[str, Any], list[str]], list[float]]
 """Scores of several answers to one prompt row; larger is better."""
@@ -43,7 +43,16 @@ def answer(
 
     Without a scorer the scores are NaN, and only lengths and end tokens can be compared.
     """
-    generations = [g for (g,) in generate(model, tokenizer, [row["prompt"] for row in prompts], **options)]
+    return scored(prompts, greedy(model, tokenizer, prompts, **options), scorer)
+
+
+def greedy(model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]], **options: Any) -> list[Generation]:
+    """One answer to each prompt row; options as for `generate`."""
+    return [g for (g,) in generate(model, tokenizer, [row["prompt"] for row in prompts], **options)]
+
+
+def scored(prompts: Sequence[dict[str, Any]], generations: Sequence[Generation], scorer: Scorer | None) -> Answers:
+    """Answers with their scores; NaN without a scorer."""
     rows = zip(prompts, generations, strict=True)
     scores = [scorer(row, [g.text])[0] for row, g in rows] if scorer else [np.nan] * len(prompts)
     return Answers(

@@ -1,0 +1,45 @@
+"""Answers of an untrained model, kept on disk: every run of a study would generate the same ones again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixdpo import export
+from mixdpo.evaluation import generation
+from mixdpo.evaluation.generation import Generation
+from mixdpo.files import write_json
+from mixdpo.packaged_model import cache_root
+
+
+def kept_answers(of: Mapping[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
+    """What `make` returns, from a file where it was made before with the same `of`.
+
+    Args:
+        of: all that the answers depend on, in JSON's types; the machine and the code that generates are added here.
+    """
+    depends = {**of, **_machine()}
+    name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_root() / "answers" / f"{name}.json"
+    if path.is_file():
+        print(f"the answers are kept in {path}")
+        return [Generation(**row) for row in json.loads(path.read_text("utf-8"))["answers"]]
+    answers = make()
+    write_json(path, {"of": depends, "answers": [asdict(answer) for answer in answers]})
+    return answers
+
+
+def _machine() -> dict[str, Any]:
+    """What rounds differently or generates differently."""
+    import transformers
+
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (generation, export))
+    return {
+        "code": hashlib.sha256(code).hexdigest()[:16],
+        "versions": [torch.__version__, transformers.__version__],
+        "cpu": [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+    }

@@ -1,0 +1,400 @@
+"""Studies: the file, the schedule of runs around a stub of run.py, the statistics, the tables, the plots."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import write_pairs
+from test_configs import build  # noqa: F401
+
+from mixdpo.__main__ import main
+from mixdpo.errors import InputError
+from mixdpo.evaluation.bootstrap import two_way_bootstrap
+from mixdpo.study.design import read_study
+from mixdpo.study.plots import write_plots
+from mixdpo.study.run import add_finished
+from mixdpo.study.table import chosen_point
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
+
+STUB = """
+import json, os, sys, time
+from pathlib import Path
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = Path(options["--runs"], options["--name"])
+with open("calls", "a") as calls:
+    calls.write(f"{options['--name']} {os.environ['OMP_NUM_THREADS']} {options.get('--model.adapter', '-')}\\n")
+folder.mkdir(parents=True)
+if Path(options["--name"] + ".slow").exists():
+    Path("pid").write_text(str(os.getpid()))
+    time.sleep(60)
+if Path(options["--name"] + ".fails").exists():
+    sys.exit("it broke")
+if Path(options["--name"] + ".stops").exists():
+    sys.exit(0)  # as Lightning after SIGTERM
+(folder / "adapter").mkdir()
+(folder / "adapter/adapter_model.safetensors").write_text(options["--seed_everything"])
+(folder / "results.json").write_text("{}")
+route = {"hard_fraction": 0.3, "margins_every_5%": {"easy": [1, 2], "hard": [0, 1]}}
+(folder / "route.json").write_text(json.dumps(route))
+steps = [f"{i},{1 / (i + 1)},," for i in range(9)]
+(folder / "metrics.csv").write_text("\\n".join(["step,train/preference_loss,train/sft_loss,rewards/margin", *steps]))
+gain = float(options["--gain"]) + 0.1 * float(options.get("--lr", 0))
+rows = []
+for i, line in enumerate(Path("prompts.jsonl").read_text().splitlines()):
+    after = {"score": gain + 0.01 * i, "tokens": 10 + i, "ended": i % 2 == 0}
+    rows.append({**json.loads(line), "before": {"score": 0.0, "tokens": 20, "ended": False}, "after": after})
+(folder / "answers.json").write_text(json.dumps(rows))
+"""
+
+# Python 3.12 warns of any function between fork and exec; ours makes one system call
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+STUDY: dict[str, Any] = {
+    "config": "base.yaml",
+    "folder": "out",
+    "seeds": [0, 1],
+    "control": "dpo",
+    "prompts": "prompts.jsonl",
+    "outcomes": {"held out": ["seen", "unseen"], "unseen": ["unseen"]},
+    "assumed_sd": {"prompts": 0.3, "seeds": 0.0},
+    "options": {"data.validation": 0},
+    "runs": {"dpo": {"options": {"gain": 0.1}}, "mixdpo": {"options": {"gain": 0.3}}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository whose run.py is the stub, and six prompts; a study that ends draws no plots."""
+    monkeypatch.setattr("mixdpo.study.plots.write_plots", lambda plan, done: "plots")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.py").write_text(STUB)
+    (tmp_path / "base.yaml").write_text("name: base\n")
+    parts = ["validation", "validation", "seen", "seen", "seen", "unseen"]
+    write_pairs(tmp_path / "prompts.jsonl", [{"prompt": f"p{i}", "part": part} for i, part in enumerate(parts)])
+    return tmp_path
+
+
+def write_study(where: Path, /, **changes: Any) -> str:
+    path = where / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return str(path)
+
+
+def calls(folder: Path) -> list[str]:
+    """Names of the runs that were started, since the last look."""
+    lines = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+    (folder / "calls").unlink(missing_ok=True)
+    return [line.split()[0] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, r"study\.yaml: sedes: no such key; the keys are config, folder"),
+        ({"config": 3}, r"study\.yaml: config: expected str, not 3"),
+        ({"seeds": ["a"]}, r"seeds: expected list\[int\], not \['a'\]"),
+        ({"seeds": [1, 1]}, "a seed must come once"),
+        ({"runs": {"dpo": {"overlay": "x", "seed": 1}}}, r"runs\.dpo\.seed: no such key"),
+        ({"runs": {"dpo": None}}, r"runs\.dpo: need a mapping"),
+        ({"runs": {"dpo": {"after": "sft"}}}, r"runs\.dpo: after 'sft': no such run"),
+        ({"control": "sft"}, "control 'sft': no such run"),
+        ({"runs": {"dpo": {"after": "sft"}, "sft": {"after": "dpo"}}}, "in a circle: dpo → sft → dpo"),
+        ({"at_once": 0}, "at_once must be at least 1"),
+        ({"options": {"data.validation": 0.1}}, r"data\.validation must be 0 or a file"),
+        ({"grid": {"lr": [1, 2]}}, "choose_by: name the part"),
+        ({"grid": {"lr": [1, 2]}, "choose_by": "seen"}, "outcomes.held out: seen chooses the grid point"),
+        ({"grid": {"lr": ["a/b", "a:b"]}, "choose_by": "validation"}, "two of them would be called dpo-lra_b-seed0"),
+        ({"outcomes": {"x": ["new"]}}, r"prompts\.jsonl has no prompt of part new; its parts: \['seen', 'unseen'"),
+        ({"prompts": "none.jsonl"}, r"none\.jsonl"),
+    ],
+)
+def test_a_wrong_file_is_refused(folder: Path, changes: dict[str, Any], message: str, capsys: Any) -> None:
+    assert main(["study", write_study(folder, **changes)]) == 2
+    assert re.search(message, capsys.readouterr().err), message
+    assert not calls(folder)
+
+
+def test_files_that_are_none(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: no such file"):
+        read_study("none.yaml")
+    (folder / "list.yaml").write_text("[1]")
+    with pytest.raises(InputError, match="the file: need a mapping of Study's keys"):
+        read_study("list.yaml")
+    (folder / "broken.yaml").write_text("a: [")
+    with pytest.raises(InputError, match=r"broken\.yaml: no YAML"):
+        read_study("broken.yaml")
+    (folder / "part.yaml").write_text("config: x")
+    with pytest.raises(InputError, match=r"part\.yaml: folder is missing"):
+        read_study("part.yaml")
+
+
+def test_a_study_runs_each_job_once_and_tells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(folder, minutes_per_run=3)
+    assert main(["study", path]) == 0
+    printed = capsys.readouterr().out
+    # 2.8 · 0.3 / √4
+    assert "smallest detectable difference (power 80 %, two-sided 5 %): 0.420 with 4 prompts, 2 seeds" in printed
+    assert "4 runs, 0 done" in printed and "about 12 min left" in printed
+    assert "[4 of 4] mixdpo-seed1: " in printed and "held out 0.335; about 0 min left" in printed
+    assert (folder / "out/table.md").read_text() in printed
+    assert calls(folder) == ["dpo-seed0", "mixdpo-seed0", "dpo-seed1", "mixdpo-seed1"]
+    assert main(["study", path]) == 0
+    assert not calls(folder) and "4 runs, 4 done" in capsys.readouterr().out
+
+
+def test_command_line_of_a_run(folder: Path) -> None:
+    """The overlay is laid over the study's options, a run's own options and the grid over the overlay."""
+    runs = {"dpo": {"overlay": "o.yaml", "options": {"c": [1]}}}
+    plan = read_study(write_study(folder, runs=runs, grid={"m.lr": [0.5]}, options={"data.validation": 0, "b": "text"}))
+    (point,) = plan.points
+    assert plan.job("dpo", point, 7, start="sft-seed7").arguments == (
+        ("--config", "base.yaml"),
+        ("--data.validation", "0"),
+        ("--b", "text"),
+        ("--config", "o.yaml"),
+        ("--c", "[1]"),
+        ("--m.lr", "0.5"),
+        *(("--seed_everything", "7"), ("--data.seed", "7"), ("--runs", "out"), ("--name", "dpo-lr0.5-seed7")),
+        ("--model.adapter", "out/sft-seed7/adapter"),
+    )
+
+
+@pytest.mark.parametrize("kind", ["fails", "stops"])
+def test_a_failed_run_is_told_and_tried_again(folder: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 0 without results is no success either."""
+    path, fault = write_study(folder), folder / f"dpo-seed1.{kind}"
+    fault.touch()
+    assert main(["study", path]) == 1
+    printed = capsys.readouterr()
+    why = "exit status 1" if kind == "fails" else "exit status 0, no results.json"
+    assert f"dpo-seed1: FAILED after 0 s ({why}" in printed.out and "see out/dpo-seed1.log" in printed.err
+    assert (folder / "out/dpo-seed1.log").read_text() == ("it broke\n" if kind == "fails" else "")
+    assert "- missing: dpo, seeds 1" in printed.out
+    assert len(calls(folder)) == 4
+    assert main(["study", path, "--table_only", "true"]) == 0 and not calls(folder)
+    fault.unlink()
+    assert main(["study", path]) == 0
+    assert calls(folder) == ["dpo-seed1"] and "missing" not in capsys.readouterr().out.split("min left")[-1]
+
+
+def test_a_changed_study_is_refused_for_what_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(folder)
+    assert main(["study", path]) == 0
+    calls(folder)
+    assert main(["study", write_study(folder, options={"data.validation": 0, "b": 2})]) == 2
+    error = capsys.readouterr().err
+    assert "out/dpo-seed0 is done, but with something else: now --b 2. Change it back" in error
+    path = write_study(folder)
+    (folder / "base.yaml").write_text("name: other\n")
+    assert main(["study", path]) == 2
+    assert "content of base.yaml" in capsys.readouterr().err and not calls(folder)
+    (folder / "base.yaml").write_text("name: base\n")
+    (folder / "new/dpo-seed0").mkdir(parents=True)
+    assert main(["study", write_study(folder, folder="new")]) == 2
+    assert "new/dpo-seed0 is in the way and not of this study" in capsys.readouterr().err and not calls(folder)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z" if Path("/proc").is_dir() else True
+
+
+def wait_for(condition: Any) -> None:
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen within 30 s")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_study_loses_the_run_in_progress_only(folder: Path, how: signal.Signals) -> None:
+    if how == signal.SIGKILL and sys.platform != "linux":
+        pytest.skip("a killed study's runs go on where there is no PR_SET_PDEATHSIG")
+    path, slow = write_study(folder), folder / "dpo-seed1.slow"
+    slow.touch()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mixdpo", "study", path]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        wait_for((folder / "pid").exists)
+        pid = int(wait_until_text(folder / "pid"))
+        assert alive(pid)
+        assert main(["study", path]) == 2, "two studies in one folder"
+        process.send_signal(how)
+        printed, _ = process.communicate(timeout=30)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+    assert ("the same command goes on" in printed) == (how != signal.SIGKILL)
+    wait_for(lambda: not alive(pid))
+    assert calls(folder) == ["dpo-seed0", "mixdpo-seed0", "dpo-seed1"]
+    assert (folder / "out/dpo-seed1").is_dir()  # what it had begun
+    slow.unlink()
+    assert main(["study", path]) == 0
+    assert calls(folder) == ["dpo-seed1", "mixdpo-seed1"]
+
+
+def wait_until_text(path: Path) -> str:
+    wait_for(lambda: path.read_text())
+    return path.read_text()
+
+
+def test_two_at_a_time_share_the_cores(folder: Path) -> None:
+    assert main(["study", write_study(folder, at_once=2)]) == 0
+    threads = {line.split()[1] for line in (folder / "calls").read_text().splitlines()}
+    assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+    assert len(calls(folder)) == 4
+
+
+def test_the_grid_is_chosen_at_the_first_seed(folder: Path) -> None:
+    runs = {**STUDY["runs"], "worse": {"options": {"gain": -1.0}}}
+    path = write_study(folder, grid={"lr": [1, 3, 2]}, choose_by="validation", runs=runs)
+    (folder / "worse-lr2-seed0.fails").touch()
+    assert main(["study", path]) == 1
+    started = calls(folder)
+    assert started[:9] == [f"{run}-lr{lr}-seed0" for run in runs for lr in (1, 3, 2)]
+    # the stub's score rises with lr; a choice among two of three points would not be the others' choice
+    assert started[9:] == ["dpo-lr3-seed1", "mixdpo-lr3-seed1"]
+    assert "| mixdpo | lr 3 | 2 × 4 |" in (folder / "out/table.md").read_text()
+    plan = read_study(path)
+    assert chosen_point(plan, "worse", add_finished(plan, {})) is None and plan.size == 12
+    (folder / "worse-lr2-seed0.fails").unlink()
+    assert main(["study", path]) == 0
+    assert calls(folder) == ["worse-lr2-seed0", "worse-lr3-seed1"]
+
+
+def test_a_chained_run_starts_from_the_adapter_of_its_seed(folder: Path) -> None:
+    runs = {"then": {"after": "dpo", "options": {"gain": 1}}, **STUDY["runs"]}
+    path = write_study(folder, runs=runs, grid={"lr": [1, 2]}, choose_by="validation")
+    (folder / "dpo-lr2-seed1.fails").touch()
+    assert main(["study", path]) == 1
+    lines = [line.split() for line in (folder / "calls").read_text().splitlines()]
+    starts = {name: start for name, _, start in lines}
+    assert starts["then-lr1-seed0"] == starts["then-lr2-seed0"] == "out/dpo-lr2-seed0/adapter"
+    assert starts["dpo-lr1-seed0"] == "-" and "then-lr2-seed1" not in starts
+    (folder / "dpo-lr2-seed1.fails").unlink()
+    calls(folder)
+    assert main(["study", path]) == 0
+    assert "then-lr2-seed1 1 out/dpo-lr2-seed1/adapter" in (folder / "calls").read_text().replace(" 2 ", " 1 ")
+    (folder / "out/dpo-lr2-seed0/adapter/adapter_model.safetensors").write_text("trained anew")
+    assert main(["study", path]) == 2
+
+
+def test_two_way_bootstrap_against_a_loop() -> None:
+    draw = np.random.default_rng(3)
+    values = draw.normal(0.2, 1.0, (3, 1)) + draw.normal(0, 0.5, (1, 20)) + draw.normal(0, 0.3, (3, 20))
+    found = two_way_bootstrap(values, samples=20_000)
+    means = []
+    for _ in range(6000):
+        seeds, prompts = draw.integers(3, size=3), draw.integers(20, size=20)
+        means.append(sum(values[s, p] for s in seeds for p in prompts) / 60)
+    assert found.mean == pytest.approx(values.mean())
+    # the quantile of 6000 resamples has a standard error of 2 % of the width
+    width = found.high - found.low
+    assert [found.low, found.high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.08 * width)
+
+
+def test_two_way_bootstrap_resamples_both_sides() -> None:
+    seeds_only = two_way_bootstrap([[0.0] * 50, [1.0] * 50])  # means 0, ½, 1 with chances ¼, ½, ¼
+    assert (seeds_only.low, seeds_only.mean, seeds_only.high) == (0.0, 0.5, 1.0)
+    prompts_only = two_way_bootstrap([[0.0, 1.0]] * 40)
+    assert (prompts_only.low, prompts_only.mean, prompts_only.high) == (0.0, 0.5, 1.0)
+    assert two_way_bootstrap([[1.0, 2.0]] * 2) == two_way_bootstrap([[1.0, 2.0]] * 2)
+    for wrong in ([1.0, 2.0], [[]], [[float("nan")]]):
+        with pytest.raises(InputError, match="need a table of finite values"):
+            two_way_bootstrap(wrong)
+
+
+def test_tables_by_hand(folder: Path) -> None:
+    """Scores of prompt i are gain + i/100: all prompts and seeds differ by the gains, so intervals have no width."""
+    runs = {**STUDY["runs"], "same": {"options": {"gain": 0.1}, "control": "dpo"}, "new": {"options": {"gain": 1}}}
+    (folder / "new-seed0.fails").touch()
+    (folder / "new-seed1.fails").touch()
+    assert main(["study", write_study(folder, runs=runs)]) == 1
+    with (folder / "out/table.csv").open() as lines:
+        rows = {(row["outcome"], row["run"]): row for row in csv.DictReader(lines)}
+    assert len(rows) == 2 * 4
+    mixdpo = rows["held out", "mixdpo"]
+    expected = {"mean": 0.335, "tokens": 13.5, "ended": 0.5, "seeds": 2, "prompts": 4, "difference": 0.2}
+    assert {key: float(mixdpo[key]) for key in expected} == pytest.approx(expected)
+    assert [float(mixdpo[f"difference_{end}"]) for end in ("low", "high")] == pytest.approx([0.2, 0.2])
+    assert mixdpo["verdict"] == "decided" and float(mixdpo["detectable"]) == pytest.approx(0)
+    # four prompts of 0.32 to 0.35: the mean of four draws stays inside
+    assert 0.32 <= float(mixdpo["low"]) < 0.335 < float(mixdpo["high"]) <= 0.35
+    assert rows["held out", "same"]["verdict"] == "undecided" and rows["held out", "dpo"]["difference"] == ""
+    assert float(rows["unseen", "dpo"]["mean"]) == pytest.approx(0.15)
+    start = rows["held out", "(before training)"]
+    assert (float(start["mean"]), float(start["tokens"])) == (0, 20) and float(start["difference"]) < 0
+    table = (folder / "out/table.md").read_text()
+    mean = f"0.335 [{float(mixdpo['low']):.3f}, {float(mixdpo['high']):.3f}]"
+    line = f"| mixdpo |  | 2 × 4 | {mean} | 13.5 | 0.500 | dpo | +0.200 [+0.200, +0.200] | decided | 0.000 |"
+    assert line in table and "- missing: new, seeds 0, 1" in table
+
+
+def test_plots(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plan = read_study(write_study(folder, seeds=[0]))
+    assert write_plots(plan, {}) == "no plots: nothing is done yet"
+    assert main(["study", str(folder / "study.yaml")]) == 0
+    said = write_plots(plan, add_finished(plan, {}))
+    assert said == "plots: out/{score_by_hard_fraction,margins,curves,gradient_norms}.png"
+    for picture in ("score_by_hard_fraction", "margins", "curves", "gradient_norms"):
+        assert (folder / f"out/{picture}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_matplotlib_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plan = read_study(write_study(folder))
+    assert "no plots: they need matplotlib (pip install matplotlib)" in write_plots(plan, {"dpo-seed0": 1.0})
+    assert not list((folder / "out").glob("*.png"))
+
+
+def test_other_prompts_than_the_studys_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(folder)
+    assert main(["study", path]) == 0
+    answers = folder / "out/dpo-seed0/answers.json"
+    answers.write_text(json.dumps(json.loads(answers.read_text())[::-1]))
+    assert main(["study", path, "--table_only", "true"]) == 2
+    assert "out/dpo-seed0/answers.json answers other prompts than prompts.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies_parse(path: Path, build: Any) -> None:  # noqa: F811
+    """Every run's options are run.py's, and what a preset or the grid says is not undone by the study's options."""
+    study = read_study(path)
+    parser = build(ROOT / "configs/demo.yaml").parser
+    parsed = {}
+    for run in study.runs:
+        for point in study.points:
+            job = study.job(run, point, 5)
+            parsed[run] = parser.parse_args(["fit", *(word for pair in job.arguments for word in pair)]).fit
+            assert (parsed[run].name, parsed[run].seed_everything, parsed[run].runs) == (job.name, 5, study.folder)
+            assert parsed[run].data.init_args.seed == 5 and parsed[run].data.init_args.validation == 0
+            assert parsed[run].model.init_args.optimizer.init_args.lr == point["model.optimizer.init_args.lr"]
+            (callback,) = parsed[run].trainer.callbacks
+            assert callback.init_args.prompts == study.prompts
+    assert f"python -m mixdpo study {path.relative_to(ROOT)}" in path.read_text("utf-8")
+    if path.stem == "noisy_labels":
+        routing = {
+            run: (p.data.init_args.routing.hard_fraction, p.data.init_args.routing.order) for run, p in parsed.items()
+        }
+        assert routing["dpo"] == routing["dpo_clean"] == (0.0, "shuffled")
+        assert routing["mixdpo"] == routing["mixdpo_clean"] == routing["mixdpo_paper_cosine"] == (0.3, "easy_to_hard")
+        assert routing["sft_then_dpo"] == (0.3, "sft_first")
+        assert parsed["dpo"].data.init_args.source != parsed["dpo_clean"].data.init_args.source
+        # matched steps: 240 pairs in fours, and as many where fewer pairs are trained
+        assert parsed["dpo_easy_only"].trainer.max_steps == 240 // parsed["dpo"].data.init_args.batch_size == 60
