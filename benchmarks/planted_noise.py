@@ -26,7 +26,7 @@ from mixdpo.token_cleaning.summary import summarise
 SPLIT = ["--data.validation", "0.06"]
 PLANTED = PlantedNoise(rate=0.2, seed=0)
 NOISE = ["--data.noise", f"{{rate: {PLANTED.rate}, seed: {PLANTED.seed}}}", *SPLIT]
-GOLD = ("keep-1.0", "keep-0.6", "random", "frozen", "self_evolving")
+GOLD = ("keep-1.0", "keep-0.6", "random", "self_evolving")
 RATIOS = (0.3, 0.45, 0.6, 0.8, 1.0)
 CLEAN = ", clean reference"
 SCORERS = "mixdpo.token_cleaning.scorers"

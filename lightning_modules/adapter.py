@@ -77,7 +77,7 @@ class AdapterModule(L.LightningModule):
         if self.model is not None:
             return
         data = self.trainer.datamodule
-        if getattr(data, "summary_file", None) != self.plan_file:
+        if getattr(data, "summary_file", self.plan_file) != self.plan_file:
             raise InputError(
                 f"{type(self).__name__} cannot train on what {type(data).__name__} reads: change `model` "
                 "or `data`; pairs go with PreferenceModule, SFT samples with SFTModule"
