@@ -8,14 +8,15 @@ from jsonargparse import lazy_instance
 from torch import Tensor
 
 from lightning_modules.adapter import AdapterModule
-from mixdpo.adapters import role
+from mixdpo.adapters import adapter_fingerprint, base_fingerprint, role
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
 from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import DPO
 from mixdpo.losses.functions import sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
-from mixdpo.models import sequence_log_probs
+from mixdpo.models import row_log_probs, sequence_log_probs, summed
+from mixdpo.reference import ReferenceCache
 from mixdpo.schedules import learning_rate_mass
 from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import is_online
@@ -34,6 +35,7 @@ class PreferenceModule(AdapterModule):
         sft_weight: float | None = None,
         easy_sft_weight: float = 0.0,
         log_gradient_norms: bool = False,
+        reference_cache: bool = True,
         **options: Any,
     ) -> None:
         """A 4-bit base with a LoRA policy, held against a frozen reference that lives in the same weights.
@@ -47,6 +49,8 @@ class PreferenceModule(AdapterModule):
                 With sft_weight of the same λ, SFT is on all pairs; with no hard pair it is DPO + λ NLL.
             log_gradient_norms: Log gradient_norm/preference and /sft, of either route's part of the step's gradient
                 before clipping: one more backward pass through the hard pairs' part of every logged step.
+            reference_cache: Keep the reference's log-probabilities in $MIXDPO_CACHE/reference (~/.cache/mixdpo), for
+                later epochs and for other runs with the same reference.
         """
         super().__init__(base, **options)
         self.preference_loss = preference_loss
@@ -62,6 +66,9 @@ class PreferenceModule(AdapterModule):
                 "by scores known before it: ExcessLoss(worse=base), Loss(role=base) or Random"
             )
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
+        self.reference_cache = reference_cache
+        self._kept_log_probs: ReferenceCache | None = None  # of the reference as it is now; None when it has changed
+        self._new_log_probs: list[tuple[Any, Tensor]] = []  # not written yet: that waits for the device
         self._sft_gradient: list[Tensor] = []  # of the step so far, if it is asked for
         self._gradient_norms: dict[str, float] = {}
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
@@ -74,9 +81,44 @@ class PreferenceModule(AdapterModule):
         """
         reference = None
         if batch.reference_rows is not None and self.needs_reference:
-            with torch.no_grad(), role(self.model, "reference"):
-                reference = sequence_log_probs(self.model, batch.reference_rows)
+            reference = summed(self._reference_log_probs(batch), batch.reference_rows)
         return sequence_log_probs(self.model, batch.rows, batch.token_weight), reference
+
+    def _reference_log_probs(self, batch: PairBatch) -> Tensor:
+        """(M,) of the targets in the batch's reference rows, from the cache where it has all of them."""
+        if self.reference_cache and self._kept_log_probs is None:
+            dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
+            self._kept_log_probs = ReferenceCache(self._reference_identity(), dtype)
+        if (cache := self._kept_log_probs) is not None:
+            known = cache.get([key for key, _ in batch.reference_keys])
+            if known is not None:
+                return torch.tensor(known, device=batch.weight.device)
+        with torch.no_grad(), role(self.model, "reference"):
+            found = row_log_probs(self.model, batch.reference_rows)
+        if cache is not None:
+            self._new_log_probs.append((batch.reference_keys, found))
+        return found
+
+    def _reference_identity(self) -> dict[str, Any]:
+        """All that decides the reference's log-probabilities of given tokens."""
+        adapter = adapter_fingerprint(self.model, "reference")
+        computed = [*self.loading.values(), str(self.trainer.precision), self.device.type]
+        return {"weights": base_fingerprint(self.model), "adapter": adapter, "computed": computed}
+
+    def _write_log_probs(self) -> None:
+        """Write what was computed since the last time. It waits for the device, so steps that log nothing leave it."""
+        if self._new_log_probs:
+            self._kept_log_probs.add(
+                (key, values.cpu().numpy())
+                for keys, found in self._new_log_probs
+                for (key, _), values in zip(keys, found.split([tokens for _, tokens in keys]), strict=True)
+            )
+            self._new_log_probs = []
+
+    def reference_changed(self) -> None:
+        """To be called by who refreshes the reference: what is kept belongs to the old one."""
+        self._write_log_probs()
+        self._kept_log_probs = None
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         policy, reference = self.policy_and_reference(batch)
@@ -167,6 +209,18 @@ class PreferenceModule(AdapterModule):
         """Rewards are β times what the loss compares; β is 1 for a loss without one."""
         options = {"beta": float(getattr(self.preference_loss, "beta", 1.0))}
         return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            self._write_log_probs()
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self._write_log_probs()
+
+    def teardown(self, stage: str) -> None:
+        self._write_log_probs()
 
     def step_values(self, step: int) -> dict[str, float]:
         norms, self._gradient_norms = self._gradient_norms, {}

@@ -95,6 +95,8 @@ class RefreshReference(Callback):
                 copy_adapter(model, "cleaning", "previous")
             pl_module.reference_version += 1
         copy_adapter(model, "policy", self.role, decay=self.ema)
+        if self.role == "reference":
+            pl_module.reference_changed()
 
     def state_dict(self) -> dict[str, Any]:
         return {"refreshed_at": self._refreshed_at}

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixdpo.reference import completion_key
+
 CHOSEN, REJECTED = 1, 2
 PROMPT, PADDING = 0, -1
 MicroBatch = tuple[tuple[int, ...], float, int]
@@ -79,6 +81,7 @@ class PairBatch(Movable):
     Attributes:
         rows: what the policy sees: nothing that no loss is taken of, unless made for evaluation.
         reference_rows: what the reference sees: `easy` only (all pairs in evaluation); None if there is none.
+        reference_keys: (completion_key, tokens) of each completion in `reference_rows`, in the order of their targets.
         is_hard: (B,) bool, what is reported as hard.
         easy, hard: (E,) and (H,) int64, the positions in the batch of the pairs trained by the preference loss and by
             SFT (indexing by them needs no sync).
@@ -108,6 +111,7 @@ class PairBatch(Movable):
     sft_sides: tuple[int, ...] = (0,)
     token: Tensor | None = None
     token_weight: Tensor | None = None
+    reference_keys: tuple[tuple[bytes, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.is_hard)
@@ -243,6 +247,7 @@ class PairCollator:
             step_pairs=step_pairs,
             count=len(pairs) if weight else 0,
             sft_sides=self.sft_sides,
+            reference_keys=_keys(pairs, reference_rows) if reference_rows is not None else (),
         )
         if self.first_token is not None:
             batch.token = torch.full_like(rows.target, -1)
@@ -252,3 +257,12 @@ class PairCollator:
                     chosen = rows.completion == b
                     batch.token[chosen] = first + torch.arange(int(chosen.sum()))
         return batch
+
+
+def _keys(pairs: Sequence[Mapping[str, Any]], rows: TokenRows) -> tuple[tuple[bytes, int], ...]:
+    found = []
+    numbers, lengths = rows.completion.unique_consecutive(return_counts=True)
+    for number, length in zip(numbers.tolist(), lengths.tolist(), strict=True):
+        pair, side = pairs[number % len(pairs)], ("chosen_ids", "rejected_ids")[number // len(pairs)]
+        found.append((completion_key(pair["prompt_ids"], pair[side]), length))
+    return tuple(found)

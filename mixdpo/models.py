@@ -117,13 +117,21 @@ def sequence_log_probs(
 ) -> SequenceLogProbs:
     """Summed log-probabilities of the 2B completions in `rows` (chosen first, then rejected), in the active role.
 
+    Args:
+        token_weight: as for `summed`.
+        exact: as for `row_log_probs`.
+    """
+    return summed(row_log_probs(model, rows, exact=exact), rows, token_weight)
+
+
+def summed(values: Tensor, rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
+    """Sums over the completions in `rows` of the log-probabilities (M,) of their targets.
+
     A completion that is left out of the rows has sum 0 and length 0, and its pair shares no token.
 
     Args:
         token_weight: (M,) weight of each target in its completion's sum and length; 1 if not given.
-        exact: as for `row_log_probs`.
     """
-    values = row_log_probs(model, rows, exact=exact)
     lengths = rows.lengths
     if token_weight is not None:
         values = values * token_weight

@@ -47,7 +47,8 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _no_answers_kept_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("mixdpo.evaluation.answer_cache.cache_root", lambda: root)
+    for module in ("evaluation.answer_cache", "reference"):
+        monkeypatch.setattr(f"mixdpo.{module}.cache_root", lambda: root)
 
 
 @pytest.fixture(scope="session")

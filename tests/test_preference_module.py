@@ -83,8 +83,25 @@ def full_precision_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What will list every forward pass of the module: True for the policy's in training, which keep a gradient."""
+    grads: list[bool] = []
+
+    def counted(real: Any) -> Any:
+        def forward(*arguments: Any) -> Any:
+            grads.append(torch.is_grad_enabled())
+            return real(*arguments)
+
+        return forward
+
+    for name in ("sequence_log_probs", "row_log_probs"):
+        monkeypatch.setattr(preference_module, name, counted(getattr(preference_module, name)))
+    return grads
+
+
 CUTS = [
     {"accumulate": 1},
+    {"accumulate": 1, "reference_cache": False},
     {"accumulate": 2},
     {"accumulate": 4},
     {"accumulate": 2, "share_prompt": False},
@@ -235,14 +252,7 @@ def test_flipping_a_flag_changes_the_loss(tiny_model: str, source: str, tmp_path
 def test_steps_of_hard_pairs_never_run_the_reference(
     fraction: float, expected: int, tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grads: list[bool] = []
-    real = preference_module.sequence_log_probs
-
-    def counted(*arguments: Any) -> Any:
-        grads.append(torch.is_grad_enabled())
-        return real(*arguments)
-
-    monkeypatch.setattr(preference_module, "sequence_log_probs", counted)
+    grads = forwards(monkeypatch)
     fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=fraction)})
     assert grads.count(True) == 3 and grads.count(False) == expected
 

@@ -1,8 +1,10 @@
-"""Complete prompts in batches: samples of one prompt share its prefill, and a row that has ended costs nothing more."""
+"""Complete prompts in batches: what prompts begin with alike is computed once, samples of one prompt share its prefill,
+and a row that has ended costs nothing more."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -103,9 +105,15 @@ def _complete(
     """Token ids of `samples` completions per prompt, samples of one prompt side by side. `ends` (E,) end one."""
     from transformers import DynamicCache
 
-    ids, mask = _left_pad(prompts, pad, ends.device)  # (P, T) both
     cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    shared = 0 if getattr(model.config, "sliding_window", None) else _shared_start(prompts)  # padding fills a window
+    if shared:
+        ids = torch.tensor([prompts[0][:shared]], device=ends.device)
+        _step(model, ids, torch.ones_like(ids), torch.arange(shared, device=ends.device)[None], cache)
+        cache.batch_repeat_interleave(len(prompts))
+    ids, mask = _left_pad([prompt[shared:] for prompt in prompts], pad, ends.device)  # (P, T - shared) both
+    mask = torch.cat([mask.new_ones(len(mask), shared), mask], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
     logits = _step(model, ids, mask, positions, cache).repeat_interleave(samples, 0)  # (P * samples, V)
     cache.batch_repeat_interleave(samples)
     mask = mask.repeat_interleave(samples, 0)
@@ -137,6 +145,12 @@ def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache:
         logits_to_keep=1,
     )
     return output.logits[:, -1]
+
+
+def _shared_start(prompts: list[list[int]]) -> int:
+    """Tokens that all begin with (a system message, the template's own), leaving each at least one."""
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
 
 def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,136 @@
+"""The reference's log-probabilities on disk: the same training with and without, computed once, never stale."""
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import adapter_weights, collate, fit, make_pairs, write_pairs
+from test_preference_module import forwards
+
+import mixdpo.reference
+from lightning_modules.token_cleaning import RefreshReference
+from mixdpo import losses
+from mixdpo.errors import InputError
+from mixdpo.reference import ReferenceCache, completion_key
+from mixdpo.routing import Routing
+
+PAIRS = [
+    {
+        "prompt_ids": list(range(4, 4 + 2 + i)),
+        "chosen_ids": list(range(10, 13 + i)),
+        "rejected_ids": [20 + i, 21, 3],
+        "margin": float(i),
+        "pair_id": i,
+    }
+    for i in range(4)
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
+
+
+def test_values_come_back_in_the_order_asked_for_and_only_if_all_are_known() -> None:
+    first, second = ReferenceCache({"model": "a"}), ReferenceCache({"model": "a"})
+    values = {completion_key([1], [i]): np.arange(i + 1, dtype=np.float32) - 0.3 for i in range(3)}
+    first.add(values.items())
+    keys = list(values)[::-1]
+    assert np.array_equal(second.get(keys), np.concatenate([values[key] for key in keys]))  # another run's, at once
+    assert second.get([*keys, completion_key([1], [9])]) is None
+    second.add([(keys[0], np.zeros(3))])  # the first one stays
+    assert np.array_equal(first.get(keys[:1]), values[keys[0]]) and len(first) == 3
+    assert len(ReferenceCache({"model": "b"})) == 0
+
+
+def test_double_precision_is_kept() -> None:
+    cache = ReferenceCache({"model": "a"}, "float64")
+    cache.add([(b"key", np.array([1 / 3]))])
+    assert cache.get([b"key"]) == 1 / 3
+
+
+def test_a_key_tells_prompt_from_completion_and_one_text_from_another() -> None:
+    keys = [
+        completion_key(*ids) for ids in (([1, 2], [3]), ([1], [2, 3]), ([1, 2], [4]), ([5, 2], [3]), ([], [1, 2, 3]))
+    ]
+    assert len(set(keys)) == len(keys)
+    assert completion_key((1, 2), (3,)) == completion_key([1, 2], np.array([3]))
+
+
+def test_a_damaged_file_and_a_folder_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: Any) -> None:
+    path = ReferenceCache({"model": "a"}).path
+    path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
+    with pytest.raises(InputError, match=str(path)):
+        ReferenceCache({"model": "a"})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(mixdpo.reference, "cache_root", lambda: tmp_path / "file")
+    with pytest.raises(InputError, match="reference_cache"):
+        ReferenceCache({"model": "a"})
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_a_batch_names_the_completions_that_the_reference_sees(share_prompt: bool) -> None:
+    hard = [False, True, False, False]
+    batch = collate(PAIRS, hard, share_prompt=share_prompt)
+    easy = [pair for pair, is_hard in zip(PAIRS, hard, strict=True) if not is_hard]
+    sides = [(pair["prompt_ids"], pair[side]) for pair in easy for side in ("chosen_ids", "rejected_ids")]
+    assert batch.reference_keys == tuple((completion_key(*ids), len(ids[1])) for ids in sides)
+    targets = [token for ids in sides for token in ids[1]]
+    assert batch.reference_rows.target.tolist() == targets  # the order that the values are put together in
+    assert collate(PAIRS, [True] * 4).reference_keys == ()
+
+
+def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(
+    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    runs = [("off", False, 6 + 2), ("cold", True, 3 + 1), ("warm", True, 0)]  # of two epochs of three steps
+    for name, cache, expected in runs:
+        with monkeypatch.context() as patch:
+            grads = forwards(patch)
+            trainer = {"max_epochs": 2, "limit_val_batches": 1.0}
+            data = {"routing": Routing(hard_fraction=0), "validation": 0.1, "eval_batch_size": 8}
+            module = fit(tiny_model, source, tmp_path / name, trainer=trainer, data=data, reference_cache=cache)
+        validations = grads.count(False) - expected
+        assert grads.count(True) == 6 and validations == 2, name  # the policy's own, without gradient
+        found[name] = {key: value for key, value in adapter_weights(module).items()}
+    for name in ("cold", "warm"):
+        assert all(torch.equal(found[name][key], value) for key, value in found["off"].items()), name
+
+
+def test_hard_pairs_are_never_computed(tiny_model: str, source: str, tmp_path: Path) -> None:
+    fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0.5)})
+    (file,) = mixdpo.reference.cache_root().glob("reference/*.sqlite")
+    assert sqlite3.connect(file).execute("SELECT count(*) FROM log_probs").fetchone() == (2 * 6,)
+
+
+def test_no_file_for_a_loss_without_reference_or_where_it_is_switched_off(
+    tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    fit(tiny_model, source, tmp_path / "a", preference_loss=losses.SimPO())
+    fit(tiny_model, source, tmp_path / "b", reference_cache=False)
+    assert not (mixdpo.reference.cache_root() / "reference").exists()
+
+
+def test_a_refreshed_reference_is_another_one(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """Two epochs with a refresh every two steps: what was kept of an old reference would change the training."""
+    found = []
+    for name, cache in [("off", False), ("on", True), ("again", True)]:
+        trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
+        module = fit(tiny_model, source, tmp_path / name, trainer=trainer, reference_cache=cache, lr=1.0)
+        found.append(adapter_weights(module))
+    assert all(torch.equal(found[0][key], other[key]) for other in found[1:] for key in found[0])
+    assert len(list(mixdpo.reference.cache_root().glob("reference/*.sqlite"))) == 3  # the base and two refreshed ones
+
+
+def test_another_adapter_to_start_from_is_another_reference(tiny_model: str, source: str, tmp_path: Path) -> None:
+    fit(tiny_model, source, tmp_path / "first", lr=1.0)
+    found = []
+    for cache in (False, True):
+        adapter = str(tmp_path / "first/adapter")
+        module = fit(tiny_model, source, tmp_path / str(cache), adapter=adapter, reference_cache=cache, lr=1.0)
+        found.append(adapter_weights(module))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
