@@ -37,6 +37,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         limit: int | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 8,
+        pack: int = 8192,
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
         workers: int = 0,
@@ -54,6 +55,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches. How
                 many of them run at once is batch_size / trainer.accumulate_grad_batches / devices.
             eval_batch_size: Rows per validation batch.
+            pack: So many tokens of a micro-batch at most stand in one sequence, blind to each other, which leaves
+                nothing to pad; 0 gives each row of data its own, padded to the longest.
             overlong: Truncate cuts a row that is too long to max_length; drop leaves it out. Both are counted.
             chat_template: Jinja template, a file with one, or `plain` for none; the tokenizer's own if not given.
             workers: Processes that prepare batches.
@@ -67,12 +70,19 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             raise InputError(f"validation must be a share in [0, 1) or another source, not {validation}")
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
         self.validation, self.validation_split = validation, validation_split or split
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        if pack < 0:
+            raise InputError(f"pack must be 0 or a number of tokens, not {pack}")
+        self.batch_size, self.eval_batch_size, self.pack = batch_size, eval_batch_size, pack
         self.overlong, self.chat_template = overlong, chat_template
         self.workers, self.processes, self.seed = workers, processes, seed
         self.counts: dict[str, Any] = {}
         self._loader: ResumableLoader | None = None
         self._consumed = 0
+
+    @property
+    def documents(self) -> bool:
+        """Whether sequences are computed beside others that they must not see."""
+        return self.pack > 0
 
     @abstractmethod
     def read(self, source: str, split: str) -> Any:

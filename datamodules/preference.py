@@ -93,6 +93,10 @@ class PreferenceDataModule(PlannedDataModule):
             self._check_cleaning(cleaning)
             self.cleaning_pool()
 
+    @property
+    def documents(self) -> bool:
+        return self.pack > 0 or self.share_prompt
+
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins is None and (signal is None or signal.needs == "rating")
@@ -215,7 +219,7 @@ class PreferenceDataModule(PlannedDataModule):
             if self.margins_file.header["needs"] == "policy":  # an adapter's reward may be of any adapter
                 here["adapter_weights"] = module.start_fingerprint
             self.margins_file.refuse_other(here, "base model or adapter")
-        collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, **options)
+        collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, pack=self.pack, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 
     @staticmethod

@@ -31,7 +31,6 @@ class SFTDataModule(PlannedDataModule):
         source: str,
         slices: Slices = Slices(),  # noqa: B008
         max_length: int = 2048,
-        pack: int = 0,
         noise: PlantedNoise | None = None,
         **options: Any,
     ) -> None:
@@ -42,13 +41,10 @@ class SFTDataModule(PlannedDataModule):
                 `prompt` and `completion`; or `instruction`, `input` and `output`.
             slices: Stages of the training data, for self-evolving token cleaning and its controls.
             max_length: Longest conversation, in tokens.
-            pack: Put samples of up to so many tokens together into one row, blind to each other; 0 gives each its own.
             noise: Known-bad tokens planted into the training responses, to measure whether cleaning finds them.
         """
         super().__init__(source, **options)
-        if pack < 0:
-            raise InputError(f"pack must be 0 or a number of tokens, not {pack}")
-        self.slices, self.pack, self.noise = slices, pack, noise
+        self.slices, self.noise = slices, noise
         self.lengths = {"max_length": max_length, "overlong": self.overlong}
         self.sources: list[str] = []
         self.stages: list[Stage] = []

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from mixdpo.adapters import Lora, adapter_fingerprint, adapter_state, add_adapters, add_reference, add_stage
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
-from mixdpo.models import Attention, Dtype, Quantization, load_base
+from mixdpo.models import Attention, Dtype, Quantization, check_documents, load_base
 from mixdpo.schedules import StagedCosine, StepPlan
 from mixdpo.token_cleaning.cleaning import Cleaning
 
@@ -31,7 +31,7 @@ class AdapterModule(L.LightningModule):
         adapter: str | None = None,
         quantization: Quantization = "nf4",
         dtype: Dtype = "bfloat16",
-        attention: Attention = "sdpa",
+        attention: Attention = "by_segment",
         activation_checkpointing: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = lazy_instance(StagedCosine),  # noqa: B008
@@ -46,7 +46,8 @@ class AdapterModule(L.LightningModule):
                 instead of the base.
             quantization: How the frozen base is held in memory.
             dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
-            attention: Implementation of attention in transformers.
+            attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
+                eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
             activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
             optimizer: Class path and arguments; it gets the policy adapter's parameters only.
             schedule: Learning rate over the run; the Staged ones start anew with each stage of the data.
@@ -83,6 +84,8 @@ class AdapterModule(L.LightningModule):
                 "or `data`; pairs go with PreferenceModule, SFT samples with SFTModule"
             )
         base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
+        if data.documents:
+            check_documents(base)
         self.model = add_adapters(base, self.lora, self.adapter)
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
         if self.cleaning is not None:

@@ -10,7 +10,7 @@ from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, base_finger
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
 from mixdpo.margins_file import MarginsWriter
-from mixdpo.models import Attention, Dtype, Quantization, load_base, load_reward_model
+from mixdpo.models import Attention, Dtype, Quantization, check_documents, load_base, load_reward_model
 
 
 class MarginModule(L.LightningModule):
@@ -22,7 +22,7 @@ class MarginModule(L.LightningModule):
         output: str | None = None,
         quantization: Quantization = "nf4",
         dtype: Dtype = "bfloat16",
-        attention: Attention = "sdpa",
+        attention: Attention = "by_segment",
     ) -> None:
         """Computes a margin for each pair of the data, small = hard. The same command continues what was interrupted.
 
@@ -33,7 +33,8 @@ class MarginModule(L.LightningModule):
             output: The margins file; RUNS/NAME.margins if not given. One that holds other margins is not overwritten.
             quantization: How the model is held in memory.
             dtype: Of the model's unquantised weights and of the computation with 4-bit ones.
-            attention: Implementation of attention in transformers.
+            attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
+                eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
         """
         super().__init__()
         self.base, self.signal, self.adapter, self.output = base, signal, adapter, output
@@ -56,6 +57,8 @@ class MarginModule(L.LightningModule):
             used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):
+            if self.trainer.datamodule.documents:
+                check_documents(self.model)
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
             used["adapter_weights"] = adapter_fingerprint(self.model, "policy") if self.adapter else None
         kind = type(self.signal)

@@ -5,7 +5,7 @@ tokens, so that Lightning's windows never shift and no rank waits for another; t
 because the loss is normalised over the step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixdpo.attention import Document, document_mask
 from mixdpo.reference import completion_key
 
-CHOSEN, REJECTED = 1, 2
-PROMPT, PADDING = 0, -1
 MicroBatch = tuple[tuple[int, ...], float, int]
 """Indices of the pairs in the encoded data, the weight they carry (0 = filler), the number of pairs in the step."""
 
@@ -36,42 +35,46 @@ class Movable:
 class TokenRows(Movable):
     """Token sequences of one forward pass, and the list of what is to be predicted in them.
 
-    One row is a pair that shares its prompt, `[prompt | chosen | rejected]`, with positions restarted after the prompt
-    and the rejected response blind to the chosen one; or, unshared, one completion with its own prompt. The list of
-    targets is the only mask: the last prompt token predicts the first token of both completions, which labels per
-    position cannot say. What is not in the list (prompt, padding, a hard pair's rejected response) can have no loss.
+    A row is one document or several that are blind to each other: a pair that shares its prompt, `[prompt | chosen |
+    rejected]`, with positions restarted after the prompt and the rejected response blind to the chosen one; one
+    completion with its own prompt; or an SFT sample. The list of targets is the only mask: the last prompt token
+    predicts the first token of both completions, which labels per position cannot say. What is not in the list (prompt,
+    padding, a hard pair's rejected response) can have no loss.
 
     Attributes:
-        input_ids, position_ids, segments: (R, T) int64; segment 0 prompt, 1 chosen, 2 rejected, -1 padding.
+        input_ids, position_ids: (R, T) int64.
         source: (M,) int64, index into the R·T flattened positions whose hidden state predicts target m.
         target: (M,) int64 token ids.
         completion: (M,) int64, b for the chosen and B + b for the rejected completion of pair b.
         lengths: (2B,) int64, tokens of each completion, 0 where it is left out.
+        documents: what attends to what, as `mixdpo.attention` reads it.
         tokens: positions that are not padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    segments: Tensor
     source: Tensor
     target: Tensor
     completion: Tensor
     lengths: Tensor
+    documents: tuple[Document, ...]
     tokens: int
 
-    def attention_mask(self) -> Tensor:
-        """(R, 1, T, T) bool, True = may attend: causal, own row, the prompt and the own completion only.
+    @property
+    def plain(self) -> bool:
+        """Whether each row is one sequence from position 0 on: what the model's own forward computes."""
+        return len(self.documents) == len(self.input_ids) and all(len(document) <= 4 for document in self.documents)
 
-        Padding attends to itself, since a row of the softmax with nothing to attend to is NaN.
-        """
-        segment = self.segments
-        visible = (segment[:, None, :] == PROMPT) | (segment[:, None, :] == segment[:, :, None])
-        length = segment.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-        return (
-            visible & causal & (segment != PADDING)[:, None, :]
-            | torch.eye(length, dtype=torch.bool, device=segment.device)
-        )[:, None]
+    def sequences(self) -> Iterator[Tensor]:
+        """Token ids of each completion with its prompt, as it would stand alone; a pair's chosen one comes first."""
+        for row, start, first, *ends in self.documents:
+            ids = self.input_ids[row]
+            for begin, end in zip((first, *ends), ends, strict=False):
+                yield torch.cat([ids[start:first], ids[begin:end]])
+
+    def attention_mask(self) -> Tensor:
+        """(R, 1, T, T) bool, True = may attend; `mixdpo.attention.document_mask`."""
+        return document_mask(self.documents, *self.input_ids.shape, device=self.input_ids.device)
 
 
 @dataclass
@@ -150,56 +153,64 @@ def build_rows(
     with_chosen: Sequence[bool],
     with_rejected: Sequence[bool],
     share_prompt: bool = True,
+    pack: int = 0,
 ) -> TokenRows:
-    """Rows that hold the named completions of B pairs; a pair with neither has no row."""
-    rows: list[list[Piece]] = []
+    """Rows that hold the named completions of B pairs; a pair with neither is nowhere. `pack` as for `token_rows`."""
+    documents: list[list[Piece]] = []
     for b, pair in enumerate(pairs):
-        prompt = Piece(PROMPT, pair["prompt_ids"])
-        sides = ((CHOSEN, with_chosen, b, "chosen_ids"), (REJECTED, with_rejected, len(pairs) + b, "rejected_ids"))
-        parts = [
-            Piece(segment, pair[ids], len(prompt.ids), completion, (0, len(pair[ids])))
-            for segment, wanted, completion, ids in sides
-            if wanted[b]
+        prompt = Piece(pair["prompt_ids"])
+        sides = ((with_chosen, b, "chosen_ids"), (with_rejected, len(pairs) + b, "rejected_ids"))
+        parts = [Piece(pair[ids], number, (0, len(pair[ids]))) for wanted, number, ids in sides if wanted[b]]
+        documents += [
+            [prompt, *pieces] for pieces in ([parts] if share_prompt else [[part] for part in parts]) if pieces
         ]
-        rows += [[prompt, *row] for row in ([parts] if share_prompt else [[part] for part in parts]) if row]
-    return token_rows(rows, 2 * len(pairs))
+    return token_rows(documents, 2 * len(pairs), pack)
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens of a row: their segment, ids, and the position of the first; `spans` [start, end, …) of the
-    ids are targets, of the completion of this number. A target that begins the piece is predicted by the token of the
-    position before it, in the row's first piece."""
+    """Consecutive tokens of a document; `spans` [start, end, …) of the ids are targets, of the completion of this
+    number. A document's first piece begins at position 0, every further one after the first, by whose last token a
+    target that begins it is predicted."""
 
-    segment: int
     ids: Sequence[int]
-    position: int = 0
     completion: int = -1
     spans: Sequence[int] = ()
 
 
-def token_rows(rows: Sequence[Sequence[Piece]], completions: int) -> TokenRows:
-    width = max(sum(len(piece.ids) for piece in row) for row in rows)
-    input_ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
-    segments = torch.full((len(rows), width), PADDING)
+def token_rows(documents: Sequence[Sequence[Piece]], completions: int, pack: int = 0) -> TokenRows:
+    """Documents as rows: one a row, or with `pack` as many as follow each other and fit into so many tokens."""
+    sizes = [sum(len(piece.ids) for piece in document) for document in documents]
+    starts: list[tuple[int, int]] = []  # row and first column of each document
+    used: list[int] = []
+    for size in sizes:
+        if not used or used[-1] + size > pack:
+            used.append(0)
+        starts.append((len(used) - 1, used[-1]))
+        used[-1] += size
+    width = max(used)
+    input_ids, positions = torch.zeros(2, len(used), width, dtype=torch.long)
     source: list[int] = []
     target: list[int] = []
     completion: list[int] = []
-    for r, row in enumerate(rows):
-        start = 0
-        for piece in row:
-            end = start + len(piece.ids)
-            input_ids[r, start:end] = torch.as_tensor(piece.ids)
-            positions[r, start:end] = torch.arange(piece.position, piece.position + len(piece.ids))
-            segments[r, start:end] = piece.segment
+    bounds: list[Document] = []
+    for document, (row, begin) in zip(documents, starts, strict=True):
+        ends = [begin]
+        for number, piece in enumerate(document):
+            start, end = ends[-1], ends[-1] + len(piece.ids)
+            position = len(document[0].ids) if number else 0
+            input_ids[row, start:end] = torch.as_tensor(piece.ids)
+            positions[row, start:end] = torch.arange(position, position + len(piece.ids))
             for first, last in zip(piece.spans[::2], piece.spans[1::2], strict=True):
-                before = start + first - 1 if first else piece.position - 1
-                source += [r * width + before, *range(r * width + start + first, r * width + start + last - 1)]
+                before = start + first - 1 if first else begin + position - 1
+                here = row * width
+                source += [here + before, *range(here + start + first, here + start + last - 1)]
                 target += piece.ids[first:last]
                 completion += [piece.completion] * (last - first)
-            start = end
+            ends.append(end)
+        bounds.append((row, *ends))
     lists = [torch.tensor(values, dtype=torch.long) for values in (source, target, completion)]
     lengths = torch.bincount(lists[2], minlength=completions)
-    return TokenRows(input_ids, positions, segments, *lists, lengths, tokens=int((segments != PADDING).sum()))
+    return TokenRows(input_ids, positions, *lists, lengths, tuple(bounds), tokens=sum(sizes))
 
 
 @dataclass(frozen=True)
@@ -210,7 +221,8 @@ class PairCollator:
         data: pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
         is_hard: (N,) what each is reported as.
         evaluation: keep both responses of all pairs and show every pair to the reference.
-        share_prompt: one row per pair instead of one per completion; the numbers are the same.
+        share_prompt: one document per pair instead of one per completion; the numbers are the same.
+        pack: as for `token_rows`; the numbers are the same.
         to_sft: (N,) which pairs are trained by SFT; the hard ones if not given.
         sft_sides: the completions that those learn.
         first_token: (N,) the number in the cleaning pool of a pair's first chosen token, -1 for a pair not in it.
@@ -220,6 +232,7 @@ class PairCollator:
     is_hard: Sequence[bool]
     evaluation: bool = False
     share_prompt: bool = True
+    pack: int = 0
     to_sft: Sequence[bool] | None = None
     sft_sides: tuple[int, ...] = (0,)
     first_token: np.ndarray | None = None
@@ -230,11 +243,12 @@ class PairCollator:
         to_sft = [(self.is_hard if self.to_sft is None else self.to_sft)[i] for i in indices]
         whole = [self.evaluation or not sft for sft in to_sft]
         sides = ([keep or side in self.sft_sides for keep in whole] for side in (0, 1))
-        rows = build_rows(pairs, *sides, self.share_prompt)
+        layout = {"share_prompt": self.share_prompt, "pack": self.pack}
+        rows = build_rows(pairs, *sides, **layout)
         if all(whole):
             reference_rows: TokenRows | None = rows
         else:
-            reference_rows = build_rows(pairs, whole, whole, self.share_prompt) if any(whole) else None
+            reference_rows = build_rows(pairs, whole, whole, **layout) if any(whole) else None
         batch = PairBatch(
             rows,
             reference_rows,

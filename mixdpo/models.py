@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixdpo.batching import TokenRows
+from mixdpo.attention import BY_SEGMENT
+from mixdpo.batching import TokenRows, build_rows
 from mixdpo.errors import InputError
-from mixdpo.log_probs import SequenceLogProbs, exact_token_log_probs, token_log_probs
+from mixdpo.log_probs import Head, SequenceLogProbs, exact_token_log_probs, token_log_probs
 from mixdpo.packaged_model import model_folder
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 Quantization = Literal["nf4", "int8", "none"]
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
-Attention = Literal["sdpa", "eager"]
+Attention = Literal["by_segment", "sdpa", "eager"]
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
@@ -37,7 +38,7 @@ def load_base(name: str, **options: Any) -> "PreTrainedModel":
         InputError: the model cannot be found or read, or its output is not a plain linear head.
     """
     model, _ = _load("AutoModelForCausalLM", name, **options)
-    _check_supported(model)
+    _check_head(model)
     model.requires_grad_(False)
     _switch_off_dropout(model)
     return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
@@ -64,7 +65,7 @@ def _load(
     *,
     quantization: Quantization = "nf4",
     dtype: Dtype = "bfloat16",
-    attention: Attention = "sdpa",
+    attention: Attention = "by_segment",
     device: torch.device | str = "cpu",
 ) -> tuple["PreTrainedModel", list[str]]:
     """The model, and names of weights that its files lack."""
@@ -79,24 +80,65 @@ def _load(
             device_map={"": str(device)},
             output_loading_info=True,
         )
+    if attention == BY_SEGMENT and not model._supports_sdpa:  # it would neither call our attention nor get its mask
+        raise InputError(f"{model.config.model_type} models do not know other attention than model.attention eager")
     _keep_weights_in_place(model)
     return model, sorted(loading["missing_keys"])
 
 
-def predicting_states(model: "PeftModel", rows: TokenRows) -> Tensor:
+def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> Tensor:
     """Last-layer hidden state, after the final norm, that predicts each target in `rows` (M, H), in the active role:
     of a completion, those from the last prompt token to its last token but one."""
-    causal_lm = model.get_base_model()
-    mask = rows.attention_mask()
-    if causal_lm.config._attn_implementation == "eager":  # adds its mask to the scores instead of choosing by it
-        dtype = next(causal_lm.parameters()).dtype
-        dtype = dtype if dtype.is_floating_point else torch.float32
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    _check_window(causal_lm.config, rows.input_ids.shape[1])
-    hidden: Tensor = causal_lm.base_model(
-        input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state
+    causal_lm = getattr(model, "get_base_model", lambda: model)()
+    options: dict[str, Any] = {}
+    if not rows.plain:  # otherwise it is causal, whatever the architecture: padding comes after what counts
+        check_window(causal_lm.config, rows)
+        attention = causal_lm.config._attn_implementation
+        options = {"position_ids": rows.position_ids, "attention_mask": _mask(causal_lm, rows)}
+        options |= {"documents": rows.documents} if attention == BY_SEGMENT else {}
+    hidden: Tensor = causal_lm.base_model(input_ids=rows.input_ids, use_cache=False, **options).last_hidden_state
     return hidden.flatten(0, 1)[rows.source]
+
+
+def _mask(causal_lm: "PreTrainedModel", rows: TokenRows) -> Tensor:
+    attention, device = causal_lm.config._attn_implementation, rows.input_ids.device
+    if attention == BY_SEGMENT:  # a mask with four axes is passed through as it is, and this one is not looked at
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    mask = rows.attention_mask()
+    if attention != "eager":
+        return mask
+    dtype = next(causal_lm.parameters()).dtype  # eager adds its mask to the scores instead of choosing by it
+    dtype = dtype if dtype.is_floating_point else torch.float32
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@torch.no_grad()
+def check_documents(model: "PeftModel | PreTrainedModel") -> None:
+    """Try on a few tokens that a response computed beside another one, behind a shared prompt, gets the hidden states
+    that it gets alone.
+
+    Raises:
+        InputError: it does not, as in models with state spaces or with biases by distance.
+    """
+    causal_lm = getattr(model, "get_base_model", lambda: model)()
+    prompt, chosen, rejected = list(range(3, 9)), list(range(9, 20)), list(range(20, 25))
+    pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    device = next(causal_lm.parameters()).device
+    name = causal_lm.config.model_type
+    try:
+        shared = predicting_states(model, build_rows([pair, pair], [True] * 2, [True] * 2, pack=100).to(device))
+    except (TypeError, ValueError, RuntimeError) as error:  # of a forward that takes no such mask
+        raise InputError(f"{name} models cannot be computed in packed rows: {error}. {_INSTEAD}") from error
+    alone = predicting_states(model, build_rows([pair, pair], [True] * 2, [True] * 2, share_prompt=False).to(device))
+    off, tolerance = float((shared - alone).norm() / alone.norm()), 0.1 if alone.element_size() < 4 else 1e-3
+    if not off <= tolerance:
+        raise InputError(
+            f"in {name} models a response is not the same behind a shared prompt as alone (its states are off by "
+            f"{off:.0%}). {_INSTEAD}"
+        )
+
+
+_INSTEAD = "Set data.pack 0 and, for pairs, data.share_prompt false; or try model.attention eager"
 
 
 def row_log_probs(model: "PeftModel", rows: TokenRows, *, exact: bool = False) -> Tensor:
@@ -109,7 +151,23 @@ def row_log_probs(model: "PeftModel", rows: TokenRows, *, exact: bool = False) -
             sign of many token-cleaning scores.
     """
     log_probs = exact_token_log_probs if exact else token_log_probs
-    return log_probs(predicting_states(model, rows), model.get_base_model().get_output_embeddings(), rows.target)
+    return log_probs(predicting_states(model, rows), output_head(model.get_base_model()), rows.target)
+
+
+def output_head(causal_lm: "PreTrainedModel") -> Head:
+    """What turns the model's last hidden states into its logits.
+
+    Raises:
+        InputError: it is no plain linear layer, as where an adapter sits on it.
+    """
+    layer, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
+    if not (type(layer) is nn.Linear and layer.weight.is_floating_point()):
+        raise InputError(
+            f"the output head is a {type(layer).__name__}, not a plain linear layer: keep adapters and quantisation "
+            "off it (lora.targets all-linear does)"
+        )
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def sequence_log_probs(
@@ -175,24 +233,30 @@ def _switch_off_dropout(model: "PreTrainedModel") -> None:
             module.attention_dropout = 0.0
 
 
-def _check_supported(model: "PreTrainedModel") -> None:
-    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, option, None) not in (None, 1.0):
-            raise InputError(
-                f"{model.config.model_type} models scale or cap their logits ({option}): not supported yet"
-            )
-    others = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if others:
-        raise InputError(f"layers of type {sorted(others)} cannot share a prompt between two responses exactly")
+@torch.no_grad()
+def _check_head(model: "PreTrainedModel") -> None:
+    """Raise where `output_head` says other logits than the model's own forward."""
+    ids = torch.arange(8, device=next(model.parameters()).device)[None]
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    head, states = output_head(model), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours = head.shaped(nn.functional.linear(states, head.weight, head.bias).float())
+    if not torch.allclose(ours, own, rtol=0.02, atol=0.02 * float(own.abs().max())):  # bf16 rounds at 0.004
+        raise InputError(f"{model.config.model_type} models change their logits in a way that is not supported")
 
 
-def _check_window(config: Any, length: int) -> None:
+def check_window(config: Any, rows: TokenRows) -> None:
+    """Raise where a packed response reaches further back than the model's sliding window: it would see all of it."""
     window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and length > window:
+    longest = max(first - start + max(_lengths(first, ends), default=0) for _, start, first, *ends in rows.documents)
+    if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
         raise InputError(
-            f"a row of {length} tokens is longer than the model's sliding window of {window}, where sharing the prompt "
-            f"is not exact: lower data.max_length to {window // 2} or less"
+            f"a sequence of {longest} tokens is longer than the model's sliding window of {window}, where sharing the "
+            f"prompt is not exact: lower data.max_length to {window}, or set data.pack 0 and data.share_prompt false"
         )
+
+
+def _lengths(first: int, ends: list[int]) -> list[int]:
+    return [end - begin for begin, end in zip([first, *ends], ends, strict=False)]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mixdpo.batching import PROMPT, MicroBatch, Movable, Piece, TokenRows, token_rows
+from mixdpo.batching import MicroBatch, Movable, Piece, TokenRows, token_rows
 from mixdpo.samples import TokenPool
 
 
@@ -46,16 +46,8 @@ class SFTBatch(Movable):
 
 def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:
     """Samples as token rows: one a row, or with `pack` as many as fit into so many tokens, blind to each other."""
-    rows: list[list[Piece]] = []
-    for b, sample in enumerate(samples):
-        # PROMPT is what all later positions of the row may see
-        piece = Piece(PROMPT if not pack else 1 + b, sample["input_ids"], 0, b, sample["spans"])
-        used = sum(len(other.ids) for other in rows[-1]) if rows else 0
-        if rows and used + len(piece.ids) <= pack:
-            rows[-1].append(piece)
-        else:
-            rows.append([piece])
-    return token_rows(rows, len(samples))
+    documents = [[Piece(sample["input_ids"], b, sample["spans"])] for b, sample in enumerate(samples)]
+    return token_rows(documents, len(samples), pack)
 
 
 class SFTCollator:

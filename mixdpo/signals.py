@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixdpo.adapters import role
-from mixdpo.batching import CHOSEN, PROMPT, REJECTED, PairBatch, TokenRows
+from mixdpo.batching import PairBatch, TokenRows
 from mixdpo.errors import InputError
 from mixdpo.models import predicting_states, sequence_log_probs
 
@@ -38,13 +38,8 @@ def rewards(model: "PreTrainedModel", rows: TokenRows) -> list[Tensor]:
     pad token. (A causal classifier scores the last token that is not its pad token: a completion's last, its end
     token, unless the model was made with its end token as pad token.)
     """
-    found: dict[int, list[Tensor]] = {CHOSEN: [], REJECTED: []}
-    for ids, segments in zip(rows.input_ids, rows.segments, strict=True):
-        for side, scores in found.items():
-            if (segments == side).any():  # a row that does not share its prompt has one completion
-                sequence = ids[(segments == PROMPT) | (segments == side)]
-                scores.append(model(input_ids=sequence[None]).logits.double().reshape(()))
-    return [torch.stack(scores) for scores in found.values()]
+    scores = [model(input_ids=ids[None]).logits.double().reshape(()) for ids in rows.sequences()]
+    return [torch.stack(scores[side::2]) for side in (0, 1)]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.sft import SFTModule
 from mixdpo.adapters import Lora
-from mixdpo.batching import PairBatch, PairCollator
+from mixdpo.batching import PairBatch, PairCollator, TokenRows
 from mixdpo.routing import Routing
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -92,6 +92,35 @@ def collate(pairs: Sequence[Any], is_hard: Sequence[bool], weight: float = 1.0, 
     """One micro-batch of all these pairs."""
     step_pairs = options.pop("step_pairs", len(pairs))
     return PairCollator(pairs, is_hard, **options)((tuple(range(len(pairs))), weight, step_pairs))
+
+
+def write_tiny(name: str, folder: Path, **options: Any) -> Path:
+    """A random model of another architecture, 2 layers, in double precision where its code allows."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128, "head_dim": 8}
+    more: dict[str, dict[str, Any]] = {
+        "gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "sliding_window": 64},
+        "cohere": {"logit_scale": 0.25},
+        "granite": {"logits_scaling": 4.0},
+        "bloom": {"n_head": 4, "n_layer": 2},
+    }
+    config = transformers.AutoConfig.for_model(name, **shape, **more.get(name, {}), **options)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def segments_of(rows: TokenRows) -> torch.Tensor:
+    """(R, T): 0 prompt, 1 chosen, 2 rejected, -1 padding."""
+    found = torch.full_like(rows.input_ids, -1)
+    numbers = iter(rows.completion.unique_consecutive().tolist())  # of the completions, as they follow each other
+    for row, start, first, *ends in rows.documents:
+        found[row, start:first] = 0
+        for begin, end in zip((first, *ends), ends, strict=False):
+            found[row, begin:end] = 1 if next(numbers) < len(rows.lengths) // 2 else 2
+    return found
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import collate
+from conftest import collate, segments_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,7 +142,7 @@ def predictions(rows: TokenRows):
         found.setdefault(completion, {})[position] = (
             target,
             rows.input_ids[row, column].item(),
-            rows.segments[row, column].item(),
+            segments_of(rows)[row, column].item(),
         )
     return found
 
@@ -168,7 +168,7 @@ def check_rows(rows, pairs, has_chosen, has_rejected):
 def row_contents(rows):
     """(token, position, segment) of each row, padding left out."""
     contents = []
-    for ids, positions, segments in zip(rows.input_ids, rows.position_ids, rows.segments, strict=True):
+    for ids, positions, segments in zip(rows.input_ids, rows.position_ids, segments_of(rows), strict=True):
         real = segments != -1
         contents.append(list(zip(ids[real].tolist(), positions[real].tolist(), segments[real].tolist(), strict=True)))
     return contents
@@ -251,14 +251,14 @@ def test_a_hard_pairs_rejected_response_is_nowhere(share_prompt):
     hard_prompts = {PAIRS[1]["prompt_ids"][0], PAIRS[3]["prompt_ids"][0]}
     for row, ids in enumerate(batch.rows.input_ids.tolist()):
         if hard_prompts & set(ids):
-            assert 2 not in batch.rows.segments[row].tolist()
+            assert 2 not in segments_of(batch.rows)[row].tolist()
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_the_reference_sees_easy_pairs_only(share_prompt):
     rows = collate(PAIRS, IS_HARD, share_prompt=share_prompt).reference_rows
     easy = {token for pair in EASY for side in ("prompt_ids", "chosen_ids", "rejected_ids") for token in pair[side]}
-    seen = set(rows.input_ids[rows.segments != -1].tolist())
+    seen = set(rows.input_ids[segments_of(rows) != -1].tolist())
     assert seen == easy
     assert set(rows.target.tolist()) == {t for pair in EASY for s in ("chosen_ids", "rejected_ids") for t in pair[s]}
 
@@ -267,7 +267,7 @@ def test_a_batch_of_hard_pairs_has_no_reference():
     batch = collate(PAIRS, [True] * 4)
     assert batch.reference_rows is None
     assert (batch.easy.tolist(), batch.hard.tolist()) == ([], [0, 1, 2, 3])
-    assert batch.rows.segments.max() == 1
+    assert segments_of(batch.rows).max() == 1
 
 
 def test_evaluation_keeps_everything():
@@ -287,7 +287,7 @@ def test_the_flags_of_a_batch():
     assert (batch.weight.dtype, batch.weight.tolist()) == (torch.float32, [1.0] * 4)
     assert (batch.pair_id.dtype, batch.pair_id.tolist()) == (torch.int64, [2**40 + 7 * b for b in range(4)])
     for rows in (batch.rows, batch.reference_rows):
-        for name in ("input_ids", "position_ids", "segments", "source", "target", "completion", "lengths"):
+        for name in ("input_ids", "position_ids", "source", "target", "completion", "lengths"):
             assert getattr(rows, name).dtype == torch.int64, name
 
 
@@ -321,7 +321,7 @@ def test_the_mask_against_three_loops(batch, evaluation, share_prompt):
     mask = rows.attention_mask()
     count, width = rows.input_ids.shape
     assert mask.dtype == torch.bool and mask.shape == (count, 1, width, width)
-    segments, allowed = rows.segments.tolist(), mask[:, 0].tolist()
+    segments, allowed = segments_of(rows).tolist(), mask[:, 0].tolist()
     for row in range(count):
         for query in range(width):
             asking = segments[row][query]
@@ -336,7 +336,7 @@ def test_a_mask_by_hand():
     short, long = make_pair(0, 2, 2, 1), make_pair(1, 2, 2, 2)
     rows = collate([short, long], [False, False]).rows
     row = next(r for r in range(2) if rows.input_ids[r, 0] == short["prompt_ids"][0])
-    assert rows.segments[row].tolist() == [0, 0, 1, 1, 2, -1]
+    assert segments_of(rows)[row].tolist() == [0, 0, 1, 1, 2, -1]
     expected = ["100000", "110000", "111000", "111100", "110010"]
     assert rows.attention_mask()[row, 0, :5].int().tolist() == [[int(c) for c in line] for line in expected]
 
@@ -403,7 +403,7 @@ def test_the_global_generator_is_left_alone(workers):
 def test_workers_change_nothing():
     for here, there in zip(make_loader(0), make_loader(2), strict=True):
         assert seen(here) == seen(there)
-        for name in ("input_ids", "position_ids", "segments", "source", "target", "completion", "lengths"):
+        for name in ("input_ids", "position_ids", "source", "target", "completion", "lengths"):
             assert torch.equal(getattr(here.rows, name), getattr(there.rows, name)), name
 
 
@@ -420,7 +420,7 @@ def test_sft_computes_the_sides_it_learns_and_no_other(sides, segments):
     assert batch.rows.lengths.tolist() == lengths[0] + lengths[1]
     assert len(batch.rows.target) == sum(map(sum, lengths))
     mine = [
-        set(batch.rows.segments[row].tolist())
+        set(segments_of(batch.rows)[row].tolist())
         for row in range(4)
         if PAIRS[1]["prompt_ids"][0] in batch.rows.input_ids[row]
     ]

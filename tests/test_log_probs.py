@@ -1,54 +1,85 @@
 import pytest
 import torch
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixdpo.log_probs import TILE, SequenceLogProbs, token_log_probs
+from mixdpo.log_probs import TILE, Head, SequenceLogProbs, token_log_probs, token_statistics
 
 M, H, V = 50, 8, 31
-TILES = [1, 7, M, M + 1, 1000]
 
 
-class RecordingHead(nn.Module):
-    """A linear head that remembers how many rows each call had."""
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that an operation returned, and how many times a head of V tokens was applied."""
 
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(H, V)
-        self.rows = []
+        self.numel, self.positions = 0, 0
 
-    def forward(self, hidden):
-        self.rows.append(hidden.shape[0])
-        return self.linear(hidden)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and result.shape[-1] == V:
+                self.positions += len(result)
+        return result
 
 
-def inputs(dtype=torch.float32, positions=M, scale=1.0):
+def inputs(dtype=torch.float32, positions=M, magnitude=1.0, bias=True, **shape):
     generator = torch.Generator().manual_seed(0)
-    hidden = (torch.randn(positions, H, generator=generator) * scale).to(dtype).requires_grad_()
+    hidden = (torch.randn(positions, H, generator=generator) * magnitude).to(dtype).requires_grad_()
     targets = torch.randint(V, (positions,), generator=generator)
-    head = nn.Linear(H, V, bias=True)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(V, H, generator=generator))
-        head.bias.copy_(torch.randn(V, generator=generator))
-    return hidden, head.to(dtype), targets
+    weight, constant = torch.randn(V, H, generator=generator), torch.randn(V, generator=generator)
+    return hidden, Head(weight.to(dtype), constant.to(dtype) if bias else None, **shape), targets
+
+
+def naive_logits(hidden, head, position):
+    logits = head.weight.double() @ hidden[position].double()
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    logits = logits * head.scale
+    return logits if head.cap is None else torch.tanh(logits / head.cap) * head.cap
 
 
 def naive(hidden, head, targets):
     """One position at a time in fp64: the logit of the target less the log of the sum of exponentials."""
-    weight, bias = head.weight.double(), head.bias.double()
-    rows = []
-    for position in range(len(targets)):
-        logits = weight @ hidden[position].double() + bias
-        rows.append(logits[targets[position]] - logits.exp().sum().log())
-    return torch.stack(rows)
+    rows = [torch.zeros(0, dtype=torch.float64)]
+    for position, target in enumerate(targets):
+        logits = naive_logits(hidden, head, position)
+        rows.append((logits[target] - logits.exp().sum().log())[None])
+    return torch.cat(rows)
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_values(tile):
-    hidden, head, targets = inputs(torch.float64)
+SHAPES = st.fixed_dictionaries(
+    {
+        "positions": st.sampled_from([1, 2, 13, M]),
+        "bias": st.booleans(),
+        "scale": st.sampled_from([1.0, 0.0625, 3.0]),
+        "cap": st.sampled_from([None, 2.0, 30.0]),
+    }
+)
+
+
+@given(SHAPES, st.sampled_from([1, 7, M, M + 1, 1000]))
+@settings(deadline=None, max_examples=60)
+def test_values_and_gradients_against_a_loop_in_double_precision(shape, tile):
+    hidden, head, targets = inputs(torch.float64, **shape)
+    weights = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
+    expected = naive(hidden, head, targets)
+    (gradient,) = torch.autograd.grad(expected @ weights, [hidden])
     result = token_log_probs(hidden, head, targets, tile)
     assert result.dtype == torch.float64
-    assert_close(result, naive(hidden, head, targets), rtol=1e-12, atol=1e-12)
+    assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    (result @ weights).backward()
+    assert_close(hidden.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [{}, {"scale": 0.3, "cap": 2.0}], ids=str)
+def test_gradcheck(shape):
+    hidden, head, targets = inputs(torch.float64, positions=5, **shape)
+    assert torch.autograd.gradcheck(lambda h: token_log_probs(h, head, targets, 2), [hidden])
 
 
 def test_values_in_float32_and_by_default():
@@ -59,20 +90,27 @@ def test_values_in_float32_and_by_default():
     assert_close(result.double(), naive(hidden, head, targets), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_gradients(tile, frozen):
-    hidden, head, targets = inputs(torch.float64)
-    weights = torch.linspace(-1, 2, M, dtype=torch.float64)
-    expected = torch.autograd.grad(naive(hidden, head, targets) @ weights, [hidden, head.weight, head.bias])
-    head.requires_grad_(not frozen)
-    (token_log_probs(hidden, head, targets, tile) @ weights).backward()
-    assert_close(hidden.grad, expected[0], rtol=1e-11, atol=1e-12)
-    if frozen:
-        assert head.weight.grad is None and head.bias.grad is None
-    else:
-        assert_close(head.weight.grad, expected[1], rtol=1e-11, atol=1e-12)
-        assert_close(head.bias.grad, expected[2], rtol=1e-11, atol=1e-12)
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("tile", [7, 1000])
+def test_entropy_and_top_1(tile, cap):
+    hidden, head, targets = inputs(torch.float64, cap=cap)
+    targets[::2] = torch.tensor([naive_logits(hidden, head, i).argmax() for i in range(0, M, 2)])
+    found = token_statistics(hidden, head, targets, tile)
+    assert torch.equal(found.log_probs, token_log_probs(hidden, head, targets, tile))
+    for position in range(M):
+        logits = naive_logits(hidden, head, position)
+        assert found.is_top[position] == (logits.argmax() == targets[position])
+        p = logits.softmax(0)
+        assert_close(found.entropy[position], -(p * p.log()).sum(), rtol=1e-10, atol=1e-12)
+    assert found.is_top[::2].all() and not found.is_top.all()
+    assert not found.entropy.requires_grad and found.log_probs.requires_grad
+
+
+def test_a_head_that_learns_is_refused():
+    hidden, head, targets = inputs()
+    head.weight.requires_grad_()
+    with pytest.raises(ValueError, match="frozen"):
+        token_log_probs(hidden, head, targets)
 
 
 def test_only_the_wanted_positions_get_gradient():
@@ -97,40 +135,46 @@ def test_bfloat16_is_reduced_in_float32():
     result = token_log_probs(hidden, head, targets, 7)
     assert result.dtype == torch.float32
     assert not torch.equal(result, result.bfloat16().float()), "the log-softmax was rounded to bf16"
-    logits = head(hidden).float()
+    logits = linear(hidden, head.weight, head.bias).float()
     assert_close(result, torch.log_softmax(logits, -1)[torch.arange(M), targets], rtol=1e-5, atol=1e-5)
     result.sum().backward()
     assert hidden.grad.dtype == torch.bfloat16
+    double = hidden.detach().double().requires_grad_()
+    naive(double, head, targets).sum().backward()
+    assert (hidden.grad - double.grad).norm() < 0.01 * double.grad.norm()
+
+
+def test_autocast_changes_the_product_only():
+    hidden, head, targets = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = token_log_probs(hidden, head, targets, 7)
+        logits = linear(hidden, head.weight, head.bias)
+    assert result.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    assert_close(result, torch.log_softmax(logits.float(), -1)[torch.arange(M), targets], rtol=1e-5, atol=1e-5)
+    result.sum().backward()
+    assert hidden.grad.dtype == torch.float32
 
 
 def test_large_logits_stay_finite():
-    hidden, head, targets = inputs(scale=1e4)
+    hidden, head, targets = inputs(magnitude=1e4)
     result = token_log_probs(hidden, head, targets, 7)
     result.sum().backward()
     assert result.isfinite().all() and hidden.grad.isfinite().all()
-    expected = torch.log_softmax(head.double()(hidden.detach().double()), -1)[torch.arange(M), targets]
+    logits = linear(hidden.detach().double(), head.weight.double(), head.bias.double())
+    expected = torch.log_softmax(logits, -1)[torch.arange(M), targets]
     assert_close(result.detach().double(), expected, rtol=1e-5, atol=1e-2)
 
 
-def test_never_more_rows_of_logits_than_a_tile():
-    hidden, _, targets = inputs()
-    head = RecordingHead()
+@pytest.mark.parametrize("statistics", [False, True])
+def test_no_tensor_is_larger_than_a_tile_of_logits_or_the_hidden_states(statistics):
+    hidden, head, targets = inputs(positions=200, cap=3.0)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
-        result = token_log_probs(hidden, head, targets, 7)
-    assert sum(head.rows) == M and max(head.rows) <= 7
-    assert [shape for shape in saved if shape and shape[-1] == V] == [], "logits are kept for backward"
-    result.sum().backward()
-    assert sum(head.rows) == 2 * M and max(head.rows) <= 7, "the logits are computed again in backward, tile by tile"
-
-
-def test_without_gradients_each_tile_is_computed_once():
-    hidden, _, targets = inputs()
-    head = RecordingHead()
-    with torch.no_grad():
-        result = token_log_probs(hidden, head, targets, 7)
-    assert not result.requires_grad
-    assert sum(head.rows) == M and max(head.rows) <= 7
+    with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        found = (token_statistics if statistics else token_log_probs)(hidden, head, targets, 7)
+        (found.log_probs if statistics else found).sum().backward()
+    assert seen.numel == 200 * H < 200 * V
+    assert seen.positions == 200, "the head is applied once: nothing is computed again in backward"
+    assert [tuple(x.shape) for x in saved] == [(200, H)]
 
 
 @pytest.mark.parametrize("index", [torch.tensor([2, 0]), slice(1, 3), torch.tensor([], dtype=torch.int64)])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mixdpo.adapters import Lora, adapter_state, add_adapters, add_reference, role
-from mixdpo.log_probs import VOCABULARY_TILE, exact_token_log_probs, token_log_probs
+from mixdpo.log_probs import VOCABULARY_TILE, Head, exact_token_log_probs, token_log_probs
 from mixdpo.models import load_base, load_tokenizer
 from mixdpo.samples import TokenPool
 from mixdpo.sft_records import read_samples
@@ -184,39 +184,28 @@ def test_scoring_leaves_the_run_as_it_was(model: Any, pool: TokenPool) -> None:
     assert model.training and [p.requires_grad for p in model.parameters()] == trainable
 
 
-class Rounded(nn.Module):
-    """A bf16 head without bf16 arithmetic: sums in fp32, rounded to bf16 in the end."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        bias = None if self.head.bias is None else self.head.bias.float()
-        return nn.functional.linear(hidden.float(), self.head.weight.float(), bias).bfloat16()
-
-
 @pytest.mark.parametrize("vocabulary", [37, VOCABULARY_TILE + 5])
 @pytest.mark.parametrize("bias", [True, False])
-def test_exact_log_probs_of_a_bf16_head(vocabulary: int, bias: bool) -> None:
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_exact_log_probs_of_a_bf16_head(vocabulary: int, bias: bool, cap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    head = nn.Linear(16, vocabulary, bias=bias)
-    for parameter in head.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
-    head = head.to(torch.bfloat16)
+    shapes = [(vocabulary, 16), (vocabulary,)]
+    weight, constant = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    head = Head(weight, constant if bias else None, scale=0.5, cap=cap)
     hidden = torch.randn(30, 16, generator=generator).bfloat16()
     targets = torch.randint(vocabulary, (30,), generator=generator)
     targets[0], targets[1] = 0, vocabulary - 1
-    logits = hidden.double() @ head.weight.double().T + (head.bias.double() if bias else 0.0)
+    logits = 0.5 * (hidden.double() @ weight.double().T + (constant.double() if bias else 0.0))
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     wanted = logits.log_softmax(-1)[torch.arange(30), targets]
     for tile in (7, 256):
         found = exact_token_log_probs(hidden, head, targets, tile)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
-    assert (token_log_probs(hidden, Rounded(head), targets).double() - wanted).abs().max() > 1e-3
+    assert (token_log_probs(hidden, head, targets).double() - wanted).abs().max() > 1e-3
 
 
 def test_exact_log_probs_of_no_positions() -> None:
-    head = nn.Linear(16, 37).to(torch.bfloat16)
+    head = Head(torch.zeros(37, 16).bfloat16())
     found = exact_token_log_probs(torch.zeros(0, 16).bfloat16(), head, torch.zeros(0, dtype=torch.long))
     assert found.shape == (0,) and found.dtype == torch.float32
