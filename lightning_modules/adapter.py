@@ -1,7 +1,7 @@
 """What both LightningModules share: a 4-bit base with a LoRA policy, its optimizer, schedule, log rows, checkpoints."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -9,11 +9,21 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 
-from mixdpo.adapters import Lora, adapter_fingerprint, adapter_state, add_adapters, add_reference, add_stage
+from mixdpo.adapters import (
+    Lora,
+    adapter_fingerprint,
+    adapter_layers,
+    adapter_state,
+    add_adapters,
+    add_reference,
+    add_stage,
+)
+from mixdpo.batching import TokenRows
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
 from mixdpo.models import Attention, Dtype, Quantization, check_documents, load_base
 from mixdpo.schedules import StagedCosine, StepPlan
+from mixdpo.throughput import most_tokens, recompute
 from mixdpo.token_cleaning.cleaning import Cleaning
 
 Schedule = Callable[[StepPlan], Any]
@@ -32,7 +42,7 @@ class AdapterModule(L.LightningModule):
         quantization: Quantization = "nf4",
         dtype: Dtype = "bfloat16",
         attention: Attention = "by_segment",
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | int | Literal["auto"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = lazy_instance(StagedCosine),  # noqa: B008
         cleaning: Cleaning | None = None,
@@ -48,7 +58,8 @@ class AdapterModule(L.LightningModule):
             dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
             attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
                 eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
-            activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+            activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time. A
+                number: for micro-batches of more tokens than that; auto: for those that would not fit into free memory.
             optimizer: Class path and arguments; it gets the policy adapter's parameters only.
             schedule: Learning rate over the run; the Staged ones start anew with each stage of the data.
             cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
@@ -56,7 +67,7 @@ class AdapterModule(L.LightningModule):
         super().__init__()
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self._recompute_above = activation_checkpointing, 0
         self.optimizer, self.schedule = optimizer, schedule
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
         self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
@@ -92,11 +103,30 @@ class AdapterModule(L.LightningModule):
             for role, name in (("reference", "cleaning"), ("previous", "previous")):
                 if role in self.cleaning.roles:
                     add_reference(self.model, name, self.cleaning.reference)
-        if self.activation_checkpointing:
-            base.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in adapter_layers(
+            self.model
+        ):  # autocast casts the input anyway: an fp32 copy would be made for nothing
+            layer.cast_input_dtype_enabled = "mixed" not in self.trainer.precision
         if self.trainer.precision == "bf16-true":
             self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
         self.model.train()
+        if self.activation_checkpointing is not False:
+            self._recompute_above = self._most_tokens()
+            base.activation_checkpointing_enable({"use_reentrant": False})
+
+    def _most_tokens(self) -> int:
+        """Tokens up to which a micro-batch is not recomputed."""
+        if isinstance(self.activation_checkpointing, int):
+            return 0 if self.activation_checkpointing is True else self.activation_checkpointing
+        with self.trainer.precision_plugin.forward_context():
+            tokens = most_tokens(self.model)
+        self.print(f"activations are recomputed for micro-batches of more than {tokens} tokens")
+        return tokens
+
+    def recompute_if_long(self, rows: TokenRows) -> None:
+        """To be called before a forward pass that a backward pass follows."""
+        if self.activation_checkpointing is not False:
+            recompute(self.model, rows.tokens > self._recompute_above)
 
     def step_values(self, step: int) -> dict[str, float]:
         """What is added to the row of the step."""

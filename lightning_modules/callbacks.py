@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from mixdpo.errors import InputError
 from mixdpo.export import save_adapter
 from mixdpo.files import write_json
+from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
 
 
 class RunFiles(Callback):
@@ -120,14 +121,19 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 class Throughput(Callback):
-    """Logs tokens_per_second (of the policy, padding not counted), pairs_ or samples_per_second and memory/peak_gb."""
+    """Logs tokens_per_second (of the policy, padding not counted), pairs_ or samples_per_second, memory/peak_gb, and
+    floor_share: the time that the step's necessary operations take at the matrix rate, over the time it took."""
 
     def __init__(self) -> None:
-        self.tokens = self.rows = 0
-        self.seconds = 0.0
+        self.tokens, self.rows, self.flops, self.seconds = 0, 0, 0.0, 0.0
         self._total_rows, self._total_seconds, self._started = 0, 0.0, 0.0
+        self._sizes, self._rate = (0, 0), 1.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        base = pl_module.model.get_base_model()
+        dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else base.get_output_embeddings().weight.dtype
+        self._sizes = linear_sizes(base)
+        self._rate = matrix_rate(base.get_output_embeddings().weight.shape[1], pl_module.device, dtype)
         self._started = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -139,6 +145,7 @@ class Throughput(Callback):
         now = time.perf_counter()
         self.tokens += batch.rows.tokens
         self.rows += batch.count
+        self.flops += floor_flops(self._sizes, batch.rows)
         self.seconds += now - self._started
         self._started = now
         if trainer.fit_loop._should_accumulate() or trainer.global_step % trainer.log_every_n_steps:
@@ -148,9 +155,10 @@ class Throughput(Callback):
         rates = {
             "tokens_per_second": self.tokens / self.seconds,
             f"{batch.unit}_per_second": self.rows / self.seconds,
+            "floor_share": self.flops / self._rate / self.seconds,
         }
         pl_module.callback_values.update(rates | {"memory/peak_gb": peak_memory_gb(pl_module.device)})
-        self.tokens, self.rows, self.seconds = 0, 0, 0.0
+        self.tokens, self.rows, self.flops, self.seconds = 0, 0, 0.0, 0.0
 
     @property
     def mean_rows_per_second(self) -> float:

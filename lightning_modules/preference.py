@@ -121,6 +121,7 @@ class PreferenceModule(AdapterModule):
         self._kept_log_probs = None
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        self.recompute_if_long(batch.rows)
         policy, reference = self.policy_and_reference(batch)
         losses, preference, sft_losses = self.route_losses(batch, policy, reference)
         self._record(batch, losses, preference, sft_losses, policy, reference)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_modules.adapter import AdapterModule
 from mixdpo.adapters import stack_policy
 from mixdpo.metrics import NamedMeans
-from mixdpo.models import row_log_probs
+from mixdpo.models import row_log_probs, row_statistics
 from mixdpo.sft_batching import SFTBatch
 from mixdpo.token_cleaning.cleaning import weigh
 from mixdpo.token_cleaning.scorers import TokenStatistics
@@ -49,6 +49,7 @@ class SFTModule(AdapterModule):
             self.optimizers().optimizer.state.clear()
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        self.recompute_if_long(batch.rows)
         log_probs = row_log_probs(self.model, batch.rows)
         if batch.losses is not None:  # the scorer reads the policy of this very step
             self._score(batch, log_probs.detach())
@@ -77,6 +78,8 @@ class SFTModule(AdapterModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise by the kept weight of the step: known only now where a scorer reads the policy."""
+        if self.cleaning is None:
+            return  # all are kept
         kept = self.kept_in_step(optimizer)
         if kept not in (0, self._step_tokens):
             for group in optimizer.param_groups:
@@ -86,13 +89,20 @@ class SFTModule(AdapterModule):
         return {}
 
     def on_validation_epoch_start(self) -> None:
-        names = ("val/loss", *(f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources))
+        names = (
+            "val/loss",
+            "val/token_accuracy",
+            "val/entropy",
+            *(f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources),
+        )
         self.val_means = NamedMeans(names).to(self.device)
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""
-        losses, source = -row_log_probs(self.model, batch.rows), batch.source[batch.rows.completion]
-        values = {"val/loss": (losses, batch.token_weight)}
+        found, source = row_statistics(self.model, batch.rows), batch.source[batch.rows.completion]
+        losses, weight = -found.log_probs, batch.token_weight
+        values = {"val/loss": (losses, weight), "val/entropy": (found.entropy, weight)}
+        values["val/token_accuracy"] = (found.is_top, weight)
         for name in self.trainer.datamodule.reported_sources:
             is_here = source == self.trainer.datamodule.sources.index(name)
             values[f"val/loss/{name}"] = (losses, batch.token_weight * is_here)

@@ -23,11 +23,12 @@ MicroBatch = tuple[tuple[int, ...], float, int]
 class Movable:
     """A dataclass whose tensors go to another device together."""
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
         there = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
         for part in vars(self).values():
             if isinstance(part, Tensor | Movable) and id(part) not in there:
-                there[id(part)] = part.to(device)
+                part_there = part.pin_memory() if isinstance(part, Tensor) and device.type == "cuda" else part
+                there[id(part)] = part_there.to(device, non_blocking=True)
         return replace(self, **{name: there[id(part)] for name, part in vars(self).items() if id(part) in there})
 
 

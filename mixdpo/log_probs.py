@@ -34,7 +34,7 @@ class Head:
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
 
 
-class TokenStatistics(NamedTuple):
+class TargetStatistics(NamedTuple):
     """Of M positions, in fp32 (fp64 for fp64 input). Only `log_probs` has a gradient.
 
     Attributes:
@@ -87,9 +87,9 @@ def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TIL
     return _apply(hidden, head, targets, tile, False)[0]
 
 
-def token_statistics(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> TokenStatistics:
+def target_statistics(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> TargetStatistics:
     """`token_log_probs`, with entropy and top-1 accuracy from the same logits."""
-    return TokenStatistics(*_apply(hidden, head, targets, tile, True))
+    return TargetStatistics(*_apply(hidden, head, targets, tile, True))
 
 
 def _apply(hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: bool) -> Any:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from mixdpo.attention import BY_SEGMENT
 from mixdpo.batching import TokenRows, build_rows
 from mixdpo.errors import InputError
-from mixdpo.log_probs import Head, SequenceLogProbs, exact_token_log_probs, token_log_probs
+from mixdpo.log_probs import (
+    Head,
+    SequenceLogProbs,
+    TargetStatistics,
+    exact_token_log_probs,
+    target_statistics,
+    token_log_probs,
+)
 from mixdpo.packaged_model import model_folder
 
 if TYPE_CHECKING:
@@ -152,6 +159,11 @@ def row_log_probs(model: "PeftModel", rows: TokenRows, *, exact: bool = False) -
     """
     log_probs = exact_token_log_probs if exact else token_log_probs
     return log_probs(predicting_states(model, rows), output_head(model.get_base_model()), rows.target)
+
+
+def row_statistics(model: "PeftModel", rows: TokenRows) -> TargetStatistics:
+    """`row_log_probs` with the entropy and top-1 accuracy of the predictions."""
+    return target_statistics(predicting_states(model, rows), output_head(model.get_base_model()), rows.target)
 
 
 def output_head(causal_lm: "PreTrainedModel") -> Head:

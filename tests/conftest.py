@@ -203,6 +203,11 @@ def build_sft(
     return make_trainer(folder, **(trainer or {})), sft, samples
 
 
+def fit_sft_source(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """`build_sft`, and its data options with a source of twelve samples."""
+    return build_sft, {"source": write_pairs(folder / "samples.jsonl", make_samples(12))}
+
+
 def make_trainer(folder: Path, *, first: tuple[Any, ...] = (), **options: Any) -> L.Trainer:
     """A quiet trainer on the CPU with the callbacks `first` and those of a run."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixdpo.log_probs import TILE, Head, SequenceLogProbs, token_log_probs, token_statistics
+from mixdpo.log_probs import TILE, Head, SequenceLogProbs, target_statistics, token_log_probs
 
 M, H, V = 50, 8, 31
 
@@ -95,7 +95,7 @@ def test_values_in_float32_and_by_default():
 def test_entropy_and_top_1(tile, cap):
     hidden, head, targets = inputs(torch.float64, cap=cap)
     targets[::2] = torch.tensor([naive_logits(hidden, head, i).argmax() for i in range(0, M, 2)])
-    found = token_statistics(hidden, head, targets, tile)
+    found = target_statistics(hidden, head, targets, tile)
     assert torch.equal(found.log_probs, token_log_probs(hidden, head, targets, tile))
     for position in range(M):
         logits = naive_logits(hidden, head, position)
@@ -170,7 +170,7 @@ def test_no_tensor_is_larger_than_a_tile_of_logits_or_the_hidden_states(statisti
     hidden, head, targets = inputs(positions=200, cap=3.0)
     saved = []
     with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        found = (token_statistics if statistics else token_log_probs)(hidden, head, targets, 7)
+        found = (target_statistics if statistics else token_log_probs)(hidden, head, targets, 7)
         (found.log_probs if statistics else found).sum().backward()
     assert seen.numel == 200 * H < 200 * V
     assert seen.positions == 200, "the head is applied once: nothing is computed again in backward"

@@ -1,0 +1,182 @@
+"""What is said about cost: the floor against PEERS.md's figure, the memory probe against what backward really holds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, fit, fit_sft_source, make_pairs, write_pairs
+from test_preference_module import first_batch
+
+from mixdpo import throughput
+from mixdpo.adapters import Lora, add_adapters
+from mixdpo.batching import build_rows
+from mixdpo.models import load_base, sequence_log_probs
+from mixdpo.routing import Routing
+from mixdpo.throughput import RESERVED, activation_bytes, floor_flops, linear_sizes, matrix_rate, recompute
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
+
+
+@pytest.fixture
+def model(tiny_model: str) -> Any:
+    return add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
+
+
+def pair(prompt: int, chosen: int, rejected: int) -> dict[str, list[int]]:
+    return {"prompt_ids": [5] * prompt, "chosen_ids": [6] * chosen, "rejected_ids": [7] * rejected}
+
+
+def test_the_floor_of_an_8b_pair() -> None:
+    """Llama-3.1-8B: 6.98e9 weights in its layers, 0.525e9 in its head; PEERS.md: 20.4 TFLOP, attention included."""
+    rows = build_rows([pair(121, 288, 288)], [True], [True])
+    assert 0.97 < floor_flops((6_979_321_856, 525_336_576), rows) / 20.4e12 < 1.03
+
+
+def test_sizes_are_those_of_the_base_whatever_holds_it(tiny_model: str, model: Any) -> None:
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3
+    vocabulary = model.get_base_model().config.vocab_size
+    assert linear_sizes(model.get_base_model()) == (2 * layer, 64 * vocabulary)
+    assert linear_sizes(load_base(tiny_model, quantization="nf4", dtype="float32")) == (2 * layer, 64 * vocabulary)
+
+
+def test_padding_and_a_second_prompt_are_no_part_of_the_floor() -> None:
+    pairs = [pair(10, 4, 6), pair(3, 1, 1)]
+    shared, packed, apart = (
+        floor_flops((10, 1), build_rows(pairs, [True] * 2, [True] * 2, *layout))
+        for layout in [(True, 0), (True, 100), (False, 0)]
+    )
+    assert shared == packed == 4 * (10 * (20 + 5) + 12) and apart == 4 * (10 * (30 + 8) + 12)
+
+
+def test_a_matrix_rate_is_measured() -> None:
+    assert 1e7 < matrix_rate(64, torch.device("cpu"), torch.float32, seconds=0.02) < 1e15
+
+
+@pytest.mark.parametrize(("shared", "most"), [(False, 1.1), (True, 1 / (1 - RESERVED))])
+def test_the_probe_counts_what_long_rows_hold_until_backward(model: Any, shared: bool, most: float) -> None:
+    """Per token, against the bytes that the graph of rows five times as long keeps alive; a shared prompt's keys and
+    values are held once more for the second response, which the reserve covers."""
+    held: dict[int, int] = {}
+    keep: list[torch.Tensor] = []
+    fixed = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        keep.append(tensor)
+        if tensor.untyped_storage().data_ptr() not in fixed:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    rows = build_rows([pair(100, 110, 110)], [True], [True], shared)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        sequence_log_probs(model, rows)
+    assert 0.9 < sum(held.values()) / rows.input_ids.numel() / activation_bytes(model) < most
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(True, [True] * 3), (False, [False] * 3), (45, [True, False, False]), ("auto", [False] * 3)]
+)
+def test_long_micro_batches_alone_are_recomputed(
+    asked: Any, expected: list[bool], tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that is recomputed runs twice; a number is a limit of tokens, auto has all the memory of this machine."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls: list[int] = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *inputs: (calls.append(1), forward(*inputs))[1])
+    options = {"activation_checkpointing": asked, "reference_cache": False}
+    data = {"routing": Routing(hard_fraction=1.0), "batch_size": 1}
+    trainer, module, pairs = build(tiny_model, source, tmp_path / "run", data=data, **options)
+    first_batch(trainer, module, pairs)
+    batches = sorted(pairs.train_dataloader(), key=lambda batch: -batch.rows.tokens)
+    tokens = [batch.rows.tokens for batch in batches]
+    if asked == 45:
+        module._recompute_above = tokens[0] - 1
+    for batch, again in zip(batches[:3], expected, strict=True):
+        calls.clear()
+        module.recompute_if_long(batch.rows)
+        policy, _ = module.policy_and_reference(batch)
+        policy.sums.sum().backward()
+        assert len(calls) == (4 if again else 2)
+    if asked != 45:
+        assert module._recompute_above == {True: 0, False: 0}.get(asked, module._recompute_above)
+
+
+def test_auto_recomputes_what_does_not_fit(
+    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = fit(tiny_model, source, tmp_path / "much", activation_checkpointing="auto")
+    assert module._recompute_above > 10_000
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 3e5})())
+    little = fit(tiny_model, source, tmp_path / "little", activation_checkpointing="auto")
+    assert 0 < little._recompute_above < 1000
+    for name, value in module.model.named_parameters():
+        assert torch.equal(value, dict(little.model.named_parameters())[name])
+
+
+def test_switching_reaches_every_layer(model: Any) -> None:
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    layers = model.get_base_model().model.layers
+    recompute(model, False)
+    assert not any(layer.gradient_checkpointing for layer in layers)
+    recompute(model, True)
+    assert all(layer.gradient_checkpointing for layer in layers)
+
+
+def test_a_run_logs_its_share_of_the_floor(
+    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules.callbacks import Throughput
+
+    monkeypatch.setattr("lightning_modules.callbacks.matrix_rate", lambda *_: 1e9)
+    rows: list[dict[str, float]] = []
+    trainer, module, pairs = build(tiny_model, source, tmp_path / "run", trainer={"first": (Throughput(),)})
+    module._log_step = rows.append  # type: ignore[method-assign]
+    trainer.fit(module, pairs)
+    assert len(rows) == 3
+    for row in rows:
+        assert row["floor_share"] > 0 and row["memory/peak_gb"] > 0.1
+        per_token = row["floor_share"] * 1e9 / row["tokens_per_second"]
+        body, head = linear_sizes(module.model.get_base_model())
+        assert 4 * body < per_token <= 4 * (body + head)
+    assert throughput.PROBED_TOKENS == 64
+
+
+class Syncs(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what would wait for a device: reading a value, and shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "equal")
+        if function.overloadpacket.__name__ in waits:
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["preference", "sft"])
+def test_a_step_that_logs_nothing_waits_for_no_device(kind: str, tiny_model: str, source: str, tmp_path: Path) -> None:
+    found: list[list[str]] = []
+    make, data = fit_sft_source(tmp_path) if kind == "sft" else (build, {"routing": Routing(hard_fraction=0.4)})
+    where = data.pop("source", source)
+    trainer, module, pairs = make(
+        tiny_model, where, tmp_path / "run", trainer={"log_every_n_steps": 1000, "callbacks": []}, data=data
+    )
+    step = module.training_step
+
+    def watched(batch: Any, batch_idx: int) -> Any:
+        with Syncs() as syncs:
+            loss = step(batch, batch_idx)
+        found.append(syncs.found)
+        return loss
+
+    module.training_step = watched
+    trainer.fit(module, pairs)
+    assert len(found) >= 3 and not any(found), found
