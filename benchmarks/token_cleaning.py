@@ -13,22 +13,17 @@ c, storage: 5M float32 scores written and read through a warm page cache. A flat
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import about, forget_peak, in_fresh_process, megabytes, table, timed
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import profile
@@ -124,8 +119,7 @@ def run_side(side: str, samples: Samples, **options: int) -> tuple[dict[str, flo
     model = two_roles()
     compute = partial({"published": published_losses, "ours": our_losses}[side], model, **options)
     compute(samples[:2])  # warm-up
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of loading
-    resident, cpu_before = megabytes("VmRSS"), time.process_time()
+    resident, cpu_before = forget_peak(), time.process_time()
     losses, seconds = timed(partial(compute, samples))
     cpu_seconds, peak = time.process_time() - cpu_before, megabytes("VmHWM")
     if side == "published":
@@ -137,23 +131,12 @@ def run_side(side: str, samples: Samples, **options: int) -> tuple[dict[str, flo
     return {"seconds": seconds, "cpu_seconds": cpu_seconds} | speeds | memory, np.stack(losses)
 
 
-def megabytes(field: str) -> float:
-    """Of this process. Not ru_maxrss, which on Linux a child inherits from its parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
-
-
-def in_fresh_process(*arguments: Any, **options: int) -> Any:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(run_side, *arguments, **options).result()
-
-
 def scoring(source: str, count: int) -> dict[str, Any]:
     return {name: compare_sides(name, samples) for name, samples in length_regimes(source, count).items()}
 
 
 def compare_sides(regime: str, samples: Samples) -> dict[str, Any]:
-    runs = [{side: in_fresh_process(side, samples) for side in order} for order in ROUNDS]
+    runs = [{side: in_fresh_process(run_side, side, samples) for side in order} for order in ROUNDS]
     losses = np.stack([values for run in runs for _, values in run.values()])
     difference = float(np.abs(losses - losses[0]).max())
     if not difference < TOLERANCE:
@@ -230,31 +213,9 @@ def storage() -> dict[str, dict[str, float]]:
     return costs
 
 
-def timed(action: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    return action(), time.perf_counter() - started
-
-
-def table(head: list[str], rows: Iterable[list[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-def about() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = f"{platform.platform()}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}"
-    found = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-    }
-    return found | {"versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}}
-
-
 def sweep(samples: Samples) -> None:
     keys = ["tokens_per_second", "seconds", "cpu_seconds", "peak_above_resident_mb"]
-    costs = {size: in_fresh_process("ours", samples, batch_tokens=size)[0] for size in SWEEP}
+    costs = {size: in_fresh_process(run_side, "ours", samples, batch_tokens=size)[0] for size in SWEEP}
     rows = ([size, *(round(cost[key], 1) for key in keys)] for size, cost in costs.items())
     print(table(["batch_tokens", *keys], rows))
 

