@@ -95,7 +95,7 @@ class AdapterModule(L.LightningModule):
                 "or `data`; pairs go with PreferenceModule, SFT samples with SFTModule"
             )
         base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
-        if data.documents:
+        if getattr(data, "documents", False):
             check_documents(base)
         self.model = add_adapters(base, self.lora, self.adapter)
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None

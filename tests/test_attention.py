@@ -129,3 +129,16 @@ def test_a_sequence_beyond_the_sliding_window_is_refused_only_where_it_is_packed
     rows = build_rows(long, [True], [True], share_prompt=False)
     found = token_log_probs(predicting_states(model, rows), output_head(model), rows.target)
     torch.testing.assert_close(found, one_by_one(model, long), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_rows_on_a_gpu(tiny_model: str, dtype: str) -> None:
+    model = load_base(tiny_model, quantization="none", dtype=dtype, device="cuda")
+    check_documents(model)
+    states = [
+        predicting_states(model, build_rows(PAIRS, [True] * 4, [True] * 4, *layout).to(torch.device("cuda")))
+        for layout in [(False, 0), (True, 1000)]
+    ]
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    assert (states[0] - states[1]).norm() < tolerance * states[0].norm()

@@ -273,3 +273,43 @@ def test_saved_adapter_gives_the_policys_logits_in_a_fresh_model(tiny_model: str
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW"])
+def test_optimizers_of_bitsandbytes_are_a_choice_of_yaml(
+    name: str, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """Paged ones need CUDA to run: that they are understood is all that can be tried here."""
+    import bitsandbytes
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PreferenceModule, "model", fail_untyped=False)  # as Lightning does
+    choice = {"class_path": f"bitsandbytes.optim.{name}", "init_args": {"lr": 0.01}}
+    config = {"class_path": "PreferenceModule", "init_args": {"base": tiny_model, "optimizer": choice}}
+    module = parser.instantiate(parser.parse_object({"model": config})).model
+    parameter = torch.nn.Parameter(torch.ones(8192))
+    made = None if "Paged" in name else module.optimizer([parameter])
+    assert made is None or isinstance(made, bitsandbytes.optim.AdamW8bit)
+    if made is not None:
+        parameter.grad = torch.ones_like(parameter)
+        made.step()
+        assert made.state[parameter]["state1"].dtype == torch.uint8
+        torch.testing.assert_close(parameter.detach(), torch.full((8192,), 0.99), atol=2e-4, rtol=0)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_only_where_it_logs(tiny_model: str, source: str, tmp_path: Path) -> None:
+    trainer = {"accelerator": "gpu", "devices": 1, "log_every_n_steps": 1000, "precision": "bf16-mixed"}
+    fitter, module, data = build(tiny_model, source, tmp_path / "run", trainer=trainer)
+    step = module.training_step
+
+    def watched(batch: PairBatch, batch_idx: int) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(batch, batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    module.training_step = watched  # type: ignore[method-assign]
+    fitter.fit(module, data)
