@@ -3,7 +3,7 @@
     python benchmarks/preference_step.py [--pairs 16] [--rounds 2] [--cases online,cached] [--dtype bfloat16]
     python benchmarks/preference_step.py --ablation
 
-Both sides: SmolLM2-135M-Instruct, LoRA r 16 on all linear layers with the same start, AdamW 5e-4, steps of 4 real pairs
+Both sides: SmolLM2-135M-Instruct, LoRA r 16 on all linear layers with the same start, AdamW 1e-4, steps of 4 real pairs
 (UltraFeedback's lengths, responses cut so that no side exceeds 512 tokens), the same threads. Every run is a process of
 its own; sides alternate, the second round in reverse. Timed is training alone, from its first step to its last, and
 memory is the peak of the process in that time. TRL runs with its defaults, and as fast as its documentation makes it:
@@ -26,7 +26,7 @@ import lightning as L
 import torch
 from measuring import about, forget_peak, in_fresh_process, megabytes, table
 
-BATCH, RATE, LONGEST, LONGEST_PROMPT = 4, 5e-4, 512, 256
+BATCH, RATE, LONGEST, LONGEST_PROMPT = 4, 1e-4, 512, 256  # AdamW amplifies rounding with its rate
 TRL = {"TRL, defaults": {}, "TRL, fastest": {"gradient_checkpointing": False}}
 CASES: dict[str, dict[str, Any]] = {
     "online": {"title": "DPO, reference online", "goal": 3},
@@ -207,7 +207,7 @@ def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any
 
         def recorded(*inputs: Any, **options: Any) -> Any:
             found = compute(*inputs, **options)
-            losses.append(float(found[0] if isinstance(found, tuple) else found))
+            losses.append(float((found[0] if isinstance(found, tuple) else found).detach()))
             return found
 
         trainer.compute_loss = recorded
@@ -215,38 +215,54 @@ def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any
     return clock.costs | {"losses": losses}
 
 
-def compare(setting: dict[str, Any], path: str, case: dict[str, Any], rounds: int, pairs: int) -> dict[str, Any]:
-    sides = {"ours": partial(ours, setting, path, case)}
-    sides |= {name: partial(trl, setting, path, case, **options) for name, options in TRL.items()}
-    if case.get("cached"):
-        in_fresh_process(sides["ours"])  # fills the cache: this is the epoch after the first
-    runs: list[dict[str, dict[str, Any]]] = []
+def measure(setting: dict[str, Any], path: str, names: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Costs of each side and case by round; TRL's do not depend on the share of hard pairs."""
+    sides = {f"ours, {name}": partial(ours, setting, path, CASES[name]) for name in names}
+    for cached in sorted({CASES[name].get("cached", False) for name in names}):
+        for name, options in TRL.items():
+            sides[side_of(name, {"cached": cached})] = partial(trl, setting, path, {"cached": cached}, **options)
+    if any(CASES[name].get("cached") for name in names):
+        in_fresh_process(ours, setting, path, CASES["cached"])  # fills the cache: measured is an epoch after the first
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for number in range(rounds):
-        order = list(sides)[:: -1 if number % 2 else 1]
-        runs.append({name: in_fresh_process(sides[name]) for name in order})
-    found = {name: [run[name] for run in runs] for name in sides}
-    seconds = {name: statistics.median(run["seconds"] for run in each) for name, each in found.items()}
-    peaks = {name: statistics.median(run["peak_mb"] for run in each) for name, each in found.items()}
-    fastest, leanest = min(seconds[name] for name in TRL), min(peaks[name] for name in TRL)
-    result = {"title": case["title"], "runs": found, "pairs_per_second": {n: pairs / s for n, s in seconds.items()}}
-    result |= {"speed": fastest / seconds["ours"], "memory": peaks["ours"] / leanest, "goal": case["goal"]}
-    result["speed_by_round"] = [min(run[n]["seconds"] for n in TRL) / run["ours"]["seconds"] for run in runs]
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            found[name].append(in_fresh_process(sides[name]))
+            costs = found[name][-1]
+            print(f"{name}: {costs['seconds']:.1f} s, {costs['peak_mb'] / 1e3:.1f} GB", flush=True)
+    return found
+
+
+def side_of(name: str, case: dict[str, Any]) -> str:
+    return f"{name}, {'cached' if case.get('cached') else 'online'}"
+
+
+def compare(found: dict[str, list[dict[str, Any]]], name: str, setting: dict[str, Any], pairs: int) -> dict[str, Any]:
+    case, mine = CASES[name], found[f"ours, {name}"]
+    theirs = {side: found[side_of(side, case)] for side in TRL}
+    seconds, peaks = ({s: median(each, key) for s, each in theirs.items()} for key in ("seconds", "peak_mb"))
+    result = {"title": case["title"], "goal": case["goal"], "pairs_per_second": pairs / median(mine, "seconds")}
+    result |= {"trl_pairs_per_second": {side: pairs / value for side, value in seconds.items()}}
+    result["speed"] = min(seconds.values()) / median(mine, "seconds")
+    rounds = zip(mine, *theirs.values(), strict=True)
+    result["speed_by_round"] = [min(t["seconds"] for t in trls) / own["seconds"] for own, *trls in rounds]
+    result["memory"] = median(mine, "peak_mb") / min(peaks.values())
     if not case.get("hard"):
-        both = zip(found["ours"][0]["losses"], found["TRL, defaults"][0]["losses"], strict=True)
-        result["largest_loss_difference"] = max(abs(a - b) for a, b in both)
-        if setting["dtype"] == "float32" and not result["largest_loss_difference"] < LOSS_TOLERANCE:
-            raise SystemExit(f"the losses differ by {result['largest_loss_difference']}: there is nothing to compare")
+        both = zip(mine[0]["losses"], theirs["TRL, defaults"][0]["losses"], strict=True)
+        result["largest_loss_difference"] = off = max(abs(a - b) for a, b in both)
+        if setting["dtype"] == "float32" and not off < LOSS_TOLERANCE:
+            raise SystemExit(f"the losses differ by {off}: there is nothing to compare")
+    cells = [
+        f"{median(each, 'seconds'):.0f} s, {median(each, 'peak_mb') / 1e3:.1f} GB" for each in (mine, *theirs.values())
+    ]
+    each = ", ".join(f"{ratio:.2f}" for ratio in result["speed_by_round"])
+    goal = "" if result["goal"] is None else f", goal {result['goal']}"
+    result["row"] = [case["title"], *cells, f"{result['speed']:.2f}× ({each}{goal})"]
+    result["row"].append(f"{result['memory']:.2f} (goal {MEMORY_GOAL})")
     return result
 
 
-def row(result: dict[str, Any], pairs: int) -> list[str]:
-    cells = [result["title"]]
-    for each in result["runs"].values():
-        seconds, peak = (statistics.median(run[key] for run in each) for key in ("seconds", "peak_mb"))
-        cells.append(f"{seconds:.0f} s, {pairs / seconds:.2f} pairs/s, {peak / 1e3:.1f} GB")
-    each = ", ".join(f"{ratio:.2f}" for ratio in result["speed_by_round"])
-    goal = "" if result["goal"] is None else f" (goal {result['goal']})"
-    return [*cells, f"{result['speed']:.2f}× ({each}){goal}", f"{result['memory']:.2f} (goal {MEMORY_GOAL})"]
+def median(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
 
 
 def ablation(setting: dict[str, Any], path: str, pairs: int) -> list[dict[str, Any]]:
@@ -281,20 +297,18 @@ def main() -> None:
         path = Path(folder) / "pairs.jsonl"
         pairs = real_pairs(options.source, options.model, options.pairs)
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
-        rows = []
-        for name in ["ablation"] if options.ablation else options.cases.split(","):
-            if name == "ablation":
-                measured: Any = ablation(setting, str(path), len(pairs))
-            else:
-                measured = compare(setting, str(path), CASES[name], options.rounds, len(pairs))
-                rows.append(row(measured, len(pairs)))
-                print(" | ".join(rows[-1]), flush=True)
-            report[f"{name}, {options.dtype}"] = {"about": about(), "pairs": len(pairs), "measured": measured}
-            options.out.parent.mkdir(exist_ok=True)
-            options.out.write_text(json.dumps(report, indent=2) + "\n")
-    if rows:
-        heads = [f"{len(pairs)} pairs, {options.dtype}", "ours", *TRL, "speed against TRL's faster", "memory"]
-        print("\n" + table(heads, rows))
+        if options.ablation:
+            name, measured = "ablation", ablation(setting, str(path), len(pairs))
+        else:
+            cases = options.cases.split(",")
+            found = measure(setting, str(path), cases, options.rounds)
+            compared = [compare(found, case, setting, len(pairs)) for case in cases]
+            heads = [f"{len(pairs)} pairs, {options.dtype}", "ours", *TRL, "speed against TRL's faster", "memory"]
+            print("\n" + table(heads, [case.pop("row") for case in compared]))
+            name, measured = "comparison", {"runs": found, "compared": compared}
+    report[f"{name}, {options.dtype}"] = {"about": about(), "pairs": len(pairs), "measured": measured}
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

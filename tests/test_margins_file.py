@@ -67,7 +67,10 @@ def test_file(tiny_model, source, tmp_path):
     weights = base_fingerprint(add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora()))
     expected = {"signal": "mixdpo.signals.CHES", "options": {"normalised": False}, "needs": "policy", "pairs": 10}
     expected |= {"base": tiny_model, "weights": weights, "adapter": None, "adapter_weights": None, "source": source}
-    expected |= {"lengths": "max_length 64, max_prompt_length 32, truncate", "dtype": "none, float32, by_segment, 32-true"}
+    expected |= {
+        "lengths": "max_length 64, max_prompt_length 32, truncate",
+        "dtype": "none, float32, by_segment, 32-true",
+    }
     assert expected.items() <= file.header.items() and {"date", "tokenizer", "template", "data"} <= file.header.keys()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.margins", "pairs.jsonl"]
 
