@@ -68,6 +68,7 @@ class PreferenceModule(AdapterModule):
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
         self.reference_cache = reference_cache
         self._kept_log_probs: ReferenceCache | None = None  # of the reference as it is now; None when it has changed
+        self._weights = ""
         self._new_log_probs: list[tuple[Any, Tensor]] = []  # not written yet: that waits for the device
         self._sft_gradient: list[Tensor] = []  # of the step so far, if it is asked for
         self._gradient_norms: dict[str, float] = {}
@@ -92,7 +93,8 @@ class PreferenceModule(AdapterModule):
         if (cache := self._kept_log_probs) is not None:
             known = cache.get([key for key, _ in batch.reference_keys])
             if known is not None:
-                return torch.tensor(known, device=batch.weight.device)
+                values = torch.tensor(known)
+                return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
         with torch.no_grad(), role(self.model, "reference"):
             found = row_log_probs(self.model, batch.reference_rows)
         if cache is not None:
@@ -103,7 +105,8 @@ class PreferenceModule(AdapterModule):
         """All that decides the reference's log-probabilities of given tokens."""
         adapter = adapter_fingerprint(self.model, "reference")
         computed = [*self.loading.values(), str(self.trainer.precision), self.device.type]
-        return {"weights": base_fingerprint(self.model), "adapter": adapter, "computed": computed}
+        self._weights = self._weights or base_fingerprint(self.model)  # seconds in a large model, and they never change
+        return {"weights": self._weights, "adapter": adapter, "computed": computed}
 
     def _write_log_probs(self) -> None:
         """Write what was computed since the last time. It waits for the device, so steps that log nothing leave it."""

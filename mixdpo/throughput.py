@@ -66,7 +66,8 @@ def activation_bytes(model: Any) -> float:
     kept: list[Tensor] = []
     device = next(model.parameters()).device
     rows = token_rows([[Piece([0] * PROBED_TOKENS, 0, (1, PROBED_TOKENS))]], 1).to(device)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with torch.random.fork_rng(), torch.enable_grad(), hooks:  # dropout must not shift the run's random numbers
         predicting_states(model, rows)
     return sum(sizes.values()) / PROBED_TOKENS
 
