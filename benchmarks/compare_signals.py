@@ -4,11 +4,12 @@
 
 Policy log-prob and CHES (summed and per token) of SmolLM2-135M-Instruct (NF4, fp32), and the data's own rating. Margins
 files are kept in FOLDER (default runs/compare_signals): a stopped comparison goes on where it was. Further options go
-to `run.py predict`. One signal of the model is about 355,000 tokens: 35 minutes at 170 tokens a second.
+to `run.py predict`. All signals of the model are of one pass over about 355,000 tokens.
 """
 
 import argparse
 import gzip
+import json
 import random
 import subprocess
 import sys
@@ -22,11 +23,10 @@ from mixdpo.margins_report import HARDEST, compared, overlap, spearman
 
 DATA = ("alpaca_eval_pairs", "ultrafeedback_pairs", "pandalm_human_pairs")
 LIMITS = ["--data.max_length", "512", "--data.max_prompt_length", "256", "--trainer.accelerator", "cpu"]
-SIGNALS = {
-    "rating": ("rating", []),
-    "log-prob": ("policy_log_prob", []),
-    "CHES": ("ches", []),
-    "CHES, per token": ("ches", ["--model.signal.normalised", "true"]),
+CLASSES = {
+    "log-prob": {"class_path": "mixdpo.signals.PolicyLogProb"},
+    "CHES": {"class_path": "mixdpo.signals.CHES"},
+    "CHES, per token": {"class_path": "mixdpo.signals.CHES", "init_args": {"normalised": True}},
 }
 
 
@@ -41,14 +41,21 @@ def draw(source: Path, pairs: int, out: Path) -> Path:
     return out
 
 
-def predict(folder: Path, source: Path, signal: str, options: list[str]) -> Path:
-    """The margins file of one signal; `run.py predict` continues one that was begun and leaves a complete one alone."""
-    config, more = SIGNALS[signal]
-    path = folder / f"{source.stem}-{signal.replace(', ', '-').replace(' ', '_')}.margins"
-    if not path.exists():
+def predict(folder: Path, source: Path, options: list[str]) -> dict[str, Path]:
+    """The margins file of each signal; `run.py predict` continues those that were begun and leaves complete ones."""
+    names = {signal: f"{source.stem}-{signal.replace(', ', '-').replace(' ', '_')}" for signal in ("rating", *CLASSES)}
+    paths = {signal: folder / f"{name}.margins" for signal, name in names.items()}
+    first, *others = CLASSES
+    also = {names[signal]: CLASSES[signal] for signal in others}
+    for config, signal, more in [
+        ("rating", "rating", []),
+        ("policy_log_prob", first, ["--model.also", json.dumps(also)]),  # all of the model in one pass
+    ]:
         given = ["--config", f"configs/signals/{config}.yaml", "--data.source", str(source), *LIMITS, *more, *options]
-        subprocess.run([sys.executable, "run.py", "predict", *given, "--model.output", str(path)], check=True)
-    return path
+        command = [sys.executable, "run.py", "predict", *given, "--model.output", str(paths[signal])]
+        if not all(paths[name].exists() for name in ([signal, *others] if more else [signal])):
+            subprocess.run(command, check=True)
+    return paths
 
 
 def main() -> None:
@@ -56,14 +63,13 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/compare_signals"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--pairs", type=int, default=300)
-    parser.add_argument("--signals", nargs="+", default=list(SIGNALS), choices=SIGNALS)
     parser.add_argument("--name", default="compare_signals", help="of the files in benchmarks/results")
     arguments, options = parser.parse_known_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows, content = [], {"about": about(), "seed": 0, "options": [*LIMITS, *options], "comparisons": []}
     for data in DATA:
         source = draw(arguments.data / f"{data}.jsonl.gz", arguments.pairs, arguments.folder / f"{data}.jsonl")
-        files = {name: read_margins(predict(arguments.folder, source, name, options)) for name in arguments.signals}
+        files = {name: read_margins(path) for name, path in predict(arguments.folder, source, options).items()}
         for a, b in combinations(files, 2):
             x, y = compared(files[a], files[b])
             found = {"data": data, "a": a, "b": b, "pairs": len(x), "spearman": spearman(x, y)}

@@ -205,7 +205,7 @@ class PreferenceDataModule(PlannedDataModule):
 
     def predict_dataloader(self) -> ResumableLoader:
         """Batches by length of the pairs whose margin is not known yet."""
-        known, ids = self.trainer.lightning_module.file.margins, self.train_pairs["pair_id"][:]
+        known, ids = self.trainer.lightning_module.known, self.train_pairs["pair_id"][:]
         easy = [False] * len(ids)
         batches = self.validation_batches(self._tokens(self.train_pairs, easy))
         left = [tuple(i for i in batch if ids[i] not in known) for batch, _, _ in batches]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,14 +13,17 @@ from mixdpo.errors import InputError
 from mixdpo.margins_file import MarginsWriter
 from mixdpo.models import Attention, Dtype, Quantization, check_documents, load_base, load_reward_model
 
+Signal = Callable[[Any, PairBatch], Any]
+
 
 class MarginModule(L.LightningModule):
     def __init__(
         self,
         base: str,
-        signal: Callable[[Any, PairBatch], Any],
+        signal: Signal,
         adapter: str | None = None,
         output: str | None = None,
+        also: dict[str, Signal] | None = None,
         quantization: Quantization = "nf4",
         dtype: Dtype = "bfloat16",
         attention: Attention = "by_segment",
@@ -31,22 +35,25 @@ class MarginModule(L.LightningModule):
             signal: What the margin is; class path and parameters.
             adapter: PEFT folder or hub id: base + adapter is the policy. The base alone if not given.
             output: The margins file; RUNS/NAME.margins if not given. One that holds other margins is not overwritten.
+            also: Further signals of the same model by name, from the same pass: NAME.margins, beside `output`.
             quantization: How the model is held in memory.
             dtype: Of the model's unquantised weights and of the computation with 4-bit ones.
             attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
                 eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
         """
         super().__init__()
-        self.base, self.signal, self.adapter, self.output = base, signal, adapter, output
+        self.base, self.signal, self.adapter, self.output, self.also = base, signal, adapter, output, also or {}
         self.needs: str = signal.needs  # type: ignore[attr-defined]
+        if other := [name for name, more in self.also.items() if more.needs != self.needs]:  # type: ignore[attr-defined]
+            raise InputError(f"model.also: {', '.join(other)} cannot be computed with the {self.needs} of {signal}")
         if not {"policy": True, "adapter": bool(adapter)}.get(self.needs, not adapter):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.model: Any = None
-        self.file: MarginsWriter = None  # type: ignore[assignment]  # until configure_model
+        self.files: list[tuple[Signal, MarginsWriter]] = []  # until configure_model
 
     def configure_model(self) -> None:
-        if self.file is not None:
+        if self.files:
             return
         if self.trainer.world_size > 1:
             raise InputError("predict writes one file: use one device (--trainer.devices 1)")
@@ -61,19 +68,29 @@ class MarginModule(L.LightningModule):
                 check_documents(self.model)
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
             used["adapter_weights"] = adapter_fingerprint(self.model, "policy") if self.adapter else None
-        kind = type(self.signal)
-        about = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(self.signal), "needs": self.needs}
-        about |= {"base": self.base, "adapter": self.adapter, **used, **self.trainer.datamodule.identity}
-        about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
-        self.file = MarginsWriter(str(self.output), about, self.trainer.datamodule.texts)
-        if len(self.file.margins) == len(self.file.texts):
+        data = self.trainer.datamodule
+        names = {name: str(Path(str(self.output)).with_name(f"{name}.margins")) for name in self.also}
+        wanted = [(self.signal, str(self.output)), *((self.also[name], path) for name, path in names.items())]
+        for signal, path in wanted:
+            kind = type(signal)
+            about = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(signal), "needs": self.needs}
+            about |= {"base": self.base, "adapter": self.adapter, **used, **data.identity}
+            about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
+            self.files.append((signal, MarginsWriter(path, about, data.texts)))
+        if len(self.known) == len(data.texts):
             self.trainer.limit_predict_batches = 0  # nothing is left to compute
 
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[float]:
-        margins: list[float] = self.signal(self.model, batch).tolist()
-        self.file.append(batch.pair_id.tolist(), margins)
-        return margins
+    @property
+    def known(self) -> set[int]:
+        """Ids of the pairs that no file lacks."""
+        return set.intersection(*(set(file.margins) for _, file in self.files))
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[int]:
+        pair_ids: list[int] = batch.pair_id.tolist()
+        for signal, file in self.files:
+            file.append(pair_ids, signal(self.model, batch).tolist())
+        return pair_ids  # Lightning warns of None
 
     def teardown(self, stage: str) -> None:
-        if self.file is not None:
-            print(self.file.finish())
+        for _, file in self.files:
+            print(file.finish())

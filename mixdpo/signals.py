@@ -13,7 +13,8 @@ from torch import Tensor
 from mixdpo.adapters import role
 from mixdpo.batching import PairBatch, TokenRows
 from mixdpo.errors import InputError
-from mixdpo.models import predicting_states, sequence_log_probs
+from mixdpo.log_probs import exact_token_log_probs
+from mixdpo.models import output_head, predicting_states, sequence_log_probs, summed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +30,13 @@ def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
     """
     chosen, rejected = chosen.double(), rejected.double()  # the difference of two like numbers of order 1e8
     return ((rejected - chosen) * chosen).sum(-1)
+
+
+def policy_states(model: Any, rows: TokenRows) -> Tensor:
+    """`predicting_states` of the policy, computed once where several signals look at the same rows."""
+    if not hasattr(rows, "policy_states"):
+        rows.policy_states = predicting_states(model, rows)  # type: ignore[attr-defined]
+    return rows.policy_states  # type: ignore[attr-defined]
 
 
 def rewards(model: "PreTrainedModel", rows: TokenRows) -> list[Tensor]:
@@ -49,7 +57,9 @@ class PolicyLogProb:
     needs: ClassVar[Needs] = "policy"
 
     def __call__(self, model: Any, batch: PairBatch) -> Tensor:
-        chosen, rejected = sequence_log_probs(model, batch.rows, exact=True).sums.double().chunk(2)
+        head, rows = output_head(model.get_base_model()), batch.rows
+        values = exact_token_log_probs(policy_states(model, rows), head, rows.target)
+        chosen, rejected = summed(values, rows).sums.double().chunk(2)
         return 0.1 * (chosen - rejected)
 
 
@@ -87,7 +97,7 @@ class CHES:
     needs: ClassVar[Needs] = "policy"
 
     def __call__(self, model: Any, batch: PairBatch) -> Tensor:
-        states, rows = predicting_states(model, batch.rows), batch.rows
+        states, rows = policy_states(model, batch.rows), batch.rows
         states = states.to(torch.promote_types(states.dtype, torch.float32))
         sums = states.new_zeros(len(rows.lengths), states.shape[-1]).index_add(0, rows.completion, states)
         chosen, rejected = (sums / rows.lengths[:, None] if self.normalised else sums).chunk(2)

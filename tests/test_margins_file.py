@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import build, make_pairs, make_trainer, write_pairs
 
+import mixdpo.signals
 import run
 from datamodules.preference import PreferenceDataModule
 from lightning_modules.margins import MarginModule
@@ -333,3 +334,26 @@ def test_many_points_are_drawn(tmp_path):
         write_margins(tmp_path / name, {i: float(hash((name, i)) % 1000) for i in range(4000)})
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert (tmp_path / "a-vs-b.html").read_text().count("<circle") == 3000
+
+
+def test_several_signals_in_one_pass(tiny_model, source, tmp_path, monkeypatch):
+    """The files are those of a pass each; what one file lacks is computed again for it alone."""
+    forwards = []
+    real = mixdpo.signals.predicting_states
+    monkeypatch.setattr(mixdpo.signals, "predicting_states", lambda *args: (forwards.append(1), real(*args))[1])
+    also = {"length": CHES(normalised=True), "log_prob": PolicyLogProb()}
+    predict(tiny_model, source, tmp_path, also=also)
+    assert len(forwards) == 4  # batches of 3 of 10 pairs
+    for name, signal in also.items():
+        path = tmp_path / f"{name}.margins"
+        alone = predict(tiny_model, source, tmp_path, signal, name=f"alone-{name}.margins")
+        assert without_date(path) == without_date(alone)
+    lines = (tmp_path / "log_prob.margins").read_text().splitlines(keepends=True)
+    (tmp_path / "log_prob.margins").unlink()
+    (tmp_path / "log_prob.margins.part").write_text("".join(lines[:6]))
+    Counted.computed.clear()
+    del forwards[:]
+    predict(tiny_model, source, tmp_path, also=also)
+    assert 1 <= len(forwards) <= 4 and (tmp_path / "log_prob.margins").read_text() == "".join(lines)
+    with pytest.raises(InputError, match="rated cannot be computed with the policy"):
+        MarginModule(tiny_model, CHES(), also={"rated": Rating()})
