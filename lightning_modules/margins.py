@@ -88,7 +88,9 @@ class MarginModule(L.LightningModule):
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[int]:
         pair_ids: list[int] = batch.pair_id.tolist()
         for signal, file in self.files:
-            file.append(pair_ids, signal(self.model, batch).tolist())
+            if lacking := [i for i, pair_id in enumerate(pair_ids) if pair_id not in file.margins]:
+                margins = signal(self.model, batch).tolist()
+                file.append([pair_ids[i] for i in lacking], [margins[i] for i in lacking])
         return pair_ids  # Lightning warns of None
 
     def teardown(self, stage: str) -> None:

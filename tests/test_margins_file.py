@@ -355,5 +355,6 @@ def test_several_signals_in_one_pass(tiny_model, source, tmp_path, monkeypatch):
     del forwards[:]
     predict(tiny_model, source, tmp_path, also=also)
     assert 1 <= len(forwards) <= 4 and (tmp_path / "log_prob.margins").read_text() == "".join(lines)
+    assert not list(tmp_path.glob("*.part"))
     with pytest.raises(InputError, match="rated cannot be computed with the policy"):
         MarginModule(tiny_model, CHES(), also={"rated": Rating()})
