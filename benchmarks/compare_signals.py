@@ -66,10 +66,16 @@ def main() -> None:
     parser.add_argument("--name", default="compare_signals", help="of the files in benchmarks/results")
     arguments, options = parser.parse_known_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    by_length: dict[str, dict[str, float]] = {}
     rows, content = [], {"about": about(), "seed": 0, "options": [*LIMITS, *options], "comparisons": []}
     for data in DATA:
         source = draw(arguments.data / f"{data}.jsonl.gz", arguments.pairs, arguments.folder / f"{data}.jsonl")
         files = {name: read_margins(path) for name, path in predict(arguments.folder, source, options).items()}
+        pairs = map(json.loads, source.read_text("utf-8").splitlines())
+        longer = [
+            len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs
+        ]  # the files are in the order of the data
+        by_length[data] = {name: spearman([m for _, m in file.pairs.values()], longer) for name, file in files.items()}
         for a, b in combinations(files, 2):
             x, y = compared(files[a], files[b])
             found = {"data": data, "a": a, "b": b, "pairs": len(x), "spearman": spearman(x, y)}
@@ -77,7 +83,11 @@ def main() -> None:
             content["comparisons"].append(found)
             rows.append([data, a, b, len(x), found["spearman"], *(e["share"] for e in found["hardest"].values())])
     chance = [f"hardest {fraction:.0%} shared (chance {fraction:.3f})" for fraction in HARDEST]
-    write(arguments.name, content, table(["data", "A", "B", "pairs", "Spearman", *chance], rows))
+    content["length"] = by_length
+    lengths = [[data, *found.values()] for data, found in by_length.items()]
+    heads = ["Spearman with characters of chosen − rejected", *next(iter(by_length.values()))]
+    tables = [table(["data", "A", "B", "pairs", "Spearman", *chance], rows), table(heads, lengths)]
+    write(arguments.name, content, "\n\n".join(tables))
 
 
 if __name__ == "__main__":
