@@ -1,9 +1,9 @@
 """Difficulty signals against each other on 300 seeded pairs of each shared data set: rank correlation and hard sets.
 
-    python benchmarks/compare_signals.py [FOLDER] [--data ../shared/data] [--pairs 300] [--model.… --trainer.…]
+    python benchmarks/compare_signals.py [--folder runs/compare_signals] [--pairs 300] [--data.… --trainer.…]
 
 Policy log-prob and CHES (summed and per token) of SmolLM2-135M-Instruct (NF4, fp32), and the data's own rating. Margins
-files are kept in FOLDER (default runs/compare_signals): a stopped comparison goes on where it was. Further options go
+files are kept in the folder: a stopped comparison goes on where it was. Further options go
 to `run.py predict`. All signals of the model are of one pass over about 355,000 tokens.
 """
 
@@ -60,7 +60,7 @@ def predict(folder: Path, source: Path, options: list[str]) -> dict[str, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/compare_signals"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/compare_signals"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--name", default="compare_signals", help="of the files in benchmarks/results")
