@@ -16,7 +16,8 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-from cleaning_runs import about, table, write
+from cleaning_runs import table, write
+from measuring import about
 
 from mixdpo.margins_file import read_margins
 from mixdpo.margins_report import HARDEST, compared, overlap, spearman
@@ -72,9 +73,8 @@ def main() -> None:
         source = draw(arguments.data / f"{data}.jsonl.gz", arguments.pairs, arguments.folder / f"{data}.jsonl")
         files = {name: read_margins(path) for name, path in predict(arguments.folder, source, options).items()}
         pairs = map(json.loads, source.read_text("utf-8").splitlines())
-        longer = [
-            len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs
-        ]  # the files are in the order of the data
+        # the margins files are in the order of the data
+        longer = [len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs]
         by_length[data] = {name: spearman([m for _, m in file.pairs.values()], longer) for name, file in files.items()}
         for a, b in combinations(files, 2):
             x, y = compared(files[a], files[b])

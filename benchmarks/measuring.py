@@ -31,6 +31,19 @@ def megabytes(field: str) -> float:
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
 
 
+class Clock:
+    """Seconds and megabytes between `start` and `stop`, whatever they are called with."""
+
+    costs: dict[str, float]
+
+    def start(self, *_: Any, **__: Any) -> None:
+        self._resident, self._started = forget_peak(), time.perf_counter()
+
+    def stop(self, *_: Any, **__: Any) -> None:
+        seconds = time.perf_counter() - self._started
+        self.costs = {"seconds": seconds, "peak_mb": megabytes("VmHWM"), "resident_before_mb": self._resident}
+
+
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     return action(), time.perf_counter() - started

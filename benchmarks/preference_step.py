@@ -17,14 +17,14 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from measuring import about, forget_peak, in_fresh_process, megabytes, table
+from lightning.pytorch.callbacks import LambdaCallback
+from measuring import Clock, about, in_fresh_process, table
 
 BATCH, RATE, LONGEST, LONGEST_PROMPT = 4, 1e-4, 512, 256  # AdamW amplifies rounding with its rate
 TRL = {"TRL, defaults": {}, "TRL, fastest": {"gradient_checkpointing": False}}
@@ -83,17 +83,6 @@ def same_start(model: Any, adapter: str) -> None:
             parameter.data.copy_(fresh)
 
 
-class Clock(L.Callback):
-    """Seconds and megabytes of training alone."""
-
-    def on_train_start(self, *_: Any) -> None:
-        self.resident, self.started = forget_peak(), time.perf_counter()
-
-    def on_train_end(self, *_: Any) -> None:
-        seconds = time.perf_counter() - self.started
-        self.costs = {"seconds": seconds, "peak_mb": megabytes("VmHWM"), "resident_before_mb": self.resident}
-
-
 def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:
     import mixdpo.models
     from datamodules.preference import PreferenceDataModule
@@ -125,7 +114,13 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
         precision="32-true" if setting["dtype"] == "float32" else "bf16-mixed",
         accumulate_grad_batches=changes.get("accumulate", BATCH),
         log_every_n_steps=1,
-        callbacks=[clock],
+        callbacks=[
+            LambdaCallback(
+                on_fit_start=lambda _, module: same_start(module.model, "policy"),
+                on_train_start=clock.start,
+                on_train_end=clock.stop,
+            )
+        ],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -133,15 +128,22 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
         num_sanity_val_steps=0,
     )
     module._log_step = lambda values: losses.append(values["train/loss"])  # type: ignore[method-assign]
-    configure = module.configure_model
-
-    def configured() -> None:
-        configure()
-        same_start(module.model, "policy")
-
-    module.configure_model = configured  # type: ignore[method-assign]
     trainer.fit(module, data)
     return clock.costs | {"losses": losses}
+
+
+def as_chats(path: str, by_length: bool) -> list[dict[str, Any]]:
+    """The pairs as TRL reads them."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    if by_length:
+        rows.sort(key=lambda row: max(len(row["chosen"]), len(row["rejected"])) + len(row["prompt"]))
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")},
+        }
+        for row in rows
+    ]
 
 
 def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -153,25 +155,9 @@ def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any
     from mixdpo.models import load_tokenizer
     from mixdpo.packaged_model import model_folder
 
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    if changes.get("gradient_checkpointing") is False:
-        rows.sort(key=lambda row: max(len(row["chosen"]), len(row["rejected"])) + len(row["prompt"]))
-    chats = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")},
-        }
-        for row in rows
-    ]
     clock, losses = Clock(), []
 
-    class Timed(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.on_train_start()
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            clock.on_train_end()
-
+    timed = type("Timed", (TrainerCallback,), {"on_train_begin": clock.start, "on_train_end": clock.stop})
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
             output_dir=folder,
@@ -197,10 +183,10 @@ def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any
                 model_folder(setting["model"]), dtype=getattr(torch, setting["dtype"])
             ),
             args=arguments,
-            train_dataset=Dataset.from_list(chats),
+            train_dataset=Dataset.from_list(as_chats(path, changes.get("gradient_checkpointing") is False)),
             processing_class=load_tokenizer(setting["model"]),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Timed()],
+            callbacks=[timed()],
         )
         same_start(trainer.model, "default")
         compute = trainer.compute_loss
@@ -243,8 +229,8 @@ def compare(found: dict[str, list[dict[str, Any]]], name: str, setting: dict[str
     result = {"title": case["title"], "goal": case["goal"], "pairs_per_second": pairs / median(mine, "seconds")}
     result |= {"trl_pairs_per_second": {side: pairs / value for side, value in seconds.items()}}
     result["speed"] = min(seconds.values()) / median(mine, "seconds")
-    rounds = zip(mine, *theirs.values(), strict=True)
-    result["speed_by_round"] = [min(t["seconds"] for t in trls) / own["seconds"] for own, *trls in rounds]
+    rounds = zip(*([run["seconds"] for run in each] for each in (mine, *theirs.values())), strict=True)
+    result["speed_by_round"] = [min(trls) / own for own, *trls in rounds]
     result["memory"] = median(mine, "peak_mb") / min(peaks.values())
     if not case.get("hard"):
         both = zip(mine[0]["losses"], theirs["TRL, defaults"][0]["losses"], strict=True)
@@ -267,15 +253,15 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
 
 def ablation(setting: dict[str, Any], path: str, pairs: int) -> list[dict[str, Any]]:
     """Each technique switched off alone, one run each, reference online."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name, changes in ABLATIONS.items():
         costs = in_fresh_process(ours, setting, path, CASES["online"], **changes)
         found.append({"name": name, **costs})
         print(f"{name}: {costs['seconds']:.0f} s, {costs['peak_mb'] / 1e3:.1f} GB", flush=True)
-    base = found[0]["seconds"]
-    rows = [
-        [f["name"], f"{f['seconds']:.0f}", f"{f['seconds'] / base:.2f}", f"{f['peak_mb'] / 1e3:.1f}"] for f in found
-    ]
+    rows = []
+    for f in found:
+        ratio = f["seconds"] / found[0]["seconds"]
+        rows.append([f["name"], f"{f['seconds']:.0f}", f"{ratio:.2f}", f"{f['peak_mb'] / 1e3:.1f}"])
     print("\n" + table([f"DPO, reference online, {pairs} pairs", "seconds", "ratio", "peak, GB"], rows))
     return found
 

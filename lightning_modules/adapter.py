@@ -103,9 +103,8 @@ class AdapterModule(L.LightningModule):
             for role, name in (("reference", "cleaning"), ("previous", "previous")):
                 if role in self.cleaning.roles:
                     add_reference(self.model, name, self.cleaning.reference)
-        for layer in adapter_layers(
-            self.model
-        ):  # autocast casts the input anyway: an fp32 copy would be made for nothing
+        # autocast casts a LoRA layer's input anyway: PEFT would make an fp32 copy of it for nothing
+        for layer in adapter_layers(self.model):
             layer.cast_input_dtype_enabled = "mixed" not in self.trainer.precision
         if self.trainer.precision == "bf16-true":
             self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")

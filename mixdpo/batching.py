@@ -28,7 +28,7 @@ class Movable:
         for part in vars(self).values():
             if isinstance(part, Tensor | Movable) and id(part) not in there:
                 part_there = part.pin_memory() if isinstance(part, Tensor) and device.type == "cuda" else part
-                there[id(part)] = part_there.to(device, non_blocking=True)
+                there[id(part)] = part_there.to(device, non_blocking=non_blocking)
         return replace(self, **{name: there[id(part)] for name, part in vars(self).items() if id(part) in there})
 
 

@@ -99,7 +99,7 @@ def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> 
     causal_lm = getattr(model, "get_base_model", lambda: model)()
     options: dict[str, Any] = {}
     if not rows.plain:  # otherwise it is causal, whatever the architecture: padding comes after what counts
-        check_window(causal_lm.config, rows)
+        _check_window(causal_lm.config, rows)
         attention = causal_lm.config._attn_implementation
         options = {"position_ids": rows.position_ids, "attention_mask": _mask(causal_lm, rows)}
         options |= {"documents": rows.documents} if attention == BY_SEGMENT else {}
@@ -256,7 +256,7 @@ def _check_head(model: "PreTrainedModel") -> None:
         raise InputError(f"{model.config.model_type} models change their logits in a way that is not supported")
 
 
-def check_window(config: Any, rows: TokenRows) -> None:
+def _check_window(config: Any, rows: TokenRows) -> None:
     """Raise where a packed response reaches further back than the model's sliding window: it would see all of it."""
     window = getattr(config, "sliding_window", None)
     longest = max(first - start + max(_lengths(first, ends), default=0) for _, start, first, *ends in rows.documents)

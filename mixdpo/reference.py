@@ -47,9 +47,6 @@ class ReferenceCache:
                 "damaged, name another folder in MIXDPO_CACHE, or set model.reference_cache false"
             ) from error
 
-    def __len__(self) -> int:
-        return int(self._database.execute("SELECT count(*) FROM log_probs").fetchone()[0])
-
     def get(self, keys: Sequence[bytes]) -> np.ndarray | None:
         """The values of these completions, one after the other; None if one of them is not known."""
         marks = ", ".join("?" * len(keys))

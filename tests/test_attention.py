@@ -1,5 +1,6 @@
 """Packed rows give each sequence what the model gives it alone, whatever computes the attention, or are refused."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from conftest import write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixdpo.adapters import Lora, add_adapters
 from mixdpo.attention import document_mask
 from mixdpo.batching import Piece, build_rows, token_rows
 from mixdpo.errors import InputError
@@ -129,6 +131,20 @@ def test_a_sequence_beyond_the_sliding_window_is_refused_only_where_it_is_packed
     rows = build_rows(long, [True], [True], share_prompt=False)
     found = token_log_probs(predicting_states(model, rows), output_head(model), rows.target)
     torch.testing.assert_close(found, one_by_one(model, long), rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_says_other_logits_than_the_model_is_refused(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixdpo.models.output_head", lambda model: replace(output_head(model), scale=2.0))
+    with pytest.raises(InputError, match="llama models change their logits"):
+        load_base(tiny_model, quantization="none", dtype="float32")
+
+
+def test_an_adapter_on_the_head_is_refused(tiny_model: str) -> None:
+    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(targets=["lm_head"]))
+    with pytest.raises(InputError, match="keep adapters and quantisation off it"):
+        output_head(model.get_base_model())
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 from lightning_modules import preference as preference_module
 from lightning_modules.preference import PreferenceModule
 from mixdpo import losses
-from mixdpo.adapters import role
+from mixdpo.adapters import adapter_layers, role
 from mixdpo.batching import PairBatch
 from mixdpo.export import save_adapter
 from mixdpo.models import sequence_log_probs
@@ -296,6 +296,20 @@ def test_optimizers_of_bitsandbytes_are_a_choice_of_yaml(
         made.step()
         assert made.state[parameter]["state1"].dtype == torch.uint8
         torch.testing.assert_close(parameter.detach(), torch.full((8192,), 0.99), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "cast"), [("32-true", "float32", True), ("bf16-mixed", "bfloat16", False)]
+)
+def test_autocast_makes_no_wide_copy_of_an_adapters_input(
+    precision: str, dtype: str, cast: bool, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """And the adapter itself stays in fp32 and learns."""
+    module = fit(tiny_model, source, tmp_path / "run", trainer={"precision": precision}, dtype=dtype)
+    assert {layer.cast_input_dtype_enabled for layer in adapter_layers(module.model)} == {cast}
+    weights = adapter_weights(module)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)
 
 
 @pytest.mark.gpu
