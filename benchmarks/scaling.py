@@ -75,7 +75,10 @@ def head(vocabulary: int, fused: bool) -> dict[str, float]:
     from mixdpo.log_probs import Head, token_log_probs
 
     hidden = torch.randn(POSITIONS, HIDDEN, device=DEVICE, requires_grad=True)
-    weight, targets = torch.randn(vocabulary, HIDDEN, device=DEVICE), torch.arange(POSITIONS, device=DEVICE)
+    weight, targets = (
+        torch.randn(vocabulary, HIDDEN, device=DEVICE),
+        torch.arange(POSITIONS, device=DEVICE) % vocabulary,
+    )
 
     def run() -> None:
         if fused:
