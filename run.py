@@ -16,8 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles, Throughput, ValidateAtMaxSteps
-from mixdpo.errors import InputError
+from lightning_modules.callbacks import ExactResume, RunFiles, Throughput, ValidateAtMaxSteps
+from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory, is_out_of_memory
+from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
 
 SUBCOMMANDS = ("fit", "validate", "predict")
 _made: Path | None = None  # the run folder, where this process made it
@@ -39,6 +40,7 @@ class RunCLI(LightningCLI):
         parser.add_argument("--name", default="run", help=NAME_HELP)
         parser.add_argument("--runs", default="runs", help="Where the folders of runs are.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(NonFinite, "non_finite")
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
     def before_instantiate_classes(self) -> None:
@@ -57,10 +59,13 @@ class RunCLI(LightningCLI):
         self.config[self.subcommand].weights_only = True  # never unpickle what a checkpoint may hold besides tensors
 
     def after_fit(self) -> None:
+        """A run that had made all its max_steps may lack what follows the last one: Lightning calls no hook then."""
         if not has_begun(Path(self.trainer.default_root_dir)):
-            raise InputError(
-                "nothing is left to train: the run of ckpt_path is complete; raise max_epochs or max_steps"
-            )
+            print("the run of ckpt_path is complete: nothing is trained, only what follows the last step is done again")
+            self.model.to(self.trainer.strategy.root_device)
+            for name in ("on_train_start", "on_train_end"):
+                for callback in self.trainer.callbacks:
+                    getattr(callback, name)(self.trainer, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         if self.subcommand == "fit":
@@ -121,7 +126,7 @@ def main(arguments: list[str] | None = None) -> RunCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=42,
-        trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), ValidateAtMaxSteps()]},
+        trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), ValidateAtMaxSteps(), OutOfMemory()]},
         parser_kwargs={"exit_on_error": False},
         save_config_callback=SaveConfigCallback if arguments[:1] == ["fit"] else None,
     )
@@ -137,7 +142,9 @@ def run() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         main()
-    except (ValueError, ArgumentError, MisconfigurationException, UnpicklingError) as error:
+    except Stopped as stop:
+        sys.exit(128 + stop.signal)  # LastCheckpoint has said how to go on
+    except Exception as error:
         if (message := _for_the_user(error)) is None:
             raise
         if _made is not None and not any((_made / kept).exists() for kept in ("metrics.csv", "checkpoints", "adapter")):
@@ -153,6 +160,10 @@ def _for_the_user(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, UnpicklingError):
             return "ckpt_path is not a checkpoint of a run (or holds more than tensors and plain values)"
+        if is_out_of_memory(error):
+            return "\n".join(getattr(error, "__notes__", [f"out of memory: {error}"]))
+        if isinstance(error, NonFiniteError | OutOfSpaceError):
+            return str(error)
         if isinstance(error, InputError | ArgumentError | MisconfigurationException):
             return _innermost(str(error))
         error = error.__cause__ or error.__context__

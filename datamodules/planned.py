@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from mixdpo.batching import MicroBatch, plan_steps
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, refuse_other_run
 from mixdpo.loader import ResumableLoader
 from mixdpo.records import split_by_prompt
 from mixdpo.samples import TokenPool
@@ -131,8 +131,12 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         """The micro-batches of the plan as tensors."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """Of all that must stay for a position in the epoch to mean the same rows."""
+    def plan_identity(self) -> dict[str, str]:
+        """Part by part, all that must stay for a position in the epoch to mean the same rows and tokens."""
+
+    @abstractmethod
+    def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Row in the source, id and texts of the rows that a batch calls by these `ids`."""
 
     @abstractmethod
     def cleaning_pool(self) -> TokenPool:
@@ -161,9 +165,11 @@ class PlannedDataModule(L.LightningDataModule, ABC):
     def epoch(self) -> StepPlan:
         return self.epoch_plan()
 
-    def step_plan(self) -> StepPlan:
-        """The optimizer steps of the whole run, over all epochs and up to max_steps, for the schedule."""
+    def step_plan(self, total: int | None = None) -> StepPlan:
+        """The optimizer steps of the whole run, over all epochs and up to max_steps, for the schedule; or `total`."""
         one = self.epoch
+        if total is not None:
+            return StepPlan.of_epochs([self.epoch_plan(epoch) for epoch in range(-(-total // len(one)))], total)
         max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs
         if max_steps < 0 and (max_epochs is None or max_epochs < 0):
             raise InputError("give trainer.max_epochs or trainer.max_steps: a schedule needs an end")
@@ -171,7 +177,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             raise InputError("trainer.max_steps or trainer.max_epochs is 0: there is nothing to train")
         epochs = max_epochs if max_epochs and max_epochs > 0 else -(-max_steps // len(one))
         total = len(one) * epochs if max_steps < 0 else min(max_steps, len(one) * epochs)
-        return StepPlan.of_epochs([self.epoch_plan(epoch) for epoch in range(-(-total // len(one)))], total)
+        return self.step_plan(total)
 
     def stage_of(self, step: int) -> int:
         """Number, from 0, of the stage that optimizer step `step` of the run belongs to."""
@@ -210,13 +216,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         loader before it restores its state."""
         if self.trainer.state.fn != "fit":
             return  # validation of a checkpoint may use any rows
-        now = self._identity()
-        changed = {key: (old, now[key]) for key, old in state["run"].items() if old != now[key]}
-        if changed:
-            raise InputError(
-                f"the checkpoint belongs to another run: (then, now) is {changed}. Continue with the config.yaml "
-                "beside it, or start anew from its adapter/ folder (model.adapter)."
-            )
+        refuse_other_run(state["run"], self._identity())
         self._consumed = state["consumed"]
         if self._loader is not None:
             self._loader.load_state_dict({"consumed": self._consumed})
@@ -224,7 +224,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
     def _identity(self) -> dict[str, Any]:
         """What must stay for a position to mean the same rows."""
         return {
-            self.summary_file.removesuffix(".json"): self.fingerprint(),
+            **self.plan_identity(),
             "batch_size": self.batch_size,
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             "devices": self.trainer.world_size,

@@ -1,6 +1,6 @@
 """The LightningDataModule of preference pairs: read, split, encode, route, and hand over micro-batches."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,8 +160,17 @@ class PreferenceDataModule(PlannedDataModule):
         loader.replan = self.micro_batches if self.routing.reshuffle else None
         return loader
 
-    def fingerprint(self) -> str:
-        return f"{self.route.fingerprint()} {self._data}"
+    def plan_identity(self) -> dict[str, str]:
+        return {"data": self._data, **self.identity, "route": self.route.fingerprint()}
+
+    def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        place = {pair_id: index for index, pair_id in enumerate(self.train_pairs["pair_id"])}
+        decode = self._encoder.decode
+        return [
+            {"row": pair["row"], "pair_id": pair["pair_id"]}
+            | {name: decode(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")}
+            for pair in (self.train_pairs[place[number]] for number in ids)
+        ]
 
     def _check_cleaning(self, cleaning: Cleaning) -> None:
         if not self.route.is_hard.any():

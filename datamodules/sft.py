@@ -1,6 +1,6 @@
 """The LightningDataModule of SFT data: read, split, encode, plant noise, slice into stages, hand over micro-batches."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,8 +121,12 @@ class SFTDataModule(PlannedDataModule):
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
         return ResumableLoader(plan, SFTCollator(self.pool, self.sources, pack=self.pack), workers=self.workers)
 
-    def fingerprint(self) -> str:
-        return content_hash([self._steps(), *sorted(self.pool.identity.items())])
+    def plan_identity(self) -> dict[str, str]:
+        return {**self.pool.identity, "steps": content_hash(self._steps())}
+
+    def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        samples, decode = (self.pool.samples[index] for index in ids), self._encoder.decode
+        return [{"row": s["row"], "sample_id": s["sample_id"], "text": decode(s["input_ids"])} for s in samples]
 
     def cleaning_pool(self) -> TokenPool:
         return self.pool

@@ -17,9 +17,10 @@ from mixdpo.adapters import (
     add_adapters,
     add_reference,
     add_stage,
+    base_fingerprint,
 )
 from mixdpo.batching import TokenRows
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, refuse_other_run
 from mixdpo.metrics import NamedMeans
 from mixdpo.models import Attention, Dtype, Quantization, check_documents, load_base
 from mixdpo.schedules import StagedCosine, StepPlan
@@ -45,6 +46,7 @@ class AdapterModule(L.LightningModule):
         activation_checkpointing: bool | int | Literal["auto"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = lazy_instance(StagedCosine),  # noqa: B008
+        schedule_steps: int | None = None,
         cleaning: Cleaning | None = None,
     ) -> None:
         """A frozen base with LoRA adapters.
@@ -62,23 +64,33 @@ class AdapterModule(L.LightningModule):
                 number: for micro-batches of more tokens than that; auto: for those that would not fit into free memory.
             optimizer: Class path and arguments; it gets the policy adapter's parameters only.
             schedule: Learning rate over the run; the Staged ones start anew with each stage of the data.
+            schedule_steps: Optimizer steps that the schedule is made for; those of the run if null. Set it where
+                trainer.max_steps only pauses a run that is to be continued with more.
             cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
         """
         super().__init__()
+        if schedule_steps is not None and schedule_steps < 1:
+            raise InputError(
+                f"model.schedule_steps must be at least 1, or null for the steps of the run, not {schedule_steps}"
+            )
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.activation_checkpointing, self._recompute_above = activation_checkpointing, 0
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.schedule, self.schedule_steps = optimizer, schedule, schedule_steps
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
         self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
         self.reference_version = 0  # how often the cleaning reference was refreshed
         self.start_fingerprint: str | None = None  # of the adapter that training starts from; None for the base
         self.empty_steps = 0
+        self._base_weights = ""
         self._kept = torch.zeros(())  # weight of the tokens that the step has trained so far
         self.model: Any = None
         self.train_means: NamedMeans
         self.val_means: NamedMeans
         self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
+        self._used: list[float] | None = None  # multipliers of the steps that a checkpoint had made
+        self._optimizer_was: dict[str, Any] = {}
+        self.row_losses: torch.Tensor  # (B,) of the last micro-batch
 
     def configure_callbacks(self) -> list[Any]:
         from lightning_modules.token_cleaning import CleanTokens
@@ -169,18 +181,59 @@ class AdapterModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
-        self._plan = self.trainer.datamodule.step_plan()
+        data, steps = self.trainer.datamodule, self.schedule_steps
+        self._plan, planned = data.step_plan(steps), len(data.step_plan())
+        if len(self._plan) < planned:
+            raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps")
         self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
+        self._refuse_other_rates(optimizer)
         last = len(self._multipliers) - 1
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self._multipliers[min(step, last)]))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
+    def _refuse_other_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """A continued run must be what the run with these options would have been from its first step on."""
+        if self._used is None:
+            return
+        now = self._multipliers[: len(self._used)].tolist()
+        if now != self._used:
+            step = next(i for i, (a, b) in enumerate(zip([*now, None], self._used, strict=False)) if a != b)
+            raise InputError(
+                f"with these options step {step} would have had another learning rate (× {self._used[step]:.4g} then): "
+                f"{self.schedule} is made for {len(self._plan)} steps here. max_steps and max_epochs can be raised "
+                "where model.schedule_steps had been set to the steps of the whole, or the schedule is constant"
+            )
+        refuse_other_run(self._optimizer_was, _describe(optimizer))
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay for a run to be continued, besides the data."""
+        clip, precision = self.trainer.gradient_clip_val, str(self.trainer.precision)
+        parts = {"base": self.base_weights(), "lora": str(self.lora), "loading": str(self.loading)}
+        return parts | {"precision": precision, "gradient_clip_val": clip}
+
+    def base_weights(self) -> str:
+        self._base_weights = self._base_weights or base_fingerprint(self.model)  # seconds in a large model
+        return self._base_weights
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self._learnt_state()
+        checkpoint["made_with"] = {
+            "options": self.identity(),
+            "multipliers": self._multipliers[: self.trainer.global_step].tolist(),
+            "optimizer": _describe(self.optimizers().optimizer),
+        }
         counts = {"reference_version": self.reference_version, "empty_steps": self.empty_steps}
         checkpoint["adapters"] = {"stacked": dict(self.model.stacked), **counts}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not {"adapters", "made_with"} <= set(checkpoint):
+            raise InputError(
+                "ckpt_path is no checkpoint of this version of MixDPO: start from its adapter/ folder instead"
+            )
+        if self.trainer.state.fn == "fit":
+            made_with = checkpoint["made_with"]
+            refuse_other_run(made_with["options"], self.identity())
+            self._used, self._optimizer_was = made_with["multipliers"], made_with["optimizer"]
         saved = checkpoint["adapters"]
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
@@ -203,3 +256,8 @@ class AdapterModule(L.LightningModule):
 
     def _micro_batches_per_step(self) -> int:
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+
+def _describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    values = {name: value for name, value in optimizer.defaults.items() if isinstance(value, int | float | str | tuple)}
+    return {"optimizer": type(optimizer).__name__} | {f"optimizer.{name}": str(value) for name, value in values.items()}

@@ -1,6 +1,6 @@
-"""What happens around the steps: files of the run, exact resume, throughput. All are on by default in run.py."""
+"""What happens around the steps: files of the run, exact resume, throughput. All are on by default in run.py, and so
+are those of `faults`."""
 
-import os
 import random
 import resource
 import sys
@@ -11,9 +11,8 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 
-from mixdpo.errors import InputError
 from mixdpo.export import save_adapter
 from mixdpo.files import write_json
 from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
@@ -40,31 +39,6 @@ class RunFiles(Callback):
             pl_module.model.stacked = checkpoint["adapters"]["stacked"]
         if trainer.is_global_zero:
             save_adapter(pl_module.model, Path(trainer.default_root_dir) / "adapter")
-
-
-class LastCheckpoint(Checkpoint):
-    def __init__(self, every_n_steps: int = 50) -> None:
-        """Keeps the latest state of the run as `checkpoints/last.ckpt`: adapters, optimizer, schedule, RNG, position.
-
-        Args:
-            every_n_steps: Optimizer steps between two checkpoints; one more is written after the last step.
-        """
-        if every_n_steps < 1:
-            raise InputError(f"checkpoint.every_n_steps must be at least 1, not {every_n_steps}")
-        self.every_n_steps = every_n_steps
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Only where an optimizer step is complete: in the middle of one, its accumulated gradient would be lost."""
-        if trainer.fit_loop._should_accumulate():
-            return
-        last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        ends = trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch) or trainer.should_stop
-        if not ends and trainer.global_step % self.every_n_steps:
-            return
-        folder = Path(trainer.default_root_dir) / "checkpoints"
-        trainer.save_checkpoint(folder / ".last.ckpt.tmp", weights_only=False)  # False: the whole state
-        if trainer.is_global_zero:
-            os.replace(folder / ".last.ckpt.tmp", folder / "last.ckpt")  # killed in between, the old one is still whole
 
 
 class ValidateAtMaxSteps(Callback):

@@ -8,7 +8,7 @@ from jsonargparse import lazy_instance
 from torch import Tensor
 
 from lightning_modules.adapter import AdapterModule
-from mixdpo.adapters import adapter_fingerprint, base_fingerprint, role
+from mixdpo.adapters import adapter_fingerprint, role
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
 from mixdpo.log_probs import SequenceLogProbs
@@ -68,7 +68,6 @@ class PreferenceModule(AdapterModule):
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
         self.reference_cache = reference_cache
         self._kept_log_probs: ReferenceCache | None = None  # of the reference as it is now; None when it has changed
-        self._weights = ""
         self._new_log_probs: list[tuple[Any, Tensor]] = []  # not written yet: that waits for the device
         self._sft_gradient: list[Tensor] = []  # of the step so far, if it is asked for
         self._gradient_norms: dict[str, float] = {}
@@ -105,8 +104,7 @@ class PreferenceModule(AdapterModule):
         """All that decides the reference's log-probabilities of given tokens."""
         adapter = adapter_fingerprint(self.model, "reference")
         computed = [*self.loading.values(), str(self.trainer.precision), self.device.type]
-        self._weights = self._weights or base_fingerprint(self.model)  # seconds in a large model, and they never change
-        return {"weights": self._weights, "adapter": adapter, "computed": computed}
+        return {"weights": self.base_weights(), "adapter": adapter, "computed": computed}
 
     def _write_log_probs(self) -> None:
         """Write what was computed since the last time. It waits for the device, so steps that log nothing leave it."""
@@ -127,6 +125,7 @@ class PreferenceModule(AdapterModule):
         self.recompute_if_long(batch.rows)
         policy, reference = self.policy_and_reference(batch)
         losses, preference, sft_losses = self.route_losses(batch, policy, reference)
+        self.row_losses = losses.detach()
         self._record(batch, losses, preference, sft_losses, policy, reference)
         if self.cleaning is not None and batch.count:
             self._kept = self._kept.to(batch.token_weight.device) + batch.token_weight.sum(dtype=torch.float32)
@@ -265,10 +264,17 @@ class PreferenceModule(AdapterModule):
             device=self.device,
         )
 
+    def _loss(self) -> str:
+        return getattr(self.preference_loss, "describe", self.preference_loss.__repr__)()
+
+    def identity(self) -> dict[str, Any]:
+        weights = f"{self.sft_weight} hard, {self.easy_sft_weight} easy"
+        return super().identity() | {"preference_loss": self._loss(), "weights of SFT": weights}
+
     def plan_facts(self) -> dict[str, Any]:
         """For the run's summary: the share of the learning rate that each route will receive."""
         mass = learning_rate_mass(self._multipliers, self._plan.hard_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
         if self._plan.hard_share.any() < self.trainer.datamodule.route.to_sft.any():
             self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
-        return {"planned_lr_mass": mass, "preference_loss": repr(self.preference_loss)}
+        return {"planned_lr_mass": mass, "preference_loss": self._loss()}

@@ -51,6 +51,8 @@ class SFTModule(AdapterModule):
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         self.recompute_if_long(batch.rows)
         log_probs = row_log_probs(self.model, batch.rows)
+        sums = log_probs.new_zeros(len(batch)).index_add(0, batch.rows.completion, log_probs.detach())
+        self.row_losses = -sums / batch.rows.lengths
         if batch.losses is not None:  # the scorer reads the policy of this very step
             self._score(batch, log_probs.detach())
         weight = batch.token_weight
@@ -84,6 +86,9 @@ class SFTModule(AdapterModule):
         if kept not in (0, self._step_tokens):
             for group in optimizer.param_groups:
                 torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], self._step_tokens / kept)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"stage_start": self.stage_start}
 
     def plan_facts(self) -> dict[str, Any]:
         return {}

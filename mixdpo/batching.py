@@ -120,6 +120,11 @@ class PairBatch(Movable):
     def __len__(self) -> int:
         return len(self.is_hard)
 
+    @property
+    def ids(self) -> Tensor:
+        """(B,) what a data module finds the rows by."""
+        return self.pair_id
+
 
 def plan_steps(order: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
     """Consecutive pieces of the order, one per optimizer step; the last one may be shorter."""

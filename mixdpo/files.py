@@ -21,18 +21,34 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield partial
-        if path.is_dir():
-            old = path.with_name(f"{partial.name}-old")  # a folder cannot be renamed onto one that holds something
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, path)
+        replace(partial, path)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def replace(partial: Path, path: Path) -> None:
+    """`partial` takes the place of `path`, once its content is on the disk: after a power cut one of both is whole."""
+    for file in [*partial.rglob("*"), partial]:
+        _flush(file)
+    if path.is_dir():
+        old = path.with_name(f"{partial.name}-old")  # a folder cannot be renamed onto one that holds something
+        path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, content: Any) -> None:

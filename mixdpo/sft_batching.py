@@ -43,6 +43,11 @@ class SFTBatch(Movable):
     def __len__(self) -> int:
         return len(self.sample)
 
+    @property
+    def ids(self) -> Tensor:
+        """(B,) what a data module finds the rows by."""
+        return self.sample
+
 
 def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:
     """Samples as token rows: one a row, or with `pack` as many as fit into so many tokens, blind to each other."""

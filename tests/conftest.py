@@ -15,7 +15,8 @@ import torch
 
 from datamodules.preference import PreferenceDataModule
 from datamodules.sft import SFTDataModule
-from lightning_modules.callbacks import ExactResume, LastCheckpoint, RunFiles
+from lightning_modules.callbacks import ExactResume, RunFiles
+from lightning_modules.faults import LastCheckpoint
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.sft import SFTModule
 from mixdpo.adapters import Lora

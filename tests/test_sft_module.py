@@ -8,7 +8,7 @@ import torch
 from conftest import adapter_weights, build_sft, fit, make_samples, write_pairs
 from lightning.pytorch.callbacks import Callback
 
-from lightning_modules.callbacks import LastCheckpoint
+from lightning_modules.faults import LastCheckpoint
 from lightning_modules.token_cleaning import CleanTokens, RefreshReference
 from mixdpo.adapters import adapter_state
 from mixdpo.samples import Slices

@@ -79,6 +79,8 @@ def objective(
         "__module__": __name__,
         "__doc__": f"{function.__doc__}\n\nArgs:\n{described}\n",
         "__post_init__": fill_in,
+        # not repr: called on a default that jsonargparse builds lazily, that says what was given, not what it is
+        "describe": lambda self: f"{name}({', '.join(f'{key}={value}' for key, value in options(self).items())})",
         "__call__": lambda self, *sequences: function(Pairs(*sequences), **options(self)),
         **{"needs_reference": needs_reference, "averaged": averaged, "sft_weight": sft_weight},
         "batch_statistics": batch_statistics,

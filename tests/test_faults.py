@@ -1,0 +1,259 @@
+"""What a run does when it is stopped, when a number is not finite, and when disk or memory run out."""
+
+import json
+import os
+import resource
+import signal
+from collections import namedtuple
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conftest import TEMPLATE, adapter_weights, build, fit, make_pairs, write_pairs
+from lightning.pytorch.callbacks import Callback
+
+from lightning_modules.callbacks import ExactResume, RunFiles
+from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory
+from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
+from mixdpo.losses import DPO, IPO
+from mixdpo.schedules import Constant, StagedCosine
+from run import _for_the_user
+
+ADAMW: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule": Constant(warmup=0.0)}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(20))
+
+
+def checkpoint(folder: Path) -> str:
+    return str(folder / "checkpoints" / "last.ckpt")
+
+
+def same(one: Any, other: Any) -> bool:
+    mine, theirs = adapter_weights(one), adapter_weights(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+class At(Callback):
+    """Do something in the hook `when` of optimizer step `step`."""
+
+    def __init__(self, step: int, action: Callable[[], Any], when: str = "on_train_batch_start") -> None:
+        self.step, self.action, self.done = step, action, False
+        setattr(self, when, self._act)
+
+    def _act(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and not self.done and not trainer.sanity_checking:
+            self.done = True
+            self.action()
+
+
+def with_callbacks(*callbacks: Any, **options: Any) -> dict[str, Any]:
+    return {"callbacks": [*callbacks, RunFiles(), ExactResume(), LastCheckpoint(), OutOfMemory()], **options}
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_step_and_it_is_continued_exactly(
+    number: int, tiny_model: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the first of two micro-batches of the third step."""
+    whole = fit(tiny_model, source, tmp_path / "whole", trainer={"accumulate_grad_batches": 2}, **ADAMW)
+    stop = At(2, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped) as stopped:
+        trainer = with_callbacks(stop, accumulate_grad_batches=2)
+        fit(tiny_model, source, tmp_path / "cut", trainer=trainer, **ADAMW)
+    assert stopped.value.signal == number
+    assert torch.load(checkpoint(tmp_path / "cut"), weights_only=True)["global_step"] == 3
+    said = capsys.readouterr().err
+    assert f"--config {tmp_path}/cut/config.yaml --ckpt_path {checkpoint(tmp_path / 'cut')}" in said
+    assert not (tmp_path / "cut" / "adapter").exists()
+    rest = {"ckpt_path": checkpoint(tmp_path / "cut"), "trainer": {"accumulate_grad_batches": 2}}
+    assert same(fit(tiny_model, source, tmp_path / "rest", **rest, **ADAMW), whole)
+
+
+def test_a_second_signal_ends_it_at_once(tiny_model: str, source: str, tmp_path: Path) -> None:
+    twice = At(2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):  # Lightning's end of a KeyboardInterrupt
+        trainer = {"callbacks": [twice, RunFiles(), LastCheckpoint(every_n_steps=1)]}
+        fit(tiny_model, source, tmp_path / "cut", trainer=trainer, **ADAMW)
+    signal.signal(signal.SIGINT, before)
+    assert torch.load(checkpoint(tmp_path / "cut"), weights_only=True)["global_step"] == 2
+
+
+def test_a_signal_in_a_validation_loses_no_step(tiny_model: str, source: str, tmp_path: Path) -> None:
+    data, trainer = {"validation": 0.2}, {"max_epochs": 2}
+    whole = fit(tiny_model, source, tmp_path / "whole", data=data, trainer=trainer, **ADAMW)
+    stop = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_validation_batch_start")
+    with pytest.raises(Stopped):
+        fit(tiny_model, source, tmp_path / "cut", data=data, trainer=with_callbacks(stop, **trainer), **ADAMW)
+    assert torch.load(checkpoint(tmp_path / "cut"), weights_only=True)["global_step"] == 5
+    rest = {"ckpt_path": checkpoint(tmp_path / "cut"), "trainer": trainer, "data": data}
+    assert same(fit(tiny_model, source, tmp_path / "rest", **rest, **ADAMW), whole)
+
+
+# What a run may be continued with.
+
+
+def test_more_steps_continue_exactly_where_the_schedule_was_made_for_them(
+    tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = ADAMW | {"schedule": StagedCosine(warmup=0.2), "schedule_steps": 5}
+    whole = fit(tiny_model, source, tmp_path / "whole", **options)
+    fit(tiny_model, source, tmp_path / "cut", trainer={"max_steps": 2}, **options)
+    assert same(fit(tiny_model, source, tmp_path / "rest", ckpt_path=checkpoint(tmp_path / "cut"), **options), whole)
+
+
+def test_more_steps_are_refused_where_the_schedule_was_made_for_fewer(
+    tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = ADAMW | {"schedule": StagedCosine(warmup=0.2)}
+    fit(tiny_model, source, tmp_path / "cut", trainer={"max_steps": 3}, **options)
+    with pytest.raises(InputError, match=r"StagedCosine.*made for 5 steps.*schedule_steps"):
+        fit(tiny_model, source, tmp_path / "rest", ckpt_path=checkpoint(tmp_path / "cut"), **options)
+    with pytest.raises(InputError, match="less than the run's 5 steps"):
+        fit(tiny_model, source, tmp_path / "short", schedule_steps=4, **ADAMW)
+
+
+def other_base(model: str, folder: Path) -> str:
+    """The same architecture and tokenizer with other weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    changed.model.norm.weight.data.mul_(1.5)
+    changed.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [
+        ("data", {"rows": [row | {"chosen": f"{row['chosen']} red"} for row in make_pairs(20)]}),
+        ("route", {"rows": [row | {"margin": -row["margin"]} for row in make_pairs(20)]}),
+        ("template", {"data": {"chat_template": TEMPLATE + " "}}),
+        ("lengths", {"data": {"max_length": 60}}),
+        ("base", {"base": True}),
+        ("preference_loss", {"preference_loss": IPO()}),
+        ("optimizer.lr", {"lr": 2e-2}),
+        ("gradient_clip_val", {"trainer": {"gradient_clip_val": 1.0}}),
+        ("batch_size", {"data": {"batch_size": 2}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_has_changed_is_named(
+    named: str, change: dict[str, Any], tiny_model: str, source: str, tmp_path: Path, stopped_after_two: str
+) -> None:
+    change = dict(change)
+    base = other_base(tiny_model, tmp_path / "base") if change.pop("base", False) else tiny_model
+    pairs = write_pairs(tmp_path / "other.jsonl", change.pop("rows")) if "rows" in change else source
+    with pytest.raises(InputError, match=rf"another run \({named}: |; {named}: "):
+        fit(base, pairs, tmp_path / "rest", ckpt_path=stopped_after_two, **(ADAMW | change))
+
+
+@pytest.fixture(scope="module")
+def stopped_after_two(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("stopped")
+    pairs = write_pairs(folder / "pairs.jsonl", make_pairs(20))
+    fit(tiny_model, pairs, folder / "cut", trainer={"max_steps": 2}, **ADAMW)
+    return checkpoint(folder / "cut")
+
+
+# Numbers that are not finite.
+
+
+class BadOnce(DPO):
+    """DPO, but the first pair of its third call has a loss that is not finite."""
+
+    calls = 0
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        BadOnce.calls += 1
+        losses = super().__call__(*arguments)
+        return losses * torch.tensor([float("nan")] + [1.0] * (len(losses) - 1)) if BadOnce.calls == 3 else losses
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_gets_into_a_checkpoint(
+    every: int, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    BadOnce.calls = 0
+    trainer = {"log_every_n_steps": every, "callbacks": [NonFinite(), RunFiles(), LastCheckpoint(every_n_steps=2)]}
+    with pytest.raises(NonFiniteError) as error:
+        fit(tiny_model, source, tmp_path / "run", trainer=trainer, preference_loss=BadOnce(), **ADAMW)
+    report = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    assert report["step"] == 2 and len(report["rows"]) == 4
+    (bad,) = [row for row in report["rows"] if row["loss"] == "nan"]
+    row = json.loads(Path(source).read_text().splitlines()[bad["row"] - 1])
+    assert bad["chosen"] == f"{row['chosen']} <|im_end|>" and bad["rejected"] == f"{row['rejected']} <|im_end|>"
+    said = str(error.value)
+    assert f"step 2 has a loss of row {bad['row']} of {source}" in said and "non_finite.json" in said
+    assert report["again"] in said and checkpoint(tmp_path / "run") in report["again"]
+    saved = torch.load(checkpoint(tmp_path / "run"), weights_only=True)
+    assert saved["global_step"] == 2
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_such_a_step_can_be_left_out(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """The optimizer does not move in it, and all others are made."""
+    BadOnce.calls, weights = 0, []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            weights.append(adapter_weights(pl_module))
+
+    trainer = {"callbacks": [NonFinite("skip"), Watch(), RunFiles(), LastCheckpoint()]}
+    module = fit(tiny_model, source, tmp_path / "run", trainer=trainer, preference_loss=BadOnce(), **ADAMW)
+    moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(weights)]
+    assert moved == [True, False, True, True]
+    assert all(value.isfinite().all() for value in adapter_weights(module).values())
+    assert json.loads((tmp_path / "run" / "non_finite.json").read_text())["step"] == 2
+
+
+# Disk and memory.
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
+    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("lightning_modules.faults.shutil.disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    trainer, module, pairs = build(tiny_model, source, tmp_path / "run", **ADAMW)
+    with pytest.raises(OutOfSpaceError, match=r"run has 0 MB free.*take 0 MB.*--runs"):
+        trainer.fit(module, pairs)
+    assert trainer.global_step == 0
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(
+    tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """The kernel refuses files of more than 20 kB from the third step on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    small = At(2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard)))
+    trainer = {"callbacks": [small, RunFiles(), LastCheckpoint(every_n_steps=1)]}
+    try:
+        with pytest.raises(OutOfSpaceError, match=r"checkpoint of step 3 .*checkpoints: File too large"):
+            fit(tiny_model, source, tmp_path / "run", trainer=trainer, **ADAMW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(checkpoint(tmp_path / "run"), weights_only=True)["global_step"] == 2
+
+
+def test_out_of_memory_says_what_to_change(tiny_model: str, source: str, tmp_path: Path) -> None:
+    class Full(DPO):
+        def __call__(self, *arguments: Any) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        fit(tiny_model, source, tmp_path / "run", trainer=with_callbacks(), preference_loss=Full(), **ADAMW)
+    said = _for_the_user(error.value)
+    assert said is not None and "4 pairs with" in said and "tokens" in said
+    assert "trainer.accumulate_grad_batches 2 (now 1, at most 4)" in said and "data.max_length 32 (now 64)" in said

@@ -1,0 +1,174 @@
+"""`kill -9` at any moment: continued from what it left, a run ends with the adapter of one that was never killed."""
+
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import safetensors.torch
+import torch
+from conftest import build, build_sft, make_pairs, make_samples, write_pairs
+
+import lightning_modules.faults
+import lightning_modules.token_cleaning
+from lightning_modules.callbacks import ExactResume, RunFiles
+from lightning_modules.faults import LastCheckpoint
+from lightning_modules.token_cleaning import RefreshReference
+from mixdpo.adapters import Lora
+from mixdpo.samples import Slices
+from mixdpo.schedules import StagedCosine
+from mixdpo.token_cleaning.cleaning import Cleaning
+
+Make = Callable[[Path], tuple[L.Trainer, Any, Any]]
+OPTIONS: dict[str, Any] = {
+    "lora": Lora(rank=4, alpha=8, dropout=0.3),
+    "optimizer": torch.optim.AdamW,
+    "lr": 1e-2,
+    "schedule": StagedCosine(),
+}
+POINTS: dict[str, tuple[Any, str, str]] = {
+    "before the checkpoint is written": (L.Trainer, "save_checkpoint", "before"),
+    "in the checkpoint's temporary file": (L.Trainer, "save_checkpoint", "half"),
+    "before the checkpoint's rename": (lightning_modules.faults, "replace", "before"),
+    "after the checkpoint's rename": (lightning_modules.faults, "replace", "after"),
+    "while tokens are scored again": (lightning_modules.token_cleaning, "add_losses", "after"),
+    "in the final adapter's file": (safetensors.torch, "save_file", "half"),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Make]:
+    """Two kinds of run by name: pairs, six steps in two epochs with validation; self-evolving cleaning, six in three
+    slices."""
+    root = tmp_path_factory.mktemp("kinds")
+    os.environ["MIXDPO_CACHE"] = str(root / "cache")
+    pairs = write_pairs(root / "pairs.jsonl", make_pairs(15))
+    samples = write_pairs(root / "samples.jsonl", make_samples(24))
+    ours = [RunFiles(), ExactResume(), LastCheckpoint(every_n_steps=1)]
+
+    def preference(folder: Path) -> tuple[L.Trainer, Any, Any]:
+        trainer = {"max_epochs": 2, "callbacks": ours}
+        return build(tiny_model, pairs, folder, trainer=trainer, data={"validation": 0.2}, **OPTIONS)
+
+    def cleaning(folder: Path) -> tuple[L.Trainer, Any, Any]:
+        trainer, how = {"callbacks": [RefreshReference(), *ours]}, Cleaning(warm_up_stages=1)
+        data = {"slices": Slices(3)}
+        return build_sft(tiny_model, samples, folder, trainer=trainer, data=data, cleaning=how, **OPTIONS)
+
+    return {"pairs": preference, "cleaning": cleaning}
+
+
+@pytest.fixture(scope="module")
+def never_killed(kinds: dict[str, Make], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, float]]:
+    """By kind: the adapter's bytes, and the seconds that the run took."""
+    found = {}
+    for kind, make in kinds.items():
+        root, started = tmp_path_factory.mktemp(kind), time.perf_counter()
+        assert attempt(make, root) == 0
+        found[kind] = (adapter(root), time.perf_counter() - started)
+    return found
+
+
+def attempt(make: Make, root: Path, arm: Callable[[], None] = lambda: None, kill_after: float | None = None) -> int:
+    """A run in a process of its own, from the last checkpoint that earlier attempts left; how it ended."""
+    number = len(list(root.iterdir()))
+    left = sorted(root.glob("*/checkpoints/last.ckpt"))
+    child = os.fork()
+    if child == 0:
+        try:
+            arm()
+            trainer, module, data = make(root / f"{number:03}")
+            trainer.fit(module, data, ckpt_path=str(left[-1]) if left else None, weights_only=True)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return status
+
+
+def die(module: Any, name: str, when: str, call: int) -> None:
+    """Make the process kill itself in the `call`-th call of a function: before or after it, or in the file that it
+    writes."""
+    original, calls = getattr(module, name), [0]
+
+    def deadly(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] < call:
+            return original(*arguments, **options)
+        if when != "before":
+            original(*arguments, **options)
+        if when == "half":
+            path = next(Path(value) for value in arguments if isinstance(value, str | Path))
+            os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, name, deadly)
+
+
+def adapter(root: Path) -> bytes:
+    """Of the last attempt."""
+    return (max(root.iterdir()) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def killed_and_continued(make: Make, root: Path, **how: Any) -> bytes:
+    assert attempt(make, root, **how) == signal.SIGKILL
+    assert attempt(make, root) == 0
+    return adapter(root)
+
+
+@pytest.mark.parametrize(
+    ("kind", "point", "call"),
+    [
+        ("pairs", "in the checkpoint's temporary file", 3),
+        ("cleaning", "while tokens are scored again", 3),
+        ("pairs", "in the final adapter's file", 1),
+    ],
+)
+def test_killed_at_a_dangerous_moment(
+    kind: str, point: str, call: int, kinds: dict[str, Make], never_killed: dict[str, Any], tmp_path: Path
+) -> None:
+    found = killed_and_continued(kinds[kind], tmp_path, arm=lambda: die(*POINTS[point], call))
+    assert found == never_killed[kind][0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_hundred_kills(
+    kinds: dict[str, Make], never_killed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """40 at the dangerous moments (each function in several of its calls), 60 at random ones."""
+    calls = {"save_checkpoint": range(1, 7), "replace": range(1, 7), "add_losses": range(1, 5), "save_file": [1]}
+    planned = [
+        (kind, lambda point=point, call=call: die(*POINTS[point], call), None)
+        for kind in kinds
+        for point, (_, name, _) in POINTS.items()
+        for call in calls[name]
+        if kind == "cleaning" or name != "add_losses"
+    ]
+    draw = random.Random(0)
+    planned = draw.sample(planned, 40)
+    for number in range(60):
+        kind = list(kinds)[number % 2]
+        planned.append((kind, lambda: None, draw.uniform(0, never_killed[kind][1])))
+    identical, ended_before = 0, 0
+    for number, (kind, arm, after) in enumerate(planned):
+        root = tmp_path / str(number)
+        root.mkdir()
+        status = attempt(kinds[kind], root, arm, after)
+        ended_before += status == 0  # a random moment may come too late
+        assert status in (0, signal.SIGKILL)
+        assert attempt(kinds[kind], root) == 0
+        identical += adapter(root) == never_killed[kind][0]
+    with capsys.disabled():
+        print(f"\nkills: {len(planned)} ({ended_before} came after the end), identical adapters: {identical}")
+    assert identical == len(planned) == 100
