@@ -89,10 +89,14 @@ def has_begun(folder: Path) -> bool:
 def new_run_folder(runs: Path, name: str) -> Path:
     """Make RUNS/NAME, or the first free NAME-2, NAME-3, …: no run is ever overwritten.
 
-    Processes that Lightning starts for further devices take the first one's folder from the environment.
+    Processes that Lightning starts for further devices take the first one's folder from the environment. Those of
+    torchrun know nothing of each other, so that NAME must be free.
     """
     if inherited := os.environ.get("MIXDPO_RUN_FOLDER"):
         return Path(inherited)
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if by_torchrun and os.environ["RANK"] != "0":
+        return runs / name
     global _made
     number = 1
     while True:
@@ -102,6 +106,8 @@ def new_run_folder(runs: Path, name: str) -> Path:
         except FileExistsError:
             if not runs.is_dir():
                 raise InputError(f"runs folder {runs} is a file: give another with --runs") from None
+            if by_torchrun:
+                raise InputError(f"{folder} exists: under torchrun give a --name that is free") from None
             number += 1
         except OSError as error:
             raise InputError(

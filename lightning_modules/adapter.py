@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from mixdpo.adapters import (
     Lora,
@@ -105,6 +106,11 @@ class AdapterModule(L.LightningModule):
             raise InputError(
                 f"{type(self).__name__} cannot train on what {type(data).__name__} reads: change `model` "
                 "or `data`; pairs go with PreferenceModule, SFT samples with SFTModule"
+            )
+        if type(self.trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+            raise InputError(
+                f"trainer.strategy {type(self.trainer.strategy).__name__} would shard a 4-bit base, which is refused: "
+                "use ddp, or one device (docs/troubleshooting.md)"
             )
         base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
         if getattr(data, "documents", False):

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from mixdpo.export import save_adapter
@@ -57,10 +58,16 @@ class ExactResume(Callback):
         self._aside: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return _random_state()
+        """Of every process: they share a seed, but dropout draws as many numbers as a process has tokens."""
+        states: list[Any] = [_random_state()]
+        if dist.is_available() and dist.is_initialized():
+            states *= dist.get_world_size()
+            dist.all_gather_object(states, states[0])
+        return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self._restored = state_dict["ranks"][min(rank, len(state_dict["ranks"]) - 1)]  # validation may use fewer
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._restored is not None:

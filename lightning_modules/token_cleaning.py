@@ -124,6 +124,11 @@ class CleanTokens(Callback):
         self._open: dict[str, Any] | None = None  # the stage whose tokens are not all decided yet
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.world_size > 1 and is_online(self.cleaning.scorer):
+            raise InputError(
+                f"{self.cleaning.scorer} reads the policy in each step, and each of several devices would know its own "
+                "tokens' scores only: train on one, or use a scorer of base and reference"
+            )
         pool: TokenPool = trainer.datamodule.cleaning_pool()
         identity = {
             **pool.identity,

@@ -86,6 +86,7 @@ def _load(
             quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
             device_map={"": str(device)},
             output_loading_info=True,
+            use_safetensors=True,  # the other format is a pickle
         )
     if attention == BY_SEGMENT and not model._supports_sdpa:  # it would neither call our attention nor get its mask
         raise InputError(f"{model.config.model_type} models do not know other attention than model.attention eager")

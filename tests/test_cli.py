@@ -4,8 +4,12 @@ import csv
 import hashlib
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -259,9 +263,59 @@ def test_validate(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_resume(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Stopped after 3 of 7 steps and continued with --ckpt_path, in a folder of its own."""
-    config, runs = str(finished / "config.yaml"), ["--runs", str(tmp_path)]
+    config, runs = str(finished / "config.yaml"), ["--runs", str(tmp_path), "--model.schedule_steps", "7"]
     assert in_process("--config", config, *runs, "--trainer.max_steps", "3") == 0
     checkpoint = tmp_path / "tiny" / "checkpoints" / "last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
     assert in_process("--config", config, *runs, "--ckpt_path", str(checkpoint)) == 0
     assert torch.load(tmp_path / "tiny-2" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
+
+
+def test_sigterm_prints_the_command_that_continues(
+    tiny_model: str, source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real process, stopped after its first checkpoint; the printed command ends the run."""
+    every_step = ["--trainer.max_epochs", "20", "--checkpoint.every_n_steps", "1"]
+    arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path), *every_step]
+    environment = {name: value for name, value in os.environ.items() if name != "MIXDPO_RUN_FOLDER"}
+    command = [sys.executable, "run.py", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        checkpoint = tmp_path / "tiny" / "checkpoints" / "last.ckpt"
+        while not checkpoint.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said and "error:" not in said
+    assert 0 < torch.load(checkpoint, weights_only=True)["global_step"] < 140
+    _, script, *words = shlex.split(said.strip().splitlines()[-1])
+    assert script == "run.py" and in_process(*words) == 0
+    assert torch.load(tmp_path / "tiny-2" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 140
+
+
+def test_the_end_of_a_run_can_be_done_again(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run that had made all its max_steps, and died before it wrote the adapter."""
+    config, runs = str(finished / "config.yaml"), ["--runs", str(tmp_path), "--trainer.max_steps", "3"]
+    assert in_process("--config", config, *runs) == 0
+    adapter = tmp_path / "tiny" / "adapter" / "adapter_model.safetensors"
+    again = ["--ckpt_path", str(tmp_path / "tiny" / "checkpoints" / "last.ckpt")]
+    assert in_process("--config", config, *runs, *again) == 0
+    assert "nothing is trained" in capfd.readouterr().out
+    assert (tmp_path / "tiny-2" / "adapter" / adapter.name).read_bytes() == adapter.read_bytes()
+
+
+def test_every_error_of_ours_is_explained() -> None:
+    from mixdpo import errors
+
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    classes = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(classes) == 4
+    for name in classes:
+        assert f"`{name}`" in page, name
+    modules = [
+        path for folder in ("mixdpo", "lightning_modules", "datamodules") for path in (ROOT / folder).rglob("*.py")
+    ]
+    others = [path for path in modules if re.search(r"^class \w+\(.*(Error|Exception)\):", path.read_text(), re.M)]
+    assert others == [ROOT / "mixdpo" / "errors.py"]  # nowhere else are there any
