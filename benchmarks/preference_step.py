@@ -8,7 +8,9 @@ Both sides: SmolLM2-135M-Instruct, LoRA r 16 on all linear layers with the same 
 its own; sides alternate, the second round in reverse. Timed is training alone, from its first step to its last, and
 memory is the peak of the process in that time. TRL runs with its defaults, and as fast as its documentation makes it:
 no checkpointing, and pairs sorted by length, as grouping by length would. Speed is compared with the faster of the two,
-memory with the leaner. TRL has no routing: MixDPO is held against its plain DPO on the same pairs.
+memory with the leaner. The floor is the time of the operations that no exact method can do without (the prompt once, no
+padding, no recompute) at the matrix rate of the same process. TRL has no routing: MixDPO is held against its plain DPO on
+the same pairs.
 """
 
 import argparse
@@ -35,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "half_hard": {"title": "MixDPO, 50 % hard, against plain DPO", "hard": 0.5, "goal": 4},
     "half_hard_cached": {"title": "MixDPO, 50 % hard, reference cached", "hard": 0.5, "cached": True, "goal": 5},
 }
+FLOOR = "floor: share of it, speed there"
 MEMORY_GOAL, LOSS_TOLERANCE = 0.5, 1e-4
 ABLATIONS: dict[str, dict[str, Any]] = {
     "all of it, one pair at a time": {},
@@ -90,6 +93,7 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
     from mixdpo.log_probs import token_log_probs
     from mixdpo.routing import Routing
     from mixdpo.schedules import Constant
+    from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
 
     if "tile" in changes:
         mixdpo.models.token_log_probs = partial(token_log_probs, tile=changes["tile"])
@@ -107,7 +111,14 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
         batch_size=BATCH,
         **{"max_length": LONGEST + 16, "max_prompt_length": LONGEST_PROMPT, **changes.get("data", {})},
     )
-    clock, losses = Clock(), []
+    clock, losses, flops = Clock(), [], [0.0]
+
+    def count(_: Any, module: Any, batch: Any, *__: Any) -> None:
+        """Forward and gradient of what is trained, and the forward of what the reference has to be asked."""
+        sizes = linear_sizes(module.model.get_base_model())
+        asked = None if case.get("cached") else batch.reference_rows
+        flops[0] += floor_flops(sizes, batch.rows) + (0 if asked is None else floor_flops(sizes, asked) / 2)
+
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -118,6 +129,7 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
             LambdaCallback(
                 on_fit_start=lambda _, module: same_start(module.model, "policy"),
                 on_train_start=clock.start,
+                on_train_batch_start=count,
                 on_train_end=clock.stop,
             )
         ],
@@ -129,7 +141,9 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
     )
     module._log_step = lambda values: losses.append(values["train/loss"])  # type: ignore[method-assign]
     trainer.fit(module, data)
-    return clock.costs | {"losses": losses}
+    width = module.model.get_base_model().get_output_embeddings().weight.shape[1]
+    rate = matrix_rate(width, module.device, getattr(torch, setting["dtype"]), seconds=3)
+    return clock.costs | {"losses": losses, "tflop": flops[0] / 1e12, "gflop_per_second": rate / 1e9}
 
 
 def as_chats(path: str, by_length: bool) -> list[dict[str, Any]]:
@@ -229,6 +243,9 @@ def compare(found: dict[str, list[dict[str, Any]]], name: str, setting: dict[str
     result = {"title": case["title"], "goal": case["goal"], "pairs_per_second": pairs / median(mine, "seconds")}
     result |= {"trl_pairs_per_second": {side: pairs / value for side, value in seconds.items()}}
     result["speed"] = min(seconds.values()) / median(mine, "seconds")
+    floor = 1000 * median(mine, "tflop") / max(run["gflop_per_second"] for run in mine)
+    result |= {"floor_seconds": floor, "floor_share": floor / median(mine, "seconds")}
+    result["speed_at_the_floor"] = min(seconds.values()) / floor
     rounds = zip(*([run["seconds"] for run in each] for each in (mine, *theirs.values())), strict=True)
     result["speed_by_round"] = [min(trls) / own for own, *trls in rounds]
     result["memory"] = median(mine, "peak_mb") / min(peaks.values())
@@ -244,6 +261,7 @@ def compare(found: dict[str, list[dict[str, Any]]], name: str, setting: dict[str
     goal = "" if result["goal"] is None else f", goal {result['goal']}"
     result["row"] = [case["title"], *cells, f"{result['speed']:.2f}× ({each}{goal})"]
     result["row"].append(f"{result['memory']:.2f} (goal {MEMORY_GOAL})")
+    result["row"].append(f"{floor:.0f} s: {result['floor_share']:.0%}, {result['speed_at_the_floor']:.2f}×")
     return result
 
 
@@ -289,7 +307,14 @@ def main() -> None:
             cases = options.cases.split(",")
             found = measure(setting, str(path), cases, options.rounds)
             compared = [compare(found, case, setting, len(pairs)) for case in cases]
-            heads = [f"{len(pairs)} pairs, {options.dtype}", "ours", *TRL, "speed against TRL's faster", "memory"]
+            heads = [
+                f"{len(pairs)} pairs, {options.dtype}",
+                "ours",
+                *TRL,
+                "speed against TRL's faster",
+                "memory",
+                FLOOR,
+            ]
             print("\n" + table(heads, [case.pop("row") for case in compared]))
             name, measured = "comparison", {"runs": found, "compared": compared}
     report[f"{name}, {options.dtype}"] = {"about": about(), "pairs": len(pairs), "measured": measured}
