@@ -9,8 +9,8 @@ its own; sides alternate, the second round in reverse. Timed is training alone, 
 memory is the peak of the process in that time. TRL runs with its defaults, and as fast as its documentation makes it:
 no checkpointing, and pairs sorted by length, as grouping by length would. Speed is compared with the faster of the two,
 memory with the leaner. The floor is the time of the operations that no exact method can do without (the prompt once, no
-padding, no recompute) at the matrix rate of the same process. TRL has no routing: MixDPO is held against its plain DPO on
-the same pairs.
+padding, no recompute) at the matrix rate of the same process. TRL has no routing: MixDPO is held against its plain DPO
+on the same pairs.
 """
 
 import argparse
