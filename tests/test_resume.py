@@ -54,8 +54,12 @@ def test_checkpoint_holds_adapters_and_optimizer_only(tiny_model: str, source: s
 def test_checkpoint_of_another_adapter_or_route_is_refused(tiny_model: str, source: str, tmp_path: Path) -> None:
     fit(tiny_model, source, tmp_path / "run")
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    other_lora = {"lora": Lora(rank=4, targets=["q_proj"])}
+    with pytest.raises(InputError, match=r"another run \(lora: "):
+        fit(tiny_model, source, tmp_path / "a", ckpt_path=checkpoint, **other_lora)
+    validator, module, pairs = build(tiny_model, source, tmp_path / "v", data={"validation": 0.3}, **other_lora)
     with pytest.raises(InputError, match="adapter does not fit"):
-        fit(tiny_model, source, tmp_path / "a", ckpt_path=checkpoint, lora=Lora(rank=4, targets=["q_proj"]))
+        validator.validate(module, pairs, ckpt_path=checkpoint, weights_only=True)
     with pytest.raises(InputError, match="another run"):
         other = {"routing": Routing(hard_fraction=0.5)}
         fit(tiny_model, source, tmp_path / "b", ckpt_path=checkpoint, data=other)
