@@ -101,8 +101,9 @@ class LastCheckpoint(Checkpoint):
 
 
 def _default_handlers() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def resume_command(trainer: L.Trainer) -> str:
@@ -167,7 +168,9 @@ class NonFinite(Callback):
         steps, self._steps = self._steps, []
         if not steps:
             return None
-        values = [torch.stack([norm, *(losses.sum() for _, losses in each)]).sum() for _, norm, each in steps]
+        values = [
+            torch.stack([norm.float(), *(losses.sum().float() for _, losses in each)]).sum() for _, norm, each in steps
+        ]
         bad = [not math.isfinite(value) for value in torch.stack(values).tolist()]
         if trainer.world_size > 1:  # one rank's losses may be finite, and all must stop or skip
             bad = [trainer.strategy.reduce_boolean_decision(each, all=False) for each in bad]

@@ -2,15 +2,18 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from conftest import build, build_sft, make_pairs, make_samples, write_pairs
+from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from test_cli import ROOT, contents, in_process
 
@@ -153,6 +156,21 @@ def test_two_processes_resume_exactly_with_dropout(tiny_model: str, tmp_path: Pa
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "rest")
     )
     assert whole == rest
+
+
+def test_a_signal_that_reaches_one_process_stops_both(tiny_model: str, tmp_path: Path) -> None:
+    class SignalToTheFirst(Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 1 and trainer.global_rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(13))
+    callbacks = [SignalToTheFirst(), RunFiles(), ExactResume(), LastCheckpoint()]
+    trainer = {"strategy": "ddp_fork", "devices": 2, "callbacks": callbacks}
+    fitter, module, data = build(tiny_model, source, tmp_path / "run", trainer=trainer)
+    with pytest.raises(Exception, match="Stopped"):
+        fitter.fit(module, data)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_a_scorer_of_the_policy_is_refused_on_two_devices(tiny_model: str, tmp_path: Path) -> None:
