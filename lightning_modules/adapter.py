@@ -21,10 +21,11 @@ from mixdpo.adapters import (
 from mixdpo.batching import TokenRows
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
-from mixdpo.models import Attention, Dtype, Quantization, check_documents, load_base
+from mixdpo.models import Attention, Dtype, Quantization, check_documents, check_vocabulary, load_base, output_head
 from mixdpo.schedules import StagedCosine, StepPlan
 from mixdpo.throughput import most_tokens, recompute
 from mixdpo.token_cleaning.cleaning import Cleaning
+from mixdpo.tokenization import largest_id
 
 Schedule = Callable[[StepPlan], Any]
 
@@ -65,6 +66,11 @@ class AdapterModule(L.LightningModule):
             cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
         """
         super().__init__()
+        if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
+            raise InputError(
+                "activation_checkpointing must be true, false, auto or a number of tokens, not "
+                f"{activation_checkpointing}"
+            )
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.activation_checkpointing, self._recompute_above = activation_checkpointing, 0
@@ -95,9 +101,11 @@ class AdapterModule(L.LightningModule):
                 "or `data`; pairs go with PreferenceModule, SFT samples with SFTModule"
             )
         base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
+        check_vocabulary(base, self.base, largest_id(*data.encoded))
         if getattr(data, "documents", False):
             check_documents(base)
         self.model = add_adapters(base, self.lora, self.adapter)
+        output_head(base)  # refuses an adapter on it
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
         if self.cleaning is not None:
             for role, name in (("reference", "cleaning"), ("previous", "previous")):
@@ -168,9 +176,17 @@ class AdapterModule(L.LightningModule):
             self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        try:
+            optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        except ValueError as error:
+            raise InputError(f"model.optimizer does not take these options: {error}. Correct them") from error
         self._plan = self.trainer.datamodule.step_plan()
         self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
+        if self._multipliers.shape != (len(self._plan),) or not np.isfinite(self._multipliers).all():
+            raise InputError(
+                f"model.schedule {self.schedule} must give {len(self._plan)} finite numbers, one for each optimizer "
+                f"step, not {self._multipliers!r:.80}"
+            )
         last = len(self._multipliers) - 1
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self._multipliers[min(step, last)]))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
@@ -181,7 +197,12 @@ class AdapterModule(L.LightningModule):
         checkpoint["adapters"] = {"stacked": dict(self.model.stacked), **counts}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["adapters"]
+        saved, data = checkpoint["adapters"], self.trainer.datamodule
+        if self.trainer.state.fn == "fit" and type(data).__qualname__ not in checkpoint:  # its state is under that name
+            raise InputError(
+                f"the checkpoint belongs to another run: it holds no position in what {type(data).__qualname__} reads. "
+                "Continue with the config.yaml beside it, or start anew from its adapter/ folder (model.adapter)."
+            )
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:
