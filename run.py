@@ -7,11 +7,13 @@ import shutil
 import sys
 import warnings
 from argparse import ArgumentError
+from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
+import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,10 +21,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules.callbacks import ExactResume, RunFiles, Throughput, ValidateAtMaxSteps
 from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory, is_out_of_memory
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
+from mixdpo.files import read_text
 
 SUBCOMMANDS = ("fit", "validate", "predict")
 _made: Path | None = None  # the run folder, where this process made it
 NAME_HELP = "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict writes RUNS/NAME.margins."
+HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 UNKNOWN_OPTION = re.compile(
     r"Option '[^']+' is not accepted|[Uu]nrecognized arguments: \S+|Key '[^']+' is not expected"
 )
@@ -43,10 +47,18 @@ class RunCLI(LightningCLI):
         parser.add_lightning_class_args(NonFinite, "non_finite")
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuses what Lightning would take now and fail on later."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if not hasattr(config.trainer, "logger"):
+            raise InputError(f"trainer should be a mapping of the Trainer's options, not {config.trainer!r}")
+        if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:
+            raise InputError(f"seed_everything must lie in [0, 2^32), not {config.seed_everything}")
+        if config.ckpt_path:
+            check_checkpoint(config.ckpt_path)
+
     def before_instantiate_classes(self) -> None:
-        checkpoint = self.config[self.subcommand].ckpt_path
-        if checkpoint and not Path(checkpoint).is_file():
-            raise InputError(f"ckpt_path {checkpoint} is no file; a run's is RUNS/NAME/checkpoints/last.ckpt")
         config, predicts = self.config[self.subcommand], self.subcommand == "predict"
         options = config.model.init_args
         if predicts != ("output" in options):
@@ -78,7 +90,42 @@ class RunCLI(LightningCLI):
                 ]
         else:
             kwargs["logger"] = False
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise InputError(f"trainer: {error}; {HELP}") from error
+
+
+def check_configs(arguments: list[str]) -> None:
+    """jsonargparse names an option that is wrong, but no file that is."""
+    paths = [value for option, value in pairwise(arguments) if option in ("-c", "--config")]
+    paths += [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
+    for path in paths:
+        if Path(path).is_file():  # else jsonargparse says so
+            try:
+                content = yaml.safe_load(read_text(path))
+            except yaml.YAMLError as error:
+                raise InputError(f"config {path} is no YAML ({' '.join(str(error).split())}): correct it") from error
+            if not isinstance(content, dict):
+                kind = type(content).__name__
+                raise InputError(
+                    f"config {path} should be a mapping of options (model, data, trainer, …), not a {kind}"
+                )
+
+
+def check_checkpoint(path: str) -> None:
+    where = "give a run's RUNS/NAME/checkpoints/last.ckpt"
+    if not Path(path).is_file():
+        raise InputError(f"ckpt_path {path} is no file; {where}")
+    try:
+        held = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except Exception as error:  # of pickle, zipfile and torch: an open list
+        said = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"ckpt_path {path} is not a checkpoint of a run, or is damaged ({type(error).__name__}: {said}); {where}"
+        ) from error
+    if not isinstance(held, dict) or not {"adapters", "state_dict"} <= held.keys():
+        raise InputError(f"ckpt_path {path} is not a checkpoint of a run (it holds no adapters); {where}")
 
 
 def has_begun(folder: Path) -> bool:
@@ -98,6 +145,8 @@ def new_run_folder(runs: Path, name: str) -> Path:
     if by_torchrun and os.environ["RANK"] != "0":
         return runs / name
     global _made
+    if not name.strip("./"):
+        raise InputError(f"--name {name!r} names no folder: give a name, such as run")
     number = 1
     while True:
         folder = runs / (name if number == 1 else f"{name}-{number}")
@@ -124,6 +173,7 @@ def main(arguments: list[str] | None = None) -> RunCLI:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] not in (*SUBCOMMANDS, "-h", "--help"):
         arguments = ["fit", *arguments]
+    check_configs(arguments)
     sys.argv[1:] = arguments  # Lightning starts further processes with it
     return RunCLI(
         L.LightningModule,
@@ -164,8 +214,6 @@ def run() -> None:
 def _for_the_user(error: BaseException | None) -> str | None:
     """The message of a user's mistake; jsonargparse wraps an `InputError` of a constructor in another error."""
     while error is not None:
-        if isinstance(error, UnpicklingError):
-            return "ckpt_path is not a checkpoint of a run (or holds more than tensors and plain values)"
         if is_out_of_memory(error):
             return "\n".join(getattr(error, "__notes__", [f"out of memory: {error}"]))
         if isinstance(error, NonFiniteError | OutOfSpaceError):
@@ -178,9 +226,8 @@ def _for_the_user(error: BaseException | None) -> str | None:
 
 def _innermost(message: str) -> str:
     """The one line that matters of the many that jsonargparse prints around it."""
-    where = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
     if unknown := UNKNOWN_OPTION.search(message):
-        return f"{unknown[0]}; {where}"
+        return f"{unknown[0]}; {HELP}"
     _, nested, leaf = message.rpartition('Parser key "')
     if not nested:
         return message
@@ -189,7 +236,7 @@ def _innermost(message: str) -> str:
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value type:")
     lines = [line.strip(" -.") for line in said.splitlines() if line.strip() and not line.strip().startswith(noise)]
     given = f", not {value[0].splitlines()[0]}" if value else ""
-    return f"{key}: {' or '.join(lines)}{given}; {where}"
+    return f"{key}: {' or '.join(lines)}{given}; {HELP}"
 
 
 if __name__ == "__main__":

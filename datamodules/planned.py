@@ -40,6 +40,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         pack: int = 8192,
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
+        special_tokens_in_text: bool = False,
         workers: int = 0,
         processes: int | None = None,
         seed: int = 0,
@@ -59,11 +60,15 @@ class PlannedDataModule(L.LightningDataModule, ABC):
                 nothing to pad; 0 gives each row of data its own, padded to the longest.
             overlong: Truncate cuts a row that is too long to max_length; drop leaves it out. Both are counted.
             chat_template: Jinja template, a file with one, or `plain` for none; the tokenizer's own if not given.
+            special_tokens_in_text: Let the name of a special token in a text, such as <|im_end|>, become that token; by
+                default it is plain text. Such rows are counted either way.
             workers: Processes that prepare batches.
             processes: Processes that tokenise, once; the result is cached.
             seed: For the validation split and the order of ties.
         """
         super().__init__()
+        if workers < 0 or (processes is not None and processes < 1):
+            raise InputError(f"workers ({workers}) must be at least 0 and processes ({processes}) at least 1 or null")
         if batch_size < 1 or eval_batch_size < 1:
             raise InputError(f"batch_size ({batch_size}) and eval_batch_size ({eval_batch_size}) must be at least 1")
         if isinstance(validation, float) and not 0 <= validation < 1:
@@ -74,6 +79,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             raise InputError(f"pack must be 0 or a number of tokens, not {pack}")
         self.batch_size, self.eval_batch_size, self.pack = batch_size, eval_batch_size, pack
         self.overlong, self.chat_template = overlong, chat_template
+        self.encoding: dict[str, Any] = {"overlong": overlong, "special_tokens_in_text": special_tokens_in_text}
         self.workers, self.processes, self.seed = workers, processes, seed
         self.counts: dict[str, Any] = {}
         self._loader: ResumableLoader | None = None
@@ -87,6 +93,11 @@ class PlannedDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def read(self, source: str, split: str) -> Any:
         """The rows of a source as a data set; counts what is dropped."""
+
+    @property
+    @abstractmethod
+    def encoded(self) -> list[Any]:
+        """The tables of token ids that there are after setup."""
 
     @abstractmethod
     def prompts(self, rows: Any) -> Iterable[Any]:

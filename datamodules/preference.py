@@ -53,10 +53,12 @@ class PreferenceDataModule(PlannedDataModule):
             share_prompt: Compute the prompt once for both responses; false gives each its own copy, same numbers.
         """
         super().__init__(source, **options)
+        if validation_threshold is not None and not np.isfinite(validation_threshold):
+            raise InputError(f"validation_threshold must be a finite margin or null, not {validation_threshold}")
         self.margins = margins
         self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
-        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-        self.lengths, self.share_prompt = {**limits, "overlong": self.overlong}, share_prompt
+        self.encoding |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
+        self.share_prompt = share_prompt
         self.margins_file: MarginsFile | None = None
         self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route = None  # type: ignore[assignment]  # until setup
@@ -69,7 +71,7 @@ class PreferenceDataModule(PlannedDataModule):
         if self.route is not None:
             return
         self._encoder = load_tokenizer(self.tokenizer)
-        self.identity = encoding_identity(self._encoder, self.chat_template, **self.lengths)
+        self.identity = encoding_identity(self._encoder, self.chat_template, **self.encoding)
         if stage == "predict":
             if self.margins is not None:
                 raise InputError("data.margins is for fit and validate; predict writes such a file (model.output)")
@@ -97,6 +99,10 @@ class PreferenceDataModule(PlannedDataModule):
     def documents(self) -> bool:
         return self.pack > 0 or self.share_prompt
 
+    @property
+    def encoded(self) -> list[Any]:
+        return [table for table in (self.train_pairs, self.validation_pairs) if table is not None]
+
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins is None and (signal is None or signal.needs == "rating")
@@ -111,7 +117,7 @@ class PreferenceDataModule(PlannedDataModule):
 
     def _encode(self, pairs: Any, name: str) -> Any:
         encoded, counts = encode_pairs(
-            pairs, self._encoder, **self.lengths, chat_template=self.chat_template, num_proc=self.processes
+            pairs, self._encoder, **self.encoding, chat_template=self.chat_template, num_proc=self.processes
         )
         self.counts[name] = {"pairs": len(encoded), **counts}
         source = self.validation if name == "validation" and isinstance(self.validation, str) else self.source

@@ -45,7 +45,7 @@ class SFTDataModule(PlannedDataModule):
         """
         super().__init__(source, **options)
         self.slices, self.noise = slices, noise
-        self.lengths = {"max_length": max_length, "overlong": self.overlong}
+        self.encoding |= {"max_length": max_length}
         self.sources: list[str] = []
         self.stages: list[Stage] = []
         self.pool: TokenPool = None  # type: ignore[assignment]  # until setup
@@ -68,6 +68,10 @@ class SFTDataModule(PlannedDataModule):
             )
         rank_zero_info(self._describe())
 
+    @property
+    def encoded(self) -> list[Any]:
+        return [pool.samples for pool in (self.pool, self.validation_pool) if pool is not None]
+
     def read(self, source: str, split: str) -> Any:
         samples = read_samples(source, split=split, limit=self.limit)
         self.counts[f"read/{source}"] = {"samples": len(samples.dataset), **samples.dropped}
@@ -78,13 +82,13 @@ class SFTDataModule(PlannedDataModule):
 
     def _encode(self, samples: Any, name: str, noise: PlantedNoise | None) -> TokenPool:
         encoded, counts = encode_samples(
-            samples, self._encoder, **self.lengths, chat_template=self.chat_template, num_proc=self.processes
+            samples, self._encoder, **self.encoding, chat_template=self.chat_template, num_proc=self.processes
         )
         if noise is not None:
             encoded = plant(encoded, noise, self._encoder)
         identity = {
             "data": content_hash(zip(samples["sample_id"], samples["messages"], strict=True)),
-            **encoding_identity(self._encoder, self.chat_template, **self.lengths),
+            **encoding_identity(self._encoder, self.chat_template, **self.encoding),
             "noise": "none" if noise is None else f"rate {noise.rate}, seed {noise.seed}, {content_hash([noise])}",
         }
         pool = TokenPool.of(encoded, identity)

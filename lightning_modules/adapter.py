@@ -23,10 +23,11 @@ from mixdpo.adapters import (
 from mixdpo.batching import TokenRows
 from mixdpo.errors import InputError, refuse_other_run
 from mixdpo.metrics import NamedMeans
-from mixdpo.models import Attention, Dtype, Quantization, check_documents, load_base
+from mixdpo.models import Attention, Dtype, Quantization, check_documents, check_vocabulary, load_base, output_head
 from mixdpo.schedules import StagedCosine, StepPlan
 from mixdpo.throughput import most_tokens, recompute
 from mixdpo.token_cleaning.cleaning import Cleaning
+from mixdpo.tokenization import largest_id
 
 Schedule = Callable[[StepPlan], Any]
 
@@ -74,6 +75,11 @@ class AdapterModule(L.LightningModule):
             raise InputError(
                 f"model.schedule_steps must be at least 1, or null for the steps of the run, not {schedule_steps}"
             )
+        if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
+            raise InputError(
+                "activation_checkpointing must be true, false, auto or a number of tokens, not "
+                f"{activation_checkpointing}"
+            )
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.activation_checkpointing, self._recompute_above = activation_checkpointing, 0
@@ -113,9 +119,11 @@ class AdapterModule(L.LightningModule):
                 "use ddp, or one device (docs/troubleshooting.md)"
             )
         base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
+        check_vocabulary(base, self.base, largest_id(*data.encoded))
         if getattr(data, "documents", False):
             check_documents(base)
         self.model = add_adapters(base, self.lora, self.adapter)
+        output_head(base)  # refuses an adapter on it
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
         if self.cleaning is not None:
             for role, name in (("reference", "cleaning"), ("previous", "previous")):
@@ -186,12 +194,20 @@ class AdapterModule(L.LightningModule):
             self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        try:
+            optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        except ValueError as error:
+            raise InputError(f"model.optimizer does not take these options: {error}. Correct them") from error
         data, steps = self.trainer.datamodule, self.schedule_steps
         self._plan, planned = data.step_plan(steps), len(data.step_plan())
         if len(self._plan) < planned:
             raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps")
         self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
+        if self._multipliers.shape != (len(self._plan),) or not np.isfinite(self._multipliers).all():
+            raise InputError(
+                f"model.schedule {self.schedule} must give {len(self._plan)} finite numbers, one for each optimizer "
+                f"step, not {self._multipliers!r:.80}"
+            )
         self._refuse_other_rates(optimizer)
         last = len(self._multipliers) - 1
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self._multipliers[min(step, last)]))
@@ -236,11 +252,16 @@ class AdapterModule(L.LightningModule):
             raise InputError(
                 "ckpt_path is no checkpoint of this version of MixDPO: start from its adapter/ folder instead"
             )
+        saved, data = checkpoint["adapters"], self.trainer.datamodule
         if self.trainer.state.fn == "fit":
+            if type(data).__qualname__ not in checkpoint:  # its state is under that name
+                raise InputError(
+                    f"the checkpoint belongs to another run: it has no position in what {type(data).__qualname__} "
+                    "reads. Continue with the config.yaml beside it, or start anew from its adapter/ folder"
+                )
             made_with = checkpoint["made_with"]
             refuse_other_run(made_with["options"], self.identity())
             self._used, self._optimizer_was = made_with["multipliers"], made_with["optimizer"]
-        saved = checkpoint["adapters"]
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:

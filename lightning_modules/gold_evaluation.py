@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_modules.callbacks import Throughput, peak_memory_gb
 from mixdpo.adapters import Role, adapter_fingerprint, base_fingerprint, role
 from mixdpo.constraints.scoring import ConstraintScorer
+from mixdpo.errors import InputError
 from mixdpo.evaluation.answer_cache import kept_answers
 from mixdpo.evaluation.generation import Generation
 from mixdpo.evaluation.gold import Answers, compare, greedy, markdown, scored
@@ -22,7 +23,7 @@ from mixdpo.export import merged_copy
 from mixdpo.files import write_json
 from mixdpo.make_pairs import read_prompts
 from mixdpo.models import load_tokenizer
-from mixdpo.tokenization import load_template, tokenizer_state
+from mixdpo.tokenization import PLAIN, load_template, tokenizer_state
 
 
 class GoldEvaluation(Callback):
@@ -88,7 +89,12 @@ class GoldEvaluation(Callback):
         started = time.perf_counter()
         print(f"answering {len(self._rows)} held-out prompts {when}")
         tokenizer = load_tokenizer(pl_module.base)
-        tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
+        template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
+        if template == PLAIN:
+            raise InputError(
+                "GoldEvaluation asks by a chat template, and data.chat_template is plain: give one, or leave it out"
+            )
+        tokenizer.chat_template = template
 
         def generations() -> list[Generation]:
             if self.dequantise:

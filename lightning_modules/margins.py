@@ -11,7 +11,16 @@ from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, base_finger
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
 from mixdpo.margins_file import MarginsWriter
-from mixdpo.models import Attention, Dtype, Quantization, check_documents, load_base, load_reward_model
+from mixdpo.models import (
+    Attention,
+    Dtype,
+    Quantization,
+    check_documents,
+    check_vocabulary,
+    load_base,
+    load_reward_model,
+)
+from mixdpo.tokenization import largest_id
 
 Signal = Callable[[Any, PairBatch], Any]
 
@@ -61,6 +70,7 @@ class MarginModule(L.LightningModule):
         if self.needs != "rating":
             load = load_reward_model if self.needs == "reward model" else load_base
             self.model = load(self.base, **self.loading, device=self.trainer.strategy.root_device)
+            check_vocabulary(self.model, self.base, largest_id(*self.trainer.datamodule.encoded))
             used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):

@@ -90,7 +90,7 @@ class PreferenceModule(AdapterModule):
             dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
             self._kept_log_probs = ReferenceCache(self._reference_identity(), dtype)
         if (cache := self._kept_log_probs) is not None:
-            known = cache.get([key for key, _ in batch.reference_keys])
+            known = cache.get(batch.reference_keys)
             if known is not None:
                 values = torch.tensor(known)
                 return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values

@@ -119,4 +119,4 @@ class SFTModule(AdapterModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._stage = checkpoint["adapters"]["stage"]
+        self._stage = checkpoint["adapters"].get("stage", 0)  # a preference run, whose adapter is validated, has none

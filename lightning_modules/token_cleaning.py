@@ -152,7 +152,7 @@ class CleanTokens(Callback):
             if self._open is not None:
                 self._open["samples"] = np.array(self._open["samples"], dtype=np.int64)
         if self.cleaning.masks is not None:
-            self._masks = read_masks(Path(self.cleaning.masks), identity)
+            self._masks = read_masks(Path(self.cleaning.masks), identity, len(pool))
         self._always_keep = self._always_kept(tokenizer, pool)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "cleaning"
@@ -219,8 +219,11 @@ class CleanTokens(Callback):
         self._tokens.scores[tokens], self._tokens.weights[tokens] = np.nan, 1 if warm_up else np.nan
         self._tokens.decided[samples] = len(self._tokens.stages)
         if not (warm_up or online) and self._masks is not None:
-            if np.isnan(self._masks[tokens]).any():
-                raise InputError(f"cleaning.masks {self.cleaning.masks} says nothing of some tokens of this stage")
+            if not ((self._masks[tokens] >= 0) & np.isfinite(self._masks[tokens])).all():
+                raise InputError(
+                    f"cleaning.masks {self.cleaning.masks} has no weight for some tokens of this stage: give the masks "
+                    "of a run that reached all of them"
+                )
             self._tokens.weights[tokens] = self._masks[tokens]
         elif not (warm_up or online) and len(tokens):
             offsets = self._offsets(samples)

@@ -73,7 +73,7 @@ def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None
     else:
         with readable(adapter, "adapter"):
             model = PeftModel.from_pretrained(base, adapter, adapter_name="policy", is_trainable=True)
-        _check_adapter(adapter, model.peft_config["policy"])
+        _check_adapter(adapter, model, "policy")
     model.stacked = {}  # adapter -> how many of the stage adapters stand under it
     if adapter is not None:
         add_reference(model, "reference", adapter)
@@ -91,7 +91,7 @@ def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) ->
     # initial weights are drawn before the saved ones replace them, and must not shift the run's random numbers
     with torch.random.fork_rng(devices=[]), readable(adapter, "adapter"):
         model.load_adapter(adapter, adapter_name=name, is_trainable=False)
-    _check_adapter(adapter, model.peft_config[name])
+    _check_adapter(adapter, model, name)
     _freeze_all_but_policy(model, name)
 
 
@@ -235,9 +235,23 @@ def _freeze_all_but_policy(model: "PeftModel", added: str) -> None:
         parameter.requires_grad_(".policy." in name)
 
 
-def _check_adapter(name: str, config: Any) -> None:
-    """Refuse what the roles cannot switch: they flip LoRA layers, and nothing else."""
+def _check_adapter(name: str, model: "PeftModel", adapter: str) -> None:
+    """Refuse what the roles cannot switch (they flip LoRA layers, and nothing else), and files that hold other or
+    unusable weights: PEFT starts what it does not find at random, and passes over what it does not know."""
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    config = model.peft_config[adapter]
     others = {"modules_to_save": config.modules_to_save, "use_dora": config.use_dora, "bias": config.bias != "none"}
     if config.peft_type != "LORA" or any(others.values()):
         extra = [key for key, value in others.items() if value]
         raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): only plain LoRA can be used")
+    with readable(name, "adapter"):
+        saved, here = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)
+    if unlike := sorted(saved.keys() ^ here.keys()):
+        raise InputError(
+            f"adapter '{name}' does not fit this base: {len(here.keys() - saved.keys())} weights are missing and "
+            f"{len(saved.keys() - here.keys())} are not expected, such as {unlike[0]}. Give the base it was trained on "
+            f"({config.base_model_name_or_path}), or another adapter"
+        )
+    if broken := [key for key, weight in saved.items() if not torch.isfinite(weight).all()]:
+        raise InputError(f"adapter '{name}' holds weights that are no numbers, such as {broken[0]}: give another one")

@@ -6,7 +6,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+
+from mixdpo.errors import InputError
 
 
 @contextmanager
@@ -15,12 +19,20 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     After an error `path` is what it was. What a killed process leaves has a name that starts with a dot. A name ends as
     `path` does, because numpy and others append a suffix where it is missing.
+
+    Raises:
+        InputError: the folder above cannot be made, or a file would replace a folder.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}. Give another place") from None
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield partial
+        if path.is_dir() and not partial.is_dir():
+            raise InputError(f"{path} is a folder, and a file is to be written there: give a file's name")
         replace(partial, path)
     finally:
         if partial.is_dir():
@@ -54,3 +66,45 @@ def _flush(path: Path) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """
+    Raises:
+        InputError: there is no such file, or it is no text in UTF-8.
+    """
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Give a text file in UTF-8") from None
+
+
+def read_json(path: str | Path, keys: set[str], remedy: str) -> dict[str, Any]:
+    """The object that a file of ours holds.
+
+    Raises:
+        InputError: it is damaged or lacks one of the keys; ends with the remedy.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from None
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise InputError(f"{path} is damaged (it should hold {', '.join(sorted(keys))}): {remedy}")
+    return content
+
+
+def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+    """A memory-mapped .npy file of ours.
+
+    Raises:
+        InputError: it is damaged, or of another shape; ends with the remedy.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from None
+    if array.shape != shape or array.dtype.kind not in "fi":
+        raise InputError(f"{path} holds {array.dtype} of the shape {array.shape}, not numbers of {shape}: {remedy}")
+    # not at once: opened for writing, a file that is cut off would grow to its full length, by zeros
+    return np.load(path, mmap_mode=mode)

@@ -15,6 +15,7 @@ import numpy as np
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.errors import InputError
 from mixdpo.files import written_whole
+from mixdpo.records import parse_messages
 from mixdpo.sources import text_rows
 
 Scorer = Callable[[dict[str, Any], list[str]], Any]
@@ -66,6 +67,8 @@ def make_pairs(
     """
     if samples < 2 or pairs_per_prompt < 1:
         raise InputError(f"samples {samples}, pairs_per_prompt {pairs_per_prompt}: need at least 2 and 1")
+    if Path(out).is_dir():
+        raise InputError(f"out {out} is a folder; give the name of a .jsonl file")
     if Path(out).exists() and not overwrite:
         raise InputError(f"{out} exists already; give another --out, or --overwrite true")
     rows = read_prompts(prompts, limit, seed)
@@ -97,12 +100,25 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
         raise InputError(f"prompts {source!r}: no such file; give a .jsonl file or `builtin`")
     rows = []
     for number, row in islice(text_rows(Path(source)), limit):
-        if not isinstance(row.get("prompt"), str | list) or not row["prompt"]:
-            raise InputError(f'{source}, row {number}: need an object with "prompt", a text or a list of messages')
+        try:
+            _check_prompt(row)
+        except InputError as error:
+            raise InputError(f"{source}, row {number}: {error}") from error
         rows.append(row)
     if not rows:
-        raise InputError(f"prompts {source!r}: the file is empty")
+        raise InputError(f"prompts {source!r}: the file is empty; give one with prompts")
     return rows
+
+
+def _check_prompt(row: Row) -> None:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str | list) or not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise InputError('need an object with "prompt", a text or a list of messages')
+    messages = parse_messages(row, "prompt")
+    if isinstance(prompt, list) and messages[-1]["role"] != "user":
+        raise InputError(f"'prompt' should end in a message of role 'user', not {messages[-1]['role']!r}.")
+    if not isinstance(row.get("part", ""), str):
+        raise InputError(f"'part' should be the name of a part of the prompts, not {row['part']!r}.")
 
 
 @dataclass
@@ -164,7 +180,7 @@ def pair_up(
         texts = [completion.text.strip() for completion in sampled if completion.ended and completion.text.strip()]
         if not texts:
             continue
-        scores = _score(scorer, row, texts)
+        scores = scores_of(scorer, row, texts)
         counts.scores += scores
         chosen = select_pairs(texts, scores, pairs_per_prompt, random.Random(f"{seed} {index}"))
         chosen = [pair for pair in chosen if pair[0][1] >= min_score]
@@ -173,11 +189,20 @@ def pair_up(
     return pairs, counts
 
 
-def _score(scorer: Scorer, row: Row, texts: list[str]) -> list[float]:
-    scores = [float(score) for score in scorer(row, texts)]
+def scores_of(scorer: Scorer, row: Row, texts: list[str]) -> list[float]:
+    """Scores of answers to one prompt row.
+
+    Raises:
+        InputError: the scorer refuses the row, or gives other than one finite number for each text.
+    """
+    prompt = f"prompt {row['prompt']!r:.80}"
+    try:
+        scores = [float(score) for score in scorer(row, texts)]
+    except InputError as error:
+        raise InputError(f"{prompt}: {error}") from error
     if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
         raise InputError(
-            f"the scorer gave {scores} for {len(texts)} texts of prompt {row['prompt']!r}: one finite each"
+            f"{prompt}: the scorer gave {scores} for {len(texts)} texts; it must give one finite number each"
         )
     return scores
 
@@ -218,13 +243,14 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
 
 def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Any]]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from mixdpo.evaluation.generation import generate
+    from mixdpo.models import load_tokenizer, readable
     from mixdpo.packaged_model import model_folder
 
     folder, on_gpu = model_folder(model), torch.cuda.is_available()
-    # bfloat16 is slower than float32 on most CPUs.
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(model)
+    with readable(model, "model"):  # bfloat16 is slower than float32 on most CPUs
+        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
     return generate(policy.to("cuda" if on_gpu else "cpu"), tokenizer, [row["prompt"] for row in rows], **options)

@@ -64,6 +64,8 @@ def _named_columns(present: list[str], named: str | Sequence[str]) -> MarginColu
         names = REWARD_MODEL_COLUMNS
     if len(names) not in (1, 2):
         raise InputError(f"the margin takes one column or [chosen_column, rejected_column], not {list(names)}.")
+    if len(set(names)) < len(names):
+        raise InputError(f"the margin columns are both {names[0]}, so every margin is 0: name two, or one.")
     absent = [name for name in names if name not in present]
     if absent:
         raise InputError(f"no margin column {', '.join(absent)}. Columns present: {', '.join(present)}.")

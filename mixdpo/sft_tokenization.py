@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mixdpo.control_tokens import control_tokens
 from mixdpo.errors import InputError
 from mixdpo.tokenization import (
     PLAIN,
@@ -35,8 +36,11 @@ class EncodedSample:
     spans: list[int]
 
 
-def encode_sample(tokenizer: "Tokenizer", messages: Messages, template: str) -> EncodedSample:
-    """Token ids and answers of one conversation, through a template of `load_template`.
+def encode_sample(
+    tokenizer: "Tokenizer", messages: Messages, template: str, *, special_tokens_in_text: bool = False
+) -> EncodedSample:
+    """Token ids and answers of one conversation, through a template of `load_template`; `special_tokens_in_text` as for
+    `encode_samples`.
 
     Each answer is encoded with all before it, as at generation. It starts where prompt and whole part, so that a token
     that merges across the seam belongs to the answer.
@@ -53,7 +57,8 @@ def encode_sample(tokenizer: "Tokenizer", messages: Messages, template: str) -> 
     input_ids: list[int] = []
     spans: list[int] = []
     for index in answers:
-        prompt_ids, whole = encode_answers(tokenizer, template, messages[:index], messages[index]["content"])
+        turn = (messages[:index], messages[index]["content"])
+        prompt_ids, whole = encode_answers(tokenizer, template, *turn, special_tokens_in_text=special_tokens_in_text)
         if shared_length(input_ids, prompt_ids, whole) < len(input_ids):
             raise InputError(
                 f"the chat template shows an earlier turn differently once message {index + 1} follows, so the tokens "
@@ -87,6 +92,7 @@ def encode_samples(
     *,
     max_length: int,
     overlong: Overlong = "truncate",
+    special_tokens_in_text: bool = False,
     chat_template: str | None = None,
     num_proc: int | None = None,
 ) -> tuple["Dataset", dict[str, int]]:
@@ -96,12 +102,15 @@ def encode_samples(
         dataset: columns sample_id, source, row, messages.
         max_length: tokens of a sample, at least 2.
         overlong: what becomes of a longer one: "truncate" keeps its first tokens, "drop" drops it.
+        special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, is that token; else
+            it is the characters that it consists of.
         chat_template: as for `load_template`; "plain" takes samples of one answer.
         num_proc: processes; None or 1 is this one.
 
     Returns:
         A data set with the columns sample_id, source, row, input_ids, spans (`EncodedSample`), truncated (bool), and
-        the counts `dropped_overlong`, `dropped_empty` (answers of nothing but end tokens) and `truncated`.
+        the counts `dropped_overlong`, `dropped_empty` (answers of nothing but end tokens), `truncated` and, where there
+        are such rows, `special_tokens_in_text`.
 
     Raises:
         InputError: a sample cannot be encoded (with its row), or all are dropped, or a limit is impossible.
@@ -112,8 +121,10 @@ def encode_samples(
         )
     limits = {"max_length": max_length, "overlong": overlong}
     template = load_template(tokenizer, chat_template)
-    encode = partial(_encode_row, tokenizer=tokenizer, template=template, limits=limits)
-    key = encoding_key(dataset, tokenizer, template, limits, __file__)
+    options = {"tokenizer": tokenizer, "template": template, "special_tokens_in_text": special_tokens_in_text}
+    encode = partial(_encode_row, **options, limits=limits)
+    parts = {**limits, "special_tokens_in_text": special_tokens_in_text}
+    key = encoding_key(dataset, tokenizer, template, parts, __file__)
     return encode_table(dataset, "sample", encode, EncodedSample, max_length, num_proc, key)
 
 
@@ -123,6 +134,7 @@ def encoding_identity(
     *,
     max_length: int,
     overlong: Overlong,
+    special_tokens_in_text: bool = False,
     max_prompt_length: int | None = None,
 ) -> dict[str, str]:
     """What decides the ids of a sample, or of a pair, part by part: says which differs from that of a stored file.
@@ -131,9 +143,10 @@ def encoding_identity(
         "tokenizer" and "template": 16 hex digits each; "lengths": as in "max_length 1024, truncate".
     """
     prompt = "" if max_prompt_length is None else f"max_prompt_length {max_prompt_length}, "
+    special = " special tokens in text" if special_tokens_in_text else ""
     return {
         "tokenizer": _digest(tokenizer_state(tokenizer)),
-        "template": _digest(load_template(tokenizer, chat_template)),
+        "template": _digest(load_template(tokenizer, chat_template) + special),
         "lengths": f"max_length {max_length}, {prompt}{overlong}",
     }
 
@@ -142,10 +155,13 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _encode_row(row: dict[str, Any], tokenizer: "Tokenizer", template: str, limits: dict[str, Any]) -> dict[str, Any]:
+def _encode_row(
+    row: dict[str, Any], tokenizer: "Tokenizer", template: str, special_tokens_in_text: bool, limits: dict[str, Any]
+) -> dict[str, Any]:
     try:
-        sample = encode_sample(tokenizer, row["messages"], template)
+        sample = encode_sample(tokenizer, row["messages"], template, special_tokens_in_text=special_tokens_in_text)
     except InputError as error:
         raise InputError(f"row {row['row']} (sample_id {row['sample_id']}): {error}") from error
     is_empty = all(end - start < 2 for start, end in zip(sample.spans[::2], sample.spans[1::2], strict=True))
-    return encoded_row(sample, limit_sample(sample, **limits), is_empty)
+    special = control_tokens(tokenizer, (message["content"] for message in row["messages"]))
+    return encoded_row(sample, limit_sample(sample, **limits), is_empty, bool(special))

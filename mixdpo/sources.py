@@ -22,6 +22,10 @@ NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 BUILT_IN = {"constraints": "constraints_pairs.jsonl"}
 DATA_FILE = re.compile(r"\.(parquet|(jsonl?|csv)(\.gz)?)$")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+REMEDIES = {
+    UnicodeDecodeError: "Save the file as UTF-8",
+    (OSError, EOFError, zlib.error): "The file is cut off, damaged or of another kind: copy or make it again",
+}
 # A csv field may not exceed 128 kB by default; a long completion does.
 csv.field_size_limit(2**31 - 1)
 
@@ -36,6 +40,8 @@ class Source:
 
 
 def open_source(source: str, split: str) -> Source:
+    if not source.strip():
+        raise InputError("the source is empty: give a hub id, a folder or a file")
     path = Path(str(files("mixdpo") / "data" / BUILT_IN[source]) if source in BUILT_IN else source).expanduser()
     if path.is_dir():
         return _open_folder(path, split)
@@ -109,7 +115,9 @@ def text_rows(path: Path) -> NumberedRows:
                 if row is not None:
                     yield number, row
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
-        raise InputError(f"{path}, row {number + 1}: cannot be read: {type(error).__name__}: {error}") from error
+        remedy = next((said for kinds, said in REMEDIES.items() if isinstance(error, kinds)), "Correct or remove it")
+        where = f"{path}, row {number + 1}"
+        raise InputError(f"{where}: cannot be read: {type(error).__name__}: {str(error)[:300]}. {remedy}.") from error
 
 
 def _json_rows(lines: Iterable[str]) -> NumberedRows:
@@ -121,12 +129,12 @@ def _json_rows(lines: Iterable[str]) -> NumberedRows:
         elif not line.strip():
             yield number, None
         else:
-            yield number, _json_object(json.loads(line))
+            yield number, _json_object(DECODER.decode(line))
 
 
 def _json_list(text: str) -> NumberedRows:
     """Objects of a list one after the other (`json.loads` of the whole could not say which one is broken)."""
-    decode, skip = json.JSONDecoder().raw_decode, re.compile(r"\s*").match
+    decode, skip = DECODER.raw_decode, re.compile(r"\s*").match
     at, number = skip(text, text.index("[") + 1).end(), 0
     while text[at : at + 1] != "]":
         number += 1
@@ -140,6 +148,16 @@ def _json_list(text: str) -> NumberedRows:
         raise ValueError("text follows the closing ] of the list")
 
 
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object names a key twice: {', '.join(key for key, _ in pairs)}")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_named_once)
+
+
 def _json_object(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"a row should be an object of named columns, not a {type(row).__name__}")
@@ -151,6 +169,8 @@ def _csv_rows(lines: Iterable[str]) -> NumberedRows:
     header = next(reader, [])
     if len(set(header)) < len(header):
         raise ValueError(f"the header names a column twice: {', '.join(header)}")
+    if header and not all(header):
+        raise ValueError(f"the header has a column without a name: {', '.join(map(repr, header))}")
     for number, values in enumerate(reader, 1):
         if values and len(values) != len(header):
             raise ValueError(f"{len(values)} values under {len(header)} column names")

@@ -60,12 +60,17 @@ def read_table(
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        raise
+        raise InputError(
+            f"{opened.name} cannot be kept as a table: {error.__cause__ or error}. Check the values of its columns and "
+            "the room that is left in HF_DATASETS_CACHE"
+        ) from error
     causes = table["drop"]
     kept = [index for index, cause in enumerate(causes) if not cause]
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
-        raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
+        raise InputError(
+            f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}): give other data."
+        )
     table = table.remove_columns("drop")
     return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name)
 
@@ -84,7 +89,7 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
         if usable == limit:
             return
     if not rows_of_ids:
-        raise InputError(f"{source.name} holds no rows.")
+        raise InputError(f"{source.name} holds no rows: give a file or split with some.")
 
 
 def row_id(row: dict[str, Any], column: str, content: str, rows_of_ids: dict[int, int]) -> int:
@@ -114,5 +119,7 @@ def checked_text(value: Any, column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{column!r} holds half a surrogate pair at character {error.start + 1}.") from None
+        raise InputError(
+            f"{column!r} holds half a surrogate pair at character {error.start + 1}: remove it or write the whole pair."
+        ) from None
     return value

@@ -8,7 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mixdpo import control_tokens as control
+from mixdpo.control_tokens import chat_ids_as_text, control_tokens, ids_as_text
 from mixdpo.errors import InputError
+from mixdpo.files import read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Overlong = Literal["truncate", "drop"]
 PLAIN = "plain"
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
 TEXTS = ("prompt", "chosen", "rejected", "messages")
 
 
@@ -47,12 +51,18 @@ def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
                 f"Jinja template or {PLAIN!r} (prompt, completion and eos token as they are)."
             )
         return tokenizer.get_chat_template()
-    if chat_template == PLAIN or "{{" in chat_template or "{%" in chat_template:
+    if chat_template == PLAIN or _is_template(chat_template):
         return chat_template
     path = Path(chat_template).expanduser()
     if not path.is_file():
         raise InputError(f"chat_template {chat_template!r} is no file, no Jinja template and not {PLAIN!r}.")
-    return path.read_text("utf-8")
+    if not _is_template(template := read_text(path)):
+        raise InputError(f"chat_template {chat_template!r} holds no Jinja template: there is no {{{{ or {{% in it.")
+    return template
+
+
+def _is_template(text: str) -> bool:
+    return "{{" in text or "{%" in text
 
 
 def encode_pair(
@@ -62,8 +72,9 @@ def encode_pair(
     rejected: str,
     *,
     chat_template: str | None = None,
+    special_tokens_in_text: bool = False,
 ) -> EncodedPair:
-    """Token ids of one pair.
+    """Token ids of one pair; `special_tokens_in_text` as for `encode_pairs`.
 
     Prompt + completion tokenised together may merge tokens across the seam. The boundary is the longest common prefix
     of the prompt and of both whole sequences: the same context for both sides, and each side's ids are those of its
@@ -73,7 +84,9 @@ def encode_pair(
         InputError: the template fails, changes the prompt once an answer follows, or writes no end token.
     """
     template = load_template(tokenizer, chat_template)
-    prompt_ids, chosen_ids, rejected_ids = encode_answers(tokenizer, template, prompt, chosen, rejected)
+    prompt_ids, chosen_ids, rejected_ids = encode_answers(
+        tokenizer, template, prompt, chosen, rejected, special_tokens_in_text=special_tokens_in_text
+    )
     boundary = shared_length(prompt_ids, chosen_ids, rejected_ids)
     if not boundary:
         raise InputError("the prompt and the two whole sequences share no token: the prompt is empty or is changed.")
@@ -116,6 +129,7 @@ def encode_pairs(
     max_length: int,
     max_prompt_length: int,
     overlong: Overlong = "truncate",
+    special_tokens_in_text: bool = False,
     chat_template: str | None = None,
     num_proc: int | None = None,
 ) -> tuple["Dataset", dict[str, int]]:
@@ -123,11 +137,14 @@ def encode_pairs(
 
     Args:
         dataset: columns pair_id, margin, row, prompt, chosen, rejected.
+        special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, is that token; else
+            it is the characters that it consists of.
         num_proc: processes; None or 1 is this one.
 
     Returns:
         A data set with the columns pair_id, margin, row, prompt_ids, chosen_ids, rejected_ids, truncated (bool), and
-        the counts `dropped_overlong`, `dropped_empty` (a completion of nothing but its end token) and `truncated`.
+        the counts `dropped_overlong`, `dropped_empty` (a completion of nothing but its end token), `truncated` and,
+        where there are such rows, `special_tokens_in_text`.
 
     Raises:
         InputError: a pair cannot be encoded (with its row), or all are dropped.
@@ -135,8 +152,9 @@ def encode_pairs(
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
     limit_lengths(EncodedPair([0], [0], [0]), **limits)  # refuse impossible limits before the work starts
     template = load_template(tokenizer, chat_template)
-    encode = partial(_encode_row, tokenizer=tokenizer, template=template, limits=limits)
-    key = encoding_key(dataset, tokenizer, template, limits)
+    options = {"tokenizer": tokenizer, "template": template, "special_tokens_in_text": special_tokens_in_text}
+    encode = partial(_encode_row, **options, limits=limits)
+    key = encoding_key(dataset, tokenizer, template, {**limits, "special_tokens_in_text": special_tokens_in_text})
     return encode_table(dataset, "pair", encode, EncodedPair, max_length, num_proc, key)
 
 
@@ -158,7 +176,7 @@ def encode_table(
     encoded = dataset.map(
         encode,
         remove_columns=texts,
-        features=Features(features | {"truncated": Value("bool"), "status": Value("string")}),
+        features=Features(features | {"truncated": Value("bool"), "status": Value("string"), "special": Value("bool")}),
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         new_fingerprint=key,
         desc=f"Encoding {noun}s",
@@ -166,16 +184,18 @@ def encode_table(
     statuses = list(encoded["status"])
     kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     counts = {name: statuses.count(name) for name in ("dropped_overlong", "dropped_empty", "truncated")}
+    counts |= {"special_tokens_in_text": count} if (count := sum(encoded["special"])) else {}
     if not kept:
         raise InputError(
             f"no {noun} is left of {len(statuses)} ({counts}): raise max_length ({max_length}) or truncate."
         )
-    encoded = encoded.remove_columns("status")
+    encoded = encoded.remove_columns(["status", "special"])
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
 
 
-def encoded_row(whole: Any, limited: Any, is_empty: bool) -> dict[str, Any]:
-    """The ids within their limits (None: too long), and what became of the row: `status` is "" where nothing did."""
+def encoded_row(whole: Any, limited: Any, is_empty: bool, special: bool) -> dict[str, Any]:
+    """The ids within their limits (None: too long), and what became of the row: `status` is "" where nothing did.
+    `special`: whether the text holds special tokens."""
     status = ""
     if is_empty:
         status = "dropped_empty"
@@ -183,7 +203,20 @@ def encoded_row(whole: Any, limited: Any, is_empty: bool) -> dict[str, Any]:
         status = "dropped_overlong"
     elif limited != whole:
         status = "truncated"
-    return vars(limited or whole) | {"truncated": status == "truncated", "status": status}
+    return vars(limited or whole) | {"truncated": status == "truncated", "status": status, "special": special}
+
+
+def largest_id(*encoded: "Dataset") -> int:
+    """The largest token id in encoded tables."""
+    import pyarrow.compute as pc
+
+    columns = (
+        column
+        for table in encoded
+        for name, column in zip(table.column_names, table.data.columns, strict=True)
+        if name in IDS
+    )
+    return max((pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns), default=0)
 
 
 def shared_length(*sequences: Sequence[Any]) -> int:
@@ -194,38 +227,56 @@ def shared_length(*sequences: Sequence[Any]) -> int:
     return min(map(len, sequences))
 
 
-def encode_answers(tokenizer: "Tokenizer", template: str, prompt: Messages, *completions: str) -> list[list[int]]:
+def encode_answers(
+    tokenizer: "Tokenizer", template: str, prompt: Messages, *completions: str, special_tokens_in_text: bool = False
+) -> list[list[int]]:
     """Ids of the prompt and of prompt + each completion with its end token, through a template of `load_template`.
 
     Raises:
         InputError: the template fails, changes the prompt once an answer follows, or writes no end token.
     """
+    texts = [*(message["content"] for message in prompt), *completions]
+    as_text = not special_tokens_in_text and bool(control_tokens(tokenizer, texts))
     encode = _encode_plain if template == PLAIN else partial(_encode_chat, template=template)
-    return encode(tokenizer, prompt, *completions)
+    return encode(tokenizer, prompt, *completions, as_text=as_text)
 
 
-def _encode_chat(tokenizer: "Tokenizer", prompt: Messages, *completions: str, template: str) -> list[list[int]]:
+def _encode_chat(
+    tokenizer: "Tokenizer", prompt: Messages, *completions: str, template: str, as_text: bool
+) -> list[list[int]]:
     """Ids of the prompt and of prompt + each completion, each cut after the end token."""
     answers = [[*prompt, {"role": "assistant", "content": completion}] for completion in completions]
     texts = [_render(tokenizer, template, prompt, add_generation_prompt=True)]
     texts += [_render(tokenizer, template, messages, add_generation_prompt=False) for messages in answers]
-    if prompt[-1]["content"].strip() not in texts[0][: shared_length(*texts)]:
-        raise InputError("the chat template shows the last user message differently once an answer follows it.")
-    # The template writes BOS itself: special tokens added here would double it.
-    prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    shared = texts[0][: shared_length(*texts)]
+    if prompt[-1]["content"].strip() not in shared:
+        raise InputError(
+            "the chat template shows the last user message differently once an answer follows it, or not at all: give "
+            "another `chat_template`"
+        )
+    if any(message["role"] == "system" and message["content"].strip() not in shared for message in prompt):
+        raise InputError(
+            "the chat template leaves the system message out: give a `chat_template` that shows it, or data without"
+        )
+    if as_text:
+        prompt_ids = chat_ids_as_text(tokenizer, prompt, template, add_generation_prompt=True)
+        wholes = [chat_ids_as_text(tokenizer, chat, template, add_generation_prompt=False) for chat in answers]
+    else:  # The template writes BOS itself: special tokens added here would double it.
+        prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [prompt_ids, *(_cut_after_end_token(tokenizer, whole) for whole in wholes)]
 
 
 def _render(tokenizer: "Tokenizer", template: str, messages: Messages, *, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it can fail in any way
         roles = ", ".join(message["role"] for message in messages)
-        raise InputError(f"the chat template refuses messages of the roles ({roles}): {error}") from error
+        raise InputError(
+            f"the chat template refuses messages of the roles ({roles}): {error}. Give another `chat_template`, or "
+            "other roles"
+        ) from error
 
 
 def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
@@ -242,27 +293,36 @@ def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
     )
 
 
-def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, *completions: str) -> list[list[int]]:
+def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, *completions: str, as_text: bool) -> list[list[int]]:
     """BOS, where the tokenizer is one that starts a text with it, + text as it is; eos after a completion."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no eos token, which {PLAIN!r} ends an answer with."
+            f"the tokenizer {tokenizer.name_or_path!r} has no eos token, which {PLAIN!r} ends an answer with: name one "
+            "in its tokenizer_config.json, or give another `chat_template`"
         )
     start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
     text = "\n".join(message["content"] for message in prompt)
     texts = [text, *(text + completion for completion in completions)]
-    prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    if as_text:
+        prompt_ids, *wholes = (ids_as_text(tokenizer, text) for text in texts)
+    else:
+        prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [start + prompt_ids, *(start + whole + [eos] for whole in wholes)]
 
 
-def _encode_row(row: dict[str, Any], tokenizer: "Tokenizer", template: str, limits: dict[str, Any]) -> dict[str, Any]:
+def _encode_row(
+    row: dict[str, Any], tokenizer: "Tokenizer", template: str, special_tokens_in_text: bool, limits: dict[str, Any]
+) -> dict[str, Any]:
+    sides = (row["chosen"], row["rejected"])
+    options = {"chat_template": template, "special_tokens_in_text": special_tokens_in_text}
     try:
-        pair = encode_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], chat_template=template)
+        pair = encode_pair(tokenizer, row["prompt"], *sides, **options)
     except InputError as error:
         raise InputError(f"row {row['row']} (pair_id {row['pair_id']}): {error}") from error
     is_empty = min(len(pair.chosen_ids), len(pair.rejected_ids)) < 2
-    return encoded_row(pair, limit_lengths(pair, **limits), is_empty)
+    special = control_tokens(tokenizer, [*(message["content"] for message in row["prompt"]), *sides])
+    return encoded_row(pair, limit_lengths(pair, **limits), is_empty, bool(special))
 
 
 def tokenizer_state(tokenizer: "Tokenizer") -> str:
@@ -285,6 +345,6 @@ def encoding_key(
 
     The hash `datasets` would make itself pickles the tokenizer, whose padding and truncation state changes with use.
     """
-    code = [Path(module).read_text("utf-8") for module in (__file__, *modules)]
+    code = [Path(str(module)).read_text("utf-8") for module in (__file__, control.__file__, *modules)]
     parts = [dataset._fingerprint, tokenizer_state(tokenizer), template, limits, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -68,7 +68,7 @@ def test_config_builds(build, config):
     assert cli.config.fit.name == config.stem
     # no filler rows: a step divides into its micro-batches
     assert cli.datamodule.batch_size % cli.trainer.accumulate_grad_batches == 0
-    assert cli.datamodule.lengths.get("max_prompt_length", 0) < cli.datamodule.lengths["max_length"]
+    assert cli.datamodule.encoding.get("max_prompt_length", 0) < cli.datamodule.encoding["max_length"]
     assert f"python run.py --config {config.relative_to(ROOT)}" in config.read_text("utf-8")
 
 

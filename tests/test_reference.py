@@ -38,18 +38,18 @@ def test_values_come_back_in_the_order_asked_for_and_only_if_all_are_known() -> 
     first, second = ReferenceCache({"model": "a"}), ReferenceCache({"model": "a"})
     values = {completion_key([1], [i]): np.arange(i + 1, dtype=np.float32) - 0.3 for i in range(3)}
     first.add(values.items())
-    keys = list(values)[::-1]
-    assert np.array_equal(second.get(keys), np.concatenate([values[key] for key in keys]))  # another run's, at once
-    assert second.get([*keys, completion_key([1], [9])]) is None
-    second.add([(keys[0], np.zeros(3))])  # the first one stays
-    assert np.array_equal(first.get(keys[:1]), values[keys[0]])
+    keys = [(key, len(values[key])) for key in values][::-1]
+    assert np.array_equal(second.get(keys), np.concatenate([values[key] for key, _ in keys]))  # another run's, at once
+    assert second.get([*keys, (completion_key([1], [9]), 1)]) is None
+    second.add([(keys[0][0], np.zeros(3))])  # the first one stays
+    assert np.array_equal(first.get(keys[:1]), values[keys[0][0]])
     assert ReferenceCache({"model": "b"}).get(keys[:1]) is None
 
 
 def test_double_precision_is_kept() -> None:
     cache = ReferenceCache({"model": "a"}, "float64")
     cache.add([(b"key", np.array([1 / 3]))])
-    assert cache.get([b"key"]) == 1 / 3
+    assert cache.get([(b"key", 1)]) == 1 / 3
 
 
 def test_a_key_tells_prompt_from_completion_and_one_text_from_another() -> None:

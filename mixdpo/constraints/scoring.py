@@ -64,7 +64,7 @@ def score(text: str, constraints: Sequence[Constraint]) -> float:
         InputError: no constraints, hence no share.
     """
     if not constraints:
-        raise InputError("an answer cannot be scored without constraints")
+        raise InputError("an answer cannot be scored without constraints: give its prompt one at least")
     return sum(constraint.holds(text) for constraint in constraints) / len(constraints)
 
 
@@ -78,6 +78,9 @@ class ConstraintScorer:
             InputError: the row has no constraints, or malformed ones.
         """
         if not isinstance(prompt_row.get("constraints"), list):
-            raise InputError(f"prompt {prompt_row.get('prompt_id')!r} has no list of constraints to score by")
+            raise InputError(
+                f"prompt_id {prompt_row.get('prompt_id')!r} has no list of constraints to score by: give it one, or "
+                "name another scorer"
+            )
         constraints = [Constraint.from_dict(row) for row in prompt_row["constraints"]]
         return [score(text, constraints) for text in texts]

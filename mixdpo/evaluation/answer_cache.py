@@ -12,7 +12,7 @@ import torch
 from mixdpo import export
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.generation import Generation
-from mixdpo.files import write_json
+from mixdpo.files import read_json, write_json
 from mixdpo.packaged_model import cache_root
 
 
@@ -27,7 +27,7 @@ def kept_answers(of: Mapping[str, Any], make: Callable[[], list[Generation]]) ->
     path = cache_root() / "answers" / f"{name}.json"
     if path.is_file():
         print(f"the answers are kept in {path}")
-        return [Generation(**row) for row in json.loads(path.read_text("utf-8"))["answers"]]
+        return [Generation(**row) for row in read_json(path, {"answers"}, "delete it")["answers"]]
     answers = make()
     write_json(path, {"of": depends, "answers": [asdict(answer) for answer in answers]})
     return answers

@@ -8,6 +8,7 @@ import numpy as np
 
 from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.generation import Generation, generate
+from mixdpo.make_pairs import scores_of
 
 Scorer = Callable[[dict[str, Any], list[str]], list[float]]
 """Scores of several answers to one prompt row; larger is better."""
@@ -53,8 +54,11 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]], **opti
 
 def scored(prompts: Sequence[dict[str, Any]], generations: Sequence[Generation], scorer: Scorer | None) -> Answers:
     """Answers with their scores; NaN without a scorer."""
-    rows = zip(prompts, generations, strict=True)
-    scores = [scorer(row, [g.text])[0] for row, g in rows] if scorer else [np.nan] * len(prompts)
+    scores = [np.nan] * len(prompts)
+    if scorer:
+        scores = [
+            score for row, g in zip(prompts, generations, strict=True) for score in scores_of(scorer, row, [g.text])
+        ]
     return Answers(
         [g.text for g in generations],
         np.array(scores, dtype=float),

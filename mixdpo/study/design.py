@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from mixdpo.errors import InputError
+from mixdpo.files import read_text
 
 Point = dict[str, Any]
 """A point of the grid: option -> value."""
@@ -93,6 +94,8 @@ class Study:
             raise InputError("at_once must be at least 1, and assumed_sd needs exactly the keys prompts and seeds")
         if self.options.get("data.validation") != 0 and not isinstance(self.options.get("data.validation"), str):
             raise InputError("options: data.validation must be 0 or a file: a share would be split anew for each seed")
+        if empty := [option for option, values in self.grid.items() if not values]:
+            raise InputError(f"grid.{empty[0]}: give at least one value, or leave the option out")
         if len(self.points) > 1 and self.choose_by is None:
             raise InputError("choose_by: name the part of the prompts by which a point of the grid is chosen")
         if chosen := [name for name, parts in self.outcomes.items() if self.choose_by in parts]:
@@ -145,9 +148,9 @@ def read_study(path: str | Path) -> Study:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give a study's YAML file, such as configs/studies/noisy_labels.yaml")
     try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
+        content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: no YAML ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: no YAML ({' '.join(str(error).split())}): correct it") from error
     try:
         values = _checked(Study, content, "")
         runs = {name: Plan(**_checked(Plan, plan, f"runs.{name}.")) for name, plan in values["runs"].items()}

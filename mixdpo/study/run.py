@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mixdpo.errors import InputError
-from mixdpo.files import write_json
+from mixdpo.files import read_json, write_json
 from mixdpo.make_pairs import read_prompts
 from mixdpo.study.design import Job, Study, read_study
 from mixdpo.study.table import chosen_point, detectable, mean_score, write_tables
@@ -189,7 +189,9 @@ def _took(plan: Study, job: Job) -> float:
         InputError: it was done with other options or files.
     """
     path = Path(plan.folder, job.name)
-    record = json.loads(_record(path).read_text()) if _record(path).exists() else {"state": "new"}
+    record: dict[str, Any] = {"state": "new"}
+    if _record(path).exists():
+        record = read_json(_record(path), {"state", "command", "files"}, f"remove it and {path} to repeat the run")
     if record["state"] != "done" or not all((path / file).exists() for file in RECORDED):
         return 0.0
     now = _identity(job)

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from mixdpo.errors import InputError
-from mixdpo.files import write_json, written_whole
+from mixdpo.files import read_array, read_json, write_json, written_whole
 from mixdpo.samples import TokenPool
 
 ARRAYS = ("scores", "weights", "decided")
 FILES = ("samples", *(f"{name}.npy" for name in ARRAYS), "stages.json")
+AGAIN = "the files are damaged or of different runs, so run the cleaning again"
 MODERATE = range(30, 301)  # response tokens of a sample that is pleasant to read
 
 
@@ -149,19 +150,17 @@ def read_cleaning(run: str) -> RunTokens:
     missing = [name for name in FILES if not (folder / name).exists()]
     if missing:
         raise InputError(f"{run} is no token-cleaning run: {folder} lacks {', '.join(missing)}; give the run's folder")
-    record = json.loads((folder / "stages.json").read_text("utf-8"))
-    pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    for name in ("scores", "weights"):
-        if arrays[name].shape != (len(pool),):
-            raise InputError(
-                f"{folder / name}.npy has the shape {arrays[name].shape}, but the {len(pool.samples)} samples beside "
-                f"it have {len(pool)} eligible tokens: the files are of different runs, so run the cleaning again"
-            )
+    record = read_json(folder / "stages.json", {"identity", "tokenizer", "stages"}, AGAIN)
+    try:
+        pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
+    except Exception as error:  # of datasets and pyarrow: an open list
+        raise InputError(f"{folder / 'samples'} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
+    shapes = {"scores": len(pool), "weights": len(pool), "decided": len(pool.samples)}
+    arrays = {name: read_array(folder / f"{name}.npy", (shapes[name],), AGAIN) for name in ARRAYS}
     return RunTokens(pool, record["identity"], record["tokenizer"], **arrays, stages=record["stages"])
 
 
-def read_masks(folder: Path, identity: Mapping[str, str]) -> np.ndarray:
+def read_masks(folder: Path, identity: Mapping[str, str], tokens: int) -> np.ndarray:
     """(M,) weights of an earlier run's folder `cleaning`, NaN where it never came.
 
     Raises:
@@ -172,8 +171,9 @@ def read_masks(folder: Path, identity: Mapping[str, str]) -> np.ndarray:
         raise InputError(
             f"cleaning.masks {folder}: no stages.json and weights.npy there; give a run's folder RUN/cleaning"
         )
-    refuse_changed(json.loads(paths[0].read_text("utf-8"))["identity"], identity, f"cleaning.masks {folder}")
-    return np.load(paths[1], mmap_mode="r")
+    record = read_json(paths[0], {"identity"}, AGAIN)
+    refuse_changed(record["identity"], identity, f"cleaning.masks {folder}")
+    return read_array(paths[1], (tokens,), AGAIN)
 
 
 def refuse_changed(then: Mapping[str, str], now: Mapping[str, str], what: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mixdpo.adapters import Role, role
-from mixdpo.files import written_whole
+from mixdpo.files import read_array, written_whole
 from mixdpo.models import evaluating, row_log_probs
 from mixdpo.packaged_model import cache_root
 from mixdpo.samples import TokenPool
@@ -40,7 +40,7 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
             empty = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(tokens,))
             empty[:] = np.nan
             empty.flush()
-    return np.load(path, mmap_mode="r+")
+    return read_array(path, (tokens,), "delete it, it is computed anew", mode="r+")
 
 
 def add_losses(

@@ -1,0 +1,173 @@
+"""Caches, checkpoints and files that are written."""
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bad_input.case import Case, Place
+from mixdpo.adapters import Lora
+from mixdpo.evaluation import answer_cache
+from mixdpo.evaluation.answer_cache import kept_answers
+from mixdpo.files import write_json, written_whole
+from mixdpo.reference import ReferenceCache
+from mixdpo.routing import Routing
+from mixdpo.token_cleaning.token_losses import open_losses
+from run import check_checkpoint
+
+# Caches: sqlite, npy, json.
+
+
+def reference_cache(fault: Callable[[Path], Any], use: str = "open") -> Any:
+    def do(place: Place) -> Any:
+        cache = ReferenceCache({"fault": str(place.folder)})
+        cache.add([(b"key", np.ones(3))])
+        cache._database.close()
+        fault(cache.path)
+        again = ReferenceCache({"fault": str(place.folder)})
+        return again.get([(b"key", 3)]) if use == "get" else again.add([(b"other", np.ones(2))])
+
+    return do
+
+
+def overwritten(path: Path) -> None:
+    """The pages after the first one."""
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+
+
+def shortened(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE log_probs SET by_token = ?", (np.ones(2, dtype=np.float32).tobytes(),))
+    database.close()
+
+
+def other_table(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE log_probs (name TEXT)")
+    database.close()
+
+
+def into_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def losses_cache(content: Callable[[Path], Any]) -> Any:
+    def do(place: Place) -> Any:
+        identity = {"data": str(place.folder)}
+        content(Path(open_losses(5, identity).filename))
+        return open_losses(5, identity)
+
+    return do
+
+
+def answers_cache(content: str) -> Any:
+    def do(place: Place) -> Any:
+        of = {"fault": str(place.folder)}
+        kept_answers(of, list)
+        newest = max((answer_cache.cache_root() / "answers").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        newest.write_text(content)
+        return kept_answers(of, list)
+
+    return do
+
+
+def file_onto_folder(place: Place) -> None:
+    with written_whole(place.folder) as partial:
+        partial.write_text("x")
+
+
+DELETE = "Delete it if it is damaged"
+CACHES = [
+    Case("reference cache", "text", reference_cache(lambda path: path.write_text("text " * 99)), (".sqlite", DELETE)),
+    Case("reference cache", "damaged pages", reference_cache(overwritten, "get"), (".sqlite", "malformed", DELETE)),
+    Case(
+        "reference cache",
+        "values of another length",
+        reference_cache(shortened, "get"),
+        ("another number of tokens", DELETE),
+    ),
+    Case("reference cache", "another table", reference_cache(other_table, "get"), ("no such column", DELETE)),
+    Case("reference cache", "a folder", reference_cache(into_folder), ("unable to open", "MIXDPO_CACHE")),
+    Case(
+        "token-losses cache",
+        "cut off",
+        losses_cache(lambda path: path.write_bytes(path.read_bytes()[:130])),
+        ("damaged", "delete it"),
+    ),
+    Case(
+        "token-losses cache",
+        "of another length",
+        losses_cache(lambda path: np.save(path, np.zeros(4, dtype=np.float32))),
+        ("(4,)", "delete it"),
+    ),
+    Case("answers cache", "cut off", answers_cache('{"answers": ['), ("damaged", "delete it")),
+    Case("answers cache", "of something else", answers_cache("[1]"), ("it should hold answers", "delete it")),
+    Case("written files", "a folder in the way", file_onto_folder, ("is a folder", "give a file's name")),
+    Case(
+        "written files",
+        "a file in the way",
+        lambda place: write_json(Path(place.write("x", "")) / "y.json", {}),
+        ("cannot write", "Give another place"),
+    ),
+]
+
+# Checkpoints.
+
+
+def checkpoint(content: Any) -> Any:
+    return lambda place: check_checkpoint(place.write("last.ckpt", content) if content is not None else "/no/last.ckpt")
+
+
+def saved(what: Any) -> Any:
+    def do(place: Place) -> Any:
+        import torch
+
+        torch.save(what, place.folder / "last.ckpt")
+        return check_checkpoint(str(place.folder / "last.ckpt"))
+
+    return do
+
+
+def half(place: Place) -> Any:
+    content = (place.shared.run / "checkpoints/last.ckpt").read_bytes()
+    return check_checkpoint(place.write("last.ckpt", content[: len(content) // 2]))
+
+
+def resumed(how: str = "fit", **options: Any) -> Any:
+    def do(place: Place) -> Any:
+        return getattr(place, how)(ckpt_path=str(place.shared.run / "checkpoints/last.ckpt"), **options)
+
+    return do
+
+
+LAST, BESIDE = "give a run's RUNS/NAME/checkpoints/last.ckpt", "Continue with the config.yaml beside it"
+CHECKPOINTS = [
+    Case("ckpt_path", "no such file", checkpoint(None), ("/no/last.ckpt is no file", LAST)),
+    Case("ckpt_path", "nothing", checkpoint(""), ("is not a checkpoint", LAST)),
+    Case("ckpt_path", "text", checkpoint("not a checkpoint\n"), ("is not a checkpoint", LAST)),
+    Case("ckpt_path", "cut off", half, ("or is damaged", LAST)),
+    Case("ckpt_path", "a list", saved([1, 2]), ("it holds no adapters", LAST)),
+    Case("ckpt_path", "of another program", saved({"state_dict": {}, "epoch": 1}), ("it holds no adapters", LAST)),
+    Case("ckpt_path", "holds a program", saved({"adapters": Path("x")}), ("is not a checkpoint", LAST)),
+    Case(
+        "ckpt_path",
+        "another batch size",
+        resumed(data={"batch_size": 8}),
+        ("belongs to another run", "batch_size", BESIDE),
+    ),
+    Case("ckpt_path", "another route", resumed(data={"routing": Routing(hard_fraction=0.5)}), ("'route'", BESIDE)),
+    Case("ckpt_path", "of pairs, for samples", resumed("fit_sft"), ("belongs to another run", "SFTDataModule", BESIDE)),
+    Case(
+        "ckpt_path",
+        "another adapter",
+        resumed(lora=Lora(targets=["q_proj"])),
+        ("does not fit this model", "Use the base, lora"),
+    ),
+]
+
+CASES = [*CACHES, *CHECKPOINTS]

@@ -1,0 +1,342 @@
+"""Options out of range, misspelt, or impossible together."""
+
+from typing import Any
+
+import numpy as np
+
+from bad_input.case import Case, Place
+from datamodules.preference import PreferenceDataModule
+from datamodules.sft import SFTDataModule
+from lightning_modules.callbacks import LastCheckpoint
+from lightning_modules.margins import MarginModule
+from lightning_modules.preference import PreferenceModule
+from lightning_modules.sft import SFTModule
+from lightning_modules.token_cleaning import RefreshReference
+from mixdpo import losses
+from mixdpo.adapters import Lora
+from mixdpo.evaluation.generation import generate
+from mixdpo.options import options
+from mixdpo.routing import Routing
+from mixdpo.samples import Slices, plan_stages
+from mixdpo.schedules import Constant, Cosine, StagedLinear
+from mixdpo.signals import ImplicitReward, Rating, RewardModel
+from mixdpo.sources import open_source
+from mixdpo.token_cleaning.cleaning import Cleaning, weigh
+from mixdpo.token_cleaning.planted_noise import PlantedNoise
+from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Random
+from mixdpo.token_cleaning.selection import Selection, select
+
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE = {
+    "beta": 0,
+    "label_smoothing": 0.5,
+    "gamma_ratio": -1,
+    "delta": -0.1,
+    "nll_weight": -1,
+    "odds_weight": -2,
+    "length_penalty": -1,
+    "drop_penalty": -1,
+    "tail_weight": 1.1,
+    "sensitivity": -1,
+}
+# class, options -> what is said
+CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
+    (Routing, {"threshold": 0.5}, ("exactly one of threshold (0.5) and hard_fraction", "threshold: null}")),
+    (Routing, {"hard_fraction": None}, ("exactly one of threshold (None)", "on the command line --data.routing")),
+    (Routing, {"hard_fraction": 1.2}, ("routing.hard_fraction must lie in [0, 1]", "1.2")),
+    (Routing, {"hard_fraction": NAN}, ("routing.hard_fraction must lie in [0, 1]", "nan")),
+    (
+        Routing,
+        {"hard_fraction": None, "threshold": INF},
+        ("routing.threshold must be finite", "0 or 1 means none or all"),
+    ),
+    (Routing, {"order": "easiest_first"}, ("routing.order must be one of easy_to_hard", "'easiest_first'")),
+    (Routing, {"assignment": "reversed"}, ("routing.assignment must be one of margin, random, inverted",)),
+    (Routing, {"hard_action": "SFT"}, ("routing.hard_action must be one of sft", "'SFT'")),
+    (Routing, {"easy_action": "sft"}, ("routing.easy_action must be one of preference, drop",)),
+    (Routing, {"order": "bucketed", "buckets": 1}, ("routing.buckets must be at least 2",)),
+    (Routing, {"reshuffle": True}, ("easy_to_hard has nothing to shuffle", "set it to false")),
+    (Routing, {"hard_action": "drop", "easy_action": "drop"}, ("are both drop", "nothing would be trained")),
+    (Slices, {"count": 0}, ("slices.count (0)", "at least 1")),
+    (Slices, {"seed": -1}, ("slices.seed must be at least 0",)),
+    (Slices, {"passes": 0}, ("slices.passes (0)", "at least 1")),
+    (Slices, {"count": 3, "only": []}, ("slices.only must name slices once",)),
+    (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, in rising order",)),
+    (Slices, {"count": 3, "only": [3]}, ("there are slices 0 to 2",)),
+    (Selection, {"threshold": 0.0}, ("exactly one of keep_ratio (0.6) and threshold (0.0)", "null for the other")),
+    (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
+    (Selection, {"keep_ratio": NAN}, ("selection.keep_ratio must lie in (0, 1]",)),
+    (Selection, {"keep_ratio": None, "threshold": -INF}, ("selection.threshold must be finite",)),
+    (Selection, {"scope": "sentence"}, ("selection.scope must be one of global, sample, batch",)),
+    (Selection, {"min_keep": -1}, ("selection.min_keep must be >= 0",)),
+    (Selection, {"always_keep": "<|im_end|>"}, ("must be a list of tokens", "write ['<|im_end|>']")),
+    (Cleaning, {"warm_up_stages": -1}, ("cleaning.warm_up_stages must be >= 0",)),
+    (Cleaning, {"scorer": len}, ("needs an attribute `roles`",)),
+    (
+        Cleaning,
+        {"scorer": Loss("policy"), "selection": Selection()},
+        ("scope global needs all scores before", "use scope batch"),
+    ),
+    (
+        Cleaning,
+        {"scorer": Loss("policy"), "masks": "x", "selection": Selection(scope="batch")},
+        ("cleaning.masks", "give one"),
+    ),
+    (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
+    (ExcessLoss, {"worse": "teacher"}, ("'teacher' is no role", "give one of base, reference")),
+    (Loss, {"role": ""}, ("'' is no role of a scorer",)),
+    (Random, {"seed": -1}, ("seed must be at least 0",)),
+    (PlantedNoise, {"rate": 0.6}, ("noise.rate must lie in (0, 0.5]", "null in place of noise")),
+    (PlantedNoise, {"kinds": ["typos"]}, ("noise.kinds must be some of",)),
+    (PlantedNoise, {"span": 1}, ("noise.span must be at least 2",)),
+    (PlantedNoise, {"phrases": "Thanks!"}, ("noise.phrases must be a list of texts",)),
+    (Constant, {"warmup": -0.1}, ("schedule.warmup must lie in [0, 1]",)),
+    (Cosine, {"floor": 2.0}, ("schedule.floor must lie in [0, 1]",)),
+    (StagedLinear, {"warmup": NAN}, ("schedule.warmup must lie in [0, 1]", "nan")),
+    (ImplicitReward, {"beta": 0}, ("signal.beta must be > 0",)),
+    (Lora, {"rank": 0}, ("lora needs rank >= 1", "rank=0")),
+    (Lora, {"alpha": -1}, ("alpha > 0", "alpha=-1")),
+    (Lora, {"dropout": 1.0}, ("dropout in [0, 1)", "dropout=1.0")),
+    (RefreshReference, {"every": 0}, ("RefreshReference.every must be 'stage' or a number",)),
+    (RefreshReference, {"ema": 1.0}, ("RefreshReference.ema must lie in [0, 1)",)),
+    (LastCheckpoint, {"every_n_steps": 0}, ("checkpoint.every_n_steps must be at least 1",)),
+    (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
+    (losses.BetaDPO, {"beta": INF}, ("preference_loss.beta must be > 0", "inf")),
+]
+MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
+    (PreferenceModule, {"sft_weight": -1.0}, ("sft_weight (-1.0)", "must be >= 0")),
+    (PreferenceModule, {"easy_sft_weight": NAN}, ("easy_sft_weight (nan)", "must be >= 0")),
+    (PreferenceModule, {"cleaning": Cleaning(warm_up_stages=1)}, ("warm_up_stages belongs to SFT",)),
+    (
+        PreferenceModule,
+        {"cleaning": Cleaning(scorer=Loss("policy"), selection=Selection(scope="batch"))},
+        ("reads the policy of each step", "ExcessLoss(worse=base)"),
+    ),
+    (SFTModule, {"activation_checkpointing": -1}, ("activation_checkpointing must be", "-1")),
+    (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
+    (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
+    (MarginModule, {"signal": Rating(), "also": {"r": RewardModel()}}, ("model.also: r cannot be computed with",)),
+]
+DATA: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
+    (PreferenceDataModule, {"batch_size": 0}, ("batch_size (0)", "at least 1")),
+    (PreferenceDataModule, {"eval_batch_size": -1}, ("eval_batch_size (-1)", "at least 1")),
+    (PreferenceDataModule, {"validation_threshold": NAN}, ("validation_threshold must be a finite margin or null",)),
+    (PreferenceDataModule, {"validation": 1.0}, ("validation must be a share in [0, 1) or another source",)),
+    (SFTDataModule, {"pack": -5}, ("pack must be 0 or a number of tokens",)),
+    (SFTDataModule, {"workers": -1}, ("workers (-1) must be at least 0",)),
+    (SFTDataModule, {"processes": 0}, ("processes (0) at least 1 or null",)),
+]
+
+
+def loss_case(option: str, value: float) -> Case:
+    kind = next(
+        kind for kind in vars(losses).values() if option in getattr(kind, "__dataclass_fields__", {"sensitivity"})
+    )
+    kind = losses.BetaDPO if option == "sensitivity" else kind
+    says = (f"preference_loss.{option} must be", losses.OPTIONS[option][0])
+    return Case("model.preference_loss", f"{option} {value}", lambda place: kind(**{option: value}), says)
+
+
+def constructed(entrance: str, arguments: tuple[Any, ...] = (), **more: Any) -> Any:
+    def case(kind: Any, chosen: dict[str, Any], says: tuple[str, ...]) -> Case:
+        fault = f"{kind.__name__} with {', '.join(f'{name} {value}' for name, value in chosen.items())}"
+        return Case(entrance, fault, lambda place: kind(*arguments, **chosen, **more), says)
+
+    return case
+
+
+# Decided only with the data.
+
+
+def routed(margins: list[float], **chosen: Any) -> Any:
+    plan = {"hard_fraction": 0.5} | chosen
+    return lambda place: Routing(**plan).plan(np.array(margins), np.arange(len(margins)), seed=0)
+
+
+def generated(**chosen: Any) -> Any:
+    return lambda place: generate(None, None, ["a"], **{"max_new_tokens": 4, "batch_size": 1, **chosen})
+
+
+SCORES, OFFSETS = np.array([0.5, NAN, 1.0]), np.array([0, 1, 3])
+
+
+def fit_case(entrance: str, fault: str, says: tuple[str, ...], how: str = "fit", **chosen: Any) -> Case:
+    def do(place: Place) -> Any:
+        return getattr(place, how)(**chosen)
+
+    return Case(entrance, fault, do, says)
+
+
+def rising(plan: Any) -> Any:
+    return [1.0]
+
+
+WITH_DATA = [
+    Case("data.routing", "no pair", routed([]), ("no pair to route", "the training data is empty")),
+    Case("data.routing", "a margin of NaN", routed([1.0, NAN]), ("margin 1 is not finite",)),
+    Case("data.routing", "a margin of minus infinity", routed([-INF, 1.0]), ("margin 0 is not finite",)),
+    Case(
+        "data.routing", "fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), ("trains 2 of 2", "needs 4")
+    ),
+    Case(
+        "data.routing",
+        "all are hard and dropped",
+        routed([1.0], hard_fraction=1.0, hard_action="drop"),
+        ("trains 0 of 1",),
+    ),
+    Case(
+        "data.slices",
+        "more slices than samples",
+        lambda place: plan_stages(2, Slices(3), batch_size=1),
+        ("2 samples", "data.slices.count"),
+    ),
+    Case(
+        "model.cleaning.selection",
+        "a score of NaN",
+        lambda place: select(SCORES, OFFSETS, Selection()),
+        ("token 1 is nan", "check its losses"),
+    ),
+    Case(
+        "model.cleaning.selection",
+        "scores of other data",
+        lambda place: select(SCORES, np.array([0, 2]), Selection()),
+        ("2 tokens", "3 scores"),
+    ),
+    Case(
+        "model.cleaning.selection",
+        "scope batch without batches",
+        lambda place: select(SCORES[:1], np.array([0, 1]), Selection(scope="batch")),
+        ("needs the batch of each", "scope global and sample need none"),
+    ),
+    Case(
+        "model.cleaning.selection",
+        "null, with negative scores",
+        lambda place: weigh(None, np.array([-1.0]), OFFSETS[:2]),
+        ("scores are weights",),
+    ),
+    Case("GoldEvaluation", "no new tokens", generated(max_new_tokens=0), ("max_new_tokens 0", "must be at least 1")),
+    Case("make-pairs", "top_p 0", generated(top_p=0.0), ("top_p 0.0", "0 < top_p <= 1")),
+    Case(
+        "mixdpo options",
+        "no such class",
+        lambda place: options("mixdpo.losses.Nothing"),
+        ("mixdpo.losses.Nothing", "give its whole path"),
+    ),
+    Case(
+        "mixdpo options",
+        "a function",
+        lambda place: options("mixdpo.losses.check_options"),
+        ("is no class", "give the path of one"),
+    ),
+    Case(
+        "data.source",
+        "a folder that is not there",
+        lambda place: open_source("./no/folder", "train"),
+        ("no/folder", "Check the path"),
+    ),
+    fit_case("model.schedule", "too few multipliers", ("must give 4 finite numbers",), schedule=rising),
+    fit_case("model.schedule", "NaN", ("must give 4 finite numbers",), schedule=lambda plan: [NAN] * len(plan)),
+    fit_case("model.optimizer", "a negative rate", ("model.optimizer", "learning rate"), lr=-1.0),
+    fit_case(
+        "trainer.accumulate_grad_batches",
+        "more than data.batch_size",
+        ("data.batch_size 4 is less than",),
+        trainer={"accumulate_grad_batches": 8},
+    ),
+    fit_case(
+        "trainer.limit_train_batches",
+        "2",
+        ("cuts the curriculum", "use data.limit"),
+        trainer={"limit_train_batches": 2},
+    ),
+    fit_case("trainer.max_epochs", "0", ("there is nothing to train",), trainer={"max_epochs": 0}),
+    fit_case("trainer.max_epochs", "-1", ("a schedule needs an end",), trainer={"max_epochs": -1}),
+    fit_case(
+        "data.max_prompt_length",
+        "as max_length",
+        ("should be above 0 and below max_length (64)",),
+        data={"max_prompt_length": 64},
+    ),
+    fit_case("data.overlong", "shorten", ("'truncate' or 'drop'",), data={"overlong": "shorten"}),
+    fit_case("data.max_length", "1", ("max_length should be at least 2",), "fit_sft", data={"max_length": 1}),
+    fit_case(
+        "data.slices",
+        "two epochs",
+        ("set trainer.max_epochs 1",),
+        "fit_sft",
+        data={"slices": Slices(2)},
+        trainer={"max_epochs": 2},
+    ),
+    fit_case(
+        "model.cleaning",
+        "no pair is hard",
+        ("no pair is hard", "set it to null"),
+        cleaning=Cleaning(),
+        data={"routing": Routing(hard_fraction=0.0)},
+    ),
+    fit_case(
+        "model.cleaning",
+        "of rejected responses",
+        ("hard_action must be sft",),
+        cleaning=Cleaning(),
+        data={"routing": Routing(hard_action="sft_both", hard_fraction=0.5)},
+    ),
+    fit_case(
+        "model.cleaning",
+        "no stage left",
+        ("leaves no stage to clean",),
+        "fit_sft",
+        cleaning=Cleaning(scorer=Random(), warm_up_stages=1),
+    ),
+    fit_case(
+        "model.cleaning",
+        "a reference that is the base",
+        ("every score would be 0", "Give model.cleaning.reference"),
+        "fit_sft",
+        cleaning=Cleaning(),
+    ),
+    fit_case(
+        "model.cleaning.selection",
+        "a token that is none",
+        ("has no token 'nothing'",),
+        "fit_sft",
+        cleaning=Cleaning(scorer=Random(), selection=Selection(always_keep=["nothing"])),
+    ),
+    fit_case(
+        "RefreshReference",
+        "nothing to refresh",
+        ("has no scorer that reads a reference",),
+        "fit_sft",
+        trainer={"first": (RefreshReference(),)},
+    ),
+    fit_case(
+        "RefreshReference",
+        "of SFT's reference",
+        ("belongs to a preference loss",),
+        "fit_sft",
+        trainer={"first": (RefreshReference(role="reference"),)},
+    ),
+    fit_case(
+        "RefreshReference",
+        "one stage",
+        ("the run has one stage", "data.routing.order"),
+        trainer={"first": (RefreshReference(role="reference"),)},
+        data={"routing": Routing(hard_fraction=0.0)},
+    ),
+    fit_case(
+        "model.preference_loss",
+        "means over one pair",
+        ("set trainer.accumulate_grad_batches",),
+        preference_loss=losses.KTOPair(),
+        data={"batch_size": 2},
+        trainer={"accumulate_grad_batches": 2},
+    ),
+]
+
+CASES = [
+    *(loss_case(*option) for option in OUT_OF_RANGE.items()),
+    *(constructed("options")(*row) for row in CONSTRUCTED),
+    *(constructed("module", ("unread",))(*row) for row in MODULES),
+    *(constructed("data module", ("unread",), tokenizer="unread")(*row) for row in DATA),
+    *WITH_DATA,
+]

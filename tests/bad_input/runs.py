@@ -1,0 +1,214 @@
+"""Command lines and config files of run.py: what is given besides (or instead of) a config that works."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from test_cli import options
+
+from bad_input.case import Place
+
+Arguments = tuple[str, ...] | Callable[[Place], tuple[str, ...]]
+HELP = "see run.py fit --help"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of `run.py`; `says` are parts of the one message. `shell`: also by default in a process of its own."""
+
+    entrance: str
+    fault: str
+    given: Arguments
+    says: tuple[str, ...]
+    whole: bool = False
+    shell: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.entrance}: {self.fault}"
+
+    def arguments(self, place: Place) -> list[str]:
+        """After those of a run that works, unless they are `whole`."""
+        given = list(self.given(place) if callable(self.given) else self.given)
+        base = ["--config", "configs/demo.yaml", *options(place.model, place.shared.pairs, place.folder / "runs")]
+        return given if self.whole else [*base, *given]
+
+
+def config(content: Any) -> Arguments:
+    return lambda place: ("--config", place.write("bad.yaml", content))
+
+
+def callback(name: str, **arguments: Any) -> tuple[str, ...]:
+    return ("--trainer.callbacks", json.dumps([{"class_path": name, "init_args": arguments}]))
+
+
+def predicted(*more: str) -> Callable[[Place], tuple[str, ...]]:
+    def given(place: Place) -> tuple[str, ...]:
+        where = ("--runs", str(place.folder / "runs"), "--model.base", place.model, "--data.source", place.shared.pairs)
+        return ("predict", "--config", "configs/signals/rating.yaml", *where, *more)
+
+    return given
+
+
+def pairs(change: Callable[[str], Any]) -> Callable[[Place], tuple[str, ...]]:
+    def given(place: Place) -> tuple[str, ...]:
+        return ("--data.source", place.write("bad.jsonl", change(Path(place.shared.pairs).read_text())))
+
+    return given
+
+
+def checkpoint(place: Place) -> tuple[str, ...]:
+    return ("--ckpt_path", place.write("last.ckpt", "not a checkpoint\n"))
+
+
+def prompts(place: Place) -> tuple[str, ...]:
+    rows = [{"prompt": "red tea", "constraints": [{"kind": "rhymes", "params": {}}]}]
+    path = place.write("prompts.jsonl", rows)
+    return callback("lightning_modules.gold_evaluation.GoldEvaluation", prompts=path, max_new_tokens=2)
+
+
+def margins(place: Place) -> tuple[str, ...]:
+    return ("--data.margins", place.write("x.margins", '{"format": 1}\n'))
+
+
+def long_rows(text: str) -> str:
+    return text.replace('"chosen": "', '"chosen": "' + "tea " * 80, 1)
+
+
+SFT = ("--model", "lightning_modules.sft.SFTModule", "--model.base", "x")
+RUNS = [
+    Run("config file", "not there", ("--config", "/no/config.yaml"), ("/no/config.yaml",)),
+    Run("config file", "a folder", ("--config", "configs"), ("configs",)),
+    Run(
+        "config file", "no YAML", config("model: [1\nb: ]"), ("bad.yaml is no YAML", "line 2", "correct it"), shell=True
+    ),
+    Run("config file", "Latin-1", config("name: \xe9".encode("latin-1")), ("bad.yaml cannot be read", "in UTF-8")),
+    Run("config file", "a list", config("[1, 2]"), ("bad.yaml should be a mapping", "not a list")),
+    Run("config file", "a misspelt section", config("modle: {base: x}"), ("modle", HELP)),
+    Run("config file", "a misspelt option", config("data: {init_args: {batchsize: 2}}"), ("batchsize", HELP)),
+    Run("config file", "a number for a mapping", config("trainer: 3"), ("trainer should be a mapping", "not 3")),
+    Run("command line", "nothing", (), ("subcommand", "fit,validate,predict"), whole=True),
+    Run("command line", "a misspelt command", ("trian", "--config", "configs/demo.yaml"), ("trian",), whole=True),
+    Run("command line", "a misspelt option", ("--data.batchsize", "2"), ("batchsize", HELP)),
+    Run(
+        "command line", "an option without a value", ("--data.batch_size",), ("argument --data: expected one argument",)
+    ),
+    Run("command line", "a word for a number", ("--data.batch_size", "many"), ("batch_size", "many", HELP)),
+    Run("command line", "a fraction of a step", ("--trainer.max_steps", "2.5"), ("max_steps", "2.5", HELP)),
+    Run("command line", "half a mapping", ("--data.routing", "{order: shuffled"), ("routing", HELP)),
+    Run("data.routing", "a misspelt order", ("--data.routing.order", "easiest"), ("order", "easiest", HELP)),
+    Run("data.routing", "a share of 2", ("--data.routing.hard_fraction", "2"), ("hard_fraction must lie in [0, 1]",)),
+    Run(
+        "model.preference_loss",
+        "no such class",
+        ("--model.preference_loss", "mixdpo.losses.None"),
+        ("mixdpo.losses.None", HELP),
+    ),
+    Run(
+        "model.preference_loss",
+        "an option of another loss",
+        ("--model.preference_loss", "mixdpo.losses.DPO", "--model.preference_loss.delta", "1"),
+        ("delta", HELP),
+    ),
+    Run(
+        "model.preference_loss",
+        "out of range",
+        ("--model.preference_loss.beta", "-1"),
+        ("preference_loss.beta must be > 0",),
+    ),
+    Run(
+        "model.schedule",
+        "no such class",
+        ("--model.schedule", "mixdpo.schedules.Cosin"),
+        ("mixdpo.schedules.Cosin", HELP),
+    ),
+    Run(
+        "model.optimizer",
+        "a negative rate",
+        ("--model.optimizer.lr", "-1"),
+        ("model.optimizer", "Invalid learning rate"),
+    ),
+    Run("model.base", "not there", ("--model.base", "/no/model"), ("/no/model", "Give a hub id")),
+    Run("model.adapter", "not there", ("--model.adapter", "/no/adapter"), ("/no/adapter", "Give a hub id")),
+    Run("model.quantization", "unknown", ("--model.quantization", "int3"), ("int3", HELP)),
+    Run("model", "of another kind than the data", SFT, ("x",)),
+    Run("model", "for predict only", ("--config", "configs/signals/rating.yaml"), ("does not fit", "for predict only")),
+    Run(
+        "model",
+        "for fit only",
+        lambda place: ("predict", "--config", "configs/demo.yaml", "--data.source", place.shared.pairs),
+        ("does not predict", "configs/signals"),
+        whole=True,
+    ),
+    Run(
+        "predict",
+        "data.margins",
+        predicted("--data.margins", "x"),
+        ("data.margins is for fit", "model.output"),
+        whole=True,
+    ),
+    Run(
+        "data.source",
+        "not there",
+        ("--data.source", "/no/pairs.jsonl"),
+        ("/no/pairs.jsonl", "Check the path"),
+        shell=True,
+    ),
+    Run("data.source", "a cut line", pairs(lambda text: text[:-9]), ("bad.jsonl, row 16", "Correct")),
+    Run(
+        "data.source",
+        "a margin in words",
+        pairs(lambda text: text.replace('"margin": 0.5', '"margin": "low"')),
+        ("bad.jsonl, row", "'low'"),
+    ),
+    Run(
+        "data.validation",
+        "the training pairs",
+        lambda place: ("--data.validation", place.shared.pairs),
+        ("have a prompt that is trained on", "give another"),
+    ),
+    Run("data.margins", "of another format", margins, ("x.margins", "compute it anew")),
+    Run("data.max_length", "0", ("--data.max_length", "0"), ("max_length (0)",)),
+    Run("ckpt_path", "text", checkpoint, ("last.ckpt is not a checkpoint", "RUNS/NAME"), shell=True),
+    Run(
+        "trainer.callbacks", "no such class", callback("lightning_modules.Nothing"), ("lightning_modules.Nothing", HELP)
+    ),
+    Run("GoldEvaluation", "an unknown constraint", prompts, ("red tea", "'rhymes'", "the kinds are")),
+    Run(
+        "GoldEvaluation",
+        "plain text instead of a template",
+        ("--data.chat_template", "plain", *callback("lightning_modules.gold_evaluation.GoldEvaluation")),
+        ("data.chat_template is plain", "or leave it out"),
+    ),
+    Run("name", "empty", ("--name", ""), ("names no folder", "give a name")),
+    Run("seed_everything", "-1", ("--seed_everything", "-1"), ("seed_everything must lie in",)),
+    Run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), ("abacus",)),
+    Run("trainer.precision", "unknown", ("--trainer.precision", "8-bit"), ("8-bit", HELP)),
+    Run("trainer.devices", "none", ("--trainer.devices", "0"), ("devices",)),
+    Run("trainer.max_epochs", "none", ("--trainer.max_epochs", "0"), ("nothing to train",)),
+    Run(
+        "runs",
+        "a file",
+        lambda place: ("--runs", place.write("file", "")),
+        ("file/tiny: Not a directory", "Give another with --runs"),
+    ),
+]
+
+# What a run bears, and says how often.
+BORNE = [
+    Run("data.source", "a response longer than max_length", pairs(long_rows), ("truncated 1",)),
+    Run(
+        "data.source",
+        "an end token in a text",
+        pairs(lambda text: text.replace('"chosen": "', '"chosen": "<|im_end|> ', 2)),
+        ("special_tokens_in_text 2",),
+    ),
+    Run(
+        "data.source",
+        "an empty response",
+        pairs(lambda text: text + '{"prompt": "red", "chosen": "", "rejected": "tea", "pair_id": "e"}\n'),
+        ("empty_completion 1",),
+    ),
+]

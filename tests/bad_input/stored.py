@@ -1,0 +1,275 @@
+"""Files that a run leaves for another one: margins, and what token cleaning decided."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bad_input.case import Case, Place
+from mixdpo.margins_file import HEADER, MarginsWriter, read_margins
+from mixdpo.margins_report import compare
+from mixdpo.token_cleaning.cleaning import Cleaning
+from mixdpo.token_cleaning.labels import export_labels
+from mixdpo.token_cleaning.report import report
+from mixdpo.token_cleaning.stored import read_cleaning
+
+# Margins files.
+
+HEAD = {"format": "mixdpo margins 1", **dict.fromkeys(sorted(HEADER), "x"), "pairs": 2, "needs": "rating"}
+LINES = [HEAD, {"pair_id": 1, "text": "a", "margin": 0.5}, {"pair_id": 2, "text": "b", "margin": 1.0}]
+ANEW = "compute it anew"
+MARGINS: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("nothing", "", ("is no margins file", ANEW)),
+    ("text", "margins\n", ("is no margins file", ANEW)),
+    ("bytes", b"\x93NUMPY\xff\n", ("is no margins file", ANEW)),
+    ("another format", [LINES[0] | {"format": "2"}, *LINES[1:]], ("its format is '2'", ANEW)),
+    ("a header of a list", [[1], *LINES[1:]], ("is no margins file", ANEW)),
+    (
+        "a header cut short",
+        [{"format": "mixdpo margins 1", "pairs": 2}, *LINES[1:]],
+        ("its first line lacks adapter", ANEW),
+    ),
+    ("a pair lost", LINES[:2], ("has 1 of its 2 pairs", ANEW)),
+    ("a pair twice", [*LINES[:2], LINES[1]], ("has 1 of its 2 pairs", ANEW)),
+    ("a margin of NaN", [*LINES[:2], LINES[2] | {"margin": float("nan")}], ("pair_id 2 is no finite number", ANEW)),
+    ("a margin in words", [*LINES[:2], LINES[2] | {"margin": "high"}], ("ValueError", ANEW)),
+    ("a row without its text", [*LINES[:2], {"pair_id": 2, "margin": 1.0}], ("KeyError: 'text'", ANEW)),
+]
+
+
+def margins_case(fault: str, content: Any, says: tuple[str, ...]) -> Case:
+    return Case(
+        "margins file", fault, lambda place: read_margins(place.write("m.margins", content)), ("m.margins", *says)
+    )
+
+
+def trained_with(content: list[Any]) -> Any:
+    return lambda place: place.fit(data={"margins": place.write("m.margins", content)})
+
+
+def of_a_policy(place: Place) -> Any:
+    return place.fit(data={"margins": place.write("m.margins", [HEAD | {"needs": "policy"}, *LINES[1:]])})
+
+
+def continued(place: Place) -> Any:
+    texts = {1: "a", 2: "b"}
+    header = {key: value for key, value in HEAD.items() if key not in ("format", "pairs")}
+    place.write("m.margins.part", [HEAD | {"signal": "y"}])
+    return MarginsWriter(str(place.folder / "m.margins"), header, texts)
+
+
+def not_finite(place: Place) -> Any:
+    writer = MarginsWriter(str(place.folder / "m.margins"), {"signal": "x"}, {1: "a"})
+    return writer.append([1], [float("inf")])
+
+
+def compared(place: Place) -> Any:
+    other = [HEAD, *({"pair_id": i, "text": "z", "margin": 1.0} for i in (1, 2))]
+    return compare(place.write("a.margins", LINES), place.write("b.margins", other))
+
+
+# Token cleaning: a copy of a run with a fault.
+
+MASKS = Cleaning(masks="x")
+
+
+def cleaned(fault: Callable[[Path], Any], use: Callable[[Place, Path], Any]) -> Any:
+    def do(place: Place) -> Any:
+        copy = place.folder / "earlier"
+        shutil.copytree(place.shared.cleaned, copy)
+        fault(copy / "cleaning")
+        return use(place, copy)
+
+    return do
+
+
+def edited(name: str, **values: Any) -> Callable[[Path], Any]:
+    def fault(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values))
+
+    return fault
+
+
+def array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], Any]:
+    return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+
+
+def cut(name: str, keep: int) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def removed(name: str) -> Callable[[Path], Any]:
+    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+def masked(place: Place, run: Path) -> Any:
+    return place.fit_sft(cleaning=Cleaning(masks=str(run / "cleaning")))
+
+
+def read(place: Place, run: Path) -> Any:
+    return read_cleaning(str(run))
+
+
+def holed(weights: np.ndarray) -> np.ndarray:
+    weights[3] = np.nan
+    return weights
+
+
+def other_data(place: Place) -> Any:
+    rows = [json.loads(line) for line in Path(place.shared.samples).read_text().splitlines()]
+    source = place.write("other.jsonl", rows[:-1])
+    return place.fit_sft(source=source, cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")))
+
+
+SCORE_AGAIN, RUN_AGAIN = "or score anew", "run the cleaning again"
+CLEANING = [
+    Case(
+        "cleaning.masks",
+        "no such folder",
+        lambda place: place.fit_sft(cleaning=MASKS),
+        ("masks x", "give a run's folder RUN/cleaning"),
+    ),
+    Case(
+        "cleaning.masks",
+        "the run, not its cleaning",
+        lambda place: place.fit_sft(cleaning=Cleaning(masks=str(place.shared.cleaned))),
+        ("no stages.json", "RUN/cleaning"),
+    ),
+    Case("cleaning.masks", "of other data", other_data, ("another data", SCORE_AGAIN)),
+    Case(
+        "cleaning.masks",
+        "of another length",
+        lambda place: place.fit_sft(
+            cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")), data={"max_length": 60}
+        ),
+        ("another lengths", SCORE_AGAIN),
+    ),
+    Case(
+        "cleaning.masks",
+        "stages.json cut off",
+        cleaned(cut("stages.json", 99), masked),
+        ("stages.json is damaged", RUN_AGAIN),
+    ),
+    Case(
+        "cleaning.masks",
+        "stages.json of something else",
+        cleaned(lambda f: (f / "stages.json").write_text("{}"), masked),
+        ("it should hold identity", RUN_AGAIN),
+    ),
+    Case(
+        "cleaning.masks",
+        "weights cut off",
+        cleaned(cut("weights.npy", 150), masked),
+        ("weights.npy is damaged", RUN_AGAIN),
+    ),
+    Case(
+        "cleaning.masks",
+        "weights of another format",
+        cleaned(lambda f: (f / "weights.npy").write_text("1 2 3"), masked),
+        ("weights.npy is damaged", RUN_AGAIN),
+    ),
+    Case(
+        "cleaning.masks",
+        "a weight too few",
+        cleaned(array("weights.npy", lambda w: w[:-1]), masked),
+        ("of the shape", RUN_AGAIN),
+    ),
+    Case(
+        "cleaning.masks",
+        "texts as weights",
+        cleaned(array("weights.npy", lambda w: w.astype(str)), masked),
+        ("not numbers of", RUN_AGAIN),
+    ),
+    Case(
+        "cleaning.masks",
+        "tokens never reached",
+        cleaned(array("weights.npy", holed), masked),
+        ("has no weight for some tokens", "that reached all of them"),
+    ),
+    Case(
+        "cleaning.masks",
+        "negative weights",
+        cleaned(array("weights.npy", lambda w: -1 - w), masked),
+        ("has no weight for some tokens", "give the masks"),
+    ),
+    Case(
+        "mixdpo report",
+        "no run",
+        lambda place: report(str(place.folder)),
+        ("is no token-cleaning run", "give the run's folder"),
+    ),
+    Case(
+        "mixdpo report",
+        "fewer samples than 0",
+        lambda place: report(str(place.shared.cleaned), samples=-1),
+        ("samples -1", "at least 0"),
+    ),
+    Case(
+        "mixdpo report",
+        "out is a folder",
+        lambda place: report(str(place.shared.cleaned), out=str(place.folder)),
+        ("is a folder", "give a file's name"),
+    ),
+    Case(
+        "mixdpo report",
+        "out below /proc",
+        lambda place: report(str(place.shared.cleaned), out="/proc/x/page.html"),
+        ("cannot write /proc/x/page.html", "Give another place"),
+    ),
+    Case(
+        "mixdpo export-labels",
+        "scores of another length",
+        cleaned(array("scores.npy", lambda s: s[1:]), read),
+        ("scores.npy holds", RUN_AGAIN),
+    ),
+    Case(
+        "mixdpo export-labels",
+        "no samples",
+        cleaned(removed("samples"), read),
+        ("lacks samples", "give the run's folder"),
+    ),
+    Case(
+        "mixdpo export-labels",
+        "samples without their data",
+        cleaned(lambda f: next((f / "samples").glob("*.arrow")).unlink(), read),
+        ("samples is damaged", RUN_AGAIN),
+    ),
+    Case(
+        "mixdpo export-labels",
+        "out is there",
+        lambda place: export_labels(str(place.shared.cleaned), str(place.folder)),
+        ("exists", "--overwrite true"),
+    ),
+]
+
+CASES = [
+    *(margins_case(*row) for row in MARGINS),
+    Case(
+        "margins file",
+        "no such file",
+        lambda place: read_margins("/no.margins"),
+        ("/no.margins", "run.py predict makes it"),
+    ),
+    Case(
+        "margins file", "of other pairs", trained_with(LINES), ("does not fit 16 of the 16 pairs", "first: row 1", ANEW)
+    ),
+    Case(
+        "margins file",
+        "of another policy",
+        of_a_policy,
+        ("another encoding of the pairs", "use the options it was made with"),
+    ),
+    Case(
+        "margins file",
+        "of another signal, to be continued",
+        continued,
+        ("signal: y there, x here", "give another model.output"),
+    ),
+    Case("margins file", "a margin that is infinite", not_finite, ("by pair id", "Use a wider model.dtype")),
+    Case("margins file", "no pair in common", compared, ("no pair in common", "give two files of the same data")),
+    *CLEANING,
+]

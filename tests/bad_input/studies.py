@@ -1,0 +1,78 @@
+"""The YAML file of a study, and the record of its runs."""
+
+from typing import Any
+
+import yaml
+
+from bad_input.case import Case, Place
+from mixdpo.study.design import read_study
+from mixdpo.study.run import _took
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "config": "configs/demo.yaml",
+        "folder": "studies/x",
+        "runs": {"dpo": {}, "mixdpo": {"overlay": "configs/controls/mixdpo.yaml"}},
+        "prompts": "prompts.jsonl",
+        "outcomes": {"gold": ["main"]},
+        "control": "dpo",
+        "assumed_sd": {"prompts": 0.4, "seeds": 0.02},
+        "options": {"data.validation": 0},
+    }
+    return {key: value for key, value in (base | changes).items() if value is not ...}
+
+
+STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("no mapping", [1], ("the file: need a mapping of Study's keys",)),
+    ("a misspelt key", study(seed=[0]), ("seed: no such key; the keys are config, folder",)),
+    ("a key missing", study(control=...), ("control is missing",)),
+    ("seeds as a number", study(seeds=3), ("seeds: expected list[int]", "not 3")),
+    ("a seed of true", study(seeds=[True]), ("seeds: expected list[int]", "[True]")),
+    ("a seed twice", study(seeds=[1, 1]), ("a seed must come once",)),
+    ("no runs", study(runs={}), ("must not be empty",)),
+    ("a run of null", study(runs={"dpo": None}), ("runs.dpo: need a mapping of Plan's keys",)),
+    ("a misspelt key of a run", study(runs={"dpo": {"overlays": "x"}}), ("runs.dpo.overlays: no such key",)),
+    ("an unknown control", study(control="sft"), ("runs.dpo: control 'sft': no such run; there are dpo, mixdpo",)),
+    (
+        "runs in a circle",
+        study(runs={"dpo": {"after": "b"}, "b": {"after": "dpo"}}),
+        ("goes round in a circle: b → dpo → b",),
+    ),
+    ("none at once", study(at_once=0), ("at_once must be at least 1",)),
+    ("a share for validation", study(options={"data.validation": 0.1}), ("data.validation must be 0 or a file",)),
+    ("a grid and nothing to choose by", study(grid={"lr": [1, 2]}), ("choose_by: name the part",)),
+    ("an empty list in the grid", study(grid={"lr": []}), ("grid.lr: give at least one value",)),
+    ("an outcome that chooses", study(choose_by="main"), ("main chooses the grid point and cannot be an outcome",)),
+    (
+        "two runs of one name",
+        study(grid={"a": [1, 1]}, choose_by="part"),
+        ("would be called dpo-a1-seed0", "choose other values"),
+    ),
+    (
+        "a standard deviation missing",
+        study(assumed_sd={"prompts": 1.0}),
+        ("assumed_sd needs exactly the keys prompts and seeds",),
+    ),
+    ("no YAML", "a: [1\nb: ]", ("no YAML", "line 2", "correct it")),
+    ("Latin-1", b"config: \xe9\n", ("cannot be read", "in UTF-8")),
+]
+
+
+def study_case(fault: str, content: Any, says: tuple[str, ...]) -> Case:
+    text = content if isinstance(content, str | bytes) else yaml.safe_dump(content)
+    return Case("study", fault, lambda place: read_study(place.write("study.yaml", text)), ("study.yaml", *says))
+
+
+def record_of_a_run(place: Place) -> Any:
+    plan = read_study(place.write("study.yaml", yaml.safe_dump(study() | {"folder": str(place.folder)})))
+    job = plan.job("dpo", {}, 0)
+    place.write(f"{job.name}.json", "{")
+    return _took(plan, job)
+
+
+CASES = [
+    Case("study", "no such file", lambda place: read_study("/no.yaml"), ("/no.yaml", "give a study's YAML file")),
+    Case("study", "a record cut off", record_of_a_run, ("dpo-seed0.json is damaged", "to repeat the run")),
+    *(study_case(*row) for row in STUDIES),
+]

@@ -1,0 +1,122 @@
+"""Bad input ends in one named error that says where and what to do, or in a tolerance with a count; never otherwise.
+
+The table is in bad_input/: each row is executed here, and what happened is what counts.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from bad_input import caches, models, options, pairs, samples, stored, studies, templates
+from bad_input.case import Case, Place, Shared
+from bad_input.runs import BORNE, RUNS, Run
+from test_cli import in_process, in_shell
+
+from mixdpo.errors import InputError
+
+MODULES = (pairs, samples, templates, models, options, stored, caches, studies)
+CASES = [case for module in MODULES for case in module.CASES]
+OUTCOMES: dict[str, tuple[str, str]] = {}
+"""Name of a case -> what became of it ("named error", "tolerated with count", "traceback"), and the message."""
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
+    "ignore:Already found a `peft_config` attribute",
+    "ignore:Found missing adapter keys",
+    "ignore::ResourceWarning",
+)
+
+
+@pytest.fixture(scope="session")
+def shared(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    return Shared(tmp_path_factory.mktemp("shared"), tiny_model)
+
+
+@pytest.fixture
+def place(shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+    return Place(tmp_path, shared)
+
+
+def outcome(case: Case, place: Place) -> tuple[str, str]:
+    try:
+        said = case.do(place)
+    except InputError as error:
+        return "named error", str(error)
+    except Exception as error:
+        return "traceback", f"{type(error).__name__}: {error}"
+    return (
+        ("tolerated with count", said) if isinstance(said, str) and re.search(r"\d", said) else ("nothing", str(said))
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_case(case: Case, place: Place) -> None:
+    OUTCOMES[case.name] = kind, said = outcome(case, place)
+    assert kind == ("tolerated with count" if case.tolerated else "named error"), said
+    assert not [part for part in case.says if part not in said], said
+    assert len(said) < 1500
+
+
+def message_of(status: int, errors: str) -> tuple[str, str]:
+    """What became of a run, by exit status and stderr."""
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    if "Traceback" in errors or status in (0, None) or len(lines) != 1:
+        return "traceback", errors
+    return "named error", errors[errors.index("error: ") :].strip()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_a_run(run: Run, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    status = in_process(*run.arguments(place))
+    OUTCOMES[run.name] = kind, said = message_of(status, capfd.readouterr().err)
+    assert kind == "named error", said
+    assert not [part for part in run.says if part not in said], said
+    assert not list((place.folder / "runs").rglob("*")), "something half-written is left"
+
+
+@pytest.mark.parametrize("run", BORNE, ids=lambda run: run.name)
+def test_a_run_that_goes_on(run: Run, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    status = in_process(*run.arguments(place), "--trainer.max_steps", "1", "--data.validation", "0")
+    said = caplog.text
+    counted = not status and all(part in said for part in run.says)
+    OUTCOMES[run.name] = ("tolerated with count" if counted else "traceback", " ".join(run.says))
+    assert counted, said
+
+
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=[] if run.shell else pytest.mark.slow) for run in RUNS], ids=lambda run: run.name
+)
+def test_a_process(run: Run, place: Place) -> None:
+    """The same by exit status and stderr of a real process."""
+    kind, said = message_of(*in_shell(*run.arguments(place)))
+    assert kind == "named error", said
+    assert not [part for part in run.says if part not in said], said
+
+
+def form(message: str) -> str:
+    """A message without what differs from case to case: paths, quoted values, numbers."""
+    message = re.sub(r"'[^']*'|\"[^\"]*\"", "_", message)
+    return re.sub(r"\S*/\S*|[-+]?\d[\d.e+-]*", "_", message)
+
+
+def test_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [case.name for case in (*CASES, *RUNS, *BORNE)]
+    assert len(set(names)) == len(names), [name for name, count in Counter(names).items() if count > 1]
+    if set(OUTCOMES) != set(names):
+        pytest.skip("only a part of the table was run")
+    kinds = Counter(kind for kind, _ in OUTCOMES.values())
+    forms = {form(said) for kind, said in OUTCOMES.values() if kind == "named error"}
+    with capsys.disabled():
+        print(
+            f"\ncases: {len(OUTCOMES)}, named errors: {kinds['named error']}, tolerated with count: "
+            f"{kinds['tolerated with count']}, tracebacks: {kinds['traceback'] + kinds['nothing']}"
+            f" (distinct messages: {len(forms)})"
+        )
+    assert len(OUTCOMES) >= 200 and len(forms) >= 60
+    assert kinds["traceback"] == kinds["nothing"] == 0
+
+
+def test_forms_of_messages() -> None:
+    assert form("/a/b.jsonl, row 2: 'x' is no number, not 3.5e-3") == form("c/d.csv, row 11: 'y' is no number, not -1")
+    assert form("row 2 is missing") != form("row 2 is empty")
