@@ -101,7 +101,7 @@ class AdapterModule(L.LightningModule):
                 "or `data`; pairs go with PreferenceModule, SFT samples with SFTModule"
             )
         base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
-        check_vocabulary(base, self.base, largest_id(*data.encoded))
+        check_vocabulary(base, self.base, largest_id(*getattr(data, "encoded", [])))
         if getattr(data, "documents", False):
             check_documents(base)
         self.model = add_adapters(base, self.lora, self.adapter)
