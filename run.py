@@ -28,7 +28,8 @@ _made: Path | None = None  # the run folder, where this process made it
 NAME_HELP = "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict writes RUNS/NAME.margins."
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 UNKNOWN_OPTION = re.compile(
-    r"Option '[^']+' is not accepted|[Uu]nrecognized arguments: \S+|Key '[^']+' is not expected"
+    r"Option '[^']+' is not accepted|Subcommand '[^']+' does not accept option '[^']+'|"
+    r"[Uu]nrecognized arguments: \S+|Key '[^']+' is not expected"
 )
 THIRD_PARTY_NOISE = ("`is_gradient_checkpointing`", ".*isinstance.treespec", ".*does not have many workers")
 

@@ -119,7 +119,7 @@ class AdapterModule(L.LightningModule):
                 "use ddp, or one device (docs/troubleshooting.md)"
             )
         base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
-        check_vocabulary(base, self.base, largest_id(*data.encoded))
+        check_vocabulary(base, self.base, largest_id(*getattr(data, "encoded", [])))
         if getattr(data, "documents", False):
             check_documents(base)
         self.model = add_adapters(base, self.lora, self.adapter)

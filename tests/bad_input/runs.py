@@ -27,7 +27,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.entrance}: {self.fault}"
+        return f"run.py, {self.entrance}: {self.fault}"
 
     def arguments(self, place: Place) -> list[str]:
         """After those of a run that works, unless they are `whole`."""
