@@ -223,7 +223,7 @@ class OutOfMemory(Callback):
             advice.append(f"trainer.accumulate_grad_batches {min(2 * now, most)} (now {now}, at most {most})")
         if pl_module.activation_checkpointing is not True:
             advice.append(f"model.activation_checkpointing true (now {pl_module.activation_checkpointing})")
-        longest = data.lengths["max_length"]
+        longest = data.encoding["max_length"]
         advice.append(f"data.max_length {longest // 2} (now {longest})")
         advice.append("model.optimizer bitsandbytes.optim.PagedAdamW8bit")
         exception.add_note(
