@@ -7,7 +7,7 @@ import numpy as np
 from bad_input.case import Case, Place
 from datamodules.preference import PreferenceDataModule
 from datamodules.sft import SFTDataModule
-from lightning_modules.callbacks import LastCheckpoint
+from lightning_modules.faults import LastCheckpoint
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.sft import SFTModule
