@@ -189,6 +189,23 @@ def test_a_failed_run_is_told_and_tried_again(folder: Path, kind: str, capsys: p
     assert calls(folder) == ["dpo-seed1"] and "missing" not in capsys.readouterr().out.split("min left")[-1]
 
 
+def test_every_run_against_another(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same differences with the other sign, and nothing is run."""
+    path = write_study(folder)
+    assert main(["study", path]) == 0
+    calls(folder)
+    table = (folder / "out/table.csv").read_text()
+    rows = {row["run"]: row for row in csv.DictReader(table.splitlines())}
+    assert main(["study", path, "--against", "mixdpo"]) == 0 and not calls(folder)
+    with (folder / "out/table_against_mixdpo.csv").open(newline="") as file:
+        found = {row["run"]: row for row in csv.DictReader(file)}
+    assert found["dpo"]["control"] == "mixdpo"
+    assert float(found["dpo"]["difference"]) == pytest.approx(-float(rows["mixdpo"]["difference"]))
+    assert (folder / "out/table.csv").read_text() == table
+    assert main(["study", path, "--against", "nobody"]) == 2
+    assert "no such run; there are dpo" in capsys.readouterr().err
+
+
 def test_a_changed_study_is_refused_for_what_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_study(folder)
     assert main(["study", path]) == 0

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class _Process:
     started: float
 
 
-def study(study: str, table_only: bool = False) -> int:
+def study(study: str, table_only: bool = False, against: str | None = None) -> int:
     """Run a grid of runs from one YAML file; then a table with intervals, as CSV and Markdown, and plots.
 
     Start the same command again to go on after an interruption or a failed run.
@@ -40,6 +40,7 @@ def study(study: str, table_only: bool = False) -> int:
     Args:
         study: the study's YAML file.
         table_only: start nothing; write the tables and plots of what is done.
+        against: start nothing; write table_against_RUN, in which every run is compared to this one.
 
     Returns:
         Exit status: 0, 1 if a run failed or could not start, 130 if interrupted.
@@ -59,6 +60,12 @@ def study(study: str, table_only: bool = False) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // plan.at_once)
     print(detectable(plan, sum(part in main for part in parts)))
+    if against is not None:
+        if against not in plan.runs:
+            raise InputError(f"against {against}: no such run; there are {', '.join(plan.runs)}")
+        plan = replace(plan, control=against, runs={name: replace(p, control=None) for name, p in plan.runs.items()})
+        print(write_tables(plan, add_finished(plan, {}), f"table_against_{against}"))
+        return 0
     with _alone(folder), _interruptible():
         done = add_finished(plan, {})
         print(

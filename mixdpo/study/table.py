@@ -52,15 +52,15 @@ def chosen_point(plan: Study, run: str, done: Mapping[str, float]) -> Point | No
     return plan.points[int(np.argmax(scores))]
 
 
-def write_tables(plan: Study, done: Mapping[str, float]) -> str:
-    """Write table.csv and table.md to the study's folder; returns the latter."""
+def write_tables(plan: Study, done: Mapping[str, float], stem: str = "table") -> str:
+    """Write STEM.csv and STEM.md to the study's folder; returns the latter."""
     rows = [row for outcome in plan.outcomes for row in _rows(plan, done, outcome)]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows(rows)
     table = "\n".join([*_markdown(plan, rows), *_missing(plan, done)]) + "\n"
-    for name, content in (("table.csv", text.getvalue()), ("table.md", table)):
+    for name, content in ((f"{stem}.csv", text.getvalue()), (f"{stem}.md", table)):
         with written_whole(Path(plan.folder, name)) as partial:
             partial.write_text(content, "utf-8")
     return table
