@@ -84,9 +84,8 @@ def test_a_run_that_goes_on(run: Run, place: Place, caplog: pytest.LogCaptureFix
     assert counted, said
 
 
-@pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=[] if run.shell else pytest.mark.slow) for run in RUNS], ids=lambda run: run.name
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_process(run: Run, place: Place) -> None:
     """The same by exit status and stderr of a real process."""
     kind, said = message_of(*in_shell(*run.arguments(place)))

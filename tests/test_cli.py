@@ -271,6 +271,7 @@ def test_resume(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert torch.load(tmp_path / "tiny-2" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
 
 
+@pytest.mark.slow
 def test_sigterm_prints_the_command_that_continues(
     tiny_model: str, source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

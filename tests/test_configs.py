@@ -81,6 +81,7 @@ def test_signal_config_builds(build, config):
     assert f"python run.py predict --config {config.relative_to(ROOT)}" in config.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_header_overrides_parse(build):
     """All that a header offers as a line of options is accepted."""
     parser = build(ROOT / "configs/demo.yaml").parser

@@ -16,14 +16,13 @@ HELP = "see run.py fit --help"
 
 @dataclass(frozen=True)
 class Run:
-    """A run of `run.py`; `says` are parts of the one message. `shell`: also by default in a process of its own."""
+    """A run of `run.py`; `says` are parts of the one message."""
 
     entrance: str
     fault: str
     given: Arguments
     says: tuple[str, ...]
     whole: bool = False
-    shell: bool = False
 
     @property
     def name(self) -> str:
@@ -81,9 +80,7 @@ SFT = ("--model", "lightning_modules.sft.SFTModule", "--model.base", "x")
 RUNS = [
     Run("config file", "not there", ("--config", "/no/config.yaml"), ("/no/config.yaml",)),
     Run("config file", "a folder", ("--config", "configs"), ("configs",)),
-    Run(
-        "config file", "no YAML", config("model: [1\nb: ]"), ("bad.yaml is no YAML", "line 2", "correct it"), shell=True
-    ),
+    Run("config file", "no YAML", config("model: [1\nb: ]"), ("bad.yaml is no YAML", "line 2", "correct it")),
     Run("config file", "Latin-1", config("name: \xe9".encode("latin-1")), ("bad.yaml cannot be read", "in UTF-8")),
     Run("config file", "a list", config("[1, 2]"), ("bad.yaml should be a mapping", "not a list")),
     Run("config file", "a misspelt section", config("modle: {base: x}"), ("modle", HELP)),
@@ -154,7 +151,6 @@ RUNS = [
         "not there",
         ("--data.source", "/no/pairs.jsonl"),
         ("/no/pairs.jsonl", "Check the path"),
-        shell=True,
     ),
     Run("data.source", "a cut line", pairs(lambda text: text[:-9]), ("bad.jsonl, row 16", "Correct")),
     Run(
@@ -171,7 +167,7 @@ RUNS = [
     ),
     Run("data.margins", "of another format", margins, ("x.margins", "compute it anew")),
     Run("data.max_length", "0", ("--data.max_length", "0"), ("max_length (0)",)),
-    Run("ckpt_path", "text", checkpoint, ("last.ckpt is not a checkpoint", "RUNS/NAME"), shell=True),
+    Run("ckpt_path", "text", checkpoint, ("last.ckpt is not a checkpoint", "RUNS/NAME")),
     Run(
         "trainer.callbacks", "no such class", callback("lightning_modules.Nothing"), ("lightning_modules.Nothing", HELP)
     ),
