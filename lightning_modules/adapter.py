@@ -217,9 +217,12 @@ class AdapterModule(L.LightningModule):
         """A continued run must be what the run with these options would have been from its first step on."""
         if self._used is None:
             return
-        now = self._multipliers[: len(self._used)].tolist()
-        if now != self._used:
-            step = next(i for i, (a, b) in enumerate(zip([*now, None], self._used, strict=False)) if a != b)
+        used = np.array(self._used)
+        now = np.full(len(used), np.nan)  # fewer steps may be planned than were made
+        now[: len(self._multipliers)] = self._multipliers[: len(used)]
+        differs = ~np.isclose(now, used, rtol=1e-9, atol=1e-12)  # another CPU may round a cosine otherwise
+        if differs.any():
+            step = int(differs.argmax())
             raise InputError(
                 f"with these options step {step} would have had another learning rate (× {self._used[step]:.4g} then): "
                 f"{self.schedule} is made for {len(self._plan)} steps here. max_steps and max_epochs can be raised "
