@@ -78,7 +78,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         if pack < 0:
             raise InputError(f"pack must be 0 or a number of tokens, not {pack}")
         self.batch_size, self.eval_batch_size, self.pack = batch_size, eval_batch_size, pack
-        self.overlong, self.chat_template = overlong, chat_template
+        self.chat_template = chat_template
         self.encoding: dict[str, Any] = {"overlong": overlong, "special_tokens_in_text": special_tokens_in_text}
         self.workers, self.processes, self.seed = workers, processes, seed
         self.counts: dict[str, Any] = {}

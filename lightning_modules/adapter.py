@@ -95,8 +95,7 @@ class AdapterModule(L.LightningModule):
         self.train_means: NamedMeans
         self.val_means: NamedMeans
         self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
-        self._used: list[float] | None = None  # multipliers of the steps that a checkpoint had made
-        self._optimizer_was: dict[str, Any] = {}
+        self._made_with: dict[str, Any] | None = None  # what a checkpoint says of its run; None in a fresh one
         self.row_losses: torch.Tensor  # (B,) of the last micro-batch
 
     def configure_callbacks(self) -> list[Any]:
@@ -215,20 +214,20 @@ class AdapterModule(L.LightningModule):
 
     def _refuse_other_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """A continued run must be what the run with these options would have been from its first step on."""
-        if self._used is None:
+        if self._made_with is None:
             return
-        used = np.array(self._used)
+        used = np.array(self._made_with["multipliers"])
         now = np.full(len(used), np.nan)  # fewer steps may be planned than were made
         now[: len(self._multipliers)] = self._multipliers[: len(used)]
         differs = ~np.isclose(now, used, rtol=1e-9, atol=1e-12)  # another CPU may round a cosine otherwise
         if differs.any():
             step = int(differs.argmax())
             raise InputError(
-                f"with these options step {step} would have had another learning rate (× {self._used[step]:.4g} then): "
+                f"with these options step {step} would have had another learning rate (× {used[step]:.4g} then): "
                 f"{self.schedule} is made for {len(self._plan)} steps here. max_steps and max_epochs can be raised "
                 "where model.schedule_steps had been set to the steps of the whole, or the schedule is constant"
             )
-        refuse_other_run(self._optimizer_was, _describe(optimizer))
+        refuse_other_run(self._made_with["optimizer"], _describe(optimizer))
 
     def identity(self) -> dict[str, Any]:
         """What must stay for a run to be continued, besides the data."""
@@ -262,9 +261,8 @@ class AdapterModule(L.LightningModule):
                     f"the checkpoint belongs to another run: it has no position in what {type(data).__qualname__} "
                     "reads. Continue with the config.yaml beside it, or start anew from its adapter/ folder"
                 )
-            made_with = checkpoint["made_with"]
-            refuse_other_run(made_with["options"], self.identity())
-            self._used, self._optimizer_was = made_with["multipliers"], made_with["optimizer"]
+            self._made_with = checkpoint["made_with"]
+            refuse_other_run(self._made_with["options"], self.identity())
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:

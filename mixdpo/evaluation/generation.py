@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mixdpo.control_tokens import chat_ids_as_text, control_tokens
 from mixdpo.errors import InputError
 from mixdpo.models import evaluating
+from mixdpo.tokenization import encode_answers
 
 
 @dataclass(frozen=True)
@@ -188,17 +188,9 @@ def _encode(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> li
 
 def _encode_chat(tokenizer: Any, number: int, chat: list[dict[str, str]]) -> list[int]:
     try:
-        if control_tokens(tokenizer, (message["content"] for message in chat)):
-            return chat_ids_as_text(tokenizer, chat, tokenizer.get_chat_template(), add_generation_prompt=True)
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)["input_ids"]
+        return encode_answers(tokenizer, tokenizer.get_chat_template(), chat)[0]
     except InputError as error:
         raise InputError(f"prompt {number}: {error}") from error
-    except Exception as error:  # a template is a program: it can fail in any way
-        roles = ", ".join(message["role"] for message in chat)
-        raise InputError(
-            f"prompt {number}: the chat template refuses messages of the roles ({roles}): {error}. Give another "
-            "template, or other roles"
-        ) from error
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tensor:
