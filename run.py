@@ -23,9 +23,12 @@ from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory, is_
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
 from mixdpo.files import read_text
 
-SUBCOMMANDS = ("fit", "validate", "predict")
+SUBCOMMANDS = ("fit", "validate", "predict", "test")
 _made: Path | None = None  # the run folder, where this process made it
-NAME_HELP = "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict writes RUNS/NAME.margins."
+NAME_HELP = (
+    "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict and test write RUNS/NAME.margins, or the "
+    "answers' RUNS/NAME.json, .jsonl, .md."
+)
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 UNKNOWN_OPTION = re.compile(
     r"Option '[^']+' is not accepted|Subcommand '[^']+' does not accept option '[^']+'|"
@@ -60,14 +63,17 @@ class RunCLI(LightningCLI):
             check_checkpoint(config.ckpt_path)
 
     def before_instantiate_classes(self) -> None:
-        config, predicts = self.config[self.subcommand], self.subcommand == "predict"
+        config, writes = self.config[self.subcommand], self.subcommand in ("predict", "test")
         options = config.model.init_args
-        if predicts != ("output" in options):
+        if writes != ("output" in options) or (self.subcommand == "test" and "signal" in options):
             raise InputError(
-                f"{config.model.class_path} does not {self.subcommand}: configs/signals are for predict only"
+                f"{config.model.class_path} does not {self.subcommand}: configs/signals are for predict only, "
+                "configs/evaluation for predict and test, the others for fit and validate"
             )
-        if predicts:
-            options.output = options.output or str(Path(config.runs) / f"{config.name}.margins")
+        if writes:
+            suffix = ".margins" if "signal" in options else ""
+            options.output = options.output or str(Path(config.runs) / f"{config.name}{suffix}")
+        if self.subcommand == "predict":
             config.return_predictions = False  # they are in the file
         self.config[self.subcommand].weights_only = True  # never unpickle what a checkpoint may hold besides tensors
 

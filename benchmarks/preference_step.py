@@ -2,6 +2,7 @@
 
     python benchmarks/preference_step.py [--pairs 16] [--rounds 2] [--cases online,cached] [--dtype bfloat16]
     python benchmarks/preference_step.py --ablation
+    python benchmarks/preference_step.py --profile --pairs 4      # where the time of ours goes
 
 Both sides: SmolLM2-135M-Instruct, LoRA r 16 on all linear layers with the same start, AdamW 1e-4, steps of 4 real pairs
 (UltraFeedback's lengths, responses cut so that no side exceeds 512 tokens), the same threads. Every run is a process of
@@ -131,7 +132,8 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
                 on_train_start=clock.start,
                 on_train_batch_start=count,
                 on_train_end=clock.stop,
-            )
+            ),
+            *changes.get("more_callbacks", []),
         ],
         logger=False,
         enable_checkpointing=False,
@@ -284,6 +286,35 @@ def ablation(setting: dict[str, Any], path: str, pairs: int) -> list[dict[str, A
     return found
 
 
+def profiled(setting: dict[str, Any], path: str, case: dict[str, Any]) -> dict[str, float]:
+    """Seconds of ours by kind of operation, its own time without that of what it calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from mixdpo.models import load_base
+
+    base = load_base(setting["model"], quantization="none", dtype="float32")
+    vocabulary, rank = base.get_output_embeddings().weight.shape[0], 16
+    del base
+    profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+    hooks = {"on_train_start": lambda *_: profiler.start(), "on_train_end": lambda *_: profiler.stop()}
+    ours(setting, path, case, more_callbacks=[LambdaCallback(**hooks)])
+    kinds = dict.fromkeys(
+        ("matrix products of the body", "of the head", "of the adapters", "attention", "the rest"), 0.0
+    )
+    for event in profiler.key_averages(group_by_input_shape=True):
+        sides = {side for shape in event.input_shapes for side in shape if isinstance(side, int)}
+        if event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
+            kind = "of the head" if vocabulary in sides else "of the adapters" if rank in sides else None
+            kind = kind or "matrix products of the body"
+        else:
+            kind = "attention" if "attention" in event.key else "the rest"
+        kinds[kind] += event.self_cpu_time_total / 1e6
+    total = sum(kinds.values())
+    rows = [[kind, f"{seconds:.1f}", f"{seconds / total:.0%}"] for kind, seconds in kinds.items()]
+    print("\n" + table(["DPO, reference online", "seconds", "share"], rows))
+    return kinds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path("../shared/data/ultrafeedback_pairs.jsonl.gz"))
@@ -293,6 +324,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--ablation", action="store_true", help="only ours, with each technique switched off alone")
+    parser.add_argument("--profile", action="store_true", help="only ours, by kind of operation")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/preference_step.json"))
     options = parser.parse_args()
     setting = {"model": options.model, "dtype": options.dtype}
@@ -301,7 +333,9 @@ def main() -> None:
         path = Path(folder) / "pairs.jsonl"
         pairs = real_pairs(options.source, options.model, options.pairs)
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
-        if options.ablation:
+        if options.profile:
+            name, measured = "profile", profiled(setting, str(path), CASES["online"])
+        elif options.ablation:
             name, measured = "ablation", ablation(setting, str(path), len(pairs))
         else:
             cases = options.cases.split(",")

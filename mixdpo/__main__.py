@@ -13,6 +13,10 @@ VERBS = {
     "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, or compare two margins files"),
     "study": ("mixdpo.study.run", "study", "run a grid of runs from one file, then a table with intervals and plots"),
     "options": ("mixdpo.options", "options", "what a class that a config names takes"),
+    "judge": ("mixdpo.evaluation.judge", "judge", "ask a judge whether a model's outputs or a baseline's are better"),
+    "score": ("mixdpo.evaluation.score", "score", "win rates from a judge's verdicts, length-controlled as well"),
+    "lm-eval": ("mixdpo.evaluation.harness", "evaluate", "the papers' benchmarks on a run's policy, by lm-eval"),
+    "export": ("mixdpo.export_run", "export", "write a run's policy as an adapter or a plain model for other tools"),
     "export-labels": ("mixdpo.token_cleaning.labels", "export_labels", "write a run's cleaned labels as a data set"),
 }
 POSITIONAL = set(VERBS) - {"make-pairs"}  # verbs whose required arguments have no name on the command line

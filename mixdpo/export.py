@@ -1,6 +1,7 @@
 """The policy as files and models that others can use: a PEFT folder, a plain merged model."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,42 +16,58 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def merged_copy(model: "PeftModel", name: Role = "policy") -> "PreTrainedModel":
-    """A plain fp32 model in the role `name`, for generation or export, dequantised *before* the adapter is added.
+@torch.no_grad()
+def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """A plain model in the role `name`, for generation or export, dequantised *before* the adapter is added.
 
-    (Merging into 4-bit weights would round the adapter away.) Equal to the role up to rounding.
+    (Merging into 4-bit weights would round the adapter away.) Equal to the role up to rounding: each weight is summed
+    in fp32 and rounded to `dtype` once. Besides `model` itself it takes the copy and one weight in fp32.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.integrations import dequantize_module_weight
+    causal_lm = model.get_base_model()
+    plain = _untrained(causal_lm, dtype)
+    empty = plain.state_dict()  # the tensors of `plain` themselves: what is copied into them is in the model
+    missing, unexpected = set(empty) - set(plain.all_tied_weights_keys), []
+    for key, weight in _merged_weights(causal_lm, adapters_of(model, name)):
+        if key not in empty or empty[key].shape != weight.shape:
+            unexpected.append(key)
+            continue
+        empty[key].copy_(weight)
+        missing.discard(key)
+    if unexpected or missing:
+        raise RuntimeError(f"the merged copy does not match the model: missing {missing}, unexpected {unexpected}")
+    plain.tie_weights()
+    plain.generation_config = causal_lm.generation_config
+    return plain.eval().requires_grad_(False)
+
+
+def _untrained(causal_lm: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+    """A model of the same architecture without quantisation or adapters, on the same device."""
     from transformers import AutoModelForCausalLM
 
-    causal_lm = model.get_base_model()
-    adapters = adapters_of(model, name)
-    state: dict[str, Tensor] = {}
-    for path, module in causal_lm.named_modules():
-        if "lora_" in path or ".base_layer" in path:
-            continue
-        adapted = isinstance(module, BaseTunerLayer)
-        layer = module.get_base_layer() if adapted else module
-        own = {key: value for key, value in layer._parameters.items() if value is not None}
-        if "weight" in own:
-            with torch.no_grad():
-                deltas = [module.get_delta_weight(name) for name in adapters if adapted and name in module.lora_A]
-                own["weight"] = sum(deltas, dequantize_module_weight(layer).float())
-        state |= {f"{path}.{key}".lstrip("."): value for key, value in own.items()}
     config = causal_lm.config.__class__(
         **{key: value for key, value in causal_lm.config.to_dict().items() if key != "quantization_config"}
     )
     device = next(causal_lm.parameters()).device
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").to(device)
-    missing, unexpected = plain.load_state_dict(state, strict=False)
-    tied = set(plain.all_tied_weights_keys)
-    if unexpected or set(missing) - tied:
-        raise RuntimeError(f"the merged copy does not match the model: missing {missing}, unexpected {unexpected}")
-    plain.tie_weights()
-    plain.generation_config = causal_lm.generation_config
-    return plain.eval().requires_grad_(False)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
+
+
+def _merged_weights(causal_lm: "PreTrainedModel", adapters: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter, one after the other; those of layers dequantised, in fp32, the adapters on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    for path, module in causal_lm.named_modules():
+        if "lora_" in path or ".base_layer" in path:
+            continue
+        adapted = isinstance(module, BaseTunerLayer)
+        layer = module.get_base_layer() if adapted else module
+        for key, value in layer._parameters.items():
+            if key == "weight" and value is not None:
+                deltas = [module.get_delta_weight(name) for name in adapters if adapted and name in module.lora_A]
+                value = sum(deltas, dequantize_module_weight(layer).float())
+            if value is not None:
+                yield f"{path}.{key}".lstrip("."), value
 
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:

