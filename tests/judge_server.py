@@ -148,6 +148,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_empty(self, fault: str) -> None:
         self.send(200, {"choices": []})
 
+    def do_echo(self, fault: str) -> None:
+        """`echo 5`: no chat completion, but the key after so many spaces."""
+        self.send(200, {"you": " " * int(fault.rstrip("!").split()[1]) + self.headers["Authorization"]})
+
     def do_list(self, fault: str) -> None:
         self.send(200, [1, 2])
 

@@ -112,12 +112,14 @@ def test_readme_commands_build(build):
     nor data module refuses it."""
     readme = (ROOT / "README.md").read_text("utf-8")
     commands = re.findall(
-        r"^python run\.py ((?:predict )?--config configs/.+?)(?:  +#.*)?$", readme, flags=re.MULTILINE
+        r"^python run\.py ((?:predict |test )?--config configs/.+?)(?:  +#.*)?$", readme, flags=re.MULTILINE
     )
     assert len(commands) >= 8
     parser = build(ROOT / "configs/demo.yaml").parser
     for command in commands:
-        verb, *arguments = shlex.split(command if command.startswith("predict") else f"fit {command}")
+        verb, *arguments = shlex.split(f"fit {command}" if command.startswith("--") else command)
+        if "--model.run" in arguments:
+            continue  # of a run that is not there
         built = parser.instantiate_classes(parser.parse_args([verb, *arguments]))[verb]
         assert built.name and built.data.tokenizer == built.model.base
 

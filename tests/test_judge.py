@@ -274,3 +274,27 @@ def test_no_key_and_no_package(tmp_path, monkeypatch):
 def test_options_out_of_range(tmp_path, bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         Judging(tmp_path, "http://127.0.0.1:1/v1")(**bad)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "http://localhost:x/v1", "ftp://localhost/v1", "v1"])
+def test_what_is_no_address(tmp_path, url):
+    with pytest.raises(InputError, match="write it in full"):
+        Judging(tmp_path, url)()
+
+
+def test_a_short_key_is_no_part_of_an_answer(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "X\n")
+    judging = Judging(tmp_path, server.url)
+    assert judging() == 0
+    assert all(
+        verdict.preference == pytest.approx(0.1 if verdict.index % 2 else 0.9) for verdict in judging.verdicts.values()
+    )
+
+
+def test_a_body_that_repeats_the_key(tmp_path, monkeypatch):
+    """Where the reason is cut off in the middle of the key, as well."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Server(in_turn, {i: [f"echo {8 * i}!"] for i in range(25)}) as server:
+        judging = Judging(tmp_path, server.url, 25, attempts=1)
+        assert judging() == 1
+    assert KEY[:8] not in judging.path.read_text()

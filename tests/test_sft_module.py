@@ -98,3 +98,25 @@ def test_keeping_all_is_full_sft(tiny_model: str, source: str, tmp_path: Path) -
     kept = run(tiny_model, source, tmp_path / "kept", cleaning=Cleaning(scorer=Random(), selection=Selection(1.0)))
     for key, value in adapter_weights(full).items():
         assert torch.equal(value, adapter_weights(kept)[key]), key
+
+
+def test_validation_says_what_a_loop_over_samples_says(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """Loss, top-1 accuracy and entropy per response token, by plain forwards of the model on each sample alone."""
+    trainer, module, data = build_sft(tiny_model, source, tmp_path / "run", data={"validation": 0.25})
+    trainer.validate(module, data, verbose=False)
+    found = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("loss", "token_accuracy", "entropy")}
+    sums, tokens = {"loss": 0.0, "token_accuracy": 0.0, "entropy": 0.0}, 0
+    for sample in data.validation_pool.samples:
+        ids = torch.tensor([sample["input_ids"]])
+        with torch.no_grad():
+            log_probs = module.model.get_base_model()(input_ids=ids).logits[0].double().log_softmax(-1)
+        for start, end in zip(sample["spans"][::2], sample["spans"][1::2], strict=True):
+            for position in range(start, end):
+                predicted, target = log_probs[position - 1], sample["input_ids"][position]
+                sums["loss"] -= float(predicted[target])
+                sums["token_accuracy"] += float(predicted.argmax() == target)
+                sums["entropy"] -= float((predicted.exp() * predicted).sum())
+                tokens += 1
+    assert tokens > 20 and 0 < sums["token_accuracy"] < tokens
+    for name, value in sums.items():
+        assert found[name] == pytest.approx(value / tokens, abs=1e-5)

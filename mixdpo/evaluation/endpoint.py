@@ -59,7 +59,7 @@ class Endpoint:
         """
         self.attempts, self.timeout = attempts, timeout
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        key = os.environ.get("OPENAI_API_KEY")
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or None
         self._client = _client(base_url, key, timeout)
         self._secrets = secrets(key, base_url)
         self.url = without_secrets(str(self._client.base_url))
@@ -115,7 +115,7 @@ class Endpoint:
         try:
             async with asyncio.timeout(self.timeout):  # the client's own limit is between two pieces of an answer
                 response = await create(messages=chat, **self._options)
-            return json.loads(response.text)
+            return json.loads(self._clean(response.text, least=8))
         except TimeoutError:
             raise TryAgain(f"time-out: no answer in {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
@@ -135,7 +135,7 @@ class Endpoint:
         return TryAgain(f"connection lost: {type(cause).__name__} {cause}")
 
     def _of_status(self, error: Any) -> Exception:
-        status, said = error.status_code, self._clean(" ".join(str(error.message).split())[:300])
+        status, said = error.status_code, self._clean(" ".join(str(error.message).split()))[:300]
         reason, after = f"HTTP {status}: {said}", retry_after(error.response.headers)
         if status in HINTS:
             return InputError(f"{self.url} refuses: {reason}. To continue, {HINTS[status]}; {CONTINUES}")
@@ -158,10 +158,11 @@ class Endpoint:
         else:
             await asyncio.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25))
 
-    def _clean(self, text: str) -> str:
-        """Without key and password, which some servers repeat."""
+    def _clean(self, text: str, least: int = 1) -> str:
+        """Without key and password, which some servers repeat; of a body only long ones, since a short one, such as the
+        x that a local server is given, may be a part of anything."""
         for secret in self._secrets:
-            text = text.replace(secret, "***")
+            text = text.replace(secret, "***") if len(secret) >= least else text
         return text
 
 
@@ -172,8 +173,18 @@ def _client(base_url: str | None, key: str | None, timeout: float) -> Any:
         raise InputError(f"a judge behind an endpoint needs the package openai: {INSTALL}") from None
     if not base_url and not key:
         raise InputError("no key: set OPENAI_API_KEY, or give the --base_url of a server that needs none")
+    if base_url and not _is_url(base_url):
+        raise InputError(f"base_url {without_secrets(base_url)}: write it in full, such as http://localhost:8000/v1")
     limits = Timeout(timeout, connect=min(10.0, 0.8 * timeout))
     return AsyncOpenAI(api_key=key or "none", base_url=base_url, timeout=limits, max_retries=0)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port
+        return False
 
 
 def secrets(key: str | None, url: str | None) -> list[str]:
