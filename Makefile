@@ -19,7 +19,7 @@ demo: .venv/.demo ## train SmolLM2-135M in 4 bits on the built-in task, on two C
 	$(BIN)/python run.py --config configs/demo.yaml $(BF16) $(ARGS)
 
 test: .venv/.test ## run the tests (ARGS="-m slow" for the long ones)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.test ## check style and imports
 	$(BIN)/ruff check .

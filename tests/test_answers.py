@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +272,50 @@ def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
         assert in_process(*answers("predict", "MTBench", source, tmp_path / name, tiny_model, *more)) == 0
         found[name] = [row["choices"] for row in read(tmp_path / name / "tiny.jsonl")]
     assert found["policy"] == found["merged"] == found["adapter"] != found["base"]
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Says what was asked, in capitals; the first request of each server fails."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked: list[dict[str, Any]] = self.server.asked  # type: ignore[attr-defined]
+        asked.append(body)
+        words = body["messages"][-1]["content"].upper().split()
+        choice = {"message": {"content": " ".join(words[:2])}, "finish_reason": "length" if len(words) > 2 else "stop"}
+        answer = json.dumps({"choices": [choice], "usage": {"completion_tokens": len(words[:2])}}).encode()
+        self.send_response(200 if len(asked) > 1 else 500)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def test_answers_of_a_server(tmp_path, capsys):
+    """Two turns by an OpenAI-compatible server; the key is in no file."""
+    source = write_rows(tmp_path / "question.jsonl", questions(4))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENAI_API_KEY", "sk-secret")
+            arguments = answers("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
+            assert in_process(*arguments) == 0
+        server.shutdown()
+    rows = read(tmp_path / "tiny.jsonl")
+    for row, question in zip(rows, questions(4), strict=True):
+        said = [" ".join(turn.upper().split()[:2]) for turn in question["turns"]]
+        assert row["choices"] == [{"index": 0, "turns": said}]
+        assert row["generate_params"]["ended"] == [len(turn.split()) == 2 for turn in question["turns"]]
+    assert len(server.asked) == 9 and server.asked[0]["max_tokens"] == 6  # type: ignore[attr-defined]
+    assert {len(body["messages"]) for body in server.asked} == {1, 3}  # type: ignore[attr-defined]
+    assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("tiny*"))
+    (tmp_path / "tiny.answers.jsonl").unlink()
+    assert in_process(*arguments, "--model.adapter", "x") == 1
+    assert "model.server has its own model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -318,5 +318,6 @@ def test_every_error_of_ours_is_explained() -> None:
     modules = [
         path for folder in ("mixdpo", "lightning_modules", "datamodules") for path in (ROOT / folder).rglob("*.py")
     ]
-    others = [path for path in modules if re.search(r"^class \w+\(.*(Error|Exception)\):", path.read_text(), re.M)]
-    assert others == [ROOT / "mixdpo" / "errors.py"]  # nowhere else are there any
+    others = {path for path in modules if re.search(r"^class \w+\(.*(Error|Exception)\):", path.read_text(), re.M)}
+    inside_the_judge = {ROOT / "mixdpo" / "evaluation" / name for name in ("endpoint.py", "judge_prompt.py")}
+    assert others - inside_the_judge == {ROOT / "mixdpo" / "errors.py"}  # nowhere else are there any that a user sees

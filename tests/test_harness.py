@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,6 @@ def test_the_chat_template_and_the_limit(tiny_model: str, tasks: str, tmp_path: 
 def test_what_is_refused(tiny_model: str, tasks: str, tmp_path: Path) -> None:
     (tmp_path / "tasks" / "broken.yaml").write_text(TASK.format(name="broken", data=tmp_path / "none.jsonl") + CHOICE)
     for given, match in (
-        ({"tasks": "tiny_choice,tiny_chioce"}, "no task 'tiny_chioce'.*--include_path"),
         ({"tasks": "broken"}, "'broken' could not be loaded.*none.jsonl"),
         ({"tasks": "tiny_choice", "limit": 0}, "limit 0: each must be at least 1"),
         ({"tasks": "tiny_choice", "batch_size": 0}, "batch_size 0"),
@@ -125,11 +125,20 @@ def test_what_is_refused(tiny_model: str, tasks: str, tmp_path: Path) -> None:
             evaluate(**{"model": tiny_model, "include_path": tasks, **given})
 
 
-def test_the_papers_tasks_are_lm_evals() -> None:
+@pytest.mark.slow  # reads thousands of YAML files
+def test_names_of_lm_evals_own_tasks(tiny_model: str, tasks: str) -> None:
     from lm_eval.tasks import TaskManager
 
     known = TaskManager().task_index
     assert {name for names in PAPERS.values() for name in names.split(",")} | set(SHOTS) <= set(known)
+    with pytest.raises(InputError, match=r"no task 'tiny_chioce': .*--include_path"):
+        evaluate(tiny_model, "tiny_choice,tiny_chioce", include_path=tasks)
+
+
+def test_without_lm_eval(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(InputError, match=r"pip install -c constraints.txt -e '\.\[lm-eval\]'"):
+        evaluate(tiny_model)
 
 
 def test_a_table_of_groups() -> None:

