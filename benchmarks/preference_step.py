@@ -289,12 +289,11 @@ def ablation(setting: dict[str, Any], path: str, pairs: int) -> list[dict[str, A
 def profiled(setting: dict[str, Any], path: str, case: dict[str, Any]) -> dict[str, float]:
     """Seconds of ours by kind of operation, its own time without that of what it calls."""
     from torch.profiler import ProfilerActivity, profile
+    from transformers import AutoConfig
 
-    from mixdpo.models import load_base
+    from mixdpo.packaged_model import model_folder
 
-    base = load_base(setting["model"], quantization="none", dtype="float32")
-    vocabulary, rank = base.get_output_embeddings().weight.shape[0], 16
-    del base
+    vocabulary, rank = AutoConfig.from_pretrained(model_folder(setting["model"])).vocab_size, 16
     profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
     hooks = {"on_train_start": lambda *_: profiler.start(), "on_train_end": lambda *_: profiler.stop()}
     ours(setting, path, case, more_callbacks=[LambdaCallback(**hooks)])

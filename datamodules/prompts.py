@@ -37,7 +37,6 @@ class PromptDataModule(L.LightningDataModule):
             raise InputError(f"data.batch_size {batch_size} and data.limit {limit} must be at least 1")
         self.source, self.form, self.split, self.limit, self.batch_size = source, form, split, limit, batch_size
         self.prompts: list[Prompt] = []
-        self.key = ""
 
     def setup(self, stage: str) -> None:
         """
@@ -47,7 +46,6 @@ class PromptDataModule(L.LightningDataModule):
         if self.prompts:
             return
         opened = open_source(self.source, self.split)
-        self.key = opened.key
         seen: dict[str, int] = {}
         for number, row in opened.rows:
             try:

@@ -18,7 +18,8 @@ from mixdpo.evaluation.generation import Generation, generate
 from mixdpo.evaluation.gold_table import gold_table, other_scores
 from mixdpo.evaluation.server import complete
 from mixdpo.export import merged_copy
-from mixdpo.files import written_whole
+from mixdpo.files import write_json, written_whole
+from mixdpo.make_pairs import write_rows
 from mixdpo.models import Dtype, Quantization
 from mixdpo.tokenization import PLAIN, tokenizer_state
 from mixdpo.trained import Trained, read_trained
@@ -72,7 +73,7 @@ class AnswerModule(L.LightningModule):
             raise InputError("model.adapter goes with model.base; model.run has its own adapter")
         if server is not None and (run or adapter):
             raise InputError(
-                "model.server has its own model: give its name there as model.base, and nothing else of it"
+                "model.server has its own model: give its name there as model.base, and neither run nor adapter"
             )
         loading = {"quantization": quantization, "dtype": dtype, "attention": "sdpa"}
         chosen = Trained(str(base), None if adapter is None else Path(adapter), loading, chat_template)
@@ -108,6 +109,8 @@ class AnswerModule(L.LightningModule):
             if not hasattr(data.form, "score"):
                 raise InputError(f"{type(data.form).__name__} has no gold score: use run.py predict, then a judge")
             other_scores(self.against, data.prompts)  # refuses a file of other prompts before anything is generated
+        elif self.against is not None:
+            raise InputError("model.against compares gold scores: it is for run.py test")
         if self.server is None:
             self.model, self.tokenizer = self._loaded()
         self.file = AnswersFile(self.path.with_suffix(".answers.jsonl"), self._depends_on(data), data.prompts)
@@ -203,10 +206,8 @@ class AnswerModule(L.LightningModule):
     def _write(self) -> list[dict[str, Any]]:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         rows: list[dict[str, Any]] = data.form.rows(self.file.answered, self.path.stem)
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        listed = self.path.suffix == ".json"
-        with written_whole(self.path) as partial:
-            partial.write_text("[\n" + ",\n".join(lines) + "\n]\n" if listed else "\n".join([*lines, ""]), "utf-8")
+        write = write_json if self.path.suffix == ".json" else write_rows
+        write(self.path, rows)
         answers = [answer for a in self.file.answered for answer in a.answers]
         mean = sum(answer.tokens for answer in answers) / len(answers)
         ended = sum(answer.ended for answer in answers) / len(answers)

@@ -337,6 +337,7 @@ def test_no_model_or_two(options, message):
         ("test", "MTBench", (), "MTBench has no gold score"),
         ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "category 'writing', for which"),
         ("fit", "MTBench", (), "does not fit"),
+        ("predict", "MTBench", ("--model.against", "x.json"), "it is for run.py test"),
         ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
     ],
 )

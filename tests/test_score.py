@@ -18,6 +18,9 @@ NAME = "length-controlled win rate without instruction difficulty and gamed base
 GAMED = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"
 
 
+BOTH = {"model": "j", "order": "both"}
+
+
 def verdict(index: int, preference: float | str, order: str = "model_first", **changes: Any) -> dict[str, Any]:
     """A line of a verdicts file; a text instead of a preference is why it failed."""
     failed = isinstance(preference, str)
@@ -70,13 +73,20 @@ def test_both_orders_count_with_their_mean(tmp_path: Path, capsys: pytest.Captur
     rows += [verdict(i, b, "baseline_first") for i, (_, b) in enumerate(pairs)]
     rows += [verdict(3, 1.0), verdict(3, "timeout", "baseline_first"), verdict(4, 1.0)]
     rows += [verdict(0, 0.7)]  # asked again: the last line counts
-    score(write(tmp_path / "v.jsonl", rows), samples=50)
+    score(write(tmp_path / "v.jsonl", rows, judge=BOTH), samples=50)
     table = cells(capsys.readouterr().out)
     assert table["win rate, %"][0] == f"{100 * (0.6 + 0.5 + 0.2) / 3:.2f}"
     assert table["discrete win rate, %"][0] == "50.00"
     assert table["why left out"][0] == "timeout: 1; judged in one order only: 1"
     # the model first: 0.7, 0.6, 0.3, 1, 1; the baseline first: 1 minus 0.5, 0.4, 0.1
     assert table["preference for the output shown first, %"][0] == f"{100 * (3.6 / 5 + 2 / 3) / 2:.1f}"
+
+
+def test_one_order_of_two_is_no_verdict(tmp_path: Path) -> None:
+    """A judge that was stopped when it had asked no prompt twice: nothing in the verdicts says that half is missing."""
+    path = write(tmp_path / "v.jsonl", [verdict(i, 0.8) for i in range(5)], judge=BOTH)
+    with pytest.raises(InputError, match=r"0 judged prompts .*judged in one order only': 5"):
+        score(path)
 
 
 def test_a_strong_model_in_random_order_is_no_position_bias(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,8 +163,8 @@ def test_models_of_one_name_go_by_their_files(tmp_path: Path, capsys: pytest.Cap
         ({"baseline": "davinci"}, r"differ in the baseline \(gpt and davinci\): judge both models alike"),
         ({"judge": {"model": "k", "seed": 0}}, r"the judge's model \(j and k\)"),
         (
-            {"judge": {"model": "j", "order": "both"}},
-            r"the judge's seed \(0 and None\); the judge's order \(None and both\)",
+            {"judge": {"model": "j", "order": "random"}},
+            r"the judge's seed \(0 and None\); the judge's order \(None and random\)",
         ),
     ],
 )

@@ -135,31 +135,27 @@ class MTBench:
         ]
 
 
-class Task:
-    """A benchmark with a gold score; `score` is that of one answer."""
-
-    suffix = ".json"
-
-    def score(self, prompt: Prompt, text: str) -> float:
-        raise NotImplementedError
-
-    def rows(self, answered: Sequence[Answered], name: str) -> Rows:
-        return [
-            {
-                **a.prompt.row,
-                "generator": name,
-                "answer": a.answers[0].text,
-                "tokens": a.answers[0].tokens,
-                "ended": a.answers[0].ended,
-                "score": self.score(a.prompt, a.answers[0].text),
-            }
-            for a in answered
-        ]
+def scored_rows(task: Any, answered: Sequence[Answered], name: str) -> Rows:
+    """Each prompt's row with its answer and gold score."""
+    return [
+        {
+            **a.prompt.row,
+            "generator": name,
+            "answer": a.answers[0].text,
+            "tokens": a.answers[0].tokens,
+            "ended": a.answers[0].ended,
+            "score": task.score(a.prompt, a.answers[0].text),
+        }
+        for a in answered
+    ]
 
 
 @dataclass(frozen=True)
-class Constraints(Task):
+class Constraints:
     """The built-in task: `prompt` and `constraints`; the score is the share of constraints that hold."""
+
+    suffix = ".json"
+    rows = scored_rows
 
     def __call__(self, number: int, row: Row) -> Prompt:
         prompt = Prompt(str(row.get("prompt_id", number)), (_text(row, "prompt"),), row, str(row.get("part", "")))
@@ -171,7 +167,7 @@ class Constraints(Task):
 
 
 @dataclass(frozen=True)
-class GSM8K(Task):
+class GSM8K:
     """GSM8K: `question` and `answer`, which ends in `#### number`; the score is 1 where the numbers are equal.
 
     Args:
@@ -181,6 +177,8 @@ class GSM8K(Task):
 
     request: str = "Reason step by step, and end with a line: #### and the number."
     strict: bool = False
+    suffix = ".json"
+    rows = scored_rows
 
     def __call__(self, number: int, row: Row) -> Prompt:
         if _number_behind_marks(_text(row, "answer")) is None:

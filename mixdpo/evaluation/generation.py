@@ -66,9 +66,8 @@ def generate(
     _check(temperature, top_p, samples, max_new_tokens, batch_size)
     if not prompts:
         return []
-    device = next(model.parameters()).device
-    encoded = _encode(tokenizer, prompts)
-    _check_room(model, max(map(len, encoded)), max_new_tokens)
+    device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts)
+    _check_room(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer, device)
     generator = torch.Generator(device).manual_seed(seed)
     options = {
@@ -88,8 +87,8 @@ def generate(
             completions = _complete(model, [encoded[index] for index in batch], **options)
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
-                ended = bool(ids) and ids[-1] in ends.tolist()
-                results[batch[row // samples]].append(Generation(text, len(ids), ended))
+                answer = Generation(text, len(ids), bool(ids) and ids[-1] in ends.tolist())
+                results[batch[row // samples]].append(answer)
             bar.update(len(batch))
     return results
 
@@ -200,8 +199,9 @@ def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tenso
     return torch.tensor(sorted(ends - {None}), dtype=torch.long, device=device)
 
 
-def _check_room(model: nn.Module, longest: int, max_new_tokens: int) -> None:
+def _check_room(model: nn.Module, encoded: list[list[int]], max_new_tokens: int) -> None:
     """Beyond its positions a model says something, but nothing of worth."""
+    longest = max(map(len, encoded))
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
         raise InputError(

@@ -20,6 +20,8 @@ Question = tuple[Comparison, Order]
 Judge = Any
 """`about` (what decides its verdicts, in JSON's types); `async with judge`; `await judge(comparison, order)` -> Answer,
 or raises NoVerdict."""
+Asked = tuple[Judge, dict[str, Any], list[Question]]
+"""A judge, what decides its verdicts, and what to ask it."""
 
 
 def judge(
@@ -71,19 +73,12 @@ def judge(
     answers = read_outputs(baseline)
     comparisons = match(read_outputs(outputs), answers, baseline)
     print(f"{outputs} has answers to {len(comparisons)} of the {len(answers)} instructions of {baseline}")
+    options = {"attempts": attempts, "timeout": timeout, "max_tokens": max_tokens, "log_probs": log_probs}
     if reward_model:
-        from mixdpo.evaluation.reward_judge import RewardJudge
-
-        how: Judge = RewardJudge(model)
-        about, concurrency = how.about, 1
-        questions: list[Question] = [(comparison, "model_first") for comparison in comparisons[:limit]]
+        how, about, questions = _reward_model(model, comparisons[:limit])
+        concurrency = 1
     else:
-        options = {"attempts": attempts, "timeout": timeout, "max_tokens": max_tokens, "log_probs": log_probs}
-        how = Endpoint(model, base_url, **options)
-        about = how.about | {"order": order, "seed": seed if order == "random" else None}
-        questions = [
-            (comparison, each) for comparison in comparisons[:limit] for each in _orders(comparison, order, seed)
-        ]
+        how, about, questions = _endpoint(Endpoint(model, base_url, **options), comparisons[:limit], order, seed)
     path = Path(out) if out else Path(outputs).with_suffix(".verdicts.jsonl")
     with VerdictsWriter(path, _header(comparisons, about)) as writer:
         known = sum(_is_known(writer, question) for question in questions)
@@ -96,6 +91,18 @@ def judge(
         return 128 + stopped_by
     print(f"python -m mixdpo score {path}")
     return int(any(verdict.failed is not None for verdict in verdicts))
+
+
+def _reward_model(model: str, comparisons: Sequence[Comparison]) -> Asked:
+    from mixdpo.evaluation.reward_judge import RewardJudge
+
+    how = RewardJudge(model)
+    return how, how.about, [(comparison, "model_first") for comparison in comparisons]
+
+
+def _endpoint(how: Endpoint, comparisons: Sequence[Comparison], order: Literal["random", "both"], seed: int) -> Asked:
+    about = how.about | {"order": order, "seed": seed if order == "random" else None}
+    return how, about, [(comparison, each) for comparison in comparisons for each in _orders(comparison, order, seed)]
 
 
 def _check(limit: int | None, concurrency: int, attempts: int, timeout: float, max_tokens: int) -> None:

@@ -35,7 +35,7 @@ def judged_prompts(file: VerdictsFile) -> Judged:
     verdicts: dict[int, list[Verdict]] = {}
     for verdict in file.verdicts:
         verdicts.setdefault(verdict.index, []).append(verdict)
-    orders = max(map(len, verdicts.values()), default=1)
+    orders = 2 if file.header["judge"].get("order") == "both" else 1
     prompts, failed = {}, Counter({"not judged yet": file.header["prompts"] - len(verdicts)})
     for index, each in verdicts.items():
         if reasons := [verdict.failed for verdict in each if verdict.failed is not None]:
