@@ -220,11 +220,9 @@ def largest_id(*encoded: "Dataset") -> int:
 
 
 def shared_length(*sequences: Sequence[Any]) -> int:
-    """Length of the longest common prefix."""
-    for position, items in enumerate(zip(*sequences, strict=False)):
-        if any(item != items[0] for item in items):
-            return position
-    return min(map(len, sequences))
+    """Length of the longest common prefix, which is that of the first and the last in lexicographic order."""
+    first, last = min(sequences), max(sequences)
+    return next((position for position, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
 
 def encode_answers(
