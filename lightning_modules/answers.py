@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.callbacks import LambdaCallback
 
 from mixdpo.adapters import adapter_fingerprint, base_fingerprint, role
 from mixdpo.errors import InputError
@@ -93,6 +94,9 @@ class AnswerModule(L.LightningModule):
         suffix = self.trainer.datamodule.form.suffix  # type: ignore[attr-defined]
         return given if given.suffix == suffix else given.with_name(given.name + suffix)
 
+    def configure_callbacks(self) -> list[Any]:
+        return [LambdaCallback(on_exception=lambda *_: self.file and self.file.close())]  # no teardown then
+
     def configure_model(self) -> None:
         if self.file is not None:
             return
@@ -114,8 +118,8 @@ class AnswerModule(L.LightningModule):
         if self.server is None:
             self.model, self.tokenizer = self._loaded()
         self.file = AnswersFile(self.path.with_suffix(".answers.jsonl"), self._depends_on(data), data.prompts)
-        if self.file.answers:
-            print(f"{self.file.path} has {len(self.file.answers)} of {len(data.prompts)} prompts: going on")
+        if self.file.rows:
+            print(f"{self.file.path} has {len(self.file.rows)} of {len(data.prompts)} prompts: going on")
         if not self.file.missing:
             self.trainer.limit_predict_batches = self.trainer.limit_test_batches = 0  # nothing is left to answer
         if self.dequantise and self.server is None:
@@ -151,7 +155,7 @@ class AnswerModule(L.LightningModule):
         for prompt in batch:
             groups.setdefault(self._temperature(prompt), []).append(prompt)
         for temperature, prompts in groups.items():
-            self.file.append(self._answer(prompts, temperature))
+            self.file.keep(self._answer(prompts, temperature))
         return len(batch)  # Lightning warns of None
 
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
@@ -193,6 +197,7 @@ class AnswerModule(L.LightningModule):
         """Write the answers in their benchmark's form once none is missing, and a table of their gold scores."""
         if self.file is None:  # refused before
             return
+        self.file.close()
         if self.file.missing:
             return print(f"{len(self.file.missing)} prompts are not answered yet: the same command continues")
         rows = self._write()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 
 from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, base_fingerprint
 from mixdpo.batching import PairBatch
@@ -60,6 +61,9 @@ class MarginModule(L.LightningModule):
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.model: Any = None
         self.files: list[tuple[Signal, MarginsWriter]] = []  # until configure_model
+
+    def configure_callbacks(self) -> list[Any]:
+        return [LambdaCallback(on_exception=lambda *_: [file.close() for _, file in self.files])]  # no teardown then
 
     def configure_model(self) -> None:
         if self.files:

@@ -28,15 +28,24 @@ class Stopped(Exception):
         self.signal = signal
 
 
-def refuse_other_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> list[str]:
+    """What two mappings say differently, key by key; None is the same as no key."""
+    found = []
+    for key in {**there, **here}:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{within}{key}.")
+        elif old != new:
+            found.append(f"{within}{key}: {old} there, {new} here")
+    return found
+
+
+def refuse_other_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """
     Raises:
         InputError: what a checkpoint was made with differs from what there is now; names each part that does.
     """
-    changed = [
-        f"{key}: {then.get(key)} then, {now.get(key)} now" for key in {**then, **now} if then.get(key) != now.get(key)
-    ]
-    if changed:
+    if changed := differences(there, here):
         raise InputError(
             f"the checkpoint belongs to another run ({'; '.join(changed)}). Continue with the config.yaml beside it, "
             "or start anew from its adapter/ folder (model.adapter)"

@@ -1,7 +1,7 @@
 """Margins files: a signal's margin of each pair of a data set, found again by the pair's id and text.
 
-JSON lines: a header that says what the margins are and depend on, then `{"pair_id", "text", "margin"}` for each pair,
-`text` being `text_hash`. FILE is always complete; what is being computed is in FILE.part.
+After the header, a line `{"pair_id", "text", "margin"}` for each pair, `text` being `text_hash`. FILE is always
+complete; what is being computed is in FILE.part.
 """
 
 import hashlib
@@ -12,15 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, differences
 from mixdpo.files import written_whole
+from mixdpo.lines_file import LineFormat, LinesWriter
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = "mixdpo margins 1"
-HEADER = {"pairs", "signal", "needs", "source", "base", "adapter"}
-"""What every first line says beside its format; margins of a policy also say what decides them."""
+
+def _parse(row: dict[str, Any], header: dict[str, Any]) -> tuple[int, tuple[str, float]]:
+    margin = float(row["margin"])
+    if not math.isfinite(margin):
+        raise ValueError(f"the margin of pair_id {row['pair_id']} is no finite number")
+    return int(row["pair_id"]), (str(row["text"]), margin)
+
+
+MARGINS = LineFormat(
+    name="mixdpo margins 1",
+    noun="margins file of run.py predict",
+    rows="margins",
+    header={"pairs": int, "signal": str, "needs": str, "source": str, "base": str, "adapter": object},
+    parse=_parse,
+    remedy="compute it anew",
+    other="remove it or give another model.output",
+)
+"""Margins of a policy also say in their header what decides them."""
 
 
 def text_hash(pair: Mapping[str, Any]) -> str:
@@ -64,14 +80,13 @@ class MarginsFile:
         Raises:
             InputError: the margins are of a policy, and one of these parts of the header is another one here.
         """
-        there = {key: self.header.get(key, "not said") for key in (*here, "dtype", "lengths")}
-        changed = [f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
+        changed = differences({key: self.header.get(key, "not said") for key in here}, here)
         if self.of_policy and changed:
+            with_ = ", ".join(str(self.header.get(key)) for key in ("base", "adapter", "dtype", "lengths"))
             raise InputError(
                 f"{self.path} holds margins ({self.header['signal']}) that were made with another {what} "
-                f"({'; '.join(changed)}): use the options it was made with (base {self.header['base']}, "
-                f"adapter {self.header['adapter']}, "
-                f"{there['dtype']}, {there['lengths']}), or compute it anew"
+                f"({'; '.join(changed)}): use the options it was made with (base, adapter, dtype, lengths: {with_}), "
+                "or compute it anew"
             )
 
 
@@ -84,9 +99,9 @@ def read_margins(path: str | Path) -> MarginsFile:
         raise InputError(
             f"no margins file {path}; run.py predict makes it (and continues {path}.part, if there is one)"
         )
-    file = _read(Path(path))
+    file = MarginsFile(Path(path), *MARGINS.read(path))
     if len(file.pairs) != file.header["pairs"]:
-        raise InputError(f"{path} has {len(file.pairs)} of its {file.header['pairs']} pairs: compute it anew")
+        raise InputError(f"{path} has {len(file.pairs)} of its {file.header['pairs']} pairs: {MARGINS.remedy}")
     return file
 
 
@@ -101,23 +116,19 @@ class MarginsWriter:
             texts: pair id -> text hash of all pairs, in the order of the data.
 
         Raises:
-            InputError: FILE or FILE.part holds something else.
+            InputError: FILE or FILE.part holds something else, or another process is writing FILE.part.
         """
         self.path, self.part, self.texts = Path(path), Path(f"{path}.part"), texts
-        self.header = {"format": FORMAT, **header, "pairs": len(texts)}
-        self.margins: dict[int, float] = {}
-        there = read_margins(path) if self.path.exists() else _read(self.part) if self.part.exists() else None
-        if there is not None:
-            said = {key: (there.header.get(key), value) for key, value in self.header.items() if key != "date"}
-            if changed := "; ".join(
-                f"{key}: {old} there, {new} here" for key, (old, new) in said.items() if old != new
-            ):
-                raise InputError(
-                    f"{there.path} holds other margins ({changed}): remove it or give another model.output"
-                )
-            self.header, self.margins = there.header, {pair_id: margin for pair_id, (_, margin) in there.pairs.items()}
-        if not self.path.exists():
-            self._write(self.part)  # without the line that was being written when the process died
+        header = {**header, "pairs": len(texts)}
+        self._lines: LinesWriter | None = None
+        if self.path.exists():
+            there = read_margins(path)
+            MARGINS.refuse_other(path, there.header, json.loads(json.dumps({"format": MARGINS.name, **header})))
+            found = there.pairs
+        else:
+            self._lines = LinesWriter(self.part, MARGINS, header)
+            found = self._lines.rows
+        self.margins = {pair_id: margin for pair_id, (_, margin) in found.items()}
 
     def append(self, pair_ids: Iterable[int], margins: Iterable[float]) -> None:
         """Keep the margins of one batch.
@@ -128,44 +139,26 @@ class MarginsWriter:
         found = dict(zip(pair_ids, margins, strict=True))
         if bad := {pair_id: margin for pair_id, margin in found.items() if not math.isfinite(margin)}:
             raise InputError(f"margins by pair id that are no finite numbers: {bad}. Use a wider model.dtype")
-        with self.part.open("a") as file:
-            file.write("".join(self._line(pair_id, margin) for pair_id, margin in found.items()))
+        assert self._lines is not None
+        self._lines.append(*map(self._line, found.items()))
         self.margins |= found
 
     def finish(self) -> str:
-        """Make FILE of FILE.part if all pairs are known; says what has become of it."""
-        if self.path.exists():
+        """Make FILE of FILE.part, in the order of the data, if all pairs are known; says what has become of it."""
+        if self._lines is None:
             return f"{self.path} was complete already: {len(self.texts)} pairs"
-        if len(self.margins) < len(self.texts):
-            return f"{self.part} has {len(self.margins)} of {len(self.texts)} pairs: the same command continues it"
-        self._write(self.path)
-        self.part.unlink()
+        with self._lines:
+            if len(self.margins) < len(self.texts):
+                return f"{self.part} has {len(self.margins)} of {len(self.texts)} pairs: the same command continues it"
+            lines = [self._lines.header, *(self._line((pair_id, self.margins[pair_id])) for pair_id in self.texts)]
+            with written_whole(self.path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+            self.part.unlink()
         return f"wrote {self.path}: {len(self.texts)} pairs"
 
-    def _write(self, path: Path) -> None:
-        """Header and known pairs in the order of the data."""
-        lines = [self._line(pair_id, self.margins[pair_id]) for pair_id in self.texts if pair_id in self.margins]
-        with written_whole(path) as partial:
-            partial.write_text("".join([json.dumps(self.header) + "\n", *lines]))
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
 
-    def _line(self, pair_id: int, margin: float) -> str:
-        return json.dumps({"pair_id": pair_id, "text": self.texts[pair_id], "margin": margin}) + "\n"
-
-
-def _read(path: Path) -> MarginsFile:
-    """All complete lines."""
-    try:
-        header, *rows = map(json.loads, path.read_bytes().split(b"\n")[:-1])
-        if header["format"] != FORMAT:
-            raise ValueError(f"its format is {header['format']!r}")
-        if lacking := HEADER - header.keys():
-            raise ValueError(f"its first line lacks {', '.join(sorted(lacking))}")
-        pairs = {int(row["pair_id"]): (str(row["text"]), float(row["margin"])) for row in rows}
-        if bad := [pair_id for pair_id, (_, margin) in pairs.items() if not math.isfinite(margin)]:
-            raise ValueError(f"the margin of pair_id {bad[0]} is no finite number")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is no margins file of run.py predict, or is damaged ({type(error).__name__}: {error}): "
-            "compute it anew"
-        ) from None
-    return MarginsFile(path, header, pairs)
+    def _line(self, of: tuple[int, float]) -> dict[str, Any]:
+        return {"pair_id": of[0], "text": self.texts[of[0]], "margin": of[1]}

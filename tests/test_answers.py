@@ -116,8 +116,8 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (("--model.max_new_tokens", "5"), "sampling: "),
-        (("--model.seed", "1"), "sampling: "),
+        (("--model.max_new_tokens", "5"), "sampling.max_new_tokens: "),
+        (("--model.seed", "1"), "sampling.seed: "),
         (("--data.limit", "3"), "prompts: "),
     ],
 )

@@ -17,7 +17,7 @@ from lightning_modules.margins import MarginModule
 from mixdpo.__main__ import main
 from mixdpo.adapters import Lora, add_adapters, base_fingerprint
 from mixdpo.errors import InputError
-from mixdpo.margins_file import FORMAT, read_margins
+from mixdpo.margins_file import MARGINS, read_margins
 from mixdpo.margins_report import overlap, spearman
 from mixdpo.models import load_base
 from mixdpo.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel
@@ -87,7 +87,7 @@ def test_interrupted_and_continued(tiny_model, source, tmp_path, capfd):
     with pytest.raises(InputError, match=r"no margins file .*a\.margins; .*\.part"):
         read_margins(str(tmp_path / "a.margins"))
     part.write_text(part.read_text() + '{"pair_id": 12, "te')  # a line that was being written
-    with pytest.raises(InputError, match=r"part holds other margins \(options: .*'normalised': False"):
+    with pytest.raises(InputError, match=r"part holds other margins \(options\.normalised: False there"):
         predict(tiny_model, source, tmp_path, Counted(True))
     Counted.fails = -1
     path = predict(tiny_model, source, tmp_path, Counted())
@@ -204,7 +204,7 @@ def test_another_adapter_is_refused(tiny_model, source, tmp_path):
     adapter = str(trained / "adapter")
     of_adapter = predict(tiny_model, source, tmp_path, PolicyLogProb(), name="b", adapter=adapter)
     reward = predict(tiny_model, source, tmp_path, ImplicitReward(), name="c", adapter=adapter)
-    with pytest.raises(InputError, match=r"another base model or adapter \(adapter_weights \w+ there, None here\)"):
+    with pytest.raises(InputError, match=r"another base model or adapter \(adapter_weights: \w+ there, None here\)"):
         fit_with(tiny_model, source, tmp_path / "2", of_adapter)
     fit_with(tiny_model, source, tmp_path / "3", of_adapter, adapter=adapter)
     fit_with(tiny_model, source, tmp_path / "4", reward)
@@ -264,7 +264,7 @@ def test_command_line(tiny_model, source, tmp_path, monkeypatch, capfd):
 
 
 def write_margins(path, margins, texts=None, **header):
-    said = {"format": FORMAT, "signal": "s", "options": {}, "needs": "rating", "base": "<b>", "adapter": None}
+    said = {"format": MARGINS.name, "signal": "s", "options": {}, "needs": "rating", "base": "<b>", "adapter": None}
     said |= {"source": "d", "pairs": len(margins), **header}
     pairs = [{"pair_id": i, "text": (texts or {}).get(i, f"t{i}"), "margin": m} for i, m in margins.items()]
     path.write_text("".join(json.dumps(line) + "\n" for line in [said, *pairs]))

@@ -93,7 +93,7 @@ def test_two_processes_are_one(
     checkpoint = str(folders[1] / "checkpoints" / "last.ckpt")
     capsys.readouterr()
     assert in_process(*options(*one), "--trainer.accumulate_grad_batches", "1", "--ckpt_path", checkpoint) == 1
-    assert "devices: 2 then, 1 now" in capsys.readouterr().err
+    assert "devices: 2 there, 1 here" in capsys.readouterr().err
 
 
 @pytest.mark.slow

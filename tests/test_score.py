@@ -11,9 +11,10 @@ import pytest
 from mixdpo.errors import InputError
 from mixdpo.evaluation import score as verb
 from mixdpo.evaluation.score import score
-from mixdpo.evaluation.verdicts import FORMAT
+from mixdpo.evaluation.verdicts import VERDICTS
 
-HEADER = {"format": FORMAT, "model": "ours", "baseline": "gpt", "outputs": "0f", "judge": {"model": "j", "seed": 0}}
+HEADER = {"format": VERDICTS.name}
+HEADER |= {"model": "ours", "baseline": "gpt", "outputs": "0f", "judge": {"model": "j", "seed": 0}}
 NAME = "length-controlled win rate without instruction difficulty and gamed baselines"
 GAMED = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, differences
 from mixdpo.files import read_array, read_json, write_json, written_whole
 from mixdpo.samples import TokenPool
 
@@ -176,12 +176,11 @@ def read_masks(folder: Path, identity: Mapping[str, str], tokens: int) -> np.nda
     return read_array(paths[1], (tokens,), AGAIN)
 
 
-def refuse_changed(then: Mapping[str, str], now: Mapping[str, str], what: str) -> None:
-    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    changed = [key for key in changed if key != "ids"] or changed  # other ids follow from what else has changed
+def refuse_changed(there: Mapping[str, str], here: Mapping[str, str], what: str) -> None:
+    # other ids follow from what else has changed
+    changed = differences({**there, "ids": None}, {**here, "ids": None}) or differences(there, here)
     if changed:
-        differences = "; ".join(f"{key}: {then.get(key)} there, {now.get(key)} here" for key in changed)
         raise InputError(
-            f"{what} was made with another {' and '.join(changed)} ({differences}): its weights would fall on other "
+            f"{what} was made with other options or data ({'; '.join(changed)}): its weights would fall on other "
             "tokens or mean something else. Use the options it was made with, or score anew."
         )

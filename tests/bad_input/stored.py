@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bad_input.case import Case, Place
-from mixdpo.margins_file import HEADER, MarginsWriter, read_margins
+from mixdpo.margins_file import MARGINS, MarginsWriter, read_margins
 from mixdpo.margins_report import compare
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.labels import export_labels
@@ -18,7 +18,7 @@ from mixdpo.token_cleaning.stored import read_cleaning
 
 # Margins files.
 
-HEAD = {"format": "mixdpo margins 1", **dict.fromkeys(sorted(HEADER), "x"), "pairs": 2, "needs": "rating"}
+HEAD = {"format": "mixdpo margins 1", **dict.fromkeys(sorted(MARGINS.header), "x"), "pairs": 2, "needs": "rating"}
 LINES = [HEAD, {"pair_id": 1, "text": "a", "margin": 0.5}, {"pair_id": 2, "text": "b", "margin": 1.0}]
 ANEW = "compute it anew"
 MARGINS: list[tuple[str, Any, tuple[str, ...]]] = [
@@ -56,13 +56,12 @@ def of_a_policy(place: Place) -> Any:
 
 def continued(place: Place) -> Any:
     texts = {1: "a", 2: "b"}
-    header = {key: value for key, value in HEAD.items() if key not in ("format", "pairs")}
     place.write("m.margins.part", [HEAD | {"signal": "y"}])
-    return MarginsWriter(str(place.folder / "m.margins"), header, texts)
+    return MarginsWriter(str(place.folder / "m.margins"), HEAD, texts)
 
 
 def not_finite(place: Place) -> Any:
-    writer = MarginsWriter(str(place.folder / "m.margins"), {"signal": "x"}, {1: "a"})
+    writer = MarginsWriter(str(place.folder / "m.margins"), HEAD, {1: "a"})
     return writer.append([1], [float("inf")])
 
 
@@ -139,14 +138,14 @@ CLEANING = [
         lambda place: place.fit_sft(cleaning=Cleaning(masks=str(place.shared.cleaned))),
         ("no stages.json", "RUN/cleaning"),
     ),
-    Case("cleaning.masks", "of other data", other_data, ("another data", SCORE_AGAIN)),
+    Case("cleaning.masks", "of other data", other_data, ("data: ", SCORE_AGAIN)),
     Case(
         "cleaning.masks",
         "of another length",
         lambda place: place.fit_sft(
             cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")), data={"max_length": 60}
         ),
-        ("another lengths", SCORE_AGAIN),
+        ("lengths: ", SCORE_AGAIN),
     ),
     Case(
         "cleaning.masks",
