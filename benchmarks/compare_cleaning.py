@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cleaning_runs import about, gold_scores, held_out, run, run_all, stages, table, write
+from cleaning_runs import gold_scores, held_out, run, run_all, stages, write
+from measuring import about, table
 
 NOISE = "{rate: 0.2, seed: 0}"
 METHODS = ("full", "fixed", "self_evolving", "staged_random")
@@ -87,9 +88,9 @@ def main() -> None:
     rows = [[name, *(loss[key] for key in keys), gold.get(name)] for name, loss in losses.items()]
     kept = {name: stages(path) for name, path in paths.items()}
     done = {name: json.loads((path / "done.json").read_text()) for name, path in paths.items()}
-    content = {"about": about(), "planted_noise": checks, "held_out_loss": losses, "gold": gold, "stages": kept}
-    tables = by_method(losses, kept, gold) + "\n\n" + table(["run", *keys, "gold"], rows)
-    write("compare_cleaning_gold" if gold else "compare_cleaning", content | {"runs": done}, tables)
+    content = {"about": about() | {"threads": 1}, "planted_noise": checks, "held_out_loss": losses, "gold": gold}
+    tables = by_method(losses, kept, gold) + "\n" + table(["run", *keys, "gold"], rows)
+    write("compare_cleaning_gold" if gold else "compare_cleaning", content | {"stages": kept, "runs": done}, tables)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
     python benchmarks/compare_methods.py configs/alpaca_eval.yaml [options of run.py …]
 
 The held-out pairs are easy or hard by MixDPO's threshold for all three. Lengths and end-token rates are of greedy
-answers to prompts of the same file that come after the pairs that were read (`data.limit`).
+answers to prompts of the same file that come after the last row that was read (`data.limit` counts usable ones).
 """
 
 import csv
 import gzip
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from measuring import about, table
+
+from mixdpo.records import read_pairs
 
 METHODS = {
     "MixDPO": None,
@@ -37,10 +39,11 @@ COLUMNS = {
 def write_prompts(config: dict[str, Any], path: Path) -> None:
     """The first prompts of at most 400 characters behind the rows that are trained and validated on."""
     data = config["data"]["init_args"]
+    last = read_pairs(data["source"], margin=(), limit=data["limit"]).dataset["row"][-1]
     with gzip.open(data["source"], "rt") as lines:
         rows = [json.loads(line) for line in lines]
-    seen = {row["prompt"] for row in rows[: data["limit"]]}
-    fresh = dict.fromkeys(row["prompt"] for row in rows[data["limit"] :] if len(row["prompt"]) <= 400)
+    seen = {row["prompt"] for row in rows[:last]}
+    fresh = dict.fromkeys(row["prompt"] for row in rows[last:] if len(row["prompt"]) <= 400)
     prompts = [prompt for prompt in fresh if prompt not in seen][:PROMPTS]
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
@@ -70,19 +73,18 @@ def train(config: str, method: str, prompts: Path, threshold: float | None, opti
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    titles = list(next(iter(results.values()))["values"])
-    lines = ["| | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
-    for title in titles:
-        cells = [result["values"][title] for result in results.values()]
-        lines.append(f"| {title} | " + " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells) + " |")
-    lines.append("| seconds in all | " + " | ".join(str(result["seconds"]) for result in results.values()) + " |")
-    return "\n".join(lines)
+    titles = next(iter(results.values()))["values"]
+    rows = [[title, *(result["values"][title] for result in results.values())] for title in titles]
+    return table(["", *results], [*rows, ["seconds in all", *(result["seconds"] for result in results.values())]])
 
 
 def main() -> None:
     config, options = sys.argv[1], sys.argv[2:]
-    if any(option.startswith(("--data.limit", "--runs", "--name")) for option in options):
-        sys.exit("change the limit in the config: the prompts for generation are chosen by it; names are given here")
+    fixed = ("--data.source", "--data.limit", "--data.init_args", "--runs", "--name")
+    if any(option.startswith(fixed) for option in options):
+        sys.exit(
+            "change source and limit in the config: the prompts for generation are chosen by them; names are given here"
+        )
     out = Path("benchmarks/results") / f"compare_{Path(config).stem}"
     out.parent.mkdir(exist_ok=True)
     prompts = out.with_suffix(".prompts.jsonl")
@@ -91,10 +93,8 @@ def main() -> None:
     for method in METHODS:
         threshold = results["MixDPO"]["route"]["threshold"] if results else None
         results[method] = train(config, method, prompts, threshold, options)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": platform.platform()}
-    out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
-    out.with_suffix(".md").write_text(markdown(results) + "\n")
+    out.with_suffix(".json").write_text(json.dumps({"about": about(), "results": results}, indent=2) + "\n")
+    out.with_suffix(".md").write_text(markdown(results))
     prompts.unlink()
     print(markdown(results))
 

@@ -3,8 +3,8 @@
     python benchmarks/compare_signals.py [--folder runs/compare_signals] [--pairs 300] [--data.… --trainer.…]
 
 Policy log-prob and CHES (summed and per token) of SmolLM2-135M-Instruct (NF4, fp32), and the data's own rating. Margins
-files are kept in the folder: a stopped comparison goes on where it was. Further options go
-to `run.py predict`. All signals of the model are of one pass over about 355,000 tokens.
+files are kept in the folder: a stopped comparison goes on where it was, and is refused with other options. Further
+options go to `run.py predict`. All signals of the model are of one pass over about 355,000 tokens.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-from cleaning_runs import table, write
-from measuring import about
+from cleaning_runs import write
+from measuring import about, table
 
 from mixdpo.margins_file import read_margins
 from mixdpo.margins_report import HARDEST, compared, overlap, spearman
@@ -31,8 +31,9 @@ CLASSES = {
 }
 
 
-def draw(source: Path, pairs: int, out: Path) -> Path:
+def draw(source: Path, pairs: int, folder: Path) -> Path:
     """The sample as a file: rows drawn with seed 0, in the order of the data, whole or not at all."""
+    out = folder / f"{source.name.removesuffix('.jsonl.gz')}-{pairs}.jsonl"
     if not out.exists():
         with gzip.open(source, "rt", encoding="utf-8") as lines:
             rows = list(lines)
@@ -54,8 +55,7 @@ def predict(folder: Path, source: Path, options: list[str]) -> dict[str, Path]:
     ]:
         given = ["--config", f"configs/signals/{config}.yaml", "--data.source", str(source), *LIMITS, *more, *options]
         command = [sys.executable, "run.py", "predict", *given, "--model.output", str(paths[signal])]
-        if not all(paths[name].exists() for name in ([signal, *others] if more else [signal])):
-            subprocess.run(command, check=True)
+        subprocess.run(command, check=True)
     return paths
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     by_length: dict[str, dict[str, float]] = {}
     rows, content = [], {"about": about(), "seed": 0, "options": [*LIMITS, *options], "comparisons": []}
     for data in DATA:
-        source = draw(arguments.data / f"{data}.jsonl.gz", arguments.pairs, arguments.folder / f"{data}.jsonl")
+        source = draw(arguments.data / f"{data}.jsonl.gz", arguments.pairs, arguments.folder)
         files = {name: read_margins(path) for name, path in predict(arguments.folder, source, options).items()}
         pairs = map(json.loads, source.read_text("utf-8").splitlines())
         # the margins files are in the order of the data
@@ -87,7 +87,7 @@ def main() -> None:
     lengths = [[data, *found.values()] for data, found in by_length.items()]
     heads = ["Spearman with characters of chosen − rejected", *next(iter(by_length.values()))]
     tables = [table(["data", "A", "B", "pairs", "Spearman", *chance], rows), table(heads, lengths)]
-    write(arguments.name, content, "\n\n".join(tables))
+    write(arguments.name, content, "\n".join(tables))
 
 
 if __name__ == "__main__":

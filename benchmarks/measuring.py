@@ -4,9 +4,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import distributions
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,36 @@ def megabytes(field: str) -> float:
 
 
 class Clock:
-    """Seconds and megabytes between `start` and `stop`, whatever they are called with."""
+    """Seconds and megabytes of a block, or between `start` and `stop`, whatever they are called with."""
 
     costs: dict[str, float]
 
+    def __init__(self, gpu: bool = False) -> None:
+        """Megabytes are those of this process, or those that it has on the GPU."""
+        self._gpu = gpu
+
     def start(self, *_: Any, **__: Any) -> None:
-        self._resident, self._started = forget_peak(), time.perf_counter()
+        if self._gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self._resident = torch.cuda.memory_allocated() / 1e6 if self._gpu else forget_peak()
+        self._started, self._worked = time.perf_counter(), time.process_time()
 
     def stop(self, *_: Any, **__: Any) -> None:
-        seconds = time.perf_counter() - self._started
-        self.costs = {"seconds": seconds, "peak_mb": megabytes("VmHWM"), "resident_before_mb": self._resident}
+        if self._gpu:
+            torch.cuda.synchronize()
+        self.costs = {
+            "seconds": time.perf_counter() - self._started,
+            "cpu_seconds": time.process_time() - self._worked,
+            "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if self._gpu else megabytes("VmHWM"),
+            "resident_before_mb": self._resident,
+        }
+
+    def __enter__(self) -> "Clock":
+        self.start()
+        return self
+
+    __exit__ = stop
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
@@ -49,9 +69,14 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     return action(), time.perf_counter() - started
 
 
-def table(head: list[str], rows: Iterable[list[Any]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Markdown; of a float three digits, of None a dash."""
+
+    def cell(value: Any) -> str:
+        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
 
 
 def about() -> dict[str, Any]:
@@ -65,4 +90,5 @@ def about() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "lightning", "numpy")
-    return found | {"versions": {name: version(name) for name in names}}
+    versions = {name: next((there.version for there in distributions(name=name)), None) for name in names}
+    return found | {"versions": versions}

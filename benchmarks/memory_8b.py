@@ -12,6 +12,8 @@ with a model of two small layers; nothing is capped there.
 import argparse
 import json
 import time
+from concurrent.futures.process import BrokenProcessPool
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,8 @@ def tried(side: Any, *arguments: Any) -> dict[str, Any]:
         return {"fits": True, **in_fresh_process(side, *arguments)}
     except torch.OutOfMemoryError as error:
         return {"fits": False, "why": str(error).splitlines()[0]}
+    except BrokenProcessPool:  # by the system, for want of the machine's memory: says nothing about the GPU's
+        return {"fits": None, "why": "its process was killed"}
 
 
 def main() -> None:
@@ -186,22 +190,21 @@ def main() -> None:
     folder = options.folder.with_name(f"{options.folder.name}-tiny") if options.tiny else options.folder
     random_model(folder, options.tiny)
     found: dict[str, Any] = {"about": about(), "goal": GOAL, "tiny": options.tiny, "runs": []}
-    for rank in map(int, options.ranks.split(",")):
-        for length in map(int, options.lengths.split(",")):
-            for gigabytes in map(float, options.caps.split(",")) if GPU else [None]:
-                for name in options.sides:
-                    side = {"ours": ours, "trl": trl}[name]
-                    where = {"side": name, "rank": rank, "length": length, "cap_gb": gigabytes}
-                    found["runs"].append(where | tried(side, str(folder), rank, length, gigabytes))
-                    print(found["runs"][-1], flush=True)
+    options.out.parent.mkdir(exist_ok=True)
+    ranks, lengths = (map(int, given.split(",")) for given in (options.ranks, options.lengths))
+    caps = map(float, options.caps.split(",")) if GPU else [None]
+    for rank, length, gigabytes, name in product(ranks, lengths, caps, options.sides):
+        where = {"side": name, "rank": rank, "length": length, "cap_gb": gigabytes}
+        side = {"ours": ours, "trl": trl}[name]
+        found["runs"].append(where | tried(side, str(folder), rank, length, gigabytes))
+        print(found["runs"][-1], flush=True)
+        options.out.write_text(json.dumps(found, indent=2) + "\n")
     rows = [
-        [f"{r['side']}, r {r['rank']}, 2 × {r['length']}", r["cap_gb"], r["fits"]]
-        + [f"{r[key]:.1f}" if key in r else "–" for key in ("peak_gb", "tokens_per_second")]
+        [f"{r['side']}, r {r['rank']}, 2 × {r['length']}", r["cap_gb"] and f"{r['cap_gb']:g}", r["fits"]]
+        + [f"{r[key]:.1f}" if key in r else None for key in ("peak_gb", "tokens_per_second")]
         for r in found["runs"]
     ]
     print("\n" + table(["one pair", "GB at most", "fits", "peak, GB", "tokens/s"], rows))
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cleaning_runs import Job, about, gold_scores, held_out, run_all, stages, table, write
+from cleaning_runs import Job, gold_scores, held_out, run_all, stages, write
+from measuring import about, table
 
 from mixdpo.errors import InputError
 from mixdpo.token_cleaning.planted_noise import PlantedNoise, kind_of
@@ -74,11 +75,11 @@ def by_kind(path: Path) -> dict[str, float]:
     """AUC on the samples of each kind of noise, over all that was scored."""
     found = read_cleaning(str(path))
     ids, scored = found.pool.samples["sample_id"][:], found.samples_with(found.scores)
-    planted, lengths = found.pool.planted(), np.diff(found.pool.offsets)
+    planted = found.pool.planted()
     aucs = {}
     for kind in PLANTED.kinds:
         samples = np.array([i for i in scored if kind_of(ids[i], PLANTED)[0] == kind])
-        tokens, offsets = found.pool.tokens(samples), np.concatenate([[0], np.cumsum(lengths[samples])])
+        tokens, offsets = found.pool.tokens(samples), found.pool.offsets_of(samples)
         sources = [""] * len(samples)
         facts = summarise(found.weights[tokens], found.scores[tokens], offsets, sources, planted=planted[tokens])
         aucs[kind] = facts["planted"]["auc"]
@@ -155,8 +156,8 @@ def main() -> None:
     tables += [table(["run", "held-out loss", "gold score"], others)]
     aucs = [[name, *values.values()] for name, values in kinds.items()]
     tables += [table(["AUC by kind of noise", *PLANTED.kinds], aucs)]
-    content = {"about": about(), "keep_ratios": points, "held_out_loss": losses, "gold": gold, "auc_by_kind": kinds}
-    write("planted_noise", content | {"stages": found}, "\n\n".join(tables))
+    content = {"about": about() | {"threads": 1}, "keep_ratios": points, "held_out_loss": losses, "gold": gold}
+    write("planted_noise", content | {"auc_by_kind": kinds, "stages": found}, "\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ CASES: dict[str, dict[str, Any]] = {
     "half_hard": {"title": "MixDPO, 50 % hard, against plain DPO", "hard": 0.5, "goal": 4},
     "half_hard_cached": {"title": "MixDPO, 50 % hard, reference cached", "hard": 0.5, "cached": True, "goal": 5},
 }
+QUIET: dict[str, Any] = {"logger": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+QUIET |= dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+TRL_QUIET = {"save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True}
+TRL_STEPS: dict[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "learning_rate": RATE}
+TRL_STEPS |= {"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0, "max_length": None}
+TRL_STEPS |= {"train_sampling_strategy": "sequential", "use_cpu": True}
 FLOOR = "floor: share of it, speed there"
 MEMORY_GOAL, LOSS_TOLERANCE = 0.5, 1e-4
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -100,18 +106,11 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
         mixdpo.models.token_log_probs = partial(token_log_probs, tile=changes["tile"])
     options: dict[str, Any] = {"quantization": "none", "dtype": setting["dtype"], "schedule": Constant(warmup=0.0)}
     options |= {"reference_cache": case.get("cached", False), **changes.get("model", {})}
-    module = PreferenceModule(
-        setting["model"], optimizer=partial(torch.optim.AdamW, lr=RATE, weight_decay=0), **options
-    )
-    routing = Routing(hard_fraction=case.get("hard", 0.0))
-    data = PreferenceDataModule(
-        path,
-        tokenizer=setting["model"],
-        routing=routing,
-        validation=0.0,
-        batch_size=BATCH,
-        **{"max_length": LONGEST + 16, "max_prompt_length": LONGEST_PROMPT, **changes.get("data", {})},
-    )
+    options |= {"optimizer": partial(torch.optim.AdamW, lr=RATE, weight_decay=0)}
+    module = PreferenceModule(setting["model"], **options)
+    read = {"validation": 0.0, "batch_size": BATCH, "max_length": LONGEST + 16, "max_prompt_length": LONGEST_PROMPT}
+    read |= {"routing": Routing(hard_fraction=case.get("hard", 0.0)), **changes.get("data", {})}
+    data = PreferenceDataModule(path, tokenizer=setting["model"], **read)
     clock, losses, flops = Clock(), [], [0.0]
 
     def count(_: Any, module: Any, batch: Any, *__: Any) -> None:
@@ -120,26 +119,19 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
         asked = None if case.get("cached") else batch.reference_rows
         flops[0] += floor_flops(sizes, batch.rows) + (0 if asked is None else floor_flops(sizes, asked) / 2)
 
+    measured = LambdaCallback(
+        on_fit_start=lambda _, module: same_start(module.model, "policy"),
+        on_train_start=clock.start,
+        on_train_batch_start=count,
+        on_train_end=clock.stop,
+    )
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
         precision="32-true" if setting["dtype"] == "float32" else "bf16-mixed",
         accumulate_grad_batches=changes.get("accumulate", BATCH),
-        log_every_n_steps=1,
-        callbacks=[
-            LambdaCallback(
-                on_fit_start=lambda _, module: same_start(module.model, "policy"),
-                on_train_start=clock.start,
-                on_train_batch_start=count,
-                on_train_end=clock.stop,
-            ),
-            *changes.get("more_callbacks", []),
-        ],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        callbacks=[measured, *changes.get("more_callbacks", [])],
+        **QUIET,
     )
     module._log_step = lambda values: losses.append(values["train/loss"])  # type: ignore[method-assign]
     trainer.fit(module, data)
@@ -153,13 +145,8 @@ def as_chats(path: str, by_length: bool) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     if by_length:
         rows.sort(key=lambda row: max(len(row["chosen"]), len(row["rejected"])) + len(row["prompt"]))
-    return [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")},
-        }
-        for row in rows
-    ]
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return [{name: [{"role": role, "content": row[name]}] for name, role in roles.items()} for row in rows]
 
 
 def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -172,32 +159,19 @@ def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any
     from mixdpo.packaged_model import model_folder
 
     clock, losses = Clock(), []
-
     timed = type("Timed", (TrainerCallback,), {"on_train_begin": clock.start, "on_train_end": clock.stop})
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
             output_dir=folder,
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            max_grad_norm=0.0,
-            num_train_epochs=1,
-            per_device_train_batch_size=BATCH,
-            max_length=None,
-            train_sampling_strategy="sequential",
             precompute_ref_log_probs=case.get("cached", False),
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
             bf16=setting["dtype"] == "bfloat16",
-            use_cpu=True,
-            disable_tqdm=True,
+            **TRL_STEPS,
+            **TRL_QUIET,
             **changes,
         )
+        dtype = getattr(torch, setting["dtype"])
         trainer = DPOTrainer(
-            AutoModelForCausalLM.from_pretrained(
-                model_folder(setting["model"]), dtype=getattr(torch, setting["dtype"])
-            ),
+            AutoModelForCausalLM.from_pretrained(model_folder(setting["model"]), dtype=dtype),
             args=arguments,
             train_dataset=Dataset.from_list(as_chats(path, changes.get("gradient_checkpointing") is False)),
             processing_class=load_tokenizer(setting["model"]),
@@ -256,9 +230,8 @@ def compare(found: dict[str, list[dict[str, Any]]], name: str, setting: dict[str
         result["largest_loss_difference"] = off = max(abs(a - b) for a, b in both)
         if setting["dtype"] == "float32" and not off < LOSS_TOLERANCE:
             raise SystemExit(f"the losses differ by {off}: there is nothing to compare")
-    cells = [
-        f"{median(each, 'seconds'):.0f} s, {median(each, 'peak_mb') / 1e3:.1f} GB" for each in (mine, *theirs.values())
-    ]
+    sides = (mine, *theirs.values())
+    cells = [f"{median(side, 'seconds'):.0f} s, {median(side, 'peak_mb') / 1e3:.1f} GB" for side in sides]
     each = ", ".join(f"{ratio:.2f}" for ratio in result["speed_by_round"])
     goal = "" if result["goal"] is None else f", goal {result['goal']}"
     result["row"] = [case["title"], *cells, f"{result['speed']:.2f}× ({each}{goal})"]
@@ -297,14 +270,12 @@ def profiled(setting: dict[str, Any], path: str, case: dict[str, Any]) -> dict[s
     profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
     hooks = {"on_train_start": lambda *_: profiler.start(), "on_train_end": lambda *_: profiler.stop()}
     ours(setting, path, case, more_callbacks=[LambdaCallback(**hooks)])
-    kinds = dict.fromkeys(
-        ("matrix products of the body", "of the head", "of the adapters", "attention", "the rest"), 0.0
-    )
+    names = ("matrix products of the body", "of the head", "of the adapters", "attention", "the rest")
+    kinds = dict.fromkeys(names, 0.0)
     for event in profiler.key_averages(group_by_input_shape=True):
         sides = {side for shape in event.input_shapes for side in shape if isinstance(side, int)}
         if event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
-            kind = "of the head" if vocabulary in sides else "of the adapters" if rank in sides else None
-            kind = kind or "matrix products of the body"
+            kind = names[1] if vocabulary in sides else names[2] if rank in sides else names[0]
         else:
             kind = "attention" if "attention" in event.key else "the rest"
         kinds[kind] += event.self_cpu_time_total / 1e6
@@ -340,15 +311,8 @@ def main() -> None:
             cases = options.cases.split(",")
             found = measure(setting, str(path), cases, options.rounds)
             compared = [compare(found, case, setting, len(pairs)) for case in cases]
-            heads = [
-                f"{len(pairs)} pairs, {options.dtype}",
-                "ours",
-                *TRL,
-                "speed against TRL's faster",
-                "memory",
-                FLOOR,
-            ]
-            print("\n" + table(heads, [case.pop("row") for case in compared]))
+            heads = [f"{len(pairs)} pairs, {options.dtype}", "ours", *TRL, "speed against TRL's faster", "memory"]
+            print("\n" + table([*heads, FLOOR], [case.pop("row") for case in compared]))
             name, measured = "comparison", {"runs": found, "compared": compared}
     report[f"{name}, {options.dtype}"] = {"about": about(), "pairs": len(pairs), "measured": measured}
     options.out.parent.mkdir(exist_ok=True)

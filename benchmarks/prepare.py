@@ -12,12 +12,12 @@ import json
 import os
 import random
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from measuring import about, forget_peak, in_fresh_process, megabytes, table
+from measuring import Clock, about, in_fresh_process, table, timed
 
 WORDS = ["moon", "river", "teacher", "quietly", "opened", "seven", "letters", "before", "dinner", "rain", "roofs"]
 
@@ -47,18 +47,16 @@ def prepare(count: int, processes: int) -> dict[str, float]:
         )
         trainer = {"accumulate_grad_batches": 4, "world_size": 1, "global_rank": 0, "max_epochs": 1, "max_steps": -1}
         data.trainer = SimpleNamespace(lightning_module=None, callbacks=[], limit_train_batches=1.0, **trainer)
-        resident, started = forget_peak(), time.perf_counter()
-        data.setup("fit")
-        encoded = time.perf_counter() - started
-        loader = data.train_dataloader()
-        data.step_plan()
-        next(iter(loader))
-        seconds = time.perf_counter() - started
+        with Clock() as clock:
+            _, encoded = timed(partial(data.setup, "fit"))
+            loader = data.train_dataloader()
+            data.step_plan()
+            next(iter(loader))
         return {
             "pairs": count,
-            "seconds": seconds,
+            "seconds": clock.costs["seconds"],
             "read, encode and route": encoded,
-            "peak_mb": megabytes("VmHWM") - resident,
+            "peak_mb": clock.costs["peak_mb"] - clock.costs["resident_before_mb"],
             "file_mb": source.stat().st_size / 1e6,
         }
 

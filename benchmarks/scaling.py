@@ -10,12 +10,11 @@ measurement is a process of its own. Writes benchmarks/results/scaling.json.
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import about, forget_peak, in_fresh_process, megabytes, table
+from measuring import Clock, about, in_fresh_process, table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POSITIONS, HIDDEN = 2048, 512
@@ -24,20 +23,10 @@ POSITIONS, HIDDEN = 2048, 512
 def measured(action: Any) -> dict[str, float]:
     """Seconds of a second run, and the megabytes that it takes beyond what stood before."""
     action()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 1e6
-    else:
-        before = forget_peak()
-    started = time.perf_counter()
-    action()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() / 1e6
-    else:
-        peak = megabytes("VmHWM")
-    return {"seconds": time.perf_counter() - started, "peak_mb": peak - before}
+    with Clock(gpu=DEVICE == "cuda") as clock:
+        action()
+    costs = clock.costs
+    return {"seconds": costs["seconds"], "peak_mb": costs["peak_mb"] - costs["resident_before_mb"]}
 
 
 def step(model_name: str, tokens: int, pairs: int, at_once: int) -> dict[str, float]:

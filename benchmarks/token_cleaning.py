@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import about, forget_peak, in_fresh_process, megabytes, table, timed
+from measuring import Clock, about, in_fresh_process, table, timed
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import profile
@@ -119,9 +118,9 @@ def run_side(side: str, samples: Samples, **options: int) -> tuple[dict[str, flo
     model = two_roles()
     compute = partial({"published": published_losses, "ours": our_losses}[side], model, **options)
     compute(samples[:2])  # warm-up
-    resident, cpu_before = forget_peak(), time.process_time()
-    losses, seconds = timed(partial(compute, samples))
-    cpu_seconds, peak = time.process_time() - cpu_before, megabytes("VmHWM")
+    with Clock() as clock:
+        losses = compute(samples)
+    seconds, cpu_seconds, peak, resident = clock.costs.values()
     if side == "published":
         flat = [[row[p] for row, s in zip(rows, samples, strict=True) for p in responses(s)] for rows in losses]
         losses = [np.array(values) for values in flat]
@@ -154,7 +153,8 @@ def compare_sides(regime: str, samples: Samples) -> dict[str, Any]:
         sides["ratios"] = [ours / published for published, ours in zip(*sides.values(), strict=True)]
         published, ours, ratio = map(statistics.median, sides.values())
         each = ", ".join(f"{value:.2f}" for value in sides["ratios"])
-        rows.append([key, f"{published:,.0f}", f"{ours:,.0f}", f"{ratio:.2f}", each, goals.get(key, "")])
+        goal = f"{goals[key]:g}" if key in goals else ""
+        rows.append([key, f"{published:,.0f}", f"{ours:,.0f}", f"{ratio:.2f}", each, goal])
     title = f"{regime}: {len(samples)} samples, {padding:.0%} padding as published"
     print(table([title, "published", "ours", "ours / published", "each round", "goal"], rows))
     return sizes | {"costs": costs, "goals": goals}
@@ -216,7 +216,7 @@ def storage() -> dict[str, dict[str, float]]:
 def sweep(samples: Samples) -> None:
     keys = ["tokens_per_second", "seconds", "cpu_seconds", "peak_above_resident_mb"]
     costs = {size: in_fresh_process(run_side, "ours", samples, batch_tokens=size)[0] for size in SWEEP}
-    rows = ([size, *(round(cost[key], 1) for key in keys)] for size, cost in costs.items())
+    rows = ([size, *(f"{cost[key]:.1f}" for key in keys)] for size, cost in costs.items())
     print(table(["batch_tokens", *keys], rows))
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from mixdpo.batching import MicroBatch, plan_steps
 from mixdpo.errors import InputError, refuse_other_run
 from mixdpo.loader import ResumableLoader
-from mixdpo.records import split_by_prompt
+from mixdpo.records import prompt_texts, split_by_prompt
 from mixdpo.samples import TokenPool
 from mixdpo.schedules import StepPlan
 from mixdpo.tables import hash63
@@ -52,7 +52,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             split: Split of a hub data set or folder to train on.
             validation: Share of the prompts (not rows) held out, or another source; 0 for none.
             validation_split: Split of `validation`, where that is a source with several; `split` if not given.
-            limit: Read the first so many rows only.
+            limit: Stop reading after so many usable rows.
             batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches. How
                 many of them run at once is batch_size / trainer.accumulate_grad_batches / devices.
             eval_batch_size: Rows per validation batch.
@@ -64,7 +64,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
                 default it is plain text. Such rows are counted either way.
             workers: Processes that prepare batches.
             processes: Processes that tokenise, once; the result is cached.
-            seed: For the validation split and the order of ties.
+            seed: For the validation split; of pairs also for ties at the cut, shuffled orders and random assignment.
         """
         super().__init__()
         if workers < 0 or (processes is not None and processes < 1):
@@ -154,20 +154,24 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         """The response tokens that token cleaning may cut."""
 
     @abstractmethod
-    def pool_steps(self) -> list[tuple[int, ...]]:
+    def pool_steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         """The samples of the cleaning pool in each step of one epoch."""
 
     def upcoming_samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the stage (or the epoch) of optimizer step `step` trains from this step on: samples of the cleaning
-        pool, in rising order, and the step of the epoch in which each comes (next)."""
-        steps, ends = self.pool_steps(), [*self.epoch.stage_starts[1:], len(self.epoch)]
-        step %= len(self.epoch)
-        end = ends[bisect_right(ends, step)] if self.cleans_by_stage else len(self.epoch)
+        """What the stage (or the epoch) of optimizer step `step` trains from this step on, and the run's next epoch if
+        there is one: samples of the cleaning pool, in rising order, and the step of its epoch in which each comes next.
+        """
+        length, ends = len(self.epoch), [*self.epoch.stage_starts[1:], len(self.epoch)]
+        epoch, step = divmod(step, length)
+        end = ends[bisect_right(ends, step)] if self.cleans_by_stage else length
+        coming = list(enumerate(self.pool_steps(epoch)))[step:end]
+        # with schedule_steps, max_steps only pauses the run
+        total = self._steps_of_run(self.trainer.lightning_module.schedule_steps or self.trainer.max_steps)
+        if (left := total - (epoch + 1) * length) > 0:  # a third epoch comes after all of the second
+            coming += list(enumerate(self.pool_steps(epoch + 1)))[:left]
         comes: dict[int, int] = {}
-        # what another epoch trains before this step comes as well
-        again = range(step) if self.trainer.max_epochs != 1 else ()
-        for number in (*range(step, end), *again):
-            for sample in steps[number]:
+        for number, samples in coming:
+            for sample in samples:
                 comes.setdefault(sample, number)
         samples = sorted(comes)
         return np.array(samples, dtype=np.int64), np.array([comes[sample] for sample in samples], dtype=np.int64)
@@ -178,17 +182,16 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     def step_plan(self, total: int | None = None) -> StepPlan:
         """The optimizer steps of the whole run, over all epochs and up to max_steps, for the schedule; or `total`."""
-        one = self.epoch
-        if total is not None:
-            return StepPlan.of_epochs([self.epoch_plan(epoch) for epoch in range(-(-total // len(one)))], total)
-        max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs
-        if max_steps < 0 and (max_epochs is None or max_epochs < 0):
+        total = self._steps_of_run(self.trainer.max_steps) if total is None else total
+        return StepPlan.of_epochs([self.epoch_plan(epoch) for epoch in range(-(-total // len(self.epoch)))], total)
+
+    def _steps_of_run(self, max_steps: int) -> int:
+        max_epochs = -1 if self.trainer.max_epochs is None else self.trainer.max_epochs
+        if max_steps < 0 and max_epochs < 0:
             raise InputError("give trainer.max_epochs or trainer.max_steps: a schedule needs an end")
         if max_steps == 0 or max_epochs == 0:
             raise InputError("trainer.max_steps or trainer.max_epochs is 0: there is nothing to train")
-        epochs = max_epochs if max_epochs and max_epochs > 0 else -(-max_steps // len(one))
-        total = len(one) * epochs if max_steps < 0 else min(max_steps, len(one) * epochs)
-        return self.step_plan(total)
+        return min(steps for steps in (max_steps, len(self.epoch) * max_epochs) if steps >= 0)
 
     def stage_of(self, step: int) -> int:
         """Number, from 0, of the stage that optimizer step `step` of the run belongs to."""
@@ -244,8 +247,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
 def _check_apart(train: Iterable[Any], held_out: Iterable[Any], rows: Sequence[int], source: str) -> None:
     """No held-out prompt may be trained on: a number measured on it would mean nothing."""
-    known = {hash63(str(prompt)) for prompt in train}
-    shared = [row for row, prompt in zip(rows, held_out, strict=True) if hash63(str(prompt)) in known]
+    known = {hash63(str(prompt_texts(prompt))) for prompt in train}
+    shared = [row for row, prompt in zip(rows, held_out, strict=True) if hash63(str(prompt_texts(prompt))) in known]
     if shared:
         raise InputError(
             f"{len(shared)} of {len(rows)} held-out rows of {source} have a prompt that is trained on (first: row "

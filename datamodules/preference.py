@@ -7,19 +7,18 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
-from mixdpo.adapters import base_fingerprint
 from mixdpo.batching import MicroBatch, PairCollator, cut_step, plan_steps
 from mixdpo.errors import InputError
 from mixdpo.loader import ResumableLoader
 from mixdpo.margins_file import MarginsFile, read_margins, text_hash
 from mixdpo.models import load_tokenizer
+from mixdpo.pair_tokenization import encode_pairs
 from mixdpo.records import read_pairs
 from mixdpo.routing import Route, Routing
 from mixdpo.samples import TokenPool, content_hash
 from mixdpo.schedules import StepPlan
 from mixdpo.sft_tokenization import encoding_identity
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.tokenization import encode_pairs
 
 
 class PreferenceDataModule(PlannedDataModule):
@@ -106,7 +105,9 @@ class PreferenceDataModule(PlannedDataModule):
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins is None and (signal is None or signal.needs == "rating")
-        pairs = read_pairs(source, split=split, margin=self.margin if rated else (), limit=self.limit)
+        needed = signal is not None or self.routing.by_margin or self.validation_threshold is not None
+        margin = self.margin if rated else ()
+        pairs = read_pairs(source, split=split, margin=margin, margin_needed=needed, limit=self.limit)
         if signal is not None or self.margins is not None:
             self.texts |= {pair["pair_id"]: text_hash(pair) for pair in pairs.dataset}
         self.counts[f"read/{source}"] = {"pairs": len(pairs.dataset), **pairs.dropped}
@@ -125,11 +126,15 @@ class PreferenceDataModule(PlannedDataModule):
 
     def _describe(self) -> str:
         facts, lines = self.route.summary(), self.describe_counts()
+        cut = "the data has no margins"
+        if facts["threshold"] is not None:
+            cut = (
+                f"threshold {facts['threshold']:.4g}, {facts['ties_at_threshold']} pairs tie at it, "
+                f"{facts['hard_at_threshold']} of them hard"
+            )
         lines.append(
-            f"route: {facts['hard']} of {facts['pairs']} pairs are hard (by {facts['assignment']}; threshold "
-            f"{facts['threshold']:.4g}, {facts['ties_at_threshold']} pairs tie at it, {facts['hard_at_threshold']} of "
-            f"them hard), trained by {facts['hard_action']}, order {facts['order']}, {len(self._steps())} steps of "
-            f"{self.batch_size} pairs"
+            f"route: {facts['hard']} of {facts['pairs']} pairs are hard (by {facts['assignment']}; {cut}), trained by "
+            f"{facts['hard_action']}, order {facts['order']}, {len(self._steps())} steps of {self.batch_size} pairs"
         )
         return "\n".join(lines)
 
@@ -204,9 +209,9 @@ class PreferenceDataModule(PlannedDataModule):
         """The chosen responses of the easy pairs, which the default cleaning reference learns."""
         return [_chosen_sample(self.train_pairs[int(i)]) for i in np.flatnonzero(~self.route.is_hard)]
 
-    def pool_steps(self) -> list[tuple[int, ...]]:
+    def pool_steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         number = np.cumsum(self.route.is_hard) - 1
-        return [tuple(int(number[i]) for i in step if self.route.is_hard[i]) for step in self._steps()]
+        return [tuple(int(number[i]) for i in step if self.route.is_hard[i]) for step in self._steps(epoch)]
 
     def validation_is_hard(self) -> np.ndarray:
         """(N,) bool, which held-out pairs are reported as hard."""
@@ -230,7 +235,7 @@ class PreferenceDataModule(PlannedDataModule):
     def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
         if self.margins_file is not None and self.margins_file.of_policy:  # the weights are loaded after setup
             module = self.trainer.lightning_module
-            here = {"weights": base_fingerprint(module.model)}
+            here = {"weights": module.base_weights()}
             if self.margins_file.header["needs"] == "policy":  # an adapter's reward may be of any adapter
                 here["adapter_weights"] = module.start_fingerprint
             self.margins_file.refuse_other(here, "base model or adapter")

@@ -62,10 +62,12 @@ class PromptDataModule(L.LightningDataModule):
             raise InputError(f"{opened.name} holds no prompt: give a file with prompts")
 
     def batches(self) -> list[list[Prompt]]:
-        """Those that the module still has to answer: longest first, so that the first batch is the peak of memory."""
-        missing = self.trainer.lightning_module.file.missing  # type: ignore[union-attr]
-        ordered = sorted(missing, key=lambda prompt: -sum(map(len, prompt.turns)))
-        return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+        """Those with a prompt that the module still has to answer, cut as if it had answered none: what is sampled
+        depends on who is in a batch. Longest first, so that the first batch is the peak of memory."""
+        missing = {prompt.key for prompt in self.trainer.lightning_module.file.missing}  # type: ignore[union-attr]
+        ordered = sorted(self.prompts, key=lambda prompt: -sum(map(len, prompt.turns)))
+        cut = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+        return [batch for batch in cut if any(prompt.key in missing for prompt in batch)]
 
     def predict_dataloader(self) -> Any:
         return DataLoader(self.batches(), batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]

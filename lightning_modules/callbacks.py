@@ -19,6 +19,29 @@ from mixdpo.files import write_json
 from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
 
 
+def logs_step(trainer: L.Trainer) -> bool:
+    """Whether the batch that has just been trained ends an optimizer step whose row is logged."""
+    return not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0
+
+
+class LogRows(Callback):
+    """Lets the module log the row of a step after what callbacks add to it, and before the step is in a checkpoint."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if logs_step(trainer):
+            pl_module.log_row()
+
+
+def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+    """Give the module its best policy, where a ModelCheckpoint monitors a metric; that callback, or None."""
+    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "") and c.monitor), None)
+    if best is not None:
+        checkpoint = torch.load(best.best_model_path, weights_only=True, map_location=pl_module.device)
+        pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
+        pl_module.model.stacked = checkpoint["adapters"]["stacked"]
+    return best
+
+
 class RunFiles(Callback):
     """The plan of the data (route.json or stages.json) before training, the policy as a PEFT folder `adapter/` after
     it: the last one, or the best one where a ModelCheckpoint monitors a metric."""
@@ -32,12 +55,8 @@ class RunFiles(Callback):
             print(f"policy: {trainable / 1e6:.2f}M trainable parameters; run folder: {trainer.default_root_dir}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "") and c.monitor), None)
-        if best is not None:
+        if best := load_best(trainer, pl_module):
             print(f"adapter/ holds the best {best.monitor}, {float(best.best_model_score):.4f}: {best.best_model_path}")
-            checkpoint = torch.load(best.best_model_path, weights_only=True, map_location=pl_module.device)
-            pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
-            pl_module.model.stacked = checkpoint["adapters"]["stacked"]
         if trainer.is_global_zero:
             save_adapter(pl_module.model, Path(trainer.default_root_dir) / "adapter")
 
@@ -115,10 +134,12 @@ class Throughput(Callback):
         dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else base.get_output_embeddings().weight.dtype
         self._sizes = linear_sizes(base)
         self._rate = matrix_rate(base.get_output_embeddings().weight.shape[1], pl_module.device, dtype)
-        self._started = time.perf_counter()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._started = self._started or time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._started = 0.0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -129,7 +150,7 @@ class Throughput(Callback):
         self.flops += floor_flops(self._sizes, batch.rows)
         self.seconds += now - self._started
         self._started = now
-        if trainer.fit_loop._should_accumulate() or trainer.global_step % trainer.log_every_n_steps:
+        if not logs_step(trainer):
             return
         self._total_rows += self.rows
         self._total_seconds += self.seconds

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
-from lightning_modules.callbacks import peak_memory_gb
+from lightning_modules.callbacks import logs_step, peak_memory_gb
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
 from mixdpo.files import replace, write_json
 
@@ -58,16 +58,14 @@ class LastCheckpoint(Checkpoint):
         print(f"{signal.Signals(number).name}: stopping after this step; once more to stop at once", file=sys.stderr)
         _default_handlers()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Only where an optimizer step is complete: in the middle of one, its accumulated gradient would be lost."""
         if trainer.fit_loop._should_accumulate():
             return
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
         ends = trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch) or trainer.should_stop
-        batch_idx = arguments[-1]
-        validates = trainer.enable_validation and (
-            trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0
-        )
+        fit_loop = trainer.fit_loop
+        validates = trainer.enable_validation and fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
         stops = bool(self._signal)
         if trainer.world_size > 1:  # a signal may reach one process only
             stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
@@ -147,7 +145,7 @@ class NonFinite(Callback):
             self._report(trainer, *found)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0:
+        if logs_step(trainer):
             self._look(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -209,8 +207,10 @@ class NonFinite(Callback):
 class OutOfMemory(Callback):
     """Says with numbers what to change where the memory was not enough."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
         self._batch = batch.count, batch.rows.tokens, batch.unit
+
+    on_validation_batch_start = on_train_batch_start
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if not is_out_of_memory(exception) or not hasattr(self, "_batch"):
@@ -219,7 +219,9 @@ class OutOfMemory(Callback):
         data, now = trainer.datamodule, trainer.accumulate_grad_batches
         most = data.batch_size // trainer.world_size
         advice = []
-        if now < most:
+        if trainer.validating or trainer.sanity_checking:
+            advice.append(f"data.eval_batch_size 1 (now {data.eval_batch_size})")
+        elif now < most:
             advice.append(f"trainer.accumulate_grad_batches {min(2 * now, most)} (now {now}, at most {most})")
         if pl_module.activation_checkpointing is not True:
             advice.append(f"model.activation_checkpointing true (now {pl_module.activation_checkpointing})")

@@ -1,9 +1,9 @@
 """A callback that shows what training changed: the gold score on held-out prompts, before and after."""
 
 import hashlib
+import json
 import time
-from collections.abc import Callable
-from importlib.resources import files
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,16 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Callback
 
-from lightning_modules.callbacks import Throughput, peak_memory_gb
+from lightning_modules.callbacks import Throughput, load_best, peak_memory_gb
 from mixdpo.adapters import Role, adapter_fingerprint, base_fingerprint, role
 from mixdpo.constraints.scoring import ConstraintScorer
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, refuse_other_run
 from mixdpo.evaluation.answer_cache import kept_answers
 from mixdpo.evaluation.generation import Generation
 from mixdpo.evaluation.gold import Answers, compare, greedy, markdown, scored
 from mixdpo.export import merged_copy
 from mixdpo.files import write_json
-from mixdpo.make_pairs import read_prompts
+from mixdpo.make_pairs import Scorer, read_prompts
 from mixdpo.models import load_tokenizer
 from mixdpo.tokenization import PLAIN, load_template, tokenizer_state
 
@@ -30,15 +30,15 @@ class GoldEvaluation(Callback):
     def __init__(
         self,
         prompts: str = "heldout",
-        scorer: Callable[[dict[str, Any], list[str]], Any] | None = lazy_instance(ConstraintScorer),  # noqa: B008
+        scorer: Scorer | None = lazy_instance(ConstraintScorer),  # noqa: B008
         max_new_tokens: int = 64,
         batch_size: int = 64,
         limit: int | None = None,
         dequantise: bool = True,
     ) -> None:
-        """Answers held-out prompts greedily as the reference (before) and as the policy (after); prints a table and
-        writes results.json, results.md and answers.json to the run's folder. Answers of the reference are kept under
-        ~/.cache/mixdpo for the next run that starts from the same weights; they are scored anew.
+        """Answers held-out prompts greedily as the policy before training and as the one in adapter/ after it; prints a
+        table and writes results.json, results.md and answers.json to the run's folder. Answers before training are kept
+        under ~/.cache/mixdpo for the next run that starts from the same weights; they are scored anew.
 
         Args:
             prompts: File of prompt rows (jsonl), or `heldout` for the built-in ones of the task `constraints`.
@@ -56,22 +56,41 @@ class GoldEvaluation(Callback):
         self.before: Answers | None = None
         self.seconds = {"training": 0.0, "evaluation": 0.0}
         self._rows: list[dict[str, Any]] = []
-        self._fit_started = 0.0
+        self._restored: dict[str, Any] | None = None
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The answers before training too: a reference that was refreshed could not give them again."""
+        training = self.seconds["training"] + time.perf_counter() - self._started
+        given = [asdict(answer) for answer in self.before.given] if self.before else []
+        return {"asked": self._what(), "given": given, "seconds": self.seconds | {"training": training}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored, self.seconds = state_dict, state_dict["seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            builtin = str(files("mixdpo") / "data" / "constraints_heldout.jsonl")
-            self._rows = read_prompts(builtin if self.prompts == "heldout" else self.prompts, self.limit)
+            self._rows = read_prompts(self.prompts, self.limit)
+            if self._restored is not None:
+                refuse_other_run(self._restored["asked"], self._what())
+            elif trainer.ckpt_path and any(getattr(c, "role", None) == "reference" for c in trainer.callbacks):
+                raise InputError(
+                    "the checkpoint holds no answers of GoldEvaluation, and the reference that gave them may have been "
+                    "refreshed since: leave GoldEvaluation out, and compare with run.py test"
+                )
             self.before = self._answer(pl_module, "reference", "before training")
-        self._fit_started = time.perf_counter()
+        self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds["training"] = time.perf_counter() - self._fit_started
+        self.seconds["training"] += time.perf_counter() - self._started
         if not trainer.is_global_zero or self.before is None:
             return
+        best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
         after = self._answer(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
         facts = self._facts(trainer)
+        if best is not None:
+            facts = {"answers after training": f"of the best {best.monitor}, {best.best_model_score:.4f}"} | facts
         folder = Path(trainer.default_root_dir)
         write_json(folder / "results.json", {"heldout_prompts": rows, "facts": facts, "steps": trainer.global_step})
         write_json(
@@ -99,16 +118,24 @@ class GoldEvaluation(Callback):
         def generations() -> list[Generation]:
             if self.dequantise:
                 return greedy(merged_copy(pl_module.model, name), tokenizer, self._rows, **self.options)
-            with torch.no_grad(), role(pl_module.model, name):
+            # Lightning's own is around the steps only
+            with pl_module.trainer.precision_plugin.forward_context(), torch.no_grad(), role(pl_module.model, name):
                 return greedy(pl_module.model, tokenizer, self._rows, **self.options)
 
-        if name == "reference":
-            found = kept_answers(self._depends_on(pl_module, tokenizer), generations)
-        else:
+        if name == "policy":
             found = generations()
+        elif self._restored is not None:
+            found = [Generation(**answer) for answer in self._restored["given"]]
+        else:
+            found = kept_answers(self._depends_on(pl_module, tokenizer), generations)
         answers = scored(self._rows, found, self.scorer)
         self.seconds["evaluation"] += time.perf_counter() - started
         return answers
+
+    def _what(self) -> dict[str, Any]:
+        prompts = json.dumps([row["prompt"] for row in self._rows])
+        digest = hashlib.sha256(prompts.encode()).hexdigest()[:16]
+        return {"held-out prompts": digest, **self.options, "dequantise": self.dequantise}
 
     def _depends_on(self, pl_module: Any, tokenizer: Any) -> dict[str, Any]:
         """All that decides the reference's answers; the scorer does not."""
@@ -119,8 +146,7 @@ class GoldEvaluation(Callback):
             "ends": repr(model.get_base_model().generation_config.eos_token_id),
             "tokenizer": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest()[:16],
             "template": tokenizer.chat_template,
-            "prompts": [row["prompt"] for row in self._rows],
-            "options": {**self.options, "dequantise": self.dequantise},
+            "asked": self._what(),
             "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
         }
 

@@ -127,14 +127,15 @@ class PreferenceModule(AdapterModule):
         losses, preference, sft_losses = self.route_losses(batch, policy, reference)
         self.row_losses = losses.detach()
         self._record(batch, losses, preference, sft_losses, policy, reference)
-        if self.cleaning is not None and batch.count:
-            self._kept = self._kept.to(batch.token_weight.device) + batch.token_weight.sum(dtype=torch.float32)
+        if self.cleaning is not None:
+            kept = batch.token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
+            self._kept = self._kept.to(kept.device) + kept
         # Lightning divides by the number of micro-batches and DDP by the number of ranks: this is the step's mean
         scale = self._micro_batches_per_step() / batch.step_pairs
         if self._gradient_norms_are_due() and len(batch.hard):
             part = (losses * batch.weight)[batch.hard].sum() * (scale / self.trainer.accumulate_grad_batches)
             options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-            new = torch.autograd.grad(part, self._learning(), **options)
+            new = torch.autograd.grad(part, self.learning(), **options)
             before = self._sft_gradient or [torch.zeros_like(g) for g in new]
             self._sft_gradient = [a + b for a, b in zip(before, new, strict=True)]
         return (losses * batch.weight).sum() * scale
@@ -145,7 +146,7 @@ class PreferenceModule(AdapterModule):
             self.kept_in_step(optimizer)
         if not self._gradient_norms_are_due():
             return
-        whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._learning()]
+        whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.learning()]
         of_hard = self._sft_gradient or [torch.zeros_like(g) for g in whole]
         of_hard = [self.trainer.strategy.reduce(g, reduce_op="mean") for g in of_hard]
         routes = {"sft": of_hard, "preference": [w - h for w, h in zip(whole, of_hard, strict=True)]}
@@ -156,9 +157,6 @@ class PreferenceModule(AdapterModule):
     def _gradient_norms_are_due(self) -> bool:
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps
         return self.log_gradient_norms and (step + 1) % every == 0
-
-    def _learning(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
 
     def route_losses(
         self, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
@@ -213,11 +211,6 @@ class PreferenceModule(AdapterModule):
         options = {"beta": float(getattr(self.preference_loss, "beta", 1.0))}
         return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
-            self._write_log_probs()
-
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         self._write_log_probs()
@@ -226,6 +219,7 @@ class PreferenceModule(AdapterModule):
         self._write_log_probs()
 
     def step_values(self, step: int) -> dict[str, float]:
+        self._write_log_probs()
         norms, self._gradient_norms = self._gradient_norms, {}
         mass = learning_rate_mass(self._multipliers[:step], self._plan.hard_share[:step])
         return super().step_values(step) | mass | norms
@@ -255,14 +249,9 @@ class PreferenceModule(AdapterModule):
         samples = self.trainer.datamodule.easy_samples()
         if not samples:
             raise InputError("there is no easy pair to fit a cleaning reference to: give model.cleaning.reference")
-        fit_adapter(
-            self.model,
-            "cleaning",
-            samples,
-            learning_rate=cleaning.reference_lr,
-            batch_size=self.trainer.datamodule.batch_size,
-            device=self.device,
-        )
+        options = {"learning_rate": cleaning.reference_lr, "batch_size": self.trainer.datamodule.batch_size}
+        with self.trainer.precision_plugin.forward_context():  # Lightning's own is around the steps only
+            fit_adapter(self.model, "cleaning", samples, **options)
 
     def _loss(self) -> str:
         return getattr(self.preference_loss, "describe", self.preference_loss.__repr__)()

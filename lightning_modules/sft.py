@@ -45,6 +45,8 @@ class SFTModule(AdapterModule):
         self._stage = stage
         if self.stage_start == "fresh_adapter":
             stack_policy(self.model)
+            for weight in self.learning():  # ranks have drawn unlike ones
+                weight.data.copy_(self.trainer.strategy.broadcast(weight.data))
         if self.stage_start != "continue":
             self.optimizers().optimizer.state.clear()
 

@@ -18,12 +18,11 @@ from mixdpo.adapters import (
     copy_adapter,
 )
 from mixdpo.errors import InputError
-from mixdpo.models import load_tokenizer
 from mixdpo.samples import TokenPool
-from mixdpo.token_cleaning.cleaning import Cleaning, weigh
+from mixdpo.token_cleaning.cleaning import Cleaning, always_kept, weigh
 from mixdpo.token_cleaning.scorers import TokenStatistics, is_online
 from mixdpo.token_cleaning.stored import RunTokens, read_masks
-from mixdpo.token_cleaning.summary import summarise
+from mixdpo.token_cleaning.summary import describe, summarise
 from mixdpo.token_cleaning.token_losses import add_losses, open_losses
 
 ROLES = {"base": "base", "reference": "cleaning", "previous": "previous"}
@@ -55,6 +54,9 @@ class RefreshReference(Callback):
             raise InputError(f"RefreshReference.ema must lie in [0, 1), not {ema}")
         self.every, self.ema, self.role = every, ema, role
         self._refreshed_at = 0
+
+    def __str__(self) -> str:
+        return f"every {self.every}, ema {self.ema}"
 
     @property
     def state_key(self) -> str:
@@ -136,7 +138,7 @@ class CleanTokens(Callback):
             "dtype": f"{pl_module.loading['dtype']}, {trainer.precision}",
         }
         tokenizer = trainer.datamodule.tokenizer
-        self._tokens = RunTokens.undecided(pool, identity, tokenizer, str(self.cleaning.describe()))
+        self._tokens = RunTokens.undecided(pool, identity, tokenizer)
         if self.cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
         refreshed = any(isinstance(c, RefreshReference) and c.role == "cleaning" for c in trainer.callbacks)
@@ -149,11 +151,9 @@ class CleanTokens(Callback):
         if self._restored is not None:
             self._tokens.restore(self._restored)
             self._scored, self._open = self._restored["scored"], self._restored["open"]
-            if self._open is not None:
-                self._open["samples"] = np.array(self._open["samples"], dtype=np.int64)
         if self.cleaning.masks is not None:
             self._masks = read_masks(Path(self.cleaning.masks), identity, len(pool))
-        self._always_keep = self._always_kept(tokenizer, pool)
+        self._always_keep = always_kept(self.cleaning.selection, pool, tokenizer)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "cleaning"
             folder.mkdir(exist_ok=True)
@@ -162,8 +162,8 @@ class CleanTokens(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         token = batch.token.cpu().numpy()
-        if not (token >= 0).any():
-            return  # easy pairs: hard ones are scored when the first of them comes
+        if not trainer.strategy.reduce_boolean_decision(bool((token >= 0).any()), all=False):
+            return  # easy pairs on all ranks: hard ones are scored, at the same step everywhere, when the first comes
         now = [trainer.datamodule.stage_of(trainer.global_step), pl_module.reference_version]
         warm_up = now[0] < self.cleaning.warm_up_stages
         online = is_online(self.cleaning.scorer) and not warm_up
@@ -173,7 +173,8 @@ class CleanTokens(Callback):
             renewed = self._scored is None or now[1] != self._scored[1]
             due = now != self._scored and (renewed or (self._tokens.decided[samples] < 0).any())
             if online or (due and not warm_up and self._masks is None):
-                self._prepare_losses(pl_module, samples, now)
+                # of a resumed stage the whole: in other batches the losses would round otherwise
+                self._prepare_losses(pl_module, samples if due else self._tokens.in_progress(), now)
             if due:
                 self._finish_stage(trainer)
                 self._clean(trainer, samples, steps, warm_up, online)
@@ -199,23 +200,30 @@ class CleanTokens(Callback):
         """Losses of the roles that the scorer reads besides the policy. Those of the base, and of a reference that was
         given and never refreshed, are kept on disk for every later round, ratio and run."""
         pool, model = self._tokens.pool, pl_module.model
-        roles = set(self.cleaning.roles)
-        if "reference" in roles and "policy" not in roles and adds_nothing(model, "cleaning"):
+        adapters = {
+            name: "none" if adds_nothing(model, ROLES[name]) else adapter_fingerprint(model, ROLES[name])
+            for name in self.cleaning.roles
+            if name != "policy"
+        }
+        if len(adapters) > 1 and len(set(adapters.values())) == 1 and not is_online(self.cleaning.scorer):
             raise InputError(
-                "every score would be 0: the cleaning reference is the base. Give model.cleaning.reference, or "
-                "warm_up_stages of at least 1 and the callback RefreshReference"
+                f"every score would be 0: {' and '.join(adapters)} of cleaning.scorer are the same model. Give "
+                "model.cleaning.reference (no help where it is `previous` as well), or warm_up_stages of at least 1 "
+                "and the callback RefreshReference"
             )
-        for name in (name for name in self.cleaning.roles if name != "policy"):
+        computed = {"attention": pl_module.loading["attention"], "device": pl_module.device.type}
+        for name, adapter in adapters.items():
             lasting = name == "base" or (self.cleaning.reference is not None and now[1] == 0)
             if name not in self._losses or not lasting:
-                adapter = {"adapter": "none" if name == "base" else adapter_fingerprint(model, ROLES[name])}
-                self._losses[name] = open_losses(len(pool), self._tokens.identity | adapter if lasting else None)
-            add_losses(self._losses[name], model, ROLES[name], pool, samples, device=pl_module.device)
+                identity = {**self._tokens.identity, "adapter": adapter, **computed} if lasting else None
+                self._losses[name] = open_losses(len(pool), identity)
+            with pl_module.trainer.precision_plugin.forward_context():  # Lightning's own is around the steps only
+                add_losses(self._losses[name], model, ROLES[name], pool, samples)
         self._losses_of = now
 
     def _clean(self, trainer: L.Trainer, samples: np.ndarray, steps: np.ndarray, warm_up: bool, online: bool) -> None:
         """Decide the weights of these samples' tokens; those of an online scorer are decided in each step instead."""
-        tokens, entry = self._tokens.pool.tokens(samples), {"samples": samples, "warm_up": warm_up, "kept": None}
+        tokens, kept, step = self._tokens.pool.tokens(samples), None, trainer.global_step
         self._tokens.scores[tokens], self._tokens.weights[tokens] = np.nan, 1 if warm_up else np.nan
         self._tokens.decided[samples] = len(self._tokens.stages)
         if not (warm_up or online) and self._masks is not None:
@@ -226,13 +234,12 @@ class CleanTokens(Callback):
                 )
             self._tokens.weights[tokens] = self._masks[tokens]
         elif not (warm_up or online) and len(tokens):
-            offsets = self._offsets(samples)
+            offsets = self._tokens.pool.offsets_of(samples)
             scores = self._scores(tokens, np.repeat(samples, np.diff(offsets)))
             always = None if self._always_keep is None else self._always_keep[tokens]
-            weights, entry["kept"] = weigh(self.cleaning.selection, scores, offsets, batch=steps, always_keep=always)
+            weights, kept = weigh(self.cleaning.selection, scores, offsets, batch=steps, always_keep=always)
             self._tokens.scores[tokens], self._tokens.weights[tokens] = scores, weights
-        step = trainer.global_step
-        self._open = entry | {"stage": trainer.datamodule.stage_of(step), "step": step}
+        self._open = {"stage": trainer.datamodule.stage_of(step), "step": step, "warm_up": warm_up, "kept": kept}
         if not online:
             self._finish_stage(trainer)
 
@@ -243,63 +250,28 @@ class CleanTokens(Callback):
 
     def _finish_stage(self, trainer: L.Trainer) -> None:
         """Sum up the stage whose weights are complete, and write all that is known so far."""
-        if self._open is None or not len(self._open["samples"]):
+        samples, pool = self._tokens.in_progress(), self._tokens.pool
+        if self._open is None or not len(samples):
             return
         entry, self._open = self._open, None
-        pool, warm_up = self._tokens.pool, entry["warm_up"]
-        reached = ~np.isnan(self._tokens.weights[pool.offsets[entry["samples"]]])  # max_steps may end a stage early
-        samples = entry["samples"][reached]
+        samples = samples[~np.isnan(self._tokens.weights[pool.offsets[samples]])]  # max_steps may end a stage early
         tokens, planted, sources = pool.tokens(samples), pool.planted(), pool.samples["source"][:]
         facts = summarise(
             self._tokens.weights[tokens],
             self._tokens.scores[tokens],
-            self._offsets(samples),
+            pool.offsets_of(samples),
             [sources[i] for i in samples],
             entry["kept"],
             None if planted is None else planted[tokens],
         )
-        said = {"scorer": None, "selection": None} if warm_up else self.cleaning.describe()
+        said = {"scorer": None, "selection": None} if entry["warm_up"] else self.cleaning.describe()
         self._tokens.stages.append({"stage": entry["stage"], "step": entry["step"], **said, **facts})
         if trainer.is_global_zero:
             self._tokens.write(Path(trainer.default_root_dir) / "cleaning")
         rank_zero_info(describe(self._tokens.stages[-1]))
 
-    def _offsets(self, samples: np.ndarray) -> np.ndarray:
-        """(n+1,) where the tokens of these samples begin, once they stand one behind the other."""
-        counts = np.diff(self._tokens.pool.offsets)[samples]
-        return np.concatenate([[0], np.cumsum(counts)])
-
-    def _always_kept(self, tokenizer_name: str, pool: TokenPool) -> np.ndarray | None:
-        names = list(self.cleaning.selection.always_keep) if self.cleaning.selection else []
-        if not names:
-            return None
-        tokenizer = load_tokenizer(tokenizer_name)
-        unknown = [name for name in names if name not in tokenizer.get_vocab()]
-        if unknown:
-            raise InputError(
-                f"cleaning.selection.always_keep: the tokenizer has no token {', '.join(map(repr, unknown))}"
-            )
-        return np.isin(pool.target_ids(), tokenizer.convert_tokens_to_ids(names))
-
     def state_dict(self) -> dict[str, Any]:
-        open_ = self._open and {**self._open, "samples": self._open["samples"].tolist()}
-        return {**self._tokens.state(), "scored": self._scored, "open": open_} if self._tokens else {}
+        return {**self._tokens.state(), "scored": self._scored, "open": self._open} if self._tokens else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-def describe(stage: dict[str, Any]) -> str:
-    """One line on what a stage keeps."""
-    if stage["scorer"] is None:
-        return f"stage {stage['stage']}: all {stage['tokens']} response tokens"
-    line = f"stage {stage['stage']}: {stage['kept_share']:.1%} of {stage['tokens']} response tokens kept"
-    if stage["mean_abs_score"] is not None:
-        line += f", mean |score| {stage['mean_abs_score']:.3f}"
-    if stage["threshold"] is not None:
-        line += f", threshold {stage['threshold']:.4g} ({stage['ties']} ties)"
-    found = stage.get("planted", {})
-    names = {"auc": "AUC", "share": "share before", "kept_noise_rate": "among the kept"}
-    if facts := [f"{name} {found[key]:.3f}" for key, name in names.items() if found.get(key) is not None]:
-        line += "; planted noise: " + ", ".join(facts)
-    return line

@@ -23,12 +23,13 @@ MicroBatch = tuple[tuple[int, ...], float, int]
 class Movable:
     """A dataclass whose tensors go to another device together."""
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
+    def to(self, device: torch.device) -> Self:
         there = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
         for part in vars(self).values():
             if isinstance(part, Tensor | Movable) and id(part) not in there:
                 part_there = part.pin_memory() if isinstance(part, Tensor) and device.type == "cuda" else part
-                there[id(part)] = part_there.to(device, non_blocking=non_blocking)
+                options = {"non_blocking": True} if isinstance(part, Tensor) else {}
+                there[id(part)] = part_there.to(device, **options)
         return replace(self, **{name: there[id(part)] for name, part in vars(self).items() if id(part) in there})
 
 

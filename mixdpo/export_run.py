@@ -1,7 +1,6 @@
 """A run's policy as a folder that other tools load: the adapter, or a plain model that it is merged into."""
 
 import shutil
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +15,7 @@ from mixdpo.export import merged_copy
 from mixdpo.files import written_whole
 from mixdpo.log_probs import exact_token_log_probs
 from mixdpo.models import Quantization, output_head, predicting_states
-from mixdpo.sources import text_rows
+from mixdpo.sources import open_source
 from mixdpo.tokenization import PLAIN, encode_answers, shared_length
 from mixdpo.trained import ADAPTER_FILES, Device, Trained, read_trained
 
@@ -132,7 +131,7 @@ def compared(expected: Tensor, base: Tensor, found: Tensor, trained_in: str, dty
 def _answers(tokenizer: "PreTrainedTokenizerBase", template: str) -> TokenRows:
     """Built-in prompts with their chosen answers, whose tokens are the targets."""
     documents: list[list[Piece]] = []
-    for _, row in islice(text_rows(Path(str(files("mixdpo") / "data/constraints_pairs.jsonl"))), ANSWERS):
+    for _, row in islice(open_source("constraints", "train").rows, ANSWERS):
         prompt = [{"role": "user", "content": row["prompt"]}]
         prompt_ids, whole = encode_answers(tokenizer, template, prompt, row["chosen"])
         documents.append([Piece(whole, len(documents), (shared_length(prompt_ids, whole), len(whole)))])

@@ -17,8 +17,9 @@ from mixdpo.errors import InputError
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder to, which takes its place when the block ends.
 
-    After an error `path` is what it was. What a killed process leaves has a name that starts with a dot. A name ends as
-    `path` does, because numpy and others append a suffix where it is missing.
+    After an error `path` is what it was. What a killed process leaves has a name that starts with a dot, and goes when
+    a process of the same number (in a container, the next one) writes to `path`. A name ends as `path` does, because
+    numpy and others append a suffix where it is missing.
 
     Raises:
         InputError: the folder above cannot be made, or a file would replace a folder.
@@ -29,16 +30,21 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}. Give another place") from None
     partial = path.with_name(f".{os.getpid()}-{path.name}")
+    _remove(partial)
     try:
         yield partial
         if path.is_dir() and not partial.is_dir():
             raise InputError(f"{path} is a folder, and a file is to be written there: give a file's name")
         replace(partial, path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def replace(partial: Path, path: Path) -> None:
@@ -47,9 +53,10 @@ def replace(partial: Path, path: Path) -> None:
         _flush(file)
     if path.is_dir():
         old = path.with_name(f"{partial.name}-old")  # a folder cannot be renamed onto one that holds something
+        _remove(old)
         path.rename(old)
         partial.rename(path)
-        shutil.rmtree(old)
+        _remove(old)
     else:
         os.replace(partial, path)
     _flush(path.parent)

@@ -16,9 +16,10 @@ from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.errors import InputError
 from mixdpo.files import written_whole
 from mixdpo.records import parse_messages
-from mixdpo.sources import text_rows
+from mixdpo.sources import BUILT_IN, open_source
 
 Scorer = Callable[[dict[str, Any], list[str]], Any]
+"""(prompt row, answers) -> a score for each; larger is better."""
 Row = dict[str, Any]
 
 DEFAULT_PROMPTS = 1000
@@ -77,15 +78,17 @@ def make_pairs(
     pairs, counts = pair_up(rows, completions, scorer or ConstraintScorer(), pairs_per_prompt, seed, min_score)
     print(counts)
     if not pairs:
-        raise InputError(
-            f"no pair among {len(rows)} prompts: all samples of a prompt score the same, or below min_score"
-        )
+        cause = "all samples of a prompt score the same, or below min_score"
+        if not counts.scores:
+            cause = f"no sample ended by itself with a text (max_new_tokens {max_new_tokens}): allow more tokens"
+        raise InputError(f"no pair among {len(rows)} prompts: {cause}")
     write_rows(out, pairs)
     print(f"wrote {out}")
 
 
 def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[Row]:
-    """Prompt rows of a .jsonl file, or `limit` (default 1000) built-in ones for `builtin`.
+    """Prompt rows of a .jsonl file; for `heldout` those held out of the task `constraints`, for `builtin` as many new
+    ones of it as `limit` says (default 1000).
 
     Raises:
         InputError: no such file, no rows, or a row that is no JSON object with a non-empty `prompt`.
@@ -96,10 +99,10 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
         from mixdpo.constraints.prompts import training_prompts
 
         return training_prompts(limit or DEFAULT_PROMPTS, seed)
-    if not Path(source).is_file():
-        raise InputError(f"prompts {source!r}: no such file; give a .jsonl file or `builtin`")
+    if source not in BUILT_IN and not Path(source).is_file():
+        raise InputError(f"prompts {source!r}: no such file; give a .jsonl file, `builtin` or `heldout`")
     rows = []
-    for number, row in islice(text_rows(Path(source)), limit):
+    for number, row in islice(open_source(source, "train").rows, limit):
         try:
             _check_prompt(row)
         except InputError as error:

@@ -1,6 +1,6 @@
 """Difficulty margins from the scores that a data set brings along: chosen minus rejected, one float per pair.
 
-The margin decides which pairs are hard (METHOD.md §1), so a missing or unreadable score is an error, never a default.
+The margin decides which pairs are hard, so a missing or unreadable score is an error, never a default.
 """
 
 import math
@@ -22,15 +22,18 @@ KNOWN_COLUMNS: tuple[MarginColumns, ...] = (
 )
 
 
-def find_margin_columns(columns: Iterable[str], named: str | Sequence[str] | None = None) -> MarginColumns:
+def find_margin_columns(
+    columns: Iterable[str], named: str | Sequence[str] | None = None, needed: bool = True
+) -> MarginColumns:
     """Columns to take the margin from: those `named`, else the first entry of `KNOWN_COLUMNS` that is present.
 
     Args:
         columns: the columns of the data.
         named: one column that holds the margin, or two names, [chosen_column, rejected_column].
+        needed: whether data without a known column is refused; else it has none: ().
 
     Raises:
-        InputError: a named column is absent, more than two are named, or no known column is present.
+        InputError: a named column is absent, more than two are named, or no known column is present and one is needed.
     """
     present = sorted(columns)
     if named is not None:
@@ -38,10 +41,14 @@ def find_margin_columns(columns: Iterable[str], named: str | Sequence[str] | Non
     for known in KNOWN_COLUMNS:
         if set(known) <= set(present):
             return known
+    if not needed:
+        return ()
     accepted = "; ".join(" and ".join(known) for known in KNOWN_COLUMNS)
     raise InputError(
         f"no column to take the margin from. Columns present: {', '.join(present)}. Known: {accepted}. "
-        "Name yours: one column that holds the margin, or two, [chosen_column, rejected_column]."
+        "Name yours (data.margin): one column that holds the margin, or two, [chosen_column, rejected_column]. Without "
+        "any, run.py predict computes margins; DPO in random order needs none (configs/controls/dpo.yaml, with "
+        "data.validation_threshold null)."
     )
 
 

@@ -19,14 +19,11 @@ if drawn at random, so a signal with ties does not overlap fully even with itsel
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation of x and y (N,), equal values at their mean rank; NaN if one side is constant."""
-    a, b = (_ranks(values) - (len(values) + 1) / 2 for values in (x, y))
+    from scipy.stats import rankdata  # spearmanr would warn of a constant side
+
+    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
     scale = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / scale) if scale else float("nan")
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def overlap(x: np.ndarray, y: np.ndarray, fraction: float) -> dict[str, float]:

@@ -14,7 +14,12 @@ Message = dict[str, str]
 
 
 def read_pairs(
-    source: str, *, split: str = "train", margin: str | Sequence[str] | None = None, limit: int | None = None
+    source: str,
+    *,
+    split: str = "train",
+    margin: str | Sequence[str] | None = None,
+    margin_needed: bool = True,
+    limit: int | None = None,
 ) -> Table:
     """Read preference pairs from a hub id, a local folder or file, or the built-in task `constraints`.
 
@@ -24,6 +29,7 @@ def read_pairs(
         split: split of a hub data set or folder; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
             () takes none: all margins are NaN, to be put in later.
+        margin_needed: whether data in which no known name is found is refused; else its margins are NaN.
         limit: stop after this many usable pairs.
 
     Returns:
@@ -40,7 +46,7 @@ def read_pairs(
     def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
         nonlocal margin_columns
         if margin_columns is None:
-            margin_columns = margins.find_margin_columns(row, margin)
+            margin_columns = margins.find_margin_columns(row, margin, margin_needed)
         return _record(row, margin_columns, rows_of_ids)
 
     code = [Path(module).read_text("utf-8") for module in (__file__, margins.__file__)]
@@ -48,7 +54,13 @@ def read_pairs(
     text = Value("string")
     columns = {"pair_id": Value("int64"), "prompt": [{"role": text, "content": text}], "chosen": text}
     columns |= {"rejected": text, "margin": Value("float64")}
-    return read_table(source, split, limit, "pair", parse, columns, key=[spec, *code])
+    return read_table(source, split, limit, "pair", parse, columns, key=[spec, margin_needed, *code])
+
+
+def prompt_texts(prompt: str | Sequence[Message]) -> list[str]:
+    """What makes two prompts the same one: the texts of the messages, without the white space around them."""
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return [text.strip() for text in texts]
 
 
 def split_by_prompt(prompts: Any, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -70,8 +82,7 @@ def split_by_prompt(prompts: Any, fraction: float, seed: int) -> tuple[list[int]
         prompts = prompts["prompt"]
     sides: tuple[list[int], list[int]] = ([], [])
     for index, prompt in enumerate(prompts):
-        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-        share = hash63(json.dumps([seed, [text.strip() for text in texts]])) / 2**63
+        share = hash63(json.dumps([seed, prompt_texts(prompt)])) / 2**63
         sides[share < fraction].append(index)
     if not sides[0] or (fraction and not sides[1]):
         raise InputError(

@@ -73,8 +73,54 @@ class Routing:
         if self.hard_action == self.easy_action == "drop":
             raise InputError("routing: hard_action and easy_action are both drop: nothing would be trained")
 
-    def plan(self, margins: np.ndarray, pair_ids: np.ndarray, *, seed: int) -> "Route":
-        return plan_route(margins, pair_ids, **vars(self), seed=seed)
+    @property
+    def by_margin(self) -> bool:
+        """Whether a margin decides anything: not for one route in random order, nor for random routes in it."""
+        one_route = self.hard_fraction in (0, 1)
+        return self.order != "shuffled" or not (one_route or (self.threshold is None and self.assignment == "random"))
+
+    def plan(self, margins: np.ndarray, pair_ids: np.ndarray, *, seed: int = 0) -> "Route":
+        """Decide order and route of every pair from its margin and id alone: the order of the rows decides nothing.
+
+        `threshold` makes a pair hard when margin < τ, strictly. `hard_fraction` = f takes exactly round(f·N) pairs from
+        the small-margin end; where the cut falls inside a block of equal margins, a hash of (pair id, seed) decides who
+        is hard, so the choice never depends on the order of the rows. Ties are ordered by the same hash, hard ones
+        last. The threshold then reported is the margin at the cut.
+
+        Args:
+            margins: (N,) finite; large = easy. All NaN where the data has none and nothing goes by them.
+            pair_ids: (N,) int64.
+
+        Raises:
+            InputError: no pairs, none that would be trained, fewer than buckets, or margins that are not finite.
+        """
+        margins, pair_ids = np.asarray(margins, dtype=np.float64), np.asarray(pair_ids)
+        if not len(margins):
+            raise InputError("there is no pair to route: the training data is empty")
+        if not np.isfinite(margins).all() and (self.by_margin or not np.isnan(margins).all()):
+            raise InputError(
+                f"margin {int(np.flatnonzero(~np.isfinite(margins))[0])} is not finite; routing needs numbers"
+            )
+        easy_to_hard = np.lexsort((_hashes(pair_ids, seed), -margins))
+        if self.threshold is not None:
+            threshold, count = self.threshold, int((margins < self.threshold).sum())
+        else:
+            count = round(self.hard_fraction * len(margins))
+            threshold = _threshold_at(margins[easy_to_hard], len(margins) - count)
+        is_hard = np.zeros(len(margins), dtype=bool)
+        is_hard[_hard_last(self.assignment, easy_to_hard, pair_ids, seed)[len(margins) - count :]] = True
+        dropped = (self.hard_action == "drop") & is_hard | (self.easy_action == "drop") & ~is_hard
+        trained = easy_to_hard[~dropped[easy_to_hard]]
+        least = self.buckets if self.order == "bucketed" else 1
+        if len(trained) < least:
+            raise InputError(
+                f"routing trains {len(trained)} of {len(margins)} pairs ({count} are hard; hard_action "
+                f"{self.hard_action}, easy_action {self.easy_action}) and needs {least} (order {self.order})"
+            )
+        order, stages = _arrange(self, trained, is_hard)
+        if self.order in RANDOM_ORDERS:
+            order = _shuffled(order, stages, pair_ids, seed, 0)
+        return Route(order, stages, is_hard, float(threshold), margins, pair_ids, self, seed)
 
 
 @dataclass(frozen=True)
@@ -85,9 +131,9 @@ class Route:
         order: (n,) int64, indices of the n ≤ N pairs that are trained, as the first epoch trains them.
         stages: (n,) int64, rising from 0: the stage (bucket, or part of one route) of each place in the order.
         is_hard: (N,) bool in *data* order, what is reported as hard; what a hard pair is trained by is `routing`'s.
-        threshold: τ, in units of the margin. A pair outside the training data is hard when its margin is < τ, whatever
-            `routing.assignment` says of those inside.
-        margins: (N,) float64 in data order.
+        threshold: τ, in units of the margin, NaN where there are none. A pair outside the training data is hard when
+            its margin is < τ, whatever `routing.assignment` says of those inside.
+        margins: (N,) float64 in data order, all NaN where the data has none.
         pair_ids: (N,) int64 in data order.
         routing: how the plan was made.
         seed: of everything random in it.
@@ -123,8 +169,10 @@ class Route:
         """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
         pairs), the order and actions."""
         levels = [0, 5, 25, 50, 75, 95, 100]
-        quantiles = np.percentile(self.margins, levels)
+        known = not np.isnan(self.margins).any()
+        quantiles = np.percentile(self.margins, levels) if known else []
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
+        groups = {name: group for name, group in groups.items() if len(group) and known}
         said = {name: getattr(self.routing, name) for name in ("order", "assignment", "hard_action", "easy_action")}
         return {
             "pairs": len(self.margins),
@@ -132,11 +180,11 @@ class Route:
             "hard_fraction": float(self.is_hard.mean()),
             "trained": len(self.order),
             "trained_by_sft": int(self.to_sft.sum()),
-            "threshold": self.threshold,
+            "threshold": self.threshold if known else None,
             "ties_at_threshold": int((self.margins == self.threshold).sum()),
             "hard_at_threshold": int((self.is_hard & (self.margins == self.threshold)).sum()),
-            "margin_quantiles": {f"{level}%": float(q) for level, q in zip(levels, quantiles, strict=True)},
-            "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items() if len(g)},
+            "margin_quantiles": {f"{level}%": float(q) for level, q in zip(levels, quantiles, strict=False)},
+            "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items()},
             **said,
         }
 
@@ -146,51 +194,6 @@ class Route:
         arrays = (self.order, self.epoch_order(1), self.stages, self.is_hard, self.to_sft, self.margins)
         content = b"".join(array.tobytes() for array in arrays) + repr(self.sft_sides).encode()
         return hashlib.sha256(content).hexdigest()[:16]
-
-
-def plan_route(margins: np.ndarray, pair_ids: np.ndarray, *, seed: int = 0, **options: Any) -> Route:
-    """Decide order and route of every pair from its margin and id alone: the order of the rows decides nothing.
-
-    Exactly one of `threshold` and `hard_fraction` is given. `threshold` makes a pair hard when margin < τ, strictly.
-    `hard_fraction` = f takes exactly round(f·N) pairs from the small-margin end; where the cut falls inside a block of
-    equal margins, a hash of (pair id, seed) decides who is hard, so the choice never depends on the order of the rows.
-    Ties are ordered by the same hash, hard ones last. The threshold then reported is the margin at the cut.
-
-    Args:
-        margins: (N,) finite; large = easy.
-        pair_ids: (N,) int64.
-        options: of `Routing`; `hard_fraction` is None if not given.
-
-    Raises:
-        InputError: no pairs, none that would be trained, fewer than buckets, margins that are not finite, an option out
-            of range.
-    """
-    routing = Routing(**{"hard_fraction": None, **options})
-    margins, pair_ids = np.asarray(margins, dtype=np.float64), np.asarray(pair_ids)
-    if not len(margins):
-        raise InputError("there is no pair to route: the training data is empty")
-    if not np.isfinite(margins).all():
-        raise InputError(f"margin {int(np.flatnonzero(~np.isfinite(margins))[0])} is not finite; routing needs numbers")
-    easy_to_hard = np.lexsort((_hashes(pair_ids, seed), -margins))
-    if routing.threshold is not None:
-        threshold, count = routing.threshold, int((margins < routing.threshold).sum())
-    else:
-        count = round(routing.hard_fraction * len(margins))
-        threshold = _threshold_at(margins[easy_to_hard], len(margins) - count)
-    is_hard = np.zeros(len(margins), dtype=bool)
-    is_hard[_hard_last(routing.assignment, easy_to_hard, pair_ids, seed)[len(margins) - count :]] = True
-    dropped = (routing.hard_action == "drop") & is_hard | (routing.easy_action == "drop") & ~is_hard
-    trained = easy_to_hard[~dropped[easy_to_hard]]
-    least = routing.buckets if routing.order == "bucketed" else 1
-    if len(trained) < least:
-        raise InputError(
-            f"routing trains {len(trained)} of {len(margins)} pairs ({count} are hard; hard_action "
-            f"{routing.hard_action}, easy_action {routing.easy_action}) and needs {least} (order {routing.order})"
-        )
-    order, stages = _arrange(routing, trained, is_hard)
-    if routing.order in RANDOM_ORDERS:
-        order = _shuffled(order, stages, pair_ids, seed, 0)
-    return Route(order, stages, is_hard, float(threshold), margins, pair_ids, routing, seed)
 
 
 def _arrange(routing: Routing, trained: np.ndarray, is_hard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

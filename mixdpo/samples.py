@@ -44,10 +44,14 @@ class TokenPool:
         ranges = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices]
         return np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)
 
+    def offsets_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n+1,) where the tokens of these samples begin in what `tokens` returns."""
+        return np.concatenate([[0], np.cumsum(np.diff(self.offsets)[indices])])
+
     def target_ids(self) -> np.ndarray:
         """(M,) int32, the ids of the response tokens."""
         pieces = [
-            np.concatenate([ids[start:end] for start, end in zip(spans[::2], spans[1::2], strict=True)])
+            np.concatenate([ids[start:end] for start, end in turns(spans)])
             for ids, spans in zip(self.samples["input_ids"], self.samples["spans"], strict=True)
         ]
         return np.concatenate(pieces).astype(np.int32)
@@ -57,6 +61,11 @@ class TokenPool:
         if "planted" not in self.samples.column_names:
             return None
         return np.concatenate([np.asarray(marks, dtype=bool) for marks in self.samples["planted"]])
+
+
+def turns(spans: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end, …] -> (start, end) of each response."""
+    return list(zip(spans[::2], spans[1::2], strict=True))
 
 
 def content_hash(texts: Iterable[Any]) -> str:

@@ -2,10 +2,8 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mixdpo.control_tokens import control_tokens
 from mixdpo.errors import InputError
 from mixdpo.tokenization import (
     PLAIN,
@@ -13,8 +11,6 @@ from mixdpo.tokenization import (
     Overlong,
     encode_answers,
     encode_table,
-    encoded_row,
-    encoding_key,
     load_template,
     shared_length,
     tokenizer_state,
@@ -34,6 +30,11 @@ class EncodedSample:
 
     input_ids: list[int]
     spans: list[int]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the answers are nothing but end tokens."""
+        return all(end - start < 2 for start, end in zip(self.spans[::2], self.spans[1::2], strict=True))
 
 
 def encode_sample(
@@ -115,17 +116,12 @@ def encode_samples(
     Raises:
         InputError: a sample cannot be encoded (with its row), or all are dropped, or a limit is impossible.
     """
-    if max_length < 2 or overlong not in ("truncate", "drop"):
-        raise InputError(
-            f"max_length should be at least 2, not {max_length}, and overlong 'truncate' or 'drop', not {overlong!r}."
-        )
+    if max_length < 2:
+        raise InputError(f"max_length should be at least 2, not {max_length}.")
     limits = {"max_length": max_length, "overlong": overlong}
-    template = load_template(tokenizer, chat_template)
-    options = {"tokenizer": tokenizer, "template": template, "special_tokens_in_text": special_tokens_in_text}
-    encode = partial(_encode_row, **options, limits=limits)
-    parts = {**limits, "special_tokens_in_text": special_tokens_in_text}
-    key = encoding_key(dataset, tokenizer, template, parts, __file__)
-    return encode_table(dataset, "sample", encode, EncodedSample, max_length, num_proc, key)
+    options = {"chat_template": chat_template, "special_tokens_in_text": special_tokens_in_text, "num_proc": num_proc}
+    kinds = (EncodedSample, encode_sample, limit_sample)
+    return encode_table(dataset, "sample", *kinds, limits, tokenizer, __file__, **options)
 
 
 def encoding_identity(
@@ -153,15 +149,3 @@ def encoding_identity(
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _encode_row(
-    row: dict[str, Any], tokenizer: "Tokenizer", template: str, special_tokens_in_text: bool, limits: dict[str, Any]
-) -> dict[str, Any]:
-    try:
-        sample = encode_sample(tokenizer, row["messages"], template, special_tokens_in_text=special_tokens_in_text)
-    except InputError as error:
-        raise InputError(f"row {row['row']} (sample_id {row['sample_id']}): {error}") from error
-    is_empty = all(end - start < 2 for start, end in zip(sample.spans[::2], sample.spans[1::2], strict=True))
-    special = control_tokens(tokenizer, (message["content"] for message in row["messages"]))
-    return encoded_row(sample, limit_sample(sample, **limits), is_empty, bool(special))

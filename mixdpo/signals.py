@@ -1,4 +1,4 @@
-"""Difficulty signals (METHOD.md §1): a model and a batch of pairs -> margins (B,), oriented so that small = hard.
+"""Difficulty signals: a model and a batch of pairs -> margins (B,), oriented so that small = hard.
 
 A signal is a frozen dataclass that a YAML file names. `needs` says what it is computed with: the "policy" (a base, with
 an adapter or without), an "adapter" and its base, a "reward model", or only the "rating" that the data has.

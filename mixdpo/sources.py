@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -23,6 +24,7 @@ BUILT_IN = {"constraints": "constraints_pairs.jsonl", "heldout": "constraints_he
 HUB_FILE = "hf://datasets/"
 DATA_FILE = re.compile(r"\.(parquet|(jsonl?|csv)(\.gz)?)$")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+KEPT = "surrogateescape"  # bytes that are no UTF-8 stay in the text, for the row that holds them to be named
 REMEDIES = {
     UnicodeDecodeError: "Save the file as UTF-8",
     (OSError, EOFError, zlib.error): "The file is cut off, damaged or of another kind: copy or make it again",
@@ -125,10 +127,11 @@ def _cache_dir(key: str) -> str:
 def text_rows(path: Path) -> NumberedRows:
     """Rows of a json, json-lines or csv file. Lines are decoded singly, so that a fault is named by its own row."""
     number = 0
-    read = _csv_rows if ".csv" in path.suffixes[-2:] else _json_rows
+    kind = DATA_FILE.search(path.name)
+    read = _csv_rows if kind and kind[2] == "csv" else _json_rows
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, row in read(line.decode("utf-8-sig") for line in file):
+            for number, row in read(file):
                 if row is not None:
                     yield number, row
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
@@ -137,16 +140,16 @@ def text_rows(path: Path) -> NumberedRows:
         raise InputError(f"{where}: cannot be read: {type(error).__name__}: {str(error)[:300]}. {remedy}.") from error
 
 
-def _json_rows(lines: Iterable[str]) -> NumberedRows:
+def _json_rows(lines: Iterable[bytes]) -> NumberedRows:
     """One object a line, or one list of objects over the whole file. A blank line is None, to keep the count."""
     lines = iter(lines)
     for number, line in enumerate(lines, 1):
-        if number == 1 and line.lstrip().startswith("["):
-            yield from _json_list(line + "".join(lines))
-        elif not line.strip():
+        if number == 1 and line.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+            yield from _json_list((line + b"".join(lines)).decode("utf-8-sig", KEPT))
+        elif not (text := line.decode("utf-8-sig")).strip():
             yield number, None
         else:
-            yield number, _json_object(DECODER.decode(line))
+            yield number, _json_object(DECODER.decode(text))
 
 
 def _json_list(text: str) -> NumberedRows:
@@ -155,7 +158,8 @@ def _json_list(text: str) -> NumberedRows:
     at, number = skip(text, text.index("[") + 1).end(), 0
     while text[at : at + 1] != "]":
         number += 1
-        row, at = decode(text, at)
+        start, (row, at) = at, decode(text, at)
+        text[start:at].encode(errors=KEPT).decode()  # what is no UTF-8 is the fault of this row
         yield number, _json_object(row)
         at = skip(text, at).end()
         if text[at : at + 1] not in (",", "]"):
@@ -181,8 +185,8 @@ def _json_object(row: Any) -> dict[str, Any]:
     return row
 
 
-def _csv_rows(lines: Iterable[str]) -> NumberedRows:
-    reader = csv.reader(lines, strict=True)
+def _csv_rows(lines: Iterable[bytes]) -> NumberedRows:
+    reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
     header = next(reader, [])
     if len(set(header)) < len(header):
         raise ValueError(f"the header names a column twice: {', '.join(header)}")

@@ -1,9 +1,10 @@
-"""Chat template -> prompt, chosen and rejected token ids with one boundary that both sides share."""
+"""Chat template -> token ids of a prompt and of answers to it; tables of texts -> cached tables of ids."""
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,21 +21,16 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Overlong = Literal["truncate", "drop"]
 PLAIN = "plain"
+TODAY_CALL = re.compile(r"""\bstrftime_now\s*\((?:\s*(?P<quote>["'])(?P<form>[^"']*)(?P=quote)\s*\)|[^)]*\)?)""")
+DATE = datetime(2024, 7, 26)
+"""What templates that write today's date, such as Llama-3.2's, write here, whatever day it is: else the same text would
+be other tokens tomorrow. It is the one that Llama's own falls back to."""
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
 TEXTS = ("prompt", "chosen", "rejected", "messages")
 
 
-@dataclass(frozen=True)
-class EncodedPair:
-    """Token ids of one pair. A completion ends with its end token, unless it was truncated."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-
-
 def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
-    """The Jinja template to render with, or `"plain"`.
+    """The Jinja template to render with, or `"plain"`; today's date in it is `DATE`.
 
     Args:
         tokenizer: its own template is used when `chat_template` is None.
@@ -42,7 +38,8 @@ def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
             directly followed by the completion and the tokenizer's eos token.
 
     Raises:
-        InputError: there is no template, or `chat_template` is neither a file nor a template.
+        InputError: there is no template, `chat_template` is neither a file nor a template, or it writes today's date in
+            a form that is not given as a text.
     """
     if chat_template is None:
         if tokenizer.chat_template is None:
@@ -50,135 +47,64 @@ def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
                 f"the tokenizer {tokenizer.name_or_path!r} has no chat template: give `chat_template`, a path of a "
                 f"Jinja template or {PLAIN!r} (prompt, completion and eos token as they are)."
             )
-        return tokenizer.get_chat_template()
-    if chat_template == PLAIN or _is_template(chat_template):
-        return chat_template
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
+        template = tokenizer.get_chat_template()
+    elif chat_template == PLAIN or _is_template(chat_template):
+        template = chat_template
+    elif not (path := Path(chat_template).expanduser()).is_file():
         raise InputError(f"chat_template {chat_template!r} is no file, no Jinja template and not {PLAIN!r}.")
-    if not _is_template(template := read_text(path)):
+    elif not _is_template(template := read_text(path)):
         raise InputError(f"chat_template {chat_template!r} holds no Jinja template: there is no {{{{ or {{% in it.")
-    return template
+    return TODAY_CALL.sub(_dated, template)
+
+
+def _dated(call: re.Match[str]) -> str:
+    if call["form"] is None:
+        raise InputError(
+            f"the chat template writes today's date by {call[0]!r}, and no text says in which form: give a copy as "
+            "`chat_template` in which a date stands there"
+        )
+    return repr(DATE.strftime(call["form"]))
 
 
 def _is_template(text: str) -> bool:
     return "{{" in text or "{%" in text
 
 
-def encode_pair(
-    tokenizer: "Tokenizer",
-    prompt: Messages,
-    chosen: str,
-    rejected: str,
-    *,
-    chat_template: str | None = None,
-    special_tokens_in_text: bool = False,
-) -> EncodedPair:
-    """Token ids of one pair; `special_tokens_in_text` as for `encode_pairs`.
-
-    Prompt + completion tokenised together may merge tokens across the seam. The boundary is the longest common prefix
-    of the prompt and of both whole sequences: the same context for both sides, and each side's ids are those of its
-    whole text.
-
-    Raises:
-        InputError: the template fails, changes the prompt once an answer follows, or writes no end token.
-    """
-    template = load_template(tokenizer, chat_template)
-    prompt_ids, chosen_ids, rejected_ids = encode_answers(
-        tokenizer, template, prompt, chosen, rejected, special_tokens_in_text=special_tokens_in_text
-    )
-    boundary = shared_length(prompt_ids, chosen_ids, rejected_ids)
-    if not boundary:
-        raise InputError("the prompt and the two whole sequences share no token: the prompt is empty or is changed.")
-    return EncodedPair(prompt_ids[:boundary], chosen_ids[boundary:], rejected_ids[boundary:])
-
-
-def limit_lengths(
-    pair: EncodedPair, *, max_length: int, max_prompt_length: int, overlong: Overlong
-) -> EncodedPair | None:
-    """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
-
-    `truncate` touches only a pair that is too long: its prompt keeps its last `max_prompt_length` tokens (a BOS goes
-    first), then each completion its first `max_length` - prompt tokens, and so loses its end token.
-    `drop` drops a pair that is too long. A pair with an empty completion is dropped always.
-
-    Raises:
-        InputError: the limits leave no room for a completion.
-    """
-    if not 0 < max_prompt_length < max_length:
-        raise InputError(
-            f"max_prompt_length ({max_prompt_length}) should be above 0 and below max_length ({max_length})."
-        )
-    if overlong not in ("truncate", "drop"):
-        raise InputError(f"overlong should be 'truncate' or 'drop', not {overlong!r}.")
-    if not pair.chosen_ids or not pair.rejected_ids:
-        return None
-    if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length:
-        return pair
-    if overlong == "drop":
-        return None
-    prompt_ids = pair.prompt_ids[-max_prompt_length:]
-    room = max_length - len(prompt_ids)
-    return EncodedPair(prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
-
-
-def encode_pairs(
-    dataset: "Dataset",
-    tokenizer: "Tokenizer",
-    *,
-    max_length: int,
-    max_prompt_length: int,
-    overlong: Overlong = "truncate",
-    special_tokens_in_text: bool = False,
-    chat_template: str | None = None,
-    num_proc: int | None = None,
-) -> tuple["Dataset", dict[str, int]]:
-    """Encode the pairs of `read_pairs`, cached by data, tokenizer, template and limits.
-
-    Args:
-        dataset: columns pair_id, margin, row, prompt, chosen, rejected.
-        special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, is that token; else
-            it is the characters that it consists of.
-        num_proc: processes; None or 1 is this one.
-
-    Returns:
-        A data set with the columns pair_id, margin, row, prompt_ids, chosen_ids, rejected_ids, truncated (bool), and
-        the counts `dropped_overlong`, `dropped_empty` (a completion of nothing but its end token), `truncated` and,
-        where there are such rows, `special_tokens_in_text`.
-
-    Raises:
-        InputError: a pair cannot be encoded (with its row), or all are dropped.
-    """
-    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
-    limit_lengths(EncodedPair([0], [0], [0]), **limits)  # refuse impossible limits before the work starts
-    template = load_template(tokenizer, chat_template)
-    options = {"tokenizer": tokenizer, "template": template, "special_tokens_in_text": special_tokens_in_text}
-    encode = partial(_encode_row, **options, limits=limits)
-    key = encoding_key(dataset, tokenizer, template, {**limits, "special_tokens_in_text": special_tokens_in_text})
-    return encode_table(dataset, "pair", encode, EncodedPair, max_length, num_proc, key)
-
-
 def encode_table(
     dataset: "Dataset",
     noun: str,
-    encode: Callable[[dict[str, Any]], dict[str, Any]],
     kind: type,
-    max_length: int,
+    encode: Callable[..., Any],
+    limit: Callable[..., Any],
+    limits: dict[str, Any],
+    tokenizer: "Tokenizer",
+    *modules: str,
+    chat_template: str | None,
+    special_tokens_in_text: bool,
     num_proc: int | None,
-    key: str,
 ) -> tuple["Dataset", dict[str, int]]:
-    """What `encode_pairs` and `encode_samples` return: a column of ids for each field of `kind` instead of the text."""
+    """What `encode_pairs` and `encode_samples` return: a column of ids for each field of `kind` instead of the text.
+
+    Args:
+        encode: `encode_pair` or the like: makes a `kind`, whose ids `limit` keeps within the `limits` (None: too long).
+        modules: the files with their code, this one aside: the cached table depends on it.
+    """
     from datasets import Features, Value
 
-    texts = [name for name in dataset.column_names if name in TEXTS]
+    if limits["overlong"] not in ("truncate", "drop"):
+        raise InputError(f"overlong should be 'truncate' or 'drop', not {limits['overlong']!r}.")
+    template = load_template(tokenizer, chat_template)
+    texts = [name for name in TEXTS if name in dataset.column_names]
     features = {name: feature for name, feature in dataset.features.items() if name not in texts}
     features |= {name: [Value("int32")] for name in kind.__annotations__}
+    options = {"template": template, "special_tokens_in_text": special_tokens_in_text}
+    steps = {"encode": partial(encode, tokenizer, **options), "limit": partial(limit, **limits)}
     encoded = dataset.map(
-        encode,
+        partial(_encode_row, noun=noun, texts=texts, tokenizer=tokenizer, **steps),
         remove_columns=texts,
         features=Features(features | {"truncated": Value("bool"), "status": Value("string"), "special": Value("bool")}),
         num_proc=num_proc if num_proc and num_proc > 1 else None,
-        new_fingerprint=key,
+        new_fingerprint=_key(dataset, tokenizer, options | limits, *modules),
         desc=f"Encoding {noun}s",
     )
     statuses = list(encoded["status"])
@@ -187,23 +113,37 @@ def encode_table(
     counts |= {"special_tokens_in_text": count} if (count := sum(encoded["special"])) else {}
     if not kept:
         raise InputError(
-            f"no {noun} is left of {len(statuses)} ({counts}): raise max_length ({max_length}) or truncate."
+            f"no {noun} is left of {len(statuses)} ({counts}): raise max_length ({limits['max_length']}) or truncate."
         )
     encoded = encoded.remove_columns(["status", "special"])
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
 
 
-def encoded_row(whole: Any, limited: Any, is_empty: bool, special: bool) -> dict[str, Any]:
-    """The ids within their limits (None: too long), and what became of the row: `status` is "" where nothing did.
-    `special`: whether the text holds special tokens."""
-    status = ""
-    if is_empty:
+def _encode_row(
+    row: dict[str, Any],
+    noun: str,
+    texts: list[str],
+    tokenizer: "Tokenizer",
+    encode: Callable[..., Any],
+    limit: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """The ids within their limits, and what became of the row: `status` is "" where nothing did. `special`: whether the
+    text holds special tokens."""
+    columns = [row[name] for name in texts]
+    try:
+        whole = encode(*columns)
+    except InputError as error:
+        raise InputError(f"row {row['row']} ({noun}_id {row[f'{noun}_id']}): {error}") from error
+    limited, status = limit(whole), ""
+    if whole.is_empty:
         status = "dropped_empty"
     elif limited is None:
         status = "dropped_overlong"
     elif limited != whole:
         status = "truncated"
-    return vars(limited or whole) | {"truncated": status == "truncated", "status": status, "special": special}
+    said = [text for c in columns for text in ([c] if isinstance(c, str) else [message["content"] for message in c])]
+    facts = {"truncated": status == "truncated", "status": status, "special": bool(control_tokens(tokenizer, said))}
+    return vars(limited or whole) | facts
 
 
 def largest_id(*encoded: "Dataset") -> int:
@@ -309,20 +249,6 @@ def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, *completions: str, a
     return [start + prompt_ids, *(start + whole + [eos] for whole in wholes)]
 
 
-def _encode_row(
-    row: dict[str, Any], tokenizer: "Tokenizer", template: str, special_tokens_in_text: bool, limits: dict[str, Any]
-) -> dict[str, Any]:
-    sides = (row["chosen"], row["rejected"])
-    options = {"chat_template": template, "special_tokens_in_text": special_tokens_in_text}
-    try:
-        pair = encode_pair(tokenizer, row["prompt"], *sides, **options)
-    except InputError as error:
-        raise InputError(f"row {row['row']} (pair_id {row['pair_id']}): {error}") from error
-    is_empty = min(len(pair.chosen_ids), len(pair.rejected_ids)) < 2
-    special = control_tokens(tokenizer, [*(message["content"] for message in row["prompt"]), *sides])
-    return encoded_row(pair, limit_lengths(pair, **limits), is_empty, bool(special))
-
-
 def tokenizer_state(tokenizer: "Tokenizer") -> str:
     """What decides the ids of a text, as json: not the padding and truncation state, which changes with use.
 
@@ -336,13 +262,11 @@ def tokenizer_state(tokenizer: "Tokenizer") -> str:
     return json.dumps([backend, special], sort_keys=True)
 
 
-def encoding_key(
-    dataset: "Dataset", tokenizer: "Tokenizer", template: str, limits: dict[str, Any], *modules: str
-) -> str:
+def _key(dataset: "Dataset", tokenizer: "Tokenizer", options: dict[str, Any], *modules: str) -> str:
     """Cache key of the encoding: everything that it depends on, this code and that of the files `modules` included.
 
     The hash `datasets` would make itself pickles the tokenizer, whose padding and truncation state changes with use.
     """
     code = [Path(str(module)).read_text("utf-8") for module in (__file__, control.__file__, *modules)]
-    parts = [dataset._fingerprint, tokenizer_state(tokenizer), template, limits, code]
+    parts = [dataset._fingerprint, tokenizer_state(tokenizer), options, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -57,17 +57,26 @@ class Trained:
 
 
 def read_trained(
-    folder: str | Path,
+    name: str | Path,
     quantization: Quantization | None = None,
     dtype: str = "bfloat16",
     chat_template: str | None = None,
+    *,
+    plain: bool = False,
+    strict: bool = True,
 ) -> Trained:
     """What a run's folder (or its adapter/) holds, or another PEFT folder, which does not say the options.
+
+    Args:
+        name: the folder.
+        quantization, dtype, chat_template: of what is no run's folder.
+        plain: take what is neither as the name of a model without an adapter, by default unquantised.
+        strict: refuse an option that a run's folder contradicts; else the run's counts.
 
     Raises:
         InputError: it is neither, a file in it is damaged, training has not ended there, or an option contradicts it.
     """
-    folder = Path(folder)
+    folder = Path(name)
     run = folder.parent if folder.name == "adapter" else folder
     if (run / "config.yaml").is_file():
         trained = _of_run(run)
@@ -75,15 +84,18 @@ def read_trained(
             ("quantization", quantization, trained.loading["quantization"]),
             ("chat_template", chat_template, trained.chat_template),
         ):
-            if given not in (None, was):
+            if strict and given not in (None, was):
                 raise InputError(f"{run} was trained with {option} {was}, not {given}: leave --{option} out")
         return trained
+    loading = {"quantization": quantization, "dtype": dtype, "attention": "sdpa"}
+    if plain and not (folder / ADAPTER_FILES[0]).is_file():
+        return Trained(str(name), None, loading | {"quantization": quantization or "none"}, chat_template)
     _check_files(folder, "give a run's folder or a PEFT folder")
     key = "base_model_name_or_path"
     base = read_json(folder / ADAPTER_FILES[0], {key}, "give another adapter")[key]
     if not isinstance(base, str) or not base:
         raise InputError(f"{folder / ADAPTER_FILES[0]} names no base: write its hub id or folder there as {key}")
-    return Trained(base, folder, {"quantization": quantization, "dtype": dtype, "attention": "sdpa"}, chat_template)
+    return Trained(base, folder, loading, chat_template)
 
 
 def _of_run(run: Path) -> Trained:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARED, WORDS
+from conftest import SHARED, TEMPLATE, WORDS
 from test_cli import in_process
 
 from datamodules.prompts import PromptDataModule
@@ -79,10 +79,12 @@ def test_second_turn_follows_the_first_answer(tiny_model, tmp_path):
         assert row["generate_params"]["tokens"][1] == alone.tokens
 
 
-def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
-    """Sampled, with a temperature for each category: cut off between batches, and in the middle of a line."""
+@pytest.mark.parametrize("dies_at", [6, 7])
+def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch, dies_at):
+    """Sampled, with a temperature for each category: cut off between batches or between the temperatures of one, and in
+    the middle of a line."""
     source = write_rows(tmp_path / "question.jsonl", questions(8))
-    more = ("--model.temperature", "{writing: 0.9, math: 0.0}")
+    more = ("--model.temperature", "{writing: 0.9, math: 0.7}")
     arguments = answers("predict", "MTBench", source, tmp_path / "whole", tiny_model, *more)
     assert in_process(*arguments) == 0
     whole = untimed(read(tmp_path / "whole/tiny.jsonl"))
@@ -91,7 +93,7 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
 
     def dies(*inputs: Any, **options: Any) -> Any:
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == dies_at:
             raise KeyboardInterrupt
         return real(*inputs, **options)
 
@@ -119,12 +121,15 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
         (("--model.max_new_tokens", "5"), "sampling.max_new_tokens: "),
         (("--model.seed", "1"), "sampling.seed: "),
         (("--data.limit", "3"), "prompts: "),
+        (("--data.source", "OTHER IDS"), "prompts: "),
     ],
 )
 def test_other_answers_are_not_continued(tiny_model, tmp_path, capsys, more, named):
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
     assert in_process(*answers("predict", "MTBench", source, tmp_path, tiny_model)) == 0
     before = (tmp_path / "tiny.answers.jsonl").read_bytes()
+    other = write_rows(tmp_path / "other.jsonl", [row | {"question_id": -i} for i, row in enumerate(questions(4, 1))])
+    more = [other if word == "OTHER IDS" else word for word in more]
     assert in_process(*answers("predict", "MTBench", source, tmp_path, tiny_model, *more)) == 1
     assert named in capsys.readouterr().err and (tmp_path / "tiny.answers.jsonl").read_bytes() == before
 
@@ -204,7 +209,6 @@ def test_gsm8k_reads_numbers_as_they_are_written():
         1,
         0,
     ]
-    assert GSM8K(strict=True).score(prompt, "It costs 1204.") == 0
 
 
 @pytest.mark.shared
@@ -230,6 +234,19 @@ def test_published_questions_are_read():
     assert len(data.prompts) == 805
 
 
+def test_gold_score_of_gsm8k_beside_its_own_output(tiny_model, tmp_path):
+    """`answer` is a column of the benchmark, and stays its gold answer."""
+    rows = [{"question": f"{WORDS[i]}?", "answer": f"so\n#### {i}", "output": "of the row"} for i in range(3)]
+    command = answers("test", "GSM8K", write_rows(tmp_path / "gsm.jsonl", rows), tmp_path, tiny_model)
+    assert in_process(*command) == 0
+    written = json.loads((tmp_path / "tiny.json").read_text())
+    assert [row["answer"] for row in written] == [row["answer"] for row in rows]
+    assert "of the row" not in {row["output"] for row in written}
+    (tmp_path / "other.json").write_text(json.dumps(written))
+    assert in_process(*command, "--model.against", str(tmp_path / "other.json")) == 0
+    assert "| +0.000 [+0.000, +0.000] |" in (tmp_path / "tiny.md").read_text()
+
+
 def test_gold_score_and_paired_difference(tiny_model, tmp_path, capsys):
     rows = [
         {
@@ -244,7 +261,7 @@ def test_gold_score_and_paired_difference(tiny_model, tmp_path, capsys):
     assert in_process(*answers("test", "Constraints", source, tmp_path, tiny_model)) == 0
     table, written = (tmp_path / "tiny.md").read_text(), json.loads((tmp_path / "tiny.json").read_text())
     assert [row["score"] for row in written] == [0.5] * 6  # words without commas or digits
-    assert "| all prompts | 6 | 0.500 |" in table and "| unseen | 2 |" in table and "minus" not in table
+    assert "| all prompts | 6 | 0.500 [0.500, 0.500] |" in table and "| unseen | 2 |" in table and "minus" not in table
     written[0]["score"] = 0.0
     (tmp_path / "other.json").write_text(json.dumps(written))
     more = ("--model.against", str(tmp_path / "other.json"))
@@ -272,6 +289,40 @@ def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
         assert in_process(*answers("predict", "MTBench", source, tmp_path / name, tiny_model, *more)) == 0
         found[name] = [row["choices"] for row in read(tmp_path / name / "tiny.jsonl")]
     assert found["policy"] == found["merged"] == found["adapter"] != found["base"]
+
+
+def test_run_may_be_a_peft_folder(tiny_model, tmp_path):
+    """Then quantization and dtype are what is said here, as the folder does not say them."""
+    from test_export_run import write_run
+
+    run, found = write_run(tmp_path / "run", tiny_model, scale=0.5), []
+    shutil.copytree(run / "adapter", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": tiny_model}))
+    source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
+    for folder in (run, tmp_path / "peft"):
+        command = answers("predict", "MTBench", source, tmp_path / f"of_{folder.name}", tiny_model)
+        assert in_process(*command, "--model.run", str(folder)) == 0
+        found.append([row["choices"] for row in read(tmp_path / f"of_{folder.name}/tiny.jsonl")])
+    assert found[0] == found[1]
+
+
+def test_nothing_is_merged_where_nothing_is_missing(tiny_model, tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "question.jsonl", questions(2, turns=1))
+    command = answers("predict", "MTBench", source, tmp_path, tiny_model, "--model.dequantise", "true")
+    assert in_process(*command) == 0
+    monkeypatch.setattr("lightning_modules.answers.merged_copy", None)
+    assert in_process(*command) == 0
+
+
+def test_a_prompt_that_cannot_be_asked_is_named_by_its_id(tiny_model, tmp_path, capsys):
+    template = tmp_path / "template"
+    refuses = "{% if 'moon' in messages[0]['content'] %}{{ raise_exception('no moon') }}{% endif %}"
+    template.write_text(refuses + TEMPLATE)
+    rows = [{"uid": f"u{i}", "prompt": f"{WORDS[i]} {WORDS[i]}"} for i in range(7)]  # WORDS[5] is moon
+    command = answers("predict", "ArenaHard", write_rows(tmp_path / "q.jsonl", rows), tmp_path, tiny_model)
+    assert in_process(*command, "--model.chat_template", str(template)) == 1
+    assert "prompt u5: " in capsys.readouterr().err
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -316,6 +367,19 @@ def test_answers_of_a_server(tmp_path, capsys):
     (tmp_path / "tiny.answers.jsonl").unlink()
     assert in_process(*arguments, "--model.adapter", "x") == 1
     assert "model.server has its own model" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
+    """What is to be checked is no option of `mixdpo judge`."""
+    handler = type("Missing", (Echo,), {"do_POST": lambda self: self.send_error(404)})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        source = write_rows(tmp_path / "question.jsonl", questions(1))
+        assert in_process(*answers("predict", "MTBench", source, tmp_path, "served", "--model.server", url)) == 1
+        server.shutdown()
+    said = capsys.readouterr().err
+    assert "check the model's name and the server's URL" in said and "--base_url" not in said
 
 
 @pytest.mark.parametrize(

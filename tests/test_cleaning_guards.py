@@ -1,6 +1,7 @@
 """What a review of token cleaning found: changes that nobody saw, options without effect, late or unreadable errors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mixdpo.routing import Routing
 from mixdpo.samples import Slices
 from mixdpo.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.scorers import Loss, Random
+from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random
 from mixdpo.token_cleaning.selection import Selection
 
 BASE_LOSS = Cleaning(scorer=Loss("base"), selection=Selection(0.5))
@@ -61,13 +62,54 @@ def test_pairs_with_other_texts_and_the_same_ids_are_other_pairs(tiny_model: str
         fit(tiny_model, sources[1], tmp_path / "resumed", cleaning=BASE_LOSS, data=data, ckpt_path=checkpoint)
 
 
-def test_resuming_with_another_cleaning_is_refused(tiny_model: str, source: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"make": build_sft, "schedule": Constant(warmup=0.0)}
-    fit(tiny_model, source, tmp_path / "cut", cleaning=BASE_LOSS, trainer={"max_steps": 1}, **options)
-    other = Cleaning(scorer=Loss("base"), selection=Selection(0.2))
-    with pytest.raises(InputError, match="another cleaning"):
-        checkpoint = str(tmp_path / "cut/checkpoints/last.ckpt")
-        fit(tiny_model, source, tmp_path / "rest", cleaning=other, ckpt_path=checkpoint, **options)
+EVOLVING = Cleaning(warm_up_stages=1)
+OTHERS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str]] = {
+    "another selection": (
+        (BASE_LOSS,),
+        (replace(BASE_LOSS, selection=Selection(0.2)),),
+        r"cleaning\.selection: .*0\.2",
+    ),
+    "random dropped": ((Cleaning(scorer=Random()),), (None,), r"cleaning: .*Random.* there, None here"),
+    "DFT dropped": ((Cleaning(scorer=Probability(), selection=None),), (None,), r"cleaning: .* there, None here"),
+    "masks dropped": ((Cleaning(masks="masks"),), (None,), r"cleaning: .*masks of .* there, None here"),
+    "cleaning begun": ((None,), (Cleaning(scorer=Random()),), r"cleaning: None there"),
+    "a longer warm-up": ((BASE_LOSS,), (replace(BASE_LOSS, warm_up_stages=1),), r"warm_up_stages: 0 there, 1 here"),
+    "another reference": (
+        (Cleaning(reference="a"),),
+        (Cleaning(reference="b"),),
+        r"cleaning\.reference: .*a there, .*b",
+    ),
+    "refreshed no more": ((EVOLVING, RefreshReference()), (EVOLVING,), r"RefreshReference: .* there, None here"),
+    "refreshed more often": ((EVOLVING, RefreshReference()), (EVOLVING, RefreshReference(1)), r"every stage.* every 1"),
+    "another average": ((EVOLVING, RefreshReference()), (EVOLVING, RefreshReference(ema=0.5)), r"ema 0\.0 .* ema 0\.5"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_resuming_with_another_cleaning_is_refused(name: str, tiny_model: str, source: str, tmp_path: Path) -> None:
+    def go(folder: str, cleaning: Cleaning | None, *refresh: Any, **options: Any) -> None:
+        if cleaning is not None and cleaning.reference:
+            cleaning = replace(cleaning, reference=adapter(tiny_model, tmp_path / cleaning.reference, rank=4))
+        if cleaning is not None and cleaning.masks:
+            fit(tiny_model, source, tmp_path / "masks", make=build_sft, data=data, cleaning=Cleaning(scorer=Random()))
+            cleaning = replace(cleaning, masks=str(tmp_path / "masks/cleaning"))
+        options |= {"trainer": {"max_steps": 1, "first": refresh}, "schedule": Constant(warmup=0.0)}
+        fit(tiny_model, source, tmp_path / folder, make=build_sft, data=data, cleaning=cleaning, **options)
+
+    data = {"slices": Slices(3)}
+    first, other, message = OTHERS[name]
+    go("cut", *first)
+    with pytest.raises(InputError, match=f"another run.*{message}"):
+        go("rest", *other, ckpt_path=str(tmp_path / "cut/checkpoints/last.ckpt"))
+
+
+def test_base_losses_belong_to_how_they_were_computed(tiny_model: str, source: str, tmp_path: Path) -> None:
+    for attention in ("by_segment", "sdpa", "sdpa"):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        fit(tiny_model, source, folder, make=build_sft, cleaning=BASE_LOSS, attention=attention, data={"pack": 0})
+    files = [json.loads(path.read_text()) for path in (tmp_path / "cache/token_losses").glob("*.json")]
+    assert {(file["attention"], file["device"]) for file in files} == {("by_segment", "cpu"), ("sdpa", "cpu")}
+    assert len(files) == 2
 
 
 def test_the_base_is_its_weights_and_its_configuration(tiny_model: str) -> None:
@@ -101,16 +143,48 @@ def test_a_reference_may_have_fewer_modules(tiny_model: str, source: str, tmp_pa
     assert np.load(tmp_path / "run/cleaning/scores.npy").any()
 
 
-def test_another_epoch_is_cleaned_by_the_reference_in_force(tiny_model: str, source: str, tmp_path: Path) -> None:
-    """3 steps × 2 epochs, a refresh at step 2: step 3 trains again what steps 0 and 1 trained by the old scores."""
-    reference = adapter(tiny_model, tmp_path / "reference", rank=4)
-    refresh = RefreshReference(every=2)
-    trainer = {"first": (refresh,), "max_epochs": 2, "max_steps": 4}
-    lora = Lora(rank=4)
-    cleaning = Cleaning(reference=reference)
-    fit(tiny_model, source, tmp_path / "run", make=build_sft, cleaning=cleaning, trainer=trainer, lora=lora)
+@pytest.mark.parametrize(
+    ("max_steps", "schedule_steps", "scored"),
+    [(-1, None, [(0, 12), (2, 12), (4, 8)]), (4, None, [(0, 12), (2, 8)]), (4, 6, [(0, 12), (2, 12)])],
+)
+def test_another_epoch_is_cleaned_by_the_reference_in_force(
+    max_steps: int, schedule_steps: int | None, scored: Any, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """3 steps × 2 epochs, refreshes at steps 2 and 4: step 3 trains again what step 0 trained by the old scores. What
+    is never trained again keeps the weights that it was trained with; a run that pauses goes on."""
+    options: dict[str, Any] = {"cleaning": Cleaning(reference=adapter(tiny_model, tmp_path / "reference", rank=4))}
+    options["trainer"] = {"first": (RefreshReference(every=2),), "max_epochs": 2, "max_steps": max_steps}
+    options |= {"lora": Lora(rank=4), "schedule_steps": schedule_steps}
+    module = fit(tiny_model, source, tmp_path / "run", make=build_sft, **options)
     stages = json.loads((tmp_path / "run/cleaning/stages.json").read_text())["stages"]
-    assert [(stage["step"], stage["samples"]) for stage in stages] == [(0, 12), (2, 12)]
+    assert [(stage["step"], stage["samples"]) for stage in stages] == scored
+    if max_steps == -1:
+        first = list(module.trainer.datamodule.pool_steps()[0])
+        assert (np.load(tmp_path / "run/cleaning/decided.npy")[first] == 1).all()
+
+
+def test_the_last_epoch_of_reshuffled_pairs_is_cleaned_in_its_own_order(tiny_model: str, tmp_path: Path) -> None:
+    """6 steps × 2 epochs, refreshes at steps 5 and 10."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
+    data = {"routing": Routing(hard_fraction=0.5, order="shuffled", reshuffle=True), "batch_size": 2}
+    trainer = {"first": (RefreshReference(every=5),), "max_epochs": 2}
+    module = fit(tiny_model, pairs, tmp_path / "run", cleaning=Cleaning(), trainer=trainer, data=data)
+    first, second = (module.trainer.datamodule.pool_steps(epoch) for epoch in (0, 1))
+    assert first != second
+    decided = np.load(tmp_path / "run/cleaning/decided.npy")
+    assert set(np.flatnonzero(decided == 2)) == {sample for step in second[4:] for sample in step} != set()
+
+
+@pytest.mark.parametrize("worse", ["previous", "base"])
+def test_a_scorer_of_one_model_under_two_names_is_refused(
+    worse: Any, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """A given adapter starts policy, reference and previous alike: all scores would be 0, the first tokens be kept."""
+    start = adapter(tiny_model, tmp_path / "start") if worse == "previous" else None
+    options: dict[str, Any] = {"cleaning": Cleaning(scorer=ExcessLoss(worse=worse)), "adapter": start}
+    options |= {"data": {"slices": Slices(3, only=[1, 2])}, "trainer": {"first": (RefreshReference(),)}}
+    with pytest.raises(InputError, match=f"every score would be 0: {worse} and reference of"):
+        fit(tiny_model, source, tmp_path / "run", make=build_sft, **options)
 
 
 def test_masks_say_so_and_need_no_reference(tiny_model: str, source: str, tmp_path: Path) -> None:
@@ -152,7 +226,7 @@ def test_masks_for_other_hard_pairs_are_refused(tiny_model: str, tmp_path: Path)
     pairs = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
     data = [{"routing": Routing(hard_fraction=fraction)} for fraction in (0.5, 0.25)]
     fit(tiny_model, pairs, tmp_path / "run", cleaning=BASE_LOSS, data=data[0])
-    with pytest.raises(InputError, match=r"another hard pairs \(hard pairs: 6, \w+ there, 3, \w+ here\)"):
+    with pytest.raises(InputError, match=r"\(hard pairs: 6, \w+ there, 3, \w+ here\)"):
         fit(tiny_model, pairs, tmp_path / "x", cleaning=Cleaning(masks=str(tmp_path / "run/cleaning")), data=data[1])
 
 

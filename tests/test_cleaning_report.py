@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Value
 from mixdpo.__main__ import main
 from mixdpo.errors import InputError
 from mixdpo.models import load_tokenizer
+from mixdpo.samples import TokenPool
 from mixdpo.token_cleaning.report import report, visible_units
 from mixdpo.token_cleaning.stored import read_cleaning
 
@@ -67,7 +68,8 @@ def write_run(
     number, ids = Value("int64"), [Value("int32")]
     features = {"sample_id": number, "row": number, "source": Value("string"), "truncated": Value("bool")}
     features |= {"input_ids": ids, "spans": ids, "planted": [Value("int8")]}
-    Dataset.from_list(rows, features=Features(features)).save_to_disk(str(cleaning / "samples"))
+    dataset = Dataset.from_list(rows, features=Features(features))
+    dataset.save_to_disk(str(cleaning / "samples"))
     for name, values in (("scores", scores), ("weights", weights)):
         flat = np.concatenate([values[n] for n in order]).astype(np.float32)
         np.save(cleaning / f"{name}.npy", flat)
@@ -78,7 +80,11 @@ def write_run(
         stage_entry(stage, sum(LENGTHS[first[i] : first[i + 1]]), count, threshold)
         for i, (stage, count, threshold) in enumerate(STAGES)
     ]
-    record = {"identity": {"data": "d&1"}, "tokenizer": tokenizer_folder, "stages": stages}
+    record = {
+        "identity": TokenPool.of(dataset, {"data": "d&1"}).identity,
+        "tokenizer": tokenizer_folder,
+        "stages": stages,
+    }
     (cleaning / "stages.json").write_text(json.dumps(record))
     return str(folder)
 

@@ -305,6 +305,44 @@ def test_the_end_of_a_run_can_be_done_again(finished: Path, tmp_path: Path, capf
     assert in_process("--config", config, *runs, *again) == 0
     assert "nothing is trained" in capfd.readouterr().out
     assert (tmp_path / "tiny-2" / "adapter" / adapter.name).read_bytes() == adapter.read_bytes()
+    validated = []
+    for name in ("tiny", "tiny-2"):
+        with (tmp_path / name / "metrics.csv").open(newline="") as file:
+            validated += [row["val/all/sft_loss"] for row in csv.DictReader(file) if row["val/all/sft_loss"]]
+    assert len(validated) == 2 and len(set(validated)) == 1
+
+
+def test_the_numbers_that_were_not_finite_are_kept(
+    tiny_model: str, source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else is left of the run: no row was logged yet, and there is no checkpoint."""
+    monkeypatch.setattr("test_faults.BadOnce.calls", 0)
+    loss = ["--model.preference_loss", "test_faults.BadOnce", "--trainer.log_every_n_steps", "7"]
+    arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path), *loss]
+    assert in_process(*arguments, "--trainer.max_steps", "4") == 1
+    assert str(tmp_path / "tiny" / "non_finite.json") in capfd.readouterr().err
+    assert {"non_finite.json", "config.yaml"} <= {path.name for path in (tmp_path / "tiny").iterdir()}
+
+
+def test_pairs_without_margins(tiny_model: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    """DPO in random order needs none; a route by margin says what can be done."""
+    rows = [{name: value for name, value in row.items() if name != "margin"} for row in make_pairs(16)]
+    unrated = write_pairs(tmp_path / "unrated.jsonl", rows)
+    dpo = ["--config", "configs/demo.yaml", *options(tiny_model, unrated, tmp_path / "dpo")]
+    dpo += ["--data.routing", "{hard_fraction: 0, order: shuffled}", "--trainer.max_steps", "2"]
+    dpo += ["--data.validation_threshold", "null"]
+    assert in_process(*dpo) == 0
+    route = json.loads((tmp_path / "dpo" / "tiny" / "route.json").read_text())
+    assert route["hard"] == 0 and route["threshold"] is None and route["margin_quantiles"] == {}
+    assert "configs/controls/dpo.yaml" in refused("--data.source", unrated)
+    threshold = ["--data.routing", "{hard_fraction: 0, order: shuffled}", "--data.validation_threshold", "0.5"]
+    assert "no column to take the margin from" in refused("--data.source", unrated, *threshold)
+
+
+def test_a_held_out_prompt_that_is_trained_on_but_for_white_space(tmp_path: Path, refused: Callable[..., str]) -> None:
+    row = make_pairs(16)[3]
+    held_out = write_pairs(tmp_path / "held_out.jsonl", [row | {"prompt": f"{row['prompt']}\n"}])
+    assert "have a prompt that is trained on" in refused("--data.validation", held_out)
 
 
 def test_every_error_of_ours_is_explained() -> None:

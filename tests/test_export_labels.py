@@ -11,16 +11,18 @@ from hypothesis import strategies as st
 
 from mixdpo.__main__ import main
 from mixdpo.errors import InputError
+from mixdpo.samples import TokenPool
 from mixdpo.token_cleaning.labels import _label, export_labels
 from mixdpo.token_cleaning.stored import read_cleaning
 
 NAN = float("nan")
-IDENTITY = {"data": "d1", "tokenizer": "t1", "template": "c1", "lengths": "64", "model": "m1", "dtype": "float32"}
 SAMPLES = [
     {"source": "gsm", "row": 5, "input_ids": [6, 7, 8, 9, 3], "spans": [2, 5]},
     {"source": "dolly", "row": 6, "input_ids": [6, 10, 11, 12], "spans": [1, 4]},  # never reached
     {"source": "gsm", "row": 9, "input_ids": [6, 13, 3, 7, 14, 15, 3], "spans": [1, 3, 4, 7]},  # two turns
 ]
+COLUMNS = {name: [sample[name] for sample in SAMPLES] for name in ("input_ids", "spans")}
+IDENTITY = TokenPool.of(COLUMNS, {"data": "d1", "template": "c1", "model": "m1", "dtype": "float32"}).identity
 WEIGHTS = [1, 0, 1, NAN, NAN, NAN, 0.5, 0, NAN, 2, 0]
 
 

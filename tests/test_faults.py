@@ -1,5 +1,6 @@
 """What a run does when it is stopped, when a number is not finite, and when disk or memory run out."""
 
+import csv
 import json
 import os
 import resource
@@ -14,12 +15,15 @@ import lightning as L
 import pytest
 import torch
 from conftest import TEMPLATE, adapter_weights, build, fit, make_pairs, write_pairs
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
 
 from lightning_modules.callbacks import ExactResume, RunFiles
 from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
 from mixdpo.losses import DPO, IPO
+from mixdpo.routing import Routing
 from mixdpo.schedules import Constant, StagedCosine
 from run import _for_the_user
 
@@ -100,6 +104,46 @@ def test_a_signal_in_a_validation_loses_no_step(tiny_model: str, source: str, tm
     assert same(fit(tiny_model, source, tmp_path / "rest", **rest, **ADAMW), whole)
 
 
+def test_the_step_that_a_signal_stops_at_is_logged(tiny_model: str, source: str, tmp_path: Path) -> None:
+    logger = CSVLogger(str(tmp_path / "cut"), name="", version="")
+    stop = At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        fit(tiny_model, source, tmp_path / "cut", trainer=with_callbacks(stop, logger=logger), **ADAMW)
+    with (tmp_path / "cut" / "metrics.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+
+
+def test_a_checkpoint_comes_before_a_validation_by_the_clock(
+    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = with_callbacks(val_check_interval="00:00:00:01", check_val_every_n_epoch=None)
+    now = iter(range(10**6))
+    monkeypatch.setattr("lightning.pytorch.loops.training_epoch_loop.time.monotonic", lambda: float(next(now)))
+    stop = At(1, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_validation_batch_start")
+    trainer["callbacks"].append(stop)
+    with pytest.raises(Stopped):
+        fit(tiny_model, source, tmp_path / "cut", data={"validation": 0.2}, trainer=trainer, **ADAMW)
+    assert torch.load(checkpoint(tmp_path / "cut"), weights_only=True)["global_step"] == 1
+
+
+def test_the_best_of_a_continued_run_may_be_older_than_it(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """The loss is least after the first epoch; the run is stopped before it ends a second one."""
+    data, epochs = {"validation": 0.2, "routing": Routing(hard_fraction=1.0)}, {"max_epochs": 3}
+    monitor = {"monitor": "val/all/sft_loss", "mode": "min"}
+    stop = At(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        trainer = with_callbacks(stop, ModelCheckpoint(**monitor), **epochs)
+        fit(tiny_model, source, tmp_path / "cut", data=data, trainer=trainer, **ADAMW)
+    best = ModelCheckpoint(**monitor)
+    rest = {"ckpt_path": checkpoint(tmp_path / "cut"), "trainer": with_callbacks(best, **epochs)}
+    fit(tiny_model, source, tmp_path / "rest", data=data, **rest, **ADAMW)
+    assert Path(best.best_model_path).is_relative_to(tmp_path / "cut") and "epoch=0" in best.best_model_path
+    saved = load_file(tmp_path / "rest" / "adapter" / "adapter_model.safetensors")
+    kept = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    kept = {key.replace(".policy", "").removeprefix("model."): value for key, value in kept.items()}
+    assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in saved)
+
+
 # What a run may be continued with.
 
 
@@ -145,6 +189,7 @@ def other_base(model: str, folder: Path) -> str:
         ("preference_loss", {"preference_loss": IPO()}),
         ("optimizer.lr", {"lr": 2e-2}),
         ("gradient_clip_val", {"trainer": {"gradient_clip_val": 1.0}}),
+        ("gradient_clip_algorithm", {"trainer": {"gradient_clip_algorithm": "value"}}),
         ("batch_size", {"data": {"batch_size": 2}}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -257,3 +302,15 @@ def test_out_of_memory_says_what_to_change(tiny_model: str, source: str, tmp_pat
     said = _for_the_user(error.value)
     assert said is not None and "4 pairs with" in said and "tokens" in said
     assert "trainer.accumulate_grad_batches 2 (now 1, at most 4)" in said and "data.max_length 32 (now 64)" in said
+
+
+def test_out_of_memory_in_a_validation(tiny_model: str, source: str, tmp_path: Path) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer = with_callbacks()
+    trainer["callbacks"].append(At(5, full, "on_validation_batch_start"))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        fit(tiny_model, source, tmp_path / "run", data={"validation": 0.2}, trainer=trainer, **ADAMW)
+    said = _for_the_user(error.value)
+    assert said is not None and "data.eval_batch_size 1 (now 8)" in said and "accumulate_grad_batches" not in said

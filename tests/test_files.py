@@ -1,6 +1,7 @@
 """Files and folders are written whole or not at all."""
 
 import json
+import os
 
 import pytest
 
@@ -42,6 +43,23 @@ def test_folder_replaces_a_folder_that_holds_something(tmp_path):
         partial.mkdir()
         (partial / "new").write_text("new")
     assert [p.name for p in path.iterdir()] == ["new"] and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("left", ["file", "folder"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_process_of_the_same_number_left_is_removed(tmp_path, left, folder):
+    path = tmp_path / "a"
+    for stale in (tmp_path / f".{os.getpid()}-a", tmp_path / f".{os.getpid()}-a-old"):
+        if left == "folder":
+            stale.mkdir()
+        (stale / "half" if left == "folder" else stale).write_text("half")
+    for content in ("first", "second"):
+        with written_whole(path) as partial:
+            if folder:
+                partial.mkdir()
+            (partial / "new" if folder else partial).write_text(content)
+    assert (path / "new" if folder else path).read_text() == "second"
+    assert not folder or [p.name for p in path.iterdir()] == ["new"]
 
 
 def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):

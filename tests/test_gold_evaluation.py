@@ -4,26 +4,33 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATE, WORDS, adapter_weights, build, make_pairs, write_pairs
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules.callbacks import ExactResume, RunFiles, Throughput
+from lightning_modules.faults import LastCheckpoint
 from lightning_modules.gold_evaluation import GoldEvaluation
 from lightning_modules.preference import PreferenceModule
+from lightning_modules.token_cleaning import RefreshReference
 from mixdpo.adapters import Lora
 from mixdpo.errors import InputError
-from mixdpo.evaluation import gold
-from mixdpo.evaluation.gold import Answers, answer, compare, markdown
+from mixdpo.evaluation import answer_cache, gold
+from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.gold import Answers, compare, greedy, markdown
 from mixdpo.models import load_tokenizer
+from mixdpo.routing import Routing
 from mixdpo.schedules import Constant
 
 
-def answers(scores: Sequence[float], tokens: Sequence[float], ended: Sequence[bool]) -> Answers:
-    return Answers(["text"] * len(scores), np.array(scores), np.array(tokens), np.array(ended))
+def answers(scores: Sequence[float], tokens: Sequence[int], ended: Sequence[bool]) -> Answers:
+    given = [Generation("text", length, end) for length, end in zip(tokens, ended, strict=True)]
+    return Answers(given, np.array(scores))
 
 
 # Seen prompts gain 1 each, so their interval has no width; of the others one gains ½ and one loses ½.
@@ -54,8 +61,8 @@ def test_compare_by_hand() -> None:
     assert (rows["ended by itself"]["low"], rows["ended by itself"]["high"]) == (0.0, 0.75)
 
 
-def test_one_seed_one_table() -> None:
-    assert compare(BEFORE, AFTER, PARTS, seed=3) == compare(BEFORE, AFTER, PARTS, seed=3)
+def test_the_same_answers_give_the_same_table() -> None:
+    assert compare(BEFORE, AFTER, PARTS) == compare(BEFORE, AFTER, PARTS)
 
 
 def test_parts_keep_their_order_and_a_single_one_repeats_the_whole() -> None:
@@ -66,7 +73,7 @@ def test_parts_keep_their_order_and_a_single_one_repeats_the_whole() -> None:
 
 def test_without_a_scorer_only_lengths_and_ends_are_compared() -> None:
     nothing = [float("nan")] * 4
-    before, after = (answers(nothing, one.tokens, one.ended) for one in (BEFORE, AFTER))
+    before, after = (Answers(one.given, np.array(nothing)) for one in (BEFORE, AFTER))
     expected = compare(BEFORE, AFTER, PARTS)
     assert compare(before, after, PARTS) == {n: expected[n] for n in ("answer length, tokens", "ended by itself")}
 
@@ -107,12 +114,12 @@ def run(
     model: str, folder: Path, callback: GoldEvaluation | None, **options: Any
 ) -> tuple[PreferenceModule, dict[str, torch.Tensor]]:
     """A fit with dropout, so that any random number that the evaluation draws would show in the adapter."""
-    source = write_pairs(folder.with_suffix(".jsonl"), make_pairs(12))
+    source, ckpt_path = write_pairs(folder.with_suffix(".jsonl"), make_pairs(12)), options.pop("ckpt_path", None)
     callbacks = [RunFiles(), ExactResume(), Throughput(), *([callback] if callback else [])]
     defaults: dict[str, Any] = {"lora": Lora(rank=4, alpha=8, dropout=0.3), "schedule": Constant(warmup=0.0), "lr": 5.0}
-    defaults["data"] = {"validation": 0.2}
-    trainer, module, data = build(model, source, folder, trainer={"callbacks": callbacks}, **{**defaults, **options})
-    trainer.fit(module, data)
+    defaults |= {"data": {"validation": 0.2}, "trainer": {"callbacks": callbacks}}
+    trainer, module, data = build(model, source, folder, **{**defaults, **options})
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module, adapter_weights(module)
 
 
@@ -146,7 +153,7 @@ def test_files_of_the_run(tiny_model: str, prompts: str, tmp_path: Path, capsys:
 
 def plain_answers(model: Any, prompts: str, **options: Any) -> list[str]:
     rows = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
-    return answer(model, options["tokenizer"], rows, CountsWord(), max_new_tokens=4, batch_size=2).texts
+    return [each.text for each in greedy(model, options["tokenizer"], rows, max_new_tokens=4, batch_size=2)]
 
 
 @pytest.mark.parametrize("dequantise", [True, False])
@@ -154,7 +161,6 @@ def test_before_is_the_start_and_after_is_the_policy(
     dequantise: bool, tiny_model: str, prompts: str, tmp_path: Path
 ) -> None:
     """Training that starts from an adapter: before is that adapter, neither the bare base nor the trained policy."""
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     run(tiny_model, tmp_path / "start", None)
@@ -168,10 +174,7 @@ def test_before_is_the_start_and_after_is_the_policy(
     tokenizer = load_tokenizer(tiny_model)
     expected = {"base": plain_answers(plain(AutoModelForCausalLM, tiny_model), prompts, tokenizer=tokenizer)}
     for name in ("start", "run"):
-        with_adapter = PeftModel.from_pretrained(
-            plain(AutoModelForCausalLM, tiny_model), str(tmp_path / name / "adapter")
-        )
-        expected[name] = plain_answers(with_adapter, prompts, tokenizer=tokenizer)
+        expected[name] = answers_of(tiny_model, tmp_path / name / "adapter", prompts)
     assert len({tuple(texts) for texts in expected.values()}) == 3, "the three models answer alike: nothing could fail"
     assert [row["before"]["text"] for row in found] == expected["start"]
     assert [row["after"]["text"] for row in found] == expected["run"]
@@ -208,6 +211,56 @@ def test_evaluation_leaves_the_random_state(tiny_model: str, prompts: str, tmp_p
     callback.on_fit_start(module.trainer, module)
     callback.on_fit_end(module.trainer, module)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def answers_of(model: str, adapter: Path, prompts: str) -> list[str]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    policy = PeftModel.from_pretrained(plain(AutoModelForCausalLM, model), str(adapter))
+    return plain_answers(policy, prompts, tokenizer=load_tokenizer(model))
+
+
+def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Path) -> None:
+    """The best policy where a checkpoint monitors a metric, although RunFiles, which loads it, comes later."""
+    best = ModelCheckpoint(monitor="val/all/sft_loss", mode="max", dirpath=tmp_path / "best")  # the first epoch's
+    callbacks = [evaluation(prompts), RunFiles(), ExactResume(), Throughput(), best]
+    data = {"validation": 0.3, "routing": Routing(hard_fraction=1.0)}
+    run(tiny_model, tmp_path / "run", None, data=data, lr=0.5, trainer={"callbacks": callbacks, "max_epochs": 3})
+    assert "epoch=0" in best.best_model_path
+    found = json.loads((tmp_path / "run/answers.json").read_text())
+    assert [row["after"]["text"] for row in found] == answers_of(tiny_model, tmp_path / "run/adapter", prompts)
+    said = f"| answers after training | of the best val/all/sft_loss, {best.best_model_score:.4f} |"
+    assert said in (tmp_path / "run/results.md").read_text()
+
+
+def test_before_is_the_start_of_a_continued_run(
+    tiny_model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference was refreshed before the checkpoint, which is what its answers would be of; times add up."""
+    options: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 0.3, "schedule": Constant(warmup=0.0)}
+
+    def trained(name: str, ckpt_path: str | None = None, **trainer: Any) -> GoldEvaluation:
+        first = evaluation(prompts), RefreshReference(every=1, role="reference")
+        callbacks = [*first, RunFiles(), ExactResume(), Throughput(), LastCheckpoint()]
+        trainer |= {"callbacks": callbacks, "max_epochs": 2}
+        run(tiny_model, tmp_path / name, None, ckpt_path=ckpt_path, trainer=trainer, **options)
+        return first[0]
+
+    cut = trained("cut", max_steps=3)
+    monkeypatch.setattr("mixdpo.evaluation.answer_cache.cache_root", lambda: tmp_path / "cache")
+    checkpoint = str(tmp_path / "cut/checkpoints/last.ckpt")
+    rest = trained("rest", checkpoint)
+    assert cut.before is not None and rest.before is not None and rest.before.rows() == cut.before.rows()
+    found = [json.loads((tmp_path / name / "results.json").read_text())["steps"] for name in ("cut", "rest")]
+    assert found[0] == 3 < found[1]
+    state = torch.load(checkpoint, weights_only=True)["callbacks"]["GoldEvaluation"]
+    assert rest.seconds["training"] > state["seconds"]["training"] > 0
+    answered = json.loads((tmp_path / "cut/answers.json").read_text())
+    assert any(row["before"]["text"] != row["after"]["text"] for row in answered), "refreshing changed no answer"
+    write_pairs(Path(prompts), [{"prompt": "other", "word": "red"}])
+    with pytest.raises(InputError, match=r"another run.*held-out prompts: "):
+        trained("other", checkpoint)
 
 
 def test_prompts_that_are_not_there(tiny_model: str, tmp_path: Path) -> None:
@@ -254,7 +307,7 @@ def test_answers_of_the_start_are_kept(
     third = GoldEvaluation(prompts, scorer=TwiceThat(), max_new_tokens=4, batch_size=2)
     assert times(third) == 1
     assert third.before is not None and third.before.scores.tolist() == (2 * first.before.scores).tolist()
-    assert third.before.texts == first.before.texts
+    assert third.before.given == first.before.given
     others = {
         "limit": evaluation(prompts, limit=5),
         "dequantise": evaluation(prompts, dequantise=False),
@@ -274,3 +327,23 @@ def test_answers_of_the_start_are_kept(
     model.save_pretrained(changed)
     assert times(evaluation(prompts), model=str(changed)) == 2
     assert times(evaluation(prompts)) == 1  # nothing was written over
+
+
+def test_kept_answers_depend_on_the_code_and_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def times() -> int:
+        """How often they have been generated."""
+        answer_cache.kept_answers({}, lambda: made.append(1) or [])  # type: ignore[func-returns-value]
+        return len(made)
+
+    assert [times(), times()] == [1, 1]
+    (tmp_path / "other.py").touch()
+    for count, module in enumerate(("generation", "export", "tokenization", "control_tokens"), 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(answer_cache, module, SimpleNamespace(__file__=tmp_path / "other.py"))
+            assert times() == count, module
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for card, count in (("A", 6), ("B", 7), ("A", 7)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda card=card: card)
+        assert times() == count

@@ -15,10 +15,10 @@ from mixdpo.errors import InputError
 from mixdpo.loader import ResumableLoader
 from mixdpo.metrics import NamedMeans
 from mixdpo.models import load_base, load_tokenizer
+from mixdpo.pair_tokenization import encode_pairs
 from mixdpo.records import read_pairs
 from mixdpo.routing import Routing
 from mixdpo.schedules import Constant
-from mixdpo.tokenization import encode_pairs
 
 
 def test_margins_arrive_beside_their_ids(tiny_model: str, tmp_path: Path) -> None:

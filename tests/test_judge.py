@@ -48,7 +48,8 @@ def test_judges_all_and_says_what_scoring_needs(server, tmp_path, capsys):
         assert verdict.order == drawn_order(f"prompt-{i}: say it", 0)
     said = capsys.readouterr().out
     assert "judged 6 of 6, failed 0" in said and "mean preference for the model: 0.5000" in said
-    assert "read 600 tokens and wrote 6" in said and f"python -m mixdpo score {judging.path}" in said
+    assert "for these verdicts the judge read 600 tokens and wrote 6" in said
+    assert f"python -m mixdpo score {judging.path}" in said
     body = server.requests[0].body
     assert (body["temperature"], body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (0, 1, True, 20)
     assert judging() == 0 and len(server.requests) == 6  # nothing is asked again
@@ -147,7 +148,7 @@ def test_reading_retry_after():
     [
         ("status 401!", "OPENAI_API_KEY"),
         ("status 403!", "OPENAI_API_KEY"),
-        ("status 404!", "--model and --base_url"),
+        ("status 404!", "model's name and the server's URL"),
         ("wait 7200!", "asks to wait 7200 s"),
         ("parameter!", "--log_probs false"),
     ],

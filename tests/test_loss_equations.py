@@ -1,4 +1,4 @@
-"""Every row of METHOD.md §3's table against its equation, one pair and one token at a time, in Python floats."""
+"""Every row of the table in docs/losses.md against its equation, one pair and one token at a time, in Python floats."""
 
 import itertools
 import math
@@ -259,6 +259,9 @@ def test_beta_dpo_by_hand():
         gradient = [-beta * sigma(-beta * d) if d in drawn else 0.0 for d in deltas]  # β_b is detached
         assert sums.grad.tolist() == pytest.approx(gradient, rel=1e-6)
     assert sizes == [4, 2]
+    assert (loss.mean.item(), loss.deviation.item()) == pytest.approx((mean, deviation), rel=1e-6)
+    bad = SequenceLogProbs(torch.tensor([math.nan, 1.0]), zero.lengths[:2])
+    loss(bad, *[SequenceLogProbs(torch.zeros(2), zero.lengths[:2])] * 3)  # a step that is not finite may be skipped
     assert (loss.mean.item(), loss.deviation.item()) == pytest.approx((mean, deviation), rel=1e-6)
 
 

@@ -134,6 +134,7 @@ def test_prompts_are_read_up_to_the_limit(tmp_path):
     assert [row["prompt"] for row in subject.read_prompts(str(path))][::2] == ["a", "c"]
     assert len(subject.read_prompts(str(path), limit=2)) == 2
     assert len(subject.read_prompts("builtin", limit=7)) == 7
+    assert len(subject.read_prompts("heldout")) == 210
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"prompt": ""}', '{"prompt": 3}'])
@@ -167,6 +168,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 def canned(monkeypatch):
     """Stand-in for the model: two completions per prompt."""
     monkeypatch.setattr(subject, "_sample", lambda model, rows, **options: [said("tea", "TEA AND MORE")] * len(rows))
+
+
+def test_no_sample_that_ended_is_named_as_the_cause(tmp_path, capsys, monkeypatch):
+    cut = [Generation("tea and", 3, False)] * 2
+    monkeypatch.setattr(subject, "_sample", lambda model, rows, **options: [cut] * len(rows))
+    command = ["make-pairs", "--model", "any", "--limit", "5", "--out", str(tmp_path / "pairs.jsonl")]
+    assert main([*command, "--max_new_tokens", "3"]) == 2
+    assert "no sample ended by itself with a text (max_new_tokens 3): allow more tokens" in capsys.readouterr().err
 
 
 def test_command_writes_pairs_and_does_not_overwrite(tmp_path, capsys, canned):

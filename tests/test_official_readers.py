@@ -15,7 +15,7 @@ from test_answers import answers
 from test_cli import in_process
 
 from mixdpo.evaluation.difficulties import read_difficulties, read_gamed
-from mixdpo.evaluation.length_control import length_controlled_win_rate
+from mixdpo.evaluation.length_control import resampled_length_controlled
 from mixdpo.evaluation.win_rate import discrete_win_rate, standard_error_of_mean, win_rate
 
 pd = pytest.importorskip("pandas")
@@ -157,6 +157,7 @@ def test_official_length_controlled_win_rate_is_ours(
     theirs = official.metrics.get_length_controlled_winrate(annotations, save_weights_dir=None)
     difficulty = read_difficulties(gamed, rows["index"].tolist())
     preferences = rows["preference"] - 1
-    ours = length_controlled_win_rate(preferences, rows["len_model"], rows["len_ref"], difficulty, read_gamed(gamed))
+    columns = preferences, rows["len_model"], rows["len_ref"], difficulty, read_gamed(gamed)
+    ours, _ = resampled_length_controlled(*columns, samples=2)
     assert ours.win_rate == pytest.approx(theirs["length_controlled_winrate"], abs=0.2)
     assert discrete_win_rate(preferences) == pytest.approx(theirs["discrete_win_rate"], abs=1e-9)

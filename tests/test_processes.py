@@ -22,10 +22,11 @@ from lightning_modules.faults import LastCheckpoint
 from lightning_modules.token_cleaning import RefreshReference
 from mixdpo.adapters import Lora
 from mixdpo.errors import InputError
+from mixdpo.routing import Routing
 from mixdpo.samples import Slices
 from mixdpo.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.scorers import ExcessLoss
+from mixdpo.token_cleaning.scorers import ExcessLoss, Loss
 from mixdpo.token_cleaning.selection import Selection
 
 pytestmark = pytest.mark.filterwarnings(
@@ -139,6 +140,28 @@ def test_two_processes_clean_as_one(tiny_model: str, tmp_path: Path, monkeypatch
     assert 0.5 < np.load(tmp_path / "two" / "cleaning" / "weights.npy").mean() < 1
 
 
+def test_two_processes_clean_hard_pairs_as_one(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first step with a hard pair one process has none, and in the last one the second has filler only."""
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(13))
+    how = Cleaning(scorer=Loss("base"), selection=Selection(0.6))
+
+    def run(name: str, **trainer: Any) -> None:
+        trainer |= {"callbacks": [RunFiles(), ExactResume(), LastCheckpoint()], "precision": "64-true"}
+        data = {"routing": Routing(hard_fraction=0.3, order="interleaved")}
+        options = {"cleaning": how, "dtype": "float64", "schedule": Constant(warmup=0.0)}
+        fitter, module, pairs = build(tiny_model, source, tmp_path / name, trainer=trainer, data=data, **options)
+        fitter.fit(module, pairs)
+
+    run("one", accumulate_grad_batches=2)
+    run("two", strategy="ddp_fork", devices=2)
+    assert_close(tmp_path / "one", tmp_path / "two")
+    mine, theirs = (np.load(tmp_path / name / "cleaning" / "weights.npy") for name in ("one", "two"))
+    assert np.array_equal(mine, theirs) and 0.5 < mine.mean() < 0.7
+
+
 def test_two_processes_resume_exactly_with_dropout(tiny_model: str, tmp_path: Path) -> None:
     """Each draws its own random numbers from where it was."""
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(13))
@@ -156,6 +179,30 @@ def test_two_processes_resume_exactly_with_dropout(tiny_model: str, tmp_path: Pa
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "rest")
     )
     assert whole == rest
+
+
+def test_a_fresh_adapter_is_the_same_on_all_ranks(tiny_model: str, tmp_path: Path) -> None:
+    """Dropout has drawn unlike random numbers by then."""
+
+    class Same(Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            sums = [float(p.detach().double().sum()) for p in pl_module.parameters() if p.requires_grad]
+            found: list[Any] = [None, None]
+            torch.distributed.all_gather_object(found, sums)
+            assert found[0] == found[1]
+
+    source = write_pairs(tmp_path / "samples.jsonl", make_samples(15))
+    trainer, module, data = build_sft(
+        tiny_model,
+        source,
+        tmp_path / "run",
+        trainer={"strategy": "ddp_fork", "devices": 2, "first": (Same(),)},
+        data={"slices": Slices(3)},
+        lora=Lora(rank=4, alpha=8, dropout=0.3),
+        stage_start="fresh_adapter",
+        schedule=Constant(warmup=0.0),
+    )
+    trainer.fit(module, data)
 
 
 def test_a_signal_that_reaches_one_process_stops_both(tiny_model: str, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import DPO
 from mixdpo.models import load_base, load_tokenizer, sequence_log_probs
 from mixdpo.packaged_model import PACKAGED
+from mixdpo.pair_tokenization import encode_pairs
 from mixdpo.records import read_pairs
-from mixdpo.tokenization import encode_pairs
 
 pytestmark = [
     pytest.mark.real,

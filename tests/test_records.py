@@ -161,6 +161,12 @@ def test_a_file_has_no_other_split_and_a_known_suffix(tmp_path):
 LINE = json.dumps(PAIR).encode() + b"\n"
 
 
+@pytest.mark.parametrize("name", ["a.csv.jsonl", "a.csv.json", "b.csv.a.jsonl.gz"])
+def test_the_last_part_of_a_name_says_what_a_file_is(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(LINE) if name.endswith(".gz") else LINE)
+    assert read_pairs(str(tmp_path / name)).dataset["chosen"][:] == ["4"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -169,6 +175,7 @@ LINE = json.dumps(PAIR).encode() + b"\n"
         ("a.jsonl", LINE + b"3\n", r"row 2: .*object of named columns, not a int"),
         ("a.jsonl", LINE + b"null\n", r"row 2: .*not a NoneType"),
         ("a.json", b"[" + LINE + b"," + LINE[:-4] + b"]", r"row 2: .*JSONDecodeError"),
+        ("a.json", b"[%s, %s]" % (LINE.strip(), LINE.strip().replace(b"4", b"\xe9")), r"row 2: .*Unicode.*as UTF-8"),
         ("a.json", b"[" + LINE + LINE + b"]", r"row 2: .*comma"),
         ("a.json", b"[" + LINE, r"row 2: .*comma or the closing"),
         ("a.json", b"[" + LINE + b"] x", r"row 2: .*follows the closing"),

@@ -66,31 +66,43 @@ class KillAt(Callback):
             raise Killed
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5])
-@pytest.mark.parametrize("stage_start", ["restart", "fresh_adapter", "continue"])
-def test_killed_and_resumed_equals_never_stopping(
-    stage_start: str, stop: int, tiny_model: str, source: str, tmp_path: Path
-) -> None:
-    """Six steps in three stages, killed in each stage and where one ends."""
+def check_resuming(stop: int, every: Any, model: str, source: str, folder: Path, **options: Any) -> None:
+    """A run of six steps that is killed and continued leaves what one leaves that never stops, to the bit."""
 
-    def go(folder: str, first: tuple[Any, ...] = (), **more: Any) -> Any:
-        options = EVOLVING | {"stage_start": stage_start, "data": {"slices": Slices(3)}}
-        trainer = {"first": (RefreshReference(), *first), "accumulate_grad_batches": 2}
-        return run(tiny_model, source, tmp_path / folder, trainer=trainer, **options, **more)
+    def go(name: str, first: tuple[Any, ...] = (), **more: Any) -> Any:
+        trainer = {"first": (RefreshReference(every), *first), "accumulate_grad_batches": 2}
+        return run(model, source, folder / name, trainer=trainer, **options, **more)
 
     whole = go("whole")
     with pytest.raises(Killed):
         go("cut", (KillAt(stop), LastCheckpoint(1)))
-    resumed = go("rest", ckpt_path=str(tmp_path / "cut" / "checkpoints" / "last.ckpt"))
+    resumed = go("rest", ckpt_path=str(folder / "cut" / "checkpoints" / "last.ckpt"))
     assert resumed.trainer.global_step == 6
     ours, theirs = adapter_state(whole), adapter_state(resumed)
     assert set(ours) == set(theirs)
     for key, value in ours.items():
         assert torch.equal(value, theirs[key]), key
     for name in ("scores.npy", "weights.npy", "decided.npy", "stages.json"):
-        assert (tmp_path / "whole/cleaning" / name).read_bytes() == (tmp_path / "rest/cleaning" / name).read_bytes(), (
-            name
-        )
+        assert (folder / "whole/cleaning" / name).read_bytes() == (folder / "rest/cleaning" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+@pytest.mark.parametrize("stage_start", ["restart", "fresh_adapter", "continue"])
+def test_killed_and_resumed_equals_never_stopping(
+    stage_start: str, stop: int, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """Killed in each of three stages and where one ends."""
+    options = EVOLVING | {"stage_start": stage_start, "data": {"slices": Slices(3)}}
+    check_resuming(stop, "stage", tiny_model, source, tmp_path, **options)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+def test_an_online_scorer_resumes_in_the_middle_of_a_stage(
+    stop: int, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """The reference's losses are those of the batches that the stage began with; others round otherwise."""
+    rho = Cleaning(scorer=ExcessLoss("policy", "reference"), selection=Selection(0.6, scope="batch"))
+    check_resuming(stop, 3, tiny_model, source, tmp_path, **EVOLVING | {"cleaning": rho, "stage_start": "continue"})
 
 
 def test_keeping_all_is_full_sft(tiny_model: str, source: str, tmp_path: Path) -> None:

@@ -172,9 +172,12 @@ def test_dropping_every_sample_is_an_error(tokenizer):
         encode(tokenizer, TWO_TURNS, max_length=7)
 
 
-@pytest.mark.parametrize("options", [{"max_length": 1}, {"max_length": 8, "overlong": "keep"}])
-def test_impossible_limits(tokenizer, options):
-    with pytest.raises(InputError, match=r"at least 2.*'truncate' or 'drop'"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_length": 1}, "at least 2, not 1"), ({"max_length": 8, "overlong": "keep"}, "'truncate' or 'drop'")],
+)
+def test_impossible_limits(tokenizer, options, message):
+    with pytest.raises(InputError, match=message):
         encode(tokenizer, TWO_TURNS, **options)
 
 

@@ -19,9 +19,9 @@ from transformers import (
 from mixdpo.adapters import Lora, add_adapters, role
 from mixdpo.errors import InputError
 from mixdpo.models import load_base, load_reward_model, load_tokenizer
+from mixdpo.pair_tokenization import encode_pairs
 from mixdpo.records import read_pairs
 from mixdpo.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel, ches
-from mixdpo.tokenization import encode_pairs
 
 LIMITS = {"max_length": 64, "max_prompt_length": 32}
 

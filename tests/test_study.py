@@ -218,9 +218,29 @@ def test_a_changed_study_is_refused_for_what_is_done(folder: Path, capsys: pytes
     assert main(["study", path]) == 2
     assert "content of base.yaml" in capsys.readouterr().err and not calls(folder)
     (folder / "base.yaml").write_text("name: base\n")
+    spaced = folder / "my data/pairs, all.jsonl"
+    spaced.parent.mkdir()
+    for number, names in enumerate((str(spaced), ["x", {"source": str(spaced)}])):
+        spaced.write_text("then")
+        path = write_study(folder, folder=f"spaced{number}", options={"data.validation": 0, "b": names})
+        assert main(["study", path]) == 0 and calls(folder)
+        spaced.write_text("now")
+        assert main(["study", path]) == 2
+        assert "content of " + str(spaced) in capsys.readouterr().err and not calls(folder)
     (folder / "new/dpo-seed0").mkdir(parents=True)
     assert main(["study", write_study(folder, folder="new")]) == 2
     assert "new/dpo-seed0 is in the way and not of this study" in capsys.readouterr().err and not calls(folder)
+
+
+def test_of_two_values_of_an_option_the_later_one_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def study(for_all: int, of_the_run: int) -> str:
+        runs = {"dpo": {"options": {"gain": of_the_run}}}
+        return write_study(folder, options={"data.validation": 0, "gain": for_all}, runs=runs)
+
+    assert main(["study", study(1, 2)]) == 0 and calls(folder)
+    assert main(["study", study(2, 1)]) == 2
+    said = capsys.readouterr().err
+    assert "the order of the options: then --gain 1 stood where --gain 2 stands now" in said and not calls(folder)
 
 
 def alive(pid: int) -> bool:
@@ -370,6 +390,24 @@ def test_plots(folder: Path) -> None:
     assert said == "plots: out/{score_by_hard_fraction,margins,curves,gradient_norms}.png"
     for picture in ("score_by_hard_fraction", "margins", "curves", "gradient_norms"):
         assert (folder / f"out/{picture}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plots_of_runs_without_a_route(folder: Path) -> None:
+    """Those on SFT samples have stages instead; where some have a route, theirs is drawn."""
+    pytest.importorskip("matplotlib")
+    plan = read_study(write_study(folder, seeds=[0]))
+    assert main(["study", str(folder / "study.yaml")]) == 0
+    (folder / "out/dpo-seed0/route.json").unlink()
+    assert "score_by_hard_fraction,margins" in write_plots(plan, add_finished(plan, {}))
+    (folder / "out/mixdpo-seed0/route.json").unlink()
+    assert write_plots(plan, add_finished(plan, {})) == "plots: out/{curves,gradient_norms}.png"
+
+
+def test_a_difference_over_fewer_seeds_says_so(folder: Path) -> None:
+    (folder / "dpo-seed1.fails").touch()
+    assert main(["study", write_study(folder)]) == 1
+    table = (folder / "out/table.md").read_text()
+    assert "| mixdpo |  | 2 × 4 |" in table and "| dpo (seeds 0) | +0.200 [" in table
 
 
 def test_without_matplotlib_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What is said about cost: the floor against PEERS.md's figure, the memory probe against what backward really holds."""
+"""What is said about cost: the floor against a figure by hand, the memory probe against what backward really holds."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def pair(prompt: int, chosen: int, rejected: int) -> dict[str, list[int]]:
 
 
 def test_the_floor_of_an_8b_pair() -> None:
-    """Llama-3.1-8B: 6.98e9 weights in its layers, 0.525e9 in its head; PEERS.md: 20.4 TFLOP, attention included."""
+    """Llama-3.1-8B: 6.98e9 weights in its layers, 0.525e9 in its head: 20.4 TFLOP, attention included."""
     rows = build_rows([pair(121, 288, 288)], [True], [True])
     assert 0.97 < floor_flops((6_979_321_856, 525_336_576), rows) / 20.4e12 < 1.03
 

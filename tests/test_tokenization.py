@@ -9,7 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mixdpo.errors import InputError
-from mixdpo.tokenization import EncodedPair, encode_pair, encode_pairs, limit_lengths, load_template
+from mixdpo.pair_tokenization import EncodedPair, encode_pair, encode_pairs, limit_lengths
+from mixdpo.tokenization import load_template
 
 # ChatML as SmolLM2 writes it: a newline follows every end token.
 CHATML = (
@@ -55,6 +56,11 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
+def encoded_pair(tokenizer, *texts, chat_template=None, **options):
+    """A pair through the template that `chat_template` names, else through the tokenizer's own."""
+    return encode_pair(tokenizer, *texts, load_template(tokenizer, chat_template), **options)
+
+
 def table(*triples):
     rows = [
         {"pair_id": 10 + i, "prompt": user(p), "chosen": c, "rejected": r, "margin": i / 2, "row": i + 1}
@@ -67,7 +73,7 @@ def table(*triples):
 
 
 def test_a_pair_through_the_chat_template():
-    pair = encode_pair(word_tokenizer(), PROMPT, "is four", "two")
+    pair = encoded_pair(word_tokenizer(), PROMPT, "is four", "two")
     # The newline after <|im_end|> is the template's and is cut.
     assert pair == EncodedPair(PROMPT_IDS, [IS, FOUR, END], [TWO, END])
 
@@ -75,7 +81,7 @@ def test_a_pair_through_the_chat_template():
 def test_ids_are_those_of_the_template_without_a_second_bos():
     tokenizer = word_tokenizer("{{ bos_token }}" + CHATML, bos=True)
     assert tokenizer("two")["input_ids"] == [BOS, TWO]
-    pair = encode_pair(tokenizer, PROMPT, "is four", "two")
+    pair = encoded_pair(tokenizer, PROMPT, "is four", "two")
     assert pair.prompt_ids == [BOS, *PROMPT_IDS]
     answered = [*PROMPT, {"role": "assistant", "content": "is four"}]
     whole = tokenizer.apply_chat_template(answered, tokenize=True)["input_ids"]
@@ -85,28 +91,28 @@ def test_ids_are_those_of_the_template_without_a_second_bos():
 
 
 def test_the_boundary_stops_at_the_prompt_even_when_both_sides_begin_alike():
-    pair = encode_pair(word_tokenizer(), PROMPT, "is four", "is two")
+    pair = encoded_pair(word_tokenizer(), PROMPT, "is four", "is two")
     assert (pair.chosen_ids, pair.rejected_ids) == ([IS, FOUR, END], [IS, TWO, END])
 
 
 def test_a_merge_across_the_seam_moves_the_boundary_for_both_sides():
     # "ca" + "b" is c ab, while "ca" + "c" is c a c: only c is shared, so both completions start at the a.
-    pair = encode_pair(merging_tokenizer(), user("ca"), "b", "c", chat_template="plain")
+    pair = encoded_pair(merging_tokenizer(), user("ca"), "b", "c", chat_template="plain")
     assert pair == EncodedPair([4], [5, 1], [2, 4, 1])
 
 
 def test_a_merge_across_the_seam_of_a_template():
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}c"
     with pytest.raises(InputError, match="no special token"):
-        encode_pair(merging_tokenizer(template), user("ca"), "b", "c")
-    pair = encode_pair(merging_tokenizer(template.removesuffix("c")), user("cca"), "b", "c")
+        encoded_pair(merging_tokenizer(template), user("ca"), "b", "c")
+    pair = encoded_pair(merging_tokenizer(template.removesuffix("c")), user("cca"), "b", "c")
     assert pair == EncodedPair([4, 4], [5, 1], [2, 4, 1])
 
 
 def test_a_generation_prompt_that_answers_lack_is_not_in_the_prompt():
     # As Qwen3 does: only the generation prompt opens a thought.
     template = CHATML.replace("assistant\n{% endif %}", "assistant\nplus{% endif %}")
-    pair = encode_pair(word_tokenizer(template), PROMPT, "four", "two")
+    pair = encoded_pair(word_tokenizer(template), PROMPT, "four", "two")
     assert pair == EncodedPair(PROMPT_IDS, [FOUR, END], [TWO, END])
 
 
@@ -116,10 +122,10 @@ WORD_TOKENIZER = word_tokenizer()
 
 @given(words, words, words)
 def test_prompt_and_completion_make_up_the_whole(prompt, chosen, rejected):
-    pair = encode_pair(WORD_TOKENIZER, user(prompt), chosen, rejected)
+    pair = encoded_pair(WORD_TOKENIZER, user(prompt), chosen, rejected)
     ids = [WORDS.index(word) if word in WORDS else UNK for word in chosen.split()]
     assert pair.chosen_ids == [*ids, END]
-    assert pair.prompt_ids == encode_pair(WORD_TOKENIZER, user(prompt), rejected, chosen).prompt_ids
+    assert pair.prompt_ids == encoded_pair(WORD_TOKENIZER, user(prompt), rejected, chosen).prompt_ids
     whole = WORD_TOKENIZER.apply_chat_template([*user(prompt), {"role": "assistant", "content": rejected}])["input_ids"]
     assert [*pair.prompt_ids, *pair.rejected_ids, NEWLINE] == whole
 
@@ -130,7 +136,7 @@ seam_text = st.text(alphabet="abc", min_size=1, max_size=5)
 @given(seam_text, seam_text, seam_text)
 def test_merging_loses_and_invents_nothing(prompt, chosen, rejected):
     tokenizer = merging_tokenizer()
-    pair = encode_pair(tokenizer, user("c" + prompt), chosen, rejected, chat_template="plain")
+    pair = encoded_pair(tokenizer, user("c" + prompt), chosen, rejected, chat_template="plain")
     for completion, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
         assert tokenizer.decode(pair.prompt_ids + ids) == f"c{prompt}{completion}<|im_end|>"
 
@@ -141,21 +147,21 @@ def test_merging_loses_and_invents_nothing(prompt, chosen, rejected):
 def test_plain_joins_messages_starts_with_bos_and_ends_with_eos():
     tokenizer = word_tokenizer(template=None, bos=True)
     prompt = [{"role": "system", "content": "is"}, *user("two\n")]
-    pair = encode_pair(tokenizer, prompt, "four", "two", chat_template="plain")
+    pair = encoded_pair(tokenizer, prompt, "four", "two", chat_template="plain")
     assert pair == EncodedPair([BOS, IS, NEWLINE, TWO, NEWLINE], [FOUR, END], [TWO, END])
 
 
 def test_plain_needs_an_eos_token():
     with pytest.raises(InputError, match="no eos token"):
-        encode_pair(word_tokenizer(eos_token=None), PROMPT, "four", "two", chat_template="plain")
+        encoded_pair(word_tokenizer(eos_token=None), PROMPT, "four", "two", chat_template="plain")
 
 
 def test_a_template_may_be_given_as_text_or_as_a_path(tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(CHATML)
-    expected = encode_pair(word_tokenizer(), PROMPT, "four", "two")
+    expected = encoded_pair(word_tokenizer(), PROMPT, "four", "two")
     for given_template in (CHATML, str(path)):
-        assert encode_pair(word_tokenizer(None), PROMPT, "four", "two", chat_template=given_template) == expected
+        assert encoded_pair(word_tokenizer(None), PROMPT, "four", "two", chat_template=given_template) == expected
 
 
 @pytest.mark.parametrize(
@@ -171,7 +177,22 @@ def test_a_template_may_be_given_as_text_or_as_a_path(tmp_path):
 )
 def test_templates_that_do_not_serve(template, given_template, message):
     with pytest.raises(InputError, match=message):
-        encode_pair(word_tokenizer(template), PROMPT, "four", "two", chat_template=given_template)
+        encoded_pair(word_tokenizer(template), PROMPT, "four", "two", chat_template=given_template)
+
+
+@pytest.mark.parametrize("given_template", [True, False])
+def test_a_template_writes_the_same_date_on_all_days(given_template):
+    today = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + CHATML
+
+    def loaded(template):
+        own, given = (CHATML, template) if given_template else (template, None)
+        return load_template(word_tokenizer(own), given)
+
+    fixed = today.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    assert loaded(today) == loaded(fixed) == fixed
+    assert loaded(today.replace("'%d %b %Y'", ' "%Y-%m-%d" ')) == fixed.replace("26 Jul 2024", "2024-07-26")
+    with pytest.raises(InputError, match=r"by 'strftime_now\(form\)', and no text says in which form"):
+        loaded(today.replace("'%d %b %Y'", "form"))
 
 
 def test_named_templates_use_the_default_one():
@@ -218,7 +239,7 @@ def test_an_empty_completion_is_dropped(side):
 )
 def test_impossible_limits(limits, message):
     with pytest.raises(InputError, match=message):
-        limit_lengths(PAIR, **limits)
+        encode_pairs(three_pairs(), word_tokenizer(), **limits)
 
 
 token_ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -314,6 +335,6 @@ def test_a_second_encoding_comes_from_the_cache(tmp_path, monkeypatch):
     three_pairs().save_to_disk(tmp_path / "pairs")
     data = datasets.load_from_disk(tmp_path / "pairs")
     first = encode_pairs(data, word_tokenizer(), **LIMITS)
-    monkeypatch.setattr("mixdpo.tokenization.encode_pair", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("mixdpo.pair_tokenization.encode_pair", lambda *_, **__: pytest.fail("encoded again"))
     second = encode_pairs(data, word_tokenizer(), **LIMITS)
     assert first[0].to_list() == second[0].to_list() and first[1] == second[1]

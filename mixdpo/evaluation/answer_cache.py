@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mixdpo import export
+from mixdpo import control_tokens, export, tokenization
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.generation import Generation
 from mixdpo.files import read_json, write_json
@@ -37,9 +37,11 @@ def _machine() -> dict[str, Any]:
     """What rounds differently or generates differently."""
     import transformers
 
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (generation, export))
+    modules = generation, export, tokenization, control_tokens
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     return {
         "code": hashlib.sha256(code).hexdigest()[:16],
         "versions": [torch.__version__, transformers.__version__],
         "cpu": [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -7,24 +7,24 @@ from numpy.typing import ArrayLike
 
 from mixdpo.errors import InputError
 
+LEVEL = 0.95  # share of the resampled means inside an interval
 _BLOCK = 2**22  # resampled indices held at once: 32 MB
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap percentile interval."""
+    """A mean and its bootstrap percentile interval; formatted, `mean [low, high]`."""
 
     mean: float
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+    def __format__(self, spec: str) -> str:
+        mean, low, high = (format(value, spec) for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
 
 
-def paired_bootstrap(
-    before: ArrayLike, after: ArrayLike, samples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> Interval:
+def paired_bootstrap(before: ArrayLike, after: ArrayLike, samples: int = 10_000) -> Interval:
     """Percentile interval of mean(after - before) (Efron & Tibshirani 1993, chapter 13).
 
     Items are resampled, each with both its scores, so that an item's difficulty cancels.
@@ -33,33 +33,28 @@ def paired_bootstrap(
         before: scores (N,) of the first system.
         after: scores (N,) of the second, item by item.
         samples: number of resamples.
-        seed: of the resampling.
-        level: share of the resampled means inside the interval.
 
     Raises:
-        InputError: different lengths, no items, a score that is not finite, or an option out of range.
+        InputError: different lengths, no items, or a score that is not finite.
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape or not len(first):
         raise InputError(f"before {first.shape} and after {second.shape}: need two lists of one score per item")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise InputError("before or after holds a score that is not finite; leave that item out of both")
-    if samples < 1 or not 0 < level < 1:
-        raise InputError(f"samples {samples}, level {level}: need samples >= 1 and 0 < level < 1")
-    differences = second - first
-    low, high = np.quantile(_resampled_means(differences, samples, seed), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(differences.mean()), float(low), float(high))
-
-
-def _resampled_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """(samples,) means of N values drawn with replacement, in blocks of bounded memory."""
-    rng, size = np.random.default_rng(seed), len(values)
+    values, rng, size = second - first, np.random.default_rng(0), len(first)
     rows = max(1, _BLOCK // size)
     blocks = [min(rows, samples - start) for start in range(0, samples, rows)]
-    return np.concatenate([values[rng.integers(size, size=(block, size))].mean(1) for block in blocks])
+    means = np.concatenate([values[rng.integers(size, size=(block, size))].mean(1) for block in blocks])
+    return _interval(values, means)
 
 
-def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000, seed: int = 0, level: float = 0.95) -> Interval:
+def _interval(values: np.ndarray, means: np.ndarray) -> Interval:
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000) -> Interval:
     """Percentile interval of the mean of values (S, N) of S seeds and N prompts: both are resampled, and a prompt keeps
     its values of all seeds, a seed those of all prompts (Owen 2007, "The pigeonhole bootstrap").
 
@@ -69,8 +64,6 @@ def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000, seed: int =
     Args:
         differences: scores, or differences of scores of two systems with the same seeds and prompts.
         samples: number of resamples.
-        seed: of the resampling.
-        level: share of the resampled means inside the interval.
 
     Raises:
         InputError: no table, an empty one, or a value that is not finite.
@@ -78,15 +71,13 @@ def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000, seed: int =
     values = np.asarray(differences, dtype=np.float64)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise InputError(f"need a table of finite values, seeds by prompts, not one of shape {values.shape}")
-    rng, (seeds, prompts) = np.random.default_rng(seed), values.shape
+    rng, (seeds, prompts) = np.random.default_rng(0), values.shape
     drawn_seeds = rng.integers(seeds, size=(samples, seeds))
     means = np.empty(samples)
     rows = max(1, _BLOCK // (prompts * seeds))
     for start in range(0, samples, rows):
         block = drawn_seeds[start : start + rows]
         of_seeds = values[block].mean(1)  # (block, N)
-        means[start : start + rows] = np.take_along_axis(of_seeds, rng.integers(prompts, size=of_seeds.shape), 1).mean(
-            1
-        )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+        drawn = rng.integers(prompts, size=of_seeds.shape)
+        means[start : start + rows] = np.take_along_axis(of_seeds, drawn, 1).mean(1)
+    return _interval(values, means)

@@ -1,4 +1,5 @@
-"""A judge behind an OpenAI-compatible endpoint: what is tried again, for how long, and what ends the whole thing."""
+"""A model behind an OpenAI-compatible endpoint, a judge's or one that answers: what is tried again, for how long, and
+what ends the whole thing."""
 
 import asyncio
 import base64
@@ -30,8 +31,8 @@ HINTS = {
     401: "set OPENAI_API_KEY to a key that the endpoint knows",
     402: "pay what the endpoint asks for",
     403: "set OPENAI_API_KEY to a key that may use this model",
-    404: "check --model and --base_url, which mostly ends in /v1",
-    405: "check --base_url, which mostly ends in /v1",
+    404: "check the model's name and the server's URL, which mostly ends in /v1",
+    405: "check the server's URL, which mostly ends in /v1",
 }
 """What an error of this status needs; without it every further request would fail as well."""
 
@@ -167,7 +168,7 @@ class Endpoint:
         if "logprob" in said.lower():
             return InputError(f"{self.url} refuses: {reason}. Ask without log-probabilities: --log_probs false")
         if error.code in ("unsupported_parameter", "unsupported_value"):
-            return InputError(f"{self.url} refuses: {reason}. Use a judge that takes temperature 0 and max_tokens")
+            return InputError(f"{self.url} refuses: {reason}. Use a model that takes temperature and max_tokens")
         return NoVerdict(reason)
 
     async def _wait(self, attempt: int, error: TryAgain) -> None:
@@ -189,11 +190,13 @@ def _client(base_url: str | None, key: str | None, timeout: float) -> Any:
     try:
         from openai import AsyncOpenAI, Timeout
     except ImportError:
-        raise InputError(f"a judge behind an endpoint needs the package openai: {INSTALL}") from None
+        raise InputError(f"a model behind an endpoint needs the package openai: {INSTALL}") from None
     if not base_url and not key:
         raise InputError("no key: set OPENAI_API_KEY, or give the --base_url of a server that needs none")
     if base_url and not _is_url(base_url):
-        raise InputError(f"base_url {without_secrets(base_url)}: write it in full, such as http://localhost:8000/v1")
+        raise InputError(
+            f"the server's URL {without_secrets(base_url)}: write it in full, such as http://localhost:8000/v1"
+        )
     limits = Timeout(timeout, connect=min(10.0, 0.8 * timeout))
     return AsyncOpenAI(api_key=key or "none", base_url=base_url, timeout=limits, max_retries=0)
 

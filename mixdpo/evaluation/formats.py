@@ -135,13 +135,17 @@ class MTBench:
         ]
 
 
+SCORED = ("generator", "output", "tokens", "ended", "score")
+"""What `scored_rows` adds to a prompt's row; not `answer`, which is a column of GSM8K."""
+
+
 def scored_rows(task: Any, answered: Sequence[Answered], name: str) -> Rows:
     """Each prompt's row with its answer and gold score."""
     return [
         {
             **a.prompt.row,
             "generator": name,
-            "answer": a.answers[0].text,
+            "output": a.answers[0].text,
             "tokens": a.answers[0].tokens,
             "ended": a.answers[0].ended,
             "score": task.score(a.prompt, a.answers[0].text),
@@ -168,15 +172,14 @@ class Constraints:
 
 @dataclass(frozen=True)
 class GSM8K:
-    """GSM8K: `question` and `answer`, which ends in `#### number`; the score is 1 where the numbers are equal.
+    """GSM8K: `question` and `answer`, which ends in `#### number`; the score is 1 where the numbers are equal: of an
+    answer the one behind ####, or else the last one.
 
     Args:
         request: follows the question; without one a chat model does not know the form of the answer.
-        strict: count only a number that stands behind ####; else the last number where there is no such.
     """
 
     request: str = "Reason step by step, and end with a line: #### and the number."
-    strict: bool = False
     suffix = ".json"
     rows = scored_rows
 
@@ -188,7 +191,7 @@ class GSM8K:
 
     def score(self, prompt: Prompt, text: str) -> float:
         found = _number_behind_marks(text)
-        if found is None and not self.strict and (numbers := _NUMBER.findall(text)):
+        if found is None and (numbers := _NUMBER.findall(text)):
             found = _value(numbers[-1])
         return float(found == _number_behind_marks(prompt.row["answer"]))
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mixdpo.errors import InputError
 from mixdpo.models import evaluating
-from mixdpo.tokenization import encode_answers
+from mixdpo.tokenization import encode_answers, load_template
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def generate(
     samples: int = 1,
     seed: int = 0,
     progress: bool = True,
+    names: Sequence[str] | None = None,
 ) -> list[list[Generation]]:
     """Complete each prompt `samples` times; entry i belongs to prompt i.
 
@@ -59,6 +60,7 @@ def generate(
         samples: completions per prompt.
         seed: same seed, same batch_size, same machine: same completions.
         progress: show a progress bar.
+        names: what errors call the prompts; their numbers, if not given.
 
     Raises:
         InputError: an option out of range, no chat template, or a prompt that leaves the model no room to answer.
@@ -66,7 +68,7 @@ def generate(
     _check(temperature, top_p, samples, max_new_tokens, batch_size)
     if not prompts:
         return []
-    device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts)
+    device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
     _check_room(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer, device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -179,18 +181,21 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter(-1, indices, ordered.masked_fill(outside, 0.0))
 
 
-def _encode(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
+def _encode(
+    tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], names: Sequence[str] | None = None
+) -> list[list[int]]:
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("the tokenizer has no chat template: use an instruct model, or set tokenizer.chat_template")
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    return [_encode_chat(tokenizer, number, chat) for number, chat in enumerate(chats, 1)]
+    named = zip(names or range(1, len(chats) + 1), chats, strict=True)
+    return [_encode_chat(tokenizer, name, chat) for name, chat in named]
 
 
-def _encode_chat(tokenizer: Any, number: int, chat: list[dict[str, str]]) -> list[int]:
+def _encode_chat(tokenizer: Any, name: str | int, chat: list[dict[str, str]]) -> list[int]:
     try:
-        return encode_answers(tokenizer, tokenizer.get_chat_template(), chat)[0]
+        return encode_answers(tokenizer, load_template(tokenizer, None), chat)[0]
     except InputError as error:
-        raise InputError(f"prompt {number}: {error}") from error
+        raise InputError(f"prompt {name}: {error}") from error
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tensor:

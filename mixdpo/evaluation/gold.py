@@ -1,95 +1,72 @@
-"""A gold score before and after training: greedy answers to held-out prompts, scored without a judge."""
+"""Gold scores, which need no judge: of greedy answers before and after training, and of one or two models' answers to a
+benchmark."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mixdpo.evaluation.bootstrap import paired_bootstrap
+from mixdpo.errors import InputError
+from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
+from mixdpo.evaluation.formats import SCORED, Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
-from mixdpo.make_pairs import scores_of
-
-Scorer = Callable[[dict[str, Any], list[str]], list[float]]
-"""Scores of several answers to one prompt row; larger is better."""
+from mixdpo.make_pairs import Scorer, scores_of
+from mixdpo.sources import text_rows
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one model to P prompts.
+    """P answers of one model, and their gold scores (P,); NaN without a scorer."""
 
-    Attributes:
-        texts: P answers.
-        scores: (P,) gold scores.
-        tokens: (P,) lengths in tokens, the end token counted.
-        ended: (P,) bool, False where the answer was cut at the limit of new tokens.
-    """
-
-    texts: list[str]
+    given: Sequence[Generation]
     scores: np.ndarray
-    tokens: np.ndarray
-    ended: np.ndarray
 
     def rows(self) -> list[dict[str, Any]]:
         """One answer a row, in JSON's types; no score is null."""
         scores = [None if np.isnan(score) else float(score) for score in self.scores]
-        columns = zip(self.texts, scores, self.tokens.tolist(), self.ended.tolist(), strict=True)
-        return [dict(zip(("text", "score", "tokens", "ended"), values, strict=True)) for values in columns]
-
-
-def answer(
-    model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]], scorer: Scorer | None, **options: Any
-) -> Answers:
-    """Generate one greedy answer to each prompt row (key `prompt`) and score it; options as for `generate`.
-
-    Without a scorer the scores are NaN, and only lengths and end tokens can be compared.
-    """
-    return scored(prompts, greedy(model, tokenizer, prompts, **options), scorer)
+        return [{**vars(g), "score": score} for g, score in zip(self.given, scores, strict=True)]
 
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]], **options: Any) -> list[Generation]:
-    """One answer to each prompt row; options as for `generate`."""
+    """One answer to each prompt row (key `prompt`); options as for `generate`."""
     return [g for (g,) in generate(model, tokenizer, [row["prompt"] for row in prompts], **options)]
 
 
-def scored(prompts: Sequence[dict[str, Any]], generations: Sequence[Generation], scorer: Scorer | None) -> Answers:
-    """Answers with their scores; NaN without a scorer."""
-    scores = [np.nan] * len(prompts)
-    if scorer:
-        scores = [
-            score for row, g in zip(prompts, generations, strict=True) for score in scores_of(scorer, row, [g.text])
-        ]
-    return Answers(
-        [g.text for g in generations],
-        np.array(scores, dtype=float),
-        np.array([g.tokens for g in generations], dtype=float),
-        np.array([g.ended for g in generations], dtype=bool),
-    )
+def scored(prompts: Sequence[dict[str, Any]], given: Sequence[Generation], scorer: Scorer | None) -> Answers:
+    """One answer to each prompt row, with its score."""
+    scores = [scores_of(scorer, row, [g.text])[0] if scorer else np.nan for row, g in zip(prompts, given, strict=True)]
+    return Answers(given, np.array(scores))
 
 
-def compare(before: Answers, after: Answers, parts: Sequence[str], *, seed: int = 0) -> dict[str, dict[str, float]]:
+def compare(before: Answers, after: Answers, parts: Sequence[str]) -> dict[str, dict[str, float]]:
     """Rows of the table: name -> n, before, after, difference, and its paired bootstrap 95 % interval (low, high).
 
     Args:
         parts: P names; each part of the prompts is reported apart as well.
-        seed: of the bootstrap.
     """
-    everything = np.ones(len(parts), dtype=bool)
-    groups = {"all prompts": everything} | {part: np.array(parts) == part for part in dict.fromkeys(parts)}
     rows = {
-        f"gold score, {name}": _row(before.scores[group], after.scores[group], seed)
-        for name, group in groups.items()
+        f"gold score, {name}": _row(before.scores[group], after.scores[group])
+        for name, group in _groups(parts).items()
         if not np.isnan(before.scores[group]).any()
     }
-    rows["answer length, tokens"] = _row(before.tokens, after.tokens, seed)
-    rows["ended by itself"] = _row(before.ended.astype(float), after.ended.astype(float), seed)
+    for name, field in (("answer length, tokens", "tokens"), ("ended by itself", "ended")):
+        values = ([getattr(answer, field) for answer in answers.given] for answers in (before, after))
+        rows[name] = _row(*(np.array(each, dtype=float) for each in values))
     return rows
 
 
-def _row(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, float]:
-    interval = paired_bootstrap(before, after, seed=seed)
+def _groups(parts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Name -> (P,) bool: all prompts, then each part that has a name."""
+    named = {part: np.array(parts) == part for part in dict.fromkeys(parts) if part}
+    return {"all prompts": np.ones(len(parts), dtype=bool)} | named
+
+
+def _row(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    interval = paired_bootstrap(before, after)
     means = {"n": len(before), "before": float(before.mean()), "after": float(after.mean())}
-    return means | {"difference": float(interval.mean), "low": float(interval.low), "high": float(interval.high)}
+    return means | {"difference": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def markdown(rows: Mapping[str, Mapping[str, float]], facts: Mapping[str, str]) -> str:
@@ -97,7 +74,57 @@ def markdown(rows: Mapping[str, Mapping[str, float]], facts: Mapping[str, str]) 
     lines = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         digits = 1 if "tokens" in name else 3
-        change = f"{row['difference']:+.{digits}f} [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
-        lines.append(f"| {name} | {row['n']} | {row['before']:.{digits}f} | {row['after']:.{digits}f} | {change} |")
-    lines += ["", "| training and held-out pairs | |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in facts.items()])
+        change = Interval(row["difference"], row["low"], row["high"])
+        means = f"{row['before']:.{digits}f} | {row['after']:.{digits}f}"
+        lines.append(f"| {name} | {row['n']} | {means} | {change:+.{digits}f} |")
+    return "\n".join([*lines, "", *_facts("training and held-out pairs", facts)])
+
+
+def _facts(title: str, facts: Mapping[str, str]) -> list[str]:
+    return [f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
+
+
+def gold_table(answered: Sequence[Answered], scores: np.ndarray, other: np.ndarray | None = None) -> str:
+    """A Markdown table: the mean score with its bootstrap 95 % interval over prompts, by category too, then lengths.
+
+    Args:
+        answered: P prompts with their answers.
+        scores: (P,) of these answers.
+        other: (P,) of another model's answers to the same prompts: their paired difference is added.
+    """
+    lines = ["| gold score | n | mean [95 % interval] |", "|---|---|---|"]
+    if other is not None:
+        lines = [lines[0] + " minus the other model's |", lines[1] + "---|"]
+    for name, group in _groups([a.prompt.category for a in answered]).items():
+        mean = paired_bootstrap(np.zeros(group.sum()), scores[group])
+        difference = "" if other is None else f" {paired_bootstrap(other[group], scores[group]):+.3f} |"
+        lines.append(f"| {name} | {group.sum()} | {mean:.3f} |{difference}")
+    answers = [a.answers[-1] for a in answered]
+    facts = {
+        "answer length, tokens": f"{np.mean([answer.tokens for answer in answers]):.1f}",
+        "ended by itself": f"{np.mean([answer.ended for answer in answers]):.3f}",
+        "empty answers": f"{np.mean([not answer.text.strip() for answer in answers]):.3f}",
+    }
+    return "\n".join([*lines, "", *_facts("answers", facts)]) + "\n"
+
+
+def other_scores(path: str | None, prompts: Sequence[Prompt]) -> np.ndarray | None:
+    """(P,) scores that another model's test has written, prompt by prompt.
+
+    Raises:
+        InputError: the file is none of `run.py test`, or is of other prompts.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"model.against: no file {path}; give the .json that another run.py test has written")
+    rows: list[dict[str, Any]] = [row for _, row in text_rows(Path(path))]
+    if not all(isinstance(row.get("score"), int | float) for row in rows):
+        raise InputError(f"model.against: {path} has rows without a score: give the .json of run.py test")
+    if len(rows) != len(prompts):
+        raise InputError(f"model.against: {path} has {len(rows)} prompts, and here are {len(prompts)}: give the same")
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), 1):
+        asked = {name: value for name, value in prompt.row.items() if name not in SCORED}
+        if other := [name for name, value in asked.items() if row.get(name) != value]:
+            raise InputError(f"model.against: {path}, row {number} is another prompt ({', '.join(other)} differ)")
+    return np.array([row["score"] for row in rows], dtype=float)

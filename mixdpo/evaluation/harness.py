@@ -8,7 +8,7 @@ from mixdpo.errors import InputError
 from mixdpo.files import write_json
 from mixdpo.models import Dtype, Quantization, load_tokenizer
 from mixdpo.tokenization import PLAIN
-from mixdpo.trained import ADAPTER_FILES, Device, Trained, read_trained
+from mixdpo.trained import Device, read_trained
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -67,7 +67,7 @@ def evaluate(
     names = [name.strip() for name in PAPERS.get(tasks, tasks).split(",")]
     manager = _task_manager(include_path, names)
     objects = _load_tasks(manager, names)
-    trained = _trained(model, quantization, dtype)
+    trained = read_trained(model, quantization, dtype, plain=True)
     tokenizer = load_tokenizer(trained.base)
     if apply_chat_template:
         tokenizer, template = trained.tokenizer()
@@ -154,13 +154,6 @@ def _load_tasks(manager: "TaskManager", names: list[str]) -> dict[str, list[Any]
 
 def _names(objects: list[Any]) -> list[str]:
     return [getattr(item, "task_name", None) or item.name for item in objects]
-
-
-def _trained(name: str, quantization: Quantization | None, dtype: Dtype) -> Trained:
-    """A run's policy, or a plain model, which has no adapter."""
-    if any((Path(name) / file).is_file() for file in ("config.yaml", ADAPTER_FILES[0])):
-        return read_trained(name, quantization, dtype)
-    return Trained(name, None, {"quantization": quantization or "none", "dtype": dtype}, None)
 
 
 def _run(model: "HFLM", objects: dict[str, list[Any]], seed: int, **options: Any) -> dict[str, Any]:

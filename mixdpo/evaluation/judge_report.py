@@ -74,9 +74,10 @@ def _random_order(prompts: Iterable[dict[str, float]]) -> list[str]:
 
 
 def _tokens(verdicts: Iterable[Verdict]) -> list[str]:
+    """Of the verdicts that count: what failed and was asked again later was paid for as well."""
     used = [(v.judge_prompt_tokens, v.judge_completion_tokens or 0) for v in verdicts]
     said = [(prompt, completion) for prompt, completion in used if prompt is not None]
     if not said:
         return []
     prompt, completion = (sum(column) for column in zip(*said, strict=True))
-    return [f"the judge read {prompt} tokens and wrote {completion}"]
+    return [f"for these verdicts the judge read {prompt} tokens and wrote {completion}"]

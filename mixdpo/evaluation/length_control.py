@@ -42,51 +42,18 @@ class LengthControlled:
         length: a, the weight of tanh(Δ / std(Δ)).
         difficulty: b, the weight of the instruction's difficulty; None where the term was left out.
         bias: c, the model's logit over the baseline at equal length and difficulty 0.
-        gamed: whether the gamed baselines were part of the fit.
     """
 
     win_rate: float
     length: float
     difficulty: float | None
     bias: float
-    gamed: bool
-
-    @property
-    def label(self) -> str:
-        return label(self.difficulty is not None, self.gamed)
 
 
 def label(difficulty: bool, gamed: bool) -> str:
     """What to call a length-controlled win rate: only the one with both is AlpacaEval's."""
     lacking = ["instruction difficulty"] * (not difficulty) + ["gamed baselines"] * (not gamed)
     return "length-controlled win rate" + " without " * bool(lacking) + " and ".join(lacking)
-
-
-def length_controlled_win_rate(
-    preferences: ArrayLike,
-    len_model: ArrayLike,
-    len_baseline: ArrayLike,
-    difficulty: ArrayLike | None = None,
-    gamed: GamedBaselines | None = None,
-) -> LengthControlled:
-    """The win rate if both outputs were equally long (Dubois et al. 2024, AlpacaEval's `length_controlled_v1`).
-
-    logit p = a · tanh(Δ / std(Δ)) + b · difficulty + c · [not gamed] with Δ = len_baseline - len_model, fitted by
-    maximum likelihood to soft labels, gamed rows weighing 0.1; the result is 100 · mean σ(b · difficulty + c).
-    AlpacaEval fits the same with an L1 penalty whose strength it cross-validates: 0.2 points away on average.
-
-    Args:
-        preferences: (N,) of the model.
-        len_model: (N,) characters of its outputs.
-        len_baseline: (N,) characters of the baseline's.
-        difficulty: (N,) of the instructions; without it the term is left out, and `label` says so.
-        gamed: rows that hold a and b in place; without them the fit has the N prompts alone, and `label` says so.
-
-    Raises:
-        InputError: there is no unique finite solution (one prompt, length differences that are all equal, preferences
-            that the terms separate), or an input is malformed.
-    """
-    return _Comparisons.of(preferences, len_model, len_baseline, difficulty, gamed).fit()
 
 
 def resampled_length_controlled(
@@ -99,16 +66,35 @@ def resampled_length_controlled(
     samples: int = 1000,
     seed: int = 0,
 ) -> tuple[LengthControlled, Estimate]:
-    """`length_controlled_win_rate` with a bootstrap over the prompts: std(Δ) and the fit are those of the resample.
+    """The win rate if both outputs were equally long (Dubois et al. 2024, AlpacaEval's `length_controlled_v1`), with a
+    bootstrap over the prompts: std(Δ) and the fit are those of the resample.
 
-    A prompt keeps its preference, lengths and difficulty; the gamed rows are the same in each resample. A resample with
-    wins or losses alone counts as nearly 100 or 0. AlpacaEval's `lc_standard_error` is another thing: how much the
-    predicted preferences differ between instructions.
+    logit p = a · tanh(Δ / std(Δ)) + b · difficulty + c · [not gamed] with Δ = len_baseline - len_model, fitted by
+    maximum likelihood to soft labels, gamed rows weighing 0.1; the result is 100 · mean σ(b · difficulty + c).
+    AlpacaEval fits the same with an L1 penalty whose strength it cross-validates: 0.2 points away on average.
+
+    In a resample a prompt keeps its preference, lengths and difficulty, and the gamed rows are the same. One with wins
+    or losses alone counts as nearly 100 or 0. AlpacaEval's `lc_standard_error` is another thing: how much the predicted
+    preferences differ between instructions.
+
+    Args:
+        preferences: (N,) of the model.
+        len_model: (N,) characters of its outputs.
+        len_baseline: (N,) characters of the baseline's.
+        difficulty: (N,) of the instructions; without it the term is left out.
+        gamed: rows that hold a and b in place; without them the fit has the N prompts alone.
 
     Raises:
-        InputError: as `length_controlled_win_rate`, or fewer than two samples.
+        InputError: there is no unique finite solution (one prompt, length differences that are all equal, preferences
+            that the terms separate), an input is malformed, or there are fewer than two samples.
     """
-    comparisons = _Comparisons.of(preferences, len_model, len_baseline, difficulty, gamed)
+    values = checked(preferences)
+    columns = [len_model, len_baseline] + ([] if difficulty is None else [difficulty])
+    ours, theirs, *terms = (np.asarray(column, dtype=np.float64) for column in columns)
+    if any(column.shape != values.shape or not np.isfinite(column).all() for column in (ours, theirs, *terms)):
+        raise InputError(f"lengths and difficulties should be {len(values)} finite numbers, one for each preference")
+    difficulties = np.stack(terms, 1) if terms else np.empty((len(values), 0))
+    comparisons = _Comparisons(values, theirs - ours, difficulties, gamed)
     fit = comparisons.fit()
     start = np.array([value for value in (fit.length, fit.difficulty, fit.bias) if value is not None])
     drawn = bootstrap(lambda rows: comparisons.at(rows).solve(start, _PULL)[1], len(comparisons.delta), samples, seed)
@@ -124,24 +110,6 @@ class _Comparisons:
     difficulty: np.ndarray
     gamed: GamedBaselines | None
 
-    @classmethod
-    def of(
-        cls,
-        preferences: ArrayLike,
-        len_model: ArrayLike,
-        len_baseline: ArrayLike,
-        difficulty: ArrayLike | None,
-        gamed: GamedBaselines | None,
-    ) -> "_Comparisons":
-        values = checked(preferences)
-        columns = [len_model, len_baseline] + ([] if difficulty is None else [difficulty])
-        ours, theirs, *terms = (np.asarray(column, dtype=np.float64) for column in columns)
-        if any(column.shape != values.shape or not np.isfinite(column).all() for column in (ours, theirs, *terms)):
-            raise InputError(
-                f"lengths and difficulties should be {len(values)} finite numbers, one for each preference"
-            )
-        return cls(values, theirs - ours, np.stack(terms, 1) if terms else np.empty((len(values), 0)), gamed)
-
     def at(self, rows: np.ndarray) -> "_Comparisons":
         return _Comparisons(self.preferences[rows], self.delta[rows], self.difficulty[rows], self.gamed)
 
@@ -155,7 +123,7 @@ class _Comparisons:
         features, labels, _ = self.design()
         _refuse_unsolvable(features, labels)
         (length, *difficulty, bias), rate = self.solve(np.zeros(features.shape[1]))
-        return LengthControlled(rate, length, difficulty[0] if difficulty else None, bias, self.gamed is not None)
+        return LengthControlled(rate, length, difficulty[0] if difficulty else None, bias)
 
     def design(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Features (N + M, 2 or 3), labels and weights (N + M,)."""

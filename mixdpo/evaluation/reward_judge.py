@@ -12,8 +12,9 @@ from mixdpo.evaluation.judge_prompt import Answer, NoVerdict
 from mixdpo.evaluation.outputs import Comparison
 from mixdpo.evaluation.verdicts import Order
 from mixdpo.models import check_vocabulary, load_reward_model, load_tokenizer
+from mixdpo.pair_tokenization import EncodedPair, encode_pair
 from mixdpo.signals import rewards
-from mixdpo.tokenization import EncodedPair, encode_pair
+from mixdpo.tokenization import load_template
 
 
 class RewardJudge:
@@ -24,11 +25,12 @@ class RewardJudge:
             model: hub id or folder of a sequence classifier with one label, with its tokenizer and chat template.
 
         Raises:
-            InputError: there is no such model, or it is none of these.
+            InputError: there is no such model, it is none of these, or its chat template does not serve.
         """
         self.name, on_gpu = model, torch.cuda.is_available()
         dtype = "bfloat16" if on_gpu else "float32"  # bfloat16 is slower on most CPUs
         self._tokenizer = load_tokenizer(model)
+        self._template = load_template(self._tokenizer, None)
         self._model: Any = load_reward_model(
             model,
             quantization="none",
@@ -69,6 +71,7 @@ class RewardJudge:
     def _encode(self, comparison: Comparison) -> EncodedPair:
         prompt = [{"role": "user", "content": comparison.instruction}]
         try:
-            return encode_pair(self._tokenizer, prompt, comparison.model.text, comparison.baseline.text)
+            texts = (comparison.model.text, comparison.baseline.text)
+            return encode_pair(self._tokenizer, prompt, *texts, self._template)
         except InputError as error:
             raise InputError(f"row {comparison.index + 1} of the outputs: {error}") from error

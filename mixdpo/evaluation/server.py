@@ -20,8 +20,6 @@ def complete(
     temperature: float,
     top_p: float,
     seed: int,
-    attempts: int = 5,
-    timeout: float = 600.0,
 ) -> list[Generation]:
     """One completion of each chat, all asked at once; entry i belongs to chat i.
 
@@ -31,27 +29,13 @@ def complete(
         base_url: of the server, such as http://localhost:8000/v1. The key, if it wants one, is OPENAI_API_KEY.
         max_new_tokens: a completion is cut there.
         temperature, top_p, seed: of the server's sampling; whether it obeys the seed is its affair.
-        attempts: requests for one completion, at most.
-        timeout: seconds for one request.
 
     Raises:
         InputError: the server cannot be reached, or refuses a chat.
     """
+    options = {"attempts": 5, "timeout": 600.0, "max_tokens": max_new_tokens, "log_probs": False}
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    return asyncio.run(
-        _complete(
-            chats,
-            Endpoint(
-                model,
-                base_url,
-                attempts=attempts,
-                timeout=timeout,
-                max_tokens=max_new_tokens,
-                log_probs=False,
-                **sampling,
-            ),
-        )
-    )
+    return asyncio.run(_complete(chats, Endpoint(model, base_url, **options, **sampling)))
 
 
 async def _complete(chats: list[Chat], endpoint: Endpoint) -> list[Generation]:

@@ -140,8 +140,9 @@ class BetaDPO(nn.Module):
         deltas, mine = functions.over_ranks(pairs.delta)
         if not len(deltas):
             return functions.dpo(pairs, beta=self.beta)
-        self.mean.lerp_(deltas.mean().to(self.mean), 0.1)
-        self.deviation.lerp_(deltas.std(correction=0).to(self.deviation), 0.1)
+        for average, new in ((self.mean, deltas.mean()), (self.deviation, deltas.std(correction=0))):
+            new = new.to(average)
+            average.copy_(torch.where(new.isfinite(), average.lerp(new, 0.1), average))  # of a step that is skipped
         self.batches += 1
         # of its own, so that all ranks draw alike and a resumed run draws on
         generator = torch.Generator().manual_seed((torch.initial_seed() + int(self.batches)) % 2**63)

@@ -28,7 +28,10 @@ def write_plots(plan: Study, done: Mapping[str, float]) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return "no plots: they need matplotlib (pip install matplotlib); then the same command draws them"
-    figures = {"score_by_hard_fraction": _scores(Figure(), plan, jobs), "margins": _margins(Figure(), plan, jobs)}
+    figures = {}
+    if routes := {run: route for run, names in jobs.items() if (route := _route(plan, names[0]))}:
+        figures["score_by_hard_fraction"] = _scores(Figure(), plan, jobs, routes)
+        figures["margins"] = _margins(Figure(), routes)
     figures |= {name: _curves(Figure(), plan, jobs, keys) for name, keys in CURVES.items()}
     for name, figure in figures.items():
         with written_whole(Path(plan.folder, f"{name}.png")) as partial:
@@ -36,12 +39,14 @@ def write_plots(plan: Study, done: Mapping[str, float]) -> str:
     return f"plots: {plan.folder}/{{{','.join(figures)}}}.png"
 
 
-def _scores(figure: Any, plan: Study, jobs: Mapping[str, Sequence[str]]) -> Any:
+def _scores(
+    figure: Any, plan: Study, jobs: Mapping[str, Sequence[str]], routes: Mapping[str, Mapping[str, Any]]
+) -> Any:
     """Main outcome against the share of hard pairs: a point a seed, a line at the mean."""
     axes, (outcome, parts) = figure.subplots(), next(iter(plan.outcomes.items()))
-    for number, (run, names) in enumerate(jobs.items()):
-        x = _route(plan, names[0])["hard_fraction"] + 0.006 * number  # side by side where they share a fraction
-        scores = [mean_score(plan, name, parts) for name in names]
+    for number, (run, route) in enumerate(routes.items()):
+        x = route["hard_fraction"] + 0.006 * number  # side by side where they share a fraction
+        scores = [mean_score(plan, name, parts) for name in jobs[run]]
         axes.plot([x] * len(scores), scores, "o", color=f"C{number}", alpha=0.5)
         axes.plot([x - 0.003, x + 0.003], [np.mean(scores)] * 2, color=f"C{number}", label=run, linewidth=3)
     axes.set(xlabel="fraction of hard pairs (runs side by side)", ylabel=f"gold score, {outcome}")
@@ -49,11 +54,11 @@ def _scores(figure: Any, plan: Study, jobs: Mapping[str, Sequence[str]]) -> Any:
     return figure
 
 
-def _margins(figure: Any, plan: Study, jobs: Mapping[str, Sequence[str]]) -> Any:
+def _margins(figure: Any, routes: Mapping[str, Mapping[str, Any]]) -> Any:
     """Cumulative margins of easy and hard pairs, a panel for each way of routing; runs that share it together."""
     groups: dict[str, list[str]] = {}
-    for run, names in jobs.items():
-        groups.setdefault(json.dumps(_route(plan, names[0]).get("margins_every_5%", {})), []).append(run)
+    for run, route in routes.items():
+        groups.setdefault(json.dumps(route.get("margins_every_5%", {})), []).append(run)
     figure.set_size_inches(4 * len(groups), 3)
     for axes, (margins, runs) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for kind, quantiles in json.loads(margins).items():
@@ -91,5 +96,7 @@ def _metric(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     return steps[np.isfinite(values)], values[np.isfinite(values)]
 
 
-def _route(plan: Study, name: str) -> dict[str, Any]:
-    return json.loads(Path(plan.folder, name, "route.json").read_text("utf-8"))
+def _route(plan: Study, name: str) -> dict[str, Any] | None:
+    """None of a run on SFT samples, which has stages and no route."""
+    path = Path(plan.folder, name, "route.json")
+    return json.loads(path.read_text("utf-8")) if path.exists() else None

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,9 @@ def _record(path: Path) -> Path:
 
 def _identity(job: Job) -> dict[str, Any]:
     """What must be the same for a run that is done to be this job: its options, and the content of files they name."""
-    words = {word for _, value in job.arguments for word in re.findall(r'[^\s"\[\]{},]+', value)}
+    values = [value for _, value in job.arguments]
+    patterns = (".+", r'(?<=")[^"]+(?=")', r'[^\s"\[\]{},]+')  # a name may hold spaces
+    words = {word for value in values for pattern in patterns for word in re.findall(pattern, value)}
     named = {
         word: path for word in words for path in (word, f"{word}/adapter_model.safetensors") if os.path.isfile(path)
     }
@@ -202,12 +205,13 @@ def _took(plan: Study, job: Job) -> float:
     if record["state"] != "done" or not all((path / file).exists() for file in RECORDED):
         return 0.0
     now = _identity(job)
-    then, here = ({" ".join(pair) for pair in about["command"]} for about in (record, now))
+    then, here = ([" ".join(pair) for pair in about["command"]] for about in (record, now))
+    differs = [f"then {option}" for option in then if option not in here]
+    differs += [f"now {option}" for option in here if option not in then]
+    if then != here and not differs:  # of two values of one option the later one counts
+        old, new = next(pair for pair in zip_longest(then, here) if pair[0] != pair[1])
+        differs = [f"the order of the options: then {old} stood where {new} stands now"]
     changed = {file for file, _ in record["files"].items() ^ now["files"].items()}
-    differs = [
-        *(f"then {option}" for option in sorted(then - here)),
-        *(f"now {option}" for option in sorted(here - then)),
-    ]
     differs += [f"content of {file}" for file in sorted(changed)]
     if differs:
         raise InputError(

@@ -101,6 +101,8 @@ def _difference(ours: Mapping[int, Any], theirs: Mapping[int, Any], run: str, co
     both = [seed for seed in ours if seed in theirs]
     if run == control or not both:
         return {"control": "" if run == control else control}
+    if len(both) < len(ours):  # the row's other numbers are of all its seeds
+        control += f" (seeds {', '.join(map(str, both))})"
     found = two_way_bootstrap(np.stack([ours[seed][0] - theirs[seed][0] for seed in both]))
     verdict = "decided" if found.low > 0 or found.high < 0 else "undecided"
     smallest = POWER * (found.high - found.low) / (2 * 1.96)
@@ -148,5 +150,6 @@ def _markdown(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _missing(plan: Study, done: Mapping[str, float]) -> list[str]:
-    seeds = {run: [seed for seed in plan.seeds if seed not in seeds_done(plan, run, done)] for run in plan.runs}
-    return [f"- missing: {run}, seeds {', '.join(map(str, absent))}" for run, absent in seeds.items() if absent]
+    found = {run: seeds_done(plan, run, done) for run in plan.runs}
+    seeds = {run: [str(seed) for seed in plan.seeds if seed not in there] for run, there in found.items()}
+    return [f"- missing: {run}, seeds {', '.join(absent)}" for run, absent in seeds.items() if absent]

@@ -8,6 +8,8 @@ import numpy as np
 from jsonargparse import lazy_instance
 
 from mixdpo.errors import InputError
+from mixdpo.models import load_tokenizer
+from mixdpo.samples import TokenPool
 from mixdpo.token_cleaning.scorers import ExcessLoss, TokenStatistics, is_online
 from mixdpo.token_cleaning.selection import Kept, Selection, select
 
@@ -45,14 +47,14 @@ class Cleaning:
             raise InputError(f"cleaning.warm_up_stages must be >= 0, not {self.warm_up_stages}")
         if not hasattr(self.scorer, "roles"):
             raise InputError(f"cleaning.scorer {self.scorer} needs an attribute `roles`: whose losses it reads")
-        if is_online(self.scorer) and self.selection is not None:
-            if self.masks is not None:
-                raise InputError(f"cleaning.masks replaces scores, which {self.scorer} makes in each step: give one")
-            if self.selection.scope == "global" and self.selection.keep_ratio is not None:
-                raise InputError(
-                    f"cleaning.selection.scope global needs all scores before training, and {self.scorer} reads the "
-                    "policy of each step: use scope batch (the tokens of a micro-batch) or sample"
-                )
+        if is_online(self.scorer) and self.masks is not None:
+            raise InputError(f"cleaning.masks replaces scores, which {self.scorer} makes in each step: give one")
+        ranks_all = self.selection is not None and self.selection.keep_ratio and self.selection.scope == "global"
+        if is_online(self.scorer) and ranks_all:
+            raise InputError(
+                f"cleaning.selection.scope global needs all scores before training, and {self.scorer} reads the "
+                "policy of each step: use scope batch (the tokens of a micro-batch) or sample"
+            )
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -66,6 +68,26 @@ class Cleaning:
         values = {"scorer": self.scorer, "selection": self.selection}
         # a default that YAML may override is a subclass of what it stands for
         return {name: value and repr(value).removeprefix("LazyInstance_") for name, value in values.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay for a run to be continued."""
+        names = ("warm_up_stages", "reference", "reference_lr")
+        return self.describe() | {name: getattr(self, name) for name in names}
+
+
+def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) -> np.ndarray | None:
+    """(M,) bool, the pool's tokens that are kept whatever their score; None where the selection names none.
+
+    Raises:
+        InputError: the tokenizer does not have one of them.
+    """
+    names = list(selection.always_keep) if selection else []
+    if not names:
+        return None
+    known = load_tokenizer(tokenizer).get_vocab()
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"cleaning.selection.always_keep: the tokenizer has no token {', '.join(map(repr, unknown))}")
+    return np.isin(pool.target_ids(), [known[name] for name in names])
 
 
 def weigh(

@@ -9,6 +9,7 @@ import numpy as np
 
 from mixdpo.errors import InputError
 from mixdpo.files import write_json, written_whole
+from mixdpo.samples import turns
 from mixdpo.token_cleaning.stored import RunTokens, read_cleaning
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _labelled(cleaning: RunTokens, reached: np.ndarray, cache_file: str) -> "Dat
 def _label(row: dict[str, Any], index: int, weights: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
     ids = np.array(row["input_ids"])
     spread, start = np.zeros(len(ids), dtype=np.float32), starts[index]
-    for first, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
+    for first, end in turns(row["spans"]):
         spread[first:end] = weights[start : start + end - first]
         start += end - first
     spread[~(spread > 0)] = 0  # NaN: never reached

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate, chain
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixdpo.errors import InputError
+from mixdpo.samples import turns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,7 +111,7 @@ def _material(samples: "Dataset", noise: PlantedNoise, tokenizer: "Tokenizer") -
         raise InputError(f"noise.phrases: {texts[phrases.index([])]!r} has no tokens: leave it out")
     counts: Counter[int] = Counter()
     for row in samples.select_columns(["input_ids", "spans"]):
-        for start, end in _turns(row["spans"]):
+        for start, end in turns(row["spans"]):
             counts.update(row["input_ids"][start:end])
     ids = sorted(counts.keys() - special)
     if "swap" in noise.kinds and len(ids) < 2:
@@ -125,14 +125,10 @@ def kind_of(sample_id: int, noise: PlantedNoise) -> tuple[str, random.Random]:
     return draw.choice(noise.kinds), draw
 
 
-def _turns(spans: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(spans[::2], spans[1::2], strict=True))
-
-
 def _plant_row(row: dict[str, Any], noise: PlantedNoise, material: _Material) -> dict[str, Any]:
-    ids, turns = row["input_ids"], _turns(row["spans"])
-    bodies = [[p for p in range(start, end - 1) if ids[p] not in material.special] for start, end in turns]
-    tokens = sum(end - start for start, end in turns)
+    ids, before = row["input_ids"], turns(row["spans"])
+    bodies = [[p for p in range(start, end - 1) if ids[p] not in material.special] for start, end in before]
+    tokens = sum(end - start for start, end in before)
     changes: Changes = {}
     if tokens >= SHORTEST and any(bodies):
         kind, draw = kind_of(row["sample_id"], noise)
@@ -140,7 +136,7 @@ def _plant_row(row: dict[str, Any], noise: PlantedNoise, material: _Material) ->
     pieces = [changes.get(position, [(token, 0)]) for position, token in enumerate(ids)]
     moved = [0, *accumulate(map(len, pieces))]
     marked, spans = list(chain.from_iterable(pieces)), [moved[boundary] for boundary in row["spans"]]
-    planted = [mark for start, end in _turns(spans) for _, mark in marked[start:end]]
+    planted = [mark for start, end in turns(spans) for _, mark in marked[start:end]]
     return {"input_ids": [token for token, _ in marked], "spans": spans, "planted": planted}
 
 

@@ -21,24 +21,22 @@ def fit_adapter(
     *,
     learning_rate: float,
     batch_size: int,
-    device: torch.device | str = "cpu",
 ) -> None:
-    """One pass of SFT on every response token of the samples, in their order, with AdamW
-    (no weight decay) at a constant rate.
+    """One pass of SFT on every response token of the samples, in their order, with AdamW (no weight decay) at a
+    constant rate.
 
     The loss of a step is the mean over its response tokens; one sample is computed at a time. Only the adapter `name`
     changes, and it requires no gradient afterwards.
     """
     parameters = [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
+    device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         with role(model, name):  # at backward as well
             for start in tqdm(range(0, len(samples), batch_size), desc=f"fitting {name}", unit="step"):
-                step = [
-                    sample_rows([sample]).to(torch.device(device)) for sample in samples[start : start + batch_size]
-                ]
+                step = [sample_rows([sample]).to(device) for sample in samples[start : start + batch_size]]
                 tokens = sum(len(rows.target) for rows in step)
                 for rows in step:
                     (-row_log_probs(model, rows).sum() / tokens).backward()

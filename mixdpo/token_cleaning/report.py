@@ -12,6 +12,7 @@ import numpy as np
 
 from mixdpo.errors import InputError
 from mixdpo.files import written_whole
+from mixdpo.samples import turns
 from mixdpo.token_cleaning.stored import RunTokens, ScoredStage, read_cleaning
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _sample_card(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage:
     planted = row.get("planted") or [0] * len(weights)
     facts = list(zip(cleaning.scores[tokens].tolist(), weights.tolist(), planted, strict=True))
     parts, end, used = [], 0, 0
-    for first, last in zip(row["spans"][::2], row["spans"][1::2], strict=True):
+    for first, last in turns(row["spans"]):
         parts += [_context(tokenizer, ids[end:first])]
         parts += _response(tokenizer, ids[first:last], facts[used : used + last - first], stage)
         end, used = last, used + last - first

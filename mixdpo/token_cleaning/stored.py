@@ -49,7 +49,6 @@ class RunTokens:
         scores, weights: (M,) float32, NaN where a token has not been scored, or not been reached by training.
         decided: (N,) int16, the number in `stages` of the entry that decided a sample's tokens last; -1 none yet.
         stages: one summary per stage so far, in JSON's types.
-        cleaning: the options that it was decided by; not in the run's folder.
     """
 
     pool: TokenPool
@@ -59,29 +58,24 @@ class RunTokens:
     weights: np.ndarray
     decided: np.ndarray
     stages: list[dict[str, Any]]
-    cleaning: str = ""
 
     @classmethod
-    def undecided(cls, pool: TokenPool, identity: Mapping[str, str], tokenizer: str, cleaning: str) -> "RunTokens":
+    def undecided(cls, pool: TokenPool, identity: Mapping[str, str], tokenizer: str) -> "RunTokens":
         scores, weights = np.full((2, len(pool)), np.nan, dtype=np.float32)
         decided = np.full(len(pool.offsets) - 1, -1, dtype=np.int16)
-        return cls(pool, identity, tokenizer, scores, weights, decided, [], cleaning)
+        return cls(pool, identity, tokenizer, scores, weights, decided, [])
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: tensors and plain types."""
         arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in ARRAYS}
-        return {
-            **arrays,
-            "identity": {**self.identity, "cleaning": self.cleaning},
-            "stages": json.loads(json.dumps(self.stages)),
-        }
+        return {**arrays, "identity": dict(self.identity), "stages": json.loads(json.dumps(self.stages))}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """
         Raises:
             InputError: the state is of other data, another tokenizer, template or model; says which.
         """
-        refuse_changed(state["identity"], {**self.identity, "cleaning": self.cleaning}, "the checkpoint")
+        refuse_changed(state["identity"], self.identity, "the checkpoint")
         for name in ARRAYS:
             setattr(self, name, state[name].numpy().copy())
         self.stages = list(state["stages"])
@@ -98,6 +92,10 @@ class RunTokens:
                 np.save(partial, getattr(self, name))
         content = {"identity": self.identity, "tokenizer": self.tokenizer, "stages": self.stages}
         write_json(folder / "stages.json", content)
+
+    def in_progress(self) -> np.ndarray:
+        """Indices of the samples of a stage that is decided, or being decided, and not among `stages` yet."""
+        return np.flatnonzero(self.decided == len(self.stages))
 
     def samples_with(self, values: np.ndarray) -> np.ndarray:
         """Indices of the samples with a token whose value in `values` (M,) is not NaN."""
@@ -155,6 +153,8 @@ def read_cleaning(run: str) -> RunTokens:
         pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
     except Exception as error:  # of datasets and pyarrow: an open list
         raise InputError(f"{folder / 'samples'} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
+    if pool.identity != record["identity"]:
+        raise InputError(f"{folder / 'samples'} holds other tokens than stages.json is of: {AGAIN}")
     shapes = {"scores": len(pool), "weights": len(pool), "decided": len(pool.samples)}
     arrays = {name: read_array(folder / f"{name}.npy", (shapes[name],), AGAIN) for name in ARRAYS}
     return RunTokens(pool, record["identity"], record["tokenizer"], **arrays, stages=record["stages"])

@@ -54,6 +54,22 @@ def summarise(
     return facts
 
 
+def describe(stage: dict[str, Any]) -> str:
+    """One line on what a stage keeps."""
+    if stage["scorer"] is None:
+        return f"stage {stage['stage']}: all {stage['tokens']} response tokens"
+    line = f"stage {stage['stage']}: {stage['kept_share']:.1%} of {stage['tokens']} response tokens kept"
+    if stage["mean_abs_score"] is not None:
+        line += f", mean |score| {stage['mean_abs_score']:.3f}"
+    if stage["threshold"] is not None:
+        line += f", threshold {stage['threshold']:.4g} ({stage['ties']} ties)"
+    found = stage.get("planted", {})
+    names = {"auc": "AUC", "share": "share before", "kept_noise_rate": "among the kept"}
+    if facts := [f"{name} {found[key]:.3f}" for key, name in names.items() if found.get(key) is not None]:
+        line += "; planted noise: " + ", ".join(facts)
+    return line
+
+
 def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 

@@ -51,19 +51,16 @@ def add_losses(
     samples: Sequence[int] | np.ndarray,
     *,
     batch_tokens: int = 4096,
-    pack: int = 0,
-    device: torch.device | str = "cpu",
-) -> int:
+) -> None:
     """Compute what is still NaN in `losses` for these samples: −log p of each response token under the role, in nats.
 
     Samples are batched by length, so that nearly nothing is padding; the head sees response positions only and
-    computes in fp32. Returns the number of samples that were computed.
+    computes in fp32.
 
     Args:
         batch_tokens: most positions in a batch, padding included (a longer sample is a batch of its own).
-        pack: put samples of up to so many tokens together into one row; same numbers.
     """
-    samples = [int(i) for i in samples]
+    device, samples = next(model.parameters()).device, [int(i) for i in samples]
     missing = {i for i in samples if np.isnan(losses[pool.offsets[i] : pool.offsets[i + 1]]).any()}
     # batches of all samples, of which complete ones are skipped: an interrupted pass goes on with the same batches, so
     # with the same rounding
@@ -76,14 +73,13 @@ def add_losses(
         tqdm(total=len(missing), desc=f"scoring with {name}", disable=not batches) as bar,
     ):
         for batch in batches:
-            rows = sample_rows([pool.samples[i] for i in batch], pack).to(torch.device(device))
+            rows = sample_rows([pool.samples[i] for i in batch]).to(device)
             found = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
             is_new = np.concatenate([np.full(pool.offsets[i + 1] - pool.offsets[i], i in missing) for i in batch])
             losses[pool.tokens(batch)[is_new]] = found[is_new]
             bar.update(len(missing.intersection(batch)))
     if isinstance(losses, np.memmap):
         losses.flush()
-    return len(missing)
 
 
 def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import load_from_disk
 
 from bad_input.case import Case, Place
 from mixdpo.margins_file import MARGINS, MarginsWriter, read_margins
@@ -124,6 +125,14 @@ def other_data(place: Place) -> Any:
     return place.fit_sft(source=source, cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")))
 
 
+def backwards(folder: Path) -> None:
+    """Samples as of another run: as many tokens, other ones."""
+    samples = load_from_disk(str(folder / "samples")).map(lambda row: {"input_ids": row["input_ids"][::-1]})
+    samples.save_to_disk(str(folder / "others"))
+    shutil.rmtree(folder / "samples")
+    (folder / "others").rename(folder / "samples")
+
+
 SCORE_AGAIN, RUN_AGAIN = "or score anew", "run the cleaning again"
 CLEANING = [
     Case(
@@ -236,6 +245,12 @@ CLEANING = [
         "samples without their data",
         cleaned(lambda f: next((f / "samples").glob("*.arrow")).unlink(), read),
         ("samples is damaged", RUN_AGAIN),
+    ),
+    Case(
+        "mixdpo export-labels",
+        "samples of another run",
+        cleaned(backwards, read),
+        ("samples holds other tokens than", RUN_AGAIN),
     ),
     Case(
         "mixdpo export-labels",

@@ -7,10 +7,10 @@ from conftest import TEMPLATE
 
 from bad_input.case import Case, Place
 from mixdpo.models import load_tokenizer
+from mixdpo.pair_tokenization import encode_pairs
 from mixdpo.records import read_pairs
 from mixdpo.sft_records import read_samples
 from mixdpo.sft_tokenization import encode_samples
-from mixdpo.tokenization import encode_pairs
 
 PAIR = {"prompt": "red tea", "chosen": "blue sun", "rejected": "moon", "margin": 1.0}
 SYSTEM = PAIR | {"prompt": [{"role": "system", "content": "sea"}, {"role": "user", "content": "red"}]}
@@ -76,6 +76,9 @@ TEMPLATES = [
     ),
     template_case("a division by zero", "{{ 1 / 0 }}" + TEMPLATE, "row 1 (pair_id", "division by zero"),
     template_case("a sum of text and number", "{{ messages[0].content + 1 }}", "row 1 (pair_id", "Give another"),
+    template_case(
+        "today's date", "{{ strftime_now(form) }}" + TEMPLATE, "writes today's date", "in which a date stands there"
+    ),
     template_case("an unknown filter", "{{ messages | shout }}", "row 1 (pair_id", "Give another `chat_template`"),
     template_case(
         "no end token", TEMPLATE.replace("<|im_end|>", ""), "no special token", "writes eos_token after an answer"
