@@ -1,5 +1,6 @@
 """The papers' benchmarks, by the Language Model Evaluation Harness (`lm-eval`), on base + adapter as trained."""
 
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,9 @@ def _run(model: "HFLM", objects: dict[str, list[Any]], seed: int, **options: Any
     from lm_eval import simple_evaluate
 
     seeds = {f"{what}_seed": seed for what in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    # processes forked from one with threads may wait for a lock for ever; a thousand resamples need no help
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    options = {"bootstrap_iters": 1000, **options}
     by_shots: dict[int | None, list[Any]] = {}
     for name, items in objects.items():
         by_shots.setdefault(SHOTS.get(name), []).extend(items)
