@@ -81,8 +81,6 @@ class RunCLI(LightningCLI):
         """A run that had made all its max_steps may lack what follows the last one: Lightning calls no hook then."""
         if not has_begun(Path(self.trainer.default_root_dir)):
             print("the run of ckpt_path is complete: nothing is trained, only what follows the last step is done again")
-            if self.trainer.enable_validation:
-                self.trainer.validate(self.model, self.datamodule, verbose=False)
             self.model.to(self.trainer.strategy.root_device)
             for name in ("on_train_start", "on_train_end"):
                 for callback in self.trainer.callbacks:

@@ -216,7 +216,10 @@ class PreferenceDataModule(PlannedDataModule):
     def validation_is_hard(self) -> np.ndarray:
         """(N,) bool, which held-out pairs are reported as hard."""
         threshold = self.route.threshold if self.validation_threshold is None else self.validation_threshold
-        return np.asarray(self.validation_pairs["margin"]) < threshold
+        margins = np.asarray(self.validation_pairs["margin"])
+        if np.isnan(threshold) or np.isnan(margins).any():  # no margins: all are on the one route, if there is one
+            return np.full(len(margins), self.routing.hard_fraction == 1)
+        return margins < threshold
 
     def val_dataloader(self) -> ResumableLoader:
         is_hard = self.validation_is_hard().tolist()

@@ -1,6 +1,7 @@
 """What both LightningModules share: a 4-bit base with a LoRA policy, its optimizer, schedule, log rows, checkpoints."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -272,6 +273,11 @@ class AdapterModule(L.LightningModule):
                 # a continued run has a folder of its own, and Lightning forgets the best score with the folder
                 if "dirpath" in (state := checkpoint.get("callbacks", {}).get(callback.state_key, {})):
                     state["dirpath"] = callback.dirpath
+                    if (best := state["best_model_path"]) and not Path(best).is_file():
+                        raise InputError(
+                            f"the best checkpoint so far, {best}, is not there any more: bring it back, or continue "
+                            "without the ModelCheckpoint that named it"
+                        )
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:

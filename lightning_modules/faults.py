@@ -36,9 +36,16 @@ class LastCheckpoint(Checkpoint):
             raise InputError(f"checkpoint.every_n_steps must be at least 1, not {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._signal = 0
+        self._owes = False  # whether a validation was to follow the step that the checkpoint ends with
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["owes_validation"] = self._owes
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._owes = checkpoint.get("owes_validation", False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a disk that the run would fill; listen to signals."""
+        """Refuse a disk that the run would fill; listen to signals; make up for a validation that was cut off."""
         learning = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
         adapters = sum(p.numel() * p.element_size() for n, p in pl_module.named_parameters() if "lora_" in n)
         # the old and the new checkpoint (adapters, two moments) and adapter/
@@ -49,9 +56,17 @@ class LastCheckpoint(Checkpoint):
                 f"{folder} has {free / 1e6:.0f} MB free, and checkpoints and adapter of this run take {need / 1e6:.0f} "
                 "MB: free some, or give another folder with --runs"
             )
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and not trainer.fit_loop.done:
             for each in SIGNALS:  # Lightning restores its own when it ends
                 signal.signal(each, self._stop)
+        if self._owes and trainer.enable_validation:
+            # Lightning takes it for done. As its epoch loop does it, so that callbacks see one of a fit
+            connector, trainer.validating = trainer._logger_connector, True
+            first, connector._first_loop_iter = connector._first_loop_iter, None
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting = False
+            loop.run()
+            trainer.training, connector._first_loop_iter = True, first
 
     def _stop(self, number: int, frame: Any) -> None:
         self._signal = number
@@ -69,6 +84,7 @@ class LastCheckpoint(Checkpoint):
         stops = bool(self._signal)
         if trainer.world_size > 1:  # a signal may reach one process only
             stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
+        self._owes = validates
         if ends or stops or validates or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
         if ends:
@@ -211,6 +227,9 @@ class OutOfMemory(Callback):
         self._batch = batch.count, batch.rows.tokens, batch.unit
 
     on_validation_batch_start = on_train_batch_start
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.__dict__.pop("_batch", None)  # what follows is no micro-batch
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if not is_out_of_memory(exception) or not hasattr(self, "_batch"):

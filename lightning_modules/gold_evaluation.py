@@ -63,7 +63,7 @@ class GoldEvaluation(Callback):
         """The answers before training too: a reference that was refreshed could not give them again."""
         training = self.seconds["training"] + time.perf_counter() - self._started
         given = [asdict(answer) for answer in self.before.given] if self.before else []
-        return {"asked": self._what(), "given": given, "seconds": self.seconds | {"training": training}}
+        return {"asked": self._asked(), "given": given, "seconds": self.seconds | {"training": training}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored, self.seconds = state_dict, state_dict["seconds"]
@@ -72,7 +72,7 @@ class GoldEvaluation(Callback):
         if trainer.is_global_zero:
             self._rows = read_prompts(self.prompts, self.limit)
             if self._restored is not None:
-                refuse_other_run(self._restored["asked"], self._what())
+                refuse_other_run(self._restored["asked"], self._asked())
             elif trainer.ckpt_path and any(getattr(c, "role", None) == "reference" for c in trainer.callbacks):
                 raise InputError(
                     "the checkpoint holds no answers of GoldEvaluation, and the reference that gave them may have been "
@@ -132,10 +132,11 @@ class GoldEvaluation(Callback):
         self.seconds["evaluation"] += time.perf_counter() - started
         return answers
 
-    def _what(self) -> dict[str, Any]:
+    def _asked(self) -> dict[str, Any]:
+        """What the answers before and after training must share; how they are computed may change with the memory."""
         prompts = json.dumps([row["prompt"] for row in self._rows])
         digest = hashlib.sha256(prompts.encode()).hexdigest()[:16]
-        return {"held-out prompts": digest, **self.options, "dequantise": self.dequantise}
+        return {"GoldEvaluation.prompts": digest, "GoldEvaluation.max_new_tokens": self.options["max_new_tokens"]}
 
     def _depends_on(self, pl_module: Any, tokenizer: Any) -> dict[str, Any]:
         """All that decides the reference's answers; the scorer does not."""
@@ -146,7 +147,7 @@ class GoldEvaluation(Callback):
             "ends": repr(model.get_base_model().generation_config.eos_token_id),
             "tokenizer": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest()[:16],
             "template": tokenizer.chat_template,
-            "asked": self._what(),
+            "asked": self._asked() | {**self.options, "dequantise": self.dequantise},
             "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
         }
 

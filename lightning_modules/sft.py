@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_modules.adapter import AdapterModule
@@ -45,8 +46,8 @@ class SFTModule(AdapterModule):
         self._stage = stage
         if self.stage_start == "fresh_adapter":
             stack_policy(self.model)
-            for weight in self.learning():  # ranks have drawn unlike ones
-                weight.data.copy_(self.trainer.strategy.broadcast(weight.data))
+            for weight in self.learning() if self.trainer.world_size > 1 else ():  # ranks have drawn unlike ones
+                dist.broadcast(weight.data, 0)
         if self.stage_start != "continue":
             self.optimizers().optimizer.state.clear()
 

@@ -20,7 +20,7 @@ from mixdpo.adapters import (
 from mixdpo.errors import InputError
 from mixdpo.samples import TokenPool
 from mixdpo.token_cleaning.cleaning import Cleaning, always_kept, weigh
-from mixdpo.token_cleaning.scorers import TokenStatistics, is_online
+from mixdpo.token_cleaning.scorers import ExcessLoss, TokenStatistics, is_online
 from mixdpo.token_cleaning.stored import RunTokens, read_masks
 from mixdpo.token_cleaning.summary import describe, summarise
 from mixdpo.token_cleaning.token_losses import add_losses, open_losses
@@ -205,7 +205,8 @@ class CleanTokens(Callback):
             for name in self.cleaning.roles
             if name != "policy"
         }
-        if len(adapters) > 1 and len(set(adapters.values())) == 1 and not is_online(self.cleaning.scorer):
+        differs = isinstance(self.cleaning.scorer, ExcessLoss) and len(adapters) > 1
+        if differs and len(set(adapters.values())) == 1:
             raise InputError(
                 f"every score would be 0: {' and '.join(adapters)} of cleaning.scorer are the same model. Give "
                 "model.cleaning.reference (no help where it is `previous` as well), or warm_up_stages of at least 1 "

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from mixdpo.errors import InputError, differences
 
+PATIENCE = 8.0  # seconds: loader workers outlive a killed process by about five
 Content = tuple[dict[str, Any], dict[Any, Any]]
 """Header, and what each key's last line says."""
 
@@ -129,7 +131,18 @@ class LinesWriter:
         self.close()
 
     def _open(self) -> Any:
-        """The file, locked as long as it is open."""
+        """The file, locked as long as it is open. What a killed process had started may hold it a while longer."""
+        until = time.monotonic() + PATIENCE
+        while (file := self._locked()) is None:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"another process is writing to {self.path}: wait until it is done, or give another place"
+                )
+            time.sleep(0.2)
+        return file
+
+    def _locked(self) -> Any:
+        """None while another process holds the lock, or has put another file there since this one was opened."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a+b", buffering=0)
@@ -137,13 +150,17 @@ class LinesWriter:
             raise InputError(f"cannot write {self.path}: {error.strerror}. Give another place") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                return file
+        except BlockingIOError:
+            pass
         except OSError as error:
             file.close()
-            why = "another process is writing to it" if isinstance(error, BlockingIOError) else error.strerror
             raise InputError(
-                f"{self.path} cannot be locked ({why}): wait until that is done, or give another place"
+                f"{self.path} cannot be locked: its file system has no locks ({error.strerror}). Give another place"
             ) from None
-        return file
+        file.close()
+        return None
 
     def _begin(self, header: bytes) -> None:
         """Write the header to a file that is new, or whose header was being written when its process was killed."""

@@ -120,14 +120,17 @@ class MarginsWriter:
         """
         self.path, self.part, self.texts = Path(path), Path(f"{path}.part"), texts
         header = {**header, "pairs": len(texts)}
-        self._lines: LinesWriter | None = None
-        if self.path.exists():
+        self._lines = None if self.path.exists() else LinesWriter(self.part, MARGINS, header)
+        if self._lines is not None and not self.path.exists():
+            found = self._lines.rows
+        else:  # from before, or by another process that had the lock until now
+            if self._lines is not None:
+                self.part.unlink()
+                self.close()
+                self._lines = None
             there = read_margins(path)
             MARGINS.refuse_other(path, there.header, json.loads(json.dumps({"format": MARGINS.name, **header})))
             found = there.pairs
-        else:
-            self._lines = LinesWriter(self.part, MARGINS, header)
-            found = self._lines.rows
         self.margins = {pair_id: margin for pair_id, (_, margin) in found.items()}
 
     def append(self, pair_ids: Iterable[int], margins: Iterable[float]) -> None:

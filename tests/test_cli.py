@@ -296,20 +296,28 @@ def test_sigterm_prints_the_command_that_continues(
     assert torch.load(tmp_path / "tiny-2" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 140
 
 
-def test_the_end_of_a_run_can_be_done_again(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A run that had made all its max_steps, and died before it wrote the adapter."""
-    config, runs = str(finished / "config.yaml"), ["--runs", str(tmp_path), "--trainer.max_steps", "3"]
+@pytest.mark.parametrize("ends", ["max_steps 3", "max_epochs 1"])
+def test_the_end_of_a_run_can_be_done_again(
+    ends: str, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that had made all its steps, and died before it was validated and wrote the adapter."""
+    option, value = ends.split()
+    config, runs = str(finished / "config.yaml"), ["--runs", str(tmp_path), f"--trainer.{option}", value]
+    cleaning = ["--model.cleaning", "{scorer: {class_path: mixdpo.token_cleaning.scorers.Random}}"]
+    runs += [*cleaning, "--data.routing", "{hard_fraction: 0.3, order: interleaved}"]
     assert in_process("--config", config, *runs) == 0
     adapter = tmp_path / "tiny" / "adapter" / "adapter_model.safetensors"
     again = ["--ckpt_path", str(tmp_path / "tiny" / "checkpoints" / "last.ckpt")]
     assert in_process("--config", config, *runs, *again) == 0
-    assert "nothing is trained" in capfd.readouterr().out
+    assert ("nothing is trained" in capfd.readouterr().out) == (option == "max_steps")
     assert (tmp_path / "tiny-2" / "adapter" / adapter.name).read_bytes() == adapter.read_bytes()
     validated = []
     for name in ("tiny", "tiny-2"):
         with (tmp_path / name / "metrics.csv").open(newline="") as file:
             validated += [row["val/all/sft_loss"] for row in csv.DictReader(file) if row["val/all/sft_loss"]]
     assert len(validated) == 2 and len(set(validated)) == 1
+    cleaned = [(tmp_path / name / "cleaning" / "weights.npy").read_bytes() for name in ("tiny", "tiny-2")]
+    assert cleaned[0] == cleaned[1] and (tmp_path / "tiny-2" / "cleaning" / "stages.json").stat().st_size > 500
 
 
 def test_the_numbers_that_were_not_finite_are_kept(

@@ -144,6 +144,41 @@ def test_the_best_of_a_continued_run_may_be_older_than_it(tiny_model: str, sourc
     assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in saved)
 
 
+def test_a_validation_that_was_cut_off_is_made_up_for(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """As if a kill had come between the checkpoint before the first validation and the next checkpoint."""
+    data, trainer = {"validation": 0.2}, {"max_epochs": 2, "limit_val_batches": 1}
+    stop = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_validation_batch_start")
+    with pytest.raises(Stopped):
+        fit(tiny_model, source, tmp_path / "cut", data=data, trainer=with_callbacks(stop, **trainer), **ADAMW)
+    steps: dict[str, list[Any]] = {"whole": [], "rest": []}
+
+    class Note(Callback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            value = float(trainer.callback_metrics["val/all/sft_loss"])
+            steps[self.name].append((trainer.global_step, value, trainer.state.fn))
+
+    fit(tiny_model, source, tmp_path / "whole", data=data, trainer=with_callbacks(Note("whole"), **trainer), **ADAMW)
+    rest = {"ckpt_path": checkpoint(tmp_path / "cut"), "trainer": with_callbacks(Note("rest"), **trainer)}
+    fit(tiny_model, source, tmp_path / "rest", data=data, **rest, **ADAMW)
+    assert [step for step, _, _ in steps["whole"]] == [5, 10] and steps["rest"] == steps["whole"]
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(tiny_model: str, source: str, tmp_path: Path) -> None:
+    data, epochs = {"validation": 0.2}, {"max_epochs": 3}
+    stop = At(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    best = ModelCheckpoint(monitor="val/all/sft_loss")
+    with pytest.raises(Stopped):
+        fit(tiny_model, source, tmp_path / "cut", data=data, trainer=with_callbacks(stop, best, **epochs), **ADAMW)
+    Path(best.best_model_path).unlink()
+    again = with_callbacks(ModelCheckpoint(monitor="val/all/sft_loss"), **epochs)
+    with pytest.raises(InputError, match=r"epoch=0-step=5.ckpt, is not there any more"):
+        cut = checkpoint(tmp_path / "cut")
+        fit(tiny_model, source, tmp_path / "rest", data=data, ckpt_path=cut, trainer=again, **ADAMW)
+
+
 # What a run may be continued with.
 
 

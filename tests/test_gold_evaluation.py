@@ -259,7 +259,7 @@ def test_before_is_the_start_of_a_continued_run(
     answered = json.loads((tmp_path / "cut/answers.json").read_text())
     assert any(row["before"]["text"] != row["after"]["text"] for row in answered), "refreshing changed no answer"
     write_pairs(Path(prompts), [{"prompt": "other", "word": "red"}])
-    with pytest.raises(InputError, match=r"another run.*held-out prompts: "):
+    with pytest.raises(InputError, match=r"another run.*GoldEvaluation\.prompts: "):
         trained("other", checkpoint)
 
 

@@ -142,7 +142,7 @@ class BetaDPO(nn.Module):
             return functions.dpo(pairs, beta=self.beta)
         for average, new in ((self.mean, deltas.mean()), (self.deviation, deltas.std(correction=0))):
             new = new.to(average)
-            average.copy_(torch.where(new.isfinite(), average.lerp(new, 0.1), average))  # of a step that is skipped
+            average.copy_(torch.where(new.isfinite(), average.lerp(new, 0.1), average))  # NaN would stay in it
         self.batches += 1
         # of its own, so that all ranks draw alike and a resumed run draws on
         generator = torch.Generator().manual_seed((torch.initial_seed() + int(self.batches)) % 2**63)

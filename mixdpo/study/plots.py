@@ -31,7 +31,8 @@ def write_plots(plan: Study, done: Mapping[str, float]) -> str:
     figures = {}
     if routes := {run: route for run, names in jobs.items() if (route := _route(plan, names[0]))}:
         figures["score_by_hard_fraction"] = _scores(Figure(), plan, jobs, routes)
-        figures["margins"] = _margins(Figure(), routes)
+        if rated := {run: route for run, route in routes.items() if route.get("margins_every_5%")}:
+            figures["margins"] = _margins(Figure(), rated)
     figures |= {name: _curves(Figure(), plan, jobs, keys) for name, keys in CURVES.items()}
     for name, figure in figures.items():
         with written_whole(Path(plan.folder, f"{name}.png")) as partial:
@@ -58,7 +59,7 @@ def _margins(figure: Any, routes: Mapping[str, Mapping[str, Any]]) -> Any:
     """Cumulative margins of easy and hard pairs, a panel for each way of routing; runs that share it together."""
     groups: dict[str, list[str]] = {}
     for run, route in routes.items():
-        groups.setdefault(json.dumps(route.get("margins_every_5%", {})), []).append(run)
+        groups.setdefault(json.dumps(route["margins_every_5%"]), []).append(run)
     figure.set_size_inches(4 * len(groups), 3)
     for axes, (margins, runs) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for kind, quantiles in json.loads(margins).items():
