@@ -33,7 +33,8 @@ def find_margin_columns(
         needed: whether data without a known column is refused; else it has none: ().
 
     Raises:
-        InputError: a named column is absent, more than two are named, or no known column is present and one is needed.
+        InputError: a named column is absent, more than two are named, or no known column is present and one is needed;
+            the reader adds file, row and the columns there are.
     """
     present = sorted(columns)
     if named is not None:
@@ -45,7 +46,7 @@ def find_margin_columns(
         return ()
     accepted = "; ".join(" and ".join(known) for known in KNOWN_COLUMNS)
     raise InputError(
-        f"no column to take the margin from. Columns present: {', '.join(present)}. Known: {accepted}. "
+        f"no column to take the margin from. Known: {accepted}. "
         "Name yours (data.margin): one column that holds the margin, or two, [chosen_column, rejected_column]. Without "
         "any, run.py predict computes margins; DPO in random order needs none (configs/controls/dpo.yaml, with "
         "data.validation_threshold null)."
@@ -75,7 +76,7 @@ def _named_columns(present: list[str], named: str | Sequence[str]) -> MarginColu
         raise InputError(f"the margin columns are both {names[0]}, so every margin is 0: name two, or one.")
     absent = [name for name in names if name not in present]
     if absent:
-        raise InputError(f"no margin column {', '.join(absent)}. Columns present: {', '.join(present)}.")
+        raise InputError(f"no margin column {', '.join(absent)}.")
     return names
 
 

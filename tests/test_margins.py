@@ -21,7 +21,7 @@ def test_margin_wins_over_scores():
 
 
 def test_half_a_score_pair_is_not_enough():
-    with pytest.raises(InputError, match=r"Columns present: chosen_rating, prompt.*score_chosen and score_rejected"):
+    with pytest.raises(InputError, match="no column to take the margin from.*score_chosen and score_rejected"):
         find_margin_columns(["prompt", "chosen_rating"])
 
 
@@ -33,7 +33,7 @@ def test_named_columns_win_over_margin(named, expected):
 
 @pytest.mark.parametrize(
     ("named", "message"),
-    [("gapp", "no margin column gapp.*gap"), (["a", "b", "c"], "one column or"), ([], "one column")],
+    [("gapp", "no margin column gapp"), (["a", "b", "c"], "one column or"), ([], "one column")],
 )
 def test_bad_names_are_refused(named, message):
     with pytest.raises(InputError, match=message):

@@ -233,7 +233,7 @@ def test_bad_rows_are_named_with_file_row_and_columns(tmp_path, row, message):
 def test_no_margin_at_all(tmp_path):
     source = write(tmp_path / "a.csv", [{"prompt": "a", "chosen": "b", "rejected": "c", "stars": 3}])
     with pytest.raises(
-        InputError, match=r"row 1: no column to take the margin from.*stars.*Known: margin; score_chosen"
+        InputError, match=r"row 1: no column to take the margin from.*Known: margin; score_chosen.*stars"
     ):
         read_pairs(source)
 
