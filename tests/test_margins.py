@@ -21,7 +21,7 @@ def test_margin_wins_over_scores():
 
 
 def test_half_a_score_pair_is_not_enough():
-    with pytest.raises(InputError, match="no column to take the margin from.*score_chosen and score_rejected"):
+    with pytest.raises(InputError, match=r"no column to take the margin from.*score_chosen and score_rejected"):
         find_margin_columns(["prompt", "chosen_rating"])
 
 

@@ -287,7 +287,7 @@ CASES = [
         "an unknown column",
         "stars",
         "no margin column stars",
-        "Columns present: prompt, chosen, rejected, margin, a, b",
+        "margin, a, b.",
     ),
     column_case("three columns", ["a", "b", "c"], "takes one column or [chosen_column, rejected_column]"),
     column_case("no columns", [], "takes one column or [chosen_column, rejected_column]"),
