@@ -1,7 +1,6 @@
 """What both LightningModules share: a 4-bit base with a LoRA policy, its optimizer, schedule, log rows, checkpoints."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -11,7 +10,7 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_modules.callbacks import LogRows
+from lightning_modules.callbacks import LogRows, keep_best
 from lightning_modules.token_cleaning import CleanTokens, RefreshReference
 from mixdpo.adapters import (
     Lora,
@@ -269,15 +268,7 @@ class AdapterModule(L.LightningModule):
                 )
             self._made_with = checkpoint["made_with"]
             refuse_other_run(self._made_with["options"], self.identity())
-            for callback in self.trainer.checkpoint_callbacks:
-                # a continued run has a folder of its own, and Lightning forgets the best score with the folder
-                if "dirpath" in (state := checkpoint.get("callbacks", {}).get(callback.state_key, {})):
-                    state["dirpath"] = callback.dirpath
-                    if (best := state["best_model_path"]) and not Path(best).is_file():
-                        raise InputError(
-                            f"the best checkpoint so far, {best}, is not there any more: bring it back, or continue "
-                            "without the ModelCheckpoint that named it"
-                        )
+            keep_best(self.trainer, checkpoint)
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:

@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import LambdaCallback
 
+from lightning_modules.callbacks import CloseFiles
 from mixdpo.adapters import adapter_fingerprint, base_fingerprint, role
 from mixdpo.errors import InputError
 from mixdpo.evaluation.answers_file import AnswersFile
@@ -95,7 +95,11 @@ class AnswerModule(L.LightningModule):
         return given if given.suffix == suffix else given.with_name(given.name + suffix)
 
     def configure_callbacks(self) -> list[Any]:
-        return [LambdaCallback(on_exception=lambda *_: self.file and self.file.close())]  # no teardown then
+        return [CloseFiles()]
+
+    def close_files(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
     def configure_model(self) -> None:
         if self.file is not None:

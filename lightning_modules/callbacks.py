@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from mixdpo.errors import InputError
 from mixdpo.export import save_adapter
 from mixdpo.files import write_json
 from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
@@ -40,6 +41,30 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
         pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
         pl_module.model.stacked = checkpoint["adapters"]["stacked"]
     return best
+
+
+def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let ModelCheckpoints go on from their best score. Lightning forgets it in another folder, such as that of a
+    continued run.
+
+    Raises:
+        InputError: the best checkpoint is not there any more.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if "dirpath" in (state := checkpoint.get("callbacks", {}).get(callback.state_key, {})):
+            state["dirpath"] = callback.dirpath
+            if (best := state["best_model_path"]) and not Path(best).is_file():
+                raise InputError(
+                    f"the best checkpoint so far, {best}, is not there any more: bring it back, or continue without "
+                    "the ModelCheckpoint that named it"
+                )
+
+
+class CloseFiles(Callback):
+    """Lets the module close what it writes to where Lightning ends without a teardown, after an error or interrupt."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        pl_module.close_files()
 
 
 class RunFiles(Callback):

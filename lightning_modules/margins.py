@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import LambdaCallback
 
+from lightning_modules.callbacks import CloseFiles
 from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, base_fingerprint
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
@@ -63,7 +63,11 @@ class MarginModule(L.LightningModule):
         self.files: list[tuple[Signal, MarginsWriter]] = []  # until configure_model
 
     def configure_callbacks(self) -> list[Any]:
-        return [LambdaCallback(on_exception=lambda *_: [file.close() for _, file in self.files])]  # no teardown then
+        return [CloseFiles()]
+
+    def close_files(self) -> None:
+        for _, file in self.files:
+            file.close()
 
     def configure_model(self) -> None:
         if self.files:

@@ -170,7 +170,7 @@ class Route:
         pairs), the order and actions."""
         levels = [0, 5, 25, 50, 75, 95, 100]
         known = not np.isnan(self.margins).any()
-        quantiles = np.percentile(self.margins, levels) if known else []
+        quantiles = zip(levels, np.percentile(self.margins, levels).tolist(), strict=True) if known else ()
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
         groups = {name: group for name, group in groups.items() if len(group) and known}
         said = {name: getattr(self.routing, name) for name in ("order", "assignment", "hard_action", "easy_action")}
@@ -183,7 +183,7 @@ class Route:
             "threshold": self.threshold if known else None,
             "ties_at_threshold": int((self.margins == self.threshold).sum()),
             "hard_at_threshold": int((self.is_hard & (self.margins == self.threshold)).sum()),
-            "margin_quantiles": {f"{level}%": float(q) for level, q in zip(levels, quantiles, strict=False)},
+            "margin_quantiles": {f"{level}%": quantile for level, quantile in quantiles},
             "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items()},
             **said,
         }

@@ -342,6 +342,13 @@ def test_pairs_without_margins(tiny_model: str, tmp_path: Path, refused: Callabl
     assert in_process(*dpo) == 0
     route = json.loads((tmp_path / "dpo" / "tiny" / "route.json").read_text())
     assert route["hard"] == 0 and route["threshold"] is None and route["margin_quantiles"] == {}
+    sft = [*dpo, "--name", "sft", "--data.routing", "{hard_fraction: 1, order: shuffled}"]
+    assert in_process(*sft) == 0  # where all are on one route, those held out are reported as on it
+    for name, kind, other in (("tiny", "easy", "hard"), ("sft", "hard", "easy")):
+        with (tmp_path / "dpo" / name / "metrics.csv").open(newline="") as file:
+            logged = list(csv.DictReader(file))
+        assert any(row.get(f"val/{kind}/sft_loss") for row in logged), name
+        assert not any(row.get(f"val/{other}/sft_loss") for row in logged), name
     assert "configs/controls/dpo.yaml" in refused("--data.source", unrated)
     threshold = ["--data.routing", "{hard_fraction: 0, order: shuffled}", "--data.validation_threshold", "0.5"]
     assert "no column to take the margin from" in refused("--data.source", unrated, *threshold)

@@ -349,3 +349,34 @@ def test_out_of_memory_in_a_validation(tiny_model: str, source: str, tmp_path: P
         fit(tiny_model, source, tmp_path / "run", data={"validation": 0.2}, trainer=trainer, **ADAMW)
     said = _for_the_user(error.value)
     assert said is not None and "data.eval_batch_size 1 (now 8)" in said and "accumulate_grad_batches" not in said
+
+
+def test_out_of_memory_after_the_last_step_is_no_micro_batchs_fault(
+    tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """Such as where GoldEvaluation answers."""
+
+    class Full(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        fit(tiny_model, source, tmp_path / "run", trainer=with_callbacks(Full()), **ADAMW)
+    assert _for_the_user(error.value) == "out of memory: CUDA out of memory"
+
+
+def test_a_signal_ends_at_once_what_is_done_again_after_the_last_step(
+    tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """No step is left that could be finished first."""
+    fit(tiny_model, source, tmp_path / "run", **ADAMW)
+    handlers = []
+
+    class Look(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    again = {"ckpt_path": checkpoint(tmp_path / "run"), "trainer": with_callbacks(Look())}
+    fit(tiny_model, source, tmp_path / "again", **again, **ADAMW)
+    assert not any(isinstance(getattr(handler, "__self__", None), LastCheckpoint) for handler in handlers)
+    assert len(handlers) == 1

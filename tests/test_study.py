@@ -399,7 +399,10 @@ def test_plots_of_runs_without_a_route(folder: Path) -> None:
     assert main(["study", str(folder / "study.yaml")]) == 0
     (folder / "out/dpo-seed0/route.json").unlink()
     assert "score_by_hard_fraction,margins" in write_plots(plan, add_finished(plan, {}))
-    (folder / "out/mixdpo-seed0/route.json").unlink()
+    route = folder / "out/mixdpo-seed0/route.json"
+    route.write_text(json.dumps(json.loads(route.read_text()) | {"margins_every_5%": {}}))  # data without margins
+    assert "score_by_hard_fraction,curves" in write_plots(plan, add_finished(plan, {}))
+    route.unlink()
     assert write_plots(plan, add_finished(plan, {})) == "plots: out/{curves,gradient_norms}.png"
 
 

@@ -12,7 +12,8 @@ from judging import Judging, in_turn
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.outputs import match, read_outputs
-from mixdpo.evaluation.verdicts import read_verdicts, verdicts_writer
+from mixdpo.evaluation.verdicts import VERDICTS, read_verdicts
+from mixdpo.lines_file import LinesWriter
 
 
 @pytest.fixture
@@ -87,7 +88,10 @@ def test_a_damaged_line(server, tmp_path, change):
 def test_one_judge_at_a_time(server, tmp_path):
     judging = Judging(tmp_path, server.url)
     judging(limit=1)
-    with verdicts_writer(judging.path, read_verdicts(judging.path).header), pytest.raises(InputError, match="another"):
+    with (
+        LinesWriter(judging.path, VERDICTS, read_verdicts(judging.path).header),
+        pytest.raises(InputError, match="another"),
+    ):
         judging()
     assert judging() == 0
 
@@ -98,7 +102,7 @@ def test_a_full_disk(server, tmp_path):
     assert judging(limit=2) == 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     (_, verdict) = read_verdicts(judging.path).verdicts
-    with verdicts_writer(judging.path, read_verdicts(judging.path).header) as writer:
+    with LinesWriter(judging.path, VERDICTS, read_verdicts(judging.path).header) as writer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (judging.path.stat().st_size + 50, before[1]))
         try:
             with pytest.raises(InputError, match=r"cannot write .*the same command continues"):

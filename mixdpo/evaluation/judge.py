@@ -14,7 +14,7 @@ from mixdpo.evaluation.endpoint import CONTINUES, Endpoint
 from mixdpo.evaluation.judge_prompt import NoVerdict
 from mixdpo.evaluation.judge_report import report
 from mixdpo.evaluation.outputs import Comparison, content_hash, match, read_outputs
-from mixdpo.evaluation.verdicts import Order, Verdict, verdicts_writer
+from mixdpo.evaluation.verdicts import VERDICTS, Order, Verdict
 from mixdpo.lines_file import LinesWriter
 
 Question = tuple[Comparison, Order]
@@ -81,7 +81,7 @@ def judge(
     else:
         how, about, questions = _endpoint(Endpoint(model, base_url, **options), comparisons[:limit], order, seed)
     path = Path(out) if out else Path(outputs).with_suffix(".verdicts.jsonl")
-    with verdicts_writer(path, _header(comparisons, about)) as writer:
+    with LinesWriter(path, VERDICTS, _header(comparisons, about)) as writer:
         known = sum(_is_known(writer, question) for question in questions)
         print(f"{path} has {known} of the {len(questions)} verdicts on {len(comparisons[:limit])} of them")
         stopped_by = asyncio.run(_interruptible(_ask_all(how, questions, writer, concurrency)))

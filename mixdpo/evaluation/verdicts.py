@@ -5,13 +5,12 @@ one counts. What `mixdpo score` needs is in this file alone.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mixdpo.errors import InputError
-from mixdpo.lines_file import LineFormat, LinesWriter
+from mixdpo.lines_file import LineFormat
 
 Order = Literal["model_first", "baseline_first"]
 Source = Literal["log_probs", "text", "reward_model"]
@@ -114,8 +113,3 @@ def read_verdicts(path: str | Path) -> VerdictsFile:
         raise InputError(f"no verdicts file {path}; `mixdpo judge` makes it")
     header, found = VERDICTS.read(path)
     return VerdictsFile(Path(path), header, [found[key] for key in sorted(found)])
-
-
-def verdicts_writer(path: str | Path, header: Mapping[str, Any]) -> LinesWriter:
-    """Its `rows` are the verdicts by key; append `Verdict.line`s."""
-    return LinesWriter(path, VERDICTS, header)
