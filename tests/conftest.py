@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import lightning as L
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from datamodules.preference import PreferenceDataModule
 from datamodules.sft import SFTDataModule
@@ -22,6 +23,10 @@ from lightning_modules.sft import SFTModule
 from mixdpo.adapters import Lora
 from mixdpo.batching import PairBatch, PairCollator, TokenRows
 from mixdpo.routing import Routing
+
+# A slow machine is no fault of the code, whichever profile of hypothesis is loaded here or in CI.
+settings.register_profile("any_machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_machine")
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 _WORDS = "red blue green tea sun moon cat dog tree sea hill road book song rain wind salt snow bird fish"

@@ -18,7 +18,7 @@ from mixdpo.sources import text_rows
 
 PAIR = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1.5}
 Row = dict[str, object]
-few = settings(deadline=None, max_examples=40)
+few = settings(max_examples=40)
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ pieces = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
 @given(st.lists(pieces, min_size=1, max_size=5), st.sampled_from([0, 6, 100]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_mask_against_loops_over_tokens(shapes: list[list[int]], pack: int) -> None:
     """A token sees what stands before it in its own piece, and all of the first piece of its document."""
     rows = token_rows([[Piece([7] * size) for size in shape] for shape in shapes], 0, pack)

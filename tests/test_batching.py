@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mixdpo.batching import PairCollator, TokenRows, cut_step, plan_steps
 from mixdpo.loader import ResumableLoader
 
-fast = settings(deadline=None, max_examples=40)
+fast = settings(max_examples=40)
 ANY = st.sampled_from([True, False])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
@@ -87,7 +87,6 @@ def test_nothing_kept_nothing_planted_nothing_there():
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=40))
-@settings(deadline=None)
 def test_auc_counts_pairs(tokens):
     scores, planted = map(np.array, zip(*tokens, strict=True))
     facts = summary(np.ones(len(tokens)), scores, np.array([0, len(tokens)]), ["a"], planted=planted)

@@ -111,7 +111,7 @@ def test_the_identity_tells_the_two_apart() -> None:
 texts = st.lists(st.sampled_from([*SPECIAL, "a", "b", "ab", "<|", "|>", " ", "x"]), min_size=1, max_size=6).map("".join)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(texts, texts, texts)
 def test_no_text_makes_a_special_token(prompt: str, chosen: str, rejected: str) -> None:
     """The template's own are there, as many as it writes, and every character is kept."""

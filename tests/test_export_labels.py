@@ -131,7 +131,7 @@ def test_arrays_that_do_not_fit_the_samples(name: str, run: str) -> None:
 @given(
     st.lists(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), max_size=3), min_size=1, max_size=5), st.data()
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_weight_lands_on_its_token(turns: list[list[tuple[int, int]]], data: st.DataObject) -> None:
     """Samples of (context, response) lengths; the weight of the k-th response token of all is k, or 0 or NaN."""
     rows, next_id = [], 0

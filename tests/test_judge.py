@@ -71,10 +71,10 @@ def test_what_passes_is_tried_again(tmp_path):
 
 def test_a_request_that_hangs(tmp_path):
     with Server(in_turn, {0: ["hang 60!"], 1: ["hang 60"]}) as server:
-        judging = Judging(tmp_path, server.url, 3, attempts=2, timeout=1)
+        judging = Judging(tmp_path, server.url, 3, attempts=2, timeout=3)
         assert judging() == 1
         assert Counter(server.asked) == {0: 2, 1: 2, 2: 1}
-    assert [v.failed for v in judging.verdicts.values()] == ["time-out: no answer in 1 s", None, None]
+    assert [v.failed for v in judging.verdicts.values()] == ["time-out: no answer in 3 s", None, None]
 
 
 LASTING = {

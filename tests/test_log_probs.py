@@ -63,7 +63,7 @@ SHAPES = st.fixed_dictionaries(
 
 
 @given(SHAPES, st.sampled_from([1, 7, M, M + 1, 1000]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_values_and_gradients_against_a_loop_in_double_precision(shape, tile):
     hidden, head, targets = inputs(torch.float64, **shape)
     weights = torch.linspace(-1, 2, len(targets), dtype=torch.float64)

@@ -57,7 +57,7 @@ def turns_of(row):
 
 
 @given(st.lists(CONVERSATION, min_size=1, max_size=4), st.sampled_from([0.05, 0.2, 0.5]), st.integers(0, 3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @pytest.mark.parametrize("kind", ["swap", "boilerplate", "shuffle"])
 def test_only_marked_tokens_differ(tokenizer, kind, conversations, rate, seed):
     conversations.append([([6], [FIRST_WORD + i for i in range(9)])])  # so that swap has different tokens to draw

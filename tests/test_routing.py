@@ -12,7 +12,7 @@ from mixdpo.routing import Assignment, EasyAction, HardAction, Order, Routing
 
 FEW_MARGINS = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.5])  # few values: ties everywhere
 PAIR_IDS = st.integers(-(2**63), 2**63 - 1)
-fast = settings(deadline=None, max_examples=60)
+fast = settings(max_examples=60)
 
 
 def plan_route(margins, pair_ids, *, seed=0, **options):

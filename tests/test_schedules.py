@@ -108,7 +108,7 @@ def test_very_short_runs_train(schedule, warmup, steps):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_schedule_keeps_its_promises(data):
     shares = np.array(data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=60)))
     later = data.draw(st.sets(st.integers(1, max(1, len(shares) - 1)), max_size=4))

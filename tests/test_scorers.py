@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
@@ -56,7 +56,6 @@ def test_roles_are_what_is_read(scorer, roles, online):
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-20, 20)), min_size=1, max_size=30))
-@settings(deadline=None)
 def test_normalised_per_sample_as_a_loop_does(tokens):
     sample, worse = zip(*tokens, strict=True)
     losses = {"base": torch.tensor(worse) / 4, "reference": torch.zeros(len(tokens))}

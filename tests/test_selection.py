@@ -16,7 +16,7 @@ RULES = st.one_of(
     st.builds(lambda ratio: {"keep_ratio": ratio}, st.floats(0.01, 1)),
     st.builds(lambda threshold: {"keep_ratio": None, "threshold": threshold}, st.sampled_from([-2.0, 0.0, 0.5, 9.0])),
 )
-fast = settings(deadline=None, max_examples=200)
+fast = settings(max_examples=200)
 
 
 @st.composite

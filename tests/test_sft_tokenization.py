@@ -7,7 +7,7 @@ import json
 import datasets
 import pytest
 from conftest import SHARED, TEMPLATE, WORDS, write_pairs
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
@@ -69,7 +69,6 @@ contents = st.lists(st.sampled_from([*WORDS, "user", "assistant"]), max_size=5).
 turns = st.lists(st.tuples(contents, contents), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(turns, st.booleans(), st.data())
 def test_exactly_what_follows_an_assistant_header_is_eligible(tokenizer, turns, has_system, data):
     messages = chat(("system", "sun")) if has_system else []

@@ -120,7 +120,7 @@ def test_batches_change_nothing(
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 def test_order_and_company_change_nothing(
     data: st.DataObject, model: Any, pool: TokenPool, expected: dict[str, np.ndarray]
 ) -> None:
