@@ -1,5 +1,6 @@
 """`python run.py --config configs/demo.yaml [--model.… --data.… --trainer.…]`: Lightning CLI, with `fit` understood."""
 
+import errno
 import logging
 import os
 import re
@@ -34,6 +35,7 @@ UNKNOWN_OPTION = re.compile(
     r"Option '[^']+' is not accepted|Subcommand '[^']+' does not accept option '[^']+'|"
     r"[Uu]nrecognized arguments: \S+|Key '[^']+' is not expected"
 )
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 THIRD_PARTY_NOISE = ("`is_gradient_checkpointing`", ".*isinstance.treespec", ".*does not have many workers")
 
 
@@ -97,10 +99,20 @@ class RunCLI(LightningCLI):
                 ]
         else:
             kwargs["logger"] = False
+        if self.config[self.subcommand].trainer.default_root_dir is not None:
+            raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
         try:
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:
             raise InputError(f"trainer: {error}; {HELP}") from error
+
+
+class RunConfig(SaveConfigCallback):
+    """config.yaml lies in the run's folder, whatever loggers there are."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        path = Path(trainer.default_root_dir, self.config_filename)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
 
 
 def check_configs(arguments: list[str]) -> None:
@@ -191,7 +203,8 @@ def main(arguments: list[str] | None = None) -> RunCLI:
         seed_everything_default=42,
         trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), ValidateAtMaxSteps(), OutOfMemory()]},
         parser_kwargs={"exit_on_error": False},
-        save_config_callback=SaveConfigCallback if arguments[:1] == ["fit"] else None,
+        save_config_kwargs={"save_to_log_dir": False},
+        save_config_callback=RunConfig if arguments[:1] == ["fit"] else None,
     )
 
 
@@ -226,6 +239,11 @@ def _for_the_user(error: BaseException | None) -> str | None:
             return "\n".join(getattr(error, "__notes__", [f"out of memory: {error}"]))
         if isinstance(error, NonFiniteError | OutOfSpaceError):
             return str(error)
+        rust = re.search(r"os error (\d+)", str(error))  # of safetensors, which has no number of its own
+        number = getattr(error, "errno", None) or (rust and int(rust[1]))
+        if number in CANNOT_WRITE:
+            where = getattr(error, "filename", None) or "the run's files"
+            return f"cannot write {where}: {os.strerror(number)}. Free some space, or give another folder with --runs"
         if isinstance(error, InputError | ArgumentError | MisconfigurationException):
             return _innermost(str(error))
         error = error.__cause__ or error.__context__

@@ -3,13 +3,11 @@
 import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from measuring import about
 
 from mixdpo.errors import differences
+from mixdpo.files import named_files
 
 CONFIGS = Path("configs/token_cleaning")
 Job = tuple[str, str, list[str]]
@@ -32,7 +31,7 @@ def run(folder: Path, job: Job) -> Path:
     name, config, options = job
     path, done = folder / name, folder / name / "done.json"
     command = ["run.py", "--config", str(CONFIGS / f"{config}.yaml"), "--name", name, "--runs", str(folder), *options]
-    facts = {"command": command, "files": contents(command[1:])}
+    facts = {"command": command, "files": named_files(command[1:])}
     if done.exists():
         there = json.loads(done.read_text())
         if differs := differences({key: there.get(key) for key in facts}, facts):
@@ -53,13 +52,6 @@ def run(folder: Path, job: Job) -> Path:
     done.write_text(json.dumps({"seconds": seconds, **facts, "commit": about()["commit"]}) + "\n")
     print(f"{time.strftime('%H:%M:%S')} {name}: {seconds} s", flush=True)
     return path
-
-
-def contents(options: list[str]) -> dict[str, str]:
-    """Hashes of the files, and of the weights of the adapters, that the options name."""
-    words = {word for option in options for word in re.findall(r'[^\s"\[\]{},]+', option)}
-    named = [(word, Path(word, file)) for word in sorted(words) for file in ("", "adapter_model.safetensors")]
-    return {word: sha256(path.read_bytes()).hexdigest()[:16] for word, path in named if path.is_file()}
 
 
 def run_all(folder: Path, jobs: list[Job], at_once: int = 2) -> dict[str, Path]:

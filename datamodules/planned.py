@@ -16,6 +16,7 @@ from mixdpo.loader import ResumableLoader
 from mixdpo.records import prompt_texts, split_by_prompt
 from mixdpo.samples import TokenPool
 from mixdpo.schedules import StepPlan
+from mixdpo.sources import is_one_file
 from mixdpo.tables import hash63
 from mixdpo.tokenization import Overlong
 
@@ -51,7 +52,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             tokenizer: Hub id or folder; linked to model.base.
             split: Split of a hub data set or folder to train on.
             validation: Share of the prompts (not rows) held out, or another source; 0 for none.
-            validation_split: Split of `validation`, where that is a source with several; `split` if not given.
+            validation_split: Split of `validation`, where that is a source with several, as a file is not; `split` if
+                not given.
             limit: Stop reading after so many usable rows.
             batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches. How
                 many of them run at once is batch_size / trainer.accumulate_grad_batches / devices.
@@ -74,7 +76,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         if isinstance(validation, float) and not 0 <= validation < 1:
             raise InputError(f"validation must be a share in [0, 1) or another source, not {validation}")
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
-        self.validation, self.validation_split = validation, validation_split or split
+        whole = isinstance(validation, str) and is_one_file(validation)
+        self.validation, self.validation_split = validation, validation_split or ("train" if whole else split)
         if pack < 0:
             raise InputError(f"pack must be 0 or a number of tokens, not {pack}")
         self.batch_size, self.eval_batch_size, self.pack = batch_size, eval_batch_size, pack
@@ -117,6 +120,9 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             return train.select(kept), train.select(out)
         self.trainer.limit_val_batches = 0
         return train, None
+
+    def count_read(self, source: str, split: str, counts: dict[str, int]) -> None:
+        self.counts[f"read/{source}" if split == "train" else f"read/{source}, split {split}"] = counts
 
     def describe_counts(self) -> list[str]:
         """Every row left out or cut, in a few lines: nothing is dropped silently."""

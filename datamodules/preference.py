@@ -40,7 +40,8 @@ class PreferenceDataModule(PlannedDataModule):
         """Preference pairs with margins, in the order and on the routes that the margins say.
 
         Args:
-            source: Hub id, local folder, .parquet, .json, .jsonl, .jsonl.gz or .csv file, or `constraints` (built in).
+            source: Hub id (ID:CONFIG where it has several configurations), local folder, .parquet, .json, .jsonl,
+                .jsonl.gz or .csv file, or `constraints` (built in).
             routing: Which pairs are hard, and the order of training.
             validation_threshold: Margin below which validation reports a pair as hard; the route's τ if not given. Give
                 it to baselines that route no pair or all pairs, to compare them with a run that routes some.
@@ -109,8 +110,16 @@ class PreferenceDataModule(PlannedDataModule):
         margin = self.margin if rated else ()
         pairs = read_pairs(source, split=split, margin=margin, margin_needed=needed, limit=self.limit)
         if signal is not None or self.margins is not None:
-            self.texts |= {pair["pair_id"]: text_hash(pair) for pair in pairs.dataset}
-        self.counts[f"read/{source}"] = {"pairs": len(pairs.dataset), **pairs.dropped}
+            texts = {pair["pair_id"]: text_hash(pair) for pair in pairs.dataset}
+            rows = zip(texts.items(), pairs.dataset["row"], strict=True)
+            if changed := [row for (pair_id, text), row in rows if self.texts.get(pair_id, text) != text]:
+                raise InputError(
+                    f"{len(changed)} pairs of {source} have a pair_id that another pair of {self.source} has (first: "
+                    f"row {changed[0]}), so {self.margins} cannot tell them apart: leave pair_id out of both, so that "
+                    "ids come from the content, and compute the margins anew"
+                )
+            self.texts |= texts
+        self.count_read(source, split, {"pairs": len(pairs.dataset), **pairs.dropped})
         return pairs.dataset
 
     def prompts(self, rows: Any) -> Iterable[Any]:

@@ -37,8 +37,9 @@ class SFTDataModule(PlannedDataModule):
         """Conversations to imitate; every assistant turn, its end token included, can be trained on, the prompt never.
 
         Args:
-            source: Hub id, local folder, .parquet, .json, .jsonl, .jsonl.gz or .csv file. Rows are `messages`; or
-                `prompt` and `completion`; or `instruction`, `input` and `output`.
+            source: Hub id (ID:CONFIG where it has several configurations), local folder, .parquet, .json, .jsonl,
+                .jsonl.gz or .csv file. Rows are `messages`; or `prompt` and `completion`; or `instruction`, `input` and
+                `output`.
             slices: Stages of the training data, for self-evolving token cleaning and its controls.
             max_length: Longest conversation, in tokens.
             noise: Known-bad tokens planted into the training responses, to measure whether cleaning finds them.
@@ -74,7 +75,7 @@ class SFTDataModule(PlannedDataModule):
 
     def read(self, source: str, split: str) -> Any:
         samples = read_samples(source, split=split, limit=self.limit)
-        self.counts[f"read/{source}"] = {"samples": len(samples.dataset), **samples.dropped}
+        self.count_read(source, split, {"samples": len(samples.dataset), **samples.dropped})
         return samples.dataset
 
     def prompts(self, rows: Any) -> Iterable[Any]:

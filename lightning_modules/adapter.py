@@ -253,9 +253,12 @@ class AdapterModule(L.LightningModule):
         }
         counts = {"reference_version": self.reference_version, "empty_steps": self.empty_steps}
         checkpoint["adapters"] = {"stacked": dict(self.model.stacked), **counts}
+        means = torch.stack([self.train_means.sums, self.train_means.counts])
+        row = {"means": self.trainer.strategy.reduce(means, reduce_op="sum"), "values": dict(self.callback_values)}
+        checkpoint["row"] = row | {"in_step": self.trainer.fit_loop._should_accumulate()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not {"adapters", "made_with"} <= set(checkpoint):
+        if not {"adapters", "made_with", "row"} <= set(checkpoint):
             raise InputError(
                 "ckpt_path is no checkpoint of this version of MixDPO: start from its adapter/ folder instead"
             )
@@ -266,6 +269,14 @@ class AdapterModule(L.LightningModule):
                     f"the checkpoint belongs to another run: it has no position in what {type(data).__qualname__} "
                     "reads. Continue with the config.yaml beside it, or start anew from its adapter/ folder"
                 )
+            if checkpoint["row"]["in_step"]:
+                raise InputError(
+                    "the checkpoint was written in the middle of an optimizer step, whose gradient it does not hold: "
+                    "continue from RUN/checkpoints/last.ckpt"
+                )
+            self.callback_values = checkpoint["row"]["values"]
+            if self.global_rank == 0:  # the means are those of all
+                self.train_means.sums, self.train_means.counts = checkpoint["row"]["means"].to(self.device)
             self._made_with = checkpoint["made_with"]
             refuse_other_run(self._made_with["options"], self.identity())
             keep_best(self.trainer, checkpoint)

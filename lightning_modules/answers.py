@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning_modules.callbacks import CloseFiles
 from mixdpo.adapters import adapter_fingerprint, base_fingerprint, role
 from mixdpo.errors import InputError
 from mixdpo.evaluation.answers_file import AnswersFile
-from mixdpo.evaluation.endpoint import without_secrets
+from mixdpo.evaluation.endpoint import CONTINUES, without_secrets
 from mixdpo.evaluation.formats import Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
@@ -24,7 +25,7 @@ from mixdpo.files import write_json, written_whole
 from mixdpo.make_pairs import write_rows
 from mixdpo.models import Dtype, Quantization
 from mixdpo.tokenization import PLAIN, tokenizer_state
-from mixdpo.trained import read_trained
+from mixdpo.trained import Trained, read_trained
 
 
 class AnswerModule(L.LightningModule):
@@ -77,7 +78,10 @@ class AnswerModule(L.LightningModule):
             raise InputError(
                 "model.server has its own model: give its name there as model.base, and neither run nor adapter"
             )
-        trained = read_trained(run or str(base), quantization, dtype, chat_template, plain=run is None, strict=False)
+        if server is not None:
+            trained = Trained(str(base), None, {}, None)  # a name there, whatever lies here
+        else:
+            trained = read_trained(run or str(base), quantization, dtype, chat_template, plain=not run, strict=False)
         self.trained = trained if adapter is None else replace(trained, adapter=Path(adapter))
         self.base = self.trained.base
         self.output, self.dequantise, self.against, self.seed = output, dequantise, against, seed
@@ -155,41 +159,70 @@ class AnswerModule(L.LightningModule):
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> int:
         """Prompts of a batch may have different temperatures: each of them is a generation of its own, and is repeated
-        whole where an interruption has left a part of it, as what is sampled depends on who is in it."""
+        whole where an interruption has left a part of it, as what is sampled here depends on who is in it."""
         groups: dict[float, list[Prompt]] = {}
         for prompt in batch:
             groups.setdefault(self._temperature(prompt), []).append(prompt)
         for temperature, prompts in groups.items():
-            if any(prompt.key not in self.file.rows for prompt in prompts):
-                self.file.keep(self._answer(prompts, temperature))
+            missing = [prompt for prompt in prompts if prompt.key not in self.file.rows]
+            if missing:
+                self._answer(prompts if self.server is None else missing, temperature)
         return len(batch)  # Lightning warns of None
 
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
         self.predict_step(batch, batch_idx)
 
-    def _answer(self, prompts: list[Prompt], temperature: float) -> list[Answered]:
+    def _answer(self, prompts: list[Prompt], temperature: float) -> None:
+        """
+        Raises:
+            InputError: a server did not answer all of them; the others' answers are kept.
+        """
         chats: list[list[dict[str, str]]] = [[] for _ in prompts]
         answers: list[list[Generation]] = [[] for _ in prompts]
+        failed: dict[int, Exception] = {}
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
-            asked = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
+            asked = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns) and i not in failed]
             for i in asked:
                 chats[i].append({"role": "user", "content": prompts[i].turns[turn]})
             found = self._generate([prompts[i].key for i in asked], [chats[i] for i in asked], temperature)
             for i, answer in zip(asked, found, strict=True):
+                if isinstance(answer, Exception):
+                    failed[i] = answer
+                    continue
                 answers[i].append(answer)
                 chats[i].append({"role": "assistant", "content": answer.text})
-        return [Answered(p, tuple(given)) for p, given in zip(prompts, answers, strict=True)]
+        there = [i for i in range(len(prompts)) if i not in failed]
+        self.file.keep([Answered(prompts[i], tuple(answers[i])) for i in there])
+        if failed:
+            self._refuse({prompts[i].key: why for i, why in failed.items()})
 
-    def _generate(self, keys: list[str], chats: list[list[dict[str, str]]], temperature: float) -> list[Generation]:
-        # the seed is the batch's own, so that it is the same whatever was answered before an interruption
-        drawn = hashlib.sha256(json.dumps([self.seed, chats[0]]).encode()).digest()
-        options = {**self.sampling, "temperature": temperature, "seed": int.from_bytes(drawn[:4])}
+    def _refuse(self, failed: dict[str, Exception]) -> None:
+        for why in failed.values():
+            if isinstance(why, InputError):  # of the server, not of a prompt
+                raise why
+        key, why = next(iter(failed.items()))
+        raise InputError(
+            f"{without_secrets(str(self.server))} does not answer {len(failed)} prompts (first: {key}: {why}); the "
+            "others' answers are kept. Leave such prompts out, lower model.max_new_tokens, or give the server a longer "
+            f"context; {CONTINUES}"
+        )
+
+    def _generate(
+        self, keys: list[str], chats: list[list[dict[str, str]]], temperature: float
+    ) -> Sequence[Generation | Exception]:
+        options = {**self.sampling, "temperature": temperature}
+        if not chats:
+            return []
         if self.server is not None:
-            return complete(chats, self.base, self.server, **options)
-        options["progress"] = False
+            return complete(chats, self.base, self.server, **options, seeds=[self._drawn(chat) for chat in chats])
+        # the seed is the batch's own, so that it is the same whatever was answered before an interruption
+        options |= {"seed": self._drawn(chats[0]), "progress": False}
         with nullcontext() if self.dequantise else role(self.model, "policy"):
             found = generate(self.model, self.tokenizer, chats, batch_size=len(chats), names=keys, **options)
         return [answer for (answer,) in found]
+
+    def _drawn(self, chat: list[dict[str, str]]) -> int:
+        return int.from_bytes(hashlib.sha256(json.dumps([self.seed, chat]).encode()).digest()[:4])
 
     def _temperature(self, prompt: Prompt) -> float:
         if not isinstance(self.temperature, dict):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mixdpo.errors import InputError
 from mixdpo.export import save_adapter
 from mixdpo.files import write_json
 from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
@@ -45,19 +45,19 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
 
 def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """Let ModelCheckpoints go on from their best score. Lightning forgets it in another folder, such as that of a
-    continued run.
-
-    Raises:
-        InputError: the best checkpoint is not there any more.
-    """
+    continued run. A file that is gone is left out: mostly it went for a better one that came after the checkpoint and
+    that the continued run makes again."""
     for callback in trainer.checkpoint_callbacks:
         if "dirpath" in (state := checkpoint.get("callbacks", {}).get(callback.state_key, {})):
             state["dirpath"] = callback.dirpath
+            state["best_k_models"] = {p: score for p, score in state["best_k_models"].items() if Path(p).is_file()}
             if (best := state["best_model_path"]) and not Path(best).is_file():
-                raise InputError(
-                    f"the best checkpoint so far, {best}, is not there any more: bring it back, or continue without "
-                    "the ModelCheckpoint that named it"
-                )
+                state["best_model_path"], state["best_model_score"] = "", None
+                if callback.monitor:
+                    rank_zero_warn(
+                        f"the best checkpoint so far, {best}, is not there any more: if no better one of the first run "
+                        "has taken its place, only those from here on count"
+                    )
 
 
 class CloseFiles(Callback):

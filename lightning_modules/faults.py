@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from lightning_modules.callbacks import logs_step, peak_memory_gb
@@ -36,13 +36,19 @@ class LastCheckpoint(Checkpoint):
             raise InputError(f"checkpoint.every_n_steps must be at least 1, not {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._signal = 0
-        self._owes = False  # whether a validation was to follow the step that the checkpoint ends with
+        self._validated = False  # since the last batch
+        self._stops = False  # something has told Lightning to stop in the middle of a step
+        self._owes, self._epoch = "no", 0  # whether a validation was to follow the checkpoint, and its epoch
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["owes_validation"] = self._owes
+        due = not self._validated and _validates(trainer)
+        stops, trainer.should_stop = trainer.should_stop, False
+        # that of a run that stops here is none of one that goes on
+        checkpoint["owes_validation"] = "no" if not due else "always" if _validates(trainer) else "at the end"
+        trainer.should_stop = stops
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._owes = checkpoint.get("owes_validation", False)
+        self._owes, self._epoch = checkpoint.get("owes_validation", "no"), checkpoint["epoch"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a disk that the run would fill; listen to signals; make up for a validation that was cut off."""
@@ -59,14 +65,30 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread() and not trainer.fit_loop.done:
             for each in SIGNALS:  # Lightning restores its own when it ends
                 signal.signal(each, self._stop)
-        if self._owes and trainer.enable_validation:
-            # Lightning takes it for done. As its epoch loop does it, so that callbacks see one of a fit
-            connector, trainer.validating = trainer._logger_connector, True
-            first, connector._first_loop_iter = connector._first_loop_iter, None
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            loop.restarting = False
-            loop.run()
-            trainer.training, connector._first_loop_iter = True, first
+        between = trainer.val_check_batch
+        if isinstance(between, int):  # in the middle of a step nothing can be saved before it
+            every = trainer.accumulate_grad_batches
+            trainer.val_check_batch = min(-(-between // every) * every, trainer.fit_loop.max_batches)
+        if trainer.enable_validation and (self._owes == "always" or (self._owes != "no" and trainer.fit_loop.done)):
+            self._make_up(trainer, pl_module)
+
+    def _make_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The validation that Lightning takes for done, as its loops do it, so that callbacks see one of that epoch."""
+        progress, connector = trainer.fit_loop.epoch_progress.current, trainer._logger_connector
+        epoch, progress.completed = progress.completed, self._epoch
+        first, connector._first_loop_iter = connector._first_loop_iter, None
+        trainer.validating, loop = True, trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
+        loop.run()
+        trainer.training, connector._first_loop_iter = True, first
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # many look at the score there only
+            for callback in trainer.callbacks:
+                if isinstance(callback, ModelCheckpoint | EarlyStopping):
+                    callback.on_train_epoch_end(trainer, pl_module)
+        progress.completed = epoch
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._validated = False
 
     def _stop(self, number: int, frame: Any) -> None:
         self._signal = number
@@ -76,25 +98,41 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Only where an optimizer step is complete: in the middle of one, its accumulated gradient would be lost."""
         if trainer.fit_loop._should_accumulate():
-            return
+            return self._hold(trainer)
+        trainer.should_stop |= self._stops
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
         ends = trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch) or trainer.should_stop
-        fit_loop = trainer.fit_loop
-        validates = trainer.enable_validation and fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
         stops = bool(self._signal)
         if trainer.world_size > 1:  # a signal may reach one process only
             stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
-        self._owes = validates
-        if ends or stops or validates or trainer.global_step % self.every_n_steps == 0:
+        if ends or stops or _validates(trainer) or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
         if ends:
             _default_handlers()  # what follows the last step can be done again from its checkpoint
         elif stops:
             raise Stopped(self._signal or signal.SIGTERM)
 
+    def _hold(self, trainer: L.Trainer) -> None:
+        """Let the step end first, as by a signal: such as that max_time is over."""
+        self._stops |= trainer.should_stop
+        trainer.should_stop = False
+
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self._signal and trainer.world_size == 1:
+        if self._signal and trainer.world_size == 1 and not trainer.fit_loop._should_accumulate():
             raise Stopped(self._signal)  # the step before it is in the checkpoint
+
+    def on_validation_epoch_end(self, *_: Any) -> None:
+        self._validated = True
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.state.fn != "fit":
+            return
+        if trainer.fit_loop._should_accumulate():
+            self._hold(trainer)
+        if trainer.should_stop and trainer.fit_loop._can_stop_early:  # early stopping, after the last step
+            _default_handlers()
+
+    on_train_epoch_end = on_validation_end
 
     def _save(self, trainer: L.Trainer) -> None:
         folder = Path(trainer.default_root_dir) / "checkpoints"
@@ -102,6 +140,7 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(folder / ".last.ckpt.tmp", weights_only=False)  # False: the whole state
             if trainer.is_global_zero:
                 replace(folder / ".last.ckpt.tmp", folder / "last.ckpt")
+            trainer.strategy.barrier("last.ckpt")  # a process that ends has the others ended
         except OSError as error:
             raise OutOfSpaceError(
                 f"the checkpoint of step {trainer.global_step} cannot be written to {folder}: "
@@ -109,7 +148,7 @@ class LastCheckpoint(Checkpoint):
             ) from error
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.is_global_zero and (Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt").exists():
+        if trainer.is_global_zero and last_checkpoint(trainer):
             step = "" if isinstance(exception, Stopped) else "the last checkpoint is whole; "
             print(f"{step}continue with:\n  {resume_command(trainer)}", file=sys.stderr)
 
@@ -120,9 +159,22 @@ def _default_handlers() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _validates(trainer: L.Trainer) -> bool:
+    """Whether a validation follows the batch."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def last_checkpoint(trainer: L.Trainer) -> str | None:
+    """Of this run, or before it has one the one that it continues."""
+    path = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
+    return str(path) if path.exists() else trainer.ckpt_path
+
+
 def resume_command(trainer: L.Trainer) -> str:
-    folder = Path(trainer.default_root_dir)
-    words = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    words = ["--config", str(Path(trainer.default_root_dir, "config.yaml"))]
+    if (path := last_checkpoint(trainer)) is not None:
+        words += ["--ckpt_path", path]
     return f"python run.py {shlex.join(words)}"
 
 
@@ -200,9 +252,7 @@ class NonFinite(Callback):
         for row in bad:
             row["loss"] = str(row["loss"])  # JSON has no NaN
         path = Path(trainer.default_root_dir) / "non_finite.json"
-        last = path.parent / "checkpoints" / "last.ckpt"
-        again = resume_command(trainer) if last.exists() else f"python run.py --config {path.parent / 'config.yaml'}"
-        again += " --trainer.log_every_n_steps 1"
+        again = f"{resume_command(trainer)} --trainer.log_every_n_steps 1"
         content = {"step": step, "gradient_norm": str(norm), "again": again, "source": data.source, "rows": rows}
         if trainer.is_global_zero:
             write_json(path, content)

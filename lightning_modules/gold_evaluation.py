@@ -88,9 +88,11 @@ class GoldEvaluation(Callback):
         best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
         after = self._answer(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
-        facts = self._facts(trainer)
-        if best is not None:
-            facts = {"answers after training": f"of the best {best.monitor}, {best.best_model_score:.4f}"} | facts
+        if best is None:
+            facts = self._validation_facts(trainer) | self._facts(trainer)
+        else:  # the last validation was of another policy
+            of_best = f"of the best {best.monitor}, {best.best_model_score:.4f}"
+            facts = {"answers after training": of_best} | self._facts(trainer)
         folder = Path(trainer.default_root_dir)
         write_json(folder / "results.json", {"heldout_prompts": rows, "facts": facts, "steps": trainer.global_step})
         write_json(
@@ -151,7 +153,7 @@ class GoldEvaluation(Callback):
             "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
         }
 
-    def _facts(self, trainer: L.Trainer) -> dict[str, str]:
+    def _validation_facts(self, trainer: L.Trainer) -> dict[str, str]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         facts: dict[str, str] = {}
         for group in ("easy", "hard"):
@@ -163,9 +165,12 @@ class GoldEvaluation(Callback):
                 )
         if "val/all/displacement/chosen" in metrics:
             facts["displacement of the chosen log-prob, nats"] = f"{metrics['val/all/displacement/chosen']:+.2f}"
+        return facts
+
+    def _facts(self, trainer: L.Trainer) -> dict[str, str]:
         throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
         precision = "a dequantised fp32 copy, adapter merged" if self.dequantise else "the model as trained"
-        return facts | {
+        return {
             "optimizer steps": str(trainer.global_step),
             "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",
             "training and validation, s": f"{self.seconds['training']:.0f}",

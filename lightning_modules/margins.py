@@ -56,6 +56,8 @@ class MarginModule(L.LightningModule):
         self.needs: str = signal.needs  # type: ignore[attr-defined]
         if other := [name for name, more in self.also.items() if more.needs != self.needs]:  # type: ignore[attr-defined]
             raise InputError(f"model.also: {', '.join(other)} cannot be computed with the {self.needs} of {signal}")
+        if output and (same := [name for name in self.also if f"{name}.margins" == Path(output).name]):
+            raise InputError(f"model.also: {same[0]} would write to {output}, which is model.output: give another name")
         if not {"policy": True, "adapter": bool(adapter)}.get(self.needs, not adapter):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}

@@ -1,6 +1,7 @@
 """The LightningModule of preference training: easy pairs by a preference loss, hard pairs by SFT."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, by_difficulty, leng
 from mixdpo.models import row_log_probs, sequence_log_probs, summed
 from mixdpo.reference import ReferenceCache
 from mixdpo.schedules import learning_rate_mass
+from mixdpo.token_cleaning.cleaning import described
 from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import is_online
 
@@ -54,6 +56,8 @@ class PreferenceModule(AdapterModule):
         """
         super().__init__(base, **options)
         self.preference_loss = preference_loss
+        # at once: one's own may count or average while it trains
+        self._loss_name = getattr(preference_loss, "describe", partial(described, preference_loss))()
         self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
         self.easy_sft_weight, self.log_gradient_norms = easy_sft_weight, log_gradient_norms
         if not (self.sft_weight >= 0 and easy_sft_weight >= 0):
@@ -253,12 +257,9 @@ class PreferenceModule(AdapterModule):
         with self.trainer.precision_plugin.forward_context():  # Lightning's own is around the steps only
             fit_adapter(self.model, "cleaning", samples, **options)
 
-    def _loss(self) -> str:
-        return getattr(self.preference_loss, "describe", self.preference_loss.__repr__)()
-
     def identity(self) -> dict[str, Any]:
         weights = f"{self.sft_weight} hard, {self.easy_sft_weight} easy"
-        return super().identity() | {"preference_loss": self._loss(), "weights of SFT": weights}
+        return super().identity() | {"preference_loss": self._loss_name, "weights of SFT": weights}
 
     def plan_facts(self) -> dict[str, Any]:
         """For the run's summary: the share of the learning rate that each route will receive."""
@@ -266,4 +267,4 @@ class PreferenceModule(AdapterModule):
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
         if self._plan.hard_share.any() < self.trainer.datamodule.route.to_sft.any():
             self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
-        return {"planned_lr_mass": mass, "preference_loss": self._loss()}
+        return {"planned_lr_mass": mass, "preference_loss": self._loss_name}

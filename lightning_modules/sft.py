@@ -56,7 +56,8 @@ class SFTModule(AdapterModule):
         log_probs = row_log_probs(self.model, batch.rows)
         sums = log_probs.new_zeros(len(batch)).index_add(0, batch.rows.completion, log_probs.detach())
         self.row_losses = -sums / batch.rows.lengths
-        if batch.losses is not None:  # the scorer reads the policy of this very step
+        # the scorer reads the policy of this very step; what is not finite has no scores, and NonFinite names its rows
+        if batch.losses is not None and log_probs.isfinite().all():
             self._score(batch, log_probs.detach())
         weight = batch.token_weight
         self._kept, self._step_tokens = (
@@ -86,9 +87,9 @@ class SFTModule(AdapterModule):
         if self.cleaning is None:
             return  # all are kept
         kept = self.kept_in_step(optimizer)
-        if kept not in (0, self._step_tokens):
-            for group in optimizer.param_groups:
-                torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], self._step_tokens / kept)
+        gradients = [p.grad for p in self.learning() if p.grad is not None]  # none where NonFinite skips the step
+        if gradients and kept != self._step_tokens:
+            torch._foreach_mul_(gradients, self._step_tokens / kept)
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"stage_start": self.stage_start}

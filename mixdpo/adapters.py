@@ -199,15 +199,21 @@ def base_fingerprint(model: "PeftModel | PreTrainedModel") -> str:
     model = getattr(model, "get_base_model", lambda: model)()
     config = model.config.to_dict()
     digest = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if not k.startswith("_"))).encode())
-    named = ((name.replace(".base_layer.", "."), parameter) for name, parameter in model.named_parameters())
-    for name, parameter in sorted(named, key=lambda item: item[0]):
+    named = ((name.replace(".base_layer.", "."), name, parameter) for name, parameter in model.named_parameters())
+    for name, path, parameter in sorted(named, key=lambda item: item[0]):
         if "lora_" not in name:
-            quantised = getattr(parameter, "quant_state", None)
-            scales = [quantised.absmax] if quantised is not None else []
-            for tensor in (parameter, *scales):
+            for tensor in (parameter, *_scales(model.get_submodule(path.rpartition(".")[0]), parameter)):
                 digest.update(name.encode())
                 digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()[:16]
+
+
+def _scales(layer: nn.Module, weight: nn.Parameter) -> list[Tensor]:
+    """What bitsandbytes multiplies a weight by that it holds in 4 bits or 8."""
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        return [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
+    holders = (weight, getattr(layer, "state", None))  # the first forward moves those of 8 bits to the layer
+    return [holder.SCB for holder in holders if getattr(holder, "SCB", None) is not None]
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:

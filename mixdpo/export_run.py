@@ -54,7 +54,8 @@ def export(
         merge: write a plain model instead of the adapter.
         dtype: of the plain model's weights.
         device: where to merge and to compare; 8B in nf4 to bfloat16 takes about 22 GB there.
-        quantization: how the base under a PEFT folder was held while that was trained. A run's folder says it.
+        quantization: how the base under a PEFT folder was held while that was trained, with bfloat16 for what is not
+            quantised. A run's folder says it.
         chat_template: what a PEFT folder was trained with, if not with the tokenizer's own: a file with a Jinja
             template, or `plain`. A run's folder says it.
 
@@ -64,7 +65,7 @@ def export(
     target = Path(out)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder: give another one")
-    trained = read_trained(run, quantization, dtype, chat_template)
+    trained = read_trained(run, quantization, chat_template=chat_template)
     with written_whole(target) as unfinished:
         unfinished.mkdir()
         if merge:

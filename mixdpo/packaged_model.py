@@ -62,7 +62,9 @@ def _convert(source: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with redirect_stderr(io.StringIO()):  # progress bars that have no switch, one line per tensor
+    # progress bars that have no switch, one line per tensor; and initial weights, which are drawn before the file's
+    # replace them, must not shift the run's random numbers
+    with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**where)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)

@@ -58,7 +58,8 @@ def limit_lengths(
     """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
     `truncate` touches only a pair that is too long: its prompt keeps its last `max_prompt_length` tokens (a BOS goes
-    first), then each completion its first `max_length` - prompt tokens, and so loses its end token.
+    first), then each completion its first `max_length` - prompt tokens, and so loses its end token; a
+    pair of which that leaves two equal completions is dropped.
     `drop` drops a pair that is too long. A pair with an empty completion is dropped always.
 
     Raises:
@@ -76,7 +77,8 @@ def limit_lengths(
         return None
     prompt_ids = pair.prompt_ids[-max_prompt_length:]
     room = max_length - len(prompt_ids)
-    return EncodedPair(prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
+    cut = EncodedPair(prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room])
+    return None if cut.chosen_ids == cut.rejected_ids else cut
 
 
 def encode_pairs(
@@ -100,8 +102,8 @@ def encode_pairs(
 
     Returns:
         A data set with the columns pair_id, margin, row, prompt_ids, chosen_ids, rejected_ids, truncated (bool), and
-        the counts `dropped_overlong`, `dropped_empty` (a completion of nothing but its end token), `truncated` and,
-        where there are such rows, `special_tokens_in_text`.
+        the counts `dropped_overlong` (or cut to two equal completions), `dropped_empty` (a completion of nothing but
+        its end token), `truncated` and, where there are such rows, `special_tokens_in_text`.
 
     Raises:
         InputError: a pair cannot be encoded (with its row), or all are dropped.

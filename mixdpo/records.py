@@ -2,15 +2,19 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mixdpo import margins
 from mixdpo.errors import InputError
-from mixdpo.tables import Table, checked_text, hash63, read_table, row_id
+from mixdpo.tables import Table, checked_text, hash63, read_table, row_id, without_nulls
 
 Message = dict[str, str]
+LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
+IGNORED = ("system", "history")  # columns that other trainers put before the prompt
+UNRENDERED = ("tool_calls", "reasoning_content")  # parts of a message beside its content
 
 
 def read_pairs(
@@ -105,12 +109,13 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     if "prompt" not in row:
         if isinstance(row["chosen"], str):
             raise InputError(
-                "there is no 'prompt', and 'chosen' is one string. Give a 'prompt' column, or message lists "
-                "[{'role': …, 'content': …}, …] in 'chosen' and 'rejected' (dialogues as in hh-rlhf must be cut first)."
+                "there is no 'prompt', or it is null, and 'chosen' is one string. Give a 'prompt' column, or message "
+                "lists [{'role': …, 'content': …}, …] in 'chosen' and 'rejected' (dialogues as in hh-rlhf must be cut "
+                "first)."
             )
         prompt = _shared_messages(chosen, rejected)
     elif isinstance(row["prompt"], str):
-        text = checked_text(row["prompt"], "prompt")
+        text = plain_text(row["prompt"], "prompt")
         prompt = _shared_messages(chosen, rejected) or [{"role": "user", "content": text}]
         if text.strip() not in (message["content"].strip() for message in prompt):
             raise InputError("'prompt' is no message of the conversation that 'chosen' and 'rejected' share.")
@@ -118,22 +123,57 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
         prompt = parse_messages(row, "prompt")
     if not prompt or prompt[-1]["role"] != "user":
         raise InputError("the prompt, which chosen and rejected must share, should end in a message of role 'user'.")
+    refuse_ignored(row, prompt)
     return prompt, _completion(chosen, prompt, "chosen"), _completion(rejected, prompt, "rejected")
 
 
 def parse_messages(row: dict[str, Any], column: str) -> list[Message]:
     """The column as messages; a plain string is one message of the assistant."""
     if column not in row:
-        raise InputError(f"the column {column!r} is missing.")
+        raise InputError(f"the column {column!r} is missing or null.")
     value = row[column]
     if isinstance(value, str):
-        return [{"role": "assistant", "content": checked_text(value, column)}]
+        return [{"role": "assistant", "content": plain_text(value, column)}]
     if not isinstance(value, list) or not value:
-        raise InputError(f"{column!r} should be text or a list of messages, not {value!r}.")
+        raise InputError(f"{column!r} should be text or a list of messages, not {value!r:.80}.")
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(f"{column!r} holds {message!r:.80}; a message has the keys 'role' and 'content'.")
+        if lost := [key for key in UNRENDERED if message.get(key)]:
+            raise InputError(
+                f"a message of {column!r} has {' and '.join(lost)}, and only 'content' is read: put it in there, or "
+                "leave the row out."
+            )
     return [{key: checked_text(message[key], f"{column}.{key}") for key in ("role", "content")} for message in value]
+
+
+def plain_text(value: Any, column: str) -> str:
+    """
+    Raises:
+        InputError: it is no text, or the text is what a table wrote of a list of messages.
+    """
+    text = checked_text(value, column)
+    if LIST_AS_TEXT.match(text):
+        raise InputError(
+            f"{column!r} is a list of messages that was saved as text: {text!r:.80}. Save the data as .jsonl or "
+            ".parquet, in which a list stays one."
+        )
+    return text
+
+
+def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
+    """
+    Raises:
+        InputError: a column that is not read says what no message says.
+    """
+    said = ["", *(message["content"].strip() for message in messages)]
+    for column in IGNORED:
+        value = row.get(column)
+        if value and not (isinstance(value, str) and value.strip() in said):
+            raise InputError(
+                f"the column {column!r} is not read, and here it holds {value!r:.80}: put it into the prompt, as "
+                "messages with roles, or remove the column."
+            )
 
 
 def _shared_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -158,8 +198,9 @@ def _completion(conversation: list[Message], prompt: list[Message], column: str)
 
 
 def _record(row: dict[str, Any], columns: margins.MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
-    prompt, chosen, rejected = parse_row(row)
-    pair_id = row_id(row, "pair_id", json.dumps([prompt, chosen, rejected]), rows_of_ids)
+    present = without_nulls(row)  # but a margin of null is no margin that is absent
+    prompt, chosen, rejected = parse_row(present)
+    pair_id = row_id(present, "pair_id", json.dumps([prompt, chosen, rejected]), rows_of_ids)
     drop = _why_unusable(prompt, chosen, rejected)
     # A row that is kept out needs no score.
     margin = math.nan if drop or not columns else margins.row_margin(row, columns)

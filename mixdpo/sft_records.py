@@ -6,8 +6,8 @@ from typing import Any
 
 from mixdpo import records
 from mixdpo.errors import InputError
-from mixdpo.records import Message, parse_messages
-from mixdpo.tables import Table, checked_text, read_table, row_id
+from mixdpo.records import Message, parse_messages, plain_text, refuse_ignored
+from mixdpo.tables import Table, checked_text, read_table, row_id, without_nulls
 
 FORMS = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})
 
@@ -41,8 +41,7 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
 
 def parse_sample(row: dict[str, Any]) -> list[Message]:
     """The messages of a row in any of the three forms, up to its last answer."""
-    present = {name for name, value in row.items() if value is not None}
-    forms = [form for form in FORMS if form <= present]
+    forms = [form for form in FORMS if form <= row.keys()]
     if len(forms) != 1:
         raise InputError(
             f"the columns fit {len(forms)} forms of a sample and should fit one: 'messages', or 'prompt' and "
@@ -60,12 +59,13 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
     if not answers:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(f"no message has the role 'assistant' (there are: {roles}), so there is nothing to learn.")
+    refuse_ignored(row, messages)
     return messages[: answers[-1] + 1]
 
 
 def _prompt(row: dict[str, Any]) -> list[Message]:
     if isinstance(row["prompt"], str):
-        return _user(checked_text(row["prompt"], "prompt"))
+        return _user(plain_text(row["prompt"], "prompt"))
     prompt = parse_messages(row, "prompt")
     if any(message["role"] == "assistant" for message in prompt):
         raise InputError(
@@ -83,14 +83,10 @@ def _completion(row: dict[str, Any]) -> list[Message]:
 
 
 def _alpaca(row: dict[str, Any]) -> list[Message]:
-    question, context = checked_text(row["instruction"], "instruction"), _optional(row, "input")
+    question, context = checked_text(row["instruction"], "instruction"), checked_text(row.get("input", ""), "input")
     if context.strip():
         question += f"\n\n{context}"
     return [*_user(question), {"role": "assistant", "content": checked_text(row["output"], "output")}]
-
-
-def _optional(row: dict[str, Any], column: str) -> str:
-    return "" if row.get(column) is None else checked_text(row[column], column)
 
 
 def _user(text: str) -> list[Message]:
@@ -98,12 +94,13 @@ def _user(text: str) -> list[Message]:
 
 
 def _record(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
+    row = without_nulls(row)
     messages = parse_sample(row)
     id_column = "id" if "id" in row and "sample_id" not in row else "sample_id"
     return {
         "sample_id": row_id(row, id_column, json.dumps(messages), rows_of_ids),
         "messages": messages,
-        "source": _optional(row, "source"),
+        "source": checked_text(row.get("source", ""), "source"),
         "drop": _why_unusable(messages),
     }
 

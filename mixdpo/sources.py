@@ -23,7 +23,7 @@ NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 BUILT_IN = {"constraints": "constraints_pairs.jsonl", "heldout": "constraints_heldout.jsonl"}
 HUB_FILE = "hf://datasets/"
 DATA_FILE = re.compile(r"\.(parquet|(jsonl?|csv)(\.gz)?)$")
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 KEPT = "surrogateescape"  # bytes that are no UTF-8 stay in the text, for the row that holds them to be named
 REMEDIES = {
     UnicodeDecodeError: "Save the file as UTF-8",
@@ -55,8 +55,13 @@ def open_source(source: str, split: str) -> Source:
     if DATA_FILE.search(source) or source in BUILT_IN or not HUB_ID.fullmatch(source):
         raise InputError(f"no file or folder {str(path)!r} (looked from {Path.cwd()}). Check the path.")
     hint = f" It is no local path and no built-in task ({', '.join(BUILT_IN)}), so it was sought on the hub."
+    hint += " One of several configurations is written ID:CONFIG, one file hf://datasets/OWNER/NAME/FILE."
     where = f"{source!r}, split {split!r}"
-    return _through_datasets(where, "", lambda datasets: datasets.load_dataset(source, split=split), hint)
+    return _through_datasets(where, "", lambda datasets: datasets.load_dataset(*source.split(":"), split=split), hint)
+
+
+def is_one_file(source: str) -> bool:
+    return source in BUILT_IN or source.startswith(HUB_FILE) or bool(DATA_FILE.search(source))
 
 
 def _from_hub(source: str) -> Path:
@@ -103,7 +108,8 @@ def _open_folder(path: Path, split: str) -> Source:
             raise InputError(f"the splits are {', '.join(saved)}")
         return saved[split]
 
-    return _through_datasets(f"{path}, split {split!r}", key, load)
+    hint = " Of several configurations name the folder or the file of one."
+    return _through_datasets(f"{path}, split {split!r}", key, load, hint)
 
 
 def _through_datasets(name: str, key: str, load: Callable[[Any], "Dataset"], hint: str = "") -> Source:
@@ -142,13 +148,15 @@ def text_rows(path: Path) -> NumberedRows:
 
 def _json_rows(lines: Iterable[bytes]) -> NumberedRows:
     """One object a line, or one list of objects over the whole file. A blank line is None, to keep the count."""
-    lines = iter(lines)
+    lines, begun = iter(lines), False
     for number, line in enumerate(lines, 1):
-        if number == 1 and line.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+        if not begun and line.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+            yield 0, None  # a list counts its own rows
             yield from _json_list((line + b"".join(lines)).decode("utf-8-sig", KEPT))
         elif not (text := line.decode("utf-8-sig")).strip():
             yield number, None
         else:
+            begun = True
             yield number, _json_object(DECODER.decode(text))
 
 
@@ -188,6 +196,8 @@ def _json_object(row: Any) -> dict[str, Any]:
 def _csv_rows(lines: Iterable[bytes]) -> NumberedRows:
     reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
     header = next(reader, [])
+    if header[:1] == [""]:
+        header[0] = "index"  # as pandas writes it
     if len(set(header)) < len(header):
         raise ValueError(f"the header names a column twice: {', '.join(header)}")
     if header and not all(header):

@@ -92,6 +92,11 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
         raise InputError(f"{source.name} holds no rows: give a file or split with some.")
 
 
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Null counts as absent: a table, and JSON made of one, has every column in every row."""
+    return {column: value for column, value in row.items() if value is not None}
+
+
 def row_id(row: dict[str, Any], column: str, content: str, rows_of_ids: dict[int, int]) -> int:
     """Hash of the row's value in `column`; without one, of its content, where a repeated row gets the next number."""
     if column not in row:
@@ -101,10 +106,12 @@ def row_id(row: dict[str, Any], column: str, content: str, rows_of_ids: dict[int
         return number
     name = row[column]
     if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
-        raise InputError(f"{column!r} should be text or a whole number, not {name!r}.")
+        raise InputError(f"{column!r} should be text or a whole number, not {name!r:.80}.")
     number = hash63(checked_text(str(name), column))
     if number in rows_of_ids:
-        raise InputError(f"{column} {name!r} was already given by row {rows_of_ids[number]}; each row needs its own.")
+        raise InputError(
+            f"{column} {name!r:.80} was already given by row {rows_of_ids[number]}; each row needs its own."
+        )
     return number
 
 

@@ -171,7 +171,8 @@ def encode_answers(
     """Ids of the prompt and of prompt + each completion with its end token, through a template of `load_template`.
 
     Raises:
-        InputError: the template fails, changes the prompt once an answer follows, or writes no end token.
+        InputError: the template fails, changes the prompt once an answer follows, leaves out part of an answer, or
+            writes no end token.
     """
     texts = [*(message["content"] for message in prompt), *completions]
     as_text = not special_tokens_in_text and bool(control_tokens(tokenizer, texts))
@@ -196,6 +197,10 @@ def _encode_chat(
         raise InputError(
             "the chat template leaves the system message out: give a `chat_template` that shows it, or data without"
         )
+    if any(_bare(answer) not in _bare(text) for answer, text in zip(completions, texts[1:], strict=True)):
+        raise InputError(
+            "the chat template leaves out part of an answer (reasoning, perhaps): give a `chat_template` that shows it"
+        )
     if as_text:
         prompt_ids = chat_ids_as_text(tokenizer, prompt, template, add_generation_prompt=True)
         wholes = [chat_ids_as_text(tokenizer, chat, template, add_generation_prompt=False) for chat in answers]
@@ -215,6 +220,11 @@ def _render(tokenizer: "Tokenizer", template: str, messages: Messages, *, add_ge
             f"the chat template refuses messages of the roles ({roles}): {error}. Give another `chat_template`, or "
             "other roles"
         ) from error
+
+
+def _bare(text: str) -> str:
+    """Without white space, which templates trim."""
+    return "".join(text.split())
 
 
 def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:

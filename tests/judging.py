@@ -75,7 +75,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_for(met: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(met: Callable[[], bool], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not met():
         assert time.monotonic() < end, "waited in vain"

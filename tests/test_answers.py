@@ -195,6 +195,11 @@ def test_same_id_twice_is_named(tmp_path):
         ("no number", 0),
         ("#### -4", 0),
         ("", 0),
+        ("#### 1. Add\n2 + 2 = 4\n#### 4", 1),
+        ("#### 1) Add them\nIt is 4", 1),
+        ("##### 12. Add them\nIt is 4", 1),
+        ("#### 3\nNo:\n#### 4.\nCheck 7 times", 1),
+        ("#### 4. That is all", 1),
     ],
 )
 def test_gsm8k_by_hand(text, score):
@@ -328,14 +333,18 @@ def test_a_prompt_that_cannot_be_asked_is_named_by_its_id(tiny_model, tmp_path, 
 class Echo(BaseHTTPRequestHandler):
     """Says what was asked, in capitals; the first request of each server fails."""
 
+    lock = threading.Lock()
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         asked: list[dict[str, Any]] = self.server.asked  # type: ignore[attr-defined]
-        asked.append(body)
+        with self.lock:
+            asked.append(body)
+            fails = len(asked) == 1
         words = body["messages"][-1]["content"].upper().split()
         choice = {"message": {"content": " ".join(words[:2])}, "finish_reason": "length" if len(words) > 2 else "stop"}
         answer = json.dumps({"choices": [choice], "usage": {"completion_tokens": len(words[:2])}}).encode()
-        self.send_response(200 if len(asked) > 1 else 500)
+        self.send_response(500 if fails else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -369,9 +378,46 @@ def test_answers_of_a_server(tmp_path, capsys):
     assert "model.server has its own model" in capsys.readouterr().err
 
 
+def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, capsys):
+    """Nor a turn of another, and nothing is asked twice; a folder of the model's name is nothing to it."""
+
+    def refuse(self: Any) -> None:
+        if (length := int(self.headers["Content-Length"])) > 2000:
+            self.rfile.read(length)
+            return self.send_error(400, "too long")
+        return Echo.do_POST(self)
+
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/config.yaml").write_text("of: no run")
+    monkeypatch.chdir(tmp_path)
+    rows = questions(3)
+    rows[1]["turns"][1] = "moon " * 500
+    source = write_rows(tmp_path / "question.jsonl", rows)
+    handler = type("Short", (Echo,), {"do_POST": refuse})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        arguments = answers("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
+        assert in_process(*arguments) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert "does not answer 1 prompts (first: 82: HTTP 400" in said and "lower model.max_new_tokens" in said
+        assert len(read(tmp_path / "tiny.answers.jsonl")) == 1 + 2
+        asked, served = len(server.asked), server.asked[:]  # type: ignore[attr-defined]
+        assert in_process(*arguments) == 1
+        assert len(server.asked) == asked + 1  # type: ignore[attr-defined]  # the first turn of the one that failed
+        server.shutdown()
+    assert len({body["seed"] for body in served}) == 3 + 2
+
+
 def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
     """What is to be checked is no option of `mixdpo judge`."""
-    handler = type("Missing", (Echo,), {"do_POST": lambda self: self.send_error(404)})
+
+    def refuse(self: Any) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_error(404)
+
+    handler = type("Missing", (Echo,), {"do_POST": refuse})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"

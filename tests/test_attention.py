@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from mixdpo.attention import document_mask
 from mixdpo.batching import Piece, build_rows, token_rows
 from mixdpo.errors import InputError
 from mixdpo.log_probs import token_log_probs
-from mixdpo.models import check_documents, load_base, output_head, predicting_states
+from mixdpo.models import _check_window, check_documents, load_base, output_head, predicting_states
 
 DRAW = torch.Generator().manual_seed(3)
 ARCHITECTURES = ["llama", "qwen2", "gemma2", "cohere", "granite", "mistral"]
@@ -121,6 +122,23 @@ def test_architectures_where_it_is_not_exact_are_refused(name: str, tmp_path: Pa
     torch.testing.assert_close(found.double(), one_by_one(model, PAIRS).double(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_table_of_attentions_of_its_own_is_no_broken_download(tmp_path: Path) -> None:
+    config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    transformers.FalconForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"does not know model.attention by_segment: use model.attention eager"):
+        load(tmp_path, "by_segment")
+    check_documents(load(tmp_path, "eager"))
+
+
+@pytest.mark.parametrize("attention", ["by_segment", "eager"])
+@pytest.mark.parametrize("name", ["opt", "gpt_bigcode", "starcoder2"])
+def test_dropout_of_the_base_is_off_under_any_name(name: str, attention: str, tmp_path: Path) -> None:
+    more = {"dropout": 0.5, "layerdrop": 0.5, "residual_dropout": 0.5, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    model = load(write_tiny(name, tmp_path, attention_dropout=0.5, attn_pdrop=0.5, **more), attention).train()
+    first, second = (model(torch.arange(9)[None], use_cache=False).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_a_sequence_beyond_the_sliding_window_is_refused_only_where_it_is_packed(tmp_path: Path) -> None:
     model = load(write_tiny("mistral", tmp_path, sliding_window=12), "by_segment")
     with pytest.raises(InputError, match="sliding window of 12"):
@@ -131,6 +149,17 @@ def test_a_sequence_beyond_the_sliding_window_is_refused_only_where_it_is_packed
     rows = build_rows(long, [True], [True], share_prompt=False)
     found = token_log_probs(predicting_states(model, rows), output_head(model), rows.target)
     torch.testing.assert_close(found, one_by_one(model, long), rtol=1e-5, atol=1e-6)
+
+
+def test_windows_that_go_by_other_names() -> None:
+    """The one within a composite configuration; GPT-Neo's, over the columns of a row: 5 + 4 + 7 of the first pair."""
+    rows = build_rows(PAIRS, [True] * 4, [True] * 4)
+    _check_window(transformers.Gemma3Config(text_config={"sliding_window": 14}), rows)
+    with pytest.raises(InputError, match=r"14 tokens .* window of 13"):
+        _check_window(transformers.Gemma3Config(text_config={"sliding_window": 13}), rows)
+    _check_window(transformers.GPTNeoConfig(window_size=16), rows)
+    with pytest.raises(InputError, match=r"16 tokens .* window of 15"):
+        _check_window(transformers.GPTNeoConfig(window_size=15), rows)
 
 
 def test_a_head_that_says_other_logits_than_the_model_is_refused(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,19 @@ def test_the_base_is_its_weights_and_its_configuration(tiny_model: str) -> None:
         fingerprint(lambda base: base.model.embed_tokens.weight.copy_(base.model.embed_tokens.weight.flip(0))) != same
     )
     assert fingerprint(lambda base: setattr(base.config, "rms_norm_eps", 1e-3)) != same
+
+
+@pytest.mark.parametrize(
+    ("quantization", "scale"),
+    [("nf4", "weight.quant_state.offset"), ("nf4", "weight.quant_state.state2.absmax"), ("int8", "state.SCB")],
+)
+def test_the_base_is_the_scales_of_its_weights_as_well(quantization: Any, scale: str, tiny_model: str) -> None:
+    found = []
+    for factor in (1, 1, 2):
+        base = load_base(tiny_model, quantization=quantization, dtype="float32")
+        attrgetter(scale)(base.model.layers[1].mlp.up_proj).mul_(factor)
+        found.append(base_fingerprint(add_adapters(base, Lora(rank=2))))
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_reference_of_another_scale_cannot_be_refreshed(tiny_model: str, source: str, tmp_path: Path) -> None:

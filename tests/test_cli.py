@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_pairs, write_pairs
+from safetensors import SafetensorError
 
 import run
 from mixdpo.__main__ import main
@@ -126,12 +127,45 @@ def refused(
     yield check
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_a_logger_of_ones_own_moves_no_file(tiny_model: str, source: str, tmp_path: Path) -> None:
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs"), "name": "", "version": "v"}}
+    command = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path / "runs")]
+    for name in ("tiny", "tiny-2"):
+        assert in_process(*command, "--trainer.logger", json.dumps(logger), "--trainer.max_steps", "1") == 0
+        assert (tmp_path / "runs" / name / "config.yaml").is_file()
+    assert not (tmp_path / "logs" / "v" / "config.yaml").exists()
+
+
+def test_the_folder_of_runs_has_one_option(refused: Callable[..., str]) -> None:
+    assert "give --runs and --name instead" in refused("--trainer.default_root_dir", "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(28, "")]
+)
+def test_a_disk_that_fills_up_is_no_traceback(
+    error: Exception, tiny_model: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While adapter/ is written, which can be done again from the checkpoint."""
+
+    def full(*_: object) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_modules.callbacks.save_adapter", full)
+        assert in_process("--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path / "runs")) == 1
+    said = capsys.readouterr().err
+    assert "error: cannot write the run's files: No space left on device. Free some space" in said
+    assert "continue with:" in said and (tmp_path / "runs/tiny/checkpoints/last.ckpt").is_file()
+
+
 def test_a_source_that_is_not_there(refused: Callable[..., str]) -> None:
     assert "/nonexistent" in refused("--data.source", "/nonexistent", through="shell")
 
 
 def test_a_misspelt_option(refused: Callable[..., str]) -> None:
-    assert "betta" in refused("--model.preference_loss.betta", "1", through="shell")
+    assert "betta" in refused("--model.preference_loss.betta", "1")
 
 
 @pytest.mark.parametrize(

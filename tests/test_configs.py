@@ -209,7 +209,7 @@ def test_misspelt_option_is_named(build, option):
 
 def python(code: str) -> str:
     """What the code prints in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -172,13 +172,16 @@ def test_the_adapter_with_the_template_of_the_training(
     assert ("no chat template is written" in capsys.readouterr().out) == (kind == "plain")
 
 
-def test_a_bare_adapter_needs_to_be_told_the_quantization(handmade: Path, tmp_path: Path) -> None:
+def test_a_bare_adapter_needs_to_be_told_the_quantization(
+    handmade: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (handmade / "config.yaml").unlink()
     with pytest.raises(InputError, match="--quantization nf4, int8 or none"):
         export(str(handmade / "adapter"), str(tmp_path / "out"), merge=True)
     assert not (tmp_path / "out").exists()
     export(str(handmade / "adapter"), str(tmp_path / "out"), merge=True, dtype="float32", quantization="none")
     assert dtypes_in(tmp_path / "out") == {"F32"}
+    assert "(limit 0.15)" in capsys.readouterr().out  # of bfloat16: trained in the dtype written, it would prove little
 
 
 def test_what_is_refused(handmade: Path, tiny_model: str, tmp_path: Path) -> None:

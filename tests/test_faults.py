@@ -15,11 +15,11 @@ import lightning as L
 import pytest
 import torch
 from conftest import TEMPLATE, adapter_weights, build, fit, make_pairs, write_pairs
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
-from lightning_modules.callbacks import ExactResume, RunFiles
+from lightning_modules.callbacks import ExactResume, RunFiles, ValidateAtMaxSteps
 from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
 from mixdpo.losses import DPO, IPO
@@ -127,16 +127,17 @@ def test_a_checkpoint_comes_before_a_validation_by_the_clock(
 
 
 def test_the_best_of_a_continued_run_may_be_older_than_it(tiny_model: str, source: str, tmp_path: Path) -> None:
-    """The loss is least after the first epoch; the run is stopped before it ends a second one."""
+    """What falls is greatest after the first epoch; the run is stopped before it ends a second one."""
     data, epochs = {"validation": 0.2, "routing": Routing(hard_fraction=1.0)}, {"max_epochs": 3}
-    monitor = {"monitor": "val/all/sft_loss", "mode": "min"}
+    slow = ADAMW | {"lr": 1e-3}
+    monitor = {"monitor": "val/all/sft_loss", "mode": "max"}
     stop = At(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped):
         trainer = with_callbacks(stop, ModelCheckpoint(**monitor), **epochs)
-        fit(tiny_model, source, tmp_path / "cut", data=data, trainer=trainer, **ADAMW)
+        fit(tiny_model, source, tmp_path / "cut", data=data, trainer=trainer, **slow)
     best = ModelCheckpoint(**monitor)
     rest = {"ckpt_path": checkpoint(tmp_path / "cut"), "trainer": with_callbacks(best, **epochs)}
-    fit(tiny_model, source, tmp_path / "rest", data=data, **rest, **ADAMW)
+    fit(tiny_model, source, tmp_path / "rest", data=data, **rest, **slow)
     assert Path(best.best_model_path).is_relative_to(tmp_path / "cut") and "epoch=0" in best.best_model_path
     saved = load_file(tmp_path / "rest" / "adapter" / "adapter_model.safetensors")
     kept = torch.load(best.best_model_path, weights_only=True)["state_dict"]
@@ -166,17 +167,161 @@ def test_a_validation_that_was_cut_off_is_made_up_for(tiny_model: str, source: s
     assert [step for step, _, _ in steps["whole"]] == [5, 10] and steps["rest"] == steps["whole"]
 
 
-def test_a_best_checkpoint_that_is_gone_is_named(tiny_model: str, source: str, tmp_path: Path) -> None:
+class Crash(Exception):
+    pass
+
+
+def crash() -> None:
+    raise Crash
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:the best checkpoint so far")
+@pytest.mark.parametrize(
+    ("mode", "crash_at", "options"),
+    [
+        ("max", 7, {}),  # the checkpoint precedes the first validation, which makes the first file
+        ("min", 7, {}),
+        ("min", 12, {}),  # the second validation has replaced the file that the checkpoint names
+        ("min", 12, {"save_top_k": 2}),
+    ],
+)
+def test_the_best_is_that_of_the_whole_run_wherever_it_was_cut(
+    mode: str, crash_at: int, options: dict[str, Any], tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """By a crash, so that the checkpoint is one from before a validation, which acts at the end of its epoch."""
+    data, epochs = {"validation": 0.2, "routing": Routing(hard_fraction=1.0)}, {"max_epochs": 3}
+    best: dict[str, ModelCheckpoint] = {}
+
+    def run(name: str, *callbacks: Any, ckpt_path: str | None = None) -> None:
+        best[name] = ModelCheckpoint(monitor="val/all/sft_loss", mode=mode, **options)
+        trainer = with_callbacks(best[name], *callbacks, **epochs)
+        fit(tiny_model, source, tmp_path / name, data=data, trainer=trainer, ckpt_path=ckpt_path, **ADAMW)
+
+    run("whole")
+    with pytest.raises(Crash):
+        run("cut", At(crash_at, crash))
+    run("rest", ckpt_path=checkpoint(tmp_path / "cut"))
+    assert best["rest"].best_model_score == best["whole"].best_model_score
+    assert Path(best["rest"].best_model_path).name == Path(best["whole"].best_model_path).name
+    assert adapter(tmp_path / "rest") == adapter(tmp_path / "whole")
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(tiny_model: str, source: str, tmp_path: Path) -> None:
     data, epochs = {"validation": 0.2}, {"max_epochs": 3}
-    stop = At(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
     best = ModelCheckpoint(monitor="val/all/sft_loss")
-    with pytest.raises(Stopped):
-        fit(tiny_model, source, tmp_path / "cut", data=data, trainer=with_callbacks(stop, best, **epochs), **ADAMW)
+    trainer = with_callbacks(At(9, crash), best, **epochs)
+    trainer["callbacks"][-2] = LastCheckpoint(every_n_steps=1)
+    with pytest.raises(Crash):
+        fit(tiny_model, source, tmp_path / "cut", data=data, trainer=trainer, **ADAMW)
     Path(best.best_model_path).unlink()
     again = with_callbacks(ModelCheckpoint(monitor="val/all/sft_loss"), **epochs)
-    with pytest.raises(InputError, match=r"epoch=0-step=5.ckpt, is not there any more"):
+    with pytest.warns(UserWarning, match=r"epoch=0-step=5.ckpt, is not there any more"):
         cut = checkpoint(tmp_path / "cut")
         fit(tiny_model, source, tmp_path / "rest", data=data, ckpt_path=cut, trainer=again, **ADAMW)
+
+
+def test_a_checkpoint_of_a_validation_owes_none(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """Else its score would count twice: as no improvement, which ends the run."""
+    data = {"validation": 0.2, "routing": Routing(hard_fraction=1.0)}
+    monitor: dict[str, Any] = {"monitor": "val/all/sft_loss", "mode": "min"}
+
+    def callbacks() -> dict[str, Any]:
+        early = EarlyStopping(patience=1, **monitor)
+        return with_callbacks(early, ModelCheckpoint(save_top_k=-1, **monitor), val_check_interval=2, max_epochs=2)
+
+    whole = fit(tiny_model, source, tmp_path / "whole", data=data, trainer=callbacks(), **ADAMW)
+    (path,) = (tmp_path / "whole" / "checkpoints").glob("epoch=0-step=4.ckpt")
+    assert torch.load(path, weights_only=True)["owes_validation"] == "no"
+    rest = fit(tiny_model, source, tmp_path / "rest", data=data, trainer=callbacks(), ckpt_path=str(path), **ADAMW)
+    assert same(rest, whole) and rest.trainer.global_step == whole.trainer.global_step > 4
+
+
+def test_a_pause_adds_no_validation(tiny_model: str, source: str, tmp_path: Path) -> None:
+    found: dict[str, list[int]] = {}
+
+    def run(name: str, steps: int, ckpt_path: str | None = None) -> None:
+        seen = found[name] = []
+        note = Callback()
+        note.on_validation_end = lambda trainer, *_: seen.append(trainer.global_step)  # type: ignore[method-assign]
+        trainer = with_callbacks(ValidateAtMaxSteps(), note, max_steps=steps, val_check_interval=2)
+        options = {"data": {"validation": 0.2}, "trainer": trainer, "ckpt_path": ckpt_path, **ADAMW}
+        fit(tiny_model, source, tmp_path / name, **options)
+
+    run("whole", 5)
+    run("paused", 3)
+    run("rest", 5, checkpoint(tmp_path / "paused"))
+    assert found == {"whole": [2, 4, 5], "paused": [2, 3], "rest": [4, 5]}
+
+
+@pytest.mark.parametrize("how", ["a signal in a validation", "max_time"])
+def test_a_stop_in_the_middle_of_a_step_waits_for_its_end(
+    how: str, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    """Two micro-batches are a step, and a validation is due after three."""
+    data, trainer = {"validation": 0.2}, {"accumulate_grad_batches": 2, "val_check_interval": 3, "max_epochs": 2}
+    whole = fit(tiny_model, source, tmp_path / "whole", data=data, trainer=trainer, **ADAMW)
+
+    class Timer(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 1 and trainer.fit_loop._should_accumulate():
+                trainer.should_stop = True
+
+        def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+            assert trainer.sanity_checking or not trainer.fit_loop._should_accumulate()
+
+    kill = At(2, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_validation_batch_start")
+    stop = Timer() if how == "max_time" else kill
+    cut = {"data": data, "trainer": with_callbacks(stop, **trainer), **ADAMW}
+    if how == "max_time":
+        assert fit(tiny_model, source, tmp_path / "cut", **cut).trainer.global_step == 2
+    else:
+        with pytest.raises(Stopped):
+            fit(tiny_model, source, tmp_path / "cut", **cut)
+    assert torch.load(checkpoint(tmp_path / "cut"), weights_only=True)["global_step"] == 2
+    rest = {"ckpt_path": checkpoint(tmp_path / "cut"), "trainer": trainer, "data": data}
+    assert same(fit(tiny_model, source, tmp_path / "rest", **rest, **ADAMW), whole)
+
+
+def test_a_checkpoint_from_the_middle_of_a_step_is_refused(tiny_model: str, source: str, tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.fit_loop._should_accumulate():
+                trainer.save_checkpoint(tmp_path / "in.ckpt")
+
+    trainer = {"accumulate_grad_batches": 2}
+    fit(tiny_model, source, tmp_path / "cut", trainer=with_callbacks(Save(), **trainer), **ADAMW)
+    with pytest.raises(InputError, match="in the middle of an optimizer step"):
+        fit(tiny_model, source, tmp_path / "rest", ckpt_path=str(tmp_path / "in.ckpt"), trainer=trainer, **ADAMW)
+
+
+def test_a_row_is_of_all_its_steps_in_a_continued_run_too(tiny_model: str, source: str, tmp_path: Path) -> None:
+    rows = {}
+    for name, options in {"whole": {}, "cut": {"max_steps": 2}, "rest": {}}.items():
+        logger = CSVLogger(str(tmp_path / name), name="", version="")
+        path = checkpoint(tmp_path / "cut") if name == "rest" else None
+        trainer = with_callbacks(logger=logger, log_every_n_steps=4, **options)
+        fit(tiny_model, source, tmp_path / name, ckpt_path=path, trainer=trainer, **ADAMW)
+        if name != "cut":  # which ends before its first row
+            with (tmp_path / name / "metrics.csv").open(newline="") as file:
+                rows[name] = list(csv.DictReader(file))
+    assert rows["rest"] == rows["whole"] and rows["whole"][0]["step"] == "3"
+
+
+def test_after_an_early_stop_a_signal_ends_at_once(tiny_model: str, source: str, tmp_path: Path) -> None:
+    handlers = []
+
+    class Look(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    early = EarlyStopping("val/all/sft_loss", mode="max", patience=1)
+    trainer = with_callbacks(early, Look(), max_epochs=9)
+    run = fit(tiny_model, source, tmp_path / "run", data={"validation": 0.2}, trainer=trainer, **ADAMW)
+    assert run.trainer.current_epoch < 9 and handlers == [signal.SIG_DFL]
 
 
 # What a run may be continued with.
@@ -245,6 +390,39 @@ def stopped_after_two(tiny_model: str, tmp_path_factory: pytest.TempPathFactory)
     pairs = write_pairs(folder / "pairs.jsonl", make_pairs(20))
     fit(tiny_model, pairs, folder / "cut", trainer={"max_steps": 2}, **ADAMW)
     return checkpoint(folder / "cut")
+
+
+class Own:
+    """A loss without a repr."""
+
+    def __init__(self, beta: float, inner: Any = DPO.__call__) -> None:
+        self.beta, self.inner, self.calls = beta, inner, 0
+
+    def __call__(self, *sequences: Any) -> torch.Tensor:
+        self.calls += 1
+        return DPO(self.beta)(*sequences)
+
+
+class OwnModule(torch.nn.Module):
+    """One without extra_repr."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, *sequences: Any) -> torch.Tensor:
+        return DPO(self.beta)(*sequences)
+
+
+@pytest.mark.parametrize("kind", [Own, OwnModule])
+def test_a_loss_of_ones_own_is_continued_with_the_same_numbers_only(
+    kind: Any, tiny_model: str, source: str, tmp_path: Path
+) -> None:
+    fit(tiny_model, source, tmp_path / "cut", preference_loss=kind(0.1), trainer={"max_steps": 1}, **ADAMW)
+    cut = {"ckpt_path": checkpoint(tmp_path / "cut"), "trainer": {"max_steps": 2}}
+    with pytest.raises(InputError, match=r"\(preference_loss: .*0\.1.* there, .*0\.2.* here\)"):
+        fit(tiny_model, source, tmp_path / "other", preference_loss=kind(0.2), **cut, **ADAMW)
+    assert fit(tiny_model, source, tmp_path / "rest", preference_loss=kind(0.1), **cut, **ADAMW).global_step == 2
 
 
 # Numbers that are not finite.

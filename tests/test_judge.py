@@ -1,17 +1,18 @@
 """Judging through a real HTTP server: every prompt ends judged or listed with its reason, whatever the server does."""
 
 import math
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 from judge_server import Server, completion
-from judging import Judging, free_port, in_turn
+from judging import Judging, in_turn
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation import endpoint
-from mixdpo.evaluation.endpoint import retry_after, without_secrets
+from mixdpo.evaluation.endpoint import retry_after, secrets, without_secrets
 from mixdpo.evaluation.judge import drawn_order
 from mixdpo.evaluation.judge_prompt import Malformed, first_by_log_probs, messages, read_choice
 from mixdpo.evaluation.verdicts import read_verdicts
@@ -67,6 +68,14 @@ def test_what_passes_is_tried_again(tmp_path):
         assert Counter(server.asked) == dict.fromkeys(range(len(PASSING)), 3)
     assert all(v.preference == pytest.approx(0.1 if v.index % 2 else 0.9) for v in judging.verdicts.values())
     assert judging.verdicts[9, drawn_order("prompt-9: say it", 0)].judge_prompt_tokens == 300  # all three were paid
+
+
+def test_what_was_paid_before_a_refusal_is_told(tmp_path):
+    with Server(in_turn, {0: ["vague", "status 400"]}) as server:
+        judging = Judging(tmp_path, server.url, 1, attempts=3)
+        assert judging() == 1
+    (verdict,) = judging.verdicts.values()
+    assert verdict.failed.startswith("HTTP 400") and verdict.judge_prompt_tokens == 100
 
 
 def test_a_request_that_hangs(tmp_path):
@@ -125,7 +134,7 @@ def test_retry_after_is_obeyed_by_all_requests(tmp_path, fault, least):
         asked = [request.number for request in server.requests]
         pause = server.requests[1].time - server.requests[0].time
     assert asked == [0, 0, 1, 2, 3]
-    assert least - 0.005 <= pause < 5
+    assert least - 0.005 <= pause < 60
 
 
 def test_retry_after_holds_what_others_would_ask(tmp_path):
@@ -163,9 +172,11 @@ def test_what_will_not_pass_ends_it_at_once(tmp_path, fault, expected):
 
 
 def test_nothing_to_connect_to(tmp_path):
-    judging = Judging(tmp_path, f"http://127.0.0.1:{free_port()}/v1", attempts=2)
-    with pytest.raises(InputError, match=r"cannot be reached.*the same command continues"):
-        judging()
+    with socket.socket() as held:  # so that nobody else takes the port; it does not listen
+        held.bind(("127.0.0.1", 0))
+        judging = Judging(tmp_path, f"http://127.0.0.1:{held.getsockname()[1]}/v1", attempts=2)
+        with pytest.raises(InputError, match=r"cannot be reached.*the same command continues"):
+            judging()
     assert judging.verdicts == {}
 
 
@@ -214,7 +225,8 @@ def test_preference_by_hand():
     listed = [("X", math.log(0.3)), (" x", math.log(0.2)), ("▁Y", math.log(0.1)), ("XY", math.log(0.3)), ("The", -3.0)]
     assert first_by_log_probs(listed) == pytest.approx(5 / 6)
     assert first_by_log_probs([("Y", -0.1)]) == 0
-    for none in ([("The", -0.1)], [("X", -9999.0)], [("X", math.nan)], []):
+    refusal = [("I", -0.001), ("Sorry", -7.5), ("X", -13.2)]
+    for none in ([("The", -0.1)], refusal, [("X", -9999.0)], [("X", math.nan)], []):
         with pytest.raises(Malformed, match="no label"):
             first_by_log_probs(none)
 
@@ -259,6 +271,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, user):
     for text in (said.out, said.err, str(raised.value), *kept):
         assert not any(secret in text for secret in (KEY, sent, "pass%20word", "pass word"))
     assert without_secrets("https://a:b@host:1/v1/?key=c#d") == "https://host:1/v1"
+    assert {"pass%20word", "pass word"} <= set(secrets(None, "http://user:pass%20word@host/v1"))
 
 
 def test_no_key_and_no_package(tmp_path, monkeypatch):

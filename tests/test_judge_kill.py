@@ -12,7 +12,7 @@ from judging import Judging, ServerProcess, ends_with, in_turn, wait_for
 
 @pytest.fixture
 def separate(tmp_path: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(tmp_path / "answered.log", "0.08") as server:
+    with ServerProcess(tmp_path / "answered.log", "0.4") as server:
         yield server
 
 

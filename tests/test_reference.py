@@ -1,6 +1,7 @@
 """The reference's log-probabilities on disk: the same training with and without, computed once, never stale."""
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(
 def test_hard_pairs_are_never_computed(tiny_model: str, source: str, tmp_path: Path) -> None:
     fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0.5)})
     (file,) = mixdpo.reference.cache_root().glob("reference/*.sqlite")
-    assert sqlite3.connect(file).execute("SELECT count(*) FROM log_probs").fetchone() == (2 * 6,)
+    with closing(sqlite3.connect(file)) as found:
+        assert found.execute("SELECT count(*) FROM log_probs").fetchone() == (2 * 6,)
 
 
 def test_no_file_for_a_loss_without_reference_or_where_it_is_switched_off(

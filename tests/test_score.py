@@ -90,6 +90,19 @@ def test_one_order_of_two_is_no_verdict(tmp_path: Path) -> None:
         score(path)
 
 
+def test_lengths_beside_a_difference_are_of_the_same_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [verdict(i, 0.1 + 0.2 * i) for i in range(4)]
+    long = [verdict(4, 0.5, len_model=9000, len_baseline=9000), verdict(5, "timeout", len_model=9000)]
+    paths = [write(tmp_path / name, there, model=name) for name, there in (("a", rows + long), ("b", rows))]
+    score(*paths, samples=10)
+    printed = capsys.readouterr().out.splitlines()
+    for name in ("length of the model's outputs, characters", "length of the baseline's outputs, characters"):
+        lines = [line for line in printed if name in line]
+        assert len(lines) == 2 and len(set(lines)) == 1, lines
+
+
 def test_a_strong_model_in_random_order_is_no_position_bias(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [verdict(i, 0.8, "baseline_first" if i % 4 else "model_first") for i in range(8)]
     score(write(tmp_path / "v.jsonl", rows), samples=10)

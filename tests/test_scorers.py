@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
+from mixdpo.losses import BetaDPO
+from mixdpo.token_cleaning.cleaning import Cleaning, described
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random, TokenStatistics, is_online
 
 LOSSES = {
@@ -64,6 +66,21 @@ def test_normalised_per_sample_as_a_loop_does(tokens):
         own = [other for its, other in tokens if its == name]
         width = max(own) - min(own)
         assert score == pytest.approx((value - min(own)) / width if width else 0.0)
+
+
+def test_what_a_scorer_is_called_in_every_process():
+    class Own:
+        roles = ("base",)
+
+        def __init__(self, power, function=len):
+            self.power, self.function = power, function
+
+    name = f"{Own.__qualname__}({{'power': 2, 'function': <function "
+    assert described(Own(2, lambda: 0)).startswith(name) and " at 0x" not in described(Own(2, lambda: 0))
+    for scorer in (ExcessLoss(normalise=True), Loss("base"), Random(3)):
+        assert described(scorer) == repr(scorer)
+    assert described(Cleaning().scorer) == "ExcessLoss(worse='base', better='reference', normalise=False)"
+    assert described(BetaDPO(beta=0.2)) == "BetaDPO(beta=0.2, sensitivity=0.6)"
 
 
 def test_a_tokens_random_score_depends_on_its_number_and_the_seed_only():

@@ -51,7 +51,8 @@ ONE_TURN = [user("2+2?"), answer("4")]
         ({"instruction": "2+2?", "output": "4"}, ONE_TURN),
         ({"instruction": "2+2?", "input": " ", "output": "4"}, ONE_TURN),
         ({"instruction": "Add.", "input": "2\n2", "output": "4"}, [user("Add.\n\n2\n2"), answer("4")]),
-        (QUESTION | {"messages": None, "instruction": None, "output": None}, ONE_TURN),
+        (QUESTION | {"messages": None, "instruction": None, "output": None, "sample_id": None, "id": None}, ONE_TURN),
+        ({"instruction": "2+2?", "output": "4", "input": None, "system": "", "history": None}, ONE_TURN),
     ],
 )
 def test_every_form_gives_messages_up_to_the_last_answer(tmp_path, row, messages):
@@ -125,7 +126,11 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
         ({"instruction": 0, "output": "b"}, "'instruction' should be text, not 0"),
         ({"instruction": "a", "input": 0, "output": "b"}, "'input' should be text, not 0"),
         (QUESTION | {"source": 3}, "'source' should be text"),
-        (QUESTION | {"id": None}, "'id' should be text or a whole number, not None"),
+        (QUESTION | {"completion": str([answer("4")])}, "'completion' is a list of messages that was saved as text"),
+        (QUESTION | {"prompt": json.dumps([user("a")])}, "'prompt' is a list of messages that was saved as text"),
+        ({"messages": [user("a"), answer("b") | {"reasoning_content": "c"}]}, "'messages' has reasoning_content"),
+        ({"instruction": "a", "output": "b", "system": "c"}, "'system' is not read, and here it holds 'c'"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not read"),
     ],
 )
 def test_bad_rows_are_named_with_file_row_and_columns(tmp_path, row, message):

@@ -92,6 +92,12 @@ def test_a_blank_answer_before_another_has_its_end_token(tokenizer):
     assert [sample.input_ids[at] for at in eligible(vars(sample))] == [END, BLUE, END]
 
 
+def test_a_template_that_leaves_out_part_of_an_answer_is_refused(tokenizer):
+    template = TEMPLATE.replace("m['content']", "m['content'].split('sea')[-1]")
+    with pytest.raises(InputError, match="leaves out part of an answer"):
+        encode_sample(tokenizer, chat(("user", "red"), ("assistant", "tea sea blue")), template)
+
+
 def test_answers_one_after_the_other(tokenizer):
     messages = chat(("user", "red"), ("assistant", "blue"), ("assistant", "tea"))
     assert encode_sample(tokenizer, messages, TEMPLATE).spans == [6, 8, 10, 12]

@@ -96,6 +96,7 @@ def test_long_micro_batches_alone_are_recomputed(
     batches = sorted(pairs.train_dataloader(), key=lambda batch: -batch.rows.tokens)
     tokens = [batch.rows.tokens for batch in batches]
     if asked == 45:
+        assert module._recompute_above == 45
         module._recompute_above = tokens[0] - 1
     for batch, again in zip(batches[:3], expected, strict=True):
         calls.clear()

@@ -116,6 +116,24 @@ def test_a_generation_prompt_that_answers_lack_is_not_in_the_prompt():
     assert pair == EncodedPair(PROMPT_IDS, [FOUR, END], [TWO, END])
 
 
+@pytest.mark.parametrize("content", ["m.content.split('plus')[-1]", "'' if m.content == 'is plus four' else m.content"])
+def test_a_template_that_leaves_out_part_of_an_answer_is_refused(content):
+    # As DeepSeek-R1 does, whose template keeps what follows the last </think>.
+    tokenizer = word_tokenizer(CHATML.replace("m.content", f"({content}) if m.role == 'assistant' else m.content"))
+    assert encoded_pair(tokenizer, PROMPT, "four", "two").chosen_ids == [FOUR, END]
+    for sides in (("is plus four", "two"), ("two", "is plus four")):
+        with pytest.raises(InputError, match=r"leaves out part of an answer .*give a `chat_template` that shows it"):
+            encoded_pair(tokenizer, PROMPT, *sides)
+
+
+def test_a_template_may_trim_an_answer_and_set_its_reasoning_apart():
+    # As Qwen3 does.
+    shown = "m.content | trim | replace('plus', '\nplus\n\n')"
+    tokenizer = word_tokenizer(CHATML.replace("m.content", f"({shown}) if m.role == 'assistant' else m.content"))
+    pair = encoded_pair(tokenizer, PROMPT, " is plus four\n", "two")
+    assert pair.chosen_ids == [IS, NEWLINE, PLUS, NEWLINE, NEWLINE, FOUR, END]
+
+
 words = st.lists(st.sampled_from(["two", "plus", "is", "four", "other"]), min_size=1, max_size=6).map(" ".join)
 WORD_TOKENIZER = word_tokenizer()
 
@@ -223,6 +241,13 @@ def test_truncation_keeps_the_prompts_end_and_the_completions_start(max_length, 
     assert limit_lengths(PAIR, **limits, overlong="drop") == (PAIR if max_length == 8 else None)
 
 
+def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
+    data = table(("two plus two", "is four plus", "is two plus"), ("two plus two", "four", "is"))
+    encoded, counts = encode_pairs(data, word_tokenizer(), max_length=12, max_prompt_length=11)
+    assert counts == {"dropped_overlong": 1, "dropped_empty": 0, "truncated": 1}
+    assert (encoded["row"][:], encoded["chosen_ids"][:], encoded["rejected_ids"][:]) == ([2], [[FOUR]], [[IS]])
+
+
 @pytest.mark.parametrize("side", ["chosen_ids", "rejected_ids"])
 def test_an_empty_completion_is_dropped(side):
     pair = dataclasses.replace(PAIR, **{side: []})
@@ -250,6 +275,10 @@ def test_limits_hold_and_no_completion_is_empty(prompt_ids, chosen_ids, rejected
     max_prompt_length = data.draw(st.integers(1, max_length - 1))
     pair = EncodedPair(prompt_ids, chosen_ids, rejected_ids)
     limited = limit_lengths(pair, max_length=max_length, max_prompt_length=max_prompt_length, overlong="truncate")
+    if limited is None:
+        room = max_length - min(len(prompt_ids), max_prompt_length)
+        assert chosen_ids[:room] == rejected_ids[:room]
+        return
     assert limited.chosen_ids and limited.rejected_ids
     assert prompt_ids[len(prompt_ids) - len(limited.prompt_ids) :] == limited.prompt_ids
     for whole, part in ((chosen_ids, limited.chosen_ids), (rejected_ids, limited.rejected_ids)):
@@ -286,10 +315,9 @@ def test_a_table_drops_and_counts():
     assert encoded["row"][:] == [1, 3]
 
 
-def test_a_completion_that_the_template_empties_is_dropped():
-    template = CHATML.replace("{{ m.content }}", "{{ m.content | replace('plus', '') }}")
-    data = table(("two", "four", "two"), ("two", "plus", "two"))
-    encoded, counts = encode_pairs(data, word_tokenizer(template), **LIMITS)
+def test_a_completion_without_a_token_is_dropped():
+    data = table(("two", "four", "two"), ("two", " ", "two"))
+    encoded, counts = encode_pairs(data, word_tokenizer(), **LIMITS)
     assert counts == {"dropped_overlong": 0, "dropped_empty": 1, "truncated": 0}
     assert encoded["row"][:] == [1]
 

@@ -32,18 +32,9 @@ def is_json_object(text: str) -> bool:
     return isinstance(value, dict) and bool(value)
 
 
-def is_one_sentence(text: str) -> bool:
-    """One sentence end, which is also the end of the text, on one line."""
-    return "\n" not in text and sentences(text) == 1 and _ends_sentence(text)
-
-
-def is_two_sentences(text: str) -> bool:
-    """Two sentence ends, the second of which is the end of the text."""
-    return sentences(text) == 2 and _ends_sentence(text)
-
-
-def _ends_sentence(text: str) -> bool:
-    return re.search(r"[.!?][\"')\]]*$", text) is not None
+def is_sentences(text: str, n: int) -> bool:
+    """`n` sentence ends, the last of which is the end of the text."""
+    return sentences(text) == n and re.search(r"[.!?][\"')\]]*$", text) is not None
 
 
 def is_numbered_list(text: str, n: int) -> bool:

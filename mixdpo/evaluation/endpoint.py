@@ -101,8 +101,11 @@ class Endpoint:
         (first, source), used = await self.ask(chat, read_choice)
         return Answer(first, source, used.get("prompt_tokens"), used.get("completion_tokens"))
 
-    async def ask(self, chat: list[dict[str, str]], read: Callable[[Any], Read]) -> tuple[Read, dict[str, int]]:
+    async def ask(
+        self, chat: list[dict[str, str]], read: Callable[[Any], Read], **more: Any
+    ) -> tuple[Read, dict[str, int]]:
         """What `read` makes of the answer, and the tokens that all attempts used; a `Malformed` of it is asked again.
+        `more` goes into the request.
 
         Raises:
             NoVerdict, InputError: as for `__call__`.
@@ -110,18 +113,20 @@ class Endpoint:
         used: dict[str, int] = {}
         for attempt in range(1, self.attempts + 1):
             try:
-                content = await self._request(chat)
+                content = await self._request(chat, more)
                 _add_usage(used, content)
                 return read(content), used
-            except (TryAgain, Malformed) as error:
+            except (TryAgain, Malformed, NoVerdict) as error:
                 last = error
+                if isinstance(error, NoVerdict):  # asking again would not help, but earlier attempts are paid for
+                    break
             if attempt < self.attempts and isinstance(last, TryAgain):
                 await self._wait(attempt, last)
         if isinstance(last, TryAgain) and last.absent:
             raise InputError(f"{self.url} cannot be reached ({last}): start the server or correct the URL; {CONTINUES}")
         raise NoVerdict(self._clean(str(last)), used.get("prompt_tokens"), used.get("completion_tokens"))
 
-    async def _request(self, chat: list[dict[str, str]]) -> Any:
+    async def _request(self, chat: list[dict[str, str]], more: dict[str, Any]) -> Any:
         """The body of the answer to one request.
 
         Raises:
@@ -134,7 +139,7 @@ class Endpoint:
         create = self._client.chat.completions.with_raw_response.create
         try:
             async with asyncio.timeout(self.timeout):  # the client's own limit is between two pieces of an answer
-                response = await create(messages=chat, **self._options)
+                response = await create(messages=chat, **self._options, **more)
             return json.loads(self._clean(response.text, least=8))
         except TimeoutError:
             raise TryAgain(f"time-out: no answer in {self.timeout:g} s") from None
@@ -210,10 +215,12 @@ def _is_url(text: str) -> bool:
 
 
 def secrets(key: str | None, url: str | None) -> list[str]:
-    """What must be in no file and no message: the key, and user and password of a URL, as they are and as sent."""
+    """What must be in no file and no message: the key, and of a URL the user and password, and the password alone, as
+    they are and as sent."""
     user = urlsplit(url or "").netloc.rpartition("@")[0]
     sent = base64.b64encode(unquote(user).encode()).decode() if user else ""
-    return [secret for secret in (key, user, sent) if secret]
+    password = user.partition(":")[2]
+    return [secret for secret in (key, user, sent, password, unquote(password)) if secret]
 
 
 def without_secrets(url: str) -> str:

@@ -200,8 +200,9 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def _number_behind_marks(text: str) -> float | None:
-    found = re.search(r"####\s*\$?\s*(" + _NUMBER.pattern + ")", text)
-    return None if found is None else _value(found[1])
+    """The last one: four marks also begin a heading of Markdown, such as "#### 1. First step", which is no answer."""
+    found = re.findall(r"(?<!#)####\s*\$?\s*((?>" + _NUMBER.pattern + r"))(?![.)][ \t]+\w)", text)
+    return _value(found[-1]) if found else None
 
 
 def _value(number: str) -> float:

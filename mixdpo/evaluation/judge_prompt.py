@@ -8,6 +8,9 @@ from typing import Any
 
 from mixdpo.evaluation.verdicts import Source
 
+LEAST_MASS = 0.01
+"""Probability that the labels must have together: below it the judge began with something else, such as a refusal, and
+what is left of the labels is noise."""
 LABELS = ("X", "Y")
 """Of the response shown first and second. Letters that are no words (A is one), so that a token is one or is not."""
 
@@ -120,7 +123,7 @@ def first_by_log_probs(alternatives: Iterable[tuple[str, float]]) -> float:
         alternatives: (token, log-probability), each token once.
 
     Raises:
-        Malformed: neither label is among them.
+        Malformed: both labels together have a probability below LEAST_MASS.
     """
     sums = dict.fromkeys(LABELS, 0.0)
     alternatives = list(alternatives)
@@ -128,7 +131,7 @@ def first_by_log_probs(alternatives: Iterable[tuple[str, float]]) -> float:
         if (label := token.strip(" \n\t▁Ġ").upper()) in sums:  # two signs that some servers write for the space
             sums[label] += math.exp(log_prob)
     total = sum(sums.values())
-    if not 0 < total < math.inf:
+    if not LEAST_MASS <= total < math.inf:
         said = ", ".join(repr(token) for token, _ in alternatives[:5])
         raise Malformed(f"no label among the likeliest tokens: {said}")
     return sums[LABELS[0]] / total

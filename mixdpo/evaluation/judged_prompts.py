@@ -48,15 +48,12 @@ def judged_prompts(file: VerdictsFile) -> Judged:
     said = {reason: count for reason, count in failed.most_common() if count}
     if len(prompts) < 2:
         raise InputError(f"{file.path} has {len(prompts)} judged prompts (left out: {said}): judge at least two")
-    return Judged(file, prompts, said, _facts([each[0] for each in verdicts.values()], file.verdicts))
+    return Judged(file, prompts, said, facts(file.verdicts))
 
 
-def _facts(outputs: Sequence[Verdict], verdicts: Sequence[Verdict]) -> dict[str, float | None]:
-    """
-    Args:
-        outputs: one verdict for each prompt, for what it says about the outputs.
-        verdicts: all.
-    """
+def facts(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
+    """What verdicts, failed ones included, say about the outputs and the judge; see `Judged`."""
+    outputs = list({verdict.index: verdict for verdict in verdicts}.values())
     tokens = [verdict.tokens for verdict in outputs if verdict.tokens is not None]
     ended = [100 * verdict.ended for verdict in outputs if verdict.ended is not None]
     return {

@@ -5,7 +5,7 @@ A JSON list of objects with `instruction`, `output` and `generator`; ours also h
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from mixdpo.errors import InputError
 from mixdpo.files import read_text
+from mixdpo.tables import checked_text
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ def _output(row: Any, where: str) -> Output:
     if not isinstance(row, dict):
         raise InputError(f"{where}: it should be an object, not {str(row)[:80]!r}; {_EXPECTED}")
     for name in ("instruction", "output", "generator"):
-        if not isinstance(row.get(name), str):
-            raise InputError(f"{where}: {name!r} should be a text, not {str(row.get(name))[:80]!r}; {_EXPECTED}")
+        try:
+            checked_text(row.get(name), name)
+        except InputError as error:
+            raise InputError(f"{where}: {str(error).rstrip('.')}; {_EXPECTED}") from None
     tokens, ended = row.get("tokens"), row.get("ended")
     if tokens is not None and (type(tokens) is not int or tokens < 0):
         raise InputError(f"{where}: 'tokens' should be a number of tokens, not {str(tokens)[:80]!r}, or left out")
@@ -100,16 +103,13 @@ def match(model: Sequence[Output], baseline: Sequence[Output], source: str | Pat
     Raises:
         InputError: the baseline lacks an instruction; says how many, and the first.
     """
-    answers: defaultdict[str, list[Output]] = defaultdict(list)
+    answers: defaultdict[str, deque[Output]] = defaultdict(deque)
     for output in baseline:
         answers[output.instruction].append(output)
-    seen: Counter[str] = Counter()
     found, lacking = [], []
     for index, output in enumerate(model):
-        nth = seen[output.instruction]
-        seen[output.instruction] += 1
-        if nth < len(there := answers.get(output.instruction, [])):
-            found.append(Comparison(index, output, there[nth]))
+        if there := answers[output.instruction]:
+            found.append(Comparison(index, output, there.popleft()))
         else:
             lacking.append((index, output.instruction))
     if lacking:

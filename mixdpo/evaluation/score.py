@@ -1,14 +1,14 @@
 """Verdicts files as a table: win rates with intervals, and beside them what could explain them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.difficulties import read_difficulties, read_gamed
-from mixdpo.evaluation.judged_prompts import Judged, judged_prompts, shared_prompts
+from mixdpo.evaluation.judged_prompts import Judged, facts, judged_prompts, shared_prompts
 from mixdpo.evaluation.length_control import GamedBaselines, label, resampled_length_controlled
 from mixdpo.evaluation.verdicts import read_verdicts
 from mixdpo.evaluation.win_rate import Estimate, resampled_win_rates, standard_error_of_mean
@@ -66,6 +66,9 @@ def score(
     """
     judged = [judged_prompts(read_verdicts(path)) for path in (verdicts, against) if path is not None]
     shared = shared_prompts(judged)
+    if against is not None:  # lengths beside rates must be of the same prompts
+        among = [[v for v in each.file.verdicts if v.index in set(shared)] for each in judged]
+        judged = [replace(each, facts=facts(verdicts)) for each, verdicts in zip(judged, among, strict=True)]
     difficulties = None if difficulty is None else read_difficulties(difficulty, shared)
     extra = None if gamed is None else read_gamed(gamed)
     scores = [_scores(each, shared, difficulties, extra, samples, seed) for each in judged]

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.endpoint import CONTINUES, Endpoint
+from mixdpo.evaluation.endpoint import Endpoint
 from mixdpo.evaluation.generation import Generation
 from mixdpo.evaluation.judge_prompt import Malformed, NoVerdict
 
@@ -19,32 +19,33 @@ def complete(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    seed: int,
-) -> list[Generation]:
-    """One completion of each chat, all asked at once; entry i belongs to chat i.
+    seeds: list[int],
+) -> list[Generation | Exception]:
+    """One completion of each chat, all asked at once; entry i belongs to chat i, and is why there is none otherwise: an
+    InputError where the server cannot be reached or refuses all, a NoVerdict where it is only this chat.
 
     Args:
         chats: messages that end with the user's.
         model: its name at the server.
         base_url: of the server, such as http://localhost:8000/v1. The key, if it wants one, is OPENAI_API_KEY.
         max_new_tokens: a completion is cut there.
-        temperature, top_p, seed: of the server's sampling; whether it obeys the seed is its affair.
-
-    Raises:
-        InputError: the server cannot be reached, or refuses a chat.
+        temperature, top_p: of the server's sampling.
+        seeds: one for each chat; whether the server obeys them is its affair.
     """
     options = {"attempts": 5, "timeout": 600.0, "max_tokens": max_new_tokens, "log_probs": False}
-    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    return asyncio.run(_complete(chats, Endpoint(model, base_url, **options, **sampling)))
+    endpoint = Endpoint(model, base_url, **options, temperature=temperature, top_p=top_p)
+    return asyncio.run(_complete(chats, endpoint, seeds))
 
 
-async def _complete(chats: list[Chat], endpoint: Endpoint) -> list[Generation]:
-    async with endpoint:
-        asked = [endpoint.ask(chat, _read) for chat in chats]
+async def _complete(chats: list[Chat], endpoint: Endpoint, seeds: list[int]) -> list[Generation | Exception]:
+    async def answer(chat: Chat, seed: int) -> Generation | Exception:
         try:
-            return [generation for generation, _ in await asyncio.gather(*asked)]
-        except NoVerdict as error:
-            raise InputError(f"{endpoint.url} does not answer a prompt: {error}; {CONTINUES}") from None
+            return (await endpoint.ask(chat, _read, seed=seed))[0]
+        except (NoVerdict, InputError) as error:
+            return error  # the others go on: they may be paid for
+
+    async with endpoint:
+        return await asyncio.gather(*map(answer, chats, seeds))
 
 
 def _read(content: Any) -> Generation:

@@ -135,10 +135,8 @@ class BetaDPO(nn.Module):
 
     def forward(self, *sequences: SequenceLogProbs) -> Tensor:
         pairs = Pairs(*sequences)
-        if not self.training:
-            return functions.dpo(pairs, beta=self.beta)
         deltas, mine = functions.over_ranks(pairs.delta)
-        if not len(deltas):
+        if not (self.training and len(deltas)):
             return functions.dpo(pairs, beta=self.beta)
         for average, new in ((self.mean, deltas.mean()), (self.deviation, deltas.std(correction=0))):
             new = new.to(average)

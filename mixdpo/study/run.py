@@ -4,7 +4,6 @@ import ctypes
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from mixdpo.errors import InputError
-from mixdpo.files import read_json, write_json
+from mixdpo.files import named_files, read_json, write_json
 from mixdpo.make_pairs import read_prompts
 from mixdpo.study.design import Job, Study, read_study
 from mixdpo.study.table import chosen_point, detectable, mean_score, write_tables
@@ -181,15 +179,10 @@ def _record(path: Path) -> Path:
 
 
 def _identity(job: Job) -> dict[str, Any]:
-    """What must be the same for a run that is done to be this job: its options, and the content of files they name."""
+    """What must be the same for a run that is done to be this job: its options, and the content of the files that they
+    or their configs name."""
     values = [value for _, value in job.arguments]
-    patterns = (".+", r'(?<=")[^"]+(?=")', r'[^\s"\[\]{},]+')  # a name may hold spaces
-    words = {word for value in values for pattern in patterns for word in re.findall(pattern, value)}
-    named = {
-        word: path for word in words for path in (word, f"{word}/adapter_model.safetensors") if os.path.isfile(path)
-    }
-    contents = {word: sha256(Path(path).read_bytes()).hexdigest()[:16] for word, path in named.items()}
-    return {"command": [list(pair) for pair in job.arguments], "files": contents}
+    return {"command": [list(pair) for pair in job.arguments], "files": named_files(values)}
 
 
 def _took(plan: Study, job: Job) -> float:

@@ -39,7 +39,9 @@ def fit_adapter(
                 step = [sample_rows([sample]).to(device) for sample in samples[start : start + batch_size]]
                 tokens = sum(len(rows.target) for rows in step)
                 for rows in step:
-                    (-row_log_probs(model, rows).sum() / tokens).backward()
+                    # a sum: in half precision the parts of a mean over thousands of tokens would be too small to hold
+                    (-row_log_probs(model, rows).sum()).backward()
+                torch._foreach_div_([p.grad for p in parameters if p.grad is not None], tokens)
                 optimizer.step()
                 optimizer.zero_grad()
     finally:

@@ -99,8 +99,8 @@ class RunTokens:
 
     def samples_with(self, values: np.ndarray) -> np.ndarray:
         """Indices of the samples with a token whose value in `values` (M,) is not NaN."""
-        bounds = zip(self.pool.offsets[:-1], self.pool.offsets[1:], strict=True)
-        return np.flatnonzero([not np.isnan(values[start:end]).all() for start, end in bounds])
+        filled = np.flatnonzero(np.diff(self.pool.offsets))  # reduceat gives an empty sample the next one's token
+        return filled[np.logical_or.reduceat(~np.isnan(values), self.pool.offsets[filled])]
 
     def scored_tokens(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores and weights of the scored tokens of these samples."""

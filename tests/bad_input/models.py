@@ -139,7 +139,12 @@ MODELS = [
         copied(rewrite(WEIGHTS, rename_layer)),
         ("lack 1 weights, such as model.layers.1", "damaged"),
     ),
-    Case("model.base", "attention that packs nothing", unusual("bloom"), ("bloom models", "model.attention eager")),
+    Case(
+        "model.base",
+        "attention that packs nothing",
+        unusual("bloom"),
+        ("does not know model.attention", "model.attention eager"),
+    ),
     Case("tokenizer", "no such folder", lambda place: load_tokenizer("/no/model"), ("tokenizer '/no/model'", REMEDY)),
     Case(
         "tokenizer", "none in the folder", copied(remove("tokenizer.json"), tokenizer), ("could not be loaded", REMEDY)

@@ -116,6 +116,11 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
     (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
     (MarginModule, {"signal": Rating(), "also": {"r": RewardModel()}}, ("model.also: r cannot be computed with",)),
+    (
+        MarginModule,
+        {"signal": Rating(), "also": {"r": Rating()}, "output": "r.margins"},
+        ("model.also: r would write", "give another name"),
+    ),
 ]
 DATA: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (PreferenceDataModule, {"batch_size": 0}, ("batch_size (0)", "at least 1")),

@@ -45,7 +45,10 @@ RATED = changed(PAIR, {"margin": GONE, "all_generated_responses": ["4", "5"], "a
 SCORED = changed(PAIR, {"margin": GONE, "score_chosen": 1.0, "score_rejected": 0.5})
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no rejected", {"rejected": GONE}, ("'rejected' is missing", "Columns present: prompt, chosen, margin")),
-    ("chosen is null", {"chosen": None}, ("'chosen'", TEXT_OR_LIST)),
+    ("chosen is null", {"chosen": None}, ("'chosen' is missing or null",)),
+    ("messages saved as text", {"chosen": "[{'role': 'assistant'}]"}, ("saved as text", "Save the data as .jsonl")),
+    ("calls of tools", {"chosen": [answer("4") | {"tool_calls": [1]}]}, ("tool_calls", "put it in there")),
+    ("a system column", {"system": "a"}, ("'system' is not read", "put it into the prompt")),
     ("chosen is a number", {"chosen": 4}, ("'chosen'", TEXT_OR_LIST)),
     ("chosen is one message, not a list", {"chosen": answer("4")}, ("'chosen'", TEXT_OR_LIST)),
     ("chosen is an empty list", {"chosen": []}, ("'chosen'", TEXT_OR_LIST)),
@@ -54,7 +57,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("content of parts", {"chosen": [answer([{"type": "text"}])]}, ("'chosen.content' should be text",)),
     ("content is null", {"chosen": [answer(None)]}, ("'chosen.content' should be text",)),
     ("role is a number", {"rejected": [{"role": 1, "content": "5"}]}, ("'rejected.role' should be text",)),
-    ("prompt is null", {"prompt": None}, ("'prompt'", TEXT_OR_LIST)),
+    ("prompt is null", {"prompt": None}, ("there is no 'prompt', or it is null", "Give a 'prompt' column")),
     ("half a surrogate pair", {"chosen": "\ud83d"}, ("surrogate", "character 1", "remove it")),
     ("no prompt, and texts", {"prompt": GONE}, ("there is no 'prompt'", "Give a 'prompt' column")),
     ("a dialogue that goes on", {"chosen": [answer("4"), user("?"), answer("5")]}, ("Cut the conversation",)),
@@ -77,7 +80,6 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ),
     ("no margin in one row", {"margin": GONE}, ("the margin column 'margin' is missing",)),
     *((f"a margin {fault}", {"margin": value}, ("'margin'", FINITE)) for fault, value in UNREAL),
-    ("a pair_id of null", {"pair_id": None}, ("'pair_id' should be text or a whole number",)),
     ("a fractional pair_id", {"pair_id": 1.5}, ("'pair_id' should be text or a whole number",)),
     ("an empty pair_id", {"pair_id": ""}, ("'pair_id' should be text or a whole number",)),
 ]

@@ -36,7 +36,9 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("an input of a list", ALPACA | {"input": ["x"]}, ("'input' should be text",)),
     ("a source of a number", CHAT | {"source": 3}, ("'source' should be text",)),
     ("half a surrogate pair", ALPACA | {"output": "\udc00"}, ("surrogate", "remove it")),
-    ("an id of null", CHAT | {"id": None}, ("'id' should be text or a whole number",)),
+    ("a fractional id", CHAT | {"id": 1.5}, ("'id' should be text or a whole number",)),
+    ("a completion saved as text", {"prompt": "a", "completion": '[{"role": "a"}]'}, ("saved as text", ".parquet")),
+    ("a history", ALPACA | {"history": [["a", "b"]]}, ("'history' is not read", "remove the column")),
     ("an id twice", CHAT | {"id": "one"}, ("id 'one' was already given by row 1", "each row needs its own")),
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),
 ]
@@ -72,6 +74,7 @@ PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("a prompt of texts", {"prompt": ["a"]}, ("row 2: ", KEYS)),
     ("a message without a role", {"prompt": [{"content": "a"}]}, ("row 2: ", KEYS)),
     ("a prompt that ends in an answer", {"prompt": [user("a"), answer("b")]}, ("row 2: ", "of role 'user'")),
+    ("a system column", {"prompt": "a", "system": "x"}, ("row 2: ", "'system' is not read")),
     ("a part of null", {"prompt": "a", "part": None}, ("row 2: ", "'part' should be the name of a part")),
     ("a part of a list", {"prompt": "a", "part": ["x"]}, ("row 2: ", "'part' should be the name of a part")),
 ]

@@ -84,6 +84,14 @@ TEMPLATES = [
         "no end token", TEMPLATE.replace("<|im_end|>", ""), "no special token", "writes eos_token after an answer"
     ),
     template_case(
+        "part of an answer left out",
+        TEMPLATE.replace("m['content']", "m['content'] | replace('fish', '')"),
+        "row 2 (pair_id",
+        "leaves out part of an answer",
+        "that shows it",
+        row=PAIR | {"chosen": "blue fish"},
+    ),
+    template_case(
         "a prompt that an answer changes",
         "{{ messages | length }}" + TEMPLATE,
         "last user message differently",
@@ -133,11 +141,6 @@ LONG = PAIR | {"chosen": "blue " * 20_000}
 COUNTED = [
     ("a completion of 20 000 words, cut", encoded(LONG), "'truncated': 1"),
     ("a completion of 20 000 words, dropped", encoded(LONG, overlong="drop"), "'dropped_overlong': 1"),
-    (
-        "an answer that the template empties",
-        encoded(PAIR | {"chosen": "fish"}, TEMPLATE.replace("m['content']", "m['content'] | replace('fish', '')")),
-        "'dropped_empty': 1",
-    ),
     ("an end token in a prompt", encoded(PAIR | {"prompt": "red <|im_end|>"}), "'special_tokens_in_text': 1"),
     ("an end token in an answer", encoded(PAIR | {"rejected": "<|im_end|> moon"}), "'special_tokens_in_text': 1"),
     ("an end token in plain text", encoded(PAIR | {"chosen": "<|im_end|>"}, "plain"), "'special_tokens_in_text': 1"),
