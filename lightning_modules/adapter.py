@@ -258,12 +258,13 @@ class AdapterModule(L.LightningModule):
         checkpoint["row"] = row | {"in_step": self.trainer.fit_loop._should_accumulate()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not {"adapters", "made_with", "row"} <= set(checkpoint):
+        fits = self.trainer.state.fn == "fit"
+        if not {"adapters", *(("made_with", "row") if fits else ())} <= set(checkpoint):
             raise InputError(
                 "ckpt_path is no checkpoint of this version of MixDPO: start from its adapter/ folder instead"
             )
         saved, data = checkpoint["adapters"], self.trainer.datamodule
-        if self.trainer.state.fn == "fit":
+        if fits:
             if type(data).__qualname__ not in checkpoint:  # its state is under that name
                 raise InputError(
                     f"the checkpoint belongs to another run: it has no position in what {type(data).__qualname__} "

@@ -65,10 +65,6 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread() and not trainer.fit_loop.done:
             for each in SIGNALS:  # Lightning restores its own when it ends
                 signal.signal(each, self._stop)
-        between = trainer.val_check_batch
-        if isinstance(between, int):  # in the middle of a step nothing can be saved before it
-            every = trainer.accumulate_grad_batches
-            trainer.val_check_batch = min(-(-between // every) * every, trainer.fit_loop.max_batches)
         if trainer.enable_validation and (self._owes == "always" or (self._owes != "no" and trainer.fit_loop.done)):
             self._make_up(trainer, pl_module)
 
@@ -118,8 +114,9 @@ class LastCheckpoint(Checkpoint):
         trainer.should_stop = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        # in the middle of a step there is no checkpoint of what came before it
         if self._signal and trainer.world_size == 1 and not trainer.fit_loop._should_accumulate():
-            raise Stopped(self._signal)  # the step before it is in the checkpoint
+            raise Stopped(self._signal)
 
     def on_validation_epoch_end(self, *_: Any) -> None:
         self._validated = True
@@ -148,7 +145,8 @@ class LastCheckpoint(Checkpoint):
             ) from error
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.is_global_zero and last_checkpoint(trainer):
+        own = Path(trainer.default_root_dir, "checkpoints", "last.ckpt").exists() or isinstance(exception, Stopped)
+        if trainer.is_global_zero and trainer.state.fn == "fit" and own:
             step = "" if isinstance(exception, Stopped) else "the last checkpoint is whole; "
             print(f"{step}continue with:\n  {resume_command(trainer)}", file=sys.stderr)
 

@@ -212,7 +212,8 @@ def _scales(layer: nn.Module, weight: nn.Parameter) -> list[Tensor]:
     """What bitsandbytes multiplies a weight by that it holds in 4 bits or 8."""
     if (state := getattr(weight, "quant_state", None)) is not None:
         return [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
-    holders = (weight, getattr(layer, "state", None))  # the first forward moves those of 8 bits to the layer
+    # the first forward moves those of 8 bits to the layer
+    holders = (weight, getattr(layer, "state", None)) if weight is getattr(layer, "weight", None) else ()
     return [holder.SCB for holder in holders if getattr(holder, "SCB", None) is not None]
 
 

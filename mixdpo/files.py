@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
+from hashlib import file_digest
 from os.path import isfile
 from pathlib import Path
 from typing import Any, Literal
@@ -113,16 +113,25 @@ def named_files(values: Iterable[str]) -> dict[str, str]:
 
     Returns:
         Name -> 16 hex digits of the content.
+
+    Raises:
+        InputError: a YAML file is none.
     """
     values = list(values)
-    configs = [value for value in values if value.endswith((".yaml", ".yml")) and os.path.isfile(value)]
-    values += [
-        json.dumps(yaml.safe_load(read_text(config)), ensure_ascii=False) for config in configs
-    ]  # its comments name nothing
+    for config in [value for value in values if value.endswith((".yaml", ".yml")) and isfile(value)]:
+        try:
+            content = yaml.safe_load(read_text(config))  # comments name nothing
+        except yaml.YAMLError as error:
+            raise InputError(f"{config} is no YAML ({' '.join(str(error).split())}): correct it") from error
+        values.append(json.dumps(content, ensure_ascii=False, default=str))
     patterns = (".+", r'(?<=")[^"]+(?=")', r'[^\s"\[\]{},]+')
     words = {word for value in values for pattern in patterns for word in re.findall(pattern, value)}
     found = {word: path for word in words for path in (f"{word}/adapter_model.safetensors", word) if isfile(path)}
-    return {word: sha256(Path(found[word]).read_bytes()).hexdigest()[:16] for word in sorted(found)}
+    hashes = {}
+    for word in sorted(found):
+        with open(found[word], "rb") as file:
+            hashes[word] = file_digest(file, "sha256").hexdigest()[:16]
+    return hashes
 
 
 def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Literal["r", "r+"] = "r") -> np.ndarray:

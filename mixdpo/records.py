@@ -12,7 +12,11 @@ from mixdpo.errors import InputError
 from mixdpo.tables import Table, checked_text, hash63, read_table, row_id, without_nulls
 
 Message = dict[str, str]
-LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
+LIST_AS_TEXT = re.compile(
+    r"""\s*\[\s*\{\s*['"](role['"]\s*:\s*['"](user|assistant|system)['"]\s*,\s*['"]content|"""
+    r"""content['"]\s*:.*['"]role['"]\s*:\s*['"](user|assistant|system)['"]\s*\})""",
+    re.DOTALL,
+)
 IGNORED = ("system", "history")  # columns that other trainers put before the prompt
 UNRENDERED = ("tool_calls", "reasoning_content")  # parts of a message beside its content
 
@@ -164,9 +168,9 @@ def plain_text(value: Any, column: str) -> str:
 def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
     """
     Raises:
-        InputError: a column that is not read says what no message says.
+        InputError: a column that is not read says what no message says. What tables write for nothing is nothing.
     """
-    said = ["", *(message["content"].strip() for message in messages)]
+    said = ["", "[]", "nan", "None", *(message["content"].strip() for message in messages)]
     for column in IGNORED:
         value = row.get(column)
         if value and not (isinstance(value, str) and value.strip() in said):

@@ -198,7 +198,8 @@ def test_same_id_twice_is_named(tmp_path):
         ("#### 1. Add\n2 + 2 = 4\n#### 4", 1),
         ("#### 1) Add them\nIt is 4", 1),
         ("##### 12. Add them\nIt is 4", 1),
-        ("#### 3\nNo:\n#### 4.\nCheck 7 times", 1),
+        ("#### 4. She has 4 of 20", 1),
+        ("#### 4\n\nQuestion: next one\n#### 10", 1),
         ("#### 4. That is all", 1),
     ],
 )

@@ -305,6 +305,16 @@ def test_resume(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert torch.load(tmp_path / "tiny-2" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
 
 
+def test_a_continuation_that_is_refused_is_not_advised(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, config = finished / "checkpoints" / "last.ckpt", finished / "config.yaml"
+    command = ["--config", str(config), "--runs", str(tmp_path), "--ckpt_path", str(checkpoint)]
+    assert in_process(*command, "--model.lora.rank", "3") == 1
+    said = capfd.readouterr().err
+    assert "another run" in said and "continue with" not in said
+
+
 @pytest.mark.slow
 def test_sigterm_prints_the_command_that_continues(
     tiny_model: str, source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -261,8 +261,9 @@ def test_a_pause_adds_no_validation(tiny_model: str, source: str, tmp_path: Path
 def test_a_stop_in_the_middle_of_a_step_waits_for_its_end(
     how: str, tiny_model: str, source: str, tmp_path: Path
 ) -> None:
-    """Two micro-batches are a step, and a validation is due after three."""
-    data, trainer = {"validation": 0.2}, {"accumulate_grad_batches": 2, "val_check_interval": 3, "max_epochs": 2}
+    """Two micro-batches are a step; the signal comes in a validation after three."""
+    every = 3 if how == "a signal in a validation" else 1.0
+    data, trainer = {"validation": 0.2}, {"accumulate_grad_batches": 2, "val_check_interval": every, "max_epochs": 2}
     whole = fit(tiny_model, source, tmp_path / "whole", data=data, trainer=trainer, **ADAMW)
 
     class Timer(Callback):
@@ -273,7 +274,7 @@ def test_a_stop_in_the_middle_of_a_step_waits_for_its_end(
         def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
             assert trainer.sanity_checking or not trainer.fit_loop._should_accumulate()
 
-    kill = At(2, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_validation_batch_start")
+    kill = At(1, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_validation_batch_start")
     stop = Timer() if how == "max_time" else kill
     cut = {"data": data, "trainer": with_callbacks(stop, **trainer), **ADAMW}
     if how == "max_time":

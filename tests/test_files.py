@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from mixdpo.files import write_json, written_whole
+from mixdpo.errors import InputError
+from mixdpo.files import named_files, write_json, written_whole
 
 
 def test_file_takes_its_place_at_the_end_only(tmp_path):
@@ -68,3 +69,20 @@ def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text("utf-8")) == {"ä": [1, None]}
+
+
+def test_files_that_options_and_their_configs_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "of.yaml").write_text("# comment.txt\ndata: {source: my pairs.jsonl}\nmade: 2026-11-25\n")
+    for name in ("my pairs.jsonl", "comment.txt", "a.txt", "b c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft/adapter_model.safetensors").write_text("weights")
+    options = ["of.yaml", '["a.txt", "no.txt"]', "{adapter: peft}", '{"x": "b c.txt"}', "0.5"]
+    before = named_files(options)
+    assert sorted(before) == ["a.txt", "b c.txt", "my pairs.jsonl", "of.yaml", "peft"]
+    (tmp_path / "my pairs.jsonl").write_text("others")
+    assert {name for name, _ in before.items() ^ named_files(options).items()} == {"my pairs.jsonl"}
+    (tmp_path / "of.yaml").write_text("[")
+    with pytest.raises(InputError, match=r"of\.yaml is no YAML"):
+        named_files(options)

@@ -263,7 +263,10 @@ def test_broken_files(tmp_path, name, content, message):
         (PAIR | {"pair_id": [1] * 99}, r"whole number, not \[1(, 1){26}\. Columns"),
         (PAIR | {"chosen": str([answer("4")])}, "'chosen' is a list of messages that was saved as text.*parquet"),
         (PAIR | {"rejected": json.dumps([answer("5")])}, "'rejected' is a list of messages that was saved as text"),
-        (PAIR | {"prompt": " [{'content': '2+2?'"}, "'prompt' is a list of messages that was saved as text"),
+        (
+            PAIR | {"prompt": " [{'content': '2+2?', 'role': 'user'}]"},
+            "'prompt' is a list of messages that was saved as text",
+        ),
         (PAIR | {"chosen": [answer("4") | {"tool_calls": [{"id": 1}]}]}, "'chosen' has tool_calls, .*leave the row"),
         (PAIR | {"prompt": [user("a") | {"reasoning_content": "b"}]}, "'prompt' has reasoning_content, .*put it in"),
         (PAIR | {"system": "Be brief."}, "'system' is not read, and here it holds 'Be brief.'.*into the prompt"),
@@ -323,6 +326,7 @@ FORMS = {
     "repeated message list": PAIR
     | {"prompt": [user("2+2?")], "chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]},
     "empty columns": PAIR | {"system": " ", "history": [], "messages": None},
+    "a column that a table has left empty": PAIR | {"system": "nan", "history": "[]"},
     "empty parts of a message": PAIR | {"prompt": [user("2+2?") | {"tool_calls": None, "reasoning_content": ""}]},
     "null prompt": {"prompt": None, "chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]}
     | {"margin": 1.5, "pair_id": None},
@@ -334,6 +338,11 @@ def test_every_form_gives_the_prompt_once(tmp_path, form):
     pair = only(tmp_path, FORMS[form])
     assert pair["prompt"] == [user("2+2?")]
     assert (pair["chosen"], pair["rejected"], pair["margin"]) == ("4", "5", 1.5)
+
+
+def test_an_answer_in_json_is_an_answer(tmp_path):
+    for text in ('[{"content": "hello"}]', '[{"role": "admin", "content": "x"}]', "[{'role': 'user'}]"):
+        assert only(tmp_path, PAIR | {"chosen": text})["chosen"] == text
 
 
 def test_several_turns_and_a_system_message_are_prompt(tmp_path):

@@ -200,9 +200,13 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def _number_behind_marks(text: str) -> float | None:
-    """The last one: four marks also begin a heading of Markdown, such as "#### 1. First step", which is no answer."""
-    found = re.findall(r"(?<!#)####\s*\$?\s*((?>" + _NUMBER.pattern + r"))(?![.)][ \t]+\w)", text)
-    return _value(found[-1]) if found else None
+    """The first one. Four marks also begin a heading of Markdown, such as "#### 1. First step": no answer, unless it is
+    the last line."""
+    for found in re.finditer(r"(?<!#)####\s*\$?\s*(" + _NUMBER.pattern + ")", text):
+        rest = text[found.end() :]
+        if not re.match(r"[.)][ \t]+\w", rest) or not rest.partition("\n")[2].strip():
+            return _value(found[1])
+    return None
 
 
 def _value(number: str) -> float:

@@ -67,7 +67,8 @@ def score(
     judged = [judged_prompts(read_verdicts(path)) for path in (verdicts, against) if path is not None]
     shared = shared_prompts(judged)
     if against is not None:  # lengths beside rates must be of the same prompts
-        among = [[v for v in each.file.verdicts if v.index in set(shared)] for each in judged]
+        common = set(shared)
+        among = [[v for v in each.file.verdicts if v.index in common] for each in judged]
         judged = [replace(each, facts=facts(verdicts)) for each, verdicts in zip(judged, among, strict=True)]
     difficulties = None if difficulty is None else read_difficulties(difficulty, shared)
     extra = None if gamed is None else read_gamed(gamed)

@@ -24,7 +24,7 @@ def described(thing: Any) -> str:
     said = repr(thing).removeprefix("LazyInstance_")  # a default that YAML may override is a subclass of what it is for
     is_module, kind = isinstance(thing, nn.Module), type(thing)
     if kind.__repr__ is object.__repr__ or (is_module and kind.extra_repr is nn.Module.extra_repr):
-        held = {name: value for name, value in vars(thing).items() if name not in vars(nn.Module())}
+        held = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name not in vars(nn.Module())}
         said = f"{said if is_module else kind.__qualname__}({held})"
     return re.sub(r" at 0x[0-9a-f]+", "", said)
 

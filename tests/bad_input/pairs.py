@@ -46,7 +46,11 @@ SCORED = changed(PAIR, {"margin": GONE, "score_chosen": 1.0, "score_rejected": 0
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no rejected", {"rejected": GONE}, ("'rejected' is missing", "Columns present: prompt, chosen, margin")),
     ("chosen is null", {"chosen": None}, ("'chosen' is missing or null",)),
-    ("messages saved as text", {"chosen": "[{'role': 'assistant'}]"}, ("saved as text", "Save the data as .jsonl")),
+    (
+        "messages saved as text",
+        {"chosen": "[{'role': 'assistant', 'content': 'x'}]"},
+        ("saved as text", "Save the data as .jsonl"),
+    ),
     ("calls of tools", {"chosen": [answer("4") | {"tool_calls": [1]}]}, ("tool_calls", "put it in there")),
     ("a system column", {"system": "a"}, ("'system' is not read", "put it into the prompt")),
     ("chosen is a number", {"chosen": 4}, ("'chosen'", TEXT_OR_LIST)),

@@ -37,7 +37,11 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("a source of a number", CHAT | {"source": 3}, ("'source' should be text",)),
     ("half a surrogate pair", ALPACA | {"output": "\udc00"}, ("surrogate", "remove it")),
     ("a fractional id", CHAT | {"id": 1.5}, ("'id' should be text or a whole number",)),
-    ("a completion saved as text", {"prompt": "a", "completion": '[{"role": "a"}]'}, ("saved as text", ".parquet")),
+    (
+        "a completion saved as text",
+        {"prompt": "a", "completion": '[{"role": "user", "content": "a"}]'},
+        ("saved as text", ".parquet"),
+    ),
     ("a history", ALPACA | {"history": [["a", "b"]]}, ("'history' is not read", "remove the column")),
     ("an id twice", CHAT | {"id": "one"}, ("id 'one' was already given by row 1", "each row needs its own")),
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),
