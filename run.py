@@ -59,6 +59,8 @@ class RunCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if not hasattr(config.trainer, "logger"):
             raise InputError(f"trainer should be a mapping of the Trainer's options, not {config.trainer!r}")
+        if config.trainer.default_root_dir is not None:
+            raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
         if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:
             raise InputError(f"seed_everything must lie in [0, 2^32), not {config.seed_everything}")
         if config.ckpt_path:
@@ -99,8 +101,6 @@ class RunCLI(LightningCLI):
                 ]
         else:
             kwargs["logger"] = False
-        if self.config[self.subcommand].trainer.default_root_dir is not None:
-            raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
         try:
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:

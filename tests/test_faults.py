@@ -257,12 +257,12 @@ def test_a_pause_adds_no_validation(tiny_model: str, source: str, tmp_path: Path
     assert found == {"whole": [2, 4, 5], "paused": [2, 3], "rest": [4, 5]}
 
 
-@pytest.mark.parametrize("how", ["a signal in a validation", "max_time"])
+@pytest.mark.parametrize("how", ["a signal in a validation", "max_time", "early stopping"])
 def test_a_stop_in_the_middle_of_a_step_waits_for_its_end(
     how: str, tiny_model: str, source: str, tmp_path: Path
 ) -> None:
-    """Two micro-batches are a step; the signal comes in a validation after three."""
-    every = 3 if how == "a signal in a validation" else 1.0
+    """Two micro-batches are a step; but for max_time the stop comes in a validation after three."""
+    every = 1.0 if how == "max_time" else 3
     data, trainer = {"validation": 0.2}, {"accumulate_grad_batches": 2, "val_check_interval": every, "max_epochs": 2}
     whole = fit(tiny_model, source, tmp_path / "whole", data=data, trainer=trainer, **ADAMW)
 
@@ -275,9 +275,11 @@ def test_a_stop_in_the_middle_of_a_step_waits_for_its_end(
             assert trainer.sanity_checking or not trainer.fit_loop._should_accumulate()
 
     kill = At(1, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_validation_batch_start")
-    stop = Timer() if how == "max_time" else kill
+    early = At(1, lambda: setattr(early.trainer, "should_stop", True), "on_validation_end")
+    early.setup = lambda trainer, *_, **__: setattr(early, "trainer", trainer)  # type: ignore[method-assign]
+    stop = {"a signal in a validation": kill, "max_time": Timer(), "early stopping": early}[how]
     cut = {"data": data, "trainer": with_callbacks(stop, **trainer), **ADAMW}
-    if how == "max_time":
+    if stop is not kill:
         assert fit(tiny_model, source, tmp_path / "cut", **cut).trainer.global_step == 2
     else:
         with pytest.raises(Stopped):
