@@ -120,7 +120,7 @@ def trl(folder: str, rank: int, length: int, gigabytes: float | None) -> dict[st
     from trl import DPOConfig, DPOTrainer
 
     cap(gigabytes)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -129,7 +129,7 @@ def trl(folder: str, rank: int, length: int, gigabytes: float | None) -> dict[st
     )
     device = {"": "cuda" if GPU else "cpu"}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantised, device_map=device
+        folder, dtype=torch.bfloat16, quantization_config=quantised, device_map=device, trust_remote_code=False
     )
     draw = torch.Generator().manual_seed(0)
 

@@ -171,7 +171,7 @@ def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any
         )
         dtype = getattr(torch, setting["dtype"])
         trainer = DPOTrainer(
-            AutoModelForCausalLM.from_pretrained(model_folder(setting["model"]), dtype=dtype),
+            AutoModelForCausalLM.from_pretrained(model_folder(setting["model"]), dtype=dtype, trust_remote_code=False),
             args=arguments,
             train_dataset=Dataset.from_list(as_chats(path, changes.get("gradient_checkpointing") is False)),
             processing_class=load_tokenizer(setting["model"]),
@@ -266,7 +266,10 @@ def profiled(setting: dict[str, Any], path: str, case: dict[str, Any]) -> dict[s
 
     from mixdpo.packaged_model import model_folder
 
-    vocabulary, rank = AutoConfig.from_pretrained(model_folder(setting["model"])).vocab_size, 16
+    vocabulary, rank = (
+        AutoConfig.from_pretrained(model_folder(setting["model"]), trust_remote_code=False).vocab_size,
+        16,
+    )
     profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
     hooks = {"on_train_start": lambda *_: profiler.start(), "on_train_end": lambda *_: profiler.stop()}
     ours(setting, path, case, more_callbacks=[LambdaCallback(**hooks)])

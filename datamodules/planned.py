@@ -128,9 +128,9 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         """Every row left out or cut, in a few lines: nothing is dropped silently."""
         return [f"{name}: " + ", ".join(f"{k} {v}" for k, v in counts.items()) for name, counts in self.counts.items()]
 
-    def validation_batches(self, lengths: Sequence[int]) -> list[MicroBatch]:
-        """This rank's batches of held-out rows, by length; filler of weight 0 gives all ranks as many."""
-        by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    def validation_batches(self, lengths: Sequence[int], ids: Sequence[int]) -> list[MicroBatch]:
+        """This rank's batches of held-out rows, by length, then by id; filler of weight 0 gives all ranks as many."""
+        by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], ids[i]))
         batches: list[MicroBatch] = [(b, 1.0, len(b)) for b in plan_steps(by_length, self.eval_batch_size)]
         batches += [((by_length[-1],), 0.0, 1)] * (-len(batches) % self.trainer.world_size)
         return batches[self.trainer.global_rank :: self.trainer.world_size]

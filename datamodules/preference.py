@@ -174,7 +174,7 @@ class PreferenceDataModule(PlannedDataModule):
         first_token = None
         if self._pool is not None:
             first_token = np.full(len(self.route.is_hard), -1)
-            first_token[np.flatnonzero(self.route.is_hard)] = self._pool.offsets[:-1]
+            first_token[self._on_side(hard=True)] = self._pool.offsets[:-1]
         routes = {"to_sft": self.route.to_sft.tolist(), "sft_sides": self.route.sft_sides, "first_token": first_token}
         loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False, **routes)
         loader.replan = self.micro_batches if self.routing.reshuffle else None
@@ -206,9 +206,9 @@ class PreferenceDataModule(PlannedDataModule):
             )
 
     def cleaning_pool(self) -> TokenPool:
-        """The chosen responses of the hard pairs, in the order of the data."""
+        """The chosen responses of the hard pairs."""
         if self._pool is None:
-            hard = self.train_pairs.select(np.flatnonzero(self.route.is_hard))
+            hard = self.train_pairs.select(self._on_side(hard=True))
             samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
             hard_pairs = f"{len(hard)}, {content_hash(hard['pair_id'])}"
             self._pool = TokenPool.of(samples, {"data": self._data, "hard pairs": hard_pairs, **self.identity})
@@ -216,11 +216,16 @@ class PreferenceDataModule(PlannedDataModule):
 
     def easy_samples(self) -> list[dict[str, Any]]:
         """The chosen responses of the easy pairs, which the default cleaning reference learns."""
-        return [_chosen_sample(self.train_pairs[int(i)]) for i in np.flatnonzero(~self.route.is_hard)]
+        return [_chosen_sample(self.train_pairs[int(i)]) for i in self._on_side(hard=False)]
+
+    def _on_side(self, *, hard: bool) -> np.ndarray:
+        """Indices of the hard pairs, or of the easy ones, by pair id: the order of the file's rows decides nothing."""
+        found = np.flatnonzero(self.route.is_hard == hard)
+        return found[np.argsort(self.route.pair_ids[found])]
 
     def pool_steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
-        number = np.cumsum(self.route.is_hard) - 1
-        return [tuple(int(number[i]) for i in step if self.route.is_hard[i]) for step in self._steps(epoch)]
+        number = dict(zip(self._on_side(hard=True).tolist(), range(len(self.route.is_hard)), strict=False))
+        return [tuple(number[i] for i in step if i in number) for step in self._steps(epoch)]
 
     def validation_is_hard(self) -> np.ndarray:
         """(N,) bool, which held-out pairs are reported as hard."""
@@ -233,13 +238,14 @@ class PreferenceDataModule(PlannedDataModule):
     def val_dataloader(self) -> ResumableLoader:
         is_hard = self.validation_is_hard().tolist()
         tokens = self._tokens(self.validation_pairs, [False] * len(is_hard))
-        return self._make_loader(self.validation_batches(tokens), self.validation_pairs, is_hard, evaluation=True)
+        plan = self.validation_batches(tokens, self.validation_pairs["pair_id"])
+        return self._make_loader(plan, self.validation_pairs, is_hard, evaluation=True)
 
     def predict_dataloader(self) -> ResumableLoader:
         """Batches by length of the pairs whose margin is not known yet."""
         known, ids = self.trainer.lightning_module.known, self.train_pairs["pair_id"][:]
         easy = [False] * len(ids)
-        batches = self.validation_batches(self._tokens(self.train_pairs, easy))
+        batches = self.validation_batches(self._tokens(self.train_pairs, easy), ids)
         left = [tuple(i for i in batch if ids[i] not in known) for batch, _, _ in batches]
         plan = [(batch, 1.0, len(batch)) for batch in left if batch]
         return self._make_loader(plan, self.train_pairs, easy, evaluation=True)

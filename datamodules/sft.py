@@ -142,7 +142,8 @@ class SFTDataModule(PlannedDataModule):
     def val_dataloader(self) -> ResumableLoader:
         lengths = [len(ids) for ids in self.validation_pool.samples["input_ids"]]
         collator = SFTCollator(self.validation_pool, self.sources, pack=self.pack)
-        return ResumableLoader(self.validation_batches(lengths), collator, workers=self.workers)
+        plan = self.validation_batches(lengths, self.validation_pool.samples["sample_id"])
+        return ResumableLoader(plan, collator, workers=self.workers)
 
 
 def _prompt(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -25,7 +25,17 @@ from mixdpo.adapters import (
 from mixdpo.batching import TokenRows
 from mixdpo.errors import InputError, refuse_other_run
 from mixdpo.metrics import NamedMeans
-from mixdpo.models import Attention, Dtype, Quantization, check_documents, check_vocabulary, load_base, output_head
+from mixdpo.models import (
+    Attention,
+    Dtype,
+    Quantization,
+    check_card,
+    check_documents,
+    check_vocabulary,
+    load_base,
+    on_the_cpu,
+    output_head,
+)
 from mixdpo.schedules import StagedCosine, StepPlan
 from mixdpo.throughput import most_tokens, recompute
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -103,6 +113,7 @@ class AdapterModule(L.LightningModule):
     def configure_callbacks(self) -> list[Any]:
         return [LogRows(), *([CleanTokens(self.cleaning)] if self.cleaning is not None else [])]
 
+    @on_the_cpu()
     def configure_model(self) -> None:
         if self.model is not None:
             return
@@ -117,7 +128,9 @@ class AdapterModule(L.LightningModule):
                 f"trainer.strategy {type(self.trainer.strategy).__name__} would shard a 4-bit base, which is refused: "
                 "use ddp, or one device (docs/troubleshooting.md)"
             )
-        base = load_base(self.base, **self.loading, device=self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        check_card(device, str(self.trainer.precision))
+        base = load_base(self.base, **self.loading, device=device)
         check_vocabulary(base, self.base, largest_id(*getattr(data, "encoded", [])))
         if getattr(data, "documents", False):
             check_documents(base)

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 
 from lightning_modules.callbacks import CloseFiles
 from mixdpo.adapters import adapter_fingerprint, base_fingerprint, role
@@ -20,10 +21,10 @@ from mixdpo.evaluation.formats import Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
 from mixdpo.evaluation.server import complete
-from mixdpo.export import merged_copy
+from mixdpo.export import generation_dtype, merged_copy
 from mixdpo.files import write_json, written_whole
 from mixdpo.make_pairs import write_rows
-from mixdpo.models import Dtype, Quantization
+from mixdpo.models import Dtype, Quantization, on_the_cpu
 from mixdpo.tokenization import PLAIN, tokenizer_state
 from mixdpo.trained import Trained, read_trained
 
@@ -43,7 +44,7 @@ class AnswerModule(L.LightningModule):
         quantization: Quantization = "nf4",
         dtype: Dtype = "bfloat16",
         chat_template: str | None = None,
-        dequantise: bool = False,
+        dequantise: bool | None = None,
         against: str | None = None,
     ) -> None:
         """Answers each prompt of the data, turn by turn. The same command continues what was interrupted.
@@ -65,8 +66,9 @@ class AnswerModule(L.LightningModule):
             quantization: How the base is held in memory.
             dtype: Of its unquantised weights and of the computation with 4-bit ones.
             chat_template: As for training; the tokenizer's own if not given.
-            dequantise: Generate with a dequantised fp32 copy that the adapter is merged into: faster on a CPU, but a
-                whole second model in memory. False generates with the model as it was trained.
+            dequantise: Generate with a dequantised copy that the adapter is merged into: faster, but a second model in
+                memory. True makes it in fp32; false generates with the model as it was trained. Null makes it in fp32
+                on a CPU, and on a GPU in the model's own dtype if it fits.
             against: `run.py test` only: the answers that another model's test has written, for the paired difference.
         """
         super().__init__()
@@ -90,6 +92,7 @@ class AnswerModule(L.LightningModule):
         self.sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p}
         self.model: Any = None
         self.tokenizer: Any = None
+        self.copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
         self.file: AnswersFile = None  # type: ignore[assignment]  # until configure_model
 
     @property
@@ -105,6 +108,7 @@ class AnswerModule(L.LightningModule):
         if self.file is not None:
             self.file.close()
 
+    @on_the_cpu()
     def configure_model(self) -> None:
         if self.file is not None:
             return
@@ -125,13 +129,14 @@ class AnswerModule(L.LightningModule):
             raise InputError("model.against compares gold scores: it is for run.py test")
         if self.server is None:
             self.model, self.tokenizer = self._loaded()
+            self.copy = generation_dtype(self.model, self.dequantise)
         self.file = AnswersFile(self.path.with_suffix(".answers.jsonl"), self._depends_on(data), data.prompts)
         if self.file.rows:
             print(f"{self.file.path} has {len(self.file.rows)} of {len(data.prompts)} prompts: going on")
         if not self.file.missing:
             self.trainer.limit_predict_batches = self.trainer.limit_test_batches = 0  # nothing is left to answer
-        if self.dequantise and self.server is None and self.file.missing:
-            self.model = merged_copy(self.model, "policy")
+        if self.copy is not None and self.file.missing:
+            self.model = merged_copy(self.model, "policy", self.copy)
 
     def _loaded(self) -> tuple[Any, Any]:
         tokenizer, template = self.trained.tokenizer()
@@ -154,7 +159,7 @@ class AnswerModule(L.LightningModule):
             "weights": base_fingerprint(self.model),
             "adapter_weights": adapter_fingerprint(self.model, "policy") if self.trained.adapter else None,
             "tokenizer": hashlib.sha256(state.encode()).hexdigest()[:16],
-            "computed": [*self.trained.loading.values(), self.trainer.precision, self.dequantise],
+            "computed": [*self.trained.loading.values(), self.trainer.precision, str(self.copy)],
         }
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> int:
@@ -217,7 +222,7 @@ class AnswerModule(L.LightningModule):
             return complete(chats, self.base, self.server, **options, seeds=[self._drawn(chat) for chat in chats])
         # the seed is the batch's own, so that it is the same whatever was answered before an interruption
         options |= {"seed": self._drawn(chats[0]), "progress": False}
-        with nullcontext() if self.dequantise else role(self.model, "policy"):
+        with role(self.model, "policy") if self.copy is None else nullcontext():
             found = generate(self.model, self.tokenizer, chats, batch_size=len(chats), names=keys, **options)
         return [answer for (answer,) in found]
 

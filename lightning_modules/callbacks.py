@@ -113,6 +113,17 @@ class ExactResume(Callback):
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self._restored = state_dict["ranks"][min(rank, len(state_dict["ranks"]) - 1)]  # validation may use fewer
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["computed_on"] = _processor(trainer.strategy.root_device)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        was, now = checkpoint.get("computed_on"), _processor(trainer.strategy.root_device)
+        if trainer.state.fn == "fit" and was not in (None, now):
+            rank_zero_warn(
+                f"the checkpoint was computed on {was}, and the run goes on on {now}: steps and dropout round and draw "
+                "otherwise there, so the adapter will not be, bit for bit, that of a run that never stopped"
+            )
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._restored is not None:
             _set_random_state(self._restored)
@@ -123,6 +134,13 @@ class ExactResume(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _set_random_state(self._aside)
+
+
+def _processor(device: torch.device) -> str:
+    """What rounds alike: a GPU by its name, a CPU by its instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _random_state() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mixdpo.errors import InputError, refuse_other_run
 from mixdpo.evaluation.answer_cache import kept_answers
 from mixdpo.evaluation.generation import Generation
 from mixdpo.evaluation.gold import Answers, compare, greedy, markdown, scored
-from mixdpo.export import merged_copy
+from mixdpo.export import generation_dtype, merged_copy
 from mixdpo.files import write_json
 from mixdpo.make_pairs import Scorer, read_prompts
 from mixdpo.models import load_tokenizer
@@ -34,7 +34,7 @@ class GoldEvaluation(Callback):
         max_new_tokens: int = 64,
         batch_size: int = 64,
         limit: int | None = None,
-        dequantise: bool = True,
+        dequantise: bool | None = None,
     ) -> None:
         """Answers held-out prompts greedily as the policy before training and as the one in adapter/ after it; prints a
         table and writes results.json, results.md and answers.json to the run's folder. Answers before training are kept
@@ -47,8 +47,9 @@ class GoldEvaluation(Callback):
             max_new_tokens: Longest answer, in tokens.
             batch_size: Prompts answered at a time.
             limit: Use the first so many prompts only.
-            dequantise: Generate with a dequantised copy of the model that the adapter is merged into: faster, but a
-                whole second model in memory. False generates with the quantised model itself.
+            dequantise: Generate with a dequantised copy that the adapter is merged into: faster, but a second model in
+                memory. True makes it in fp32; false generates with the model itself. Null makes it in fp32 on a CPU,
+                and on a GPU in the model's own dtype if it fits, which the run decides once.
         """
         self.prompts, self.scorer, self.limit = prompts, scorer, limit
         self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -57,19 +58,24 @@ class GoldEvaluation(Callback):
         self.seconds = {"training": 0.0, "evaluation": 0.0}
         self._rows: list[dict[str, Any]] = []
         self._restored: dict[str, Any] | None = None
+        self._copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
         self._started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The answers before training too: a reference that was refreshed could not give them again."""
         training = self.seconds["training"] + time.perf_counter() - self._started
         given = [asdict(answer) for answer in self.before.given] if self.before else []
-        return {"asked": self._asked(), "given": given, "seconds": self.seconds | {"training": training}}
+        seconds = self.seconds | {"training": training}
+        return {"asked": self._asked(), "given": given, "seconds": seconds, "copy": self._copy}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored, self.seconds = state_dict, state_dict["seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
+            self._copy = generation_dtype(pl_module.model, self.dequantise)
+            if self._restored is not None and self.dequantise is None:
+                self._copy = self._restored["copy"]
             self._rows = read_prompts(self.prompts, self.limit)
             if self._restored is not None:
                 refuse_other_run(self._restored["asked"], self._asked())
@@ -118,8 +124,9 @@ class GoldEvaluation(Callback):
         tokenizer.chat_template = template
 
         def generations() -> list[Generation]:
-            if self.dequantise:
-                return greedy(merged_copy(pl_module.model, name), tokenizer, self._rows, **self.options)
+            if self._copy is not None:
+                copied = merged_copy(pl_module.model, name, self._copy)
+                return greedy(copied, tokenizer, self._rows, **self.options)
             # Lightning's own is around the steps only
             with pl_module.trainer.precision_plugin.forward_context(), torch.no_grad(), role(pl_module.model, name):
                 return greedy(pl_module.model, tokenizer, self._rows, **self.options)
@@ -149,7 +156,7 @@ class GoldEvaluation(Callback):
             "ends": repr(model.get_base_model().generation_config.eos_token_id),
             "tokenizer": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest()[:16],
             "template": tokenizer.chat_template,
-            "asked": self._asked() | {**self.options, "dequantise": self.dequantise},
+            "asked": self._asked() | {**self.options, "copy": str(self._copy)},
             "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
         }
 
@@ -169,7 +176,8 @@ class GoldEvaluation(Callback):
 
     def _facts(self, trainer: L.Trainer) -> dict[str, str]:
         throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
-        precision = "a dequantised fp32 copy, adapter merged" if self.dequantise else "the model as trained"
+        copied = f"a dequantised copy in {str(self._copy).removeprefix('torch.')}, adapter merged"
+        precision = copied if self._copy else "the model as trained"
         return {
             "optimizer steps": str(trainer.global_step),
             "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",

@@ -16,10 +16,12 @@ from mixdpo.models import (
     Attention,
     Dtype,
     Quantization,
+    check_card,
     check_documents,
     check_vocabulary,
     load_base,
     load_reward_model,
+    on_the_cpu,
 )
 from mixdpo.tokenization import largest_id
 
@@ -71,6 +73,7 @@ class MarginModule(L.LightningModule):
         for _, file in self.files:
             file.close()
 
+    @on_the_cpu()
     def configure_model(self) -> None:
         if self.files:
             return
@@ -79,7 +82,9 @@ class MarginModule(L.LightningModule):
         used = {"weights": None, "adapter_weights": None, "dtype": None}
         if self.needs != "rating":
             load = load_reward_model if self.needs == "reward model" else load_base
-            self.model = load(self.base, **self.loading, device=self.trainer.strategy.root_device)
+            device = self.trainer.strategy.root_device
+            check_card(device, str(self.trainer.precision))
+            self.model = load(self.base, **self.loading, device=device)
             check_vocabulary(self.model, self.base, largest_id(*self.trainer.datamodule.encoded))
             used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])

@@ -12,7 +12,7 @@ from lightning_modules.adapter import AdapterModule
 from mixdpo.adapters import adapter_fingerprint, role
 from mixdpo.batching import PairBatch
 from mixdpo.errors import InputError
-from mixdpo.log_probs import SequenceLogProbs
+from mixdpo.log_probs import SequenceLogProbs, taken
 from mixdpo.losses import DPO
 from mixdpo.losses.functions import sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
@@ -137,7 +137,7 @@ class PreferenceModule(AdapterModule):
         # Lightning divides by the number of micro-batches and DDP by the number of ranks: this is the step's mean
         scale = self._micro_batches_per_step() / batch.step_pairs
         if self._gradient_norms_are_due() and len(batch.hard):
-            part = (losses * batch.weight)[batch.hard].sum() * (scale / self.trainer.accumulate_grad_batches)
+            part = taken(losses * batch.weight, batch.hard).sum() * (scale / self.trainer.accumulate_grad_batches)
             options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
             new = torch.autograd.grad(part, self.learning(), **options)
             before = self._sft_gradient or [torch.zeros_like(g) for g in new]
@@ -170,8 +170,8 @@ class PreferenceModule(AdapterModule):
         preference = self._preference_losses(batch.easy, batch, policy, reference)
         easy_losses = preference + self.easy_sft_weight * sft(policy[batch.easy])
         sft_losses = torch.stack([sft(policy[hard + side * pairs]) for side in batch.sft_sides]).mean(0)
-        losses = policy.sums.new_zeros(pairs).index_add(0, batch.easy, easy_losses)
-        return losses.index_add(0, hard, self.sft_weight * sft_losses), preference, sft_losses
+        losses = policy.sums.new_zeros(pairs).index_copy(0, batch.easy, easy_losses.to(policy.sums))
+        return losses.index_copy(0, hard, self.sft_weight * sft_losses), preference, sft_losses
 
     def _preference_losses(
         self, index: Tensor, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_modules.adapter import AdapterModule
 from mixdpo.adapters import stack_policy
+from mixdpo.log_probs import run_sums
 from mixdpo.metrics import NamedMeans
 from mixdpo.models import row_log_probs, row_statistics
 from mixdpo.sft_batching import SFTBatch
@@ -54,8 +55,7 @@ class SFTModule(AdapterModule):
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         self.recompute_if_long(batch.rows)
         log_probs = row_log_probs(self.model, batch.rows)
-        sums = log_probs.new_zeros(len(batch)).index_add(0, batch.rows.completion, log_probs.detach())
-        self.row_losses = -sums / batch.rows.lengths
+        self.row_losses = -run_sums(log_probs.detach(), batch.rows.runs, len(batch)) / batch.rows.lengths
         # the scorer reads the policy of this very step; what is not finite has no scores, and NonFinite names its rows
         if batch.losses is not None and log_probs.isfinite().all():
             self._score(batch, log_probs.detach())
@@ -67,7 +67,7 @@ class SFTModule(AdapterModule):
         counted = torch.full_like(weight, float(batch.count > 0))
         self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": (weight, counted)})
         # as if every token were kept, and no more can be known here: on_before_optimizer_step corrects it
-        return -(log_probs * weight).sum() * (self._micro_batches_per_step() / batch.step_tokens)
+        return -(log_probs * weight).sum(dtype=torch.float64) * (self._micro_batches_per_step() / batch.step_tokens)
 
     def _score(self, batch: SFTBatch, log_probs: Tensor) -> None:
         losses = {**batch.losses, "policy": -log_probs}

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -72,6 +73,7 @@ def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None
             raise InputError(f"lora.targets {lora.targets} do not fit this model: {error}") from error
     else:
         with readable(adapter, "adapter"):
+            _check_safetensors(adapter)
             model = PeftModel.from_pretrained(base, adapter, adapter_name="policy", is_trainable=True)
         _check_adapter(adapter, model, "policy")
     model.stacked = {}  # adapter -> how many of the stage adapters stand under it
@@ -90,6 +92,7 @@ def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) ->
         return
     # initial weights are drawn before the saved ones replace them, and must not shift the run's random numbers
     with torch.random.fork_rng(devices=[]), readable(adapter, "adapter"):
+        _check_safetensors(adapter)
         model.load_adapter(adapter, adapter_name=name, is_trainable=False)
     _check_adapter(adapter, model, name)
     _freeze_all_but_policy(model, name)
@@ -135,7 +138,11 @@ def stack_policy(model: "PeftModel") -> None:
     stage = model.stacked["policy"]
     copy_adapter(model, "policy", f"stage_{stage}")
     for layer in adapter_layers(model):
-        layer.reset_lora_parameters("policy", True)
+        weight = layer.lora_A["policy"].weight  # PEFT would draw by the generator of its device
+        drawn = nn.init.kaiming_uniform_(torch.empty_like(weight, device="cpu"), a=5**0.5)
+        with torch.no_grad():
+            weight.copy_(drawn)
+            layer.lora_B["policy"].weight.zero_()
 
 
 def add_stage(model: "PeftModel") -> None:
@@ -240,6 +247,19 @@ def _freeze_all_but_policy(model: "PeftModel", added: str) -> None:
         layer.lora_dropout[added] = nn.Identity()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".policy." in name)
+
+
+def _check_safetensors(adapter: str) -> None:
+    """Raise where PEFT would read the other format, a pickle, for want of this one."""
+    from huggingface_hub import hf_hub_download
+
+    if not Path(adapter).is_dir():
+        hf_hub_download(adapter, "adapter_model.safetensors")
+    elif not Path(adapter, "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"adapter '{adapter}' has no adapter_model.safetensors, and other formats can run code: save it anew with "
+            "PEFT's save_pretrained, which writes safetensors"
+        )
 
 
 def _check_adapter(name: str, model: "PeftModel", adapter: str) -> None:

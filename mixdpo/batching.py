@@ -7,6 +7,7 @@ because the loss is normalised over the step.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -27,7 +28,8 @@ class Movable:
         there = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
         for part in vars(self).values():
             if isinstance(part, Tensor | Movable) and id(part) not in there:
-                part_there = part.pin_memory() if isinstance(part, Tensor) and device.type == "cuda" else part
+                pinned = isinstance(part, Tensor) and (part.device.type, device.type) == ("cpu", "cuda")
+                part_there = part.pin_memory() if pinned else part
                 options = {"non_blocking": True} if isinstance(part, Tensor) else {}
                 there[id(part)] = part_there.to(device, **options)
         return replace(self, **{name: there[id(part)] for name, part in vars(self).items() if id(part) in there})
@@ -45,20 +47,22 @@ class TokenRows(Movable):
 
     Attributes:
         input_ids, position_ids: (R, T) int64.
-        source: (M,) int64, index into the R·T flattened positions whose hidden state predicts target m.
+        source: [start, end) of the R·T flattened positions whose hidden states predict the targets, in their order.
         target: (M,) int64 token ids.
         completion: (M,) int64, b for the chosen and B + b for the rejected completion of pair b.
         lengths: (2B,) int64, tokens of each completion, 0 where it is left out.
+        runs: (completion, tokens) of each completion that is there, in the order of the targets.
         documents: what attends to what, as `mixdpo.attention` reads it.
         tokens: positions that are not padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    source: Tensor
+    source: tuple[tuple[int, int], ...]
     target: Tensor
     completion: Tensor
     lengths: Tensor
+    runs: tuple[tuple[int, int], ...]
     documents: tuple[Document, ...]
     tokens: int
 
@@ -137,6 +141,7 @@ def cut_step(step: Sequence[int], tokens: Sequence[int], *, accumulate: int, wor
 
     Pairs go, longest first, to the lightest of the step's `accumulate × world` micro-batches; those of like size
     run at the same time on different ranks. A micro-batch left empty gets the step's shortest pair with weight 0.
+    Among pairs of equal length the place in the step decides: the order of the rows in the file must change nothing.
 
     Args:
         step: indices of the step's pairs.
@@ -144,12 +149,12 @@ def cut_step(step: Sequence[int], tokens: Sequence[int], *, accumulate: int, wor
     """
     bins: list[list[int]] = [[] for _ in range(accumulate * world)]
     loads = [0] * len(bins)
-    for index in sorted(step, key=lambda i: (-tokens[i], i)):
+    for index in sorted(step, key=lambda i: -tokens[i]):
         # among bins of equal load the emptier first, so that the first pairs spread
         lightest = min(range(len(bins)), key=lambda b: (loads[b], len(bins[b]), b))
         bins[lightest].append(index)
         loads[lightest] += tokens[index]
-    filler = (min(step, key=lambda i: (tokens[i], i)),)
+    filler = (min(step, key=lambda i: tokens[i]),)
     heaviest_first = sorted(range(len(bins)), key=lambda b: (-loads[b], b))
     mine = [bins[b] for b in heaviest_first][rank::world]
     return [(tuple(pairs), 1.0, len(step)) if pairs else (filler, 0.0, len(step)) for pairs in mine]
@@ -196,7 +201,7 @@ def token_rows(documents: Sequence[Sequence[Piece]], completions: int, pack: int
         used[-1] += size
     width = max(used)
     input_ids, positions = torch.zeros(2, len(used), width, dtype=torch.long)
-    source: list[int] = []
+    source: list[tuple[int, int]] = []
     target: list[int] = []
     completion: list[int] = []
     bounds: list[Document] = []
@@ -209,15 +214,16 @@ def token_rows(documents: Sequence[Sequence[Piece]], completions: int, pack: int
             positions[row, start:end] = torch.arange(position, position + len(piece.ids))
             for first, last in zip(piece.spans[::2], piece.spans[1::2], strict=True):
                 before = start + first - 1 if first else begin + position - 1
-                here = row * width
-                source += [here + before, *range(here + start + first, here + start + last - 1)]
+                spans = ((before, before + 1), (start + first, start + last - 1))
+                source += [(row * width + begins, row * width + stops) for begins, stops in spans if begins < stops]
                 target += piece.ids[first:last]
                 completion += [piece.completion] * (last - first)
             ends.append(end)
         bounds.append((row, *ends))
-    lists = [torch.tensor(values, dtype=torch.long) for values in (source, target, completion)]
-    lengths = torch.bincount(lists[2], minlength=completions)
-    return TokenRows(input_ids, positions, *lists, lengths, tuple(bounds), tokens=sum(sizes))
+    lists = [torch.tensor(values, dtype=torch.long) for values in (target, completion)]
+    lengths = torch.bincount(lists[1], minlength=completions)
+    runs = tuple((number, len(list(run))) for number, run in groupby(completion))
+    return TokenRows(input_ids, positions, tuple(source), *lists, lengths, runs, tuple(bounds), tokens=sum(sizes))
 
 
 @dataclass(frozen=True)
@@ -282,8 +288,7 @@ class PairCollator:
 
 def _keys(pairs: Sequence[Mapping[str, Any]], rows: TokenRows) -> tuple[tuple[bytes, int], ...]:
     found = []
-    numbers, lengths = rows.completion.unique_consecutive(return_counts=True)
-    for number, length in zip(numbers.tolist(), lengths.tolist(), strict=True):
+    for number, length in rows.runs:
         pair, side = pairs[number % len(pairs)], ("chosen_ids", "rejected_ids")[number // len(pairs)]
         found.append((completion_key(pair["prompt_ids"], pair[side]), length))
     return tuple(found)

@@ -21,35 +21,49 @@ def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = 
     """A plain model in the role `name`, for generation or export, dequantised *before* the adapter is added.
 
     (Merging into 4-bit weights would round the adapter away.) Equal to the role up to rounding: each weight is summed
-    in fp32 and rounded to `dtype` once. Besides `model` itself it takes the copy and one weight in fp32.
+    in fp32 and rounded to `dtype` once. Besides `model` itself it takes the copy and one weight in fp32, all on the
+    model's device; what is not adapted and has that dtype already is shared.
     """
     causal_lm = model.get_base_model()
-    plain = _untrained(causal_lm, dtype)
-    empty = plain.state_dict()  # the tensors of `plain` themselves: what is copied into them is in the model
-    missing, unexpected = set(empty) - set(plain.all_tied_weights_keys), []
-    for key, weight in _merged_weights(causal_lm, adapters_of(model, name)):
-        if key not in empty or empty[key].shape != weight.shape:
-            unexpected.append(key)
-            continue
-        empty[key].copy_(weight)
-        missing.discard(key)
-    if unexpected or missing:
-        raise RuntimeError(f"the merged copy does not match the model: missing {missing}, unexpected {unexpected}")
+    plain = _without_weights(causal_lm, dtype)
+    merged = _merged_weights(causal_lm, adapters_of(model, name))
+    weights = {key: weight.detach().to(dtype) for key, weight in merged}
+    missing, unexpected = plain.load_state_dict(weights, strict=False, assign=True)
+    if missing := set(missing) - set(plain.all_tied_weights_keys) or unexpected:
+        raise RuntimeError(f"the merged copy does not match the model: {missing}")
     plain.tie_weights()
     plain.generation_config = causal_lm.generation_config
-    return plain.eval().requires_grad_(False)
+    return plain.to(next(causal_lm.parameters()).device).eval().requires_grad_(False)
 
 
-def _untrained(causal_lm: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
-    """A model of the same architecture without quantisation or adapters, on the same device."""
+def generation_dtype(model: "PeftModel", dequantise: bool | None) -> torch.dtype | None:
+    """The dtype of the merged copy that generates faster than the model, or None where the model itself generates.
+
+    Args:
+        dequantise: true takes a copy in fp32, false none. None takes one in fp32 on a CPU; on a GPU one in the dtype of
+            the model's head (2 bytes a parameter in bf16) where so much memory is free, else none.
+    """
+    causal_lm = model.get_base_model()
+    head = causal_lm.get_output_embeddings().weight
+    if dequantise is None and head.device.type == "cuda":
+        need, free = 1.1 * causal_lm.num_parameters() * head.element_size(), torch.cuda.mem_get_info(head.device)[0]
+        return head.dtype if need < free else None
+    return None if dequantise is False else torch.float32
+
+
+def _without_weights(causal_lm: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+    """A model of the same architecture without quantisation or adapters, whose weights take no memory yet."""
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = causal_lm.config.__class__(
         **{key: value for key, value in causal_lm.config.to_dict().items() if key != "quantization_config"}
     )
-    device = next(causal_lm.parameters()).device
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
+    # buffers are not in checkpoints, so they are computed; some draw, which must not shift the run's random numbers
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
 
 
 def _merged_weights(causal_lm: "PreTrainedModel", adapters: list[str]) -> Iterator[tuple[str, Tensor]]:

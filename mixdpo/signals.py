@@ -13,7 +13,7 @@ from torch import Tensor
 from mixdpo.adapters import role
 from mixdpo.batching import PairBatch, TokenRows
 from mixdpo.errors import InputError
-from mixdpo.log_probs import exact_token_log_probs
+from mixdpo.log_probs import exact_token_log_probs, run_sums
 from mixdpo.models import output_head, predicting_states, sequence_log_probs, summed
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ class CHES:
 
     def __call__(self, model: Any, batch: PairBatch) -> Tensor:
         states, rows = policy_states(model, batch.rows), batch.rows
-        states = states.to(torch.promote_types(states.dtype, torch.float32))
-        sums = states.new_zeros(len(rows.lengths), states.shape[-1]).index_add(0, rows.completion, states)
+        sums = run_sums(states, rows.runs, len(rows.lengths))
         chosen, rejected = (sums / rows.lengths[:, None] if self.normalised else sums).chunk(2)
         return -ches(chosen, rejected)
 

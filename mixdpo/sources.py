@@ -57,7 +57,12 @@ def open_source(source: str, split: str) -> Source:
     hint = f" It is no local path and no built-in task ({', '.join(BUILT_IN)}), so it was sought on the hub."
     hint += " One of several configurations is written ID:CONFIG, one file hf://datasets/OWNER/NAME/FILE."
     where = f"{source!r}, split {split!r}"
-    return _through_datasets(where, "", lambda datasets: datasets.load_dataset(*source.split(":"), split=split), hint)
+    return _through_datasets(
+        where,
+        "",
+        lambda datasets: datasets.load_dataset(*source.split(":"), split=split, trust_remote_code=False),
+        hint,
+    )
 
 
 def is_one_file(source: str) -> bool:
@@ -90,7 +95,9 @@ def _open_file(path: Path, split: str) -> Source:
     return _through_datasets(
         str(path),
         key,
-        lambda datasets: datasets.load_dataset("parquet", data_files=str(path), split=split, cache_dir=_cache_dir(key)),
+        lambda datasets: datasets.load_dataset(
+            "parquet", data_files=str(path), split=split, cache_dir=_cache_dir(key), trust_remote_code=False
+        ),
     )
 
 
@@ -100,7 +107,7 @@ def _open_folder(path: Path, split: str) -> Source:
 
     def load(datasets: Any) -> "Dataset":
         if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return datasets.load_dataset(str(path), split=split, cache_dir=_cache_dir(key))
+            return datasets.load_dataset(str(path), split=split, cache_dir=_cache_dir(key), trust_remote_code=False)
         saved = datasets.load_from_disk(str(path))
         if not isinstance(saved, dict):
             saved = {"train": saved}

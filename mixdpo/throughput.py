@@ -67,7 +67,8 @@ def activation_bytes(model: Any) -> float:
     device = next(model.parameters()).device
     rows = token_rows([[Piece([0] * PROBED_TOKENS, 0, (1, PROBED_TOKENS))]], 1).to(device)
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with torch.random.fork_rng(), torch.enable_grad(), hooks:  # dropout must not shift the run's random numbers
+    of_device = [device] if device.type == "cuda" else []  # dropout must not shift the run's random numbers
+    with torch.random.fork_rng(of_device), torch.enable_grad(), hooks:
         predicting_states(model, rows)
     return sum(sizes.values()) / PROBED_TOKENS
 

@@ -138,6 +138,11 @@ def segments_of(rows: TokenRows) -> torch.Tensor:
     return found
 
 
+def sources(rows: TokenRows) -> list[int]:
+    """The flattened position that predicts each target."""
+    return [position for start, end in rows.source for position in range(start, end)]
+
+
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Pairs of random words of many lengths, with distinct margins 0.5, 1.0, … shuffled."""
     draw = random.Random(seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from conftest import sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -170,7 +171,7 @@ def test_packing_changes_no_target_and_no_context(made: list[list[Piece]], pack:
     count = 1 + max(piece.completion for document in made for piece in document)
     rows = token_rows(made, count, pack)
     flat = rows.input_ids.flatten()
-    found = list(zip(rows.completion.tolist(), flat[rows.source].tolist(), rows.target.tolist(), strict=True))
+    found = list(zip(rows.completion.tolist(), flat[sources(rows)].tolist(), rows.target.tolist(), strict=True))
     expected = []
     for document in made:
         prompt = list(document[0].ids)

@@ -115,9 +115,14 @@ def chosen(pair: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": ids, "spans": [start, len(ids)]}
 
 
+def by_id(ran: Ran, indices: np.ndarray) -> list[int]:
+    """The order of pairs in which the rows of the file do not matter."""
+    return sorted(indices.tolist(), key=lambda i: ran.data.train_pairs[i]["pair_id"])
+
+
 def hard_pairs(ran: Ran) -> tuple[list[int], list[dict[str, Any]], dict[int, slice]]:
     """Their indices in the data, their chosen responses, and by pair_id the numbers of their tokens."""
-    indices = np.flatnonzero(ran.data.route.is_hard).tolist()
+    indices = by_id(ran, np.flatnonzero(ran.data.route.is_hard))
     pairs = [ran.data.train_pairs[i] for i in indices]
     ends = np.cumsum([len(pair["chosen_ids"]) for pair in pairs]).tolist()
     places = {pair["pair_id"]: slice(end - len(pair["chosen_ids"]), end) for pair, end in zip(pairs, ends, strict=True)}
@@ -298,7 +303,7 @@ def test_a_fitted_adapter_is_one_pass_of_adamw(tiny_model: str, monkeypatch: pyt
 
 
 def test_the_default_reference_has_learned_the_easy_chosen_responses(cleaned: Ran, plain: Any) -> None:
-    easy = np.flatnonzero(~cleaned.data.route.is_hard).tolist()
+    easy = by_id(cleaned, np.flatnonzero(~cleaned.data.route.is_hard))
     samples = [chosen(cleaned.data.train_pairs[i]) for i in easy]
     assert [sample["input_ids"] for sample in cleaned.data.easy_samples()] == [s["input_ids"] for s in samples]
     fitted = with_adapters(plain, cleaned.starts[-1], "cleaning")

@@ -128,7 +128,7 @@ def test_a_missing_path_is_not_taken_for_a_hub_id(source, monkeypatch):
 def test_a_hub_id_is_fetched_with_its_split(monkeypatch):
     asked = []
 
-    def load(name, split):
+    def load(name, split, **_):
         asked.append((name, split))
         return datasets.Dataset.from_list([PAIR])
 
@@ -152,7 +152,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_named_with_the_cause(monkeypatch):
 def test_a_hub_id_may_name_a_configuration(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda *names, split: asked.append(names) or datasets.Dataset.from_list([PAIR])
+        datasets, "load_dataset", lambda *names, split, **_: asked.append(names) or datasets.Dataset.from_list([PAIR])
     )
     assert read_pairs("org/name:a-b.1").dataset.num_rows == 1 and asked == [("org/name", "a-b.1")]
 

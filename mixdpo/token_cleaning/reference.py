@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mixdpo.adapters import Role, role
-from mixdpo.models import row_log_probs
+from mixdpo.models import row_log_probs, without_cast_cache
 from mixdpo.sft_batching import sample_rows
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def fit_adapter(
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        with role(model, name):  # at backward as well
+        with role(model, name), without_cast_cache(device):  # at backward as well
             for start in tqdm(range(0, len(samples), batch_size), desc=f"fitting {name}", unit="step"):
                 step = [sample_rows([sample]).to(device) for sample in samples[start : start + batch_size]]
                 tokens = sum(len(rows.target) for rows in step)

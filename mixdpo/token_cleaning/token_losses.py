@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from mixdpo.adapters import Role, role
 from mixdpo.files import read_array, written_whole
-from mixdpo.models import evaluating, row_log_probs
+from mixdpo.models import evaluating, row_log_probs, without_cast_cache
 from mixdpo.packaged_model import cache_root
 from mixdpo.samples import TokenPool
 from mixdpo.sft_batching import sample_rows
@@ -70,6 +70,7 @@ def add_losses(
         evaluating(model),
         torch.no_grad(),
         role(model, name),
+        without_cast_cache(device),
         tqdm(total=len(missing), desc=f"scoring with {name}", disable=not batches) as bar,
     ):
         for batch in batches:
