@@ -21,7 +21,7 @@ from datamodules.preference import PreferenceDataModule
 from lightning_modules.callbacks import ExactResume
 from lightning_modules.faults import is_out_of_memory
 from lightning_modules.margins import MarginModule
-from mixdpo.adapters import Lora, add_adapters, add_reference, stack_policy
+from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, add_reference, stack_policy
 from mixdpo.batching import build_rows
 from mixdpo.errors import InputError
 from mixdpo.export import generation_dtype, merged_copy
@@ -392,3 +392,36 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(
     assert ExactResume in {type(c) for c in make_trainer(tmp_path / "x").callbacks}
     with pytest.warns(UserWarning, match=r"computed on cpu with \w+, and the run goes on on NVIDIA GeForce RTX 4090"):
         fit(tiny_model, pairs, tmp_path / "there", trainer=trainer, schedule_steps=4, ckpt_path=checkpoint)
+
+
+# On a GPU itself.
+
+
+@pytest.mark.gpu
+def test_one_seed_draws_one_adapter_on_every_device(tiny_model: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32", device=device), Lora(rank=4))
+        stack_policy(model)
+        found.append(adapter_fingerprint(model, "policy"))
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["pairs", "samples"])
+def test_a_continued_run_is_exact_on_a_gpu(
+    kind: str, tiny_model: str, pairs: str, samples: str, tmp_path: Path
+) -> None:
+    """With deterministic kernels, which attention's backward needs; all else adds in a fixed order anyway."""
+    make, source = (build, pairs) if kind == "pairs" else (build_sft, samples)
+    trainer = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "deterministic": True, "max_steps": 4}
+    options = {"make": make, "schedule_steps": 4, "dtype": "bfloat16"} | DROPOUT
+    try:
+        whole = fit(tiny_model, source, tmp_path / "whole", trainer=trainer, **options)
+        fit(tiny_model, source, tmp_path / "half", trainer=trainer | {"max_steps": 2}, **options)
+        checkpoint = str(tmp_path / "half/checkpoints/last.ckpt")
+        rest = fit(tiny_model, source, tmp_path / "rest", trainer=trainer, ckpt_path=checkpoint, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same(adapter_weights(whole), adapter_weights(rest))
