@@ -26,11 +26,11 @@ def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = 
     """
     causal_lm = model.get_base_model()
     plain = _without_weights(causal_lm, dtype)
-    merged = _merged_weights(causal_lm, adapters_of(model, name))
-    weights = {key: weight.detach().to(dtype) for key, weight in merged}
+    merged, tied = _merged_weights(causal_lm, adapters_of(model, name)), plain.all_tied_weights_keys
+    weights = {key: weight.detach().to(dtype) for key, weight in merged if key not in tied}
     missing, unexpected = plain.load_state_dict(weights, strict=False, assign=True)
-    if missing := set(missing) - set(plain.all_tied_weights_keys) or unexpected:
-        raise RuntimeError(f"the merged copy does not match the model: {missing}")
+    if unlike := set(missing) - set(tied) or unexpected:
+        raise RuntimeError(f"the merged copy does not match the model: {unlike}")
     plain.tie_weights()
     plain.generation_config = causal_lm.generation_config
     return plain.to(next(causal_lm.parameters()).device).eval().requires_grad_(False)
