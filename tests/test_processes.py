@@ -47,7 +47,6 @@ def options(model: str, source: str, validation: str, runs: Path) -> list[str]:
 
 def on_two(arguments: list[str], launcher: tuple[str, ...] = ()) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("MIXDPO_RUN_FOLDER", None)
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accumulate_grad_batches", "1"]
     command = [sys.executable, *launcher, "run.py", *arguments, *two]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
