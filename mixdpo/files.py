@@ -20,7 +20,7 @@ import yaml
 
 from mixdpo.errors import InputError
 
-_told: set[Path] = set()  # folders of caches that are done without
+_told: dict[Path, str] = {}  # what was said of a folder of caches that is done without
 
 
 @contextmanager
@@ -176,7 +176,6 @@ def or_without(what: str, path: Path, instead: Callable[[], Any] = lambda: None)
         yield
     except Exception as error:  # of the system, JSON, NumPy and SQLite
         instead()
-        if path.parent not in _told:
-            _told.add(path.parent)
-            said = f"the cache of {what}, {path}, cannot be used ({error}): its values are computed anew"
+        said = f"the cache of {what}, {path}, cannot be used ({error}): its values are computed anew"
+        if _told.setdefault(path.parent, said) is said:
             warnings.warn(f"{said}. Delete it if it is damaged, or name another folder in MIXDPO_CACHE", stacklevel=4)

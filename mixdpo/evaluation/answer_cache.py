@@ -28,9 +28,8 @@ def kept_answers(of: Mapping[str, Any], make: Callable[[], list[Generation]]) ->
     path = cache_root() / "answers" / f"{name}.json"
     with or_without("answers", path):
         if path.exists():
-            answers = [Generation(**row) for row in read_json(path, {"answers"}, "delete it")["answers"]]
             print(f"the answers are kept in {path}")
-            return answers
+            return [Generation(**row) for row in read_json(path, {"answers"}, "delete it")["answers"]]
     answers = make()
     with or_without("answers", path):
         write_json(path, {"of": depends, "answers": [asdict(answer) for answer in answers]})
