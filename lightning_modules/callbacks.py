@@ -59,7 +59,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with written_whole(path) as partial:
                 partial.write_bytes(content.getbuffer())
         except OSError as error:
-            said = f"the checkpoint of step {checkpoint['global_step']} cannot be written to {folder}"
+            said = f"the checkpoint of step {checkpoint.get('global_step')} cannot be written to {folder}"
             free = shutil.disk_usage(folder).free / 1e6
             raise OutOfSpaceError(f"{said}: {os.strerror(error.errno or 0)}; {free:.0f} MB are free") from error
 
@@ -79,7 +79,7 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
         return best
     except Exception as error:  # of pickle, zipfile and torch: an open list
         said = f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__})"
-        rank_zero_warn(f"{said}: adapter/ holds the last policy. Continue from an earlier checkpoint for the best one")
+        rank_zero_warn(f"{said}: adapter/ holds the last policy. For the best, continue from an earlier checkpoint")
         return None
 
 
