@@ -25,7 +25,7 @@ from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
 from mixdpo.files import read_text
 
 SUBCOMMANDS = ("fit", "validate", "predict", "test")
-_made: Path | None = None  # the run folder, where this process made it
+_made: Path | None = None  # the run folder, where this call of `main` made it
 NAME_HELP = (
     "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict and test write RUNS/NAME.margins, or the "
     "answers' RUNS/NAME.json, .jsonl, .md."
@@ -155,14 +155,14 @@ def has_begun(folder: Path) -> bool:
 def new_run_folder(runs: Path, name: str) -> Path:
     """Make RUNS/NAME, or the first free NAME-2, NAME-3, …: no run is ever overwritten.
 
-    Processes that Lightning starts for further devices take the first one's folder from the environment. Those of
-    torchrun know nothing of each other, so that NAME must be free.
+    A process that Lightning has started for a further device takes the folder of the first one from the environment;
+    no other process does, whatever it has inherited. Processes of torchrun know nothing of each other: NAME must be
+    free.
     """
-    if inherited := os.environ.get("MIXDPO_RUN_FOLDER"):
-        return Path(inherited)
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if by_torchrun and os.environ["RANK"] != "0":
-        return runs / name
+    first = runs / name if by_torchrun else os.environ.pop("MIXDPO_RUN_FOLDER", "")  # of one call of `main` only
+    if first and os.environ.get("RANK" if by_torchrun else "LOCAL_RANK", "0") != "0":
+        return Path(first)
     global _made
     if not name.strip("./"):
         raise InputError(f"--name {name!r} names no folder: give a name, such as run")
@@ -189,6 +189,8 @@ def new_run_folder(runs: Path, name: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> RunCLI:
     """Parse, build and run; `run.py --config X` means `run.py fit --config X`."""
+    global _made
+    _made = None  # that of an earlier call is none of this run's
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] not in (*SUBCOMMANDS, "-h", "--help"):
         arguments = ["fit", *arguments]
@@ -223,12 +225,10 @@ def run() -> None:
     except Exception as error:
         if (message := _for_the_user(error)) is None:
             raise
-        kept = ("metrics.csv", "checkpoints", "adapter", "non_finite.json")
-        if _made is not None and not any((_made / name).exists() for name in kept):
-            shutil.rmtree(_made, ignore_errors=True)  # refused before the first step
         sys.exit(f"error: {message}")
     finally:
-        if _made is not None and not has_begun(_made):
+        kept = ("metrics.csv", "checkpoints", "adapter", "non_finite.json")
+        if _made is not None and not (has_begun(_made) and any((_made / name).exists() for name in kept)):
             shutil.rmtree(_made, ignore_errors=True)  # nothing was trained
 
 

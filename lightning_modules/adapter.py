@@ -10,7 +10,7 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_modules.callbacks import LogRows, keep_best
+from lightning_modules.callbacks import LogRows, describe_best, keep_best
 from lightning_modules.token_cleaning import CleanTokens, RefreshReference
 from mixdpo.adapters import (
     Lora,
@@ -264,6 +264,7 @@ class AdapterModule(L.LightningModule):
             "multipliers": self._multipliers[: self.trainer.global_step].tolist(),
             "optimizer": _describe(self.optimizers().optimizer),
         }
+        describe_best(self.trainer, checkpoint)
         counts = {"reference_version": self.reference_version, "empty_steps": self.empty_steps}
         checkpoint["adapters"] = {"stacked": dict(self.model.stacked), **counts}
         means = torch.stack([self.train_means.sums, self.train_means.counts])

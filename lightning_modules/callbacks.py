@@ -1,10 +1,14 @@
 """What happens around the steps: files of the run, exact resume, throughput. All are on by default in run.py, and so
 are those of `faults`."""
 
+import io
+import os
 import random
 import resource
+import shutil
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from mixdpo.errors import OutOfSpaceError
 from mixdpo.export import save_adapter
-from mixdpo.files import write_json
+from mixdpo.files import sha256, write_json, written_whole
 from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
+
+_sha256 = cache(lambda path, changed: sha256(path))
+"""Of a file as it was at a time of change."""
 
 
 def logs_step(trainer: L.Trainer) -> bool:
@@ -33,31 +42,96 @@ class LogRows(Callback):
             pl_module.log_row()
 
 
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a temporary file beside the checkpoint, which takes its place once its content is on the disk. (Lightning
+    renames one from the system's temporary folder, which copies where that is another disk.)"""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """
+        Raises:
+            OutOfSpaceError: the file cannot be written; says how much is free.
+        """
+        if storage_options is not None or "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        content, folder = io.BytesIO(), Path(path).parent
+        torch.save(checkpoint, content)  # not to the file: on a full disk torch raises what names no reason
+        try:
+            with written_whole(path) as partial:
+                partial.write_bytes(content.getbuffer())
+        except OSError as error:
+            said = f"the checkpoint of step {checkpoint.get('global_step')} cannot be written to {folder}"
+            free = shutil.disk_usage(folder).free / 1e6
+            raise OutOfSpaceError(f"{said}: {os.strerror(error.errno or 0)}; {free:.0f} MB are free") from error
+
+
 def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
-    """Give the module its best policy, where a ModelCheckpoint monitors a metric; that callback, or None."""
+    """Give the module its best policy, where a ModelCheckpoint monitors a metric.
+
+    Returns:
+        That callback; None without one, or where its file cannot be loaded: then the last policy stays, with a warning.
+    """
     best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "") and c.monitor), None)
-    if best is not None:
-        checkpoint = torch.load(best.best_model_path, weights_only=True, map_location=pl_module.device)
-        pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
-        pl_module.model.stacked = checkpoint["adapters"]["stacked"]
-    return best
+    try:
+        if best is not None:
+            checkpoint = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+            pl_module.model.stacked = checkpoint["adapters"]["stacked"]
+            pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
+        return best
+    except Exception as error:  # of pickle, zipfile and torch: an open list
+        said = f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__})"
+        rank_zero_warn(f"{said}: adapter/ holds the last policy. For the best, continue from an earlier checkpoint")
+        return None
+
+
+def describe_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Add to a ModelCheckpoint's state the path of each of its files from the run's folder, the path on this machine,
+    and the SHA-256 (False for the file that the checkpoint is about to be written to)."""
+    for state in checkpoint.get("callbacks", {}).values() if trainer.is_global_zero else ():
+        for path in {*state.get("best_k_models", ()), state.get("best_model_path", "")} - {""}:
+            place, root = Path(path).resolve(), Path(trainer.default_root_dir).resolve()
+            content = place.is_file() and _sha256(place, place.stat().st_mtime_ns)
+            state.setdefault("files", {})[path] = (os.path.relpath(place, root), str(place), content)
 
 
 def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Let ModelCheckpoints go on from their best score. Lightning forgets it in another folder, such as that of a
-    continued run. A file that is gone is left out: mostly it went for a better one that came after the checkpoint and
-    that the continued run makes again."""
+    """Let ModelCheckpoints go on from their best score, with files in the continued run's own folder. (Lightning
+    forgets both in another folder.) A file that is gone is left out: mostly it went for a better one that came after
+    the checkpoint and that the continued run makes again."""
     for callback in trainer.checkpoint_callbacks:
-        if "dirpath" in (state := checkpoint.get("callbacks", {}).get(callback.state_key, {})):
-            state["dirpath"] = callback.dirpath
-            state["best_k_models"] = {p: score for p, score in state["best_k_models"].items() if Path(p).is_file()}
-            if (best := state["best_model_path"]) and not Path(best).is_file():
-                state["best_model_path"], state["best_model_score"] = "", None
-                if callback.monitor:
-                    rank_zero_warn(
-                        f"the best checkpoint so far, {best}, is not there any more: if no better one of the first run "
-                        "has taken its place, only those from here on count"
-                    )
+        state = checkpoint.get("callbacks", {}).get(callback.state_key, {})
+        if "best_k_models" in state:
+            own = _own_files(trainer.ckpt_path, callback.dirpath, state) if trainer.is_global_zero else {}
+            own, best = trainer.strategy.broadcast(own), state["best_model_path"]
+            state |= {"dirpath": callback.dirpath, "last_model_path": "", "best_model_path": own.get(best, "")}
+            state["kth_best_model_path"] = own.get(state["kth_best_model_path"], "")
+            state["best_k_models"] = {own[path]: score for path, score in state["best_k_models"].items() if path in own}
+            if callback.monitor and best and best not in own:
+                state["best_model_score"] = None
+                said = f"the best checkpoint so far, {best}, is not there any more, or is another file now"
+                rank_zero_warn(f"{said}: unless the first run had made a better one, only those from here on count")
+
+
+def _own_files(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
+    """Link the files of a ModelCheckpoint's state into its new folder. Old path -> new path, without what is gone."""
+    own, beside = {}, Path(ckpt_path).absolute().parent
+    for path, (inside, absolute, content) in state.get("files", {}).items():
+        name = os.path.relpath(path, state["dirpath"])
+        for place in (beside.parent / inside, beside / name, Path(absolute)):
+            if place.is_file() and (sha256(place) == content if content else place.samefile(ckpt_path)):
+                own[path] = str(_linked(place, Path(dirpath, name)))
+                break
+    return own
+
+
+def _linked(place: Path, target: Path) -> Path:
+    if target.exists():  # the same file, or one of another run that has the same folder
+        return place.resolve()
+    with written_whole(target) as partial:
+        try:
+            os.link(place, partial)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(place, partial)
+    return target
 
 
 class CloseFiles(Callback):

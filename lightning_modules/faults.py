@@ -1,7 +1,6 @@
 """Callbacks for what goes wrong in a run: signals, numbers that are not finite, memory and disk that run out."""
 
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -15,9 +14,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
-from lightning_modules.callbacks import logs_step, peak_memory_gb
+from lightning_modules.callbacks import WholeCheckpointIO, logs_step, peak_memory_gb
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
-from mixdpo.files import replace, write_json
+from mixdpo.files import write_json
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -39,6 +38,10 @@ class LastCheckpoint(Checkpoint):
         self._validated = False  # since the last batch
         self._stops = False  # something has told Lightning to stop in the middle of a step
         self._owes, self._epoch = "no", 0  # whether a validation was to follow the checkpoint, and its epoch
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) in WholeCheckpointIO.__bases__:  # not where the user has named another
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         due = not self._validated and _validates(trainer)
@@ -102,7 +105,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.world_size > 1:  # a signal may reach one process only
             stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
         if ends or stops or _validates(trainer) or trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
+            # weights_only=False: the whole state
+            trainer.save_checkpoint(Path(trainer.default_root_dir, "checkpoints", "last.ckpt"), weights_only=False)
         if ends:
             _default_handlers()  # what follows the last step can be done again from its checkpoint
         elif stops:
@@ -130,19 +134,6 @@ class LastCheckpoint(Checkpoint):
             _default_handlers()
 
     on_train_epoch_end = on_validation_end
-
-    def _save(self, trainer: L.Trainer) -> None:
-        folder = Path(trainer.default_root_dir) / "checkpoints"
-        try:
-            trainer.save_checkpoint(folder / ".last.ckpt.tmp", weights_only=False)  # False: the whole state
-            if trainer.is_global_zero:
-                replace(folder / ".last.ckpt.tmp", folder / "last.ckpt")
-            trainer.strategy.barrier("last.ckpt")  # a process that ends has the others ended
-        except OSError as error:
-            raise OutOfSpaceError(
-                f"the checkpoint of step {trainer.global_step} cannot be written to {folder}: "
-                f"{os.strerror(error.errno or 0)}; {shutil.disk_usage(folder.parent).free / 1e6:.0f} MB are free"
-            ) from error
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         own = Path(trainer.default_root_dir, "checkpoints", "last.ckpt").exists() or isinstance(exception, Stopped)

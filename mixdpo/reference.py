@@ -3,14 +3,14 @@
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from mixdpo.errors import InputError
-from mixdpo.packaged_model import cache_root
+from mixdpo.files import cache_root, or_without
 
 
 def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
@@ -22,56 +22,53 @@ def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> 
 class ReferenceCache:
     """Per-token log-probabilities of completions, by `completion_key`; one SQLite file per reference.
 
-    Several runs at once may read and write it, and what a killed run had added is whole or absent.
+    Several runs at once may read and write it, and what a killed run had added is whole or absent. A file that cannot
+    be used, now or later, is done without, with one warning: values are kept in memory from there on.
 
     Args:
         of: all that decides the values beside the tokens (weights, adapter, precision), in JSON's types.
         dtype: the values', "float32" or "float64".
-
-    Raises:
-        InputError: the file cannot be written, or is no such file.
     """
 
     def __init__(self, of: Mapping[str, Any], dtype: str = "float32") -> None:
         about = json.dumps({**of, "values": dtype}, sort_keys=True)
         name = hashlib.sha256(about.encode()).hexdigest()[:32]
         self.path, self.dtype = cache_root() / "reference" / f"{name}.sqlite", np.dtype(dtype)
-        with self._readable():
+        self._or_in_memory = partial(or_without, "the reference's log-probabilities", self.path, self._open)
+        with self._or_in_memory():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # autocommit; a minute for another run to finish its transaction
-            self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            self._database.execute("CREATE TABLE IF NOT EXISTS log_probs (key BLOB PRIMARY KEY, by_token BLOB)")
+            self._open(self.path)
+
+    def _open(self, where: Any = ":memory:") -> None:
+        # autocommit; a minute for another run to finish its transaction
+        self._database = sqlite3.connect(where, timeout=60, isolation_level=None)
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        self._database.execute("CREATE TABLE IF NOT EXISTS log_probs (key BLOB PRIMARY KEY, by_token BLOB)")
 
     def get(self, lengths: Sequence[tuple[bytes, int]]) -> np.ndarray | None:
         """The values of these completions (key, tokens), one after the other; None if one of them is not known.
 
-        Raises:
-            InputError: a completion has another number of values, or the file cannot be read.
+        Values of another number, or that are not finite, are removed from the file, with a warning.
         """
         marks, keys = ", ".join("?" * len(lengths)), [key for key, _ in lengths]
-        with self._readable():
+        with self._or_in_memory():
             found = dict(self._database.execute(f"SELECT key, by_token FROM log_probs WHERE key IN ({marks})", keys))
-            if not all(key in found for key in keys):
-                return None
-            if any(len(found[key]) != tokens * self.dtype.itemsize for key, tokens in lengths):
-                raise sqlite3.DatabaseError("a completion in it has another number of tokens")
-        return np.frombuffer(b"".join(found[key] for key in keys), dtype=self.dtype)
+            bad = [(key,) for key, tokens in lengths if key in found and not self._is_whole(found[key], tokens)]
+            if bad:
+                warnings.warn(f"{self.path} holds damaged log-probabilities: they are computed anew", stacklevel=2)
+                self._database.executemany("DELETE FROM log_probs WHERE key = ?", bad)
+            elif all(key in found for key in keys):
+                return np.frombuffer(b"".join(found[key] for key in keys), dtype=self.dtype)
+        return None
+
+    def _is_whole(self, value: bytes, tokens: int) -> bool:
+        right = len(value) == tokens * self.dtype.itemsize
+        return right and bool(np.isfinite(np.frombuffer(value, dtype=self.dtype)).all())
 
     def add(self, values: Iterable[tuple[bytes, np.ndarray]]) -> None:
-        """Keep the values of completions; what is known already stays."""
-        rows = [(key, np.ascontiguousarray(value, dtype=self.dtype).tobytes()) for key, value in values]
-        with self._readable():
+        """Keep the values of completions that are finite; what is known already stays."""
+        rows = [(key, np.asarray(v, dtype=self.dtype).tobytes()) for key, v in values if np.isfinite(v).all()]
+        with self._or_in_memory():
             self._database.execute("BEGIN IMMEDIATE")
             with self._database:
                 self._database.executemany("INSERT OR IGNORE INTO log_probs VALUES (?, ?)", rows)
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, sqlite3.Error) as error:
-            raise InputError(
-                f"the reference's log-probabilities cannot be kept in {self.path}: {error}. Delete it if it is "
-                "damaged, name another folder in MIXDPO_CACHE, or set model.reference_cache false"
-            ) from error

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import os
 import re
 import shlex
 import signal
@@ -60,7 +59,6 @@ def in_process(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", ["run.py", *arguments])
-        patch.setenv("MIXDPO_RUN_FOLDER", "")  # of the run before; undone, whatever this one puts there
         try:
             run.run()
         except SystemExit as exit:
@@ -72,10 +70,8 @@ def in_process(*arguments: str) -> int:
 
 
 def in_shell(*arguments: str) -> tuple[int, str]:
-    environment = {name: value for name, value in os.environ.items() if name != "MIXDPO_RUN_FOLDER"}
-    done = subprocess.run(
-        [sys.executable, "run.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "run.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert "error: " not in done.stdout
     return done.returncode, done.stderr
 
@@ -237,7 +233,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         *("config.yaml", "metrics.csv", "route.json", "checkpoints/last.ckpt"),
         *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     } <= set(files)
-    assert not [name for name in files if name.endswith(".tmp")]
+    assert not [name for name in files if Path(name).name.startswith(".")]
     assert sum(name.startswith("events.out.tfevents.") for name in files) == 1
     route = json.loads((finished / "route.json").read_text())
     assert route["pairs"] + route["counts"]["validation"]["pairs"] == 16
@@ -315,6 +311,52 @@ def test_a_continuation_that_is_refused_is_not_advised(
     assert "another run" in said and "continue with" not in said
 
 
+def test_a_run_of_its_own_each_time(
+    tiny_model: str, source: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls of `main` in a process that has inherited the folder of an earlier run."""
+    monkeypatch.setenv("MIXDPO_RUN_FOLDER", str(finished))
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.chdir(ROOT)
+    before = contents(finished)
+    short = ["--trainer.max_steps", "1", "--data.validation", "0"]
+    arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path), *short]
+    for folder in ("tiny", "tiny-2"):
+        assert run.main(arguments).trainer.default_root_dir == str(tmp_path / folder)
+        assert (tmp_path / folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "takes"),
+    [
+        ({}, False),
+        ({"LOCAL_RANK": "0"}, False),  # the process that has started the others, in its next run
+        ({"LOCAL_RANK": "1"}, True),
+        ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, False),
+    ],
+    ids=str,
+)
+def test_the_folder_of_another_process_is_for_those_that_it_has_started(
+    environment: dict[str, str], takes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (environment | {"MIXDPO_RUN_FOLDER": "earlier"}).items():
+        monkeypatch.setenv(name, value)
+    first = run.new_run_folder(tmp_path, "tiny")
+    assert first == (Path("earlier") if takes else tmp_path / "tiny")
+    if "TORCHELASTIC_RUN_ID" not in environment:  # where a name must be free
+        assert run.new_run_folder(tmp_path, "other") == (tmp_path / "other")
+
+
+def test_a_mistake_removes_no_folder_of_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "_made", tmp_path)  # by an earlier call; what it holds is nothing of a run's
+    (tmp_path / "kept").touch()
+    assert in_process("--config", "no.yaml") == 1
+    assert (tmp_path / "kept").exists()
+
+
 @pytest.mark.slow
 def test_sigterm_prints_the_command_that_continues(
     tiny_model: str, source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -322,9 +364,8 @@ def test_sigterm_prints_the_command_that_continues(
     """A real process, stopped after its first checkpoint; the printed command ends the run."""
     every_step = ["--trainer.max_epochs", "20", "--checkpoint.every_n_steps", "1"]
     arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path), *every_step]
-    environment = {name: value for name, value in os.environ.items() if name != "MIXDPO_RUN_FOLDER"}
     command = [sys.executable, "run.py", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         checkpoint = tmp_path / "tiny" / "checkpoints" / "last.ckpt"
         while not checkpoint.exists():
             assert process.poll() is None

@@ -138,7 +138,7 @@ def test_the_best_of_a_continued_run_may_be_older_than_it(tiny_model: str, sourc
     best = ModelCheckpoint(**monitor)
     rest = {"ckpt_path": checkpoint(tmp_path / "cut"), "trainer": with_callbacks(best, **epochs)}
     fit(tiny_model, source, tmp_path / "rest", data=data, **rest, **slow)
-    assert Path(best.best_model_path).is_relative_to(tmp_path / "cut") and "epoch=0" in best.best_model_path
+    assert Path(best.best_model_path).is_relative_to(tmp_path / "rest") and "epoch=0" in best.best_model_path
     saved = load_file(tmp_path / "rest" / "adapter" / "adapter_model.safetensors")
     kept = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     kept = {key.replace(".policy", "").removeprefix("model."): value for key, value in kept.items()}

@@ -2,6 +2,9 @@
 
 import json
 import os
+import time
+import traceback
+from pathlib import Path
 
 import pytest
 
@@ -48,19 +51,81 @@ def test_folder_replaces_a_folder_that_holds_something(tmp_path):
 
 @pytest.mark.parametrize("left", ["file", "folder"])
 @pytest.mark.parametrize("folder", [False, True])
-def test_what_a_killed_process_of_the_same_number_left_is_removed(tmp_path, left, folder):
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path, left, folder):
     path = tmp_path / "a"
-    for stale in (tmp_path / f".{os.getpid()}-a", tmp_path / f".{os.getpid()}-a-old"):
+
+    def leave(name, age):
+        stale = tmp_path / name
         if left == "folder":
             stale.mkdir()
         (stale / "half" if left == "folder" else stale).write_text("half")
+        os.utime(stale, (time.time() - age,) * 2)
+
+    day = 24 * 3600.0
+    leave(".0123456789abcdef-a", day + 60)
+    leave(".0123456789abcdef-a-old", day + 60)
+    leave(".fedcba9876543210-a", day - 60)  # its process may be alive
+    leave(".fedcba9876543210-ba", day + 60)  # of another path
     for content in ("first", "second"):
         with written_whole(path) as partial:
             if folder:
                 partial.mkdir()
             (partial / "new" if folder else partial).write_text(content)
     assert (path / "new" if folder else path).read_text() == "second"
-    assert not folder or [p.name for p in path.iterdir()] == ["new"]
+    assert {p.name for p in tmp_path.iterdir()} == {"a", ".fedcba9876543210-a", ".fedcba9876543210-ba"}
+
+
+def write_folders(path, mark, rounds):
+    for number in range(rounds):
+        with written_whole(path) as partial:
+            partial.mkdir()
+            for name in "xyz":
+                (partial / name).write_text(f"{mark} {number}")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_processes_of_one_number_write_one_folder_at_once(tmp_path, monkeypatch):
+    """As in two containers; what is there whenever one of them ends is whole."""
+    path, children = tmp_path / "new" / "a", []
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for mark in ("one", "other"):
+        child = os.fork()
+        if child == 0:
+            try:
+                write_folders(path, mark, 40)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    contents = {name: (path / name).read_text() for name in "xyz"}
+    assert len(set(contents.values())) == 1 and [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+def test_a_folder_that_another_process_puts_there_first_is_replaced(tmp_path, monkeypatch):
+    """At the worst moment: after the old one was moved away, and before ours takes its place."""
+    path, rename = tmp_path / "a", Path.rename
+    write_folders(path, "old", 1)
+
+    def racing(self, target):
+        if self.name == "a" and not (tmp_path / "raced").exists():
+            (tmp_path / "raced").touch()
+            rename(self, target)
+            write_folders(path, "other", 1)
+        else:
+            rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", racing)
+    write_folders(path, "ours", 1)
+    assert (path / "x").read_text() == "ours 0" and {p.name for p in tmp_path.iterdir()} == {"a", "raced"}
+
+
+def test_a_folder_does_not_replace_a_file(tmp_path):
+    (tmp_path / "a").write_text("file")
+    with pytest.raises(NotADirectoryError):
+        write_folders(tmp_path / "a", "folder", 1)
+    assert (tmp_path / "a").read_text() == "file" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):

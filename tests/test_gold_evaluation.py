@@ -335,6 +335,25 @@ def test_answers_of_the_start_are_kept(
     assert times(evaluation(prompts)) == 1  # nothing was written over
 
 
+def test_answers_that_cannot_be_kept_are_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below a file; and where what is kept is no JSON, which is replaced."""
+    answers = [Generation("red", 2, True)]
+    monkeypatch.setattr(answer_cache, "cache_root", lambda: tmp_path / "file")
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match=rf"answers, {tmp_path}/file/.*, cannot be used .*MIXDPO_CACHE") as told:
+        for _ in range(2):
+            assert answer_cache.kept_answers({}, lambda: answers) == answers
+    assert len(told) == 1
+    for name, content in {"a": "{", "b": '{"answers": [{"text": "red"}]}'}.items():
+        monkeypatch.setattr(answer_cache, "cache_root", lambda name=name: tmp_path / name)
+        answer_cache.kept_answers({}, list)
+        (path,) = (tmp_path / name / "answers").iterdir()
+        path.write_text(content)
+        with pytest.warns(UserWarning, match=rf"answers, {path}, cannot be used"):
+            assert answer_cache.kept_answers({}, lambda: answers) == answers
+        assert answer_cache.kept_answers({}, list) == answers  # kept
+
+
 def test_kept_answers_depend_on_the_code_and_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 

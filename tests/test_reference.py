@@ -1,5 +1,6 @@
 """The reference's log-probabilities on disk: the same training with and without, computed once, never stale."""
 
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,6 @@ from test_preference_module import forwards
 import mixdpo.reference
 from lightning_modules.token_cleaning import RefreshReference
 from mixdpo import losses
-from mixdpo.errors import InputError
 from mixdpo.reference import ReferenceCache, completion_key
 from mixdpo.routing import Routing
 
@@ -61,15 +61,98 @@ def test_a_key_tells_prompt_from_completion_and_one_text_from_another() -> None:
     assert completion_key((1, 2), (3,)) == completion_key([1, 2], np.array([3]))
 
 
-def test_a_damaged_file_and_a_folder_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: Any) -> None:
-    path = ReferenceCache({"model": "a"}).path
+def no_database(path: Path) -> None:
     path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
-    with pytest.raises(InputError, match=str(path)):
-        ReferenceCache({"model": "a"})
+
+
+def other_table(path: Path) -> None:
+    path.unlink()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE log_probs (name TEXT)")
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [no_database, other_table, a_folder])
+def test_a_damaged_file_is_done_without(damage: Any) -> None:
+    path = ReferenceCache({"model": "a"}).path
+    damage(path)
+    with pytest.warns(UserWarning, match=rf"log-probabilities, {path}, cannot be used .*MIXDPO_CACHE") as told:
+        cache = ReferenceCache({"model": "a"})
+        for _ in range(2):
+            cache.get([(b"key", 1)])
+            cache.add([(b"key", np.ones(1))])
+    assert len(told) == 1
+    assert cache.get([(b"key", 1)]) == 1  # kept in memory
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(
+    tiny_model: str, source: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """One warning in a run, whatever its reference becomes; and the same adapter."""
+    trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
+    off = fit(tiny_model, source, tmp_path / "off", trainer=trainer, reference_cache=False, lr=1.0)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(mixdpo.reference, "cache_root", lambda: tmp_path / "file")
-    with pytest.raises(InputError, match="reference_cache"):
-        ReferenceCache({"model": "a"})
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/file/reference/\w+\.sqlite, cannot be used") as told:
+        on = fit(tiny_model, source, tmp_path / "on", trainer=trainer, lr=1.0)
+    (said,) = [str(each.message) for each in told if "the cache of" in str(each.message)]
+    assert "--runs" not in said
+    found, expected = adapter_weights(on), adapter_weights(off)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("fault", ["vanishes", "is full"])
+def test_a_folder_that_fails_in_the_middle_of_a_run_is_done_without(fault: str) -> None:
+    cache = ReferenceCache({"model": "a"})
+    cache.add([(b"first", np.ones(3))])
+    if fault == "vanishes":
+        shutil.rmtree(cache.path.parent)
+    else:
+        pages = cache._database.execute("PRAGMA page_count").fetchone()[0]
+        cache._database.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.warns(UserWarning, match=rf"{cache.path}, cannot be used") as told:
+        for number in range(3):
+            cache.add([(bytes([number]), np.full(10_000, number))])
+    assert len(told) == 1 and cache.get([(b"\x02", 10_000)])[0] == 2
+
+
+@pytest.mark.parametrize("value", [[np.nan, 1.0], [1.0, np.inf], [1.0], [1.0, 2.0, 3.0], []], ids=str)
+def test_a_kept_value_that_cannot_be_is_computed_anew(value: list[float]) -> None:
+    cache = ReferenceCache({"model": "a"})
+    cache.add([(b"key", np.array([-1.0, -2.0])), (b"other", np.array([-3.0]))])
+    damaged = np.array(value, dtype=np.float32).tobytes()
+    cache._database.execute("UPDATE log_probs SET by_token = ? WHERE key = ?", (damaged, b"key"))
+    with pytest.warns(UserWarning, match=rf"{cache.path} holds damaged log-probabilities"):
+        assert cache.get([(b"other", 1), (b"key", 2)]) is None
+    cache.add([(b"key", np.array([-1.5, -2.5]))])
+    again = ReferenceCache({"model": "a"})
+    assert np.array_equal(again.get([(b"other", 1), (b"key", 2)]), [-3.0, -1.5, -2.5])
+
+
+def test_what_is_not_finite_is_not_kept() -> None:
+    cache = ReferenceCache({"model": "a"})
+    cache.add([(b"nan", np.array([-1.0, np.nan])), (b"inf", np.array([-np.inf])), (b"right", np.array([-1.0]))])
+    assert cache._database.execute("SELECT key FROM log_probs").fetchall() == [(b"right",)]
+
+
+def test_a_damaged_value_is_no_fault_of_the_data(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """All values in the file are NaN: a run that reads them trains as one without."""
+    off = adapter_weights(fit(tiny_model, source, tmp_path / "off", reference_cache=False))
+    fit(tiny_model, source, tmp_path / "first")
+    (file,) = mixdpo.reference.cache_root().glob("reference/*.sqlite")
+    with closing(sqlite3.connect(file)) as database, database:
+        rows = database.execute("SELECT key, by_token FROM log_probs").fetchall()
+        damaged = [(np.full(len(value) // 4, np.nan, dtype=np.float32).tobytes(), key) for key, value in rows]
+        database.executemany("UPDATE log_probs SET by_token = ? WHERE key = ?", damaged)
+    with pytest.warns(UserWarning, match=rf"{file} holds damaged log-probabilities"):
+        on = adapter_weights(fit(tiny_model, source, tmp_path / "on"))
+    assert all(torch.equal(on[key], off[key]) for key in off)
+    with closing(sqlite3.connect(file)) as database:
+        assert sorted(database.execute("SELECT key, by_token FROM log_probs")) == sorted(rows)
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])

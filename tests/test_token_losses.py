@@ -1,5 +1,7 @@
 """Losses of response tokens: the right number at the right token, whatever the batch, and each computed once."""
 
+import resource
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import mixdpo.token_cleaning.token_losses
 from mixdpo.adapters import Lora, adapter_state, add_adapters, add_reference, role
 from mixdpo.log_probs import VOCABULARY_TILE, Head, exact_token_log_probs, token_log_probs
 from mixdpo.models import load_base, load_tokenizer
@@ -174,6 +177,71 @@ def test_stored_losses_belong_to_their_identity(
     assert (again[pool.tokens([0, 1])] == 77).all() and (again[pool.tokens([2])] < 77).all()
     assert np.isnan(open_losses(len(pool), {"model": "b", "data": "d"})).all()
     assert np.isnan(open_losses(len(pool))).all()
+
+
+def test_losses_that_cannot_be_kept_are_done_without(
+    model: Any, pool: TokenPool, expected: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=rf"token losses, {tmp_path}/file/.*, cannot be used .*MIXDPO_CACHE") as told:
+        losses = [open_losses(len(pool), {"model": name}) for name in ("a", "b")][-1]
+    assert len(told) == 1 and np.isnan(losses).all()
+    add_losses(losses, model, "policy", pool, range(len(pool.samples)))
+    np.testing.assert_allclose(losses, expected["policy"], rtol=0, atol=1e-5)
+
+
+def test_a_full_disk_is_met_where_the_file_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses files of more than 20 kB. A map of a file with holes would end the process later (SIGBUS)."""
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.warns(UserWarning, match="token losses, .* cannot be used"):
+            losses = open_losses(10_000, {"model": "a"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert losses.shape == (10_000,) and not list((tmp_path / "token_losses").glob("*.npy"))
+    kept = open_losses(100_000, {"model": "b"})
+    assert isinstance(kept, np.memmap)
+    status = Path(kept.filename).stat()
+    assert status.st_blocks * 512 >= status.st_size  # no holes
+
+
+def test_a_folder_that_vanishes_while_tokens_are_scored(
+    model: Any, pool: TokenPool, expected: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path))
+    losses = open_losses(len(pool), {"model": "a"})
+    shutil.rmtree(tmp_path / "token_losses")
+    add_losses(losses, model, "policy", pool, range(len(pool.samples)))
+    np.testing.assert_allclose(losses, expected["policy"], rtol=0, atol=1e-5)
+
+
+def test_a_kept_loss_that_is_not_finite_is_computed_anew(
+    model: Any, pool: TokenPool, expected: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path))
+    losses = open_losses(len(pool), {"model": "a"})
+    losses[:] = 77.0
+    losses[pool.tokens([3])], losses[pool.tokens([5])[:1]] = np.inf, np.nan
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/token_losses/\w+\.npy holds losses that are not finite"):
+        again = open_losses(len(pool), {"model": "a"})
+    add_losses(again, model, "policy", pool, range(len(pool.samples)))
+    anew = pool.tokens([3, 5])
+    np.testing.assert_allclose(again[anew], expected["policy"][anew], rtol=0, atol=1e-5)
+    assert (np.delete(again, anew) == 77).all()
+    np.testing.assert_array_equal(open_losses(len(pool), {"model": "a"}), again)
+
+
+def test_a_loss_that_is_not_finite_is_not_kept(model: Any, pool: TokenPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_probs = mixdpo.token_cleaning.token_losses.row_log_probs
+    monkeypatch.setattr(
+        "mixdpo.token_cleaning.token_losses.row_log_probs", lambda *args, **more: log_probs(*args, **more) - np.inf
+    )
+    losses = open_losses(len(pool), {"model": "a"})
+    add_losses(losses, model, "policy", pool, [0, 1])
+    assert np.isnan(losses).all()
 
 
 def test_scoring_leaves_the_run_as_it_was(model: Any, pool: TokenPool) -> None:

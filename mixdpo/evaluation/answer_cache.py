@@ -12,12 +12,13 @@ import torch
 from mixdpo import control_tokens, export, tokenization
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.generation import Generation
-from mixdpo.files import read_json, write_json
-from mixdpo.packaged_model import cache_root
+from mixdpo.files import cache_root, or_without, read_json, write_json
 
 
 def kept_answers(of: Mapping[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
     """What `make` returns, from a file where it was made before with the same `of`.
+
+    A file that is damaged is replaced, and one that cannot be written is done without, with a warning.
 
     Args:
         of: all that the answers depend on, in JSON's types; the machine and the code that generates are added here.
@@ -25,11 +26,13 @@ def kept_answers(of: Mapping[str, Any], make: Callable[[], list[Generation]]) ->
     depends = {**of, **_machine()}
     name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_root() / "answers" / f"{name}.json"
-    if path.is_file():
-        print(f"the answers are kept in {path}")
-        return [Generation(**row) for row in read_json(path, {"answers"}, "delete it")["answers"]]
+    with or_without("answers", path):
+        if path.exists():
+            print(f"the answers are kept in {path}")
+            return [Generation(**row) for row in read_json(path, {"answers"}, "delete it")["answers"]]
     answers = make()
-    write_json(path, {"of": depends, "answers": [asdict(answer) for answer in answers]})
+    with or_without("answers", path):
+        write_json(path, {"of": depends, "answers": [asdict(answer) for answer in answers]})
     return answers
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,8 @@ import torch
 from tqdm.auto import tqdm
 
 from mixdpo.adapters import Role, role
-from mixdpo.files import read_array, written_whole
+from mixdpo.files import cache_root, or_without, read_array, written_whole
 from mixdpo.models import evaluating, row_log_probs, without_cast_cache
-from mixdpo.packaged_model import cache_root
 from mixdpo.samples import TokenPool
 from mixdpo.sft_batching import sample_rows
 
@@ -27,20 +27,25 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
     """(M,) float32, NaN where a loss is not known yet: in memory, or with an identity the file that belongs to it.
 
     The identity names all that the losses depend on: data, tokenizer, template, lengths, model, adapter, dtype. The
-    file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed.
+    file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed. A
+    file that cannot be used is done without, with a warning, and losses in it that are not finite are not known.
     """
+    nothing = np.full(tokens, np.nan, dtype=np.float32)
     if identity is None:
-        return np.full(tokens, np.nan, dtype=np.float32)
+        return nothing
     text = json.dumps(dict(identity), sort_keys=True, indent=2)
-    folder = cache_root() / "token_losses"
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
-    if not path.exists():
-        with written_whole(path) as partial:
-            path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
-            empty = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(tokens,))
-            empty[:] = np.nan
-            empty.flush()
-    return read_array(path, (tokens,), "delete it, it is computed anew", mode="r+")
+    path = cache_root() / "token_losses" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
+    with or_without("token losses", path):
+        if not path.exists():
+            with written_whole(path) as partial:
+                path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
+                np.save(partial, nothing)  # in full: a disk that fills later does not end who writes to the map
+        losses = read_array(path, (tokens,), "delete it", mode="r+")
+        if (infinite := np.isinf(losses)).any():
+            warnings.warn(f"{path} holds losses that are not finite: they are computed anew", stacklevel=2)
+            losses[infinite] = np.nan
+        return losses
+    return nothing
 
 
 def add_losses(
@@ -76,11 +81,10 @@ def add_losses(
         for batch in batches:
             rows = sample_rows([pool.samples[i] for i in batch]).to(device)
             found = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
+            found[~np.isfinite(found)] = np.nan  # not known, for whoever reads the file
             is_new = np.concatenate([np.full(pool.offsets[i + 1] - pool.offsets[i], i in missing) for i in batch])
             losses[pool.tokens(batch)[is_new]] = found[is_new]
             bar.update(len(missing.intersection(batch)))
-    if isinstance(losses, np.memmap):
-        losses.flush()
 
 
 def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

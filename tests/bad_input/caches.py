@@ -1,6 +1,7 @@
 """Caches, checkpoints and files that are written."""
 
 import sqlite3
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,18 @@ from mixdpo.routing import Routing
 from mixdpo.token_cleaning.token_losses import open_losses
 from run import check_checkpoint
 
-# Caches: sqlite, npy, json.
+# Caches: sqlite, npy, json. None is needed: each fault ends in a warning that names the file.
+
+
+def warned(do: Callable[[Place], Any]) -> Callable[[Place], str]:
+    def text(place: Place) -> str:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            do(place)
+        assert len(told) == 1, told
+        return str(told[0].message)
+
+    return text
 
 
 def reference_cache(fault: Callable[[Path], Any], use: str = "open") -> Any:
@@ -38,10 +50,18 @@ def overwritten(path: Path) -> None:
     path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
 
 
-def shortened(path: Path) -> None:
+def changed(path: Path, values: list[float]) -> None:
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE log_probs SET by_token = ?", (np.ones(2, dtype=np.float32).tobytes(),))
+        database.execute("UPDATE log_probs SET by_token = ?", (np.array(values, dtype=np.float32).tobytes(),))
     database.close()
+
+
+def shortened(path: Path) -> None:
+    changed(path, [1.0, 1.0])
+
+
+def spoilt(path: Path) -> None:
+    changed(path, [1.0, np.nan, 1.0])
 
 
 def other_table(path: Path) -> None:
@@ -81,32 +101,40 @@ def file_onto_folder(place: Place) -> None:
         partial.write_text("x")
 
 
-DELETE = "Delete it if it is damaged"
+DELETE = "Delete it if it is damaged, or name another folder in MIXDPO_CACHE"
+
+
+def borne(entrance: str, fault: str, do: Callable[[Place], Any], says: tuple[str, ...]) -> Case:
+    return Case(f"{entrance} cache", fault, warned(do), says, tolerated=True)
+
+
 CACHES = [
-    Case("reference cache", "text", reference_cache(lambda path: path.write_text("text " * 99)), (".sqlite", DELETE)),
-    Case("reference cache", "damaged pages", reference_cache(overwritten, "get"), (".sqlite", "malformed", DELETE)),
-    Case(
-        "reference cache",
-        "values of another length",
-        reference_cache(shortened, "get"),
-        ("another number of tokens", DELETE),
-    ),
-    Case("reference cache", "another table", reference_cache(other_table, "get"), ("no such column", DELETE)),
-    Case("reference cache", "a folder", reference_cache(into_folder), ("unable to open", "MIXDPO_CACHE")),
-    Case(
-        "token-losses cache",
+    borne("reference", "text", reference_cache(lambda path: path.write_text("text " * 99)), (".sqlite", DELETE)),
+    borne("reference", "damaged pages", reference_cache(overwritten, "get"), (".sqlite", "malformed", DELETE)),
+    borne("reference", "values of another length", reference_cache(shortened, "get"), (".sqlite", "computed anew")),
+    borne("reference", "values that are not finite", reference_cache(spoilt, "get"), (".sqlite", "computed anew")),
+    borne("reference", "another table", reference_cache(other_table, "get"), ("no such column", DELETE)),
+    borne("reference", "a folder", reference_cache(into_folder), ("unable to open", DELETE)),
+    borne(
+        "token-losses",
         "cut off",
         losses_cache(lambda path: path.write_bytes(path.read_bytes()[:130])),
-        ("damaged", "delete it"),
+        (".npy is damaged", DELETE),
     ),
-    Case(
-        "token-losses cache",
+    borne(
+        "token-losses",
         "of another length",
         losses_cache(lambda path: np.save(path, np.zeros(4, dtype=np.float32))),
-        ("(4,)", "delete it"),
+        ("(4,)", DELETE),
     ),
-    Case("answers cache", "cut off", answers_cache('{"answers": ['), ("damaged", "delete it")),
-    Case("answers cache", "of something else", answers_cache("[1]"), ("it should hold answers", "delete it")),
+    borne(
+        "token-losses",
+        "values that are not finite",
+        losses_cache(lambda path: np.save(path, np.full(5, np.inf, dtype=np.float32))),
+        (".npy holds losses that are not finite", "computed anew"),
+    ),
+    borne("answers", "cut off", answers_cache('{"answers": ['), (".json is damaged", DELETE)),
+    borne("answers", "of something else", answers_cache("[1]"), ("it should hold answers", DELETE)),
     Case("written files", "a folder in the way", file_onto_folder, ("is a folder", "give a file's name")),
     Case(
         "written files",

@@ -1,0 +1,220 @@
+"""The best checkpoint belongs to its run: wherever folders are moved, whatever lies where they were."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, fit, make_pairs, write_pairs
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors.torch import load_file
+from test_cli import contents
+from test_faults import ADAMW, At, Crash, adapter, checkpoint, crash
+
+from lightning_modules.callbacks import ExactResume, RunFiles
+from lightning_modules.faults import LastCheckpoint
+from mixdpo.errors import OutOfSpaceError
+from mixdpo.files import sha256
+from mixdpo.routing import Routing
+
+FIRST = "epoch=0-step=5.ckpt"
+"""The best one where the greatest value counts of what falls: that of the first of three validations."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(20))
+
+
+@pytest.fixture(scope="module")
+def train(tiny_model: str, source: str) -> Callable[..., ModelCheckpoint]:
+    def run(
+        folder: Path, *callbacks: Any, ckpt_path: Path | None = None, lr: float = 1e-3, **options: Any
+    ) -> ModelCheckpoint:
+        """15 steps in three epochs, with a validation after each."""
+        best = ModelCheckpoint(**{"monitor": "val/all/sft_loss", "mode": "max", **options})
+        ours = [*callbacks, best, RunFiles(), ExactResume(), LastCheckpoint(every_n_steps=1)]
+        data = {"validation": 0.2, "routing": Routing(hard_fraction=1.0)}
+        trainer = {"callbacks": ours, "max_epochs": 3}
+        path = None if ckpt_path is None else str(ckpt_path)
+        fit(tiny_model, source, folder, data=data, trainer=trainer, ckpt_path=path, **(ADAMW | {"lr": lr}))
+        return best
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(train: Callable[..., ModelCheckpoint], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder)
+
+
+@pytest.fixture
+def moved(train: Callable[..., ModelCheckpoint], tmp_path: Path) -> Path:
+    """What is left of tmp_path/run, killed two steps after its first validation: its folder has another name now."""
+    with pytest.raises(Crash):
+        train(tmp_path / "run", At(7, crash))
+    return (tmp_path / "run").rename(tmp_path / "moved")
+
+
+def test_a_moved_run_goes_on_with_its_own_best(
+    whole: tuple[Path, Any], train: Callable[..., ModelCheckpoint], moved: Path, tmp_path: Path
+) -> None:
+    """Another run of its name has ended in between, with a best file of the same name and another policy."""
+    other = train(tmp_path / "run", lr=2e-3)
+    assert Path(other.best_model_path).name == FIRST and adapter(tmp_path / "run") != adapter(whole[0])
+    before = [contents(folder) for folder in (moved, tmp_path / "run")]
+    best = train(tmp_path / "rest", ckpt_path=moved / "checkpoints" / "last.ckpt")
+    assert Path(best.best_model_path) == tmp_path / "rest" / "checkpoints" / FIRST
+    assert best.best_model_score == whole[1].best_model_score != other.best_model_score
+    assert adapter(tmp_path / "rest") == adapter(whole[0])
+    assert [contents(folder) for folder in (moved, tmp_path / "run")] == before
+
+
+def test_a_checkpoint_names_its_files_from_the_run_and_by_content(moved: Path) -> None:
+    states = torch.load(moved / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    (files,) = [state["files"] for name, state in states.items() if name.startswith("ModelCheckpoint")]
+    (found,) = files.values()
+    path = moved / "checkpoints" / FIRST
+    assert found == (f"checkpoints/{FIRST}", str(moved.with_name("run") / "checkpoints" / FIRST), sha256(path))
+
+
+def test_the_best_of_another_run_is_not_taken(
+    train: Callable[..., ModelCheckpoint], moved: Path, tmp_path: Path
+) -> None:
+    """Where the run's own is gone, and another one lies where it was."""
+    train(tmp_path / "run", lr=2e-3)
+    (moved / "checkpoints" / FIRST).unlink()
+    with pytest.warns(UserWarning, match=rf"run/checkpoints/{FIRST}, is not there any more, or is another file now"):
+        best = train(tmp_path / "rest", ckpt_path=moved / "checkpoints" / "last.ckpt")
+    assert Path(best.best_model_path).name == "epoch=1-step=10.ckpt"
+
+
+@pytest.mark.parametrize("place", ["where it was", "in one folder with last.ckpt", "on a disk without links"])
+def test_the_best_is_found(
+    place: str,
+    whole: tuple[Path, Any],
+    train: Callable[..., ModelCheckpoint],
+    moved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = moved / "checkpoints" / "last.ckpt"
+    if place == "where it was":
+        moved.rename(tmp_path / "run")
+        path = Path(shutil.copy(tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path))
+    elif place == "in one folder with last.ckpt":
+        path = (moved / "checkpoints").rename(tmp_path / "backup") / "last.ckpt"
+    else:
+
+        def no_link(*_: Any) -> None:
+            raise PermissionError("Operation not permitted")
+
+        monkeypatch.setattr("lightning_modules.callbacks.os.link", no_link)
+    best = train(tmp_path / "rest", ckpt_path=path)
+    assert Path(best.best_model_path) == tmp_path / "rest" / "checkpoints" / FIRST
+    assert adapter(tmp_path / "rest") == adapter(whole[0])
+
+
+def test_what_a_better_one_replaces_is_deleted_in_the_continued_run_only(
+    train: Callable[..., ModelCheckpoint], tmp_path: Path
+) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path / "run", At(7, crash), mode="min")
+    before = contents(tmp_path / "run")
+    seen = []
+    look = At(7, lambda: seen.extend((tmp_path / "rest" / "checkpoints").iterdir()))
+    train(tmp_path / "rest", look, ckpt_path=Path(checkpoint(tmp_path / "run")), mode="min")
+    assert FIRST in {path.name for path in seen}
+    assert {path.name for path in (tmp_path / "rest" / "checkpoints").iterdir()} == {
+        "epoch=2-step=15.ckpt",
+        "last.ckpt",
+    }
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_folder_that_runs_share_keeps_the_best_of_each(
+    whole: tuple[Path, Any], train: Callable[..., ModelCheckpoint], tmp_path: Path
+) -> None:
+    """Of `dirpath`: the earlier run's file lies there already, or another run has taken its name since."""
+    shared = tmp_path / "shared"
+    with pytest.raises(Crash):
+        train(tmp_path / "run", At(7, crash), dirpath=shared)
+    best = train(tmp_path / "rest", ckpt_path=Path(checkpoint(tmp_path / "run")), dirpath=shared)
+    assert Path(best.best_model_path) == shared / FIRST and adapter(tmp_path / "rest") == adapter(whole[0])
+    own = Path(shutil.move(shared / FIRST, tmp_path / "run" / "checkpoints"))
+    (shared / FIRST).write_text("of another run")
+    again = train(tmp_path / "again", ckpt_path=Path(checkpoint(tmp_path / "run")), dirpath=shared)
+    assert Path(again.best_model_path) == own and adapter(tmp_path / "again") == adapter(whole[0])
+    assert (shared / FIRST).read_text() == "of another run"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone", "of another program"])
+def test_a_best_file_that_cannot_be_loaded_leaves_the_last_policy(
+    damage: str, train: Callable[..., ModelCheckpoint], tmp_path: Path
+) -> None:
+    class Damage(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            path = tmp_path / "run" / "checkpoints" / FIRST
+            content = path.read_bytes()
+            path.unlink()
+            if damage == "cut off":
+                path.write_bytes(content[: len(content) // 2])
+            elif damage == "of another program":
+                torch.save({"weights": torch.zeros(3)}, path)
+
+    with pytest.warns(UserWarning, match=rf"run/checkpoints/{FIRST} cannot be loaded .*: adapter/ holds the last"):
+        train(tmp_path / "run", Damage())
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    last = torch.load(checkpoint(tmp_path / "run"), weights_only=True)["state_dict"]
+    last = {key.replace(".policy", "").removeprefix("model."): value for key, value in last.items()}
+    assert saved.keys() == last.keys() and all(torch.equal(saved[key], last[key]) for key in saved)
+
+
+# How checkpoints are written.
+
+
+def test_no_checkpoint_goes_through_the_systems_temporary_folder(
+    train: Callable[..., ModelCheckpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    train(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {FIRST, "last.ckpt"}
+
+
+@pytest.mark.parametrize("name", [FIRST, "last.ckpt"])
+def test_a_checkpoint_that_is_not_whole_has_no_name(
+    name: str, train: Callable[..., ModelCheckpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as where the disk is full."""
+    write = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> int:
+        if not path.name.endswith(f"-{name}"):
+            return write(path, content)
+        write(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OutOfSpaceError, match=r"step \d cannot be written to .*run/checkpoints: No space .* are free"):
+        train(tmp_path / "run")
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == (set() if name == "last.ckpt" else {"last.ckpt"})
+
+
+def test_a_plugin_of_ones_own_stays(tiny_model: str, source: str, tmp_path: Path) -> None:
+    class Own(TorchCheckpointIO):
+        saved = 0
+
+        def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+            Own.saved += 1
+            super().save_checkpoint(*arguments, **options)
+
+    trainer, module, data = build(tiny_model, source, tmp_path / "run", trainer={"plugins": [Own()]}, **ADAMW)
+    trainer.fit(module, data)
+    assert Own.saved > 0 and (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
