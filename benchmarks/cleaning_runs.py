@@ -44,7 +44,7 @@ def run(folder: Path, job: Job) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with (folder / f"{name}.log").open("w") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
         process = subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=environment)
     if process.returncode:
         raise SystemExit(f"{name} failed: see {folder / name}.log")

@@ -46,7 +46,8 @@ def jobs(folder: Path, seed: int) -> list[Any]:
 
 def noise_found(folder: Path, seed: int) -> dict[str, Any]:
     """AUC of the warm-up reference on noise planted into slice 1; one step is trained, nothing is validated."""
-    options = ["--model.cleaning.reference", str(folder / f"warm_up-{seed}/adapter"), "--data.noise", NOISE]
+    options = ["--model.cleaning.reference", str(folder / f"warm_up-{seed}/adapter")]
+    options += ["--data", "noise.NoisySFTDataModule", "--data.noise", NOISE]
     options += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *seeded(seed, "[1]")]
     (stage,) = stages(run(folder, (f"planted-{seed}", "fixed", options)))
     return {"auc": stage["planted"]["auc"], "mean |score|": stage["mean_abs_score"], "tokens": stage["tokens"]}

@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt matplotlib && python benchmarks/planted_noise.py [FOLDER]
 
-The training responses hold planted noise (data.noise), the held-out ones do not. Two passes over slices 0 to 2 of 6
+The training responses hold planted noise (noise.py), the held-out ones do not. Two passes over slices 0 to 2 of 6
 train the reference on every token, a second reference on the same slices without noise, as if they had been curated;
 all scorers are measured on slice 3, with the first. Writes a JSON, tables and a plot to benchmarks/results: AUC,
 precision and recall of each scorer and of each self-evolving round, by kind of noise as well; held-out loss against the
@@ -18,15 +18,21 @@ from typing import Any
 import numpy as np
 from cleaning_runs import Job, gold_scores, held_out, run_all, stages, write
 from measuring import about, table
+from noise import PlantedNoise, kind_of
 
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.planted_noise import PlantedNoise, kind_of
 from mixdpo.token_cleaning.stored import read_cleaning
 from mixdpo.token_cleaning.summary import summarise
 
 SPLIT = ["--data.validation", "0.06"]
 PLANTED = PlantedNoise(rate=0.2, seed=0)
-NOISE = ["--data.noise", f"{{rate: {PLANTED.rate}, seed: {PLANTED.seed}}}", *SPLIT]
+NOISE = [
+    "--data",
+    "noise.NoisySFTDataModule",
+    "--data.noise",
+    f"{{rate: {PLANTED.rate}, seed: {PLANTED.seed}}}",
+    *SPLIT,
+]
 GOLD = ("keep-1.0", "keep-0.6", "random", "self_evolving")
 RATIOS = (0.3, 0.45, 0.6, 0.8, 1.0)
 CLEAN = ", clean reference"

@@ -1,4 +1,4 @@
-"""The LightningDataModule of SFT data: read, split, encode, plant noise, slice into stages, hand over micro-batches."""
+"""The LightningDataModule of SFT data: read, split, encode, slice into stages, hand over micro-batches."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +16,6 @@ from mixdpo.schedules import StepPlan
 from mixdpo.sft_batching import SFTCollator
 from mixdpo.sft_records import read_samples
 from mixdpo.sft_tokenization import encode_samples, encoding_identity
-from mixdpo.token_cleaning.planted_noise import PlantedNoise, plant
 
 MOST_SOURCES = 50
 """With more sources than that, the held-out loss is reported in all only."""
@@ -31,7 +30,6 @@ class SFTDataModule(PlannedDataModule):
         source: str,
         slices: Slices = Slices(),  # noqa: B008
         max_length: int = 2048,
-        noise: PlantedNoise | None = None,
         **options: Any,
     ) -> None:
         """Conversations to imitate; every assistant turn, its end token included, can be trained on, the prompt never.
@@ -42,10 +40,9 @@ class SFTDataModule(PlannedDataModule):
                 `output`.
             slices: Stages of the training data, for self-evolving token cleaning and its controls.
             max_length: Longest conversation, in tokens.
-            noise: Known-bad tokens planted into the training responses, to measure whether cleaning finds them.
         """
         super().__init__(source, **options)
-        self.slices, self.noise = slices, noise
+        self.slices = slices
         self.encoding |= {"max_length": max_length}
         self.sources: list[str] = []
         self.stages: list[Stage] = []
@@ -57,8 +54,8 @@ class SFTDataModule(PlannedDataModule):
             return
         self._encoder = load_tokenizer(self.tokenizer)
         train, held_out = self.read_and_split(stage)
-        self.pool = self._encode(train, "train", self.noise)
-        self.validation_pool = self._encode(held_out, "validation", None) if held_out is not None else None
+        self.pool = self._encode(train, "train")
+        self.validation_pool = self._encode(held_out, "validation") if held_out is not None else None
         held_out_sources = set(self.validation_pool.samples["source"]) if self.validation_pool else set()
         self.sources = sorted({*self.pool.samples["source"], *held_out_sources})
         self.reported_sources = sorted(held_out_sources - {""}) if len(held_out_sources) <= MOST_SOURCES else []
@@ -81,16 +78,13 @@ class SFTDataModule(PlannedDataModule):
     def prompts(self, rows: Any) -> Iterable[Any]:
         return (_prompt(messages) for messages in rows["messages"])  # one at a time: the pool may exceed memory
 
-    def _encode(self, samples: Any, name: str, noise: PlantedNoise | None) -> TokenPool:
+    def _encode(self, samples: Any, name: str) -> TokenPool:
         encoded, counts = encode_samples(
             samples, self._encoder, **self.encoding, chat_template=self.chat_template, num_proc=self.processes
         )
-        if noise is not None:
-            encoded = plant(encoded, noise, self._encoder)
         identity = {
             "data": content_hash(zip(samples["sample_id"], samples["messages"], strict=True)),
             **encoding_identity(self._encoder, self.chat_template, **self.encoding),
-            "noise": "none" if noise is None else f"rate {noise.rate}, seed {noise.seed}, {content_hash([noise])}",
         }
         pool = TokenPool.of(encoded, identity)
         self.counts[name] = {"samples": len(encoded), "response tokens": len(pool), **counts}

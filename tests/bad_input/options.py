@@ -22,7 +22,6 @@ from mixdpo.schedules import Constant, Cosine, StagedLinear
 from mixdpo.signals import ImplicitReward, Rating, RewardModel
 from mixdpo.sources import open_source
 from mixdpo.token_cleaning.cleaning import Cleaning, weigh
-from mixdpo.token_cleaning.planted_noise import PlantedNoise
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Random
 from mixdpo.token_cleaning.selection import Selection, select
 
@@ -86,10 +85,6 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (ExcessLoss, {"worse": "teacher"}, ("'teacher' is no role", "give one of base, reference")),
     (Loss, {"role": ""}, ("'' is no role of a scorer",)),
     (Random, {"seed": -1}, ("seed must be at least 0",)),
-    (PlantedNoise, {"rate": 0.6}, ("noise.rate must lie in (0, 0.5]", "null in place of noise")),
-    (PlantedNoise, {"kinds": ["typos"]}, ("noise.kinds must be some of",)),
-    (PlantedNoise, {"span": 1}, ("noise.span must be at least 2",)),
-    (PlantedNoise, {"phrases": "Thanks!"}, ("noise.phrases must be a list of texts",)),
     (Constant, {"warmup": -0.1}, ("schedule.warmup must lie in [0, 1]",)),
     (Cosine, {"floor": 2.0}, ("schedule.floor must lie in [0, 1]",)),
     (StagedLinear, {"warmup": NAN}, ("schedule.warmup must lie in [0, 1]", "nan")),

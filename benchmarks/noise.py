@@ -1,4 +1,8 @@
-"""Known-bad tokens planted into the responses of encoded samples, to measure whether cleaning finds them."""
+"""An instrument: known-bad tokens planted into training responses, to measure whether cleaning finds them.
+
+    PYTHONPATH=benchmarks python run.py --config configs/token_cleaning/fixed.yaml --data noise.NoisySFTDataModule \
+        --data.noise.rate 0.2
+"""
 
 import hashlib
 import json
@@ -10,8 +14,9 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datamodules.sft import SFTDataModule
 from mixdpo.errors import InputError
-from mixdpo.samples import turns
+from mixdpo.samples import TokenPool, content_hash, turns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -202,3 +207,24 @@ def _windows(body: list[int], span: int, draw: random.Random) -> list[list[int]]
 
 
 KINDS = {"swap": _swap, "boilerplate": _boilerplate, "shuffle": _shuffle}
+
+
+class NoisySFTDataModule(SFTDataModule):
+    def __init__(self, source: str, noise: PlantedNoise = PlantedNoise(), **options: Any) -> None:
+        """`SFTDataModule` with noise in the training responses; the held-out ones have none.
+
+        Args:
+            source: As for SFTDataModule.
+            noise: How much, of which kinds, and the seed.
+        """
+        super().__init__(source, **options)
+        self.noise = noise
+
+    def _encode(self, samples: Any, name: str) -> TokenPool:
+        pool = super()._encode(samples, name)
+        if name != "train":
+            return pool
+        said = f"rate {self.noise.rate}, seed {self.noise.seed}, {content_hash([self.noise])}"
+        noisy = TokenPool.of(plant(pool.samples, self.noise, self._encoder), {**pool.identity, "noise": said})
+        self.counts[name]["response tokens"] = len(noisy)
+        return noisy
