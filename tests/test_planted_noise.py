@@ -195,7 +195,7 @@ def test_a_run_on_noisy_samples(tiny_model, tmp_path):
     options = {"tokenizer": tiny_model, "validation": 0.25, "batch_size": 4, "max_length": 64}
     noisy = NoisySFTDataModule(source, PlantedNoise(phrases=SENTENCES, rate=0.3), **options)
     trainer.fit(module, noisy)
-    planted, samples = noisy.pool.planted(), noisy.pool.samples
+    planted = noisy.pool.planted()
     assert 0 < planted.sum() < len(planted) == len(noisy.pool) == noisy.counts["train"]["response tokens"]
     assert "planted" not in noisy.validation_pool.samples.column_names
     assert (
@@ -203,4 +203,3 @@ def test_a_run_on_noisy_samples(tiny_model, tmp_path):
     )
     (stage,) = json.loads((tmp_path / "run/cleaning/stages.json").read_text())["stages"]
     assert stage["planted"]["share"] == pytest.approx(planted.mean())
-    assert len(samples) == 18
