@@ -12,9 +12,10 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback, LearningRateMonitor
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from mixdpo.errors import InputError, nearest
 from mixdpo.export import save_adapter
 from mixdpo.files import write_json
 from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
@@ -31,6 +32,27 @@ class LogRows(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if logs_step(trainer):
             pl_module.log_row()
+
+
+def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
+    """Before anything is trained, where no callback or class of the user's own may log further ones.
+
+    Args:
+        names: the metrics that the run will have.
+
+    Raises:
+        InputError: an EarlyStopping or ModelCheckpoint monitors another one.
+    """
+    parts = (*trainer.callbacks, trainer.lightning_module, trainer.datamodule)
+    silent = [not isinstance(part, LambdaCallback | LearningRateMonitor) for part in parts]
+    ours = [type(part).__module__.startswith(("lightning.", "lightning_modules.", "datamodules.")) for part in parts]
+    for callback in trainer.callbacks if all(silent) and all(ours) and not trainer.fast_dev_run else ():
+        needs = getattr(callback, "strict", False) or getattr(callback, "save_top_k", 0)  # early stopping, checkpoints
+        metric = needs and getattr(callback, "monitor", None)
+        if metric and metric not in {*names, "step", "epoch"}:
+            some = ", ".join(sorted(name for name in names if not name.startswith(("val/easy/", "val/hard/"))))
+            said = f"this run will have no metric {metric!r}{nearest(metric, names)}"
+            raise InputError(f"{type(callback).__name__}.monitor: {said}; give one of: {some}")
 
 
 def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
