@@ -39,10 +39,6 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 THIRD_PARTY_NOISE = ("`is_gradient_checkpointing`", ".*isinstance.treespec", ".*does not have many workers")
 
 
-class RunParser(Parser, LightningArgumentParser):
-    """Lightning's parser, with the messages of ours."""
-
-
 class RunCLI(LightningCLI):
     """Lightning's CLI with one folder a run: config.yaml, metrics.csv, the data's plan, checkpoints/, adapter/."""
 
@@ -62,7 +58,12 @@ class RunCLI(LightningCLI):
         places = read_places(sys.argv[1:])
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        keep_latest(config, places)
+        for path, share in SHARES.items():  # of two that exclude each other, and come from two places, the later stays
+            group, key = config.get(path) or {}, path.replace("init_args.", "")
+            given = [[n for n in ("threshold", share) if place.get(f"{key}.{n}") is not None] for place in places]
+            latest = next((names for names in reversed(given) if names), [])
+            if len(latest) == 1 and None not in (group.get("threshold"), group.get(share)):
+                group["threshold" if latest == [share] else share] = None
         if config.trainer.default_root_dir is not None:
             raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
         if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:
@@ -148,16 +149,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {path: leaf for key, inner in value.items() for path, leaf in _flat(inner, f"{name}.{key}").items()}
 
 
-def keep_latest(config: Any, places: list[dict[str, Any]]) -> None:
-    """Of two options that exclude each other, and come from two places, that of the later place stays."""
-    for path, share in SHARES.items():
-        group, key = config.get(path) or {}, path.replace("init_args.", "")
-        given = [[n for n in ("threshold", share) if place.get(f"{key}.{n}") is not None] for place in places]
-        latest = next((names for names in reversed(given) if names), [])
-        if len(latest) == 1 and None not in (group.get("threshold"), group.get(share)):
-            group["threshold" if latest == [share] else share] = None
-
-
 def check_checkpoint(path: str) -> None:
     where = "give a run's RUNS/NAME/checkpoints/last.ckpt"
     if not Path(path).is_file():
@@ -216,10 +207,9 @@ def new_run_folder(runs: Path, name: str) -> Path:
 def main(arguments: list[str] | None = None) -> RunCLI:
     """Parse, build and run; `run.py --config X` means `run.py fit --config X`."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and not arguments[0].startswith("-"):
-        check_one_of("the first word, where it is no option,", arguments[0], SUBCOMMANDS)
-    elif arguments and arguments[0] not in ("-h", "--help"):
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
+    check_one_of("the first word", (arguments or ["-h"])[0], (*SUBCOMMANDS, "-h", "--help"))
     sys.argv[1:] = arguments  # Lightning starts further processes with it
     return RunCLI(
         L.LightningModule,
@@ -229,7 +219,7 @@ def main(arguments: list[str] | None = None) -> RunCLI:
         auto_configure_optimizers=False,
         seed_everything_default=42,
         trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), ValidateAtMaxSteps(), OutOfMemory()]},
-        parser_class=RunParser,
+        parser_class=type("RunParser", (Parser, LightningArgumentParser), {}),
         parser_kwargs={"exit_on_error": False},
         save_config_kwargs={"save_to_log_dir": False},
         save_config_callback=RunConfig if arguments[:1] == ["fit"] else None,

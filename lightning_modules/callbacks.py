@@ -46,13 +46,12 @@ def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
     parts = (*trainer.callbacks, trainer.lightning_module, trainer.datamodule)
     silent = [not isinstance(part, LambdaCallback | LearningRateMonitor) for part in parts]
     ours = [type(part).__module__.startswith(("lightning.", "lightning_modules.", "datamodules.")) for part in parts]
-    for callback in trainer.callbacks if all(silent) and all(ours) and not trainer.fast_dev_run else ():
-        needs = getattr(callback, "strict", False) or getattr(callback, "save_top_k", 0)  # early stopping, checkpoints
-        metric = needs and getattr(callback, "monitor", None)
-        if metric and metric not in {*names, "step", "epoch"}:
-            some = ", ".join(sorted(name for name in names if not name.startswith(("val/easy/", "val/hard/"))))
+    for each in trainer.callbacks if all(silent) and all(ours) and not trainer.fast_dev_run else ():
+        # `strict` is of EarlyStopping, `save_top_k` of ModelCheckpoint
+        metric, needs = getattr(each, "monitor", None), getattr(each, "strict", getattr(each, "save_top_k", False))
+        if needs and metric not in {None, *names, "step", "epoch"}:
             said = f"this run will have no metric {metric!r}{nearest(metric, names)}"
-            raise InputError(f"{type(callback).__name__}.monitor: {said}; give one of: {some}")
+            raise InputError(f"{type(each).__name__}.monitor: {said}; it has {', '.join(sorted(names)[:14]) or 'none'}")
 
 
 def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:

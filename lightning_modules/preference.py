@@ -216,9 +216,8 @@ class PreferenceModule(AdapterModule):
         return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
 
     def validation_names(self) -> list[str]:
-        groups = {"all", *(("easy", "hard")[hard] for hard in self.trainer.datamodule.validation_is_hard().tolist())}
-        names = VALIDATION if self.needs_reference else [name for name in VALIDATION if "displacement" not in name]
-        return [name for name in names if name.split("/")[1] in groups]
+        kinds = {"all", *(("easy", "hard")[hard] for hard in self.trainer.datamodule.validation_is_hard().tolist())}
+        return [n for n in VALIDATION if n.split("/")[1] in kinds and (self.needs_reference or "displacement" not in n)]
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

@@ -50,8 +50,7 @@ def choose_one(given: Any, where: str, name: str, default: Any, other: str) -> N
     Raises:
         InputError: both are given.
     """
-    values = getattr(given, name), getattr(given, other)
-    if None not in values:
+    if None not in (values := (getattr(given, name), getattr(given, other))):
         raise InputError(f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]})")
     if values == (None, None):
         object.__setattr__(given, name, default)

@@ -14,7 +14,6 @@ from mixdpo.errors import InputError, nearest
 UNKNOWN_OPTION = re.compile(
     r"(?:(?:Group '(\S+)'|\w+ '\w+') does not accept option '|Option '|\w+ arguments: -*)([\w.]+)[^;\n]*(; did .+\?)?"
 )
-UNKNOWN_PATH = re.compile(r"(?:module '|module named '|import path string: )([\w.]+)(?:' has no attribute '(\w+))?")
 BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # no path is needed for these
 
 
@@ -41,7 +40,7 @@ class Parser(ArgumentParser):
 
 def nearest_path(message: str) -> str:
     """For a message about a class path that leads nowhere: the nearest name that is there."""
-    found = UNKNOWN_PATH.findall(message) or [()]
+    found = re.findall(r"(?:module '|named '|path string: )([\w.]+)(?:' has no attribute '(\w+))?", message) or [()]
     parent, _, name = ".".join(filter(None, found[0])).rpartition(".")
     modules = [sys.modules[each] for each in ([parent] if parent else BY_NAME) if each in sys.modules]
     path = [each for module in modules for each in getattr(module, "__path__", ())] if parent else None
@@ -63,7 +62,7 @@ def options(name: str) -> None:
     try:
         kind = getattr(import_module(module), attribute)
     except (ImportError, ValueError, AttributeError) as error:
-        raise InputError(f"there is no class {name} ({error}){nearest_path(str(error))}: give its whole path") from None
+        raise InputError(f"there is no class {name} ({error}): give its whole path{nearest_path(str(error))}") from None
     if not inspect.isclass(kind):
         raise InputError(f"{name} is no class: give the path of one, as configs do")
     described = [inspect.getdoc(documented) for documented in (kind, kind.__init__) if documented.__doc__]
