@@ -281,7 +281,7 @@ def _innermost(message: str) -> str:
     said, *given = re.split(r"(?:Got|Given) value: ", said)
     value = given[0].splitlines()[0] if given else ""
     if value in ("None", "True", "False"):
-        return f"{key} takes no null, true or false here: leave it out, or give a value, text in quotes; {HELP}"
+        return f"{key} needs a value, not null, true or false: give one (text in quotes), or keep its default; {HELP}"
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value type:")
     lines = [line for line in (each.strip(" -.") for each in said.splitlines()) if line and not line.startswith(noise)]
     meant = nearest_path(said) or nearest(value, re.findall(r"'([\w.-]+)'(?=[^][]*\])", " ".join(lines)))
