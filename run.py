@@ -55,7 +55,7 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuses what Lightning would take now and fail on later."""
-        places = read_places(sys.argv[1:])
+        places = read_places(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         for path, share in SHARES.items():  # of two that exclude each other, and come from two places, the later stays
