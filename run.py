@@ -59,11 +59,11 @@ class RunCLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         for path, share in SHARES.items():  # of two that exclude each other, and come from two places, the later stays
-            group, key = config.get(path) or {}, path.replace("init_args.", "")
-            given = [[n for n in ("threshold", share) if place.get(f"{key}.{n}") is not None] for place in places]
-            latest = next((names for names in reversed(given) if names), [])
-            if len(latest) == 1 and None not in (group.get("threshold"), group.get(share)):
-                group["threshold" if latest == [share] else share] = None
+            names, key = ("threshold", share), path.replace("init_args.", "")
+            given = [[name for name in names if place.get(f"{key}.{name}") is not None] for place in places]
+            latest = next((found for found in reversed(given) if found), [])
+            if len(latest) == 1 and None not in [config.get(f"{path}.{name}") for name in names]:
+                config[f"{path}.{'threshold' if latest == [share] else share}"] = None
         if config.trainer.default_root_dir is not None:
             raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
         if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:

@@ -21,6 +21,7 @@ from conftest import make_pairs, write_pairs
 from safetensors import SafetensorError
 
 import run
+from datamodules.preference import PreferenceDataModule
 from mixdpo.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -341,6 +342,18 @@ def test_the_later_place_decides_who_is_hard(
 ) -> None:
     routing = parsed(*given).data.init_args.routing
     assert (routing.threshold, routing.hard_fraction) == (threshold, fraction)
+
+
+class OwnPairs(PreferenceDataModule):
+    """Whose routing is a word."""
+
+    def __init__(self, source: str, tokenizer: str, routing: str = "by length") -> None: ...
+
+
+def test_ones_own_routing_may_be_something_else(parsed: Callable[..., Any]) -> None:
+    own = {"class_path": f"{OwnPairs.__module__}.OwnPairs", "init_args": {"source": "x", "routing": "by date"}}
+    arguments = ["--model", "lightning_modules.preference.PreferenceModule", "--model.base", "x", {"data": own}]
+    assert parsed(*arguments, base=()).data.init_args.routing == "by date"
 
 
 def test_the_later_place_decides_which_tokens_are_kept(parsed: Callable[..., Any], tmp_path: Path) -> None:
