@@ -8,6 +8,7 @@ import shutil
 import sys
 import warnings
 from argparse import ArgumentError
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.callbacks import ExactResume, RunFiles, Throughput, ValidateAtMaxSteps
 from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory, is_out_of_memory
-from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
+from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped, check_one_of, nearest
 from mixdpo.files import read_text
+from mixdpo.options import UNKNOWN_OPTION, Parser, nearest_path
 
 SUBCOMMANDS = ("fit", "validate", "predict", "test")
 _made: Path | None = None  # the run folder, where this call of `main` made it
@@ -30,11 +32,9 @@ NAME_HELP = (
     "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict and test write RUNS/NAME.margins, or the "
     "answers' RUNS/NAME.json, .jsonl, .md."
 )
+# options that exclude `threshold` beside them
+SHARES = {"data.init_args.routing": "hard_fraction", "model.init_args.cleaning.selection": "keep_ratio"}
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
-UNKNOWN_OPTION = re.compile(
-    r"Option '[^']+' is not accepted|Subcommand '[^']+' does not accept option '[^']+'|"
-    r"[Uu]nrecognized arguments: \S+|Key '[^']+' is not expected"
-)
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 THIRD_PARTY_NOISE = ("`is_gradient_checkpointing`", ".*isinstance.treespec", ".*does not have many workers")
 
@@ -47,18 +47,23 @@ class RunCLI(LightningCLI):
         return {name: LightningCLI.subcommands()[name] for name in SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", default="run", help=NAME_HELP)
-        parser.add_argument("--runs", default="runs", help="Where the folders of runs are.")
+        parser.add_argument("--name", type=str | int | float, default="run", help=NAME_HELP)
+        parser.add_argument("--runs", type=str, default="runs", help="Where the folders of runs are.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(NonFinite, "non_finite")
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuses what Lightning would take now and fail on later."""
+        places = read_places(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        if not hasattr(config.trainer, "logger"):
-            raise InputError(f"trainer should be a mapping of the Trainer's options, not {config.trainer!r}")
+        for path, share in SHARES.items():  # of two that exclude each other, and come from two places, the later stays
+            names, key = ("threshold", share), path.replace("init_args.", "")
+            given = [[name for name in names if place.get(f"{key}.{name}") is not None] for place in places]
+            latest = next((found for found in reversed(given) if found), [])
+            if len(latest) == 1 and None not in [config.get(f"{path}.{name}") for name in names]:
+                config[f"{path}.{'threshold' if latest == [share] else share}"] = None
         if config.trainer.default_root_dir is not None:
             raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
         if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:
@@ -93,7 +98,7 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         if self.subcommand == "fit":
             config = self.config[self.subcommand]
-            folder = new_run_folder(Path(config.runs), config.name)
+            folder = new_run_folder(Path(config.runs), str(config.name))
             kwargs["default_root_dir"] = str(folder)
             if config.trainer.logger in (None, True):
                 kwargs["logger"] = [
@@ -115,21 +120,33 @@ class RunConfig(SaveConfigCallback):
         self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
 
 
-def check_configs(arguments: list[str]) -> None:
-    """jsonargparse names an option that is wrong, but no file that is."""
-    paths = [value for option, value in pairwise(arguments) if option in ("-c", "--config")]
-    paths += [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
-    for path in paths:
-        if Path(path).is_file():  # else jsonargparse says so
+def read_places(arguments: list[str]) -> list[dict[str, Any]]:
+    """The options of each place, as {"data.routing.order": …}: of the config files, and of the options between them.
+
+    Raises:
+        InputError: a config is no YAML, or no mapping. jsonargparse names an option that is wrong, but no file that is.
+    """
+    places: list[dict[str, Any]] = [{}]
+    for word, after in pairwise([*arguments, ""]):
+        option, _, value = word.partition("=") if "=" in word else (word, "", after)
+        if option in ("-c", "--config") and Path(value).is_file():  # else jsonargparse says so
             try:
-                content = yaml.safe_load(read_text(path))
+                content = yaml.safe_load(read_text(value))
             except yaml.YAMLError as error:
-                raise InputError(f"config {path} is no YAML ({' '.join(str(error).split())}): correct it") from error
+                raise InputError(f"config {value} is no YAML ({' '.join(str(error).split())}): correct it") from error
             if not isinstance(content, dict):
-                kind = type(content).__name__
-                raise InputError(
-                    f"config {path} should be a mapping of options (model, data, trainer, …), not a {kind}"
-                )
+                raise InputError(f"config {value} should be a mapping of options, not a {type(content).__name__}")
+            places += [_flat(content), {}]
+        elif option.startswith("--"):
+            with suppress(yaml.YAMLError):  # as above
+                places[-1] |= _flat({option[2:]: yaml.safe_load(value)})
+    return places
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name.replace(".init_args", "")[1:]: value}
+    return {path: leaf for key, inner in value.items() for path, leaf in _flat(inner, f"{name}.{key}").items()}
 
 
 def check_checkpoint(path: str) -> None:
@@ -192,9 +209,9 @@ def main(arguments: list[str] | None = None) -> RunCLI:
     global _made
     _made = None  # that of an earlier call is none of this run's
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] not in (*SUBCOMMANDS, "-h", "--help"):
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
-    check_configs(arguments)
+    check_one_of("the first word", (arguments or ["-h"])[0], (*SUBCOMMANDS, "-h", "--help"))
     sys.argv[1:] = arguments  # Lightning starts further processes with it
     return RunCLI(
         L.LightningModule,
@@ -204,6 +221,7 @@ def main(arguments: list[str] | None = None) -> RunCLI:
         auto_configure_optimizers=False,
         seed_everything_default=42,
         trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), ValidateAtMaxSteps(), OutOfMemory()]},
+        parser_class=type("RunParser", (Parser, LightningArgumentParser), {}),
         parser_kwargs={"exit_on_error": False},
         save_config_kwargs={"save_to_log_dir": False},
         save_config_callback=RunConfig if arguments[:1] == ["fit"] else None,
@@ -244,6 +262,8 @@ def _for_the_user(error: BaseException | None) -> str | None:
         if number in CANNOT_WRITE:
             where = getattr(error, "filename", None) or "the run's files"
             return f"cannot write {where}: {os.strerror(number)}. Free some space, or give another folder with --runs"
+        if isinstance(error, ModuleNotFoundError) and "HINT: " in str(error):  # of Lightning, about an optional package
+            return f"{' '.join(str(error).split())}, or leave out the option that needs it"
         if isinstance(error, InputError | ArgumentError | MisconfigurationException):
             return _innermost(str(error))
         error = error.__cause__ or error.__context__
@@ -258,11 +278,14 @@ def _innermost(message: str) -> str:
     if not nested:
         return message
     key, _, said = leaf.partition('":')
-    said, *value = re.split(r"(?:Got|Given) value: ", said)
+    said, *given = re.split(r"(?:Got|Given) value: ", said)
+    value = given[0].splitlines()[0] if given else ""
+    if value in ("None", "True", "False"):
+        return f"{key} needs a value, not null, true or false: give one (text in quotes), or keep its default; {HELP}"
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value type:")
-    lines = [line.strip(" -.") for line in said.splitlines() if line.strip() and not line.strip().startswith(noise)]
-    given = f", not {value[0].splitlines()[0]}" if value else ""
-    return f"{key}: {' or '.join(lines)}{given}; {HELP}"
+    lines = [line for line in (each.strip(" -.") for each in said.splitlines()) if line and not line.startswith(noise)]
+    meant = nearest_path(said) or nearest(value, re.findall(r"'([\w.-]+)'(?=[^][]*\])", " ".join(lines)))
+    return f"{key}: {' or '.join(lines)}{value and f', not {value}'}{meant}; {HELP}"
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from mixdpo.records import read_pairs
 
 METHODS = {
     "MixDPO": None,
-    "DPO": "{hard_fraction: 0, threshold: null, order: shuffled}",
-    "SFT": "{hard_fraction: 1, threshold: null, order: shuffled}",
+    "DPO": "{hard_fraction: 0, order: shuffled}",
+    "SFT": "{hard_fraction: 1, order: shuffled}",
 }
 PROMPTS, NEW_TOKENS = 24, 128
 COLUMNS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
 from mixdpo.batching import MicroBatch, plan_steps
 from mixdpo.errors import InputError, refuse_other_run
@@ -19,6 +19,13 @@ from mixdpo.schedules import StepPlan
 from mixdpo.sources import is_one_file
 from mixdpo.tables import hash63
 from mixdpo.tokenization import Overlong
+
+# callbacks that would change the steps which were planned, and what to do instead
+REFUSED: dict[type, str] = {
+    GradientAccumulationScheduler: "would shift the steps: set trainer.accumulate_grad_batches",
+    LearningRateFinder: "would train steps that are not planned: compare a few --model.optimizer.lr in short runs",
+    BatchSizeFinder: "would change the steps: set data.batch_size, and trainer.accumulate_grad_batches to what fits",
+}
 
 
 class PlannedDataModule(L.LightningDataModule, ABC):
@@ -108,6 +115,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
         """Rows to train on, and those held out or None."""
+        for kind in [kind for kind in REFUSED if any(isinstance(each, kind) for each in self.trainer.callbacks)]:
+            raise InputError(f"{kind.__name__} {REFUSED[kind]}")
         if not self.validation and stage == "validate":
             raise InputError("there is nothing to validate on: data.validation is 0")
         train = self.read(self.source, self.split)
@@ -208,8 +217,6 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         return number * len(starts) + bisect_right(starts, step) - 1
 
     def train_dataloader(self) -> ResumableLoader:
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
-            raise InputError("GradientAccumulationScheduler would shift the steps: set trainer.accumulate_grad_batches")
         if self.trainer.limit_train_batches != 1.0 and not self.trainer.fast_dev_run:
             raise InputError("trainer.limit_train_batches cuts the curriculum: use data.limit or trainer.max_steps")
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size

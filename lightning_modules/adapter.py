@@ -10,7 +10,7 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_modules.callbacks import LogRows, describe_best, keep_best
+from lightning_modules.callbacks import LogRows, describe_best, keep_best, refuse_missing_metrics
 from lightning_modules.token_cleaning import CleanTokens, RefreshReference
 from mixdpo.adapters import (
     Lora,
@@ -128,6 +128,8 @@ class AdapterModule(L.LightningModule):
                 f"trainer.strategy {type(self.trainer.strategy).__name__} would shard a 4-bit base, which is refused: "
                 "use ddp, or one device (docs/troubleshooting.md)"
             )
+        if self.trainer.state.fn == "fit":
+            refuse_missing_metrics(self.trainer, self.metric_names())
         device = self.trainer.strategy.root_device
         check_card(device, str(self.trainer.precision))
         base = load_base(self.base, **self.loading, device=device)
@@ -178,6 +180,12 @@ class AdapterModule(L.LightningModule):
             self.empty_steps += 1
             optimizer.zero_grad(set_to_none=True)
         return kept
+
+    def metric_names(self) -> set[str]:
+        """What callbacks can monitor in a run, once its data is there: of logged steps, and of validation if any."""
+        logs = self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
+        validation = self.validation_names() if self.trainer.limit_val_batches else ()
+        return {*(self.progress_bar if logs else ()), *validation}
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_means.compute().items():

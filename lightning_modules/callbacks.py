@@ -16,11 +16,11 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback, LearningRateMonitor
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mixdpo.errors import OutOfSpaceError
+from mixdpo.errors import InputError, OutOfSpaceError, nearest
 from mixdpo.export import save_adapter
 from mixdpo.files import sha256, write_json, written_whole
 from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
@@ -62,6 +62,26 @@ class WholeCheckpointIO(TorchCheckpointIO):
             said = f"the checkpoint of step {checkpoint.get('global_step')} cannot be written to {folder}"
             free = shutil.disk_usage(folder).free / 1e6
             raise OutOfSpaceError(f"{said}: {os.strerror(error.errno or 0)}; {free:.0f} MB are free") from error
+
+
+def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
+    """Before anything is trained, where no callback or class of the user's own may log further ones.
+
+    Args:
+        names: the metrics that the run will have.
+
+    Raises:
+        InputError: an EarlyStopping or ModelCheckpoint monitors another one.
+    """
+    parts = (*trainer.callbacks, trainer.lightning_module, trainer.datamodule)
+    silent = [not isinstance(part, LambdaCallback | LearningRateMonitor) for part in parts]
+    ours = [type(part).__module__.startswith(("lightning.", "lightning_modules.", "datamodules.")) for part in parts]
+    for each in trainer.callbacks if all(silent) and all(ours) and not trainer.fast_dev_run else ():
+        # `strict` is of EarlyStopping, `save_top_k` of ModelCheckpoint
+        metric, needs = getattr(each, "monitor", None), getattr(each, "strict", getattr(each, "save_top_k", False))
+        if needs and metric not in {None, *names, "step", "epoch"}:
+            said = f"this run will have no metric {metric!r}{nearest(metric, names)}"
+            raise InputError(f"{type(each).__name__}.monitor: {said}; it has {', '.join(sorted(names)[:14]) or 'none'}")
 
 
 def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:

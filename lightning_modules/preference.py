@@ -215,6 +215,10 @@ class PreferenceModule(AdapterModule):
         options = {"beta": float(getattr(self.preference_loss, "beta", 1.0))}
         return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
 
+    def validation_names(self) -> list[str]:
+        kinds = {"all", *(("easy", "hard")[hard] for hard in self.trainer.datamodule.validation_is_hard().tolist())}
+        return [n for n in VALIDATION if n.split("/")[1] in kinds and (self.needs_reference or "displacement" not in n)]
+
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         self._write_log_probs()

@@ -97,14 +97,12 @@ class SFTModule(AdapterModule):
     def plan_facts(self) -> dict[str, Any]:
         return {}
 
+    def validation_names(self) -> tuple[str, ...]:
+        sources = (f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources)
+        return ("val/loss", "val/token_accuracy", "val/entropy", *sources)
+
     def on_validation_epoch_start(self) -> None:
-        names = (
-            "val/loss",
-            "val/token_accuracy",
-            "val/entropy",
-            *(f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources),
-        )
-        self.val_means = NamedMeans(names).to(self.device)
+        self.val_means = NamedMeans(self.validation_names()).to(self.device)
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 
 # verb: (module, function, what it does); the module is imported only when its verb is used.
 VERBS = {
@@ -28,18 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(_usage())
         return 0
-    if verb not in VERBS:
-        print(f"mixdpo: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
-        return 2
-    from jsonargparse import auto_cli
-
-    module, function, _ = VERBS[verb]
-    if verb == "report" and any(map(Path.is_file, map(Path, rest))) and not any(map(Path.is_dir, map(Path, rest))):
-        module, function = "mixdpo.margins_report", "compare"
     try:
-        status = auto_cli(
-            getattr(import_module(module), function), args=rest, prog=f"mixdpo {verb}", as_positional=verb in POSITIONAL
-        )
+        check_one_of("the verb", verb, VERBS)
+        from jsonargparse import auto_cli
+
+        from mixdpo.options import Parser
+
+        module, function, _ = VERBS[verb]
+        if verb == "report" and any(map(Path.is_file, map(Path, rest))) and not any(map(Path.is_dir, map(Path, rest))):
+            module, function = "mixdpo.margins_report", "compare"
+        options = {"prog": f"mixdpo {verb}", "as_positional": verb in POSITIONAL, "parser_class": Parser}
+        status = auto_cli(getattr(import_module(module), function), args=rest, **options)
     except InputError as error:
         print(f"mixdpo {verb}: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """The errors a user is meant to read: docs/troubleshooting.md says what to do about each."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -26,6 +27,33 @@ class Stopped(Exception):
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
         self.signal = signal
+
+
+def nearest(word: str, names: Collection[str]) -> str:
+    """The end of a message about a word that is none of the names: which of them was probably meant, if any."""
+    found = get_close_matches(word, names, 1) or sorted(name for name in names if word and name.startswith(word))
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def check_one_of(what: str, value: Any, names: Collection[str]) -> None:
+    """
+    Raises:
+        InputError: the value is none of the names; says which are, and the nearest.
+    """
+    if value not in names:
+        raise InputError(f"{what} must be one of {', '.join(names)}, not {value!r}{nearest(str(value), names)}")
+
+
+def choose_one(given: Any, where: str, name: str, default: Any, other: str) -> None:
+    """Two fields of a frozen dataclass exclude each other: where both are null, field `name` gets its default.
+
+    Raises:
+        InputError: both are given.
+    """
+    if None not in (values := (getattr(given, name), getattr(given, other))):
+        raise InputError(f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]})")
+    if values == (None, None):
+        object.__setattr__(given, name, default)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> list[str]:

@@ -1,9 +1,52 @@
-"""What a class that a config names takes, for the person at the terminal."""
+"""What a class that a config names takes, for the person at the terminal, and what is said where a name is wrong."""
 
 import inspect
+import re
+import sys
 from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, NoReturn
 
-from mixdpo.errors import InputError
+from jsonargparse import ArgumentParser, Namespace
+
+from mixdpo.errors import InputError, nearest
+
+UNKNOWN_OPTION = re.compile(
+    r"(?:(?:Group '(\S+)'|\w+ '\w+') does not accept option '|Option '|\w+ arguments: -*)([\w.]+)[^;\n]*(; did .+\?)?"
+)
+BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # no path is needed for these
+
+
+class Parser(ArgumentParser):
+    """Takes no abbreviated option, and null only where the type does; names the option nearest to an unknown one."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | options)
+
+    def validate(self, namespace: Any, *args: Any, **options: Any) -> None:
+        super().validate(namespace, *args, **options | {"skip_unset": False})
+        for group in self.groups or ():
+            if not isinstance(given := namespace.get(group, Namespace()), Namespace):
+                raise TypeError(f'Parser key "{group}": should be a mapping of options. Got value: {given}')
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if (unknown := UNKNOWN_OPTION.search(message)) and not unknown[3]:
+            known = {a.dest.removesuffix(".help") for a in getattr(ex, "subcommand_parser", self)._actions}
+            word = ".".join(filter(None, unknown.groups()))
+            meant = nearest(word, {*known, "class_path", "init_args"}) or nearest(word.partition(".")[0], known)
+            message = message.replace(unknown[0], unknown[0] + meant, 1)
+        super().error(message, ex)
+
+
+def nearest_path(message: str) -> str:
+    """For a message about a class path that leads nowhere: the nearest name that is there."""
+    found = re.findall(r"(?:module '|named '|path string: )([\w.]+)(?:' has no attribute '(\w+))?", message) or [()]
+    parent, _, name = ".".join(filter(None, found[0])).rpartition(".")
+    modules = [sys.modules[each] for each in ([parent] if parent else BY_NAME) if each in sys.modules]
+    path = [each for module in modules for each in getattr(module, "__path__", ())] if parent else None
+    return nearest(
+        name, [*(each.name for each in iter_modules(path)), *(n for module in modules for n in vars(module))]
+    )
 
 
 def options(name: str) -> None:
@@ -19,7 +62,7 @@ def options(name: str) -> None:
     try:
         kind = getattr(import_module(module), attribute)
     except (ImportError, ValueError, AttributeError) as error:
-        raise InputError(f"there is no class {name} ({error}): give its whole path, as configs do") from None
+        raise InputError(f"there is no class {name} ({error}): give its whole path{nearest_path(str(error))}") from None
     if not inspect.isclass(kind):
         raise InputError(f"{name} is no class: give the path of one, as configs do")
     described = [inspect.getdoc(documented) for documented in (kind, kind.__init__) if documented.__doc__]

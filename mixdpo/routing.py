@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of, choose_one
 
 Order = Literal["easy_to_hard", "hard_to_easy", "shuffled", "bucketed", "interleaved", "preference_first", "sft_first"]
 Assignment = Literal["margin", "random", "inverted"]
@@ -23,8 +23,9 @@ class Routing:
 
     Args:
         threshold: τ; pairs with a margin below it are hard. Its unit is the data's: choose it from the quantiles.
-        hard_fraction: share of the pairs that are hard, taken from the small margins. Give this or `threshold`; the
-            other is null. 0 is plain preference training, 1 plain SFT.
+        hard_fraction: share of the pairs that are hard, taken from the small margins; 0 is plain preference training,
+            1 plain SFT. Give this or `threshold`; 0.12 if neither is given. Of two configs, or a config and the command
+            line, the later one decides.
         order: easy_to_hard sorts by margin, largest first (no shuffling), so that SFT comes last; hard_to_easy turns
             that round; shuffled is seeded; bucketed goes from easy to hard in `buckets` quantiles, shuffled inside;
             interleaved spreads the hard pairs evenly among the sorted easy ones; preference_first and sft_first train
@@ -39,7 +40,7 @@ class Routing:
     """
 
     threshold: float | None = None
-    hard_fraction: float | None = 0.12
+    hard_fraction: float | None = None
     order: Order = "easy_to_hard"
     buckets: int = 4
     reshuffle: bool = False
@@ -48,11 +49,7 @@ class Routing:
     easy_action: EasyAction = "preference"
 
     def __post_init__(self) -> None:
-        if (self.threshold is None) == (self.hard_fraction is None):
-            raise InputError(
-                f"routing: give exactly one of threshold ({self.threshold}) and hard_fraction ({self.hard_fraction}); "
-                "on the command line --data.routing '{hard_fraction: 0.3, threshold: null}'"
-            )
+        choose_one(self, "routing", "hard_fraction", 0.12, "threshold")
         if self.hard_fraction is not None and not 0 <= self.hard_fraction <= 1:
             raise InputError(f"routing.hard_fraction must lie in [0, 1], not {self.hard_fraction}")
         if self.threshold is not None and not np.isfinite(self.threshold):
@@ -61,8 +58,7 @@ class Routing:
             )
         kinds = {"order": Order, "assignment": Assignment, "hard_action": HardAction, "easy_action": EasyAction}
         for name, kind in kinds.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise InputError(f"routing.{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+            check_one_of(f"routing.{name}", getattr(self, name), get_args(kind))
         if self.buckets < 2:
             raise InputError(f"routing.buckets must be at least 2, not {self.buckets}")
         if self.reshuffle and self.order not in RANDOM_ORDERS:

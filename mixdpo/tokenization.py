@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mixdpo import control_tokens as control
 from mixdpo.control_tokens import chat_ids_as_text, control_tokens, ids_as_text
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 from mixdpo.files import read_text
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def encode_table(
     """
     from datasets import Features, Value
 
-    if limits["overlong"] not in ("truncate", "drop"):
-        raise InputError(f"overlong should be 'truncate' or 'drop', not {limits['overlong']!r}.")
+    check_one_of("overlong", limits["overlong"], get_args(Overlong))
     template = load_template(tokenizer, chat_template)
     texts = [name for name in TEXTS if name in dataset.column_names]
     features = {name: feature for name, feature in dataset.features.items() if name not in texts}

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from conftest import make_pairs, write_pairs
 from safetensors import SafetensorError
 
 import run
+from datamodules.preference import PreferenceDataModule
 from mixdpo.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +40,7 @@ def options(model: str, source: str, runs: Path) -> list[str]:
     """14 training and 2 validation pairs in 7 steps, the last two of hard pairs only."""
     return [
         *("--model.base", model, "--model.quantization", "none", "--model.optimizer.lr", "3e-4"),
-        *("--data.source", source, "--data.routing", "{hard_fraction: 0.3, threshold: null}"),
+        *("--data.source", source, "--data.routing.hard_fraction", "0.3"),
         *("--data.validation", "0.25", "--data.batch_size", "2", "--data.max_length", "64"),
         *("--data.max_prompt_length", "32", "--trainer.accumulate_grad_batches", "1", "--trainer.callbacks", "null"),
         *(
@@ -162,6 +164,206 @@ def test_a_source_that_is_not_there(refused: Callable[..., str]) -> None:
 
 def test_a_misspelt_option(refused: Callable[..., str]) -> None:
     assert "betta" in refused("--model.preference_loss.betta", "1")
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """The options of a command line over configs/demo.yaml as they are parsed, or the message that refuses them. A
+    dict among the arguments stands for a config file."""
+    found: list[Any] = []
+
+    def stop(self: run.RunCLI) -> None:
+        found.append(self.config[self.config.subcommand])
+        raise SystemExit(0)
+
+    monkeypatch.setattr(run.RunCLI, "instantiate_classes", stop)
+
+    def parse(*arguments: Any, base: tuple[str, ...] = ("--config", "configs/demo.yaml")) -> Any:
+        words = list(base)
+        for number, argument in enumerate(arguments):
+            if isinstance(argument, dict):
+                path = tmp_path / f"{number}.yaml"
+                path.write_text(yaml.safe_dump(argument))
+                words += ["--config", str(path)]
+            else:
+                words.append(argument)
+        status = in_process(*words)
+        errors = capfd.readouterr().err
+        if not status:
+            return found[-1]
+        assert "Traceback" not in errors and errors.count("error: ") == 1
+        return errors[errors.index("error: ") :].strip()
+
+    return parse
+
+
+LOSS = "mixdpo.losses.DPO"
+MISSPELT: list[tuple[Any, ...]] = [
+    ("trainer.max_steps", "--trainer.max_stepz", "3"),
+    ("trainer.max_steps", "--trainer.max_step", "3"),  # an abbreviation is none
+    ("seed_everything", "--seed_every", "3"),
+    ("config", "--confi", "configs/demo.yaml"),
+    ("model", "--modle.base", "x"),
+    ("lora.rank", "--model.lora.rnak", "3"),
+    ("beta", "--model.preference_loss.betta", "1"),
+    ("batch_size", "--data.bach_size=2"),
+    ("batch_size", "--data.batch", "2"),
+    ("routing.threshold", "--data.routing.treshold", "1"),
+    ("routing.threshold", "--data.routing", "{treshold: 1}"),
+    ("checkpoint.every_n_steps", "--checkpoint.every_n_stps", "3"),
+    ("monitor", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitr=train/loss"),
+    ("model", {"modle": {"base": "x"}}),
+    ("trainer.max_steps", {"trainer": {"max_stepz": 3}}),
+    ("lora.rank", {"model": {"init_args": {"lora": {"rnak": 3}}}}),
+    ("init_args", {"model": {"int_args": {"base": "x"}}}),
+    ("beta", {"model": {"init_args": {"preference_loss": {"class_path": LOSS, "init_args": {"btea": 1}}}}}),
+    ("DPO", "--model.preference_loss", "mixdpo.losses.DPOO"),
+    ("losses", "--model.preference_loss", "mixdpo.loses.DPO"),
+    ("mixdpo", "--model.preference_loss", "mixdppo.losses.DPO"),
+    ("PreferenceModule", "--model", "lightning_modules.preference.PreferenceModul"),
+    ("StagedLinear", "--model.schedule", "mixdpo.schedules.StagdLinear"),
+    ("Random", "--model.cleaning", "{scorer: mixdpo.token_cleaning.scorers.Randm}"),
+    ("RefreshReference", "--trainer.callbacks+=lightning_modules.token_cleaning.RefreshRefrence"),
+    ("EarlyStopping", "--trainer.callbacks+=EarlyStoping"),
+    ("easy_to_hard", "--data.routing.order", "easy_to_hrad"),
+    ("nf4", "--model.quantization", "nf5"),
+    ("truncate", "--data.overlong", "truncat"),
+    ("sdpa", "--model.attention", "sdp"),
+    ("bf16-mixed", "--trainer.precision", "bf16-mixd"),
+]
+
+
+@pytest.mark.parametrize(("meant", "given"), [(meant, given) for meant, *given in MISSPELT], ids=lambda v: str(v))
+def test_the_nearest_name(meant: str, given: list[Any], parsed: Callable[..., Any]) -> None:
+    said = parsed(*given)
+    assert isinstance(said, str) and f"; did you mean '{meant}'?" in said and said.count("did you mean") == 1
+    assert "\n" not in said
+
+
+def test_the_nearest_verb(parsed: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+    for word, meant in (("fitt", "fit"), ("validat", "validate"), ("predcit", "predict")):
+        assert f"not '{word}'; did you mean '{meant}'?" in parsed(base=(word, "--config", "configs/demo.yaml"))
+    for verb, meant in (("exprt", "export"), ("export_labels", "export-labels"), ("studdy", "study")):
+        assert main([verb]) == 2 and f"did you mean '{meant}'?" in capfd.readouterr().err
+    for wrong, meant in (("losses.BetaDPOO", "BetaDPO"), ("loses.BetaDPO", "losses")):
+        assert main(["options", f"mixdpo.{wrong}"]) == 2 and f"did you mean '{meant}'?" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["make-pairs", "--max_new_token", "3"])  # an abbreviation
+    assert "did you mean 'max_new_tokens'?" in capfd.readouterr().err
+
+
+NULL = "needs a value, not null"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--model.lora", "null"), f"lora: should be a mapping|lora {NULL}"),
+        (("--model.preference_loss", "null"), f"preference_loss {NULL}"),
+        (("--model.optimizer", "null"), f"optimizer {NULL}"),
+        (("--data.batch_size", "null"), f"batch_size {NULL}"),
+        (("--data.routing", "{order: null}"), f"routing.order {NULL}"),
+        (({"model": {"init_args": {"lora": None}}},), f"lora {NULL}"),
+        (({"name": None},), f"name {NULL}"),
+        (({"name": True},), "name needs a value, .*text in quotes"),
+        (({"checkpoint": 3},), "checkpoint: should be a mapping of options, not 3"),
+        (({"runs": 3},), "runs: Expected a <class 'str'>, not 3"),
+    ],
+)
+def test_values_of_the_wrong_kind(given: tuple[Any, ...], says: str, parsed: Callable[..., Any]) -> None:
+    said = parsed(*given)
+    assert isinstance(said, str) and re.search(says, said), said
+
+
+class Own:
+    """A preference loss whose option has no type that takes null."""
+
+    def __init__(self, scale: float = None, mode: "str" = None) -> None:  # type: ignore[assignment]  # noqa: RUF013
+        self.scale, self.mode = scale, mode
+
+    def __call__(self, *log_probs: Any) -> Any: ...
+
+
+def test_what_may_be_null_or_a_number(parsed: Callable[..., Any]) -> None:
+    """A number as name is text; null goes where a type or a default has it, in one's own class as well."""
+    for number, name in ((12, "12"), (1.5, "1.5"), ("007", "007")):
+        assert str(parsed({"name": number}).name) == name
+    assert parsed("--name", "12").name == "12" and parsed("--name", "null").name == "null"
+    for option in ("trainer.callbacks", "model.cleaning", "data.limit", "data.validation_threshold"):
+        parsed_options = parsed(f"--{option}", "null")
+        section, name = option.split(".")
+        given = parsed_options[section] if section == "trainer" else parsed_options[section].init_args
+        assert given[name] is None
+    own = parsed("--model.preference_loss", f"{{class_path: {Own.__module__}.Own, init_args: {{scale: null}}}}")
+    assert own.model.init_args.preference_loss.init_args.scale is None
+
+
+def test_a_package_that_is_missing(refused: Callable[..., str]) -> None:
+    """Lightning knows these loggers; nothing of MixDPO needs their packages."""
+    said = refused("--trainer.logger=CometLogger", "--trainer.logger.project=x")
+    assert "comet-ml" in said and "pip install" in said and "\n" not in said
+    assert "torch_xla" in refused("--trainer.accelerator", "tpu")
+
+
+SCORER = "mixdpo.token_cleaning.scorers.Random"
+HARD = {"data": {"init_args": {"routing": {"hard_fraction": 0.2}}}}
+OVER = {"data": {"init_args": {"routing": {"threshold": 1.5}}}}
+BOTH = {"data": {"init_args": {"routing": {"threshold": 1.5, "hard_fraction": 0.2}}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "threshold", "fraction"),
+    [
+        ((), None, 0.37),  # configs/demo.yaml's
+        (("--data.routing.threshold", "0.5"), 0.5, None),
+        (("--data.routing.threshold=0.5",), 0.5, None),
+        (("--data.init_args.routing.threshold", "0.5"), 0.5, None),
+        (("--data.routing", "{threshold: 0.5, order: shuffled}"), 0.5, None),
+        (("--data", "{init_args: {routing: {threshold: 0.5}}}"), 0.5, None),
+        (("--data.routing.hard_fraction", "0.3"), None, 0.3),
+        (("--data.routing.order", "shuffled"), None, 0.37),
+        ((OVER,), 1.5, None),
+        (({"data": {"routing": {"threshold": 1.5}}},), 1.5, None),
+        ((OVER, HARD), None, 0.2),
+        ((OVER, "--data.routing.hard_fraction", "0.1"), None, 0.1),
+        ((OVER, "--data.routing.threshold", "0.5"), 0.5, None),
+        ((BOTH, "--data.routing.hard_fraction", "0.1"), None, 0.1),
+        (("--data.routing.hard_fraction", "0.1", OVER), 1.5, None),
+        ((BOTH,), 1.5, 0.2),  # Routing refuses them
+        (("--data.routing.threshold", "0.5", "--data.routing.hard_fraction", "0.1"), 0.5, 0.1),
+    ],
+)
+def test_the_later_place_decides_who_is_hard(
+    given: tuple[Any, ...], threshold: float | None, fraction: float | None, parsed: Callable[..., Any]
+) -> None:
+    routing = parsed(*given).data.init_args.routing
+    assert (routing.threshold, routing.hard_fraction) == (threshold, fraction)
+
+
+class OwnPairs(PreferenceDataModule):
+    """Whose routing is a word."""
+
+    def __init__(self, source: str, tokenizer: str, routing: str = "by length") -> None: ...
+
+
+def test_ones_own_routing_may_be_something_else(parsed: Callable[..., Any]) -> None:
+    own = {"class_path": f"{OwnPairs.__module__}.OwnPairs", "init_args": {"source": "x", "routing": "by date"}}
+    arguments = ["--model", "lightning_modules.preference.PreferenceModule", "--model.base", "x", {"data": own}]
+    assert parsed(*arguments, base=()).data.init_args.routing == "by date"
+
+
+def test_the_later_place_decides_which_tokens_are_kept(parsed: Callable[..., Any], tmp_path: Path) -> None:
+    def kept(*given: Any) -> tuple[Any, Any]:
+        selection = parsed(*given).model.init_args.cleaning.selection
+        return selection.keep_ratio, selection.threshold
+
+    ratio, cut = (
+        {"model": {"init_args": {"cleaning": {"scorer": SCORER, "selection": selection}}}}
+        for selection in ({"keep_ratio": 0.4}, {"threshold": 0.0})
+    )
+    assert kept(cut) == kept(ratio, cut) == kept(ratio, "--model.cleaning.selection.threshold", "0") == (None, 0.0)
+    assert kept(ratio) == kept(cut, ratio) == kept(cut, "--model.cleaning.selection.keep_ratio=0.4") == (0.4, None)
+    assert parsed(ratio, cut, "--model.cleaning", "null").model.init_args.cleaning is None
 
 
 @pytest.mark.parametrize(

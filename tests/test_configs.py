@@ -126,14 +126,12 @@ def test_readme_commands_build(build):
 
 def test_baseline_overrides(build):
     """What a header offers as baselines means what its name says."""
-    parser = build(ROOT / "configs/demo.yaml").parser
     for config in (path for path in CONFIGS if "DPO" in header_overrides(path) and path.name != "demo.yaml"):
         overrides = header_overrides(config)
         for baseline, hard_fraction in {"DPO": 0, "SFT": 1}.items():
-            parsed = parser.parse_args(["fit", "--config", str(config), *overrides[baseline]]).fit
-            routing = Routing(**vars(parsed.data.init_args.routing))
-            assert routing == Routing(hard_fraction=hard_fraction, order="shuffled"), config
-            assert parsed.name == f"{config.stem}-{baseline.lower()}"
+            cli = build(config, *overrides[baseline])
+            assert cli.datamodule.routing == Routing(hard_fraction=hard_fraction, order="shuffled"), config
+            assert cli.config.fit.name == f"{config.stem}-{baseline.lower()}"
 
 
 def test_token_cleaning_configs_mean_what_they_say(build):

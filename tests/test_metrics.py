@@ -1,10 +1,16 @@
 import math
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
-from conftest import collate
+from conftest import build, build_sft, collate, fit, make_pairs, make_samples, write_pairs
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
+from lightning_modules.callbacks import Throughput
+from mixdpo.errors import InputError
 from mixdpo.log_probs import SequenceLogProbs
+from mixdpo.losses import DPO, SimPO
 from mixdpo.metrics import PAIRWISE, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
 
 
@@ -130,3 +136,42 @@ def test_a_group_without_pairs_is_left_out():
     means = NamedMeans(VALIDATION)
     means.update(by_difficulty({"sft_loss": torch.tensor([2.0])}, collate([pair], [False], evaluation=True)))
     assert set(means.compute()) == {"val/all/sft_loss", "val/easy/sft_loss"}
+
+
+@pytest.mark.parametrize("has_reference", [True, False])
+@pytest.mark.parametrize("threshold", [-1.0, 4.0, None])
+@pytest.mark.parametrize("validation", [0.0, 0.4])
+def test_the_names_that_can_be_monitored_are_those_that_a_run_has(
+    has_reference: bool, threshold: float | None, validation: float, tiny_model: str, tmp_path: Path
+) -> None:
+    """Held-out pairs are all easy, of both kinds, or as the route says; and so for SFT, by source."""
+    source, more = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12)), {"first": (Throughput(),)}
+    data = {"validation": validation, "validation_threshold": threshold}
+    loss = DPO() if has_reference else SimPO()
+    trainer, module, pairs = build(tiny_model, source, tmp_path, trainer=more, data=data, preference_loss=loss)
+    trainer.fit(module, pairs)
+    assert module.metric_names() == set(trainer.callback_metrics)
+    assert any(name.startswith("val/easy/") for name in module.metric_names()) == (validation > 0)
+    if has_reference and threshold is None:
+        samples = write_pairs(tmp_path / "samples.jsonl", make_samples(12))
+        trainer, module, data = build_sft(tiny_model, samples, tmp_path, trainer=more, data={"validation": validation})
+        trainer.fit(module, data)
+        assert module.metric_names() == set(trainer.callback_metrics)
+        assert ("val/loss/odd" in trainer.callback_metrics) == (validation > 0)
+
+
+class Logs(Callback):
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("own", 1.0)
+
+
+def test_what_ones_own_callback_logs_can_be_monitored(tiny_model: str, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
+    best = ModelCheckpoint(monitor="own", dirpath=tmp_path / "best", save_on_train_epoch_end=True)
+    fit(tiny_model, source, tmp_path / "a", trainer={"first": (Logs(), best)})
+    assert float(best.best_model_score) == 1.0
+    with pytest.raises(InputError, match="no metric 'own'"):
+        fit(tiny_model, source, tmp_path / "b", trainer={"first": (ModelCheckpoint(monitor="own"),)})
+    # it is none of those that an early stopping which need not find its metric, or no checkpoint, waits for
+    lenient = EarlyStopping("own", strict=False), ModelCheckpoint(monitor="own", save_top_k=0)
+    fit(tiny_model, source, tmp_path / "c", trainer={"first": lenient})

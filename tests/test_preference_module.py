@@ -227,7 +227,7 @@ def test_hard_pairs_rejected_text_is_not_there(
     rows = make_pairs(12)
     options: dict[str, Any] = {
         "trainer": {"accumulate_grad_batches": accumulate},
-        "data": {"routing": Routing(threshold=3.0, hard_fraction=None)},
+        "data": {"routing": Routing(threshold=3.0)},
     }
     a = fit(tiny_model, write_pairs(tmp_path / "a.jsonl", rows), tmp_path / "a", **options)
     other = write_pairs(tmp_path / "b.jsonl", with_random_rejected(rows, hard, 3.0))

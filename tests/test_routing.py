@@ -16,7 +16,7 @@ fast = settings(max_examples=60)
 
 
 def plan_route(margins, pair_ids, *, seed=0, **options):
-    return Routing(**{"hard_fraction": None, **options}).plan(margins, pair_ids, seed=seed)
+    return Routing(**options).plan(margins, pair_ids, seed=seed)
 
 
 @st.composite
@@ -200,7 +200,6 @@ def test_the_fingerprint_tells_routes_and_orders_apart():
         ([1.0, math.nan], {"threshold": 0.5}),
         ([1.0, math.inf], {"hard_fraction": 0.5}),
         ([1.0, -math.inf], {"threshold": 0.5}),
-        ([1.0, 2.0], {}),
         ([1.0, 2.0], {"threshold": 0.5, "hard_fraction": 0.5}),
         ([1.0, 2.0], {"hard_fraction": 1.01}),
         ([1.0, 2.0], {"hard_fraction": -0.01}),
@@ -215,12 +214,20 @@ def test_bad_input_is_refused(margins, option):
 
 @pytest.mark.parametrize(
     "option",
-    [{"threshold": 0.5}, {"hard_fraction": None}, {"hard_fraction": 1.5}, {"hard_fraction": -0.1}],
+    [{"threshold": 0.5, "hard_fraction": 0.12}, {"hard_fraction": 1.5}, {"hard_fraction": -0.1}],
 )
 def test_bad_options_are_refused_before_there_is_data(option):
-    """`threshold` alone clashes with the default fraction: the other has to be null."""
     with pytest.raises(InputError):
         Routing(**option)
+
+
+def test_threshold_and_fraction_stand_alone():
+    """12 % of the pairs are hard if neither is given, whatever is said as null."""
+    assert Routing() == Routing(threshold=None, hard_fraction=None) == Routing(hard_fraction=0.12)
+    assert Routing(threshold=1.0) == Routing(threshold=1.0, hard_fraction=None)
+    margins, ids = np.arange(50.0), np.arange(50)
+    assert Routing(threshold=9.5).plan(margins, ids).is_hard.sum() == 10
+    assert Routing().plan(margins, ids).is_hard.sum() == 6
 
 
 def test_the_options_make_the_same_plan():

@@ -14,7 +14,7 @@ FEW_SCORES = st.sampled_from([-1.5, -0.0, 0.0, 0.5, 2.0])  # few values: ties ev
 SCOPES = st.sampled_from(["global", "sample", "batch"])
 RULES = st.one_of(
     st.builds(lambda ratio: {"keep_ratio": ratio}, st.floats(0.01, 1)),
-    st.builds(lambda threshold: {"keep_ratio": None, "threshold": threshold}, st.sampled_from([-2.0, 0.0, 0.5, 9.0])),
+    st.builds(lambda threshold: {"threshold": threshold}, st.sampled_from([-2.0, 0.0, 0.5, 9.0])),
 )
 fast = settings(max_examples=200)
 
@@ -93,8 +93,8 @@ OFFSETS = np.array([0, 4, 5, 10])  # samples (3 1 1 1) (0) (2 1 0 0 -1)
         ({"keep_ratio": 0.5, "scope": "sample"}, [0, 1, 5, 6], None, 4, 2),  # round(2), round(0.5), round(2.5)
         ({"keep_ratio": 0.5, "scope": "sample", "min_keep": 3}, [0, 1, 2, 4, 5, 6, 7], None, 4, 2),
         ({"keep_ratio": 0.5, "scope": "batch"}, [0, 1, 2, 5], None, 4, 2),  # samples 0 and 2: round(4.5); 1: round(0.5)
-        ({"keep_ratio": None, "threshold": 1.0}, [0, 5], 1.0, 4, 0),
-        ({"keep_ratio": None, "threshold": 0.0, "min_keep": 1}, [0, 1, 2, 3, 4, 5, 6], 0.0, 3, 0),
+        ({"threshold": 1.0}, [0, 5], 1.0, 4, 0),
+        ({"threshold": 0.0, "min_keep": 1}, [0, 1, 2, 3, 4, 5, 6], 0.0, 3, 0),
     ],
 )
 def test_by_hand(options, kept, threshold, ties, ties_kept):
@@ -152,12 +152,10 @@ def test_scope_batch_needs_the_batches(batch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"threshold": 0.0},
-        {"keep_ratio": None},
         {"keep_ratio": 0.0},
         {"keep_ratio": 1.01},
         {"keep_ratio": np.nan},
-        {"keep_ratio": None, "threshold": np.nan},
+        {"threshold": np.nan},
         {"scope": "file"},
         {"min_keep": -1},
         {"always_keep": "<|im_end|>"},
@@ -166,3 +164,12 @@ def test_scope_batch_needs_the_batches(batch):
 def test_bad_options_are_refused(options):
     with pytest.raises(InputError, match="selection"):
         Selection(**options)
+
+
+def test_ratio_and_threshold_stand_alone():
+    assert Selection() == Selection(keep_ratio=None, threshold=None) == Selection(keep_ratio=0.6)
+    assert Selection(threshold=0.0) == Selection(keep_ratio=None, threshold=0.0)
+    scores = np.array([-1.0, 0.5, -0.5, 1.0, 2.0])
+    assert select(scores, np.array([0, 5]), Selection(threshold=0.0)).mask.tolist() == [False, True, False, True, True]
+    with pytest.raises(InputError, match=r"give keep_ratio or threshold, not both \(0.6 and 0.0\)"):
+        Selection(keep_ratio=0.6, threshold=0.0)

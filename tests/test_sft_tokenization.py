@@ -179,7 +179,10 @@ def test_dropping_every_sample_is_an_error(tokenizer):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"max_length": 1}, "at least 2, not 1"), ({"max_length": 8, "overlong": "keep"}, "'truncate' or 'drop'")],
+    [
+        ({"max_length": 1}, "at least 2, not 1"),
+        ({"max_length": 8, "overlong": "keep"}, "one of truncate, drop, not 'keep'"),
+    ],
 )
 def test_impossible_limits(tokenizer, options, message):
     with pytest.raises(InputError, match=message):

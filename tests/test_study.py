@@ -102,11 +102,11 @@ def calls(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sedes": [1]}, r"study\.yaml: sedes: no such key; the keys are config, folder"),
+        ({"sedes": [1]}, r"study\.yaml: sedes: the key must be one of config, folder.*did you mean 'seeds'"),
         ({"config": 3}, r"study\.yaml: config: expected str, not 3"),
         ({"seeds": ["a"]}, r"seeds: expected list\[int\], not \['a'\]"),
         ({"seeds": [1, 1]}, "a seed must come once"),
-        ({"runs": {"dpo": {"overlay": "x", "seed": 1}}}, r"runs\.dpo\.seed: no such key"),
+        ({"runs": {"dpo": {"overlay": "x", "seed": 1}}}, r"runs\.dpo\.seed: the key must be one of"),
         ({"runs": {"dpo": None}}, r"runs\.dpo: need a mapping"),
         ({"runs": {"dpo": {"after": "sft"}}}, r"runs\.dpo: after 'sft': no such run"),
         ({"control": "sft"}, "control 'sft': no such run"),
@@ -203,7 +203,7 @@ def test_every_run_against_another(folder: Path, capsys: pytest.CaptureFixture[s
     assert float(found["dpo"]["difference"]) == pytest.approx(-float(rows["mixdpo"]["difference"]))
     assert (folder / "out/table.csv").read_text() == table
     assert main(["study", path, "--against", "nobody"]) == 2
-    assert "no such run; there are dpo" in capsys.readouterr().err
+    assert "against must be one of dpo, mixdpo, not 'nobody'" in capsys.readouterr().err
 
 
 def test_a_changed_study_is_refused_for_what_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -259,7 +259,7 @@ def test_an_empty_completion_is_dropped(side):
     [
         ({"max_length": 5, "max_prompt_length": 5, "overlong": "drop"}, "below max_length"),
         ({"max_length": 5, "max_prompt_length": 0, "overlong": "drop"}, "above 0"),
-        ({"max_length": 5, "max_prompt_length": 4, "overlong": "keep"}, "'truncate' or 'drop'"),
+        ({"max_length": 5, "max_prompt_length": 4, "overlong": "keep"}, "one of truncate, drop, not 'keep'"),
     ],
 )
 def test_impossible_limits(limits, message):

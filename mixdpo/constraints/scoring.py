@@ -10,7 +10,7 @@ from typing import Any
 
 from mixdpo.constraints.checks import words
 from mixdpo.constraints.kinds import KINDS, Kind
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Constraint:
     params: Mapping[str, int | str]
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"constraint of unknown kind {self.kind!r}; the kinds are {', '.join(KINDS)}")
+        check_one_of("a constraint's kind", self.kind, KINDS)
         types = {name: type(values[0]) for name, values in self.rule.choices.items()}
         if not isinstance(self.params, Mapping) or {key: type(value) for key, value in self.params.items()} != types:
             wanted = {name: kind.__name__ for name, kind in types.items()}

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 from mixdpo.files import read_text
 
 Point = dict[str, Any]
@@ -163,8 +163,8 @@ def _checked(cls: type, values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{where.rstrip('.') or 'the file'}: need a mapping of {cls.__name__}'s keys, not {values!r}")
     known = {f.name: f for f in fields(cls)}
-    if unknown := [key for key in values if key not in known]:
-        raise InputError(f"{where}{unknown[0]}: no such key; the keys are {', '.join(known)}")
+    for key in values:
+        check_one_of(f"{where}{key}: the key", key, known)
     required = (name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING)
     if absent := [name for name in required if name not in values]:
         raise InputError(f"{where}{absent[0]} is missing")

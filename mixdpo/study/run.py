@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 from mixdpo.files import named_files, read_json, write_json
 from mixdpo.make_pairs import read_prompts
 from mixdpo.study.design import Job, Study, read_study
@@ -60,8 +60,7 @@ def study(study: str, table_only: bool = False, against: str | None = None) -> i
     threads = max(1, cores // plan.at_once)
     print(detectable(plan, sum(part in main for part in parts)))
     if against is not None:
-        if against not in plan.runs:
-            raise InputError(f"against {against}: no such run; there are {', '.join(plan.runs)}")
+        check_one_of("against", against, plan.runs)
         plan = replace(plan, control=against, runs={name: replace(p, control=None) for name, p in plan.runs.items()})
         print(write_tables(plan, add_finished(plan, {}), f"table_against_{against}"))
         return 0

@@ -36,7 +36,7 @@ class Cleaning:
     Args:
         scorer: Class path of what scores tokens, high = keep: ExcessLoss, Loss, Probability, Random of
             mixdpo.token_cleaning.scorers, or your own with the attribute `roles`.
-        selection: Which scores are kept: the best keep_ratio, or those above threshold (the other is null); scope says
+        selection: Which scores are kept: the best keep_ratio, or those above threshold; scope says
             what is ranked together: global (all tokens scored at one time), sample, or batch (an optimizer step; for a
             scorer that reads the policy, a micro-batch); each sample keeps at least min_keep tokens; tokens in the list
             always_keep are kept whatever their score. Null makes the score itself the token's weight.

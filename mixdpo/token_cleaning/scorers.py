@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 
 Role = Literal["base", "reference", "previous", "policy"]
 
@@ -135,8 +135,7 @@ def is_online(scorer: Any) -> bool:
 
 def _check_roles(*roles: str) -> None:
     for role in roles:
-        if role not in get_args(Role):
-            raise InputError(f"{role!r} is no role of a scorer: give one of {', '.join(get_args(Role))}")
+        check_one_of("the role of a scorer", role, get_args(Role))
 
 
 def _min_max(scores: Tensor, sample: Tensor) -> Tensor:

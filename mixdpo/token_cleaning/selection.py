@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of, choose_one
 
 Scope = Literal["global", "sample", "batch"]
 
@@ -16,9 +16,10 @@ class Selection:
     """Which response tokens stay in the loss; high scores are kept.
 
     Args:
-        keep_ratio: Share of the eligible tokens that is kept, in (0, 1]. The paper's 0.6 is flat from 0.3 to 0.8.
-        threshold: Keep tokens with a score above this instead, so 0 keeps by sign. Give this or keep_ratio; the other
-            is null.
+        keep_ratio: Share of the eligible tokens that is kept, in (0, 1]; the paper's 0.6 (flat from 0.3 to 0.8) if
+            neither this nor threshold is given.
+        threshold: Keep tokens with a score above this instead, so 0 keeps by sign. Give this or keep_ratio; of two
+            configs, or a config and the command line, the later one decides.
         scope: What keep_ratio ranks over: all tokens scored together (the paper's method), each sample by itself (its
             RHO baseline), or the samples of a batch.
         min_keep: Every sample keeps at least this many of its best tokens, or all it has: more than keep_ratio if need
@@ -26,26 +27,21 @@ class Selection:
         always_keep: Tokens that are kept whatever their score, such as <|im_end|>; they are part of keep_ratio.
     """
 
-    keep_ratio: float | None = 0.6
+    keep_ratio: float | None = None
     threshold: float | None = None
     scope: Scope = "global"
     min_keep: int = 0
     always_keep: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
-        if (self.keep_ratio is None) == (self.threshold is None):
-            raise InputError(
-                f"selection: give exactly one of keep_ratio ({self.keep_ratio}) and threshold ({self.threshold}), and "
-                "null for the other"
-            )
+        choose_one(self, "selection", "keep_ratio", 0.6, "threshold")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise InputError(f"selection.keep_ratio must lie in (0, 1], not {self.keep_ratio}; 1 keeps every token")
         if self.threshold is not None and not np.isfinite(self.threshold):
             raise InputError(
                 f"selection.threshold must be finite, not {self.threshold}; keep_ratio 1 keeps every token"
             )
-        if self.scope not in get_args(Scope):
-            raise InputError(f"selection.scope must be one of {', '.join(get_args(Scope))}, not {self.scope!r}")
+        check_one_of("selection.scope", self.scope, get_args(Scope))
         if self.min_keep < 0:
             raise InputError(f"selection.min_keep must be >= 0, not {self.min_keep}")
         if isinstance(self.always_keep, str):

@@ -3,6 +3,13 @@
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 
 from bad_input.case import Case, Place
 from datamodules.preference import PreferenceDataModule
@@ -40,16 +47,21 @@ OUT_OF_RANGE = {
 }
 # class, options -> what is said
 CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
-    (Routing, {"threshold": 0.5}, ("exactly one of threshold (0.5) and hard_fraction", "threshold: null}")),
-    (Routing, {"hard_fraction": None}, ("exactly one of threshold (None)", "on the command line --data.routing")),
+    (
+        Routing,
+        {"threshold": 0.5, "hard_fraction": 0.12},
+        ("give hard_fraction or threshold, not both (0.12 and 0.5)",),
+    ),
     (Routing, {"hard_fraction": 1.2}, ("routing.hard_fraction must lie in [0, 1]", "1.2")),
     (Routing, {"hard_fraction": NAN}, ("routing.hard_fraction must lie in [0, 1]", "nan")),
     (
         Routing,
-        {"hard_fraction": None, "threshold": INF},
+        {"threshold": INF},
         ("routing.threshold must be finite", "0 or 1 means none or all"),
     ),
     (Routing, {"order": "easiest_first"}, ("routing.order must be one of easy_to_hard", "'easiest_first'")),
+    (Routing, {"order": None}, ("routing.order must be one of easy_to_hard", "not None")),
+    (Routing, {"order": "sft_frist"}, ("routing.order must be one of", "not 'sft_frist'; did you mean 'sft_first'?")),
     (Routing, {"assignment": "reversed"}, ("routing.assignment must be one of margin, random, inverted",)),
     (Routing, {"hard_action": "SFT"}, ("routing.hard_action must be one of sft", "'SFT'")),
     (Routing, {"easy_action": "sft"}, ("routing.easy_action must be one of preference, drop",)),
@@ -62,11 +74,16 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Slices, {"count": 3, "only": []}, ("slices.only must name slices once",)),
     (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, in rising order",)),
     (Slices, {"count": 3, "only": [3]}, ("there are slices 0 to 2",)),
-    (Selection, {"threshold": 0.0}, ("exactly one of keep_ratio (0.6) and threshold (0.0)", "null for the other")),
+    (
+        Selection,
+        {"keep_ratio": 0.5, "threshold": 0.0},
+        ("selection: give keep_ratio or threshold, not both (0.5 and 0.0)",),
+    ),
     (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
     (Selection, {"keep_ratio": NAN}, ("selection.keep_ratio must lie in (0, 1]",)),
-    (Selection, {"keep_ratio": None, "threshold": -INF}, ("selection.threshold must be finite",)),
+    (Selection, {"threshold": -INF}, ("selection.threshold must be finite",)),
     (Selection, {"scope": "sentence"}, ("selection.scope must be one of global, sample, batch",)),
+    (Selection, {"scope": "samples"}, ("not 'samples'; did you mean 'sample'?",)),
     (Selection, {"min_keep": -1}, ("selection.min_keep must be >= 0",)),
     (Selection, {"always_keep": "<|im_end|>"}, ("must be a list of tokens", "write ['<|im_end|>']")),
     (Cleaning, {"warm_up_stages": -1}, ("cleaning.warm_up_stages must be >= 0",)),
@@ -82,8 +99,8 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
         ("cleaning.masks", "give one"),
     ),
     (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
-    (ExcessLoss, {"worse": "teacher"}, ("'teacher' is no role", "give one of base, reference")),
-    (Loss, {"role": ""}, ("'' is no role of a scorer",)),
+    (ExcessLoss, {"worse": "teacher"}, ("the role of a scorer must be one of base, reference", "not 'teacher'")),
+    (Loss, {"role": ""}, ("the role of a scorer must be one of base", "not ''")),
     (Random, {"seed": -1}, ("seed must be at least 0",)),
     (Constant, {"warmup": -0.1}, ("schedule.warmup must lie in [0, 1]",)),
     (Cosine, {"floor": 2.0}, ("schedule.floor must lie in [0, 1]",)),
@@ -169,6 +186,49 @@ def fit_case(entrance: str, fault: str, says: tuple[str, ...], how: str = "fit",
 
 def rising(plan: Any) -> Any:
     return [1.0]
+
+
+SOME: dict[str, Any] = {"validation": 0.3}
+UNMONITORED: list[tuple[str, Any, tuple[str, ...], str, dict[str, Any]]] = [
+    ("SFT's name", EarlyStopping("val/loss"), ("did you mean 'val/all/sft_loss'", "train/loss"), "fit", {"data": SOME}),
+    (
+        "a misspelt name",
+        ModelCheckpoint(monitor="val/all/rewards/acuracy"),
+        ("did you mean 'val/all/rewards/accuracy'",),
+        "fit",
+        {"data": SOME},
+    ),
+    ("nothing held out", EarlyStopping("val/all/sft_loss"), ("it has rewards/accuracy, tok",), "fit", {}),
+    (
+        "no hard pair held out",
+        ModelCheckpoint(monitor="val/hard/sft_loss"),
+        ("did you mean 'val/all/sft_loss'",),
+        "fit",
+        {"data": SOME | {"validation_threshold": -1.0}},
+    ),
+    (
+        "no reference",
+        EarlyStopping("val/all/displacement/chosen"),
+        ("it has",),
+        "fit",
+        {"data": SOME, "preference_loss": losses.SimPO()},
+    ),
+    (
+        "more steps than there are",
+        EarlyStopping("train/loss"),
+        ("it has none",),
+        "fit",
+        {"trainer": {"log_every_n_steps": 9}},
+    ),
+    ("a name of pairs", EarlyStopping("val/all/sft_loss"), ("did you mean 'val/loss'",), "fit_sft", {"data": SOME}),
+    (
+        "no such source",
+        ModelCheckpoint(monitor="val/loss/ood"),
+        ("did you mean 'val/loss/odd'",),
+        "fit_sft",
+        {"data": SOME},
+    ),
+]
 
 
 WITH_DATA = [
@@ -257,7 +317,12 @@ WITH_DATA = [
         ("should be above 0 and below max_length (64)",),
         data={"max_prompt_length": 64},
     ),
-    fit_case("data.overlong", "shorten", ("'truncate' or 'drop'",), data={"overlong": "shorten"}),
+    fit_case(
+        "data.overlong",
+        "shorten",
+        ("overlong must be one of truncate, drop, not 'shorten'",),
+        data={"overlong": "shorten"},
+    ),
     fit_case("data.max_length", "1", ("max_length should be at least 2",), "fit_sft", data={"max_length": 1}),
     fit_case(
         "data.slices",
@@ -322,6 +387,19 @@ WITH_DATA = [
         ("the run has one stage", "data.routing.order"),
         trainer={"first": (RefreshReference(role="reference"),)},
         data={"routing": Routing(hard_fraction=0.0)},
+    ),
+    *(
+        fit_case(type(kind).__name__, "in a planned run", (type(kind).__name__, says), trainer={"first": (kind,)})
+        for kind, says in (
+            (GradientAccumulationScheduler({0: 2}), "set trainer.accumulate_grad_batches"),
+            (LearningRateFinder(), "compare a few --model.optimizer.lr"),
+            (BatchSizeFinder(), "set data.batch_size"),
+        )
+    ),
+    *(
+        fit_case(type(callback).__name__, fault, (f"no metric '{callback.monitor}'", *says), how, **chosen)
+        for fault, callback, says, how, chosen in UNMONITORED
+        if chosen.setdefault("trainer", {}).setdefault("first", (callback,))
     ),
     fit_case(
         "model.preference_loss",

@@ -85,7 +85,7 @@ RUNS = [
     Run("config file", "a list", config("[1, 2]"), ("bad.yaml should be a mapping", "not a list")),
     Run("config file", "a misspelt section", config("modle: {base: x}"), ("modle", HELP)),
     Run("config file", "a misspelt option", config("data: {init_args: {batchsize: 2}}"), ("batchsize", HELP)),
-    Run("config file", "a number for a mapping", config("trainer: 3"), ("trainer should be a mapping", "not 3")),
+    Run("config file", "a number for a mapping", config("trainer: 3"), ("trainer: should be a mapping", "not 3")),
     Run("command line", "nothing", (), ("subcommand", "fit,validate,predict"), whole=True),
     Run("command line", "a misspelt command", ("trian", "--config", "configs/demo.yaml"), ("trian",), whole=True),
     Run("command line", "a misspelt option", ("--data.batchsize", "2"), ("batchsize", HELP)),
@@ -171,7 +171,7 @@ RUNS = [
     Run(
         "trainer.callbacks", "no such class", callback("lightning_modules.Nothing"), ("lightning_modules.Nothing", HELP)
     ),
-    Run("GoldEvaluation", "an unknown constraint", prompts, ("red tea", "'rhymes'", "the kinds are")),
+    Run("GoldEvaluation", "an unknown constraint", prompts, ("red tea", "'rhymes'", "kind must be one of")),
     Run(
         "GoldEvaluation",
         "plain text instead of a template",

@@ -25,14 +25,18 @@ def study(**changes: Any) -> dict[str, Any]:
 
 STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("no mapping", [1], ("the file: need a mapping of Study's keys",)),
-    ("a misspelt key", study(seed=[0]), ("seed: no such key; the keys are config, folder",)),
+    ("a misspelt key", study(seed=[0]), ("seed: the key must be one of config, folder", "did you mean 'seeds'?")),
     ("a key missing", study(control=...), ("control is missing",)),
     ("seeds as a number", study(seeds=3), ("seeds: expected list[int]", "not 3")),
     ("a seed of true", study(seeds=[True]), ("seeds: expected list[int]", "[True]")),
     ("a seed twice", study(seeds=[1, 1]), ("a seed must come once",)),
     ("no runs", study(runs={}), ("must not be empty",)),
     ("a run of null", study(runs={"dpo": None}), ("runs.dpo: need a mapping of Plan's keys",)),
-    ("a misspelt key of a run", study(runs={"dpo": {"overlays": "x"}}), ("runs.dpo.overlays: no such key",)),
+    (
+        "a misspelt key of a run",
+        study(runs={"dpo": {"overlays": "x"}}),
+        ("runs.dpo.overlays: the key must be one of", "did you mean 'overlay'?"),
+    ),
     ("an unknown control", study(control="sft"), ("runs.dpo: control 'sft': no such run; there are dpo, mixdpo",)),
     (
         "runs in a circle",
