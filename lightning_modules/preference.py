@@ -90,10 +90,8 @@ class PreferenceModule(AdapterModule):
 
     def _reference_log_probs(self, batch: PairBatch) -> Tensor:
         """(M,) of the targets in the batch's reference rows, from the cache where it has all of them."""
-        if self.reference_cache and self._kept_log_probs is None:
-            dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
-            self._kept_log_probs = ReferenceCache(self._reference_identity(), dtype)
-        if (cache := self._kept_log_probs) is not None:
+        cache = self._open_cache()
+        if cache is not None:
             known = cache.get(batch.reference_keys)
             if known is not None:
                 values = torch.tensor(known)
@@ -103,6 +101,13 @@ class PreferenceModule(AdapterModule):
         if cache is not None:
             self._new_log_probs.append((batch.reference_keys, found))
         return found
+
+    def _open_cache(self) -> ReferenceCache | None:
+        """What is kept of the reference as it is now. A step should find it open: its name is a hash of all weights."""
+        if self.reference_cache and self.needs_reference and self._kept_log_probs is None:
+            dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
+            self._kept_log_probs = ReferenceCache(self._reference_identity(), dtype)
+        return self._kept_log_probs
 
     def _reference_identity(self) -> dict[str, Any]:
         """All that decides the reference's log-probabilities of given tokens."""
@@ -250,7 +255,8 @@ class PreferenceModule(AdapterModule):
             )
 
     def on_train_start(self) -> None:
-        """The default reference of token cleaning: an adapter fitted to the easy pairs' chosen responses (SFT)."""
+        """Also makes token cleaning's default reference: an adapter fitted to the easy pairs' chosen responses (SFT)."""
+        self._open_cache()
         cleaning = self.cleaning
         if cleaning is None or cleaning.reference or "reference" not in cleaning.roles or self.trainer.global_step:
             return
