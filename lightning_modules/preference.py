@@ -255,7 +255,7 @@ class PreferenceModule(AdapterModule):
             )
 
     def on_train_start(self) -> None:
-        """Also makes token cleaning's default reference: an adapter fitted to the easy pairs' chosen responses (SFT)."""
+        """The default reference of token cleaning is an adapter fitted to the easy pairs' chosen responses (SFT)."""
         self._open_cache()
         cleaning = self.cleaning
         if cleaning is None or cleaning.reference or "reference" not in cleaning.roles or self.trainer.global_step:
