@@ -32,7 +32,7 @@ NAME_HELP = (
     "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict and test write RUNS/NAME.margins, or the "
     "answers' RUNS/NAME.json, .jsonl, .md."
 )
-# options that exclude `threshold` beside them
+# group of options -> the option in the group that cannot be given together with `threshold`
 SHARES = {"data.init_args.routing": "hard_fraction", "model.init_args.cleaning.selection": "keep_ratio"}
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -58,7 +58,7 @@ class RunCLI(LightningCLI):
         places = read_places(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        for path, share in SHARES.items():  # of two that exclude each other, and come from two places, the later stays
+        for path, share in SHARES.items():  # two options that exclude each other: the one from the later place counts
             names, key = ("threshold", share), path.replace("init_args.", "")
             given = [[name for name in names if place.get(f"{key}.{name}") is not None] for place in places]
             latest = next((found for found in reversed(given) if found), [])
@@ -121,7 +121,9 @@ class RunConfig(SaveConfigCallback):
 
 
 def read_places(arguments: list[str]) -> list[dict[str, Any]]:
-    """The options of each place, as {"data.routing.order": …}: of the config files, and of the options between them.
+    """Options by place, in order: each config file is a place, and so are the options before, between and after them.
+
+    A place is a dict such as {"data.routing.order": "shuffled"}.
 
     Raises:
         InputError: a config is no YAML, or no mapping. jsonargparse names an option that is wrong, but no file that is.
@@ -172,9 +174,9 @@ def has_begun(folder: Path) -> bool:
 def new_run_folder(runs: Path, name: str) -> Path:
     """Make RUNS/NAME, or the first free NAME-2, NAME-3, …: no run is ever overwritten.
 
-    A process that Lightning has started for a further device takes the folder of the first one from the environment;
-    no other process does, whatever it has inherited. Processes of torchrun know nothing of each other: NAME must be
-    free.
+    A process that Lightning has started for a further device takes the first process's folder from the environment.
+    Every other process ignores an inherited MIXDPO_RUN_FOLDER. Under torchrun all processes use RUNS/NAME, so NAME must
+    be free.
     """
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     first = runs / name if by_torchrun else os.environ.pop("MIXDPO_RUN_FOLDER", "")  # of one call of `main` only
@@ -211,7 +213,11 @@ def main(arguments: list[str] | None = None) -> RunCLI:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
-    check_one_of("the first word", (arguments or ["-h"])[0], (*SUBCOMMANDS, "-h", "--help"))
+    check_one_of(
+        "the first word (a config file needs --config before it)",
+        (arguments or ["-h"])[0],
+        (*SUBCOMMANDS, "-h", "--help"),
+    )
     sys.argv[1:] = arguments  # Lightning starts further processes with it
     return RunCLI(
         L.LightningModule,
@@ -273,7 +279,7 @@ def _for_the_user(error: BaseException | None) -> str | None:
 def _innermost(message: str) -> str:
     """The one line that matters of the many that jsonargparse prints around it."""
     if unknown := UNKNOWN_OPTION.search(message):
-        return f"{unknown[0]}; {HELP}"
+        return f"{unknown[0]} ({HELP})"
     _, nested, leaf = message.rpartition('Parser key "')
     if not nested:
         return message
@@ -281,11 +287,12 @@ def _innermost(message: str) -> str:
     said, *given = re.split(r"(?:Got|Given) value: ", said)
     value = given[0].splitlines()[0] if given else ""
     if value in ("None", "True", "False"):
-        return f"{key} needs a value, not null, true or false: give one (text in quotes), or keep its default; {HELP}"
+        said = f"{key} needs a value, not null, true or false: give one (text in quotes), or leave the option out"
+        return f"{said} ({HELP})"
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value type:")
     lines = [line for line in (each.strip(" -.") for each in said.splitlines()) if line and not line.startswith(noise)]
     meant = nearest_path(said) or nearest(value, re.findall(r"'([\w.-]+)'(?=[^][]*\])", " ".join(lines)))
-    return f"{key}: {' or '.join(lines)}{value and f', not {value}'}{meant}; {HELP}"
+    return f"{key}: {' or '.join(lines)}{value and f', not {value}'}{meant} ({HELP})"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An instrument: known-bad tokens planted into training responses, to measure whether cleaning finds them.
+"""A data module that plants known-bad tokens into training responses, to measure whether cleaning finds them.
 
     PYTHONPATH=benchmarks python run.py --config configs/token_cleaning/fixed.yaml --data noise.NoisySFTDataModule \
         --data.noise.rate 0.2
@@ -46,7 +46,7 @@ class PlantedNoise:
             permutes spans.
         phrases: What boilerplate inserts.
         span: Tokens of a shuffled span, at least 2.
-        seed: Another seed, other noise.
+        seed: Seed of the noise. Another seed plants other noise.
     """
 
     rate: float = 0.2
@@ -57,7 +57,9 @@ class PlantedNoise:
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 0.5:
-            raise InputError(f"noise.rate must lie in (0, 0.5], not {self.rate}; null in place of noise plants none")
+            raise InputError(
+                f"noise.rate must lie in (0, 0.5], not {self.rate}. For no noise: --data datamodules.sft.SFTDataModule"
+            )
         if not self.kinds or not set(self.kinds) <= KINDS.keys():
             raise InputError(f"noise.kinds must be some of {', '.join(KINDS)}, not {list(self.kinds)}")
         if self.span < 2:

@@ -116,7 +116,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
         """Rows to train on, and those held out or None."""
         for kind in [kind for kind in REFUSED if any(isinstance(each, kind) for each in self.trainer.callbacks)]:
-            raise InputError(f"{kind.__name__} {REFUSED[kind]}")
+            raise InputError(f"remove the callback {kind.__name__}: it {REFUSED[kind]}")
         if not self.validation and stage == "validate":
             raise InputError("there is nothing to validate on: data.validation is 0")
         train = self.read(self.source, self.split)

@@ -182,7 +182,10 @@ class AdapterModule(L.LightningModule):
         return kept
 
     def metric_names(self) -> set[str]:
-        """What callbacks can monitor in a run, once its data is there: of logged steps, and of validation if any."""
+        """Names that callbacks can monitor in this run: of logged steps, and of validation if rows are held out.
+
+        The data must have been set up. metrics.csv has further names, which go to the loggers only.
+        """
         logs = self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
         validation = self.validation_names() if self.trainer.limit_val_batches else ()
         return {*(self.progress_bar if logs else ()), *validation}

@@ -66,9 +66,10 @@ class AnswerModule(L.LightningModule):
             quantization: How the base is held in memory.
             dtype: Of its unquantised weights and of the computation with 4-bit ones.
             chat_template: As for training; the tokenizer's own if not given.
-            dequantise: Generate with a dequantised copy that the adapter is merged into: faster, but a second model in
-                memory. True makes it in fp32; false generates with the model as it was trained. Null makes it in fp32
-                on a CPU, and on a GPU in the model's own dtype if it fits.
+            dequantise: Generate with a dequantised copy that the adapter is merged into. A copy is faster, but is a
+                second model in memory. True makes a copy in fp32. False makes none: the model answers as it was
+                trained. Null makes a copy in fp32 on a CPU. On a GPU null makes a copy in the model's own dtype, or
+                none if the copy does not fit into free memory.
             against: `run.py test` only: the answers that another model's test has written, for the paired difference.
         """
         super().__init__()

@@ -26,7 +26,7 @@ from mixdpo.files import sha256, write_json, written_whole
 from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
 
 _sha256 = cache(lambda path, changed: sha256(path))
-"""Of a file as it was at a time of change."""
+"""SHA-256 of a file, computed once for each path and modification time."""
 
 
 def logs_step(trainer: L.Trainer) -> bool:
@@ -65,7 +65,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
-    """Before anything is trained, where no callback or class of the user's own may log further ones.
+    """Refuse, before training, a `monitor` that no metric of the run has. Skipped if a class of the user may log more.
 
     Args:
         names: the metrics that the run will have.
@@ -80,8 +80,9 @@ def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
         # `strict` is of EarlyStopping, `save_top_k` of ModelCheckpoint
         metric, needs = getattr(each, "monitor", None), getattr(each, "strict", getattr(each, "save_top_k", False))
         if needs and metric not in {None, *names, "step", "epoch"}:
-            said = f"this run will have no metric {metric!r}{nearest(metric, names)}"
-            raise InputError(f"{type(each).__name__}.monitor: {said}; it has {', '.join(sorted(names)[:14]) or 'none'}")
+            said = f"callbacks cannot monitor {metric!r} in this run{nearest(metric, names) or '.'}"
+            shown = ", ".join([*sorted(names)[:14], *(["…"] if len(names) > 14 else [])]) or "none"
+            raise InputError(f"{type(each).__name__}.monitor: {said} Give a metric that the run has: it has {shown}")
 
 
 def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
@@ -99,7 +100,10 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
         return best
     except Exception as error:  # of pickle, zipfile and torch: an open list
         said = f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__})"
-        rank_zero_warn(f"{said}: adapter/ holds the last policy. For the best, continue from an earlier checkpoint")
+        rank_zero_warn(
+            f"{said}: adapter/ holds the last policy. To get the best policy, continue from a checkpoint that is older "
+            "than the damaged file, or train again"
+        )
         return None
 
 
@@ -115,8 +119,8 @@ def describe_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 
 def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """Let ModelCheckpoints go on from their best score, with files in the continued run's own folder. (Lightning
-    forgets both in another folder.) A file that is gone is left out: mostly it went for a better one that came after
-    the checkpoint and that the continued run makes again."""
+    forgets both in another folder.) Best-checkpoint files that no longer exist are skipped. Usually a better one
+    replaced them after this checkpoint was written, and the continued run makes the better one again."""
     for callback in trainer.checkpoint_callbacks:
         state = checkpoint.get("callbacks", {}).get(callback.state_key, {})
         if "best_k_models" in state:
@@ -128,7 +132,10 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
             if callback.monitor and best and best not in own:
                 state["best_model_score"] = None
                 said = f"the best checkpoint so far, {best}, is not there any more, or is another file now"
-                rank_zero_warn(f"{said}: unless the first run had made a better one, only those from here on count")
+                rank_zero_warn(
+                    f"{said}: only checkpoints of the continued run count as best. Nothing is lost if the first run "
+                    "had replaced the file by a better one. Otherwise put the file back, and continue again"
+                )
 
 
 def _own_files(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
@@ -214,8 +221,9 @@ class ExactResume(Callback):
         was, now = checkpoint.get("computed_on"), _processor(trainer.strategy.root_device)
         if trainer.state.fn == "fit" and was not in (None, now):
             rank_zero_warn(
-                f"the checkpoint was computed on {was}, and the run goes on on {now}: steps and dropout round and draw "
-                "otherwise there, so the adapter will not be, bit for bit, that of a run that never stopped"
+                f"the checkpoint was computed on {was}, but the run continues on {now}, which rounds differently and "
+                "draws other dropout masks: the adapter will not be bit-identical to that of an uninterrupted run. If "
+                f"it must be, continue on {was}"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -231,7 +239,7 @@ class ExactResume(Callback):
 
 
 def _processor(device: torch.device) -> str:
-    """What rounds alike: a GPU by its name, a CPU by its instructions."""
+    """Name of a kind of processor that rounds alike: a GPU's model name, or a CPU's instruction set."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"

@@ -294,7 +294,7 @@ class OutOfMemory(Callback):
 
 
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How it is said on a CPU, by the driver (a `torch.AcceleratorError`), and by cuBLAS (a `RuntimeError`)."""
+"""Messages of running out of memory: of the CPU, the driver (`torch.AcceleratorError`), cuBLAS (`RuntimeError`)."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -47,9 +47,10 @@ class GoldEvaluation(Callback):
             max_new_tokens: Longest answer, in tokens.
             batch_size: Prompts answered at a time.
             limit: Use the first so many prompts only.
-            dequantise: Generate with a dequantised copy that the adapter is merged into: faster, but a second model in
-                memory. True makes it in fp32; false generates with the model itself. Null makes it in fp32 on a CPU,
-                and on a GPU in the model's own dtype if it fits, which the run decides once.
+            dequantise: Generate with a dequantised copy that the adapter is merged into. A copy is faster, but is a
+                second model in memory. True makes a copy in fp32. False makes none. Null makes a copy in fp32 on a CPU.
+                On a GPU null makes a copy in the model's own dtype, or none if the copy does not fit. The run decides
+                this once, and a continued run keeps the decision.
         """
         self.prompts, self.scorer, self.limit = prompts, scorer, limit
         self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}

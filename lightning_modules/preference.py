@@ -103,7 +103,7 @@ class PreferenceModule(AdapterModule):
         return found
 
     def _open_cache(self) -> ReferenceCache | None:
-        """What is kept of the reference as it is now. A step should find it open: its name is a hash of all weights."""
+        """The cache of the reference as it is now. Open the cache before a step: its name is a hash of all weights."""
         if self.reference_cache and self.needs_reference and self._kept_log_probs is None:
             dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
             self._kept_log_probs = ReferenceCache(self._reference_identity(), dtype)

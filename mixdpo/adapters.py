@@ -250,15 +250,15 @@ def _freeze_all_but_policy(model: "PeftModel", added: str) -> None:
 
 
 def _check_safetensors(adapter: str) -> None:
-    """Raise where PEFT would read the other format, a pickle, for want of this one."""
+    """Refuse an adapter without safetensors: PEFT would then read a pickle, which can run code."""
     from huggingface_hub import hf_hub_download
 
     if not Path(adapter).is_dir():
         hf_hub_download(adapter, "adapter_model.safetensors")
     elif not Path(adapter, "adapter_model.safetensors").is_file():
         raise InputError(
-            f"adapter '{adapter}' has no adapter_model.safetensors, and other formats can run code: save it anew with "
-            "PEFT's save_pretrained, which writes safetensors"
+            f"the adapter '{adapter}' has no adapter_model.safetensors, and other formats can run code: save it anew "
+            "with PEFT's save_pretrained, or give the PEFT folder or hub id of another one"
         )
 
 

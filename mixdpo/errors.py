@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 def nearest(word: str, names: Collection[str]) -> str:
-    """The end of a message about a word that is none of the names: which of them was probably meant, if any."""
+    """The end of a message about an unknown word: "; did you mean 'NAME'?", or nothing if no name is close."""
     found = get_close_matches(word, names, 1) or sorted(name for name in names if word and name.startswith(word))
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -51,7 +51,7 @@ def choose_one(given: Any, where: str, name: str, default: Any, other: str) -> N
         InputError: both are given.
     """
     if None not in (values := (getattr(given, name), getattr(given, other))):
-        raise InputError(f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]})")
+        raise InputError(f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]}): remove one of them")
     if values == (None, None):
         object.__setattr__(given, name, default)
 

@@ -40,8 +40,8 @@ def generation_dtype(model: "PeftModel", dequantise: bool | None) -> torch.dtype
     """The dtype of the merged copy that generates faster than the model, or None where the model itself generates.
 
     Args:
-        dequantise: true takes a copy in fp32, false none. None takes one in fp32 on a CPU; on a GPU one in the dtype of
-            the model's head (2 bytes a parameter in bf16) where so much memory is free, else none.
+        dequantise: True asks for a copy in fp32, False for no copy. None asks for a copy in fp32 on a CPU. On a GPU
+            None asks for a copy in the dtype of the model's head if 1.1 times the copy's bytes are free, else for none.
     """
     causal_lm = model.get_base_model()
     head = causal_lm.get_output_embeddings().weight

@@ -20,7 +20,7 @@ import yaml
 
 from mixdpo.errors import InputError
 
-_told: dict[Path, str] = {}  # what was said of a folder of caches that is done without
+_told: dict[Path, str] = {}  # cache folder that cannot be used -> the warning given about it
 
 
 @contextmanager
@@ -170,12 +170,14 @@ def cache_root() -> Path:
 
 @contextmanager
 def or_without(what: str, path: Path, instead: Callable[[], Any] = lambda: None) -> Iterator[None]:
-    """For a block that reads or writes a cache's file: where that cannot be done, what follows the block goes on, after
-    `instead` and one warning for all files of the folder."""
+    """Wrap a block that reads or writes a cache's file. An error in the block calls `instead`, and the run goes on.
+
+    The user gets one warning for all files of the folder.
+    """
     try:
         yield
     except Exception as error:  # of the system, JSON, NumPy and SQLite
         instead()
-        said = f"the cache of {what}, {path}, cannot be used ({error}): its values are computed anew"
+        said = f"the cache of {what}, {path}, cannot be used ({error}): the run goes on without this file"
         if _told.setdefault(path.parent, said) is said:
             warnings.warn(f"{said}. Delete it if it is damaged, or name another folder in MIXDPO_CACHE", stacklevel=4)

@@ -93,7 +93,7 @@ class _Taken(torch.autograd.Function):
 def taken(values: Tensor, index: Tensor) -> Tensor:
     """values[index] of values (B,) and an index (E,) that names none twice.
 
-    Its gradient is copied into place. That of indexing is added, on CUDA in another order each time.
+    The gradient is copied into place. Plain indexing would add gradients, on CUDA in an order that varies.
     """
     return _Taken.apply(values, index)
 
@@ -111,8 +111,8 @@ def gathered(hidden: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
 def run_sums(values: Tensor, runs: Sequence[tuple[int, int]], count: int) -> Tensor:
     """Sums over runs of values (M,) or (M, H), in fp64: entry c is that of the run (c, tokens), 0 where there is none.
 
-    Run by run, in a fixed order: `index_add` sums in another order each time on CUDA, so that a first loss would not be
-    ln 2 and a continued run not the same one.
+    Each token run is summed by itself, in a fixed order. `index_add` would sum in an order that varies on CUDA: DPO's
+    first loss would then not be exactly ln 2, and training that is resumed would not repeat bit for bit.
 
     Args:
         runs: (c, tokens), in the order of the values; each c in [0, count) once.

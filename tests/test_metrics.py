@@ -170,7 +170,7 @@ def test_what_ones_own_callback_logs_can_be_monitored(tiny_model: str, tmp_path:
     best = ModelCheckpoint(monitor="own", dirpath=tmp_path / "best", save_on_train_epoch_end=True)
     fit(tiny_model, source, tmp_path / "a", trainer={"first": (Logs(), best)})
     assert float(best.best_model_score) == 1.0
-    with pytest.raises(InputError, match="no metric 'own'"):
+    with pytest.raises(InputError, match="cannot monitor 'own'"):
         fit(tiny_model, source, tmp_path / "b", trainer={"first": (ModelCheckpoint(monitor="own"),)})
     # it is none of those that an early stopping which need not find its metric, or no checkpoint, waits for
     lenient = EarlyStopping("own", strict=False), ModelCheckpoint(monitor="own", save_top_k=0)

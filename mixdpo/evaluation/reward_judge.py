@@ -11,7 +11,7 @@ from mixdpo.errors import InputError
 from mixdpo.evaluation.judge_prompt import Answer, NoVerdict
 from mixdpo.evaluation.outputs import Comparison
 from mixdpo.evaluation.verdicts import Order
-from mixdpo.models import check_vocabulary, load_reward_model, load_tokenizer
+from mixdpo.models import check_vocabulary, gpu_dtype, load_reward_model, load_tokenizer
 from mixdpo.pair_tokenization import EncodedPair, encode_pair
 from mixdpo.signals import rewards
 from mixdpo.tokenization import load_template
@@ -28,7 +28,7 @@ class RewardJudge:
             InputError: there is no such model, it is none of these, or its chat template does not serve.
         """
         self.name, on_gpu = model, torch.cuda.is_available()
-        dtype = "bfloat16" if on_gpu else "float32"  # bfloat16 is slower on most CPUs
+        dtype = gpu_dtype() if on_gpu else "float32"  # bfloat16 is slower on most CPUs
         self._tokenizer = load_tokenizer(model)
         self._template = load_template(self._tokenizer, None)
         self._model: Any = load_reward_model(

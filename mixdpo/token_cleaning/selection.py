@@ -16,10 +16,11 @@ class Selection:
     """Which response tokens stay in the loss; high scores are kept.
 
     Args:
-        keep_ratio: Share of the eligible tokens that is kept, in (0, 1]; the paper's 0.6 (flat from 0.3 to 0.8) if
-            neither this nor threshold is given.
-        threshold: Keep tokens with a score above this instead, so 0 keeps by sign. Give this or keep_ratio; of two
-            configs, or a config and the command line, the later one decides.
+        keep_ratio: Share of the eligible tokens that is kept, in (0, 1]. Without this and threshold it is the paper's
+            0.6; the paper's results change little from 0.3 to 0.8.
+        threshold: Keep tokens with a score above this instead, so 0 keeps by sign. Give this or keep_ratio, not both.
+            If one config gives keep_ratio and a later config or option gives threshold, the later one counts; likewise
+            the reverse.
         scope: What keep_ratio ranks over: all tokens scored together (the paper's method), each sample by itself (its
             RHO baseline), or the samples of a batch.
         min_keep: Every sample keeps at least this many of its best tokens, or all it has: more than keep_ratio if need

@@ -28,7 +28,7 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
 
     The identity names all that the losses depend on: data, tokenizer, template, lengths, model, adapter, dtype. The
     file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed. A
-    file that cannot be used is done without, with a warning, and losses in it that are not finite are not known.
+    file that cannot be used is replaced by memory, with a warning. Infinite losses in a file count as not known.
     """
     nothing = np.full(tokens, np.nan, dtype=np.float32)
     if identity is None:
@@ -42,7 +42,8 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
                 np.save(partial, nothing)  # in full: a disk that fills later does not end who writes to the map
         losses = read_array(path, (tokens,), "delete it", mode="r+")
         if (infinite := np.isinf(losses)).any():
-            warnings.warn(f"{path} holds losses that are not finite: they are computed anew", stacklevel=2)
+            said = "these are computed anew and replaced; nothing needs to be done"
+            warnings.warn(f"{path} holds losses that are not finite: {said}", stacklevel=2)
             losses[infinite] = np.nan
         return losses
     return nothing

@@ -225,10 +225,10 @@ ADAPTERS = [
         "model.adapter",
         "an empty folder",
         adapted(lambda folder: (shutil.rmtree(folder), folder.mkdir())),
-        ("adapter'", REMEDY),
+        ("has no adapter_model.safetensors", "PEFT folder or hub id"),
     ),
     Case("model.adapter", "a config cut off", adapted(cut(CONFIG, 30)), ("could not be loaded", REMEDY)),
-    Case("model.adapter", "no weights", adapted(remove(TENSORS)), ("could not be loaded", REMEDY)),
+    Case("model.adapter", "no weights", adapted(remove(TENSORS)), (f"has no {TENSORS}", "save it anew with PEFT's")),
     Case("model.adapter", "weights cut off", adapted(cut(TENSORS)), ("could not be loaded", REMEDY)),
     Case(
         "model.adapter",

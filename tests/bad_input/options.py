@@ -397,7 +397,7 @@ WITH_DATA = [
         )
     ),
     *(
-        fit_case(type(callback).__name__, fault, (f"no metric '{callback.monitor}'", *says), how, **chosen)
+        fit_case(type(callback).__name__, fault, (f"cannot monitor '{callback.monitor}'", *says), how, **chosen)
         for fault, callback, says, how, chosen in UNMONITORED
         if chosen.setdefault("trainer", {}).setdefault("first", (callback,))
     ),
