@@ -75,8 +75,8 @@ def check_card(device: torch.device | str, asked: str) -> None:
     if on_gpu and gpu_dtype() == "float16":
         raise InputError(
             f"{torch.cuda.get_device_name(device)} is older than Ampere and does not compute in {asked}: give "
-            "--model.dtype float16 --trainer.precision 16-mixed for training. For a run that was trained in bfloat16 use "
-            "the CPU (--trainer.accelerator cpu, or --device cpu) or a newer GPU"
+            "--model.dtype float16 --trainer.precision 16-mixed for training. For a run that was trained in bfloat16 "
+            "use the CPU (--trainer.accelerator cpu, or --device cpu) or a newer GPU"
         )
 
 
