@@ -8,7 +8,6 @@ import shutil
 import sys
 import warnings
 from argparse import ArgumentError
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.callbacks import ExactResume, RunFiles, Throughput, ValidateAtMaxSteps
+from lightning_modules.callbacks import ExactResume, RunConfig, RunFiles, Throughput, ValidateAtMaxSteps
 from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory, is_out_of_memory
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped, check_one_of, nearest
 from mixdpo.files import read_text
@@ -112,16 +111,8 @@ class RunCLI(LightningCLI):
             raise InputError(f"trainer: {error}; {HELP}") from error
 
 
-class RunConfig(SaveConfigCallback):
-    """config.yaml lies in the run's folder, whatever loggers there are."""
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        path = Path(trainer.default_root_dir, self.config_filename)
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
-
-
 def read_places(arguments: list[str]) -> list[dict[str, Any]]:
-    """Options by place, in order: each config file is a place, and so are the options before, between and after them.
+    """Options by place, in order: each config is a place, and so are the options before, between and after them.
 
     A place is a dict such as {"data.routing.order": "shuffled"}.
 
@@ -131,17 +122,22 @@ def read_places(arguments: list[str]) -> list[dict[str, Any]]:
     places: list[dict[str, Any]] = [{}]
     for word, after in pairwise([*arguments, ""]):
         option, _, value = word.partition("=") if "=" in word else (word, "", after)
-        if option in ("-c", "--config") and Path(value).is_file():  # else jsonargparse says so
-            try:
-                content = yaml.safe_load(read_text(value))
-            except yaml.YAMLError as error:
+        is_config, named = option in ("-c", "--config"), os.path.isfile(value)  # a value may be longer than any path
+        if not option.startswith("-"):
+            continue
+        text = read_text(value) if named and (is_config or value.endswith((".yaml", ".yml", ".json"))) else value
+        try:
+            content = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:  # the latter of what looks like a date
+            if is_config and named:  # else jsonargparse says so
                 raise InputError(f"config {value} is no YAML ({' '.join(str(error).split())}): correct it") from error
-            if not isinstance(content, dict):
-                raise InputError(f"config {value} should be a mapping of options, not a {type(content).__name__}")
+            continue
+        if not is_config:
+            places[-1] |= _flat({option.lstrip("-"): content})
+        elif isinstance(content, dict):
             places += [_flat(content), {}]
-        elif option.startswith("--"):
-            with suppress(yaml.YAMLError):  # as above
-                places[-1] |= _flat({option[2:]: yaml.safe_load(value)})
+        elif named:
+            raise InputError(f"config {value} should be a mapping of options, not a {type(content).__name__}")
     return places
 
 

@@ -238,7 +238,7 @@ class PreferenceDataModule(PlannedDataModule):
     def val_dataloader(self) -> ResumableLoader:
         is_hard = self.validation_is_hard().tolist()
         tokens = self._tokens(self.validation_pairs, [False] * len(is_hard))
-        plan = self.validation_batches(tokens, self.validation_pairs["pair_id"])
+        plan = self.validation_batches(tokens, self.validation_pairs["pair_id"][:])
         return self._make_loader(plan, self.validation_pairs, is_hard, evaluation=True)
 
     def predict_dataloader(self) -> ResumableLoader:

@@ -136,7 +136,7 @@ class SFTDataModule(PlannedDataModule):
     def val_dataloader(self) -> ResumableLoader:
         lengths = [len(ids) for ids in self.validation_pool.samples["input_ids"]]
         collator = SFTCollator(self.validation_pool, self.sources, pack=self.pack)
-        plan = self.validation_batches(lengths, self.validation_pool.samples["sample_id"])
+        plan = self.validation_batches(lengths, self.validation_pool.samples["sample_id"][:])
         return ResumableLoader(plan, collator, workers=self.workers)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from lightning_modules.callbacks import CloseFiles
 from mixdpo.adapters import adapter_fingerprint, base_fingerprint, role
 from mixdpo.errors import InputError
-from mixdpo.evaluation.answers_file import AnswersFile
+from mixdpo.evaluation.answers_file import ANSWERS, AnswersFile
 from mixdpo.evaluation.endpoint import CONTINUES, without_secrets
 from mixdpo.evaluation.formats import Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
@@ -131,7 +131,12 @@ class AnswerModule(L.LightningModule):
         if self.server is None:
             self.model, self.tokenizer = self._loaded()
             self.copy = generation_dtype(self.model, self.dequantise)
-        self.file = AnswersFile(self.path.with_suffix(".answers.jsonl"), self._depends_on(data), data.prompts)
+        path = self.path.with_suffix(".answers.jsonl")
+        if self.dequantise is None and path.is_file():  # what was interrupted goes on as it began, whatever fits now
+            with suppress(InputError):  # AnswersFile says so
+                began = ANSWERS.read(path)[0].get("computed", [None])[-1]
+                self.copy = getattr(torch, str(began).removeprefix("torch."), None)
+        self.file = AnswersFile(path, self._depends_on(data), data.prompts)
         if self.file.rows:
             print(f"{self.file.path} has {len(self.file.rows)} of {len(data.prompts)} prompts: going on")
         if not self.file.missing:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, LambdaCallback, LearningRateMonitor
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -79,7 +80,7 @@ def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
     for each in trainer.callbacks if all(silent) and all(ours) and not trainer.fast_dev_run else ():
         # `strict` is of EarlyStopping, `save_top_k` of ModelCheckpoint
         metric, needs = getattr(each, "monitor", None), getattr(each, "strict", getattr(each, "save_top_k", False))
-        if needs and metric not in {None, *names, "step", "epoch"}:
+        if needs and metric not in {None, *names, *(("step", "epoch") if hasattr(each, "save_top_k") else ())}:
             said = f"callbacks cannot monitor {metric!r} in this run{nearest(metric, names) or '.'}"
             shown = ", ".join([*sorted(names)[:14], *(["…"] if len(names) > 14 else [])]) or "none"
             raise InputError(f"{type(each).__name__}.monitor: {said} Give a metric that the run has: it has {shown}")
@@ -95,11 +96,16 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
     try:
         if best is not None:
             checkpoint = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+            state = checkpoint.get("callbacks", {}).get(best.state_key, {})  # none where only weights are saved
+            if (score := state.get("best_model_score", best.best_model_score)) != best.best_model_score:
+                raise ValueError(f"its score is {score:.4f}, not {best.best_model_score:.4f}: it is of another run")
             pl_module.model.stacked = checkpoint["adapters"]["stacked"]
             pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
         return best
     except Exception as error:  # of pickle, zipfile and torch: an open list
-        said = f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__})"
+        said = (
+            f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__}: {str(error)[:99]})"
+        )
         rank_zero_warn(
             f"{said}: adapter/ holds the last policy. To get the best policy, continue from a checkpoint that is older "
             "than the damaged file, or train again"
@@ -139,25 +145,24 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _own_files(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
-    """Link the files of a ModelCheckpoint's state into its new folder. Old path -> new path, without what is gone."""
+    """Copy the files of a ModelCheckpoint's state into its new folder. Old path -> new path, without what is gone."""
     own, beside = {}, Path(ckpt_path).absolute().parent
     for path, (inside, absolute, content) in state.get("files", {}).items():
         name = os.path.relpath(path, state["dirpath"])
-        for place in (beside.parent / inside, beside / name, Path(absolute)):
-            if place.is_file() and (sha256(place) == content if content else place.samefile(ckpt_path)):
-                own[path] = str(_linked(place, Path(dirpath, name)))
+        for place in (beside.parent / inside, beside / name, Path(ckpt_path), Path(absolute)):
+            # the checkpoint that is continued may be the file itself: its own hash is not in it
+            itself = place.name == Path(path).name and place.exists() and place.samefile(ckpt_path)
+            if itself or (content and place.is_file() and sha256(place) == content):
+                own[path] = str(_copied(place, Path(dirpath, name)))
                 break
     return own
 
 
-def _linked(place: Path, target: Path) -> Path:
+def _copied(place: Path, target: Path) -> Path:
     if target.exists():  # the same file, or one of another run that has the same folder
         return place.resolve()
     with written_whole(target) as partial:
-        try:
-            os.link(place, partial)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(place, partial)
+        shutil.copyfile(place, partial)
     return target
 
 
@@ -166,6 +171,14 @@ class CloseFiles(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         pl_module.close_files()
+
+
+class RunConfig(SaveConfigCallback):
+    """config.yaml lies in the run's folder, whatever loggers there are."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        path = Path(trainer.default_root_dir, self.config_filename)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
 
 
 class RunFiles(Callback):

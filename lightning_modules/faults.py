@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from lightning_modules.callbacks import WholeCheckpointIO, logs_step, peak_memory_gb
@@ -40,7 +41,7 @@ class LastCheckpoint(Checkpoint):
         self._owes, self._epoch = "no", 0  # whether a validation was to follow the checkpoint, and its epoch
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        if type(trainer.strategy.checkpoint_io) in WholeCheckpointIO.__bases__:  # not where the user has named another
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not where the user has named another
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

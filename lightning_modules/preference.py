@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.adapter import AdapterModule
 from mixdpo.adapters import adapter_fingerprint, role
@@ -55,7 +55,8 @@ class PreferenceModule(AdapterModule):
                 later epochs and for other runs with the same reference.
         """
         super().__init__(base, **options)
-        self.preference_loss = preference_loss
+        # sums of log-probabilities are in fp64
+        self.preference_loss = preference_loss.double() if isinstance(preference_loss, nn.Module) else preference_loss
         # at once: one's own may count or average while it trains
         self._loss_name = getattr(preference_loss, "describe", partial(described, preference_loss))()
         self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
@@ -129,6 +130,7 @@ class PreferenceModule(AdapterModule):
         """To be called by who refreshes the reference: what is kept belongs to the old one."""
         self._write_log_probs()
         self._kept_log_probs = None
+        self._open_cache()  # here, not in the step: the new adapter's fingerprint waits for the device
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         self.recompute_if_long(batch.rows)
@@ -219,6 +221,10 @@ class PreferenceModule(AdapterModule):
         """Rewards are β times what the loss compares; β is 1 for a loss without one."""
         options = {"beta": float(getattr(self.preference_loss, "beta", 1.0))}
         return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
+
+    def metric_names(self) -> set[str]:
+        has_easy = not self.trainer.datamodule.route.to_sft.all()
+        return {name for name in super().metric_names() if has_easy or not name.startswith("rewards/")}
 
     def validation_names(self) -> list[str]:
         kinds = {"all", *(("easy", "hard")[hard] for hard in self.trainer.datamodule.validation_is_hard().tolist())}

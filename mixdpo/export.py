@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixdpo.adapters import Role, adapters_of
+from mixdpo.errors import InputError
 from mixdpo.files import written_whole
 
 if TYPE_CHECKING:
@@ -29,8 +30,11 @@ def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = 
     merged, tied = _merged_weights(causal_lm, adapters_of(model, name)), plain.all_tied_weights_keys
     weights = {key: weight.detach().to(dtype) for key, weight in merged if key not in tied}
     missing, unexpected = plain.load_state_dict(weights, strict=False, assign=True)
-    if unlike := set(missing) - set(tied) or unexpected:
-        raise RuntimeError(f"the merged copy does not match the model: {unlike}")
+    if unlike := sorted(set(missing) - set(tied)) or unexpected:
+        raise InputError(
+            f"no plain copy of a {causal_lm.config.model_type} model can be made ({unlike[0]} would be missing): "
+            "generate with the model itself (dequantise false)"
+        )
     plain.tie_weights()
     plain.generation_config = causal_lm.generation_config
     return plain.to(next(causal_lm.parameters()).device).eval().requires_grad_(False)
@@ -45,6 +49,8 @@ def generation_dtype(model: "PeftModel", dequantise: bool | None) -> torch.dtype
     """
     causal_lm = model.get_base_model()
     head = causal_lm.get_output_embeddings().weight
+    if dequantise is None and any(set(m._buffers) - m._non_persistent_buffers_set for m in causal_lm.modules()):
+        return None  # some mixtures of experts: a copy would lack them
     if dequantise is None and head.device.type == "cuda":
         need, free = 1.1 * causal_lm.num_parameters() * head.element_size(), torch.cuda.mem_get_info(head.device)[0]
         return head.dtype if need < free else None
@@ -79,7 +85,8 @@ def _merged_weights(causal_lm: "PreTrainedModel", adapters: list[str]) -> Iterat
         for key, value in layer._parameters.items():
             if key == "weight" and value is not None:
                 deltas = [module.get_delta_weight(name) for name in adapters if adapted and name in module.lora_A]
-                value = sum(deltas, dequantize_module_weight(layer).float())
+                plain = dequantize_module_weight(layer)
+                value = sum(deltas, plain.float()) if deltas else plain
             if value is not None:
                 yield f"{path}.{key}".lstrip("."), value
 

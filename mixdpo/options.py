@@ -24,6 +24,7 @@ class Parser(ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False} | options)
 
     def validate(self, namespace: Any, *args: Any, **options: Any) -> None:
+        super().validate(namespace, *args, **options)  # says what is required, before what null is
         super().validate(namespace, *args, **options | {"skip_unset": False})
         for group in self.groups or ():
             if not isinstance(given := namespace.get(group, Namespace()), Namespace):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import SHARED, TEMPLATE, WORDS
 from test_cli import in_process
 
@@ -113,6 +114,15 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch, die
     again = len(calls)
     assert in_process(*arguments) == 0 and len(calls) == again  # nothing is left to generate
     assert untimed(read(tmp_path / "cut/tiny.jsonl")) == whole
+
+
+def test_what_is_interrupted_goes_on_as_it_began(tiny_model, tmp_path, monkeypatch, capsys):
+    """On a GPU whose memory had room for a copy at first, and has none when the same command is given again."""
+    source = write_rows(tmp_path / "question.jsonl", questions(3, turns=1))
+    command = answers("predict", "MTBench", source, tmp_path, tiny_model)
+    for dtype in (torch.float32, None):
+        monkeypatch.setattr("lightning_modules.answers.generation_dtype", lambda *_, dtype=dtype: dtype)
+        assert in_process(*command) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,13 @@ def test_what_generates(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert generation_dtype(model, True) == torch.float32
 
 
+def test_a_model_that_cannot_be_copied_generates_itself(tiny_model: str) -> None:
+    """As mixtures of experts with a buffer in their files."""
+    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2))
+    model.get_base_model().model.register_buffer("correction", torch.ones(2))
+    assert generation_dtype(model, None) is None
+
+
 class NoDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = func.overloadpacket.__name__ in ("normal_", "uniform_", "randn", "rand", "random_", "trunc_normal_")
@@ -353,6 +360,8 @@ def test_a_merged_copy_draws_no_model_first(tiny_model: str) -> None:
         copied = merged_copy(model, dtype=torch.bfloat16)
     assert {p.dtype for p in copied.parameters()} == {torch.bfloat16}
     assert not any(p.is_meta for p in [*copied.parameters(), *copied.buffers()])
+    shared = merged_copy(model).get_input_embeddings().weight  # not adapted, and in fp32 already
+    assert shared.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
 @pytest.mark.parametrize(("asked", "has_it", "refused"), [

@@ -94,27 +94,20 @@ def test_the_best_of_another_run_is_not_taken(
     assert Path(best.best_model_path).name == "epoch=1-step=10.ckpt"
 
 
-@pytest.mark.parametrize("place", ["where it was", "in one folder with last.ckpt", "on a disk without links"])
+@pytest.mark.parametrize("place", ["where it was", "in one folder with last.ckpt"])
 def test_the_best_is_found(
     place: str,
     whole: tuple[Path, Any],
     train: Callable[..., ModelCheckpoint],
     moved: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = moved / "checkpoints" / "last.ckpt"
     if place == "where it was":
         moved.rename(tmp_path / "run")
         path = Path(shutil.copy(tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path))
-    elif place == "in one folder with last.ckpt":
-        path = (moved / "checkpoints").rename(tmp_path / "backup") / "last.ckpt"
     else:
-
-        def no_link(*_: Any) -> None:
-            raise PermissionError("Operation not permitted")
-
-        monkeypatch.setattr("lightning_modules.callbacks.os.link", no_link)
+        path = (moved / "checkpoints").rename(tmp_path / "backup") / "last.ckpt"
     best = train(tmp_path / "rest", ckpt_path=path)
     assert Path(best.best_model_path) == tmp_path / "rest" / "checkpoints" / FIRST
     assert adapter(tmp_path / "rest") == adapter(whole[0])
@@ -218,3 +211,36 @@ def test_a_plugin_of_ones_own_stays(tiny_model: str, source: str, tmp_path: Path
     trainer, module, data = build(tiny_model, source, tmp_path / "run", trainer={"plugins": [Own()]}, **ADAMW)
     trainer.fit(module, data)
     assert Own.saved > 0 and (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_another_file_in_the_best_ones_place_is_not_loaded(
+    train: Callable[..., ModelCheckpoint], whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Two runs that share a folder of checkpoints: the other one writes a file of the same name."""
+    other = train(tmp_path / "other", lr=2e-3)
+    place = tmp_path / "run" / "checkpoints" / FIRST
+    swap = At(12, lambda: shutil.copyfile(other.best_model_path, place))
+    with pytest.warns(UserWarning, match=r"cannot be loaded \(ValueError: its score is .* it is of another run"):
+        train(tmp_path / "run", swap)
+    assert adapter(tmp_path / "run") not in (adapter(whole[0]), adapter(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"filename": "{epoch}-{val/all/sft_loss:.3f}"},
+        {"filename": "best", "enable_version_counter": False, "mode": "min"},
+    ],
+    ids=["in a folder of its own", "one name for every best"],
+)
+def test_a_run_that_goes_on_from_its_best(
+    how: dict[str, Any], train: Callable[..., ModelCheckpoint], tmp_path: Path
+) -> None:
+    expected = train(tmp_path / "whole", **how)
+    with pytest.raises(Crash):
+        train(tmp_path / "run", At(12, crash), **how)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (path,) = [p for p in (tmp_path / "moved" / "checkpoints").rglob("*.ckpt") if p.name != "last.ckpt"]
+    best = train(tmp_path / "rest", ckpt_path=path, **how)
+    assert best.best_model_score == expected.best_model_score
+    assert adapter(tmp_path / "rest") == adapter(tmp_path / "whole")

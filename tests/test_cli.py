@@ -331,6 +331,7 @@ BOTH = {"data": {"init_args": {"routing": {"threshold": 1.5, "hard_fraction": 0.
         (("--data.routing.hard_fraction", "0.1", OVER), 1.5, None),
         ((BOTH,), 1.5, 0.2),  # Routing refuses them
         (("--data.routing.threshold", "0.5", "--data.routing.hard_fraction", "0.1"), 0.5, 0.1),
+        ((OVER, "--config", json.dumps(HARD)), None, 0.2),
     ],
 )
 def test_the_later_place_decides_who_is_hard(
@@ -338,6 +339,40 @@ def test_the_later_place_decides_who_is_hard(
 ) -> None:
     routing = parsed(*given).data.init_args.routing
     assert (routing.threshold, routing.hard_fraction) == (threshold, fraction)
+
+
+@pytest.mark.parametrize("option", ["--data.routing", "--data.routing=", "--data"])
+def test_a_group_of_options_in_a_file_is_a_place_too(option: str, parsed: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "group.yaml"
+    group = {"hard_fraction": 0.3}
+    path.write_text(yaml.safe_dump({"init_args": {"routing": group}} if option == "--data" else group))
+    given = [option, str(path)] if option[-1] != "=" else [option + str(path)]
+    routing = parsed(OVER, *given).data.init_args.routing
+    assert (routing.threshold, routing.hard_fraction) == (None, 0.3)
+
+
+def test_a_value_that_looks_like_a_date(parsed: Callable[..., Any]) -> None:
+    assert parsed("--name", "2026-30-11").name == "2026-30-11"
+
+
+def test_what_is_required_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["judge"])
+    assert "arguments are required: outputs, baseline, model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("callback", "expected"),
+    [
+        (("EarlyStopping", "monitor=val/loss"), "cannot monitor 'val/loss' in this run; did you mean 'val/"),
+        (("ModelCheckpoint", "monitor=eval_loss"), "cannot monitor 'eval_loss' in this run"),
+        (("EarlyStopping", "monitor=step"), "cannot monitor 'step' in this run"),
+    ],
+)
+def test_a_metric_that_will_not_exist(callback: tuple[str, str], expected: str, refused: Callable[..., str]) -> None:
+    """As a user gives it: what run.py adds to a run is no class of the user's own."""
+    name, monitor = callback
+    assert expected in refused(f"--trainer.callbacks+={name}", f"--trainer.callbacks.{monitor}")
 
 
 class OwnPairs(PreferenceDataModule):

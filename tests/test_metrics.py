@@ -12,6 +12,7 @@ from mixdpo.errors import InputError
 from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import DPO, SimPO
 from mixdpo.metrics import PAIRWISE, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
+from mixdpo.routing import Routing
 
 
 def weighted(values, weights):
@@ -163,6 +164,13 @@ def test_the_names_that_can_be_monitored_are_those_that_a_run_has(
 class Logs(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("own", 1.0)
+
+
+def test_a_run_without_an_easy_pair_has_no_rewards_to_monitor(tiny_model: str, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
+    early, data = EarlyStopping("rewards/accuracy"), {"routing": Routing(hard_fraction=1.0)}
+    with pytest.raises(InputError, match="cannot monitor 'rewards/accuracy'"):
+        fit(tiny_model, source, tmp_path / "run", trainer={"first": (Throughput(), early)}, data=data)
 
 
 def test_what_ones_own_callback_logs_can_be_monitored(tiny_model: str, tmp_path: Path) -> None:
