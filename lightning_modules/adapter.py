@@ -186,7 +186,7 @@ class AdapterModule(L.LightningModule):
 
         The data must have been set up. metrics.csv has further names, which go to the loggers only.
         """
-        logs = self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
+        logs = 0 < self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
         validation = self.validation_names() if self.trainer.limit_val_batches else ()
         return {*(self.progress_bar if logs else ()), *validation}
 

@@ -31,8 +31,9 @@ _sha256 = cache(lambda path, changed: sha256(path))
 
 
 def logs_step(trainer: L.Trainer) -> bool:
-    """Whether the batch that has just been trained ends an optimizer step whose row is logged."""
-    return not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0
+    """Whether the batch that has just been trained ends an optimizer step whose row is logged; none is with 0."""
+    every = trainer.log_every_n_steps
+    return every > 0 and not trainer.fit_loop._should_accumulate() and trainer.global_step % every == 0
 
 
 class LogRows(Callback):

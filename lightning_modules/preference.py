@@ -167,7 +167,7 @@ class PreferenceModule(AdapterModule):
 
     def _gradient_norms_are_due(self) -> bool:
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps
-        return self.log_gradient_norms and (step + 1) % every == 0
+        return self.log_gradient_norms and every > 0 and (step + 1) % every == 0
 
     def route_losses(
         self, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None

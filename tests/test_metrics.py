@@ -166,6 +166,13 @@ class Logs(Callback):
         pl_module.log("own", 1.0)
 
 
+def test_no_step_is_logged_with_0(tiny_model: str, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
+    trainer = {"log_every_n_steps": 0, "first": (Throughput(),)}
+    module = fit(tiny_model, source, tmp_path / "run", trainer=trainer, log_gradient_norms=True)
+    assert module.trainer.global_step == 2 and module.metric_names() == set(module.trainer.callback_metrics) == set()
+
+
 def test_a_run_without_an_easy_pair_has_no_rewards_to_monitor(tiny_model: str, tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
     early, data = EarlyStopping("rewards/accuracy"), {"routing": Routing(hard_fraction=1.0)}
