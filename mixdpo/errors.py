@@ -32,7 +32,9 @@ class Stopped(Exception):
 def nearest(word: str, names: Collection[str]) -> str:
     """The end of a message about an unknown word: "; did you mean 'NAME'?", or nothing if no name is close."""
     found = get_close_matches(word, names, 1) or sorted(name for name in names if word and name.startswith(word))
-    return f"; did you mean {found[0]!r}?" if found else ""
+    if not found or word in names:  # what is spelt right is wrong for another reason
+        return ""
+    return f"; did you mean {found[0]!r}?"
 
 
 def check_one_of(what: str, value: Any, names: Collection[str]) -> None:

@@ -15,6 +15,7 @@ UNKNOWN_OPTION = re.compile(
     r"(?:(?:Group '(\S+)'|\w+ '\w+') does not accept option '|Option '|\w+ arguments: -*)([\w.]+)[^;\n]*(; did .+\?)?"
 )
 BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # no path is needed for these
+PACKAGES = ("mixdpo", "lightning_modules", "datamodules")
 
 
 class Parser(ArgumentParser):
@@ -43,11 +44,17 @@ def nearest_path(message: str) -> str:
     """For a message about a class path that leads nowhere: the nearest name that is there."""
     found = re.findall(r"(?:module '|named '|path string: )([\w.]+)(?:' has no attribute '(\w+))?", message) or [()]
     parent, _, name = ".".join(filter(None, found[0])).rpartition(".")
-    modules = [sys.modules[each] for each in ([parent] if parent else BY_NAME) if each in sys.modules]
-    path = [each for module in modules for each in getattr(module, "__path__", ())] if parent else None
-    return nearest(
-        name, [*(each.name for each in iter_modules(path)), *(n for module in modules for n in vars(module))]
-    )
+    if parent:
+        inside = vars(sys.modules[parent]) if parent in sys.modules else {}
+        return nearest(name, [*inside, *(each.name for each in iter_modules(inside.get("__path__", ())))])
+    if "No module named" in message:
+        return nearest(name, PACKAGES)
+    known: dict[str, str | None] = {
+        key: None for place in BY_NAME for key, kind in vars(import_module(place)).items() if inspect.isclass(kind)
+    }
+    for module, content in [(key, vars(value)) for key, value in sys.modules.items() if key.startswith(PACKAGES)]:
+        known |= {key: f"{module}.{key}" for key, kind in content.items() if getattr(kind, "__module__", "") == module}
+    return re.sub(r"'(\w+)'", lambda found: repr(known[found[1]] or found[1]), nearest(name, known))
 
 
 def options(name: str) -> None:

@@ -185,6 +185,9 @@ def test_two_processes_resume_exactly_with_dropout(tiny_model: str, tmp_path: Pa
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "rest")
     )
     assert whole == rest
+    last = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "rest")]
+    states = [each["state_dict"] for each in last]  # the best one is older than the interruption
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items()) and states[0]
 
 
 def test_a_fresh_adapter_is_the_same_on_all_ranks(tiny_model: str, tmp_path: Path) -> None:
