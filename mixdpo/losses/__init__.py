@@ -1,7 +1,8 @@
 """The objectives that YAML names: classes that hold hyper-parameters and call a pure function of `functions`.
 
 All are called on (chosen, rejected, reference_chosen, reference_rejected), of B pairs each, and return (B,) losses. A
-loss of your own is any callable class with that call. It may have the attributes that these have:
+loss of your own is any callable class with that call. Sums of log-probabilities are in fp64; a torch module of your own
+is converted to fp64 with its weights and buffers. A loss may have the attributes that these have:
 
 needs_reference: false for a loss that is called on (chosen, rejected) only; no reference is then ever computed.
 averaged: what the loss compares is per token, and so is the logged reward.
