@@ -244,3 +244,18 @@ def test_a_run_that_goes_on_from_its_best(
     best = train(tmp_path / "rest", ckpt_path=path, **how)
     assert best.best_model_score == expected.best_model_score
     assert adapter(tmp_path / "rest") == adapter(tmp_path / "whole")
+
+
+def test_the_second_best_counts_where_the_best_is_gone(train: Callable[..., ModelCheckpoint], tmp_path: Path) -> None:
+    """Its file was written when another one was the best."""
+    with pytest.raises(Crash):
+        train(tmp_path / "run", At(12, crash), save_top_k=2)
+    folder, second = tmp_path / "run" / "checkpoints", "epoch=1-step=10.ckpt"
+    (folder / FIRST).unlink()
+    with pytest.warns(UserWarning, match="is not there any more, or is another file now"):
+        best = train(tmp_path / "rest", ckpt_path=folder / "last.ckpt", save_top_k=2)
+    assert Path(best.best_model_path).name == second
+    found = load_file(tmp_path / "rest" / "adapter" / "adapter_model.safetensors")
+    kept = torch.load(folder / second, weights_only=True)["state_dict"]
+    policy = {key.replace(".policy.", ".").removeprefix("model."): value for key, value in kept.items()}
+    assert found.keys() == policy.keys() and all(torch.equal(value, policy[key]) for key, value in found.items())
