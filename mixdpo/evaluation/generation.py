@@ -1,6 +1,7 @@
 """Complete prompts in batches: what prompts begin with alike is computed once, samples of one prompt share its prefill,
 and a row that has ended costs nothing more."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -139,13 +140,16 @@ def _complete(
 
 def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """(B, V) logits of the last position; `cache` grows by the ids."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT model names no argument
+    # transformers 5.24 renamed the argument
+    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
     output = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{name: cache},
     )
     return output.logits[:, -1]
 
