@@ -19,11 +19,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.callbacks import ExactResume, RunConfig, RunFiles, Throughput, ValidateAtMaxSteps
-from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory, is_out_of_memory
+from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
+from lightning_modules.callbacks.faults import NonFinite, OutOfMemory, is_out_of_memory
+from lightning_modules.callbacks.logging import Throughput, ValidateAtMaxSteps
+from lightning_modules.callbacks.run_files import RunConfig, RunFiles
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped, check_one_of, nearest
-from mixdpo.files import read_text
 from mixdpo.options import UNKNOWN_OPTION, Parser, nearest_path
+from mixdpo.storage.files import read_text
 
 SUBCOMMANDS = ("fit", "validate", "predict", "test")
 _made: Path | None = None  # the run folder, where this call of `main` made it

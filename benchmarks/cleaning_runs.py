@@ -14,8 +14,7 @@ from typing import Any
 
 from measuring import about
 
-from mixdpo.errors import differences
-from mixdpo.files import named_files
+from mixdpo.storage.identity import differences, named_files
 
 CONFIGS = Path("configs/token_cleaning")
 Job = tuple[str, str, list[str]]
@@ -77,13 +76,13 @@ def gold_score(path: Path) -> float:
     """Mean gold score of a run's greedy answers to the 210 held-out prompts of `constraints`; kept beside the run."""
     import torch
 
-    from mixdpo.adapters import Lora, add_adapters
     from mixdpo.constraints.scoring import ConstraintScorer
+    from mixdpo.data.prompts import read_prompts
     from mixdpo.evaluation.gold import greedy, scored
-    from mixdpo.export import merged_copy
-    from mixdpo.files import write_json
-    from mixdpo.make_pairs import read_prompts
-    from mixdpo.models import load_base, load_tokenizer
+    from mixdpo.model.adapters import Lora, add_adapters
+    from mixdpo.model.export import merged_copy
+    from mixdpo.model.loading import load_base, load_tokenizer
+    from mixdpo.storage.files import write_json
 
     if not (path / "gold.json").exists():
         torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from measuring import about, table
 
-from mixdpo.records import read_pairs
+from mixdpo.data.pairs import read_pairs
 
 METHODS = {
     "MixDPO": None,
@@ -53,7 +53,7 @@ def train(config: str, method: str, prompts: Path, threshold: float | None, opti
     name = f"{Path(config).stem}-{method.lower()}"
     existing = set(Path("runs").glob(f"{name}*"))
     evaluation = {"prompts": str(prompts), "scorer": None, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPTS}
-    callback = [{"class_path": "lightning_modules.gold_evaluation.GoldEvaluation", "init_args": evaluation}]
+    callback = [{"class_path": "lightning_modules.callbacks.GoldEvaluation", "init_args": evaluation}]
     command = [sys.executable, "run.py", "--config", config, "--name", name, *options]
     command += ["--trainer.callbacks", json.dumps(callback)]
     if METHODS[method]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from cleaning_runs import write
 from measuring import about, table
 
-from mixdpo.margins_file import read_margins
-from mixdpo.margins_report import HARDEST, compared, overlap, spearman
+from mixdpo.signals.compare_margins import HARDEST, compared, overlap, spearman
+from mixdpo.signals.margins_file import read_margins
 
 DATA = ("alpaca_eval_pairs", "ultrafeedback_pairs", "pandalm_human_pairs")
 LIMITS = ["--data.max_length", "512", "--data.max_prompt_length", "256", "--trainer.accelerator", "cpu"]

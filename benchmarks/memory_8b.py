@@ -39,7 +39,7 @@ def random_model(folder: Path, tiny: bool) -> None:
     """Weights as drawn, beside the tokenizer of the packaged model: what the tokens say does not matter here."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mixdpo.models import load_tokenizer
+    from mixdpo.model.loading import load_tokenizer
 
     if (folder / "config.json").exists():
         return
@@ -70,11 +70,12 @@ def now() -> float:
 
 
 def ours(folder: str, rank: int, length: int, gigabytes: float | None) -> dict[str, float]:
-    from mixdpo.adapters import Lora, add_adapters, role
-    from mixdpo.batching import build_rows
+    from mixdpo.batches.rows import build_rows
     from mixdpo.losses import DPO
-    from mixdpo.models import load_base, sequence_log_probs
-    from mixdpo.throughput import most_tokens, recompute
+    from mixdpo.model.adapters import Lora, add_adapters, role
+    from mixdpo.model.forward import sequence_log_probs
+    from mixdpo.model.loading import load_base
+    from mixdpo.model.memory import most_tokens, recompute
 
     cap(gigabytes)
     device = torch.device("cuda" if GPU else "cpu")

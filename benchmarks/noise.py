@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodules.sft import SFTDataModule
+from mixdpo.batches.token_pool import TokenPool, turns
 from mixdpo.errors import InputError
-from mixdpo.samples import TokenPool, content_hash, turns
+from mixdpo.storage.identity import content_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mixdpo.constraints.prompts import held_out_prompts
-from mixdpo.make_pairs import write_rows
+from mixdpo.storage.files import write_rows
 
 OUT, DATA = Path("data/noisy_labels"), Path("mixdpo/data")
 SIGMAS = (0.0, 0.25, 0.3, 0.35, 0.4, 0.5)

@@ -21,7 +21,7 @@ from measuring import about, table
 from noise import PlantedNoise, kind_of
 
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.stored import read_cleaning
+from mixdpo.token_cleaning.run_tokens import read_cleaning
 from mixdpo.token_cleaning.summary import summarise
 
 SPLIT = ["--data.validation", "0.06"]

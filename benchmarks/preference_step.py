@@ -60,7 +60,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 def real_pairs(source: Path, model: str, count: int) -> list[dict[str, Any]]:
     """Drawn with seed 0 from the rows whose prompt is short enough; margins fall along the list, so that a sort by
     margin keeps its order, and the last ones are the hard ones."""
-    from mixdpo.models import load_tokenizer
+    from mixdpo.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     with gzip.open(source, "rt", encoding="utf-8") as lines:
@@ -94,16 +94,16 @@ def same_start(model: Any, adapter: str) -> None:
 
 
 def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    import mixdpo.models
+    import mixdpo.model.loading
     from datamodules.preference import PreferenceDataModule
     from lightning_modules.preference import PreferenceModule
-    from mixdpo.log_probs import token_log_probs
-    from mixdpo.routing import Routing
-    from mixdpo.schedules import Constant
-    from mixdpo.throughput import floor_flops, linear_sizes, matrix_rate
+    from mixdpo.model.fused_head import token_log_probs
+    from mixdpo.model.memory import floor_flops, linear_sizes, matrix_rate
+    from mixdpo.routing.route import Routing
+    from mixdpo.routing.schedules import Constant
 
     if "tile" in changes:
-        mixdpo.models.token_log_probs = partial(token_log_probs, tile=changes["tile"])
+        mixdpo.model.loading.token_log_probs = partial(token_log_probs, tile=changes["tile"])
     options: dict[str, Any] = {"quantization": "none", "dtype": setting["dtype"], "schedule": Constant(warmup=0.0)}
     options |= {"reference_cache": case.get("cached", False), **changes.get("model", {})}
     options |= {"optimizer": partial(torch.optim.AdamW, lr=RATE, weight_decay=0)}
@@ -155,8 +155,8 @@ def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from mixdpo.models import load_tokenizer
-    from mixdpo.packaged_model import model_folder
+    from mixdpo.model.loading import load_tokenizer
+    from mixdpo.model.packaged import model_folder
 
     clock, losses = Clock(), []
     timed = type("Timed", (TrainerCallback,), {"on_train_begin": clock.start, "on_train_end": clock.stop})
@@ -264,7 +264,7 @@ def profiled(setting: dict[str, Any], path: str, case: dict[str, Any]) -> dict[s
     from torch.profiler import ProfilerActivity, profile
     from transformers import AutoConfig
 
-    from mixdpo.packaged_model import model_folder
+    from mixdpo.model.packaged import model_folder
 
     vocabulary, rank = (
         AutoConfig.from_pretrained(model_folder(setting["model"]), trust_remote_code=False).vocab_size,

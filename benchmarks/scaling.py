@@ -30,10 +30,11 @@ def measured(action: Any) -> dict[str, float]:
 
 
 def step(model_name: str, tokens: int, pairs: int, at_once: int) -> dict[str, float]:
-    from mixdpo.adapters import Lora, add_adapters, role
-    from mixdpo.batching import build_rows
+    from mixdpo.batches.rows import build_rows
     from mixdpo.losses import DPO
-    from mixdpo.models import load_base, sequence_log_probs
+    from mixdpo.model.adapters import Lora, add_adapters, role
+    from mixdpo.model.forward import sequence_log_probs
+    from mixdpo.model.loading import load_base
 
     kind = (
         {"quantization": "nf4", "dtype": "bfloat16"}
@@ -61,7 +62,7 @@ def step(model_name: str, tokens: int, pairs: int, at_once: int) -> dict[str, fl
 
 
 def head(vocabulary: int, fused: bool) -> dict[str, float]:
-    from mixdpo.log_probs import Head, token_log_probs
+    from mixdpo.model.fused_head import Head, token_log_probs
 
     hidden = torch.randn(POSITIONS, HIDDEN, device=DEVICE, requires_grad=True)
     weight, targets = (

@@ -27,14 +27,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import profile
 
-from mixdpo.adapters import Lora, add_adapters
-from mixdpo.models import load_base, load_tokenizer
-from mixdpo.packaged_model import PACKAGED
-from mixdpo.samples import TokenPool
-from mixdpo.sft_records import read_samples
-from mixdpo.sft_tokenization import encode_samples
+from mixdpo.batches.token_pool import TokenPool
+from mixdpo.data.conversation_encoding import encode_samples
+from mixdpo.data.conversations import read_samples
+from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.loading import load_base, load_tokenizer
+from mixdpo.model.packaged import PACKAGED
+from mixdpo.token_cleaning.scoring import add_losses, open_losses
 from mixdpo.token_cleaning.selection import Selection, select
-from mixdpo.token_cleaning.token_losses import add_losses, open_losses
 
 SEED = 0
 ROWS, MAX_LENGTH, LONGEST_SHARE = 3000, 1024, 0.1

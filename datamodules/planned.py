@@ -10,15 +10,15 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
-from mixdpo.batching import MicroBatch, plan_steps
-from mixdpo.errors import InputError, refuse_other_run
-from mixdpo.loader import ResumableLoader
-from mixdpo.records import prompt_texts, split_by_prompt
-from mixdpo.samples import TokenPool
-from mixdpo.schedules import StepPlan
-from mixdpo.sources import is_one_file
-from mixdpo.tables import hash63
-from mixdpo.tokenization import Overlong
+from mixdpo.batches.loader import ResumableLoader
+from mixdpo.batches.steps import MicroBatch, plan_steps
+from mixdpo.batches.token_pool import TokenPool
+from mixdpo.data.encoding import Overlong
+from mixdpo.data.messages import prompt_texts, split_by_prompt
+from mixdpo.data.sources import is_one_file
+from mixdpo.errors import InputError
+from mixdpo.routing.schedules import StepPlan
+from mixdpo.storage.identity import hash63, refuse_other_run
 
 # callbacks that would change the steps which were planned, and what to do instead
 REFUSED: dict[type, str] = {

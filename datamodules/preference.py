@@ -7,17 +7,19 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
-from mixdpo.batching import MicroBatch, PairCollator, cut_step, plan_steps
+from mixdpo.batches.batch import PairCollator
+from mixdpo.batches.loader import ResumableLoader
+from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
+from mixdpo.batches.token_pool import TokenPool
+from mixdpo.data.conversation_encoding import encoding_identity
+from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
-from mixdpo.loader import ResumableLoader
-from mixdpo.margins_file import MarginsFile, read_margins, text_hash
-from mixdpo.models import load_tokenizer
-from mixdpo.pair_tokenization import encode_pairs
-from mixdpo.records import read_pairs
-from mixdpo.routing import Route, Routing
-from mixdpo.samples import TokenPool, content_hash
-from mixdpo.schedules import StepPlan
-from mixdpo.sft_tokenization import encoding_identity
+from mixdpo.model.loading import load_tokenizer
+from mixdpo.routing.route import Route, Routing
+from mixdpo.routing.schedules import StepPlan
+from mixdpo.signals.margins_file import MarginsFile, read_margins, text_hash
+from mixdpo.storage.identity import content_hash
 from mixdpo.token_cleaning.cleaning import Cleaning
 
 

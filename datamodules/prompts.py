@@ -7,9 +7,9 @@ import lightning as L
 from jsonargparse import lazy_instance
 from torch.utils.data import DataLoader
 
+from mixdpo.data.sources import open_source
 from mixdpo.errors import InputError
 from mixdpo.evaluation.formats import AlpacaEval, Prompt
-from mixdpo.sources import open_source
 
 
 class PromptDataModule(L.LightningDataModule):

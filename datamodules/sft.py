@@ -7,15 +7,16 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
-from mixdpo.batching import MicroBatch, cut_step
+from mixdpo.batches.loader import ResumableLoader
+from mixdpo.batches.sft_batch import SFTCollator
+from mixdpo.batches.steps import MicroBatch, Slices, Stage, cut_step, plan_stages
+from mixdpo.batches.token_pool import TokenPool
+from mixdpo.data.conversation_encoding import encode_samples, encoding_identity
+from mixdpo.data.conversations import read_samples
 from mixdpo.errors import InputError
-from mixdpo.loader import ResumableLoader
-from mixdpo.models import load_tokenizer
-from mixdpo.samples import Slices, Stage, TokenPool, content_hash, plan_stages
-from mixdpo.schedules import StepPlan
-from mixdpo.sft_batching import SFTCollator
-from mixdpo.sft_records import read_samples
-from mixdpo.sft_tokenization import encode_samples, encoding_identity
+from mixdpo.model.loading import load_tokenizer
+from mixdpo.routing.schedules import StepPlan
+from mixdpo.storage.identity import content_hash
 
 MOST_SOURCES = 50
 """With more sources than that, the held-out loss is reported in all only."""

@@ -7,23 +7,24 @@ from typing import Any
 
 import lightning as L
 
-from lightning_modules.callbacks import CloseFiles
-from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, base_fingerprint
-from mixdpo.batching import PairBatch
+from lightning_modules.callbacks.run_files import CloseFiles
+from mixdpo.batches.batch import PairBatch
+from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
-from mixdpo.margins_file import MarginsWriter
-from mixdpo.models import (
+from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.forward import check_documents
+from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
+from mixdpo.model.loading import (
     Attention,
     Dtype,
     Quantization,
     check_card,
-    check_documents,
     check_vocabulary,
     load_base,
     load_reward_model,
     on_the_cpu,
 )
-from mixdpo.tokenization import largest_id
+from mixdpo.signals.margins_file import MarginsWriter
 
 Signal = Callable[[Any, PairBatch], Any]
 

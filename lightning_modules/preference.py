@@ -8,18 +8,19 @@ import torch
 from jsonargparse import lazy_instance
 from torch import Tensor, nn
 
-from lightning_modules.adapter import AdapterModule
-from mixdpo.adapters import adapter_fingerprint, role
-from mixdpo.batching import PairBatch
+from lightning_modules.qlora import AdapterModule
+from mixdpo.batches.batch import PairBatch
 from mixdpo.errors import InputError
-from mixdpo.log_probs import SequenceLogProbs, taken
 from mixdpo.losses import DPO
 from mixdpo.losses.functions import sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
-from mixdpo.models import row_log_probs, sequence_log_probs, summed
-from mixdpo.reference import ReferenceCache
-from mixdpo.schedules import learning_rate_mass
-from mixdpo.token_cleaning.cleaning import described
+from mixdpo.model.adapters import role
+from mixdpo.model.forward import row_log_probs, sequence_log_probs, summed
+from mixdpo.model.fused_head import SequenceLogProbs, taken
+from mixdpo.model.identity import adapter_fingerprint
+from mixdpo.model.reference_cache import ReferenceCache
+from mixdpo.routing.schedules import learning_rate_mass
+from mixdpo.storage.identity import described
 from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import is_online
 

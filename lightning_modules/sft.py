@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_modules.adapter import AdapterModule
-from mixdpo.adapters import stack_policy
-from mixdpo.log_probs import run_sums
+from lightning_modules.qlora import AdapterModule
+from mixdpo.batches.sft_batch import SFTBatch
 from mixdpo.metrics import NamedMeans
-from mixdpo.models import row_log_probs, row_statistics
-from mixdpo.sft_batching import SFTBatch
+from mixdpo.model.adapters import stack_policy
+from mixdpo.model.forward import row_log_probs, row_statistics
+from mixdpo.model.fused_head import run_sums
 from mixdpo.token_cleaning.cleaning import weigh
 from mixdpo.token_cleaning.scorers import TokenStatistics
 

@@ -9,16 +9,30 @@ from mixdpo.errors import InputError, check_one_of
 
 # verb: (module, function, what it does); the module is imported only when its verb is used.
 VERBS = {
-    "make-pairs": ("mixdpo.make_pairs", "make_pairs", "sample a model, score the samples, write preference pairs"),
+    "make-pairs": (
+        "mixdpo.evaluation.make_pairs",
+        "make_pairs",
+        "sample a model, score the samples, write preference pairs",
+    ),
     "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, or compare two margins files"),
-    "study": ("mixdpo.study.run", "study", "run a grid of runs from one file, then a table with intervals and plots"),
+    "study": (
+        "mixdpo.evaluation.study_run",
+        "study",
+        "run a grid of runs from one file, then a table with intervals and plots",
+    ),
     "options": ("mixdpo.options", "options", "what a class that a config names takes"),
     "judge": ("mixdpo.evaluation.judge", "judge", "ask a judge whether a model's outputs or a baseline's are better"),
     "score": ("mixdpo.evaluation.score", "score", "win rates from a judge's verdicts, length-controlled as well"),
     "lm-eval": ("mixdpo.evaluation.harness", "evaluate", "the papers' benchmarks on a run's policy, by lm-eval"),
-    "export": ("mixdpo.export_run", "export", "write a run's policy as an adapter or a plain model for other tools"),
+    "export": (
+        "mixdpo.model.export_run",
+        "export",
+        "write a run's policy as an adapter or a plain model for other tools",
+    ),
     "export-labels": ("mixdpo.token_cleaning.labels", "export_labels", "write a run's cleaned labels as a data set"),
 }
+
+
 POSITIONAL = set(VERBS) - {"make-pairs"}  # verbs whose required arguments have no name on the command line
 
 
@@ -36,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         module, function, _ = VERBS[verb]
         if verb == "report" and any(map(Path.is_file, map(Path, rest))) and not any(map(Path.is_dir, map(Path, rest))):
-            module, function = "mixdpo.margins_report", "compare"
+            module, function = "mixdpo.signals.compare_margins", "compare"
         options = {"prog": f"mixdpo {verb}", "as_positional": verb in POSITIONAL, "parser_class": Parser}
         status = auto_cli(getattr(import_module(module), function), args=rest, **options)
     except InputError as error:

@@ -1,6 +1,6 @@
 """The errors a user is meant to read: docs/troubleshooting.md says what to do about each."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from difflib import get_close_matches
 from typing import Any
 
@@ -56,27 +56,3 @@ def choose_one(given: Any, where: str, name: str, default: Any, other: str) -> N
         raise InputError(f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]}): remove one of them")
     if values == (None, None):
         object.__setattr__(given, name, default)
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> list[str]:
-    """What two mappings say differently, key by key; None is the same as no key."""
-    found = []
-    for key in {**there, **here}:
-        old, new = there.get(key), here.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{within}{key}.")
-        elif old != new:
-            found.append(f"{within}{key}: {old} there, {new} here")
-    return found
-
-
-def refuse_other_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        InputError: what a checkpoint was made with differs from what there is now; names each part that does.
-    """
-    if changed := differences(there, here):
-        raise InputError(
-            f"the checkpoint belongs to another run ({'; '.join(changed)}). Continue with the config.yaml beside it, "
-            "or start anew from its adapter/ folder (model.adapter)"
-        )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from mixdpo.batching import PairBatch
-from mixdpo.log_probs import SequenceLogProbs
+from mixdpo.batches.batch import PairBatch
+from mixdpo.model.fused_head import SequenceLogProbs
 
 
 class NamedMeans(Metric):
@@ -54,7 +54,11 @@ TRAINING = (
     "log_probs/rejected",
     "displacement/chosen",
 )
+
+
 PAIRWISE = TRAINING[6:]
+
+
 VALIDATION = tuple(
     f"val/{group}/{name}"
     for group in ("all", "easy", "hard")

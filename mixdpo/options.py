@@ -14,7 +14,11 @@ from mixdpo.errors import InputError, nearest
 UNKNOWN_OPTION = re.compile(
     r"(?:(?:Group '(\S+)'|\w+ '\w+') does not accept option '|Option '|\w+ arguments: -*)([\w.]+)[^;\n]*(; did .+\?)?"
 )
+
+
 BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # no path is needed for these
+
+
 PACKAGES = ("mixdpo", "lightning_modules", "datamodules")
 
 
@@ -45,8 +49,8 @@ def nearest_path(message: str) -> str:
     found = re.findall(r"(?:module '|named '|path string: )([\w.]+)(?:' has no attribute '(\w+))?", message) or [()]
     parent, _, name = ".".join(filter(None, found[0])).rpartition(".")
     if parent:
-        inside = vars(sys.modules[parent]) if parent in sys.modules else {}
-        return nearest(name, [*inside, *(each.name for each in iter_modules(inside.get("__path__", ())))])
+        module = sys.modules.get(parent)
+        return nearest(name, [*dir(module), *(each.name for each in iter_modules(getattr(module, "__path__", ())))])
     if "No module named" in message:
         return nearest(name, PACKAGES)
     known: dict[str, str | None] = {

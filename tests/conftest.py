@@ -17,13 +17,14 @@ from hypothesis import HealthCheck, settings
 
 from datamodules.preference import PreferenceDataModule
 from datamodules.sft import SFTDataModule
-from lightning_modules.callbacks import ExactResume, RunFiles
-from lightning_modules.faults import LastCheckpoint
+from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
+from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.sft import SFTModule
-from mixdpo.adapters import Lora
-from mixdpo.batching import PairBatch, PairCollator, TokenRows
-from mixdpo.routing import Routing
+from mixdpo.batches.batch import PairBatch, PairCollator
+from mixdpo.batches.rows import TokenRows
+from mixdpo.model.adapters import Lora
+from mixdpo.routing.route import Routing
 
 # A slow machine is no fault of the code, and a run fails again as it has failed.
 checks = [HealthCheck.too_slow]
@@ -60,9 +61,9 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _no_answers_kept_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("cache")
-    for module in ("evaluation.answer_cache", "reference"):
+    for module in ("evaluation.answer_cache", "model.reference_cache"):
         monkeypatch.setattr(f"mixdpo.{module}.cache_root", lambda: root)
-    losses = "mixdpo.token_cleaning.token_losses.cache_root"
+    losses = "mixdpo.token_cleaning.scoring.cache_root"
     monkeypatch.setattr(losses, lambda: Path(os.environ.get("MIXDPO_CACHE") or root))
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from mixdpo.models import load_tokenizer
-from mixdpo.packaged_model import PACKAGED, model_folder
+from mixdpo.model.loading import load_tokenizer
+from mixdpo.model.packaged import PACKAGED, model_folder
 
 
 def name_of(messages: list[dict[str, str]]) -> str:

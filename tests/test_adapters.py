@@ -11,25 +11,25 @@ from lightning.pytorch.callbacks import Callback
 from test_token_losses import SCALE, fill, one_by_one, plain_model, with_adapters
 from torch import Tensor
 
-from lightning_modules.token_cleaning import RefreshReference
-from mixdpo.adapters import (
+from lightning_modules.callbacks.clean_tokens import RefreshReference
+from mixdpo.batches.rows import sample_rows
+from mixdpo.batches.steps import Slices
+from mixdpo.errors import InputError
+from mixdpo.model.adapters import (
     Lora,
-    adapter_fingerprint,
     adapter_state,
     add_adapters,
     add_reference,
     add_stage,
-    base_fingerprint,
     copy_adapter,
     role,
     stack_policy,
 )
-from mixdpo.errors import InputError
-from mixdpo.export import merged_copy, save_adapter
-from mixdpo.models import load_base, row_log_probs
-from mixdpo.samples import Slices
-from mixdpo.schedules import Constant
-from mixdpo.sft_batching import sample_rows
+from mixdpo.model.export import merged_copy, save_adapter
+from mixdpo.model.forward import row_log_probs
+from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
+from mixdpo.model.loading import load_base
+from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss
 from mixdpo.token_cleaning.selection import Selection

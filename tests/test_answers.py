@@ -13,12 +13,12 @@ from conftest import SHARED, TEMPLATE, WORDS
 from test_cli import in_process
 
 from datamodules.prompts import PromptDataModule
-from lightning_modules.answers import AnswerModule
+from lightning_modules.responses import AnswerModule
 from mixdpo.errors import InputError
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.formats import GSM8K, AlpacaEval, Answered, ArenaHard, Constraints, MTBench, Prompt
 from mixdpo.evaluation.generation import Generation, generate
-from mixdpo.models import load_base, load_tokenizer
+from mixdpo.model.loading import load_base, load_tokenizer
 
 GSM = GSM8K()
 
@@ -47,7 +47,7 @@ def questions(count: int, turns: int = 2) -> list[dict[str, Any]]:
 
 def answers(verb: str, form: str, source: str, folder: Path, base: str, *more: str) -> list[str]:
     return [
-        *(verb, "--model", "lightning_modules.answers.AnswerModule", "--model.base", base),
+        *(verb, "--model", "lightning_modules.responses.AnswerModule", "--model.base", base),
         *("--model.quantization", "none", "--model.dtype", "float32", "--model.max_new_tokens", "6"),
         *("--data", "datamodules.prompts.PromptDataModule", "--data.source", source, "--data.batch_size", "3"),
         *("--data.form", f"mixdpo.evaluation.formats.{form}", "--trainer.accelerator", "cpu"),
@@ -121,7 +121,7 @@ def test_what_is_interrupted_goes_on_as_it_began(tiny_model, tmp_path, monkeypat
     source = write_rows(tmp_path / "question.jsonl", questions(3, turns=1))
     command = answers("predict", "MTBench", source, tmp_path, tiny_model)
     for dtype in (torch.float32, None):
-        monkeypatch.setattr("lightning_modules.answers.generation_dtype", lambda *_, dtype=dtype: dtype)
+        monkeypatch.setattr("lightning_modules.responses.generation_dtype", lambda *_, dtype=dtype: dtype)
         assert in_process(*command) == 0, capsys.readouterr().err
 
 
@@ -327,7 +327,7 @@ def test_nothing_is_merged_where_nothing_is_missing(tiny_model, tmp_path, monkey
     source = write_rows(tmp_path / "question.jsonl", questions(2, turns=1))
     command = answers("predict", "MTBench", source, tmp_path, tiny_model, "--model.dequantise", "true")
     assert in_process(*command) == 0
-    monkeypatch.setattr("lightning_modules.answers.merged_copy", None)
+    monkeypatch.setattr("lightning_modules.responses.merged_copy", None)
     assert in_process(*command) == 0
 
 

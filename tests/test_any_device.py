@@ -18,19 +18,20 @@ from test_cleaning_guards import adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.preference import PreferenceDataModule
-from lightning_modules.callbacks import ExactResume
-from lightning_modules.faults import is_out_of_memory
+from lightning_modules.callbacks.checkpoint import ExactResume
+from lightning_modules.callbacks.faults import is_out_of_memory
 from lightning_modules.margins import MarginModule
-from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, add_reference, stack_policy
-from mixdpo.batching import build_rows
+from mixdpo.batches.rows import build_rows
+from mixdpo.batches.steps import Slices
 from mixdpo.errors import InputError
-from mixdpo.export import generation_dtype, merged_copy
-from mixdpo.log_probs import gathered, run_sums, taken
-from mixdpo.margins_file import read_margins
-from mixdpo.models import check_card, load_base
-from mixdpo.routing import Routing
-from mixdpo.samples import Slices
-from mixdpo.signals import CHES, ImplicitReward, PolicyLogProb
+from mixdpo.model.adapters import Lora, add_adapters, add_reference, stack_policy
+from mixdpo.model.export import generation_dtype, merged_copy
+from mixdpo.model.fused_head import gathered, run_sums, taken
+from mixdpo.model.identity import adapter_fingerprint
+from mixdpo.model.loading import check_card, load_base
+from mixdpo.routing.route import Routing
+from mixdpo.signals.margins_file import read_margins
+from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import ExcessLoss
@@ -114,7 +115,7 @@ def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(
     tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tensor on `meta` draws nothing from the CPU's generator itself."""
-    monkeypatch.setattr("mixdpo.adapters.copy_adapter", lambda *_: None)  # there is nothing to copy
+    monkeypatch.setattr("mixdpo.model.adapters.copy_adapter", lambda *_: None)  # there is nothing to copy
     states = []
     for device in ("cpu", "meta"):
         model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2)).to(device)
@@ -397,7 +398,7 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(
     fit(tiny_model, pairs, tmp_path / "begun", trainer={"max_steps": 2}, schedule_steps=4)
     checkpoint = str(tmp_path / "begun/checkpoints/last.ckpt")
     fit(tiny_model, pairs, tmp_path / "here", trainer=trainer, schedule_steps=4, ckpt_path=checkpoint)
-    monkeypatch.setattr("lightning_modules.callbacks._processor", lambda _: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr("lightning_modules.callbacks.checkpoint._processor", lambda _: "NVIDIA GeForce RTX 4090")
     assert ExactResume in {type(c) for c in make_trainer(tmp_path / "x").callbacks}
     with pytest.warns(UserWarning, match=r"computed on cpu with \w+, but the run continues on NVIDIA GeForce RTX 4090"):
         fit(tiny_model, pairs, tmp_path / "there", trainer=trainer, schedule_steps=4, ckpt_path=checkpoint)
@@ -412,7 +413,7 @@ def test_no_step_reads_all_weights(tiny_model: str, pairs: str, tmp_path: Path) 
         steps.append(batch_idx)
         with pytest.MonkeyPatch.context() as patch:
             for name in ("adapter_fingerprint", "base_fingerprint"):
-                for module_name in ("lightning_modules.preference", "lightning_modules.adapter"):
+                for module_name in ("lightning_modules.preference", "lightning_modules.qlora"):
                     patch.setattr(f"{module_name}.{name}", lambda *_: inside.append(batch_idx), raising=False)
             return step(batch, batch_idx)
 

@@ -11,11 +11,11 @@ from conftest import sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixdpo.batching import Piece, token_rows
+from mixdpo.batches.rows import Piece, token_rows
+from mixdpo.data.conversations import read_samples
+from mixdpo.data.pairs import read_pairs
+from mixdpo.data.sources import text_rows
 from mixdpo.errors import InputError
-from mixdpo.records import read_pairs
-from mixdpo.sft_records import read_samples
-from mixdpo.sources import text_rows
 
 PAIR = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1.5}
 Row = dict[str, object]

@@ -12,12 +12,12 @@ from conftest import write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixdpo.adapters import Lora, add_adapters
-from mixdpo.attention import document_mask
-from mixdpo.batching import Piece, build_rows, token_rows
+from mixdpo.batches.rows import Piece, build_rows, document_mask, token_rows
 from mixdpo.errors import InputError
-from mixdpo.log_probs import token_log_probs
-from mixdpo.models import _check_window, check_documents, load_base, output_head, predicting_states
+from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.forward import _check_window, check_documents, output_head, predicting_states
+from mixdpo.model.fused_head import token_log_probs
+from mixdpo.model.loading import load_base
 
 DRAW = torch.Generator().manual_seed(3)
 ARCHITECTURES = ["llama", "qwen2", "gemma2", "cohere", "granite", "mistral"]
@@ -165,7 +165,7 @@ def test_windows_that_go_by_other_names() -> None:
 def test_a_head_that_says_other_logits_than_the_model_is_refused(
     tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixdpo.models.output_head", lambda model: replace(output_head(model), scale=2.0))
+    monkeypatch.setattr("mixdpo.model.forward.output_head", lambda model: replace(output_head(model), scale=2.0))
     with pytest.raises(InputError, match="llama models change their logits"):
         load_base(tiny_model, quantization="none", dtype="float32")
 

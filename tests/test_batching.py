@@ -8,8 +8,10 @@ from conftest import collate, segments_of, sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixdpo.batching import PairCollator, TokenRows, cut_step, plan_steps
-from mixdpo.loader import ResumableLoader
+from mixdpo.batches.batch import PairCollator
+from mixdpo.batches.loader import ResumableLoader
+from mixdpo.batches.rows import TokenRows
+from mixdpo.batches.steps import cut_step, plan_steps
 
 fast = settings(max_examples=40)
 ANY = st.sampled_from([True, False])

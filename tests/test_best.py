@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from test_cli import contents
 from test_faults import ADAMW, At, Crash, adapter, checkpoint, crash
 
-from lightning_modules.callbacks import ExactResume, RunFiles
-from lightning_modules.faults import LastCheckpoint
+from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
+from lightning_modules.callbacks.run_files import RunFiles
 from mixdpo.errors import OutOfSpaceError
-from mixdpo.files import sha256
-from mixdpo.routing import Routing
+from mixdpo.routing.route import Routing
+from mixdpo.storage.files import sha256
 
 FIRST = "epoch=0-step=5.ckpt"
 """The best one where the greatest value counts of what falls: that of the first of three validations."""

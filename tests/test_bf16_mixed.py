@@ -11,9 +11,11 @@ import torch
 from conftest import WORDS, build, build_sft, fit, make_pairs, make_samples, write_pairs
 from test_cleaning_guards import adapter
 
-from lightning_modules.callbacks import ExactResume, RunFiles, Throughput
-from lightning_modules.gold_evaluation import GoldEvaluation
-from mixdpo.routing import Routing
+from lightning_modules.callbacks.checkpoint import ExactResume
+from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
+from lightning_modules.callbacks.logging import Throughput
+from lightning_modules.callbacks.run_files import RunFiles
+from mixdpo.routing.route import Routing
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.selection import Selection
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from conftest import build, build_sft, fit, make_pairs, make_samples, make_trainer, write_pairs
 
-from lightning_modules.token_cleaning import RefreshReference
-from mixdpo.adapters import Lora, adapter_fingerprint, add_adapters, add_reference, base_fingerprint
+from lightning_modules.callbacks.clean_tokens import RefreshReference
+from mixdpo.batches.steps import Slices
 from mixdpo.errors import InputError
-from mixdpo.export import save_adapter
-from mixdpo.models import load_base
-from mixdpo.routing import Routing
-from mixdpo.samples import Slices
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import Lora, add_adapters, add_reference
+from mixdpo.model.export import save_adapter
+from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
+from mixdpo.model.loading import load_base
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random
 from mixdpo.token_cleaning.selection import Selection

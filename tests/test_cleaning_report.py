@@ -11,11 +11,11 @@ import pytest
 from datasets import Dataset, Features, Value
 
 from mixdpo.__main__ import main
+from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
-from mixdpo.models import load_tokenizer
-from mixdpo.samples import TokenPool
+from mixdpo.model.loading import load_tokenizer
 from mixdpo.token_cleaning.report import report, visible_units
-from mixdpo.token_cleaning.stored import read_cleaning
+from mixdpo.token_cleaning.run_tokens import read_cleaning
 
 NAN = float("nan")
 PROMPT = "<|im_start|> user red blue <|im_end|> <|im_start|> assistant"

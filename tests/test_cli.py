@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_is_no_traceback(
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_modules.callbacks.save_adapter", full)
+        patch.setattr("lightning_modules.callbacks.run_files.save_adapter", full)
         assert in_process("--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path / "runs")) == 1
     said = capsys.readouterr().err
     assert "error: cannot write the run's files: No space left on device. Free some space" in said
@@ -224,9 +224,9 @@ MISSPELT: list[tuple[Any, ...]] = [
     ("losses", "--model.preference_loss", "mixdpo.loses.DPO"),
     ("mixdpo", "--model.preference_loss", "mixdppo.losses.DPO"),
     ("PreferenceModule", "--model", "lightning_modules.preference.PreferenceModul"),
-    ("StagedLinear", "--model.schedule", "mixdpo.schedules.StagdLinear"),
+    ("StagedLinear", "--model.schedule", "mixdpo.routing.schedules.StagdLinear"),
     ("Random", "--model.cleaning", "{scorer: mixdpo.token_cleaning.scorers.Randm}"),
-    ("RefreshReference", "--trainer.callbacks+=lightning_modules.token_cleaning.RefreshRefrence"),
+    ("RefreshReference", "--trainer.callbacks+=lightning_modules.callbacks.clean_tokens.RefreshRefrence"),
     ("EarlyStopping", "--trainer.callbacks+=EarlyStoping"),
     ("easy_to_hard", "--data.routing.order", "easy_to_hrad"),
     ("nf4", "--model.quantization", "nf5"),
@@ -450,7 +450,7 @@ def test_runs_that_cannot_be_written(where: str, refused: Callable[..., str], tm
 
 def test_held_out_prompts_that_are_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
     """A mistake that shows only after the model is loaded."""
-    callback = {"class_path": "lightning_modules.gold_evaluation.GoldEvaluation", "init_args": {"prompts": "/no.jsonl"}}
+    callback = {"class_path": "lightning_modules.callbacks.GoldEvaluation", "init_args": {"prompts": "/no.jsonl"}}
     assert "/no.jsonl" in refused("--trainer.callbacks", json.dumps([callback]))
 
 

@@ -12,15 +12,15 @@ import run
 from datamodules.preference import PreferenceDataModule
 from datamodules.prompts import PromptDataModule
 from datamodules.sft import SFTDataModule
-from lightning_modules.answers import AnswerModule
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
+from lightning_modules.responses import AnswerModule
 from lightning_modules.sft import SFTModule
-from lightning_modules.token_cleaning import RefreshReference
+from mixdpo.batches.steps import Slices
 from mixdpo.losses import DPO
-from mixdpo.routing import Routing
-from mixdpo.samples import Slices
-from mixdpo.schedules import Cosine
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Cosine
 from mixdpo.token_cleaning.scorers import ExcessLoss
 
 ROOT = Path(__file__).parents[1]

@@ -181,7 +181,7 @@ def test_held_out_prompts_share_no_subject_and_unseen_ones_no_kind():
 
 
 def read_shipped(name):
-    with (files("mixdpo") / "data" / name).open(encoding="utf-8") as lines:
+    with (files("mixdpo") / "constraints" / name).open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 

@@ -10,12 +10,12 @@ from test_tokenization import CHATML, encoded_pair
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from mixdpo.control_tokens import control_tokens
+from mixdpo.data.control_tokens import control_tokens
+from mixdpo.data.conversation_encoding import encode_sample, encoding_identity
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import _encode
-from mixdpo.models import load_tokenizer
-from mixdpo.packaged_model import PACKAGED
-from mixdpo.sft_tokenization import encode_sample, encoding_identity
+from mixdpo.model.loading import load_tokenizer
+from mixdpo.model.packaged import PACKAGED
 
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 CHARACTERS = [*string.ascii_lowercase, *"<|_>/ \n"]

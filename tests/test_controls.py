@@ -13,12 +13,12 @@ import yaml
 from conftest import adapter_weights, make_pairs, make_trainer, write_pairs
 
 import run
-from lightning_modules.token_cleaning import RefreshReference
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 
 ROOT = Path(__file__).parents[1]
 CONTRARY = """
 name: contrary
-model: {init_args: {schedule: mixdpo.schedules.Constant, easy_sft_weight: 0.25}}
+model: {init_args: {schedule: mixdpo.routing.Constant, easy_sft_weight: 0.25}}
 data:
   init_args:
     margin: score

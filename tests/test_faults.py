@@ -19,12 +19,14 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
-from lightning_modules.callbacks import ExactResume, RunFiles, ValidateAtMaxSteps
-from lightning_modules.faults import LastCheckpoint, NonFinite, OutOfMemory
+from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
+from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
+from lightning_modules.callbacks.logging import ValidateAtMaxSteps
+from lightning_modules.callbacks.run_files import RunFiles
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
 from mixdpo.losses import DPO, IPO
-from mixdpo.routing import Routing
-from mixdpo.schedules import Constant, StagedCosine
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant, StagedCosine
 from run import _for_the_user
 
 ADAMW: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule": Constant(warmup=0.0)}
@@ -486,7 +488,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
     tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("lightning_modules.faults.shutil.disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr("lightning_modules.callbacks.checkpoint.shutil.disk_usage", lambda _: usage(10**9, 10**9, 1000))
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", **ADAMW)
     with pytest.raises(OutOfSpaceError, match=r"run has 0 MB free.*take 0 MB.*--runs"):
         trainer.fit(module, pairs)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mixdpo.errors import InputError
-from mixdpo.files import named_files, write_json, written_whole
+from mixdpo.storage.files import write_json, written_whole
+from mixdpo.storage.identity import named_files
 
 
 def test_file_takes_its_place_at_the_end_only(tmp_path):

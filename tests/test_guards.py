@@ -7,18 +7,18 @@ import torch
 from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_modules.callbacks import RunFiles
+from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
-from mixdpo.adapters import Lora, add_adapters
-from mixdpo.batching import PairCollator
+from mixdpo.batches.batch import PairCollator
+from mixdpo.batches.loader import ResumableLoader
+from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
-from mixdpo.loader import ResumableLoader
 from mixdpo.metrics import NamedMeans
-from mixdpo.models import load_base, load_tokenizer
-from mixdpo.pair_tokenization import encode_pairs
-from mixdpo.records import read_pairs
-from mixdpo.routing import Routing
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.loading import load_base, load_tokenizer
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 
 
 def test_margins_arrive_beside_their_ids(tiny_model: str, tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def test_what_a_model_checkpoint_keeps() -> None:
 
 def test_what_a_lora_layer_has(tiny_model: str) -> None:
     """Roles flip its two flags; adapters are copied matrix by matrix."""
-    from mixdpo.adapters import Lora, adapter_layers, add_adapters
-    from mixdpo.models import load_base
+    from mixdpo.model.adapters import Lora, adapter_layers, add_adapters
+    from mixdpo.model.loading import load_base
 
     model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2))
     for layer in adapter_layers(model):
@@ -88,7 +88,7 @@ def test_what_a_lora_layer_has(tiny_model: str) -> None:
 
 
 def test_what_a_model_has(tiny_model: str) -> None:
-    from mixdpo.models import load_base
+    from mixdpo.model.loading import load_base
 
     model = load_base(tiny_model, quantization="none", dtype="float32")
     assert model.config._attn_implementation == "by_segment"

@@ -9,9 +9,10 @@ import torch
 from conftest import build, make_pairs, write_pairs
 from test_preference_module import first_batch, full_precision_norms, perturb_policy
 
-from mixdpo.batching import PairCollator, cut_step
-from mixdpo.routing import Routing
-from mixdpo.throughput import recompute
+from mixdpo.batches.batch import PairCollator
+from mixdpo.batches.steps import cut_step
+from mixdpo.model.memory import recompute
+from mixdpo.routing.route import Routing
 
 __all__ = ["full_precision_norms"]  # a fixture
 LAYOUTS = {

@@ -21,7 +21,7 @@ pytestmark = [
     ),
 ]
 COUNT = 20
-PAIRS = Path(mixdpo.__file__).parent / "data" / "constraints_pairs.jsonl"
+PAIRS = Path(mixdpo.__file__).parent / "constraints" / "constraints_pairs.jsonl"
 
 
 @pytest.fixture

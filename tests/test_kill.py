@@ -20,14 +20,14 @@ import torch
 from conftest import build, build_sft, make_pairs, make_samples, write_pairs
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import lightning_modules.token_cleaning
-import mixdpo.files
-from lightning_modules.callbacks import ExactResume, RunFiles
-from lightning_modules.faults import LastCheckpoint
-from lightning_modules.token_cleaning import RefreshReference
-from mixdpo.adapters import Lora
-from mixdpo.samples import Slices
-from mixdpo.schedules import StagedCosine
+import lightning_modules.callbacks.clean_tokens
+import mixdpo.storage.files
+from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
+from lightning_modules.callbacks.clean_tokens import RefreshReference
+from lightning_modules.callbacks.run_files import RunFiles
+from mixdpo.batches.steps import Slices
+from mixdpo.model.adapters import Lora
+from mixdpo.routing.schedules import StagedCosine
 from mixdpo.token_cleaning.cleaning import Cleaning
 
 Make = Callable[[Path], tuple[L.Trainer, Any, Any]]
@@ -39,10 +39,10 @@ OPTIONS: dict[str, Any] = {
 }
 POINTS: dict[str, tuple[Any, str, str]] = {
     "before the checkpoint is written": (L.Trainer, "save_checkpoint", "before"),
-    "in the checkpoint's temporary file": (mixdpo.files, "replace", "torn"),
-    "before the checkpoint's rename": (mixdpo.files, "replace", "before"),
-    "after the checkpoint's rename": (mixdpo.files, "replace", "after"),
-    "while tokens are scored again": (lightning_modules.token_cleaning, "add_losses", "after"),
+    "in the checkpoint's temporary file": (mixdpo.storage.files, "replace", "torn"),
+    "before the checkpoint's rename": (mixdpo.storage.files, "replace", "before"),
+    "after the checkpoint's rename": (mixdpo.storage.files, "replace", "after"),
+    "while tokens are scored again": (lightning_modules.callbacks.clean_tokens, "add_losses", "after"),
     "in the final adapter's file": (safetensors.torch, "save_file", "half"),
 }
 

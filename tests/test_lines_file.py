@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from mixdpo import lines_file
 from mixdpo.errors import InputError
 from mixdpo.evaluation.answers_file import ANSWERS
 from mixdpo.evaluation.verdicts import VERDICTS
-from mixdpo.lines_file import LineFormat, LinesWriter
-from mixdpo.margins_file import MARGINS, MarginsWriter, read_margins
+from mixdpo.signals.margins_file import MARGINS, MarginsWriter, read_margins
+from mixdpo.storage import lines_file
+from mixdpo.storage.lines_file import LineFormat, LinesWriter
 
 MARGINS_HEADER = {"pairs": 2, "signal": "s", "needs": "rating", "source": "d", "base": "b", "adapter": None}
 KINDS: list[tuple[LineFormat, dict[str, Any], dict[str, Any]]] = [

@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixdpo.log_probs import TILE, Head, SequenceLogProbs, target_statistics, token_log_probs
+from mixdpo.model.fused_head import TILE, Head, SequenceLogProbs, target_statistics, token_log_probs
 
 M, H, V = 50, 8, 31
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from mixdpo import losses
 from mixdpo.errors import InputError
-from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import functions
+from mixdpo.model.fused_head import SequenceLogProbs
 
 
 def log_sigma(x):

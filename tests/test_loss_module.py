@@ -11,16 +11,16 @@ from test_configs import build as build_cli  # noqa: F401  (a fixture)
 from test_loss_equations import NAMES, TABLE
 from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
 
-import mixdpo.models
-from lightning_modules.token_cleaning import RefreshReference
+import mixdpo.model.forward
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo import losses
-from mixdpo.adapters import role
 from mixdpo.errors import InputError
 from mixdpo.losses import BetaDPO, KTOPair, SimPO
 from mixdpo.losses.functions import sft
-from mixdpo.models import sequence_log_probs
-from mixdpo.routing import Routing
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import role
+from mixdpo.model.forward import sequence_log_probs
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 
 pytestmark = pytest.mark.filterwarnings(
     # Lightning 2.6 calls what jsonargparse 4.53 has renamed
@@ -109,14 +109,14 @@ def test_reference_free_losses_never_run_the_reference(
 ) -> None:
     """Neither in training nor in validation; 3 forwards of each are the policy's."""
     roles: list[bool] = []
-    real = mixdpo.models.predicting_states
+    real = mixdpo.model.forward.predicting_states
 
     def counted(model: Any, *arguments: Any) -> Any:
         if hasattr(model, "active_adapter"):  # loading tries packed rows on the bare base
             roles.append(model.active_adapter == "policy" and not next(iter_layers(model))._disable_adapters)
         return real(model, *arguments)
 
-    monkeypatch.setattr(mixdpo.models, "predicting_states", counted)
+    monkeypatch.setattr(mixdpo.model.forward, "predicting_states", counted)
     data = {"routing": Routing(hard_fraction=0.3), "batch_size": 2, "validation": 0.25, "eval_batch_size": 1}
     loss = getattr(losses, TABLE[name][0])()
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", data=data, preference_loss=loss, lr=1e-6)
@@ -125,7 +125,7 @@ def test_reference_free_losses_never_run_the_reference(
 
 
 def iter_layers(model: Any) -> Any:
-    from mixdpo.adapters import adapter_layers
+    from mixdpo.model.adapters import adapter_layers
 
     return iter(adapter_layers(model))
 

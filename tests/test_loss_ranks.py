@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.testing import assert_close
 
-from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import BetaDPO, KTOPair
+from mixdpo.model.fused_head import SequenceLogProbs
 
 BATCHES = [(3, 4), (5, 0), (0, 0), (0, 2), (1, 1)]  # pairs of rank 0 and rank 1; every rank calls the loss every time
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mixdpo import losses
-from mixdpo.log_probs import SequenceLogProbs
+from mixdpo.model.fused_head import SequenceLogProbs
 
 PROMPT, VOCABULARY = 3, 11
 pytestmark = pytest.mark.filterwarnings("ignore")

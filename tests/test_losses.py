@@ -6,9 +6,9 @@ import torch
 from torch.testing import assert_close
 
 from mixdpo.errors import InputError
-from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import DPO
 from mixdpo.losses.functions import Pairs, cdpo, dpo, sft
+from mixdpo.model.fused_head import SequenceLogProbs
 
 
 def sequences(*sums, lengths=None, dtype=torch.float32):

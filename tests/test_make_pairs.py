@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixdpo import make_pairs as subject
-from mixdpo import packaged_model
 from mixdpo.__main__ import VERBS, main
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.errors import InputError
+from mixdpo.evaluation import make_pairs as subject
 from mixdpo.evaluation.generation import Generation
+from mixdpo.model import packaged as packaged_model
 
 BRIEF = {
     "prompt": "Tea?",

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixdpo.data.ratings import KNOWN_COLUMNS, REWARD_MODEL_COLUMNS, find_margin_columns, row_margin
 from mixdpo.errors import InputError
-from mixdpo.margins import KNOWN_COLUMNS, REWARD_MODEL_COLUMNS, find_margin_columns, row_margin
 
 finite = st.floats(-1e6, 1e6)
 

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from conftest import build, make_pairs, make_trainer, write_pairs
 
-import mixdpo.signals
+import mixdpo.signals.signals
 import run
 from datamodules.preference import PreferenceDataModule
 from lightning_modules.margins import MarginModule
 from mixdpo.__main__ import main
-from mixdpo.adapters import Lora, add_adapters, base_fingerprint
 from mixdpo.errors import InputError
-from mixdpo.margins_file import MARGINS, read_margins
-from mixdpo.margins_report import overlap, spearman
-from mixdpo.models import load_base
-from mixdpo.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel
+from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.identity import base_fingerprint
+from mixdpo.model.loading import load_base
+from mixdpo.signals.compare_margins import overlap, spearman
+from mixdpo.signals.margins_file import MARGINS, read_margins
+from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings(
@@ -67,7 +68,12 @@ def test_file(tiny_model, source, tmp_path):
     file = read_margins(path)
     assert len(file.pairs) == 10 and np.isfinite([margin for _, margin in file.pairs.values()]).all()
     weights = base_fingerprint(add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora()))
-    expected = {"signal": "mixdpo.signals.CHES", "options": {"normalised": False}, "needs": "policy", "pairs": 10}
+    expected = {
+        "signal": "mixdpo.signals.signals.CHES",
+        "options": {"normalised": False},
+        "needs": "policy",
+        "pairs": 10,
+    }
     expected |= {"base": tiny_model, "weights": weights, "adapter": None, "adapter_weights": None, "source": source}
     expected |= {
         "lengths": "max_length 64, max_prompt_length 32, truncate",
@@ -143,7 +149,7 @@ def test_data_without_a_margin(tiny_model, tmp_path):
     ids = dict(zip(data.train_pairs["pair_id"], data.train_pairs["margin"], strict=True))
     assert all(read_margins(path).pairs[pair_id][1] == margin for pair_id, margin in ids.items())
     route = json.loads((tmp_path / "run/route.json").read_text())
-    assert route["margins"]["file"] == path and route["margins"]["signal"] == "mixdpo.signals.CHES"
+    assert route["margins"]["file"] == path and route["margins"]["signal"] == "mixdpo.signals.signals.CHES"
     trainer, module, data = build(tiny_model, source, tmp_path / "again", data={"margins": path, "validation": 0.3})
     trainer.validate(module, data, verbose=False)
 
@@ -374,8 +380,8 @@ def test_many_points_are_drawn(tmp_path):
 def test_several_signals_in_one_pass(tiny_model, source, tmp_path, monkeypatch):
     """The files are those of a pass each; what one file lacks is computed again for it alone."""
     forwards = []
-    real = mixdpo.signals.predicting_states
-    monkeypatch.setattr(mixdpo.signals, "predicting_states", lambda *args: (forwards.append(1), real(*args))[1])
+    real = mixdpo.signals.signals.predicting_states
+    monkeypatch.setattr(mixdpo.signals.signals, "predicting_states", lambda *args: (forwards.append(1), real(*args))[1])
     also = {"length": CHES(normalised=True), "log_prob": PolicyLogProb()}
     predict(tiny_model, source, tmp_path, also=also)
     assert len(forwards) == 4  # batches of 3 of 10 pairs

@@ -7,12 +7,12 @@ import torch
 from conftest import build, build_sft, collate, fit, make_pairs, make_samples, write_pairs
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
-from lightning_modules.callbacks import Throughput
+from lightning_modules.callbacks.logging import Throughput
 from mixdpo.errors import InputError
-from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import DPO, SimPO
 from mixdpo.metrics import PAIRWISE, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
-from mixdpo.routing import Routing
+from mixdpo.model.fused_head import SequenceLogProbs
+from mixdpo.routing.route import Routing
 
 
 def weighted(values, weights):

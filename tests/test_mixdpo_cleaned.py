@@ -18,11 +18,12 @@ from test_token_losses import fill, losses_one_by_one, one_by_one, plain_model, 
 from torch import Tensor
 
 from lightning_modules.preference import PreferenceModule
-from mixdpo.adapters import Lora, adapter_state, add_adapters, add_reference, role
 from mixdpo.errors import InputError
-from mixdpo.models import load_base, row_log_probs, sequence_log_probs
-from mixdpo.routing import Routing
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import Lora, adapter_state, add_adapters, add_reference, role
+from mixdpo.model.forward import row_log_probs, sequence_log_probs
+from mixdpo.model.loading import load_base
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random

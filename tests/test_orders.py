@@ -10,13 +10,13 @@ from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_sa
 from lightning.pytorch.callbacks import Callback
 
 from datamodules.preference import PreferenceDataModule
-from lightning_modules.token_cleaning import RefreshReference
-from mixdpo.adapters import Lora, add_adapters
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.errors import InputError
-from mixdpo.export import save_adapter
-from mixdpo.models import load_base
-from mixdpo.routing import Routing
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.export import save_adapter
+from mixdpo.model.loading import load_base
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import Random
 from mixdpo.token_cleaning.selection import Selection

@@ -10,12 +10,12 @@ from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 from lightning_modules import preference as preference_module
 from lightning_modules.preference import PreferenceModule
 from mixdpo import losses
-from mixdpo.adapters import adapter_layers, role
-from mixdpo.batching import PairBatch
-from mixdpo.export import save_adapter
-from mixdpo.models import sequence_log_probs
-from mixdpo.routing import Routing
-from mixdpo.schedules import Constant
+from mixdpo.batches.batch import PairBatch
+from mixdpo.model.adapters import adapter_layers, role
+from mixdpo.model.export import save_adapter
+from mixdpo.model.forward import sequence_log_probs
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 from test_cli import ROOT, contents, in_process
 
-from lightning_modules.callbacks import ExactResume, RunFiles
-from lightning_modules.faults import LastCheckpoint
-from lightning_modules.token_cleaning import RefreshReference
-from mixdpo.adapters import Lora
+from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
+from lightning_modules.callbacks.clean_tokens import RefreshReference
+from lightning_modules.callbacks.run_files import RunFiles
+from mixdpo.batches.steps import Slices
 from mixdpo.errors import InputError
-from mixdpo.routing import Routing
-from mixdpo.samples import Slices
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import Lora
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss
 from mixdpo.token_cleaning.selection import Selection
@@ -38,7 +38,7 @@ def options(model: str, source: str, validation: str, runs: Path) -> list[str]:
     """13 pairs in steps of 4, so that one process has no pair of the last step; 3 held out in batches of 2 and 1."""
     words = f"""--config configs/demo.yaml --name tiny --runs {runs} --model.base {model} --model.quantization none
         --model.dtype float64 --trainer.precision 64-true --model.optimizer torch.optim.SGD --model.optimizer.lr 0.1
-        --model.log_gradient_norms true --model.schedule mixdpo.schedules.Constant --data.source {source}
+        --model.log_gradient_norms true --model.schedule mixdpo.routing.Constant --data.source {source}
         --data.validation {validation} --data.batch_size 4 --data.eval_batch_size 2 --data.max_length 64
         --data.max_prompt_length 32 --trainer.callbacks null --trainer.log_every_n_steps 1
         --trainer.gradient_clip_val 1.0 --trainer.enable_progress_bar false"""

@@ -9,15 +9,16 @@ import pytest
 import torch
 from conftest import collate, write_pairs
 
-from mixdpo.adapters import Lora, add_adapters, role
-from mixdpo.batching import PairBatch
-from mixdpo.export import merged_copy
-from mixdpo.log_probs import SequenceLogProbs
+from mixdpo.batches.batch import PairBatch
+from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.pairs import read_pairs
 from mixdpo.losses import DPO
-from mixdpo.models import load_base, load_tokenizer, sequence_log_probs
-from mixdpo.packaged_model import PACKAGED
-from mixdpo.pair_tokenization import encode_pairs
-from mixdpo.records import read_pairs
+from mixdpo.model.adapters import Lora, add_adapters, role
+from mixdpo.model.export import merged_copy
+from mixdpo.model.forward import sequence_log_probs
+from mixdpo.model.fused_head import SequenceLogProbs
+from mixdpo.model.loading import load_base, load_tokenizer
+from mixdpo.model.packaged import PACKAGED
 
 pytestmark = [
     pytest.mark.real,
@@ -217,7 +218,7 @@ def test_roles_on_a_gpu(gpu_model: Any, encoded: list[dict[str, Any]]) -> None:
 
 @pytest.mark.gpu
 def test_an_adapter_saved_on_a_gpu_loads_again(gpu_model: Any, encoded: list[dict[str, Any]], tmp_path: Path) -> None:
-    from mixdpo.export import save_adapter
+    from mixdpo.model.export import save_adapter
 
     fill_b(gpu_model)
     save_adapter(gpu_model, tmp_path / "adapter")

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from mixdpo.data.messages import split_by_prompt
+from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
-from mixdpo.records import read_pairs, split_by_prompt
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 PAIR = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1.5}

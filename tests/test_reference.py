@@ -12,11 +12,12 @@ import torch
 from conftest import adapter_weights, collate, fit, make_pairs, write_pairs
 from test_preference_module import forwards
 
-import mixdpo.reference
-from lightning_modules.token_cleaning import RefreshReference
+import mixdpo.model.reference_cache
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo import losses
-from mixdpo.reference import ReferenceCache, completion_key
-from mixdpo.routing import Routing
+from mixdpo.batches.batch import completion_key
+from mixdpo.model.reference_cache import ReferenceCache
+from mixdpo.routing.route import Routing
 
 PAIRS = [
     {
@@ -96,7 +97,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(
     trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
     off = fit(tiny_model, source, tmp_path / "off", trainer=trainer, reference_cache=False, lr=1.0)
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(mixdpo.reference, "cache_root", lambda: tmp_path / "file")
+    monkeypatch.setattr(mixdpo.model.reference_cache, "cache_root", lambda: tmp_path / "file")
     with pytest.warns(UserWarning, match=rf"{tmp_path}/file/reference/\w+\.sqlite, cannot be used") as told:
         on = fit(tiny_model, source, tmp_path / "on", trainer=trainer, lr=1.0)
     (said,) = [str(each.message) for each in told if "the cache of" in str(each.message)]
@@ -143,7 +144,7 @@ def test_a_damaged_value_is_no_fault_of_the_data(tiny_model: str, source: str, t
     """All values in the file are NaN: a run that reads them trains as one without."""
     off = adapter_weights(fit(tiny_model, source, tmp_path / "off", reference_cache=False))
     fit(tiny_model, source, tmp_path / "first")
-    (file,) = mixdpo.reference.cache_root().glob("reference/*.sqlite")
+    (file,) = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
     with closing(sqlite3.connect(file)) as database, database:
         rows = database.execute("SELECT key, by_token FROM log_probs").fetchall()
         damaged = [(np.full(len(value) // 4, np.nan, dtype=np.float32).tobytes(), key) for key, value in rows]
@@ -187,7 +188,7 @@ def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(
 
 def test_hard_pairs_are_never_computed(tiny_model: str, source: str, tmp_path: Path) -> None:
     fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0.5)})
-    (file,) = mixdpo.reference.cache_root().glob("reference/*.sqlite")
+    (file,) = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
     with closing(sqlite3.connect(file)) as found:
         assert found.execute("SELECT count(*) FROM log_probs").fetchone() == (2 * 6,)
 
@@ -197,7 +198,7 @@ def test_no_file_for_a_loss_without_reference_or_where_it_is_switched_off(
 ) -> None:
     fit(tiny_model, source, tmp_path / "a", preference_loss=losses.SimPO())
     fit(tiny_model, source, tmp_path / "b", reference_cache=False)
-    assert not (mixdpo.reference.cache_root() / "reference").exists()
+    assert not (mixdpo.model.reference_cache.cache_root() / "reference").exists()
 
 
 def test_a_refreshed_reference_is_another_one(tiny_model: str, source: str, tmp_path: Path) -> None:
@@ -208,7 +209,9 @@ def test_a_refreshed_reference_is_another_one(tiny_model: str, source: str, tmp_
         module = fit(tiny_model, source, tmp_path / name, trainer=trainer, reference_cache=cache, lr=1.0)
         found.append(adapter_weights(module))
     assert all(torch.equal(found[0][key], other[key]) for other in found[1:] for key in found[0])
-    assert len(list(mixdpo.reference.cache_root().glob("reference/*.sqlite"))) == 3  # the base and two refreshed ones
+    assert (
+        len(list(mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite"))) == 3
+    )  # the base and two refreshed ones
 
 
 def test_another_adapter_to_start_from_is_another_reference(tiny_model: str, source: str, tmp_path: Path) -> None:

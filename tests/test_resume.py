@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 
-from mixdpo.adapters import Lora
 from mixdpo.errors import InputError
-from mixdpo.routing import Routing
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import Lora
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 
 DROPOUT: dict[str, Any] = {
     "lora": Lora(rank=4, alpha=8, dropout=0.3),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
-from mixdpo.routing import Assignment, EasyAction, HardAction, Order, Routing
+from mixdpo.routing.route import Assignment, EasyAction, HardAction, Order, Routing
 
 FEW_MARGINS = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.5])  # few values: ties everywhere
 PAIR_IDS = st.integers(-(2**63), 2**63 - 1)

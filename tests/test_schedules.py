@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
-from mixdpo.schedules import Constant, Cosine, StagedCosine, StepPlan, learning_rate_mass
+from mixdpo.routing.schedules import Constant, Cosine, StagedCosine, StepPlan, learning_rate_mass
 
 STEPS = 382  # 61,135 pairs in steps of 160
 SCHEDULES = [Constant, Cosine, StagedCosine]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
 from mixdpo.losses import BetaDPO
-from mixdpo.token_cleaning.cleaning import Cleaning, described
+from mixdpo.storage.identity import described
+from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random, TokenStatistics, is_online
 
 LOSSES = {

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import build, make_pairs, write_pairs
 
-from mixdpo.adapters import Lora, add_adapters
 from mixdpo.errors import InputError
-from mixdpo.export import save_adapter
-from mixdpo.models import load_base, load_reward_model, load_tokenizer
+from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.export import save_adapter
+from mixdpo.model.loading import load_base, load_reward_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CODE = """

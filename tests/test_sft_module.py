@@ -12,10 +12,11 @@ from conftest import adapter_weights, build_sft, fit, make_samples, write_pairs
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules import sft
-from lightning_modules.faults import LastCheckpoint, NonFinite
-from lightning_modules.token_cleaning import CleanTokens, RefreshReference
-from mixdpo.adapters import adapter_state
-from mixdpo.samples import Slices
+from lightning_modules.callbacks.checkpoint import LastCheckpoint
+from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
+from lightning_modules.callbacks.faults import NonFinite
+from mixdpo.batches.steps import Slices
+from mixdpo.model.adapters import adapter_state
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Random
 from mixdpo.token_cleaning.selection import Selection

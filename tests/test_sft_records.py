@@ -10,8 +10,8 @@ from conftest import SHARED, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixdpo.data.conversations import parse_sample, read_samples
 from mixdpo.errors import InputError
-from mixdpo.sft_records import parse_sample, read_samples
 
 FORMS = "'messages', or 'prompt' and 'completion', or 'instruction' and 'output'"
 

@@ -10,11 +10,17 @@ from conftest import SHARED, TEMPLATE, WORDS, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixdpo.data.conversation_encoding import (
+    EncodedSample,
+    encode_sample,
+    encode_samples,
+    encoding_identity,
+    limit_sample,
+)
+from mixdpo.data.conversations import read_samples
 from mixdpo.errors import InputError
-from mixdpo.models import load_tokenizer
-from mixdpo.packaged_model import PACKAGED
-from mixdpo.sft_records import read_samples
-from mixdpo.sft_tokenization import EncodedSample, encode_sample, encode_samples, encoding_identity, limit_sample
+from mixdpo.model.loading import load_tokenizer
+from mixdpo.model.packaged import PACKAGED
 
 START, END, USER, ASSISTANT, RED, BLUE, GREEN, TEA = 2, 3, 4, 5, 6, 7, 8, 9  # conftest's vocabulary
 # <s> user red blue <e> <s> assistant green tea <e> <s> user tea <e> <s> assistant red <e>
@@ -198,7 +204,9 @@ def test_a_second_encoding_comes_from_the_cache_until_something_changes(tokenize
     table(TWO_TURNS).save_to_disk(tmp_path / "samples")
     data = datasets.load_from_disk(tmp_path / "samples")
     first = encode_samples(data, tokenizer, max_length=17)
-    monkeypatch.setattr("mixdpo.sft_tokenization.encode_sample", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr(
+        "mixdpo.data.conversation_encoding.encode_sample", lambda *_, **__: pytest.fail("encoded again")
+    )
     second = encode_samples(data, tokenizer, max_length=17, chat_template=TEMPLATE)
     assert first[0].to_list() == second[0].to_list() and first[1] == second[1]
     for changed in ({"max_length": 16}, {"max_length": 17, "overlong": "drop"}):

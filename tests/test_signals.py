@@ -16,12 +16,12 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from mixdpo.adapters import Lora, add_adapters, role
+from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
-from mixdpo.models import load_base, load_reward_model, load_tokenizer
-from mixdpo.pair_tokenization import encode_pairs
-from mixdpo.records import read_pairs
-from mixdpo.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel, ches
+from mixdpo.model.adapters import Lora, add_adapters, role
+from mixdpo.model.loading import load_base, load_reward_model, load_tokenizer
+from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel, ches
 
 LIMITS = {"max_length": 64, "max_prompt_length": 32}
 

@@ -20,10 +20,10 @@ from test_configs import build  # noqa: F401
 from mixdpo.__main__ import main
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import two_way_bootstrap
-from mixdpo.study.design import read_study
-from mixdpo.study.plots import write_plots
-from mixdpo.study.run import add_finished
-from mixdpo.study.table import chosen_point
+from mixdpo.evaluation.compare_runs import chosen_point
+from mixdpo.evaluation.study_design import read_study
+from mixdpo.evaluation.study_plots import write_plots
+from mixdpo.evaluation.study_run import add_finished
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -77,7 +77,7 @@ STUDY: dict[str, Any] = {
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository whose run.py is the stub, and six prompts; a study that ends draws no plots."""
-    monkeypatch.setattr("mixdpo.study.plots.write_plots", lambda plan, done: "plots")
+    monkeypatch.setattr("mixdpo.evaluation.study_plots.write_plots", lambda plan, done: "plots")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.py").write_text(STUB)
     (tmp_path / "base.yaml").write_text("name: base\n")

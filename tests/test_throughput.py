@@ -8,12 +8,13 @@ import torch
 from conftest import build, fit, fit_sft_source, make_pairs, write_pairs
 from test_preference_module import first_batch
 
-from mixdpo import throughput
-from mixdpo.adapters import Lora, add_adapters
-from mixdpo.batching import build_rows
-from mixdpo.models import load_base, sequence_log_probs
-from mixdpo.routing import Routing
-from mixdpo.throughput import RESERVED, activation_bytes, floor_flops, linear_sizes, matrix_rate, recompute
+from mixdpo.batches.rows import build_rows
+from mixdpo.model import memory as throughput
+from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.forward import sequence_log_probs
+from mixdpo.model.loading import load_base
+from mixdpo.model.memory import RESERVED, activation_bytes, floor_flops, linear_sizes, matrix_rate, recompute
+from mixdpo.routing.route import Routing
 
 
 @pytest.fixture
@@ -132,9 +133,9 @@ def test_switching_reaches_every_layer(model: Any) -> None:
 def test_a_run_logs_its_share_of_the_floor(
     tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_modules.callbacks import Throughput
+    from lightning_modules.callbacks.logging import Throughput
 
-    monkeypatch.setattr("lightning_modules.callbacks.matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr("lightning_modules.callbacks.logging.matrix_rate", lambda *_: 1e9)
     rows: list[dict[str, float]] = []
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", trainer={"first": (Throughput(),)})
     module._log_step = rows.append  # type: ignore[method-assign]

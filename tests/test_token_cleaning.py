@@ -23,11 +23,11 @@ from lightning.pytorch.loggers import CSVLogger
 from test_token_losses import SCALE, losses_one_by_one, one_by_one, plain_model, with_adapters
 from torch import Tensor
 
-from lightning_modules.token_cleaning import RefreshReference
-from mixdpo.adapters import Lora, adapter_state
+from lightning_modules.callbacks.clean_tokens import RefreshReference
+from mixdpo.batches.steps import Slices, plan_stages
 from mixdpo.errors import InputError
-from mixdpo.samples import Slices, plan_stages
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import Lora, adapter_state
+from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random
 from mixdpo.token_cleaning.selection import Selection

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import mixdpo.token_cleaning.token_losses
-from mixdpo.adapters import Lora, adapter_state, add_adapters, add_reference, role
-from mixdpo.log_probs import VOCABULARY_TILE, Head, exact_token_log_probs, token_log_probs
-from mixdpo.models import load_base, load_tokenizer
-from mixdpo.samples import TokenPool
-from mixdpo.sft_records import read_samples
-from mixdpo.sft_tokenization import encode_samples
-from mixdpo.token_cleaning.token_losses import add_losses, open_losses
+import mixdpo.token_cleaning.scoring
+from mixdpo.batches.token_pool import TokenPool
+from mixdpo.data.conversation_encoding import encode_samples
+from mixdpo.data.conversations import read_samples
+from mixdpo.model.adapters import Lora, adapter_state, add_adapters, add_reference, role
+from mixdpo.model.fused_head import VOCABULARY_TILE, Head, exact_token_log_probs, token_log_probs
+from mixdpo.model.loading import load_base, load_tokenizer
+from mixdpo.token_cleaning.scoring import add_losses, open_losses
 
 SCALE = 2.0  # α / r of the adapters here
 
@@ -235,9 +235,9 @@ def test_a_kept_loss_that_is_not_finite_is_computed_anew(
 
 
 def test_a_loss_that_is_not_finite_is_not_kept(model: Any, pool: TokenPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    log_probs = mixdpo.token_cleaning.token_losses.row_log_probs
+    log_probs = mixdpo.token_cleaning.scoring.row_log_probs
     monkeypatch.setattr(
-        "mixdpo.token_cleaning.token_losses.row_log_probs", lambda *args, **more: log_probs(*args, **more) - np.inf
+        "mixdpo.token_cleaning.scoring.row_log_probs", lambda *args, **more: log_probs(*args, **more) - np.inf
     )
     losses = open_losses(len(pool), {"model": "a"})
     add_losses(losses, model, "policy", pool, [0, 1])

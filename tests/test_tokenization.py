@@ -8,9 +8,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from mixdpo.data.chat_template import load_template
+from mixdpo.data.encoding import EncodedPair, encode_pair, encode_pairs, limit_lengths
 from mixdpo.errors import InputError
-from mixdpo.pair_tokenization import EncodedPair, encode_pair, encode_pairs, limit_lengths
-from mixdpo.tokenization import load_template
 
 # ChatML as SmolLM2 writes it: a newline follows every end token.
 CHATML = (
@@ -363,6 +363,6 @@ def test_a_second_encoding_comes_from_the_cache(tmp_path, monkeypatch):
     three_pairs().save_to_disk(tmp_path / "pairs")
     data = datasets.load_from_disk(tmp_path / "pairs")
     first = encode_pairs(data, word_tokenizer(), **LIMITS)
-    monkeypatch.setattr("mixdpo.pair_tokenization.encode_pair", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("mixdpo.data.encoding.encode_pair", lambda *_, **__: pytest.fail("encoded again"))
     second = encode_pairs(data, word_tokenizer(), **LIMITS)
     assert first[0].to_list() == second[0].to_list() and first[1] == second[1]

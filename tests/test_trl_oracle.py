@@ -13,10 +13,10 @@ import torch
 from conftest import WORDS, build, make_pairs, write_pairs
 
 from lightning_modules.preference import PreferenceModule
-from mixdpo.adapters import Lora
 from mixdpo.losses import DPO
-from mixdpo.routing import Routing
-from mixdpo.schedules import Constant
+from mixdpo.model.adapters import Lora
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant
 
 STEPS, BATCH, RATE, BETA = 10, 2, 1.0, 0.1
 pytestmark = [

@@ -13,7 +13,7 @@ from judging import Judging, in_turn
 from mixdpo.errors import InputError
 from mixdpo.evaluation.outputs import match, read_outputs
 from mixdpo.evaluation.verdicts import VERDICTS, read_verdicts
-from mixdpo.lines_file import LinesWriter
+from mixdpo.storage.lines_file import LinesWriter
 
 
 @pytest.fixture

@@ -14,19 +14,9 @@ from scipy.special import expit, logit
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.difficulties import read_difficulties, read_gamed
-from mixdpo.evaluation.length_control import (
-    GamedBaselines,
-    LengthControlled,
-    label,
-    resampled_length_controlled,
-)
-from mixdpo.evaluation.win_rate import (
-    discrete_win_rate,
-    resampled_win_rates,
-    standard_error_of_mean,
-    win_rate,
-)
-from mixdpo.margins_report import spearman
+from mixdpo.evaluation.length_control import GamedBaselines, LengthControlled, label, resampled_length_controlled
+from mixdpo.evaluation.win_rate import discrete_win_rate, resampled_win_rates, standard_error_of_mean, win_rate
+from mixdpo.signals.compare_margins import spearman
 
 LENGTH_CONTROL = SHARED / "lc"
 

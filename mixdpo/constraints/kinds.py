@@ -65,8 +65,10 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "titled": lambda text: re.match(r"<<[^<>\n]*\w[^<>\n]*>>", text) is not None,
 }
 
-TASK: dict[str, Any] = json.loads((files("mixdpo") / "data" / "constraints.json").read_text("utf-8"))
+
+TASK: dict[str, Any] = json.loads((files("mixdpo") / "constraints" / "constraints.json").read_text("utf-8"))
 """Requests, subjects, and of each kind what a `Kind` is besides its check, in the order that prompts are drawn by."""
+
 
 KINDS = {
     name: Kind(CHECKS[name], **{**row, "aspects": frozenset(row["aspects"])}) for name, row in TASK["kinds"].items()

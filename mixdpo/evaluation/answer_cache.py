@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from mixdpo import control_tokens, export, tokenization
+from mixdpo.data import chat_template as tokenization
+from mixdpo.data import control_tokens
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.generation import Generation
-from mixdpo.files import cache_root, or_without, read_json, write_json
+from mixdpo.model import export
+from mixdpo.storage.files import cache_root, or_without, read_json, write_json
 
 
 def kept_answers(of: Mapping[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:

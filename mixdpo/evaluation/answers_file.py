@@ -6,7 +6,7 @@ from typing import Any
 
 from mixdpo.evaluation.formats import Answered, Prompt
 from mixdpo.evaluation.generation import Generation
-from mixdpo.lines_file import LineFormat, LinesWriter
+from mixdpo.storage.lines_file import LineFormat, LinesWriter
 
 
 def _parse(row: dict[str, Any], header: dict[str, Any]) -> tuple[str, tuple[Generation, ...]]:

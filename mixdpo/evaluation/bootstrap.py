@@ -8,6 +8,8 @@ from numpy.typing import ArrayLike
 from mixdpo.errors import InputError
 
 LEVEL = 0.95  # share of the resampled means inside an interval
+
+
 _BLOCK = 2**22  # resampled indices held at once: 32 MB
 
 

@@ -7,9 +7,11 @@ import numpy as np
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.length_control import GamedBaselines
-from mixdpo.files import read_text
+from mixdpo.storage.files import read_text
 
 GAMED = ("preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
+
+
 _HUB = "AlpacaEval's is in the data set tatsu-lab/alpaca_eval on the Hugging Face hub"
 
 

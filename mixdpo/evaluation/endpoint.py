@@ -19,14 +19,27 @@ from mixdpo.evaluation.verdicts import Order
 
 Read = TypeVar("Read")
 
+
 INSTALL = "pip install -c constraints.txt -e '.[judge]'"
+
+
 CONTINUES = "the same command continues"
+
+
 FIRST_WAIT = 0.5
 """Seconds before the second attempt, a quarter more or less; each further wait is twice as long, up to LONGEST_WAIT."""
+
+
 LONGEST_WAIT = 30.0
+
+
 LONGEST_RETRY_AFTER = 600.0
 """Seconds that the endpoint may ask to wait; longer ends the whole thing."""
+
+
 TRY_AGAIN = {408, 409, 425, 429}
+
+
 HINTS = {
     401: "set OPENAI_API_KEY to a key that the endpoint knows",
     402: "pay what the endpoint asks for",

@@ -17,6 +17,8 @@ from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Generation
 
 Row = Mapping[str, Any]
+
+
 Rows = list[dict[str, Any]]
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mixdpo.data.chat_template import encode_answers, load_template
 from mixdpo.errors import InputError
-from mixdpo.models import evaluating
-from mixdpo.tokenization import encode_answers, load_template
+from mixdpo.model.forward import evaluating
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,23 @@
 """Gold scores, which need no judge: of greedy answers before and after training, and of one or two models' answers to a
 benchmark."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixdpo.data.sources import text_rows
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
 from mixdpo.evaluation.formats import SCORED, Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
-from mixdpo.make_pairs import Scorer, scores_of
-from mixdpo.sources import text_rows
+from mixdpo.storage.files import Row
+
+Scorer = Callable[[dict[str, Any], list[str]], Any]
+"""(prompt row, answers) -> a score for each; larger is better."""
 
 
 @dataclass(frozen=True)
@@ -128,3 +132,21 @@ def other_scores(path: str | None, prompts: Sequence[Prompt]) -> np.ndarray | No
         if other := [name for name, value in asked.items() if row.get(name) != value]:
             raise InputError(f"model.against: {path}, row {number} is another prompt ({', '.join(other)} differ)")
     return np.array([row["score"] for row in rows], dtype=float)
+
+
+def scores_of(scorer: Scorer, row: Row, texts: list[str]) -> list[float]:
+    """Scores of answers to one prompt row.
+
+    Raises:
+        InputError: the scorer refuses the row, or gives other than one finite number for each text.
+    """
+    prompt = f"prompt {row['prompt']!r:.80}"
+    try:
+        scores = [float(score) for score in scorer(row, texts)]
+    except InputError as error:
+        raise InputError(f"{prompt}: {error}") from error
+    if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+        raise InputError(
+            f"{prompt}: the scorer gave {scores} for {len(texts)} texts; it must give one finite number each"
+        )
+    return scores

@@ -5,20 +5,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixdpo.data.chat_template import PLAIN
 from mixdpo.errors import InputError
-from mixdpo.files import write_json
-from mixdpo.models import Dtype, Quantization, load_tokenizer
-from mixdpo.tokenization import PLAIN
-from mixdpo.trained import Device, read_trained
+from mixdpo.model.loading import Dtype, Quantization, load_tokenizer
+from mixdpo.model.trained import Device, read_trained
+from mixdpo.storage.files import write_json
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+
 PAPERS = {
     "mixdpo": "mmlu,truthfulqa_mc2,hellaswag,arc_challenge,winogrande",
     "token_cleaning": "mmlu,truthfulqa_mc2,hellaswag,arc_challenge,boolq,logiqa,tydiqa_goldp",
 }
+
+
 SHOTS = {"mmlu": 5, "tydiqa_goldp": 1}
 """Examples before a question, where a paper states them; of other tasks as many as the task itself says, or none."""
 

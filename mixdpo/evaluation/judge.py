@@ -15,12 +15,16 @@ from mixdpo.evaluation.judge_prompt import NoVerdict
 from mixdpo.evaluation.judge_report import report
 from mixdpo.evaluation.outputs import Comparison, content_hash, match, read_outputs
 from mixdpo.evaluation.verdicts import VERDICTS, Order, Verdict
-from mixdpo.lines_file import LinesWriter
+from mixdpo.storage.lines_file import LinesWriter
 
 Question = tuple[Comparison, Order]
+
+
 Judge = Any
 """`about` (what decides its verdicts, in JSON's types); `async with judge`; `await judge(comparison, order)` -> Answer,
 or raises NoVerdict."""
+
+
 Asked = tuple[Judge, dict[str, Any], list[Question]]
 """A judge, what decides its verdicts, and what to ask it."""
 

@@ -11,10 +11,15 @@ from mixdpo.evaluation.verdicts import Source
 LEAST_MASS = 0.01
 """Probability that the labels must have together: below it the judge began with something else, such as a refusal, and
 what is left of the labels is noise."""
+
+
 LABELS = ("X", "Y")
 """Of the response shown first and second. Letters that are no words (A is one), so that a token is one or is not."""
 
+
 _SYSTEM = "You compare two responses to the same instruction and say which one is better."
+
+
 _USER = """Two assistants were given this instruction:
 
 <instruction>

@@ -11,8 +11,14 @@ from mixdpo.errors import InputError
 from mixdpo.evaluation.win_rate import Estimate, bootstrap, checked, need_several
 
 GAMED_WEIGHT = 0.2 / 2  # AlpacaEval's regularize_to_baseline_lambda, shared by its two gamed baselines
+
+
 _GRADIENT = 1e-7  # largest norm of the mean loss' gradient at a solution: 1e-5 points; below, the loss is rounding
+
+
 _PULL = 1e-6  # of a resample's fit towards that of all prompts, which decides what a resample leaves open: 1e-4 points
+
+
 _SEPARATED = 1e-6  # mean of sides · d that is no rounding of the solver
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixdpo.data.messages import checked_text
 from mixdpo.errors import InputError
-from mixdpo.files import read_text
-from mixdpo.tables import checked_text
+from mixdpo.storage.files import read_text
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from mixdpo.adapters import base_fingerprint
-from mixdpo.batching import build_rows
+from mixdpo.batches.rows import build_rows
+from mixdpo.data.chat_template import load_template
+from mixdpo.data.encoding import EncodedPair, encode_pair
 from mixdpo.errors import InputError
 from mixdpo.evaluation.judge_prompt import Answer, NoVerdict
 from mixdpo.evaluation.outputs import Comparison
 from mixdpo.evaluation.verdicts import Order
-from mixdpo.models import check_vocabulary, gpu_dtype, load_reward_model, load_tokenizer
-from mixdpo.pair_tokenization import EncodedPair, encode_pair
-from mixdpo.signals import rewards
-from mixdpo.tokenization import load_template
+from mixdpo.model.identity import base_fingerprint
+from mixdpo.model.loading import check_vocabulary, gpu_dtype, load_reward_model, load_tokenizer
+from mixdpo.signals.signals import rewards
 
 
 class RewardJudge:

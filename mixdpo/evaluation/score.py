@@ -12,7 +12,7 @@ from mixdpo.evaluation.judged_prompts import Judged, facts, judged_prompts, shar
 from mixdpo.evaluation.length_control import GamedBaselines, label, resampled_length_controlled
 from mixdpo.evaluation.verdicts import read_verdicts
 from mixdpo.evaluation.win_rate import Estimate, resampled_win_rates, standard_error_of_mean
-from mixdpo.files import write_json
+from mixdpo.storage.files import write_json
 
 
 @dataclass(frozen=True)

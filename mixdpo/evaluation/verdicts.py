@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixdpo.errors import InputError
-from mixdpo.lines_file import LineFormat
+from mixdpo.storage.lines_file import LineFormat
 
 Order = Literal["model_first", "baseline_first"]
+
+
 Source = Literal["log_probs", "text", "reward_model"]
 
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from mixdpo.errors import InputError
-from mixdpo.log_probs import SequenceLogProbs
 from mixdpo.losses import functions
 from mixdpo.losses.functions import Pairs
+from mixdpo.model.fused_head import SequenceLogProbs
 
 OPTIONS: dict[str, tuple[str, Callable[[float], bool], str]] = {
     "beta": ("> 0", lambda x: x > 0, "β; most losses: pull towards the reference, per nat. MixDPO's: 0.01 to 0.05."),
@@ -91,23 +91,59 @@ def objective(
 
 
 DPO = objective("DPO", functions.cdpo, label_smoothing=0.0)
+
+
 CDPO = objective("CDPO", functions.cdpo)
+
+
 Robust = objective("Robust", functions.robust)
+
+
 IPO = objective("IPO", functions.ipo, averaged=True, sft_weight=7.0)
+
+
 Hinge = objective("Hinge", functions.hinge)
+
+
 SLiC = objective("SLiC", functions.slic, needs_reference=False, sft_weight=220.0)
+
+
 SimPO = objective("SimPO", functions.simpo, needs_reference=False, averaged=True)
+
+
 ORPO = objective("ORPO", functions.orpo, needs_reference=False, averaged=True)
+
+
 CPO = objective("CPO", functions.cpo, needs_reference=False)
+
+
 IRPO = objective("IRPO", functions.irpo)
+
+
 RDPO = objective("RDPO", functions.rdpo)
+
+
 DPOP = objective("DPOP", functions.dpop)
+
+
 KTOPair = objective("KTOPair", functions.kto_pair, batch_statistics=True)
+
+
 APOZero = objective("APOZero", functions.apo_zero)
+
+
 APODown = objective("APODown", functions.apo_down)
+
+
 SPPO = objective("SPPO", functions.sppo, sft_weight=2e5)
+
+
 DPONorm = objective("DPONorm", functions.dpo_norm, averaged=True)
+
+
 LDDPO = objective("LDDPO", functions.ld_dpo)
+
+
 CalDPO = objective("CalDPO", functions.cal_dpo, sft_weight=2e5)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import all_gather_object, get_rank, get_world_size, is_available, is_initialized
 from torch.nn.functional import logsigmoid, relu
 
-from mixdpo.log_probs import SequenceLogProbs
+from mixdpo.model.fused_head import SequenceLogProbs
 
 
 class Pairs:

@@ -1,32 +1,20 @@
 """What a YAML file says of token cleaning: how tokens are scored, which are kept, against which reference."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jsonargparse import lazy_instance
-from torch import nn
 
+from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
-from mixdpo.models import load_tokenizer
-from mixdpo.samples import TokenPool
+from mixdpo.model.loading import load_tokenizer
+from mixdpo.storage.identity import described
 from mixdpo.token_cleaning.scorers import ExcessLoss, TokenStatistics, is_online
 from mixdpo.token_cleaning.selection import Kept, Selection, select
 
 Scorer = Callable[[TokenStatistics], Any]
-
-
-def described(thing: Any) -> str:
-    """What it is and holds, in words that another process finds as well: a class without a repr says its address
-    instead, and a module without extra_repr leaves its attributes out."""
-    said = repr(thing).removeprefix("LazyInstance_")  # a default that YAML may override is a subclass of what it is for
-    is_module, kind = isinstance(thing, nn.Module), type(thing)
-    if kind.__repr__ is object.__repr__ or (is_module and kind.extra_repr is nn.Module.extra_repr):
-        held = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name not in vars(nn.Module())}
-        said = f"{said if is_module else kind.__qualname__}({held})"
-    return re.sub(r" at 0x[0-9a-f]+", "", said)
 
 
 @dataclass(frozen=True)

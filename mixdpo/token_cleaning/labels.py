@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mixdpo.batches.token_pool import turns
 from mixdpo.errors import InputError
-from mixdpo.files import write_json, written_whole
-from mixdpo.samples import turns
-from mixdpo.token_cleaning.stored import RunTokens, read_cleaning
+from mixdpo.storage.files import write_json, written_whole
+from mixdpo.token_cleaning.run_tokens import RunTokens, read_cleaning
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
 
 IGNORED = -100  # the label that cross-entropy skips
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from mixdpo.adapters import Role, role
-from mixdpo.models import row_log_probs, without_cast_cache
-from mixdpo.sft_batching import sample_rows
+from mixdpo.batches.rows import sample_rows
+from mixdpo.model.adapters import Role, role
+from mixdpo.model.forward import row_log_probs, without_cast_cache
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -10,20 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mixdpo.batches.token_pool import turns
 from mixdpo.errors import InputError
-from mixdpo.files import written_whole
-from mixdpo.samples import turns
-from mixdpo.token_cleaning.stored import RunTokens, ScoredStage, read_cleaning
+from mixdpo.storage.files import written_whole
+from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+
 Stage = dict[str, Any]
+
+
 BLUE, ORANGE = np.array([66, 146, 222]), np.array([246, 140, 50])  # light enough to carry black text
+
+
 COUNT, SHARE, NUMBER = "{:,}", "{:.1%}", "{:.3g}"
+
+
 COLUMNS = {"step": COUNT, "samples": COUNT, "tokens": COUNT, "kept_share": SHARE, "threshold": NUMBER, "ties": COUNT}
+
+
 COLUMNS |= {"ties_kept": COUNT, "samples_keeping_nothing": COUNT, "mean_abs_score": NUMBER, "planted_share": SHARE}
+
+
 COLUMNS |= {f"planted_{key}": NUMBER for key in ("auc", "precision", "recall")} | {"planted_kept_noise_rate": SHARE}
+
+
 PAGE = """<h2>Stages</h2><div class="card wide">{stages}</div>{parts}
 <h2>Samples</h2><div class="card legend"><span>low <i class="scale"></i> high score; white at the threshold</span>
 <span><b class="token dropped">cut</b>: no label, stays in the context</span>
@@ -32,7 +45,11 @@ PAGE = """<h2>Stages</h2><div class="card wide">{stages}</div>{parts}
 {samples}
 <details class="quiet"><summary>What the scores depend on</summary><code>{identity}</code></details>
 """
+
+
 PLANTED_KEY = '<span><b class="token planted">noise</b>: planted on purpose</span>'
+
+
 HISTOGRAM_TITLE = """<p class="quiet">Tokens by score, <b class="token" style="background:var(--blue)">kept</b> on
 <b class="token" style="background:var(--orange)">cut</b>; the outermost bars hold all beyond, 1 % a side</p>"""
 
@@ -51,7 +68,7 @@ def report(run: str, out: str | None = None, samples: int = 12, seed: int = 0) -
     Raises:
         InputError: `run` has no cleaning, its files do not fit each other, or its tokenizer is not found.
     """
-    from mixdpo.models import load_tokenizer
+    from mixdpo.model.loading import load_tokenizer
 
     if samples < 0:
         raise InputError(f"samples {samples}: need at least 0")
@@ -65,7 +82,7 @@ def report(run: str, out: str | None = None, samples: int = 12, seed: int = 0) -
 
 
 def write_page(path: Path, title: str, summary: str, body: str) -> None:
-    shell = Template((files("mixdpo") / "data" / "page.html").read_text("utf-8"))
+    shell = Template((files("mixdpo") / "pages" / "page.html").read_text("utf-8"))
     with written_whole(path) as partial:
         partial.write_text(shell.substitute(title=title, summary=summary, body=body), "utf-8")
     print(f"wrote {path}")

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from bad_input.case import Case, Place
-from mixdpo.adapters import Lora
 from mixdpo.evaluation import answer_cache
 from mixdpo.evaluation.answer_cache import kept_answers
-from mixdpo.files import write_json, written_whole
-from mixdpo.reference import ReferenceCache
-from mixdpo.routing import Routing
-from mixdpo.token_cleaning.token_losses import open_losses
+from mixdpo.model.adapters import Lora
+from mixdpo.model.reference_cache import ReferenceCache
+from mixdpo.routing.route import Routing
+from mixdpo.storage.files import write_json, written_whole
+from mixdpo.token_cleaning.scoring import open_losses
 from run import check_checkpoint
 
 # Caches: sqlite, npy, json. None is needed: each fault ends in a warning that names the file.

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from conftest import build, build_sft, fit, make_pairs, make_samples, write_pairs
 
-from mixdpo.adapters import Lora, add_adapters
-from mixdpo.export import save_adapter
-from mixdpo.models import load_base
+from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.export import save_adapter
+from mixdpo.model.loading import load_base
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import Random
 

@@ -11,9 +11,9 @@ from conftest import write_tiny
 from safetensors.torch import load_file, save_file
 
 from bad_input.case import Case, Place
-from mixdpo.adapters import Lora, add_adapters, add_reference, check_alike
-from mixdpo.models import load_tokenizer
-from mixdpo.packaged_model import model_folder
+from mixdpo.model.adapters import Lora, add_adapters, add_reference, check_alike
+from mixdpo.model.loading import load_tokenizer
+from mixdpo.model.packaged import model_folder
 
 # Models: a copy of the tiny one with a fault.
 

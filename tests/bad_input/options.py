@@ -14,20 +14,20 @@ from lightning.pytorch.callbacks import (
 from bad_input.case import Case, Place
 from datamodules.preference import PreferenceDataModule
 from datamodules.sft import SFTDataModule
-from lightning_modules.faults import LastCheckpoint
+from lightning_modules.callbacks.checkpoint import LastCheckpoint
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.sft import SFTModule
-from lightning_modules.token_cleaning import RefreshReference
 from mixdpo import losses
-from mixdpo.adapters import Lora
+from mixdpo.batches.steps import Slices, plan_stages
+from mixdpo.data.sources import open_source
 from mixdpo.evaluation.generation import generate
+from mixdpo.model.adapters import Lora
 from mixdpo.options import options
-from mixdpo.routing import Routing
-from mixdpo.samples import Slices, plan_stages
-from mixdpo.schedules import Constant, Cosine, StagedLinear
-from mixdpo.signals import ImplicitReward, Rating, RewardModel
-from mixdpo.sources import open_source
+from mixdpo.routing.route import Routing
+from mixdpo.routing.schedules import Constant, Cosine, StagedLinear
+from mixdpo.signals.signals import ImplicitReward, Rating, RewardModel
 from mixdpo.token_cleaning.cleaning import Cleaning, weigh
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Random
 from mixdpo.token_cleaning.selection import Selection, select

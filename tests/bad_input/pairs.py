@@ -9,7 +9,8 @@ from typing import Any
 import datasets
 
 from bad_input.case import GONE, Case, Place, changed
-from mixdpo.records import read_pairs, split_by_prompt
+from mixdpo.data.messages import split_by_prompt
+from mixdpo.data.pairs import read_pairs
 
 PAIR = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1.5}
 LINE = json.dumps(PAIR) + "\n"

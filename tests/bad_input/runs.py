@@ -65,7 +65,7 @@ def checkpoint(place: Place) -> tuple[str, ...]:
 def prompts(place: Place) -> tuple[str, ...]:
     rows = [{"prompt": "red tea", "constraints": [{"kind": "rhymes", "params": {}}]}]
     path = place.write("prompts.jsonl", rows)
-    return callback("lightning_modules.gold_evaluation.GoldEvaluation", prompts=path, max_new_tokens=2)
+    return callback("lightning_modules.callbacks.GoldEvaluation", prompts=path, max_new_tokens=2)
 
 
 def margins(place: Place) -> tuple[str, ...]:
@@ -118,8 +118,8 @@ RUNS = [
     Run(
         "model.schedule",
         "no such class",
-        ("--model.schedule", "mixdpo.schedules.Cosin"),
-        ("mixdpo.schedules.Cosin", HELP),
+        ("--model.schedule", "mixdpo.routing.schedules.Cosin"),
+        ("mixdpo.routing.schedules.Cosin", HELP),
     ),
     Run(
         "model.optimizer",
@@ -175,7 +175,7 @@ RUNS = [
     Run(
         "GoldEvaluation",
         "plain text instead of a template",
-        ("--data.chat_template", "plain", *callback("lightning_modules.gold_evaluation.GoldEvaluation")),
+        ("--data.chat_template", "plain", *callback("lightning_modules.callbacks.GoldEvaluation")),
         ("data.chat_template is plain", "or leave it out"),
     ),
     Run("name", "empty", ("--name", ""), ("names no folder", "give a name")),

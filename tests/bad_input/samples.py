@@ -6,9 +6,11 @@ from typing import Any
 from bad_input.case import GONE, Case, Place, changed
 from bad_input.pairs import KEYS, answer, user
 from mixdpo.constraints.scoring import ConstraintScorer
+from mixdpo.data.conversations import read_samples
+from mixdpo.data.prompts import read_prompts
 from mixdpo.evaluation.generation import Generation
-from mixdpo.make_pairs import make_pairs, pair_up, read_prompts, scores_of
-from mixdpo.sft_records import read_samples
+from mixdpo.evaluation.gold import scores_of
+from mixdpo.evaluation.make_pairs import make_pairs, pair_up
 
 CHAT = {"messages": [user("a"), answer("b")]}
 ALPACA = {"instruction": "a", "output": "b"}

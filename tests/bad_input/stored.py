@@ -10,12 +10,12 @@ import numpy as np
 from datasets import load_from_disk
 
 from bad_input.case import Case, Place
-from mixdpo.margins_file import MARGINS, MarginsWriter, read_margins
-from mixdpo.margins_report import compare
+from mixdpo.signals.compare_margins import compare
+from mixdpo.signals.margins_file import MARGINS, MarginsWriter, read_margins
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.labels import export_labels
 from mixdpo.token_cleaning.report import report
-from mixdpo.token_cleaning.stored import read_cleaning
+from mixdpo.token_cleaning.run_tokens import read_cleaning
 
 # Margins files.
 

@@ -5,8 +5,8 @@ from typing import Any
 import yaml
 
 from bad_input.case import Case, Place
-from mixdpo.study.design import read_study
-from mixdpo.study.run import _took
+from mixdpo.evaluation.study_design import read_study
+from mixdpo.evaluation.study_run import _took
 
 
 def study(**changes: Any) -> dict[str, Any]:

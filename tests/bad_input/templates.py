@@ -6,11 +6,11 @@ from typing import Any
 from conftest import TEMPLATE
 
 from bad_input.case import Case, Place
-from mixdpo.models import load_tokenizer
-from mixdpo.pair_tokenization import encode_pairs
-from mixdpo.records import read_pairs
-from mixdpo.sft_records import read_samples
-from mixdpo.sft_tokenization import encode_samples
+from mixdpo.data.conversation_encoding import encode_samples
+from mixdpo.data.conversations import read_samples
+from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.pairs import read_pairs
+from mixdpo.model.loading import load_tokenizer
 
 PAIR = {"prompt": "red tea", "chosen": "blue sun", "rejected": "moon", "margin": 1.0}
 SYSTEM = PAIR | {"prompt": [{"role": "system", "content": "sea"}, {"role": "user", "content": "red"}]}

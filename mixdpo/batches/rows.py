@@ -1,0 +1,164 @@
+"""Documents -> packed token rows: which tokens stand in a row, what attends to what, what is to be predicted."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+Document = tuple[int, ...]
+"""Its row; where it begins, where its first piece ends, where each further piece ends. Every further piece sees the
+first one and itself, and starts at the position after the first one."""
+
+
+def document_mask(documents: Sequence[Document], rows: int, length: int, device: Any = None) -> Tensor:
+    """(R, 1, T, T) bool, True = may attend: what `by_segment` computes, for other implementations of attention.
+
+    Padding attends to itself, since a row of the softmax with nothing to attend to is NaN.
+    """
+    mask = torch.eye(length, dtype=torch.bool, device=device).repeat(rows, 1, 1, 1)
+    for row, start, first, *ends in documents:
+        begin = start
+        for end in ends or (first,):
+            if begin > start:
+                mask[row, 0, begin:end, start:first] = True
+            block = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).tril()
+            mask[row, 0, begin:end, begin:end] = block
+            begin = end
+    return mask
+
+
+class Movable:
+    """A dataclass whose tensors go to another device together."""
+
+    def to(self, device: torch.device) -> Self:
+        there = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
+        for part in vars(self).values():
+            if isinstance(part, Tensor | Movable) and id(part) not in there:
+                pinned = isinstance(part, Tensor) and (part.device.type, device.type) == ("cpu", "cuda")
+                part_there = part.pin_memory() if pinned else part
+                options = {"non_blocking": True} if isinstance(part, Tensor) else {}
+                there[id(part)] = part_there.to(device, **options)
+        return replace(self, **{name: there[id(part)] for name, part in vars(self).items() if id(part) in there})
+
+
+@dataclass
+class TokenRows(Movable):
+    """Token sequences of one forward pass, and the list of what is to be predicted in them.
+
+    A row is one document or several that are blind to each other: a pair that shares its prompt, `[prompt | chosen |
+    rejected]`, with positions restarted after the prompt and the rejected response blind to the chosen one; one
+    completion with its own prompt; or an SFT sample. The list of targets is the only mask: the last prompt token
+    predicts the first token of both completions, which labels per position cannot say. What is not in the list (prompt,
+    padding, a hard pair's rejected response) can have no loss.
+
+    Attributes:
+        input_ids, position_ids: (R, T) int64.
+        source: [start, end) of the R·T flattened positions whose hidden states predict the targets, in their order.
+        target: (M,) int64 token ids.
+        completion: (M,) int64, b for the chosen and B + b for the rejected completion of pair b.
+        lengths: (2B,) int64, tokens of each completion, 0 where it is left out.
+        runs: (completion, tokens) of each completion that is there, in the order of the targets.
+        documents: what attends to what, as `mixdpo.model.attention` reads it.
+        tokens: positions that are not padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    source: tuple[tuple[int, int], ...]
+    target: Tensor
+    completion: Tensor
+    lengths: Tensor
+    runs: tuple[tuple[int, int], ...]
+    documents: tuple[Document, ...]
+    tokens: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether each row is one sequence from position 0 on: what the model's own forward computes."""
+        return len(self.documents) == len(self.input_ids) and all(len(document) <= 4 for document in self.documents)
+
+    def sequences(self) -> Iterator[Tensor]:
+        """Token ids of each completion with its prompt, as it would stand alone; a pair's chosen one comes first."""
+        for row, start, first, *ends in self.documents:
+            ids = self.input_ids[row]
+            for begin, end in zip((first, *ends), ends, strict=False):
+                yield torch.cat([ids[start:first], ids[begin:end]])
+
+    def attention_mask(self) -> Tensor:
+        """(R, 1, T, T) bool, True = may attend; `mixdpo.batches.rows.document_mask`."""
+        return document_mask(self.documents, *self.input_ids.shape, device=self.input_ids.device)
+
+
+def build_rows(
+    pairs: Sequence[Mapping[str, Any]],
+    with_chosen: Sequence[bool],
+    with_rejected: Sequence[bool],
+    share_prompt: bool = True,
+    pack: int = 0,
+) -> TokenRows:
+    """Rows that hold the named completions of B pairs; a pair with neither is nowhere. `pack` as for `token_rows`."""
+    documents: list[list[Piece]] = []
+    for b, pair in enumerate(pairs):
+        prompt = Piece(pair["prompt_ids"])
+        sides = ((with_chosen, b, "chosen_ids"), (with_rejected, len(pairs) + b, "rejected_ids"))
+        parts = [Piece(pair[ids], number, (0, len(pair[ids]))) for wanted, number, ids in sides if wanted[b]]
+        documents += [
+            [prompt, *pieces] for pieces in ([parts] if share_prompt else [[part] for part in parts]) if pieces
+        ]
+    return token_rows(documents, 2 * len(pairs), pack)
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of a document; `spans` [start, end, …) of the ids are targets, of the completion of this
+    number. A document's first piece begins at position 0, every further one after the first, by whose last token a
+    target that begins it is predicted."""
+
+    ids: Sequence[int]
+    completion: int = -1
+    spans: Sequence[int] = ()
+
+
+def token_rows(documents: Sequence[Sequence[Piece]], completions: int, pack: int = 0) -> TokenRows:
+    """Documents as rows: one a row, or with `pack` as many as follow each other and fit into so many tokens."""
+    sizes = [sum(len(piece.ids) for piece in document) for document in documents]
+    starts: list[tuple[int, int]] = []  # row and first column of each document
+    used: list[int] = []
+    for size in sizes:
+        if not used or used[-1] + size > pack:
+            used.append(0)
+        starts.append((len(used) - 1, used[-1]))
+        used[-1] += size
+    width = max(used)
+    input_ids, positions = torch.zeros(2, len(used), width, dtype=torch.long)
+    source: list[tuple[int, int]] = []
+    target: list[int] = []
+    completion: list[int] = []
+    bounds: list[Document] = []
+    for document, (row, begin) in zip(documents, starts, strict=True):
+        ends = [begin]
+        for number, piece in enumerate(document):
+            start, end = ends[-1], ends[-1] + len(piece.ids)
+            position = len(document[0].ids) if number else 0
+            input_ids[row, start:end] = torch.as_tensor(piece.ids)
+            positions[row, start:end] = torch.arange(position, position + len(piece.ids))
+            for first, last in zip(piece.spans[::2], piece.spans[1::2], strict=True):
+                before = start + first - 1 if first else begin + position - 1
+                spans = ((before, before + 1), (start + first, start + last - 1))
+                source += [(row * width + begins, row * width + stops) for begins, stops in spans if begins < stops]
+                target += piece.ids[first:last]
+                completion += [piece.completion] * (last - first)
+            ends.append(end)
+        bounds.append((row, *ends))
+    lists = [torch.tensor(values, dtype=torch.long) for values in (target, completion)]
+    lengths = torch.bincount(lists[1], minlength=completions)
+    runs = tuple((number, len(list(run))) for number, run in groupby(completion))
+    return TokenRows(input_ids, positions, tuple(source), *lists, lengths, runs, tuple(bounds), tokens=sum(sizes))
+
+
+def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:
+    """Samples as token rows: one a row, or with `pack` as many as fit into so many tokens, blind to each other."""
+    documents = [[Piece(sample["input_ids"], b, sample["spans"])] for b, sample in enumerate(samples)]
+    return token_rows(documents, len(samples), pack)

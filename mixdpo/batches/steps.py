@@ -1,0 +1,105 @@
+"""Order -> optimizer steps -> micro-batches, and the stages that steps belong to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mixdpo.errors import InputError
+
+MicroBatch = tuple[tuple[int, ...], float, int]
+"""Indices of the pairs in the encoded data, the weight they carry (0 = filler), the number of pairs in the step."""
+
+
+Split = Literal["contiguous", "shuffled"]
+
+
+def plan_steps(order: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
+    """Consecutive pieces of the order, one per optimizer step; the last one may be shorter."""
+    return [tuple(int(i) for i in order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
+def cut_step(step: Sequence[int], tokens: Sequence[int], *, accumulate: int, world: int, rank: int) -> list[MicroBatch]:
+    """The `accumulate` micro-batches of one step that this rank computes.
+
+    Pairs go, longest first, to the lightest of the step's `accumulate × world` micro-batches; those of like size
+    run at the same time on different ranks. A micro-batch left empty gets the step's shortest pair with weight 0.
+    Among pairs of equal length the place in the step decides: the order of the rows in the file must change nothing.
+
+    Args:
+        step: indices of the step's pairs.
+        tokens: tokens of every pair in the data, by index.
+    """
+    bins: list[list[int]] = [[] for _ in range(accumulate * world)]
+    loads = [0] * len(bins)
+    for index in sorted(step, key=lambda i: -tokens[i]):
+        # among bins of equal load the emptier first, so that the first pairs spread
+        lightest = min(range(len(bins)), key=lambda b: (loads[b], len(bins[b]), b))
+        bins[lightest].append(index)
+        loads[lightest] += tokens[index]
+    filler = (min(step, key=lambda i: tokens[i]),)
+    heaviest_first = sorted(range(len(bins)), key=lambda b: (-loads[b], b))
+    mine = [bins[b] for b in heaviest_first][rank::world]
+    return [(tuple(pairs), 1.0, len(step)) if pairs else (filler, 0.0, len(step)) for pairs in mine]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How the samples are divided into stages: a slice is trained completely before the next one begins.
+
+    Args:
+        count: T + 1 equal slices; 1 is ordinary training.
+        split: contiguous cuts the file as it lies, as published; shuffled draws the slices by the seed.
+        only: Numbers of the slices to train, from 0; null trains all, in order.
+        passes: Times that a slice is trained before the next one begins.
+        seed: Of the order of the samples within a slice and, when shuffled, of the slices.
+    """
+
+    count: int = 1
+    split: Split = "contiguous"
+    only: list[int] | None = None
+    passes: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.passes < 1:
+            raise InputError(f"slices.count ({self.count}) and slices.passes ({self.passes}) must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"slices.seed must be at least 0, not {self.seed}")
+        if self.only is not None and (not self.only or sorted(set(self.only)) != list(self.only)):
+            raise InputError(f"slices.only must name slices once, in rising order, not {self.only}")
+        if self.only is not None and not 0 <= self.only[0] <= self.only[-1] < self.count:
+            raise InputError(f"slices.only {self.only}: there are slices 0 to {self.count - 1} (slices.count)")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One slice of the data. `samples` (n,) int64; `steps`: the samples of each optimizer step, all passes."""
+
+    slice: int
+    samples: np.ndarray
+    steps: list[tuple[int, ...]]
+
+
+def plan_stages(samples: int, slices: Slices, *, batch_size: int) -> list[Stage]:
+    """Which samples each stage trains, and in which steps.
+
+    Raises:
+        InputError: fewer samples than slices.
+    """
+    if samples < slices.count:
+        raise InputError(f"{samples} samples cannot be divided into {slices.count} slices (data.slices.count)")
+    order = np.arange(samples)
+    if slices.split == "shuffled":
+        order = np.random.default_rng([slices.seed, 0]).permutation(samples)
+    stages = []
+    for number, piece in enumerate(np.array_split(order, slices.count)):
+        if slices.only is not None and number not in slices.only:
+            continue
+        steps: list[tuple[int, ...]] = []
+        for turn in range(slices.passes):
+            drawn = np.random.default_rng([slices.seed, 1 + number, turn]).permutation(piece).tolist()
+            steps += [tuple(drawn[i : i + batch_size]) for i in range(0, len(drawn), batch_size)]
+        stages.append(Stage(number, np.sort(piece), steps))
+    return stages

@@ -1,0 +1,64 @@
+"""SFT samples as one flat pool of response tokens, and the stages in which they are trained."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TokenPool:
+    """N samples and their M response tokens, numbered sample by sample: what scores, masks and weights refer to.
+
+    Attributes:
+        samples: N encoded samples: `input_ids`, `spans` [start, end, …) of the response tokens, `source`, …
+        offsets: (N+1,) int64; the tokens of sample n have the numbers offsets[n] to offsets[n + 1].
+        identity: what must be the same for numbers of tokens to mean the same tokens: data, tokenizer, template, …; its
+            part `ids` is a hash of the token ids and spans themselves, whatever made them.
+    """
+
+    samples: Any
+    offsets: np.ndarray
+    identity: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, samples: Any, identity: Mapping[str, str]) -> "TokenPool":
+        counts, digest = [], hashlib.sha256()
+        for ids, spans in zip(samples["input_ids"], samples["spans"], strict=True):
+            counts.append(sum(spans[1::2]) - sum(spans[::2]))
+            digest.update(np.array([len(ids), *ids, *spans], dtype=np.int32).tobytes())
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        return cls(samples, offsets, {**identity, "ids": digest.hexdigest()[:16]})
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def tokens(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Numbers of all tokens of these samples, sample by sample."""
+        ranges = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices]
+        return np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)
+
+    def offsets_of(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n+1,) where the tokens of these samples begin in what `tokens` returns."""
+        return np.concatenate([[0], np.cumsum(np.diff(self.offsets)[indices])])
+
+    def target_ids(self) -> np.ndarray:
+        """(M,) int32, the ids of the response tokens."""
+        pieces = [
+            np.concatenate([ids[start:end] for start, end in turns(spans)])
+            for ids, spans in zip(self.samples["input_ids"], self.samples["spans"], strict=True)
+        ]
+        return np.concatenate(pieces).astype(np.int32)
+
+    def planted(self) -> np.ndarray | None:
+        """(M,) bool, which tokens are noise that was planted; None where none was."""
+        if "planted" not in self.samples.column_names:
+            return None
+        return np.concatenate([np.asarray(marks, dtype=bool) for marks in self.samples["planted"]])
+
+
+def turns(spans: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end, …] -> (start, end) of each response."""
+    return list(zip(spans[::2], spans[1::2], strict=True))

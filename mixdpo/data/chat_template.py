@@ -1,0 +1,184 @@
+"""Chat template -> token ids of a prompt and of answers to it; tables of texts -> cached tables of ids."""
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixdpo.data.control_tokens import chat_ids_as_text, control_tokens, ids_as_text
+from mixdpo.errors import InputError
+from mixdpo.storage.files import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+Messages = list[dict[str, str]]
+
+
+PLAIN = "plain"
+
+
+TODAY_CALL = re.compile(r"""\bstrftime_now\s*\((?:\s*(?P<quote>["'])(?P<form>[^"']*)(?P=quote)\s*\)|[^)]*\)?)""")
+
+
+DATE = datetime(2024, 7, 26)
+"""What templates that write today's date, such as Llama-3.2's, write here, whatever day it is: else the same text would
+be other tokens tomorrow. It is the one that Llama's own falls back to."""
+
+
+def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
+    """The Jinja template to render with, or `"plain"`; today's date in it is `DATE`.
+
+    Args:
+        tokenizer: its own template is used when `chat_template` is None.
+        chat_template: path of a template, a template itself, or `"plain"`: the prompt's messages joined by a newline,
+            directly followed by the completion and the tokenizer's eos token.
+
+    Raises:
+        InputError: there is no template, `chat_template` is neither a file nor a template, or it writes today's date in
+            a form that is not given as a text.
+    """
+    if chat_template is None:
+        if tokenizer.chat_template is None:
+            raise InputError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template: give `chat_template`, a path of a "
+                f"Jinja template or {PLAIN!r} (prompt, completion and eos token as they are)."
+            )
+        template = tokenizer.get_chat_template()
+    elif chat_template == PLAIN or _is_template(chat_template):
+        template = chat_template
+    elif not (path := Path(chat_template).expanduser()).is_file():
+        raise InputError(f"chat_template {chat_template!r} is no file, no Jinja template and not {PLAIN!r}.")
+    elif not _is_template(template := read_text(path)):
+        raise InputError(f"chat_template {chat_template!r} holds no Jinja template: there is no {{{{ or {{% in it.")
+    return TODAY_CALL.sub(_dated, template)
+
+
+def _dated(call: re.Match[str]) -> str:
+    if call["form"] is None:
+        raise InputError(
+            f"the chat template writes today's date by {call[0]!r}, and no text says in which form: give a copy as "
+            "`chat_template` in which a date stands there"
+        )
+    return repr(DATE.strftime(call["form"]))
+
+
+def _is_template(text: str) -> bool:
+    return "{{" in text or "{%" in text
+
+
+def shared_length(*sequences: Sequence[Any]) -> int:
+    """Length of the longest common prefix, which is that of the first and the last in lexicographic order."""
+    first, last = min(sequences), max(sequences)
+    return next((position for position, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+
+
+def encode_answers(
+    tokenizer: "Tokenizer", template: str, prompt: Messages, *completions: str, special_tokens_in_text: bool = False
+) -> list[list[int]]:
+    """Ids of the prompt and of prompt + each completion with its end token, through a template of `load_template`.
+
+    Raises:
+        InputError: the template fails, changes the prompt once an answer follows, leaves out part of an answer, or
+            writes no end token.
+    """
+    texts = [*(message["content"] for message in prompt), *completions]
+    as_text = not special_tokens_in_text and bool(control_tokens(tokenizer, texts))
+    encode = _encode_plain if template == PLAIN else partial(_encode_chat, template=template)
+    return encode(tokenizer, prompt, *completions, as_text=as_text)
+
+
+def _encode_chat(
+    tokenizer: "Tokenizer", prompt: Messages, *completions: str, template: str, as_text: bool
+) -> list[list[int]]:
+    """Ids of the prompt and of prompt + each completion, each cut after the end token."""
+    answers = [[*prompt, {"role": "assistant", "content": completion}] for completion in completions]
+    texts = [_render(tokenizer, template, prompt, add_generation_prompt=True)]
+    texts += [_render(tokenizer, template, messages, add_generation_prompt=False) for messages in answers]
+    shared = texts[0][: shared_length(*texts)]
+    if prompt[-1]["content"].strip() not in shared:
+        raise InputError(
+            "the chat template shows the last user message differently once an answer follows it, or not at all: give "
+            "another `chat_template`"
+        )
+    if any(message["role"] == "system" and message["content"].strip() not in shared for message in prompt):
+        raise InputError(
+            "the chat template leaves the system message out: give a `chat_template` that shows it, or data without"
+        )
+    if any(_bare(answer) not in _bare(text) for answer, text in zip(completions, texts[1:], strict=True)):
+        raise InputError(
+            "the chat template leaves out part of an answer (reasoning, perhaps): give a `chat_template` that shows it"
+        )
+    if as_text:
+        prompt_ids = chat_ids_as_text(tokenizer, prompt, template, add_generation_prompt=True)
+        wholes = [chat_ids_as_text(tokenizer, chat, template, add_generation_prompt=False) for chat in answers]
+    else:  # The template writes BOS itself: special tokens added here would double it.
+        prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [prompt_ids, *(_cut_after_end_token(tokenizer, whole) for whole in wholes)]
+
+
+def _render(tokenizer: "Tokenizer", template: str, messages: Messages, *, add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # a template is a program: it can fail in any way
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"the chat template refuses messages of the roles ({roles}): {error}. Give another `chat_template`, or "
+            "other roles"
+        ) from error
+
+
+def _bare(text: str) -> str:
+    """Without white space, which templates trim."""
+    return "".join(text.split())
+
+
+def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
+    """Without the white space that templates add after the end token, which a model never gets to generate."""
+    for end in range(len(ids), 0, -1):
+        text = tokenizer.decode(ids[end - 1 : end])
+        if text and not tokenizer.decode(ids[end - 1 : end], skip_special_tokens=True):
+            return ids[:end]
+        if text.strip():
+            break
+    raise InputError(
+        f"the chat template ends an answer with {tokenizer.decode(ids[-3:])!r}, which is no special token: the model "
+        "would never learn to stop. Give a `chat_template` that writes eos_token after an answer."
+    )
+
+
+def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, *completions: str, as_text: bool) -> list[list[int]]:
+    """BOS, where the tokenizer is one that starts a text with it, + text as it is; eos after a completion."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if eos is None:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no eos token, which {PLAIN!r} ends an answer with: name one "
+            "in its tokenizer_config.json, or give another `chat_template`"
+        )
+    start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    text = "\n".join(message["content"] for message in prompt)
+    texts = [text, *(text + completion for completion in completions)]
+    if as_text:
+        prompt_ids, *wholes = (ids_as_text(tokenizer, text) for text in texts)
+    else:
+        prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [start + prompt_ids, *(start + whole + [eos] for whole in wholes)]
+
+
+def tokenizer_state(tokenizer: "Tokenizer") -> str:
+    """What decides the ids of a text, as json: not the padding and truncation state, which changes with use.
+
+    Raises:
+        InputError: it is not a fast tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json), which is needed here.")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return json.dumps([backend, special], sort_keys=True)

@@ -1,0 +1,120 @@
+"""A row -> messages: what a text may hold, which columns are refused, what prompts have in common."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mixdpo.errors import InputError
+from mixdpo.storage.identity import hash63
+
+Message = dict[str, str]
+
+
+LIST_AS_TEXT = re.compile(
+    r"""\s*\[\s*\{\s*['"](role['"]\s*:\s*['"](user|assistant|system)['"]\s*,\s*['"]content|"""
+    r"""content['"]\s*:.*['"]role['"]\s*:\s*['"](user|assistant|system)['"]\s*\})""",
+    re.DOTALL,
+)
+
+
+IGNORED = ("system", "history")  # columns that other trainers put before the prompt
+
+
+UNRENDERED = ("tool_calls", "reasoning_content")  # parts of a message beside its content
+
+
+def prompt_texts(prompt: str | Sequence[Message]) -> list[str]:
+    """What makes two prompts the same one: the texts of the messages, without the white space around them."""
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return [text.strip() for text in texts]
+
+
+def split_by_prompt(prompts: Any, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices for (training, validation); all pairs of one prompt land on one side.
+
+    The side is a hash of (prompt, seed) alone, so adding rows moves no other row; `fraction` is met on average.
+
+    Args:
+        prompts: texts or message lists, or a data set with a `prompt` column.
+        fraction: share of the prompts for validation, 0 to 1; 0 leaves validation empty.
+        seed: another seed, another split.
+
+    Raises:
+        InputError: the fraction is out of range, or leaves training empty, or (when not 0) validation.
+    """
+    if not 0 <= fraction < 1:
+        raise InputError(f"the validation fraction should be at least 0 and below 1, not {fraction}.")
+    if hasattr(prompts, "column_names"):
+        prompts = prompts["prompt"]
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, prompt in enumerate(prompts):
+        share = hash63(json.dumps([seed, prompt_texts(prompt)])) / 2**63
+        sides[share < fraction].append(index)
+    if not sides[0] or (fraction and not sides[1]):
+        raise InputError(
+            f"a validation fraction of {fraction} splits {sum(map(len, sides))} pairs into {len(sides[0])} for "
+            f"training and {len(sides[1])} for validation: change the fraction or the seed, or give more prompts."
+        )
+    return sides
+
+
+def parse_messages(row: dict[str, Any], column: str) -> list[Message]:
+    """The column as messages; a plain string is one message of the assistant."""
+    if column not in row:
+        raise InputError(f"the column {column!r} is missing or null.")
+    value = row[column]
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": plain_text(value, column)}]
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{column!r} should be text or a list of messages, not {value!r:.80}.")
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise InputError(f"{column!r} holds {message!r:.80}; a message has the keys 'role' and 'content'.")
+        if lost := [key for key in UNRENDERED if message.get(key)]:
+            raise InputError(
+                f"a message of {column!r} has {' and '.join(lost)}, and only 'content' is read: put it in there, or "
+                "leave the row out."
+            )
+    return [{key: checked_text(message[key], f"{column}.{key}") for key in ("role", "content")} for message in value]
+
+
+def plain_text(value: Any, column: str) -> str:
+    """
+    Raises:
+        InputError: it is no text, or the text is what a table wrote of a list of messages.
+    """
+    text = checked_text(value, column)
+    if LIST_AS_TEXT.match(text):
+        raise InputError(
+            f"{column!r} is a list of messages that was saved as text: {text!r:.80}. Save the data as .jsonl or "
+            ".parquet, in which a list stays one."
+        )
+    return text
+
+
+def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
+    """
+    Raises:
+        InputError: a column that is not read says what no message says. What tables write for nothing is nothing.
+    """
+    said = ["", "[]", "nan", "None", *(message["content"].strip() for message in messages)]
+    for column in IGNORED:
+        value = row.get(column)
+        if value and not (isinstance(value, str) and value.strip() in said):
+            raise InputError(
+                f"the column {column!r} is not read, and here it holds {value!r:.80}: put it into the prompt, as "
+                "messages with roles, or remove the column."
+            )
+
+
+def checked_text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{column!r} should be text, not {value!r:.80}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{column!r} holds half a surrogate pair at character {error.start + 1}: remove it or write the whole pair."
+        ) from None
+    return value

@@ -1,0 +1,50 @@
+"""Prompt rows of a file: read and checked."""
+
+from itertools import islice
+from pathlib import Path
+
+from mixdpo.data.messages import parse_messages, refuse_ignored
+from mixdpo.data.sources import BUILT_IN, open_source
+from mixdpo.errors import InputError
+from mixdpo.storage.files import Row
+
+DEFAULT_PROMPTS = 1000
+
+
+def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[Row]:
+    """Prompt rows of a .jsonl file; for `heldout` those held out of the task `constraints`, for `builtin` as many new
+    ones of it as `limit` says (default 1000).
+
+    Raises:
+        InputError: no such file, no rows, or a row that is no JSON object with a non-empty `prompt`.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit}: need at least 1")
+    if source == "builtin":
+        from mixdpo.constraints.prompts import training_prompts
+
+        return training_prompts(limit or DEFAULT_PROMPTS, seed)
+    if source not in BUILT_IN and not Path(source).is_file():
+        raise InputError(f"prompts {source!r}: no such file; give a .jsonl file, `builtin` or `heldout`")
+    rows = []
+    for number, row in islice(open_source(source, "train").rows, limit):
+        try:
+            _check_prompt(row)
+        except InputError as error:
+            raise InputError(f"{source}, row {number}: {error}") from error
+        rows.append(row)
+    if not rows:
+        raise InputError(f"prompts {source!r}: the file is empty; give one with prompts")
+    return rows
+
+
+def _check_prompt(row: Row) -> None:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str | list) or not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise InputError('need an object with "prompt", a text or a list of messages')
+    messages = parse_messages(row, "prompt")
+    refuse_ignored(row, messages)
+    if isinstance(prompt, list) and messages[-1]["role"] != "user":
+        raise InputError(f"'prompt' should end in a message of role 'user', not {messages[-1]['role']!r}.")
+    if not isinstance(row.get("part", ""), str):
+        raise InputError(f"'part' should be the name of a part of the prompts, not {row['part']!r}.")

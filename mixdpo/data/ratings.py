@@ -1,0 +1,130 @@
+"""Difficulty margins from the scores that a data set brings along: chosen minus rejected, one float per pair.
+
+The margin decides which pairs are hard, so a missing or unreadable score is an error, never a default.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from mixdpo.errors import InputError
+
+MarginColumns = tuple[str, ...]
+"""One column that holds the margin, or two: chosen and rejected score, or `REWARD_MODEL_COLUMNS`."""
+
+
+REAL = (int, float, str, Decimal)  # csv has text only, parquet decimals
+
+
+REWARD_MODEL_COLUMNS: MarginColumns = ("all_rm_scores", "all_generated_responses")
+
+
+KNOWN_COLUMNS: tuple[MarginColumns, ...] = (
+    ("margin",),
+    ("score_chosen", "score_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen_score", "rejected_score"),
+    REWARD_MODEL_COLUMNS,
+)
+
+
+def find_margin_columns(
+    columns: Iterable[str], named: str | Sequence[str] | None = None, needed: bool = True
+) -> MarginColumns:
+    """Columns to take the margin from: those `named`, else the first entry of `KNOWN_COLUMNS` that is present.
+
+    Args:
+        columns: the columns of the data.
+        named: one column that holds the margin, or two names, [chosen_column, rejected_column].
+        needed: whether data without a known column is refused; else it has none: ().
+
+    Raises:
+        InputError: a named column is absent, more than two are named, or no known column is present and one is needed;
+            the reader adds file, row and the columns there are.
+    """
+    present = sorted(columns)
+    if named is not None:
+        return _named_columns(present, named)
+    for known in KNOWN_COLUMNS:
+        if set(known) <= set(present):
+            return known
+    if not needed:
+        return ()
+    accepted = "; ".join(" and ".join(known) for known in KNOWN_COLUMNS)
+    raise InputError(
+        f"no column to take the margin from. Known: {accepted}. "
+        "Name yours (data.margin): one column that holds the margin, or two, [chosen_column, rejected_column]. Without "
+        "any, run.py predict computes margins; DPO in random order needs none (configs/controls/dpo.yaml, with "
+        "data.validation_threshold null)."
+    )
+
+
+def row_margin(row: dict[str, Any], columns: MarginColumns) -> float:
+    """Margin of one row: the column itself, or score of the chosen minus score of the rejected completion.
+
+    Raises:
+        InputError: a column is absent or its value is no finite number; the reader adds file and row.
+    """
+    if columns == REWARD_MODEL_COLUMNS:
+        chosen, rejected = _reward_model_scores(row)
+        return chosen - rejected
+    numbers = [_number(_value(row, column), column) for column in columns]
+    return numbers[0] if len(numbers) == 1 else _number(numbers[0] - numbers[1], " - ".join(columns))
+
+
+def _named_columns(present: list[str], named: str | Sequence[str]) -> MarginColumns:
+    names = (named,) if isinstance(named, str) else tuple(named)
+    if names == REWARD_MODEL_COLUMNS[:1]:
+        names = REWARD_MODEL_COLUMNS
+    if len(names) not in (1, 2):
+        raise InputError(f"the margin takes one column or [chosen_column, rejected_column], not {list(names)}.")
+    if len(set(names)) < len(names):
+        raise InputError(f"the margin columns are both {names[0]}, so every margin is 0: name two, or one.")
+    absent = [name for name in names if name not in present]
+    if absent:
+        raise InputError(f"no margin column {', '.join(absent)}.")
+    return names
+
+
+def _value(row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise InputError(f"the margin column {column!r} is missing.")
+    return row[column]
+
+
+def _number(value: Any, column: str) -> float:
+    """A finite float; strings are parsed, because csv knows nothing else. A bool is no score."""
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, REAL) else float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{column!r} should be a finite number, not {value!r:.80}.")
+    return number
+
+
+def _reward_model_scores(row: dict[str, Any]) -> tuple[float, float]:
+    """Scores of the chosen and the rejected text, found by text among all responses to the prompt.
+
+    A response that was generated twice can carry two scores; the pair is best against worst, so the chosen text takes
+    its highest and the rejected text its lowest.
+    """
+    scores, responses = (_value(row, column) for column in REWARD_MODEL_COLUMNS)
+    if not isinstance(scores, list) or not isinstance(responses, list) or len(scores) != len(responses):
+        raise InputError(f"{' and '.join(REWARD_MODEL_COLUMNS)} should be two lists of one length.")
+    return max(_scores_of(row, "chosen", scores, responses)), min(_scores_of(row, "rejected", scores, responses))
+
+
+def _scores_of(row: dict[str, Any], side: str, scores: list[Any], responses: list[Any]) -> list[float]:
+    text = _value(row, side)
+    if isinstance(text, list) and text and isinstance(text[-1], dict):
+        text = text[-1].get("content")
+    found = [
+        _number(score, "all_rm_scores") for score, response in zip(scores, responses, strict=True) if response == text
+    ]
+    if not found:
+        raise InputError(
+            f"the {side} text is none of its {len(responses)} all_generated_responses, so it has no score."
+        )
+    return found

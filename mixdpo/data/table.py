@@ -1,0 +1,118 @@
+"""Rows of any source -> one memory-mapped table of records, with row numbers, ids and counts of what was left out."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixdpo.data import sources
+from mixdpo.data.messages import checked_text
+from mixdpo.data.sources import Source, open_source
+from mixdpo.errors import InputError
+from mixdpo.storage.identity import hash63
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The usable rows of one source, memory-mapped: `row` (int64, from 1) is the line of a json-lines file, else the
+    record. `dropped` counts rows kept out by cause."""
+
+    dataset: "Dataset"
+    dropped: dict[str, int]
+    source: str
+
+
+def read_table(
+    source: str, split: str, limit: int | None, noun: str, parse: Parse, columns: dict[str, Any], *, key: list[Any]
+) -> Table:
+    """The usable rows of a source.
+
+    Args:
+        noun: what a row is; its id is the column NOUN_id.
+        parse: a row and {id: row number} of those before it -> a record, in which `drop` says why it is not usable.
+        columns: name and type of the table's columns, `row` and `drop` aside.
+        key: what the table depends on besides the data, `limit`, and the code of this module and of `sources`.
+
+    Raises:
+        InputError: the source cannot be read, a row is malformed, or none is usable.
+    """
+    from datasets import Dataset, Features, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    if limit is not None and limit < 1:
+        raise InputError(f"limit should be at least 1 or absent, not {limit}.")
+    opened = open_source(source, split)
+    features = Features(columns | {"row": Value("int64"), "drop": Value("string")})
+    # the content of the data and of the code that reads it; a cached table tells as well what it kept out
+    code = [Path(module).read_text("utf-8") for module in (__file__, sources.__file__)]
+    content = json.dumps([opened.name, opened.key, [*key, limit], code])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
+    rows = partial(_table_rows, opened, parse, f"{noun}_id", limit)
+    try:
+        table = Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise InputError(
+            f"{opened.name} cannot be kept as a table: {error.__cause__ or error}. Check the values of its columns and "
+            "the room that is left in HF_DATASETS_CACHE"
+        ) from error
+    causes = table["drop"]
+    kept = [index for index, cause in enumerate(causes) if not cause]
+    dropped = dict(Counter(cause for cause in causes if cause))
+    if not kept:
+        raise InputError(
+            f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}): give other data."
+        )
+    table = table.remove_columns("drop")
+    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name)
+
+
+def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None) -> Iterator[dict[str, Any]]:
+    rows_of_ids: dict[int, int] = {}
+    usable = 0
+    for number, row in source.rows:
+        try:
+            record = parse(row, rows_of_ids)
+        except InputError as error:
+            raise InputError(f"{source.name}, row {number}: {error} Columns present: {', '.join(row)}.") from error
+        rows_of_ids[record[id_column]] = number
+        yield record | {"row": number}
+        usable += not record["drop"]
+        if usable == limit:
+            return
+    if not rows_of_ids:
+        raise InputError(f"{source.name} holds no rows: give a file or split with some.")
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Null counts as absent: a table, and JSON made of one, has every column in every row."""
+    return {column: value for column, value in row.items() if value is not None}
+
+
+def row_id(row: dict[str, Any], column: str, content: str, rows_of_ids: dict[int, int]) -> int:
+    """Hash of the row's value in `column`; without one, of its content, where a repeated row gets the next number."""
+    if column not in row:
+        repeat = 0
+        while (number := hash63(f"{content} {repeat}")) in rows_of_ids:
+            repeat += 1
+        return number
+    name = row[column]
+    if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
+        raise InputError(f"{column!r} should be text or a whole number, not {name!r:.80}.")
+    number = hash63(checked_text(str(name), column))
+    if number in rows_of_ids:
+        raise InputError(
+            f"{column} {name!r:.80} was already given by row {rows_of_ids[number]}; each row needs its own."
+        )
+    return number

@@ -1,0 +1,247 @@
+"""One set of weights, several roles: LoRA adapters on one frozen base, switched by flags.
+
+*policy* is the adapter that learns. *reference* is what a preference loss is held against: a frozen copy of the adapter
+that training started from, or the base when it started from none. *cleaning* is the reference of token cleaning and
+*previous* what it was before its last refresh. *base* is the model with its adapters off.
+
+A policy may be stacked: after `stack_policy` it is the sum of the frozen adapters `stage_1`, `stage_2`, … and the
+adapter `policy` that learns on top of them.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixdpo.errors import InputError
+from mixdpo.model.loading import readable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+Role = Literal["policy", "reference", "cleaning", "previous", "base"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the frozen base (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        rank: r, inner dimension of the update.
+        alpha: α; the update is scaled by α / r.
+        dropout: on the adapter's input, while training.
+        targets: "all-linear" (every linear layer but the head) or module names such as ["q_proj", "v_proj"].
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise InputError(f"lora needs rank >= 1, alpha > 0 and dropout in [0, 1), not {self}")
+
+
+def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None) -> "PeftModel":
+    """Put the adapter `policy` on the base: a fresh one, or the one saved in `adapter` (PEFT folder or hub id), whose
+    frozen copy becomes the adapter `reference`.
+
+    Only the policy's weights require a gradient afterwards.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if adapter is None:
+        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            model = get_peft_model(base, config, adapter_name="policy")
+        except ValueError as error:
+            raise InputError(f"lora.targets {lora.targets} do not fit this model: {error}") from error
+    else:
+        with readable(adapter, "adapter"):
+            _check_safetensors(adapter)
+            model = PeftModel.from_pretrained(base, adapter, adapter_name="policy", is_trainable=True)
+        _check_adapter(adapter, model, "policy")
+    model.stacked = {}  # adapter -> how many of the stage adapters stand under it
+    if adapter is not None:
+        add_reference(model, "reference", adapter)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".policy." in name)
+    return model
+
+
+def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) -> None:
+    """Add the frozen adapter `name`: the one saved in `adapter`, or a copy of the policy as it is now."""
+    if adapter is None:
+        _add_like_policy(model, name)
+        copy_adapter(model, "policy", name)
+        return
+    # initial weights are drawn before the saved ones replace them, and must not shift the run's random numbers
+    with torch.random.fork_rng(devices=[]), readable(adapter, "adapter"):
+        _check_safetensors(adapter)
+        model.load_adapter(adapter, adapter_name=name, is_trainable=False)
+    _check_adapter(adapter, model, name)
+    _freeze_all_but_policy(model, name)
+
+
+def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float = 0.0) -> None:
+    """target := decay · target + (1 − decay) · source, matrix by matrix; decay 0 is a copy.
+
+    Raises:
+        InputError: the two adapters differ in shape, or a moving average is asked for while the policy is stacked.
+    """
+    check_alike(model, source, target)
+    if decay and model.stacked.get(source, 0) != model.stacked.get(target, 0):
+        raise InputError("ema: the moving average of stacked adapters is not defined: use 0, or stage_start restart")
+    with torch.no_grad():
+        for layer in adapter_layers(model):
+            for matrices in (layer.lora_A, layer.lora_B):
+                new, old = matrices[source].weight, matrices[target].weight
+                old.copy_(old.lerp(new, 1 - decay) if decay else new)
+    model.stacked[target] = model.stacked.get(source, 0)
+
+
+def check_alike(model: "PeftModel", source: str, target: str) -> None:
+    """Refuse to copy between adapters of other shapes, layers or scale."""
+
+    def shape(layer: Any, name: str) -> Any:
+        return name in layer.lora_A and (tuple(layer.lora_A[name].weight.shape), layer.scaling[name])
+
+    unlike = [layer for layer in adapter_layers(model) if shape(layer, source) != shape(layer, target)]
+    if unlike:
+        raise InputError(
+            f"the adapters '{source}' and '{target}' differ in {len(unlike)} layers (rank, alpha or target modules): a "
+            "reference that is refreshed needs the shape of the policy (model.lora)"
+        )
+
+
+def stack_policy(model: "PeftModel") -> None:
+    """Freeze the policy as the next stage adapter and start a fresh one on top: the same function, new weights."""
+    config = model.peft_config["policy"]
+    if config.use_rslora or config.rank_pattern or config.alpha_pattern:
+        raise InputError("stage_start fresh_adapter needs one rank and scale in all layers: the adapter has several")
+    add_stage(model)
+    stage = model.stacked["policy"]
+    copy_adapter(model, "policy", f"stage_{stage}")
+    for layer in adapter_layers(model):
+        weight = layer.lora_A["policy"].weight  # PEFT would draw by the generator of its device
+        drawn = nn.init.kaiming_uniform_(torch.empty_like(weight, device="cpu"), a=5**0.5)
+        with torch.no_grad():
+            weight.copy_(drawn)
+            layer.lora_B["policy"].weight.zero_()
+
+
+def add_stage(model: "PeftModel") -> None:
+    """Room for one more frozen stage adapter under the policy."""
+    model.stacked["policy"] = stage = model.stacked.get("policy", 0) + 1
+    _add_like_policy(model, f"stage_{stage}")
+    for layer in adapter_layers(model):
+        layer._active_adapter = adapters_of(model, "policy")
+
+
+@contextmanager
+def role(model: "PeftModel", name: Role) -> Iterator[None]:
+    """Compute as `name` inside the block, as before it afterwards.
+
+    Flips PEFT's two per-layer flags only: `disable_adapter()` would also flip `requires_grad` (and un-freeze on exit
+    what was frozen) and takes 30 times longer. The role at *backward* decides the gradient, so never enter a role
+    between a forward and its backward.
+    """
+    layers = adapter_layers(model)
+    saved = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    active = adapters_of(model, name)
+    try:
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = active or ["policy"], not active
+        yield
+    finally:
+        for layer, (before, disabled) in zip(layers, saved, strict=True):
+            layer._active_adapter, layer._disable_adapters = before, disabled
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' own tensors by their full name: what a checkpoint holds."""
+    # named_parameters, not state_dict: that would pack the quantisation state of every 4-bit layer
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def adds_nothing(model: "PeftModel", name: Role) -> bool:
+    """Whether the role is the base: a fresh adapter's B is 0."""
+    used = [
+        layer.lora_B[a].weight for layer in adapter_layers(model) for a in adapters_of(model, name) if a in layer.lora_B
+    ]
+    return not any(bool(weight.any()) for weight in used)
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def adapters_of(model: "PeftModel", name: str) -> list[str]:
+    """The adapters whose sum a role adds to the base; none for the bare base."""
+    stages = [f"stage_{stage}" for stage in range(1, model.stacked.get(name, 0) + 1)]
+    return [*stages, name] if name in model.peft_config else stages
+
+
+def _add_like_policy(model: "PeftModel", name: str) -> None:
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
+        model.add_adapter(name, copy.copy(model.peft_config["policy"]))
+    _freeze_all_but_policy(model, name)
+
+
+def _freeze_all_but_policy(model: "PeftModel", added: str) -> None:
+    for layer in adapter_layers(model):
+        layer.lora_dropout[added] = nn.Identity()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".policy." in name)
+
+
+def _check_safetensors(adapter: str) -> None:
+    """Refuse an adapter without safetensors: PEFT would then read a pickle, which can run code."""
+    from huggingface_hub import hf_hub_download
+
+    if not Path(adapter).is_dir():
+        hf_hub_download(adapter, "adapter_model.safetensors")
+    elif not Path(adapter, "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"the adapter '{adapter}' has no adapter_model.safetensors, and other formats can run code: save it anew "
+            "with PEFT's save_pretrained, or give the PEFT folder or hub id of another one"
+        )
+
+
+def _check_adapter(name: str, model: "PeftModel", adapter: str) -> None:
+    """Refuse what the roles cannot switch (they flip LoRA layers, and nothing else), and files that hold other or
+    unusable weights: PEFT starts what it does not find at random, and passes over what it does not know."""
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    config = model.peft_config[adapter]
+    others = {"modules_to_save": config.modules_to_save, "use_dora": config.use_dora, "bias": config.bias != "none"}
+    if config.peft_type != "LORA" or any(others.values()):
+        extra = [key for key, value in others.items() if value]
+        raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): only plain LoRA can be used")
+    with readable(name, "adapter"):
+        saved, here = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)
+    if unlike := sorted(saved.keys() ^ here.keys()):
+        raise InputError(
+            f"adapter '{name}' does not fit this base: {len(here.keys() - saved.keys())} weights are missing and "
+            f"{len(saved.keys() - here.keys())} are not expected, such as {unlike[0]}. Give the base it was trained on "
+            f"({config.base_model_name_or_path}), or another adapter"
+        )
+    if broken := [key for key, weight in saved.items() if not torch.isfinite(weight).all()]:
+        raise InputError(f"adapter '{name}' holds weights that are no numbers, such as {broken[0]}: give another one")

@@ -1,0 +1,63 @@
+"""Attention over the documents of packed rows, registered with transformers as `by_segment`.
+
+A document is a sequence, or a prompt with several responses that are blind to each other. Its attention is computed as
+the model alone would, one causal block for the prompt with the first response and one for each further response, so a
+row costs what its documents cost, and no mask of the whole row exists.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mixdpo.batches.rows import Document
+
+BY_SEGMENT = "by_segment"
+
+
+def by_segment(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    documents: Sequence[Document] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention (R, T, heads, D) of query (R, heads, T, D), key and value; without documents it is `sdpa`.
+
+    `documents` comes through the keyword arguments of the model's forward, so that a recomputed layer has it too.
+    """
+    if documents is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    options.pop("is_causal", None)
+    rows: list[list[Tensor]] = [[] for _ in query]
+    for row, start, first, *ends in documents:
+        q, k, v = (states[row : row + 1] for states in (query, key, value))
+        begin = start
+        for end in ends or (first,):
+            if begin == start:
+                block = (k[:, :, start:end], v[:, :, start:end], None)
+            else:
+                seen = [torch.cat([states[:, :, start:first], states[:, :, begin:end]], 2) for states in (k, v)]
+                size = (end - begin, seen[0].shape[2])
+                mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(first - start)
+                block = (*seen, mask[None, None])
+            found, _ = sdpa_attention_forward(module, q[:, :, begin:end], *block, is_causal=block[2] is None, **options)
+            rows[row].append(found)
+            begin = end
+    for parts in rows:
+        padding = query.shape[2] - sum(part.shape[1] for part in parts)
+        if padding:
+            parts.append(parts[0].new_zeros(1, padding, *parts[0].shape[2:]))
+    return torch.cat([torch.cat(parts, 1) for parts in rows]), None
+
+
+AttentionInterface.register(BY_SEGMENT, by_segment)
+
+
+AttentionMaskInterface.register(BY_SEGMENT, sdpa_mask)  # for generation

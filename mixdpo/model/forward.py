@@ -1,0 +1,203 @@
+"""Packed rows through the base: hidden states, the output head, log-probabilities of targets and completions."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mixdpo.batches.rows import TokenRows, build_rows
+from mixdpo.errors import InputError
+from mixdpo.model.attention import BY_SEGMENT
+from mixdpo.model.fused_head import (
+    Head,
+    SequenceLogProbs,
+    TargetStatistics,
+    exact_token_log_probs,
+    gathered,
+    run_sums,
+    target_statistics,
+    token_log_probs,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+_INSTEAD = "Set data.pack 0 and, for pairs, data.share_prompt false; or try model.attention eager"
+
+
+def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> Tensor:
+    """Last-layer hidden state, after the final norm, that predicts each target in `rows` (M, H), in the active role:
+    of a completion, those from the last prompt token to its last token but one."""
+    causal_lm = getattr(model, "get_base_model", lambda: model)()
+    options: dict[str, Any] = {}
+    if not rows.plain:  # otherwise it is causal, whatever the architecture: padding comes after what counts
+        _check_window(causal_lm.config, rows)
+        attention = causal_lm.config._attn_implementation
+        options = {"position_ids": rows.position_ids, "attention_mask": _mask(causal_lm, rows)}
+        options |= {"documents": rows.documents} if attention == BY_SEGMENT else {}
+    hidden: Tensor = causal_lm.base_model(input_ids=rows.input_ids, use_cache=False, **options).last_hidden_state
+    return gathered(hidden.flatten(0, 1), rows.source)
+
+
+def _mask(causal_lm: "PreTrainedModel", rows: TokenRows) -> Tensor:
+    attention, device = causal_lm.config._attn_implementation, rows.input_ids.device
+    if attention == BY_SEGMENT:  # a mask with four axes is passed through as it is, and this one is not looked at
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    mask = rows.attention_mask()
+    if attention != "eager":
+        return mask
+    dtype = next(causal_lm.parameters()).dtype  # eager adds its mask to the scores instead of choosing by it
+    dtype = dtype if dtype.is_floating_point else torch.float32
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@torch.no_grad()
+def check_documents(model: "PeftModel | PreTrainedModel") -> None:
+    """Try on a few tokens that a response computed beside another one, behind a shared prompt, gets the hidden states
+    that it gets alone.
+
+    Raises:
+        InputError: it does not, as in models with state spaces or with biases by distance.
+    """
+    causal_lm = getattr(model, "get_base_model", lambda: model)()
+    prompt, chosen, rejected = list(range(3, 9)), list(range(9, 20)), list(range(20, 25))
+    pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    device, both = next(causal_lm.parameters()).device, ([pair, pair], [True] * 2, [True] * 2)
+    name = causal_lm.config.model_type
+    packed, plain = build_rows(*both, pack=100).to(device), build_rows(*both, share_prompt=False).to(device)
+    try:
+        shared = predicting_states(model, packed)
+    except (TypeError, ValueError, RuntimeError) as error:  # of a forward that takes no such mask
+        if isinstance(error, RuntimeError) and not re.search("size|dimension", str(error)):
+            raise  # of the device: another shape of the mask would not help
+        raise InputError(f"{name} models cannot be computed in packed rows: {error}. {_INSTEAD}") from error
+    alone = predicting_states(model, plain)
+    off, tolerance = float((shared - alone).norm() / alone.norm()), 0.1 if alone.element_size() < 4 else 1e-3
+    if not off <= tolerance:
+        raise InputError(
+            f"in {name} models a response is not the same behind a shared prompt as alone (its states are off by "
+            f"{off:.0%}). {_INSTEAD}"
+        )
+
+
+def row_log_probs(model: "PeftModel", rows: TokenRows, *, exact: bool = False) -> Tensor:
+    """log p of each target in `rows` (M,), in the active role.
+
+    The logits of the whole sequence never exist: the head sees only the positions that predict a target.
+
+    Args:
+        exact: apply the head in fp32 whatever its dtype. Logits rounded to bf16 are off by 0.06 nats, which flips the
+            sign of many token-cleaning scores.
+    """
+    log_probs = exact_token_log_probs if exact else token_log_probs
+    return log_probs(predicting_states(model, rows), output_head(model.get_base_model()), rows.target)
+
+
+def row_statistics(model: "PeftModel", rows: TokenRows) -> TargetStatistics:
+    """`row_log_probs` with the entropy and top-1 accuracy of the predictions."""
+    return target_statistics(predicting_states(model, rows), output_head(model.get_base_model()), rows.target)
+
+
+def output_head(causal_lm: "PreTrainedModel") -> Head:
+    """What turns the model's last hidden states into its logits.
+
+    Raises:
+        InputError: it is no plain linear layer, as where an adapter sits on it.
+    """
+    layer, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
+    if not (type(layer) is nn.Linear and layer.weight.is_floating_point()):
+        raise InputError(
+            f"the output head is a {type(layer).__name__}, not a plain linear layer: keep adapters and quantisation "
+            "off it (lora.targets all-linear does)"
+        )
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def sequence_log_probs(
+    model: "PeftModel", rows: TokenRows, token_weight: Tensor | None = None, *, exact: bool = False
+) -> SequenceLogProbs:
+    """Summed log-probabilities of the 2B completions in `rows` (chosen first, then rejected), in the active role.
+
+    Args:
+        token_weight: as for `summed`.
+        exact: as for `row_log_probs`.
+    """
+    return summed(row_log_probs(model, rows, exact=exact), rows, token_weight)
+
+
+def summed(values: Tensor, rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
+    """Sums over the completions in `rows` of the log-probabilities (M,) of their targets.
+
+    A completion that is left out of the rows has sum 0 and length 0, and its pair shares no token.
+
+    Args:
+        token_weight: (M,) weight of each target in its completion's sum and length; 1 if not given.
+    """
+    lengths, count, tokens = rows.lengths, len(rows.lengths), dict(rows.runs)
+    if token_weight is not None:
+        values, lengths = values * token_weight, run_sums(token_weight, rows.runs, count)
+    shared = {c: min(own, tokens.get((c + count // 2) % count, 0)) for c, own in rows.runs}
+    # a completion's targets stand together and in order: those that the other completion has too, and the rest
+    cut = [run for c, own in rows.runs for run in ((c, shared[c]), (count + c, own - shared[c]))]
+    sums, rest = run_sums(values, cut, 2 * count).chunk(2)
+    return SequenceLogProbs(sums + rest, lengths, sums)
+
+
+@torch.no_grad()
+def _check_head(model: "PreTrainedModel") -> None:
+    """Raise where `output_head` says other logits than the model's own forward."""
+    ids = torch.arange(8, device=next(model.parameters()).device)[None]
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    head, states = output_head(model), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours = head.shaped(nn.functional.linear(states, head.weight, head.bias).float())
+    if not torch.allclose(ours, own, rtol=0.02, atol=0.02 * float(own.abs().max())):  # bf16 rounds at 0.004
+        raise InputError(f"{model.config.model_type} models change their logits in a way that is not supported")
+
+
+def _check_window(config: Any, rows: TokenRows) -> None:
+    """Raise where a packed response reaches further back than the model's sliding window: it would see all of it."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    longest = max(
+        first - start + end - begin
+        for _, start, first, *ends in rows.documents
+        for begin, end in pairwise([first, first, *ends])
+    )
+    if (columns := getattr(config, "window_size", None)) is not None:  # GPT-Neo's counts a response between as well
+        window, longest = columns, max(ends[-1] - start for _, start, *ends in rows.documents)
+    if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
+        raise InputError(
+            f"a sequence of {longest} tokens is longer than the model's sliding window of {window}, where sharing the "
+            f"prompt is not exact: lower data.max_length to {window}, or set data.pack 0 and data.share_prompt false"
+        )
+
+
+@contextmanager
+def without_cast_cache(device: torch.device) -> Iterator[None]:
+    """Keep autocast as it is outside, but switch off its cache of cast weights.
+
+    A cast that was cached before an optimizer step would hide the step's update. Lightning switches this cache off too.
+    """
+    kind = device.type
+    now = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    with torch.autocast(kind, cache_enabled=False, **now):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; each module gets its own flag back, since a trainer may hold some in eval on purpose."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,214 @@
+"""Hidden states + output head + targets -> log-probabilities per token, without a sequence's logits in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+TILE = 256
+"""Positions whose logits exist at one time: 256 × 128k vocabulary in fp32 is 134 MB."""
+
+
+VOCABULARY_TILE = 16_384
+
+
+@dataclass(frozen=True)
+class Head:
+    """The frozen output head: logits cap · tanh(x / cap) of x = scale · (hidden Wᵀ + b).
+
+    Args:
+        weight: (V, H).
+        bias: (V,) or None.
+        scale: what some models multiply their logits by (Cohere, Granite).
+        cap: where some models cap them softly (Gemma 2); None does not.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def shaped(self, x: Tensor) -> Tensor:
+        """Logits of what the linear layer says."""
+        x = x if self.scale == 1 else x * self.scale
+        return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
+
+
+class TargetStatistics(NamedTuple):
+    """Of M positions, in fp32 (fp64 for fp64 input). Only `log_probs` has a gradient.
+
+    Attributes:
+        log_probs: (M,) log p(target), in nats.
+        entropy: (M,) of the prediction, in nats.
+        is_top: (M,) bool, whether the target is the likeliest token.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    is_top: Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLogProbs:
+    """Of B completions.
+
+    Attributes:
+        sums: (B,) summed log-probability of the completion's tokens given what stands before them, in nats, fp64.
+        lengths: (B,) number of these tokens, the end token counted.
+        shared_sums: (B,) `sums` over the first min(L_w, L_l) tokens, as many as both completions of the pair have. Only
+            ld_dpo reads it.
+    """
+
+    sums: Tensor
+    lengths: Tensor
+    shared_sums: Tensor | None = None
+
+    def __getitem__(self, index: Tensor | slice) -> "SequenceLogProbs":
+        def pick(values: Tensor) -> Tensor:
+            return taken(values, index) if isinstance(index, Tensor) else values[index]
+
+        shared = None if self.shared_sums is None else pick(self.shared_sums)
+        return SequenceLogProbs(pick(self.sums), self.lengths[index], shared)
+
+    @property
+    def means(self) -> Tensor:
+        """(B,) per token; 0 of no token."""
+        return self.sums / torch.where(self.lengths > 0, self.lengths, 1)
+
+
+class _Taken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = len(values)
+        return values[index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.new_zeros(ctx.size).index_copy(0, *ctx.saved_tensors, gradient), None
+
+
+def taken(values: Tensor, index: Tensor) -> Tensor:
+    """values[index] of values (B,) and an index (E,) that names none twice.
+
+    The gradient is copied into place. Plain indexing would add gradients, on CUDA in an order that varies.
+    """
+    return _Taken.apply(values, index)
+
+
+def gathered(hidden: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Rows [start, end) of hidden (N, H), one span after the other (M, H). Spans may overlap.
+
+    Its gradient is that of `split` and `cat`: sums in a fixed order, unlike those of indexing on CUDA.
+    """
+    cuts = sorted({0, len(hidden), *chain.from_iterable(spans)})
+    pieces, place = hidden.split([b - a for a, b in pairwise(cuts)]), {cut: i for i, cut in enumerate(cuts)}
+    return torch.cat([piece for start, end in spans for piece in pieces[place[start] : place[end]]])
+
+
+def run_sums(values: Tensor, runs: Sequence[tuple[int, int]], count: int) -> Tensor:
+    """Sums over runs of values (M,) or (M, H), in fp64: entry c is that of the run (c, tokens), 0 where there is none.
+
+    Each token run is summed by itself, in a fixed order. `index_add` would sum in an order that varies on CUDA: DPO's
+    first loss would then not be exactly ln 2, and training that is resumed would not repeat bit for bit.
+
+    Args:
+        runs: (c, tokens), in the order of the values; each c in [0, count) once.
+    """
+    parts = values.split([tokens for _, tokens in runs])
+    sums = {c: part.sum(0, dtype=torch.float64) for (c, _), part in zip(runs, parts, strict=True)}
+    nothing = values.new_zeros(values.shape[1:], dtype=torch.float64)
+    return torch.stack([sums.get(c, nothing) for c in range(count)])
+
+
+def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> Tensor:
+    """log p(target | hidden) for M positions, (M,), in float32 (float64 for float64 input).
+
+    The head is applied to `tile` positions at a time, and what the gradient to `hidden` needs of their logits is taken
+    while they exist: memory is that of one tile and one more tensor like `hidden`, and nothing is computed twice.
+
+    Args:
+        hidden: (M, H), the hidden states that predict the targets.
+        head: frozen.
+        targets: (M,) token ids.
+    """
+    return _apply(hidden, head, targets, tile, False)[0]
+
+
+def target_statistics(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> TargetStatistics:
+    """`token_log_probs`, with entropy and top-1 accuracy from the same logits."""
+    return TargetStatistics(*_apply(hidden, head, targets, tile, True))
+
+
+def _apply(hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: bool) -> Any:
+    if head.weight.requires_grad:
+        raise ValueError("the output head must be frozen: it gets no gradient here")
+    return _TokenLogProbs.apply(hidden, head, targets, tile, statistics)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """d log p / d hidden = (e_target − p) W, times the slope of `Head.shaped`; a position's is scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: bool) -> Any:
+        positions, wide = len(targets), _wide(hidden.dtype)
+        log_probs = hidden.new_empty(positions, dtype=wide)
+        entropy = hidden.new_empty(positions if statistics else 0, dtype=wide)
+        is_top = torch.empty_like(entropy, dtype=torch.bool)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, positions, tile):
+            at = slice(start, start + tile)
+            target = targets[at, None]
+            # bf16 log-softmax rounds at 1e-2: DPO's Δ is a sum of hundreds of them
+            logits = head.shaped(linear(hidden[at], head.weight, head.bias).to(wide))
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            log_probs[at] = (logits.gather(-1, target) - normaliser).squeeze(-1)
+            if statistics:
+                is_top[at] = logits.argmax(-1) == targets[at]
+                entropy[at] = normaliser.squeeze(-1) - torch.linalg.vecdot((logits - normaliser).exp_(), logits)
+            if gradient is not None:
+                slope = None if head.cap is None else 1 - (logits / head.cap) ** 2
+                of_logits = logits.sub_(normaliser).exp_().neg_()
+                of_logits.scatter_(-1, target, of_logits.gather(-1, target) + 1)
+                of_logits = of_logits if slope is None else of_logits.mul_(slope)
+                of_logits = of_logits if head.scale == 1 else of_logits.mul_(head.scale)
+                gradient[at] = of_logits.to(head.weight.dtype) @ head.weight
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy, is_top)
+        return log_probs, entropy, is_top
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_log_probs: Tensor, *_: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * of_log_probs[:, None]).to(gradient.dtype), None, None, None, None
+
+
+def exact_token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> Tensor:
+    """As `token_log_probs`, without gradients, and with the logits of a bf16 head computed in fp32.
+
+    The head's rows are widened 16,384 at a time: a 128k × 4096 head in fp32 would take 2.1 GB.
+    """
+    wide = _wide(hidden.dtype)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        if head.weight.dtype == wide:
+            return token_log_probs(hidden.to(wide), head, targets, tile)
+        pieces = zip(hidden.split(tile), targets.split(tile), strict=True)
+        parts = [_exact_tile(h.to(wide), head, t) for h, t in pieces]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=wide)
+
+
+def _exact_tile(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
+    pieces = zip(head.weight.split(VOCABULARY_TILE), bias.split(VOCABULARY_TILE), strict=True)
+    sums = [head.shaped(linear(hidden, w.to(hidden.dtype), b.to(hidden.dtype))).logsumexp(-1) for w, b in pieces]
+    of_target = (hidden * head.weight[targets].to(hidden.dtype)).sum(-1) + bias[targets].to(hidden.dtype)
+    return head.shaped(of_target) - torch.stack(sums).logsumexp(0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,50 @@
+"""Fingerprints of weights: of a base, and of the adapters of a role."""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mixdpo.model.adapters import Role, adapter_layers, adapters_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def adapter_fingerprint(model: "PeftModel", name: Role) -> str:
+    """Changes whenever the weights do that `name` adds to the base; "none" where it adds nothing."""
+    digest = hashlib.sha256()
+    adapters = adapters_of(model, name)
+    for layer in adapter_layers(model):
+        for adapter in adapters:
+            if adapter in layer.lora_A:  # it may know fewer layers than the policy
+                digest.update(repr(layer.scaling[adapter]).encode())
+                for matrices in (layer.lora_A, layer.lora_B):
+                    digest.update(matrices[adapter].weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16] if adapters else "none"
+
+
+def base_fingerprint(model: "PeftModel | PreTrainedModel") -> str:
+    """Changes whenever the base's weights or configuration do, quantised as they are: a name or path would not tell.
+    Reads all weights once: about a second per GB. Adapters on it, if any, and where they are change nothing."""
+    model = getattr(model, "get_base_model", lambda: model)()
+    config = model.config.to_dict()
+    digest = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if not k.startswith("_"))).encode())
+    named = ((name.replace(".base_layer.", "."), name, parameter) for name, parameter in model.named_parameters())
+    for name, path, parameter in sorted(named, key=lambda item: item[0]):
+        if "lora_" not in name:
+            for tensor in (parameter, *_scales(model.get_submodule(path.rpartition(".")[0]), parameter)):
+                digest.update(name.encode())
+                digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()[:16]
+
+
+def _scales(layer: nn.Module, weight: nn.Parameter) -> list[Tensor]:
+    """What bitsandbytes multiplies a weight by that it holds in 4 bits or 8."""
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        return [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
+    # the first forward moves those of 8 bits to the layer
+    holders = (weight, getattr(layer, "state", None)) if weight is getattr(layer, "weight", None) else ()
+    return [holder.SCB for holder in holders if getattr(holder, "SCB", None) is not None]

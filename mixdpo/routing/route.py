@@ -1,0 +1,258 @@
+"""Margins -> route: in which order pairs are trained, and which of them are hard (MixDPO, arXiv 2602.00954)."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from mixdpo.errors import InputError, check_one_of, choose_one
+
+Order = Literal["easy_to_hard", "hard_to_easy", "shuffled", "bucketed", "interleaved", "preference_first", "sft_first"]
+
+
+Assignment = Literal["margin", "random", "inverted"]
+
+
+HardAction = Literal["sft", "sft_rejected", "sft_both", "preference", "drop"]
+
+
+EasyAction = Literal["preference", "drop"]
+
+
+RANDOM_ORDERS = ("shuffled", "bucketed")
+
+
+ORDERS_BY_ROUTE = ("easy_to_hard", "hard_to_easy", "preference_first", "sft_first")
+
+
+CHOSEN_SIDE, REJECTED_SIDE = 0, 1
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How margins become routes.
+
+    Args:
+        threshold: τ; pairs with a margin below it are hard. Its unit is the data's: choose it from the quantiles.
+        hard_fraction: share of the pairs that are hard, taken from the small margins; 0 is plain preference training,
+            1 plain SFT. Give this or `threshold`, not both; without either it is 0.12. If one config gives
+            hard_fraction and a later config or option gives `threshold`, the later one counts; likewise the reverse.
+        order: easy_to_hard sorts by margin, largest first (no shuffling), so that SFT comes last; hard_to_easy turns
+            that round; shuffled is seeded; bucketed goes from easy to hard in `buckets` quantiles, shuffled inside;
+            interleaved spreads the hard pairs evenly among the sorted easy ones; preference_first and sft_first train
+            the easy pairs first or the hard ones, each sorted from easy to hard.
+        buckets: of the order bucketed.
+        reshuffle: shuffle each epoch anew; false repeats the same order. For the orders shuffled and bucketed.
+        assignment: which pairs are taken as hard: those of small margin; as controls as many at random (by a hash of
+            pair id and seed), or as many of the largest margins (inverted).
+        hard_action: what hard pairs are trained by: SFT on the chosen response, on the rejected one or on both, the
+            preference loss (they are still reported as hard), or nothing (drop).
+        easy_action: what easy pairs are trained by: the preference loss, or nothing (drop).
+    """
+
+    threshold: float | None = None
+    hard_fraction: float | None = None
+    order: Order = "easy_to_hard"
+    buckets: int = 4
+    reshuffle: bool = False
+    assignment: Assignment = "margin"
+    hard_action: HardAction = "sft"
+    easy_action: EasyAction = "preference"
+
+    def __post_init__(self) -> None:
+        choose_one(self, "routing", "hard_fraction", 0.12, "threshold")
+        if self.hard_fraction is not None and not 0 <= self.hard_fraction <= 1:
+            raise InputError(f"routing.hard_fraction must lie in [0, 1], not {self.hard_fraction}")
+        if self.threshold is not None and not np.isfinite(self.threshold):
+            raise InputError(
+                f"routing.threshold must be finite, not {self.threshold}; hard_fraction 0 or 1 means none or all"
+            )
+        kinds = {"order": Order, "assignment": Assignment, "hard_action": HardAction, "easy_action": EasyAction}
+        for name, kind in kinds.items():
+            check_one_of(f"routing.{name}", getattr(self, name), get_args(kind))
+        if self.buckets < 2:
+            raise InputError(f"routing.buckets must be at least 2, not {self.buckets}")
+        if self.reshuffle and self.order not in RANDOM_ORDERS:
+            raise InputError(
+                f"routing.reshuffle: order {self.order} has nothing to shuffle: set it to false, or the order to "
+                f"{' or '.join(RANDOM_ORDERS)}"
+            )
+        if self.hard_action == self.easy_action == "drop":
+            raise InputError("routing: hard_action and easy_action are both drop: nothing would be trained")
+
+    @property
+    def by_margin(self) -> bool:
+        """Whether a margin decides anything: not for one route in random order, nor for random routes in it."""
+        one_route = self.hard_fraction in (0, 1)
+        return self.order != "shuffled" or not (one_route or (self.threshold is None and self.assignment == "random"))
+
+    def plan(self, margins: np.ndarray, pair_ids: np.ndarray, *, seed: int = 0) -> "Route":
+        """Decide order and route of every pair from its margin and id alone: the order of the rows decides nothing.
+
+        `threshold` makes a pair hard when margin < τ, strictly. `hard_fraction` = f takes exactly round(f·N) pairs from
+        the small-margin end; where the cut falls inside a block of equal margins, a hash of (pair id, seed) decides who
+        is hard, so the choice never depends on the order of the rows. Ties are ordered by the same hash, hard ones
+        last. The threshold then reported is the margin at the cut.
+
+        Args:
+            margins: (N,) finite; large = easy. All NaN where the data has none and nothing goes by them.
+            pair_ids: (N,) int64.
+
+        Raises:
+            InputError: no pairs, none that would be trained, fewer than buckets, or margins that are not finite.
+        """
+        margins, pair_ids = np.asarray(margins, dtype=np.float64), np.asarray(pair_ids)
+        if not len(margins):
+            raise InputError("there is no pair to route: the training data is empty")
+        if not np.isfinite(margins).all() and (self.by_margin or not np.isnan(margins).all()):
+            raise InputError(
+                f"margin {int(np.flatnonzero(~np.isfinite(margins))[0])} is not finite; routing needs numbers"
+            )
+        easy_to_hard = np.lexsort((_hashes(pair_ids, seed), -margins))
+        if self.threshold is not None:
+            threshold, count = self.threshold, int((margins < self.threshold).sum())
+        else:
+            count = round(self.hard_fraction * len(margins))
+            threshold = _threshold_at(margins[easy_to_hard], len(margins) - count)
+        is_hard = np.zeros(len(margins), dtype=bool)
+        is_hard[_hard_last(self.assignment, easy_to_hard, pair_ids, seed)[len(margins) - count :]] = True
+        dropped = (self.hard_action == "drop") & is_hard | (self.easy_action == "drop") & ~is_hard
+        trained = easy_to_hard[~dropped[easy_to_hard]]
+        least = self.buckets if self.order == "bucketed" else 1
+        if len(trained) < least:
+            raise InputError(
+                f"routing trains {len(trained)} of {len(margins)} pairs ({count} are hard; hard_action "
+                f"{self.hard_action}, easy_action {self.easy_action}) and needs {least} (order {self.order})"
+            )
+        order, stages = _arrange(self, trained, is_hard)
+        if self.order in RANDOM_ORDERS:
+            order = _shuffled(order, stages, pair_ids, seed, 0)
+        return Route(order, stages, is_hard, float(threshold), margins, pair_ids, self, seed)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The plan of one run over N pairs, decided before training.
+
+    Attributes:
+        order: (n,) int64, indices of the n ≤ N pairs that are trained, as the first epoch trains them.
+        stages: (n,) int64, rising from 0: the stage (bucket, or part of one route) of each place in the order.
+        is_hard: (N,) bool in *data* order, what is reported as hard; what a hard pair is trained by is `routing`'s.
+        threshold: τ, in units of the margin, NaN where there are none. A pair outside the training data is hard when
+            its margin is < τ, whatever `routing.assignment` says of those inside.
+        margins: (N,) float64 in data order, all NaN where the data has none.
+        pair_ids: (N,) int64 in data order.
+        routing: how the plan was made.
+        seed: of everything random in it.
+    """
+
+    order: np.ndarray
+    stages: np.ndarray
+    is_hard: np.ndarray
+    threshold: float
+    margins: np.ndarray
+    pair_ids: np.ndarray
+    routing: Routing
+    seed: int
+
+    @property
+    def to_sft(self) -> np.ndarray:
+        """(N,) bool in data order, the pairs trained by SFT."""
+        return self.is_hard & self.routing.hard_action.startswith("sft")
+
+    @property
+    def sft_sides(self) -> tuple[int, ...]:
+        """The completions that such a pair learns: 0 chosen, 1 rejected."""
+        by_action = {"sft_rejected": (REJECTED_SIDE,), "sft_both": (CHOSEN_SIDE, REJECTED_SIDE)}
+        return by_action.get(self.routing.hard_action, (CHOSEN_SIDE,))
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """(n,) int64, the order of epoch 0, 1, …: other than `order` only where the routing says `reshuffle`."""
+        if epoch == 0 or not self.routing.reshuffle:
+            return self.order
+        return _shuffled(self.order, self.stages, self.pair_ids, self.seed, epoch)
+
+    def summary(self) -> dict[str, Any]:
+        """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
+        pairs), the order and actions."""
+        levels = [0, 5, 25, 50, 75, 95, 100]
+        known = not np.isnan(self.margins).any()
+        quantiles = zip(levels, np.percentile(self.margins, levels).tolist(), strict=True) if known else ()
+        groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
+        groups = {name: group for name, group in groups.items() if len(group) and known}
+        said = {name: getattr(self.routing, name) for name in ("order", "assignment", "hard_action", "easy_action")}
+        return {
+            "pairs": len(self.margins),
+            "hard": int(self.is_hard.sum()),
+            "hard_fraction": float(self.is_hard.mean()),
+            "trained": len(self.order),
+            "trained_by_sft": int(self.to_sft.sum()),
+            "threshold": self.threshold if known else None,
+            "ties_at_threshold": int((self.margins == self.threshold).sum()),
+            "hard_at_threshold": int((self.is_hard & (self.margins == self.threshold)).sum()),
+            "margin_quantiles": {f"{level}%": quantile for level, quantile in quantiles},
+            "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items()},
+            **said,
+        }
+
+    def fingerprint(self) -> str:
+        """Of orders and routes: what must be the same for a run to be continued."""
+        # the second epoch's order stands for the seed of all later ones
+        arrays = (self.order, self.epoch_order(1), self.stages, self.is_hard, self.to_sft, self.margins)
+        content = b"".join(array.tobytes() for array in arrays) + repr(self.sft_sides).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _arrange(routing: Routing, trained: np.ndarray, is_hard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs that are trained, given from easy to hard, in their order, before any shuffling; and their stages."""
+    hard, easy = trained[is_hard[trained]], trained[~is_hard[trained]]
+    orders = {
+        "hard_to_easy": trained[::-1],
+        "interleaved": _interleaved(easy, hard),
+        "preference_first": np.concatenate([easy, hard]),
+        "sft_first": np.concatenate([hard, easy]),
+    }
+    order = orders.get(routing.order, trained)
+    stages = np.zeros(len(order), dtype=np.int64)
+    if routing.order == "bucketed":
+        stages = np.arange(len(order)) * routing.buckets // len(order)
+    elif routing.order in ORDERS_BY_ROUTE and routing.hard_action != "preference":
+        turns = np.flatnonzero(np.diff(is_hard[order]))
+        if len(turns) == 1:  # random hard pairs in a sorted order turn often, and make no stages
+            stages[turns[0] + 1 :] = 1
+    return order, stages
+
+
+def _interleaved(easy: np.ndarray, hard: np.ndarray) -> np.ndarray:
+    """Hard pair k of H among all N stands at ⌊(k + ½) N / H⌋: of any w neighbours ⌊w H / N⌋ or ⌈w H / N⌉ are hard."""
+    order, is_hard = np.empty(len(easy) + len(hard), dtype=np.int64), np.zeros(len(easy) + len(hard), dtype=bool)
+    is_hard[(2 * np.arange(len(hard)) + 1) * len(order) // (2 * max(len(hard), 1))] = True
+    order[is_hard], order[~is_hard] = hard, easy
+    return order
+
+
+def _threshold_at(descending: np.ndarray, cut: int) -> float:
+    """τ is the smallest easy margin, so that `< τ` repeats the cut on new pairs; if the cut splits a block of ties, the
+    block's margin is τ and new pairs in it count as easy."""
+    return float(descending[cut - 1] if cut else np.nextafter(descending[0], np.inf))
+
+
+def _hard_last(assignment: Assignment, easy_to_hard: np.ndarray, pair_ids: np.ndarray, seed: int) -> np.ndarray:
+    if assignment == "random":
+        return np.lexsort((pair_ids, _hashes(pair_ids, seed, "assignment")))
+    return easy_to_hard if assignment == "margin" else easy_to_hard[::-1]
+
+
+def _shuffled(order: np.ndarray, stages: np.ndarray, pair_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order with the pairs of each stage at random."""
+    # other hashes than those that split ties: hard ones among ties would come last
+    ids = pair_ids[order]
+    return order[np.lexsort((ids, _hashes(ids, seed, "epoch", epoch), stages))]
+
+
+def _hashes(pair_ids: np.ndarray, *of: Any) -> np.ndarray:
+    """(N,) uint64, one for each pair id and whatever else is given."""
+    suffix = "".join(f":{value}" for value in of)
+    digests = (hashlib.sha256(f"{int(pair_id)}{suffix}".encode()).digest() for pair_id in pair_ids)
+    return np.array([int.from_bytes(digest[:8], "big") for digest in digests], dtype=np.uint64)

@@ -1,0 +1,126 @@
+"""Difficulty signals: a model and a batch of pairs -> margins (B,), oriented so that small = hard.
+
+A signal is a frozen dataclass that a YAML file names. `needs` says what it is computed with: the "policy" (a base, with
+an adapter or without), an "adapter" and its base, a "reward model", or only the "rating" that the data has.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mixdpo.batches.batch import PairBatch
+from mixdpo.batches.rows import TokenRows
+from mixdpo.errors import InputError
+from mixdpo.model.adapters import role
+from mixdpo.model.forward import output_head, predicting_states, sequence_log_probs, summed
+from mixdpo.model.fused_head import exact_token_log_probs, run_sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+Needs = Literal["policy", "adapter", "reward model", "rating"]
+
+
+def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """⟨Σh_w, Σh_l⟩ − ‖Σh_w‖², large = hard: centered hidden embedding similarity (Razin et al. 2024, arXiv 2410.08847).
+
+    Args:
+        chosen, rejected: (B, H) sums of the hidden states of a completion; means for the normalised form.
+    """
+    chosen, rejected = chosen.double(), rejected.double()  # the difference of two like numbers of order 1e8
+    return ((rejected - chosen) * chosen).sum(-1)
+
+
+def policy_states(model: Any, rows: TokenRows) -> Tensor:
+    """`predicting_states` of the policy, computed once where several signals look at the same rows."""
+    if not hasattr(rows, "policy_states"):
+        rows.policy_states = predicting_states(model, rows)  # type: ignore[attr-defined]
+    return rows.policy_states  # type: ignore[attr-defined]
+
+
+def rewards(model: "PreTrainedModel", rows: TokenRows) -> list[Tensor]:
+    """A reward model's scores of prompt + completion: chosen (B,) and rejected (B,).
+
+    Each goes alone and unpadded through the model's own forward, so attention and pooling are the model's, whatever its
+    pad token. (A causal classifier scores the last token that is not its pad token: a completion's last, its end
+    token, unless the model was made with its end token as pad token.)
+    """
+    scores = [model(input_ids=ids[None]).logits.double().reshape(()) for ids in rows.sequences()]
+    return [torch.stack(scores[side::2]) for side in (0, 1)]
+
+
+@dataclass(frozen=True)
+class PolicyLogProb:
+    """0.1 (s_w − s_l), in nats, without a reference. METHOD's loss −log σ of it puts pairs in the same order."""
+
+    needs: ClassVar[Needs] = "policy"
+
+    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+        head, rows = output_head(model.get_base_model()), batch.rows
+        values = exact_token_log_probs(policy_states(model, rows), head, rows.target)
+        chosen, rejected = summed(values, rows).sums.double().chunk(2)
+        return 0.1 * (chosen - rejected)
+
+
+@dataclass(frozen=True)
+class ImplicitReward:
+    """β Δ, the implicit-reward margin (Rafailov et al. 2023) of a given adapter against its base.
+
+    Args:
+        beta: Scale of the margin, per nat of log-ratio.
+    """
+
+    beta: float = 0.1
+    needs: ClassVar[Needs] = "adapter"
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise InputError(f"signal.beta must be > 0, not {self.beta}")
+
+    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+        policy = sequence_log_probs(model, batch.rows, exact=True).sums.double()
+        with role(model, "base"):
+            chosen, rejected = (policy - sequence_log_probs(model, batch.rows, exact=True).sums).chunk(2)
+        return self.beta * (chosen - rejected)
+
+
+@dataclass(frozen=True)
+class CHES:
+    """−CHES: its sign is turned, since alike responses (large CHES) are the hard ones and small means hard here.
+
+    Args:
+        normalised: Means of hidden states instead of sums: the terms are divided by L_w·L_l and L_w².
+    """
+
+    normalised: bool = False
+    needs: ClassVar[Needs] = "policy"
+
+    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+        states, rows = policy_states(model, batch.rows), batch.rows
+        sums = run_sums(states, rows.runs, len(rows.lengths))
+        chosen, rejected = (sums / rows.lengths[:, None] if self.normalised else sums).chunk(2)
+        return -ches(chosen, rejected)
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """Score of the chosen minus that of the rejected response by `model.base`, a sequence classifier with one label."""
+
+    needs: ClassVar[Needs] = "reward model"
+
+    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+        chosen, rejected = rewards(model, batch.rows)
+        return chosen - rejected
+
+
+@dataclass(frozen=True)
+class Rating:
+    """The margin that the data brings along, as a file to compare others with. No model is loaded."""
+
+    needs: ClassVar[Needs] = "rating"
+
+    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+        return batch.margin

@@ -1,0 +1,164 @@
+"""Files and folders that appear whole or not at all; caches, without which a run goes on."""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mixdpo.errors import InputError
+
+Row = dict[str, Any]
+
+
+_told: dict[Path, str] = {}  # cache folder that cannot be used -> the warning given about it
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder to, which takes its place when the block ends.
+
+    After an error `path` is what it was. Several processes may write to `path` at once: the last one to end counts.
+    A killed process leaves a temporary file or folder beside `path`, called `.`, 16 random hex digits, `-` and the name
+    of `path`. A later write to the same path removes it, once it is a day old: until then its process may be alive. The
+    temporary name ends as `path` does, because numpy and others append a suffix where it is missing.
+
+    Raises:
+        InputError: the folder above cannot be made, or a file would replace a folder.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}. Give another place") from None
+    for left in path.parent.glob(f".{'[0-9a-f]' * 16}-*"):
+        with suppress(OSError):  # another process may remove it as well
+            if left.name[18:].removesuffix("-old") == path.name and time.time() - left.stat().st_mtime > 24 * 3600:
+                _remove(left)
+    partial = path.with_name(f".{secrets.token_hex(8)}-{path.name}")
+    try:
+        yield partial
+        if path.is_dir() and not partial.is_dir():
+            raise InputError(f"{path} is a folder, and a file is to be written there: give a file's name")
+        replace(partial, path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace(partial: Path, path: Path) -> None:
+    """`partial` takes the place of `path`, once its content is on the disk: after a power cut one of both is whole."""
+    for file in [*partial.rglob("*"), partial]:
+        _flush(file)
+    old = path.with_name(f"{partial.name}-old")
+    while partial.exists():
+        try:
+            partial.rename(path)
+        except OSError as error:  # a folder cannot be renamed onto one that holds something
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _remove(old)
+            with suppress(FileNotFoundError):  # another process may have moved it away
+                path.rename(old)
+    _remove(old)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """
+    Raises:
+        InputError: there is no such file, or it is no text in UTF-8.
+    """
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Give a text file in UTF-8") from None
+
+
+def read_json(path: str | Path, keys: set[str], remedy: str) -> dict[str, Any]:
+    """The object that a file of ours holds.
+
+    Raises:
+        InputError: it is damaged or lacks one of the keys; ends with the remedy.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from None
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise InputError(f"{path} is damaged (it should hold {', '.join(sorted(keys))}): {remedy}")
+    return content
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+    """A memory-mapped .npy file of ours.
+
+    Raises:
+        InputError: it is damaged, or of another shape; ends with the remedy.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from None
+    if array.shape != shape or array.dtype.kind not in "fi":
+        raise InputError(f"{path} holds {array.dtype} of the shape {array.shape}, not numbers of {shape}: {remedy}")
+    # not at once: opened for writing, a file that is cut off would grow to its full length, by zeros
+    return np.load(path, mmap_mode=mode)
+
+
+def cache_root() -> Path:
+    return Path(os.environ.get("MIXDPO_CACHE") or Path.home() / ".cache" / "mixdpo").expanduser()
+
+
+@contextmanager
+def or_without(what: str, path: Path, instead: Callable[[], Any] = lambda: None) -> Iterator[None]:
+    """Wrap a block that reads or writes a cache's file. An error in the block calls `instead`, and the run goes on.
+
+    The user gets one warning for all files of the folder.
+    """
+    try:
+        yield
+    except Exception as error:  # of the system, JSON, NumPy and SQLite
+        instead()
+        said = f"the cache of {what}, {path}, cannot be used ({error}): the run goes on without this file"
+        if _told.setdefault(path.parent, said) is said:
+            warnings.warn(f"{said}. Delete it if it is damaged, or name another folder in MIXDPO_CACHE", stacklevel=4)
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write a .jsonl file, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

@@ -1,0 +1,96 @@
+"""What a file or checkpoint was made with, and what differs from what there is now."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from os.path import isfile
+from typing import Any
+
+import yaml
+from torch import nn
+
+from mixdpo.errors import InputError
+from mixdpo.storage.files import read_text, sha256
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> list[str]:
+    """What two mappings say differently, key by key; None is the same as no key."""
+    found = []
+    for key in {**there, **here}:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{within}{key}.")
+        elif old != new:
+            found.append(f"{within}{key}: {old} there, {new} here")
+    return found
+
+
+def refuse_other_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        InputError: what a checkpoint was made with differs from what there is now; names each part that does.
+    """
+    if changed := differences(there, here):
+        raise InputError(
+            f"the checkpoint belongs to another run ({'; '.join(changed)}). Continue with the config.yaml beside it, "
+            "or start anew from its adapter/ folder (model.adapter)"
+        )
+
+
+def named_files(values: Iterable[str]) -> dict[str, str]:
+    """Hashes of the files, and of the weights of the adapters, that options name, or that a YAML file among them names.
+
+    Args:
+        values: of options, paths or JSON; a name may hold spaces where it is quoted or alone.
+
+    Returns:
+        Name -> 16 hex digits of the content.
+
+    Raises:
+        InputError: a YAML file is none.
+    """
+    values = list(values)
+    for config in [value for value in values if value.endswith((".yaml", ".yml")) and isfile(value)]:
+        try:
+            content = yaml.safe_load(read_text(config))  # comments name nothing
+        except yaml.YAMLError as error:
+            raise InputError(f"{config} is no YAML ({' '.join(str(error).split())}): correct it") from error
+        values.append(json.dumps(content, ensure_ascii=False, default=str))
+    patterns = (".+", r'(?<=")[^"]+(?=")', r'[^\s"\[\]{},]+')
+    words = {word for value in values for pattern in patterns for word in re.findall(pattern, value)}
+    found = {word: path for word in words for path in (f"{word}/adapter_model.safetensors", word) if isfile(path)}
+    return {word: sha256(found[word])[:16] for word in sorted(found)}
+
+
+def content_hash(texts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(repr(text).encode())
+    return digest.hexdigest()[:16]
+
+
+def hash63(text: str) -> int:
+    """First 8 bytes of sha256, shifted into a non-negative int64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def described(thing: Any) -> str:
+    """What it is and holds, in words that another process finds as well: a class without a repr says its address
+    instead, and a module without extra_repr leaves its attributes out."""
+    said = repr(thing).removeprefix("LazyInstance_")  # a default that YAML may override is a subclass of what it is for
+    is_module, kind = isinstance(thing, nn.Module), type(thing)
+    if kind.__repr__ is object.__repr__ or (is_module and kind.extra_repr is nn.Module.extra_repr):
+        held = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name not in vars(nn.Module())}
+        said = f"{said if is_module else kind.__qualname__}({held})"
+    return re.sub(r" at 0x[0-9a-f]+", "", said)
+
+
+def refuse_changed(there: Mapping[str, str], here: Mapping[str, str], what: str) -> None:
+    # other ids follow from what else has changed
+    changed = differences({**there, "ids": None}, {**here, "ids": None}) or differences(there, here)
+    if changed:
+        raise InputError(
+            f"{what} was made with other options or data ({'; '.join(changed)}): its weights would fall on other "
+            "tokens or mean something else. Use the options it was made with, or score anew."
+        )

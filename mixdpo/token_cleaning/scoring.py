@@ -1,0 +1,103 @@
+"""Losses of every response token under one role of the model: computed once, kept in a flat memory-mapped file."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from mixdpo.batches.rows import sample_rows
+from mixdpo.batches.token_pool import TokenPool
+from mixdpo.model.adapters import Role, role
+from mixdpo.model.forward import evaluating, row_log_probs, without_cast_cache
+from mixdpo.storage.files import cache_root, or_without, read_array, written_whole
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+MOST_PADDING = 0.15
+"""Share of a row: a batch ends where the next sample would be padded by more."""
+
+
+def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.ndarray:
+    """(M,) float32, NaN where a loss is not known yet: in memory, or with an identity the file that belongs to it.
+
+    The identity names all that the losses depend on: data, tokenizer, template, lengths, model, adapter, dtype. The
+    file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed. A
+    file that cannot be used is replaced by memory, with a warning. Infinite losses in a file count as not known.
+    """
+    nothing = np.full(tokens, np.nan, dtype=np.float32)
+    if identity is None:
+        return nothing
+    text = json.dumps(dict(identity), sort_keys=True, indent=2)
+    path = cache_root() / "token_losses" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
+    with or_without("token losses", path):
+        if not path.exists():
+            with written_whole(path) as partial:
+                path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
+                np.save(partial, nothing)  # in full: a disk that fills later does not end who writes to the map
+        losses = read_array(path, (tokens,), "delete it", mode="r+")
+        if (infinite := np.isinf(losses)).any():
+            said = "these are computed anew and replaced; nothing needs to be done"
+            warnings.warn(f"{path} holds losses that are not finite: {said}", stacklevel=2)
+            losses[infinite] = np.nan
+        return losses
+    return nothing
+
+
+def add_losses(
+    losses: np.ndarray,
+    model: "PeftModel",
+    name: Role,
+    pool: TokenPool,
+    samples: Sequence[int] | np.ndarray,
+    *,
+    batch_tokens: int = 4096,
+) -> None:
+    """Compute what is still NaN in `losses` for these samples: −log p of each response token under the role, in nats.
+
+    Samples are batched by length, so that nearly nothing is padding; the head sees response positions only and
+    computes in fp32.
+
+    Args:
+        batch_tokens: most positions in a batch, padding included (a longer sample is a batch of its own).
+    """
+    device, samples = next(model.parameters()).device, [int(i) for i in samples]
+    missing = {i for i in samples if np.isnan(losses[pool.offsets[i] : pool.offsets[i + 1]]).any()}
+    # batches of all samples, of which complete ones are skipped: an interrupted pass goes on with the same batches, so
+    # with the same rounding
+    batches = _by_length(samples, [len(pool.samples[i]["input_ids"]) for i in samples], batch_tokens) if missing else []
+    batches = [batch for batch in batches if missing.intersection(batch)]
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        role(model, name),
+        without_cast_cache(device),
+        tqdm(total=len(missing), desc=f"scoring with {name}", disable=not batches) as bar,
+    ):
+        for batch in batches:
+            rows = sample_rows([pool.samples[i] for i in batch]).to(device)
+            found = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
+            found[~np.isfinite(found)] = np.nan  # not known, for whoever reads the file
+            is_new = np.concatenate([np.full(pool.offsets[i + 1] - pool.offsets[i], i in missing) for i in batch])
+            losses[pool.tokens(batch)[is_new]] = found[is_new]
+            bar.update(len(missing.intersection(batch)))
+
+
+def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Samples sorted by length, cut where the padded batch would exceed the tokens; the longest first, so that a run
+    that has not memory enough fails at once."""
+    order = sorted(range(len(samples)), key=lambda k: (-lengths[k], samples[k]))
+    batches: list[list[int]] = []
+    width = 0
+    for k in order:
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens or lengths[k] < (1 - MOST_PADDING) * width:
+            batches.append([])
+            width = lengths[k]
+        batches[-1].append(samples[k])
+    return batches
