@@ -166,7 +166,7 @@ def check_checkpoint(path: str) -> None:
 
 def has_begun(folder: Path) -> bool:
     """Whether training has started there: its plan is written then."""
-    return any((folder / plan).exists() for plan in ("route.json", "stages.json"))
+    return any((folder / plan).exists() for plan in ("route.json", "plan.json"))
 
 
 def new_run_folder(runs: Path, name: str) -> Path:

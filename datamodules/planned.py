@@ -111,7 +111,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def prompts(self, rows: Any) -> Iterable[Any]:
-        """What stands before the first answer of each row: rows that share it land on one side of the split."""
+        """What stands before the first response of each row: rows that share it land on one side of the split."""
 
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
         """Rows to train on, and those held out or None."""

@@ -33,7 +33,7 @@ class PreferenceDataModule(PlannedDataModule):
         routing: Routing = Routing(),  # noqa: B008
         validation_threshold: float | None = None,
         margin: str | list[str] | None = None,
-        margins: str | None = None,
+        margins_file: str | None = None,
         max_length: int = 1024,
         max_prompt_length: int = 512,
         share_prompt: bool = True,
@@ -49,7 +49,7 @@ class PreferenceDataModule(PlannedDataModule):
                 it to baselines that route no pair or all pairs, to compare them with a run that routes some.
             margin: Column with the margin, or two columns [chosen, rejected] whose difference it is; found by the usual
                 names if not given.
-            margins: Margins file of `run.py predict` to take the margins from; the data's columns are then not read.
+            margins_file: Margins file of `run.py predict` with the margins; columns of the data are then not read.
             max_length: Longest prompt + completion, in tokens.
             max_prompt_length: Longest prompt of a pair that exceeds max_length, in tokens.
             share_prompt: Compute the prompt once for both responses; false gives each its own copy, same numbers.
@@ -57,11 +57,11 @@ class PreferenceDataModule(PlannedDataModule):
         super().__init__(source, **options)
         if validation_threshold is not None and not np.isfinite(validation_threshold):
             raise InputError(f"validation_threshold must be a finite margin or null, not {validation_threshold}")
-        self.margins = margins
+        self.margins_file = margins_file
         self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
         self.encoding |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.share_prompt = share_prompt
-        self.margins_file: MarginsFile | None = None
+        self._margins: MarginsFile | None = None
         self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route = None  # type: ignore[assignment]  # until setup
         self.train_pairs: Any = None
@@ -75,15 +75,15 @@ class PreferenceDataModule(PlannedDataModule):
         self._encoder = load_tokenizer(self.tokenizer)
         self.identity = encoding_identity(self._encoder, self.chat_template, **self.encoding)
         if stage == "predict":
-            if self.margins is not None:
-                raise InputError("data.margins is for fit and validate; predict writes such a file (model.output)")
+            if self.margins_file is not None:
+                raise InputError("data.margins_file is for fit and validate; predict writes such a file (model.output)")
             self.train_pairs = self._encode(self.read(self.source, self.split), self.source)
             self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
             self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
             return rank_zero_info("\n".join(self.describe_counts()))
-        if self.margins is not None:
-            self.margins_file = read_margins(self.margins)
-            self.margins_file.refuse_other(self.identity, "encoding of the pairs")
+        if self.margins_file is not None:
+            self._margins = read_margins(self.margins_file)
+            self._margins.refuse_other(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
         self._data = content_hash(
             zip(*(train[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
@@ -107,18 +107,18 @@ class PreferenceDataModule(PlannedDataModule):
 
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
-        rated = self.margins is None and (signal is None or signal.needs == "rating")
+        rated = self.margins_file is None and (signal is None or signal.needs == "rating")
         needed = signal is not None or self.routing.by_margin or self.validation_threshold is not None
         margin = self.margin if rated else ()
         pairs = read_pairs(source, split=split, margin=margin, margin_needed=needed, limit=self.limit)
-        if signal is not None or self.margins is not None:
+        if signal is not None or self.margins_file is not None:
             texts = {pair["pair_id"]: text_hash(pair) for pair in pairs.dataset}
             rows = zip(texts.items(), pairs.dataset["row"], strict=True)
             if changed := [row for (pair_id, text), row in rows if self.texts.get(pair_id, text) != text]:
                 raise InputError(
                     f"{len(changed)} pairs of {source} have a pair_id that another pair of {self.source} has (first: "
-                    f"row {changed[0]}), so {self.margins} cannot tell them apart: leave pair_id out of both, so that "
-                    "ids come from the content, and compute the margins anew"
+                    f"row {changed[0]}), so {self.margins_file} cannot tell them apart: leave pair_id out of both, so "
+                    "that ids come from the content, and compute the margins anew"
                 )
             self.texts |= texts
         self.count_read(source, split, {"pairs": len(pairs.dataset), **pairs.dropped})
@@ -133,7 +133,7 @@ class PreferenceDataModule(PlannedDataModule):
         )
         self.counts[name] = {"pairs": len(encoded), **counts}
         source = self.validation if name == "validation" and isinstance(self.validation, str) else self.source
-        return self.margins_file.add_to(encoded, self.texts, source) if self.margins_file else encoded
+        return self._margins.add_to(encoded, self.texts, source) if self._margins else encoded
 
     def _describe(self) -> str:
         facts, lines = self.route.summary(), self.describe_counts()
@@ -152,8 +152,8 @@ class PreferenceDataModule(PlannedDataModule):
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
         facts = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
-        if self.margins_file is not None:
-            facts["margins"] = {"file": self.margins, **self.margins_file.header}
+        if self._margins is not None:
+            facts["margins"] = {"file": self.margins_file, **self._margins.header}
         return {**self.route.summary(), **facts}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
@@ -161,12 +161,12 @@ class PreferenceDataModule(PlannedDataModule):
 
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         """A stage starts with the first step whose pairs are mostly its own (or of a later one)."""
-        hard_share = np.array([self.route.to_sft[list(step)].mean() for step in self._steps(epoch)])
+        sft_share = np.array([self.route.to_sft[list(step)].mean() for step in self._steps(epoch)])
         places, starts = plan_steps(self.route.stages.tolist(), self.batch_size), [0]
         for stage in range(1, int(self.route.stages[-1]) + 1):
             first = int(np.argmax([np.mean(np.array(step) >= stage) >= 0.5 for step in places]))
             starts += [first] if first > starts[-1] else []
-        return StepPlan(hard_share, tuple(starts))
+        return StepPlan(sft_share, tuple(starts))
 
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         tokens = self._tokens(self.train_pairs, self.route.to_sft, self.route.sft_sides)
@@ -253,12 +253,12 @@ class PreferenceDataModule(PlannedDataModule):
         return self._make_loader(plan, self.train_pairs, easy, evaluation=True)
 
     def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
-        if self.margins_file is not None and self.margins_file.of_policy:  # the weights are loaded after setup
+        if self._margins is not None and self._margins.of_policy:  # the weights are loaded after setup
             module = self.trainer.lightning_module
             here = {"weights": module.base_weights()}
-            if self.margins_file.header["needs"] == "policy":  # an adapter's reward may be of any adapter
+            if self._margins.header["needs"] == "policy":  # an adapter's reward may be of any adapter
                 here["adapter_weights"] = module.start_fingerprint
-            self.margins_file.refuse_other(here, "base model or adapter")
+            self._margins.refuse_other(here, "base model or adapter")
         collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, pack=self.pack, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 

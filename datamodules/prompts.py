@@ -26,7 +26,7 @@ class PromptDataModule(L.LightningDataModule):
         Args:
             source: Local .json, .jsonl, .csv (each also .gz) or .parquet file, a folder, a hub data set, a file of one
                 (hf://datasets/OWNER/NAME/FILE), or `heldout` for the built-in prompts of the task `constraints`.
-            form: Class path of what reads a row and writes the answers: AlpacaEval, ArenaHard, MTBench, and with a gold
+            form: Class path of what reads a row and writes the responses: AlpacaEval, ArenaHard, MTBench, with a gold
                 score Constraints and GSM8K, all of mixdpo.evaluation.formats.
             split: Of a hub data set or folder.
             limit: Answer the first so many prompts only.

@@ -23,7 +23,7 @@ MOST_SOURCES = 50
 
 
 class SFTDataModule(PlannedDataModule):
-    summary_file = "stages.json"
+    summary_file = "plan.json"
     cleans_by_stage = True
 
     def __init__(
@@ -96,7 +96,7 @@ class SFTDataModule(PlannedDataModule):
         return "\n".join([*self.describe_counts(), f"steps of {self.batch_size} samples: {sizes}"])
 
     def summary(self) -> dict[str, Any]:
-        """What `stages.json` holds: the stages, and the counts of what was read, dropped and truncated."""
+        """What `plan.json` holds: the stages, and the counts of what was read, dropped and truncated."""
         stages = [
             {"slice": stage.slice, "samples": len(stage.samples), "steps": len(stage.steps)} for stage in self.stages
         ]
@@ -142,6 +142,6 @@ class SFTDataModule(PlannedDataModule):
 
 
 def _prompt(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """What stands before the first answer: samples that share it land on one side of the validation split."""
+    """What stands before the first response: samples that share it land on one side of the validation split."""
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     return messages[:first]

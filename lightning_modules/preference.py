@@ -141,11 +141,11 @@ class PreferenceModule(AdapterModule):
         self._record(batch, losses, preference, sft_losses, policy, reference)
         if self.cleaning is not None:
             kept = batch.token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
-            self._kept = self._kept.to(kept.device) + kept
+            self._kept_weight = self._kept_weight.to(kept.device) + kept
         # Lightning divides by the number of micro-batches and DDP by the number of ranks: this is the step's mean
         scale = self._micro_batches_per_step() / batch.step_pairs
-        if self._gradient_norms_are_due() and len(batch.hard):
-            part = taken(losses * batch.weight, batch.hard).sum() * (scale / self.trainer.accumulate_grad_batches)
+        if self._gradient_norms_are_due() and len(batch.sft):
+            part = taken(losses * batch.weight, batch.sft).sum() * (scale / self.trainer.accumulate_grad_batches)
             options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
             new = torch.autograd.grad(part, self.learning(), **options)
             before = self._sft_gradient or [torch.zeros_like(g) for g in new]
@@ -174,11 +174,11 @@ class PreferenceModule(AdapterModule):
         self, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of each pair (B,), of the easy ones (E,) and, unweighted, of the hard ones (H,)."""
-        hard, pairs = batch.hard, len(batch)
-        preference = self._preference_losses(batch.easy, batch, policy, reference)
-        easy_losses = preference + self.easy_sft_weight * sft(policy[batch.easy])
+        hard, pairs = batch.sft, len(batch)
+        preference = self._preference_losses(batch.preference, batch, policy, reference)
+        easy_losses = preference + self.easy_sft_weight * sft(policy[batch.preference])
         sft_losses = torch.stack([sft(policy[hard + side * pairs]) for side in batch.sft_sides]).mean(0)
-        losses = policy.sums.new_zeros(pairs).index_copy(0, batch.easy, easy_losses.to(policy.sums))
+        losses = policy.sums.new_zeros(pairs).index_copy(0, batch.preference, easy_losses.to(policy.sums))
         return losses.index_copy(0, hard, self.sft_weight * sft_losses), preference, sft_losses
 
     def _preference_losses(
@@ -201,19 +201,19 @@ class PreferenceModule(AdapterModule):
         policy: SequenceLogProbs,
         reference: SequenceLogProbs | None,
     ) -> None:
-        weight, easy = batch.weight, batch.weight[batch.easy]
+        weight, easy = batch.weight, batch.weight[batch.preference]
         values = {
             "train/loss": (losses, weight),
             "train/hard_fraction": (batch.is_hard.float(), weight),
             "train/preference_loss": (preference, easy),
-            "train/sft_loss": (sft_losses, weight[batch.hard]),
+            "train/sft_loss": (sft_losses, weight[batch.sft]),
         }
-        if batch.token is not None and len(batch.hard):
+        if batch.token is not None and len(batch.sft):
             of_hard = (batch.token >= 0).double() * (batch.count > 0)
             values["cleaning/kept_fraction"] = (batch.token_weight, of_hard)
-            values["cleaning/empty_fraction"] = ((policy.lengths[batch.hard] == 0).double(), weight[batch.hard])
-        if len(batch.easy):
-            both = torch.cat([batch.easy, batch.easy + len(batch)])
+            values["cleaning/empty_fraction"] = ((policy.lengths[batch.sft] == 0).double(), weight[batch.sft])
+        if len(batch.preference):
+            both = torch.cat([batch.preference, batch.preference + len(batch)])
             pairwise = self._pair_values(policy[both], None if reference is None else reference[both])
             values |= {name: (value, easy) for name, value in pairwise.items()}
         self.train_means.update(values)
@@ -241,7 +241,7 @@ class PreferenceModule(AdapterModule):
     def step_values(self, step: int) -> dict[str, float]:
         self._write_log_probs()
         norms, self._gradient_norms = self._gradient_norms, {}
-        mass = learning_rate_mass(self._multipliers[:step], self._plan.hard_share[:step])
+        mass = learning_rate_mass(self._multipliers[:step], self._plan.sft_share[:step])
         return super().step_values(step) | mass | norms
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -280,8 +280,8 @@ class PreferenceModule(AdapterModule):
 
     def plan_facts(self) -> dict[str, Any]:
         """For the run's summary: the share of the learning rate that each route will receive."""
-        mass = learning_rate_mass(self._multipliers, self._plan.hard_share)
+        mass = learning_rate_mass(self._multipliers, self._plan.sft_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
-        if self._plan.hard_share.any() < self.trainer.datamodule.route.to_sft.any():
+        if self._plan.sft_share.any() < self.trainer.datamodule.route.to_sft.any():
             self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
         return {"planned_lr_mass": mass, "preference_loss": self._loss_name}

@@ -87,12 +87,12 @@ class AdapterModule(L.LightningModule):
         self.start_fingerprint: str | None = None  # of the adapter that training starts from; None for the base
         self.empty_steps = 0
         self._base_weights = ""
-        self._kept = torch.zeros(())  # weight of the tokens that the step has trained so far
+        self._kept_weight = torch.zeros(())  # weight of the tokens that the step has trained so far
         self.model: Any = None
         self.train_means: NamedMeans
         self.val_means: NamedMeans
         self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
-        self._made_with: dict[str, Any] | None = None  # what a checkpoint says of its run; None in a fresh one
+        self._checkpoint_options: dict[str, Any] | None = None  # what a checkpoint says of its run; None in a fresh one
         self.row_losses: torch.Tensor  # (B,) of the last micro-batch
 
     def configure_callbacks(self) -> list[Any]:
@@ -159,8 +159,8 @@ class AdapterModule(L.LightningModule):
     def kept_in_step(self, optimizer: torch.optim.Optimizer) -> float:
         """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps nothing
         leaves no gradient, so that the optimizer does not move: zeros would, since Adam remembers earlier ones."""
-        kept = float(self.trainer.strategy.reduce(self._kept, reduce_op="sum"))
-        self._kept = torch.zeros(())
+        kept = float(self.trainer.strategy.reduce(self._kept_weight, reduce_op="sum"))
+        self._kept_weight = torch.zeros(())
         if kept == 0:
             self.empty_steps += 1
             optimizer.zero_grad(set_to_none=True)
@@ -225,9 +225,9 @@ class AdapterModule(L.LightningModule):
 
     def _refuse_other_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """A continued run must be what the run with these options would have been from its first step on."""
-        if self._made_with is None:
+        if self._checkpoint_options is None:
             return
-        used = np.array(self._made_with["multipliers"])
+        used = np.array(self._checkpoint_options["multipliers"])
         now = np.full(len(used), np.nan)  # fewer steps may be planned than were made
         now[: len(self._multipliers)] = self._multipliers[: len(used)]
         differs = ~np.isclose(now, used, rtol=1e-9, atol=1e-12)  # another CPU may round a cosine otherwise
@@ -238,7 +238,7 @@ class AdapterModule(L.LightningModule):
                 f"{self.schedule} is made for {len(self._plan)} steps here. max_steps and max_epochs can be raised "
                 "where model.schedule_steps had been set to the steps of the whole, or the schedule is constant"
             )
-        refuse_other_run(self._made_with["optimizer"], _describe(optimizer))
+        refuse_other_run(self._checkpoint_options["optimizer"], _describe(optimizer))
 
     def identity(self) -> dict[str, Any]:
         """What must stay for a run to be continued, besides the data."""
@@ -288,8 +288,8 @@ class AdapterModule(L.LightningModule):
             self.callback_values = checkpoint["row"]["values"]
             if self.global_rank == 0:  # the means are those of all
                 self.train_means.sums, self.train_means.counts = checkpoint["row"]["means"].to(self.device)
-            self._made_with = checkpoint["made_with"]
-            refuse_other_run(self._made_with["options"], self.identity())
+            self._checkpoint_options = checkpoint["made_with"]
+            refuse_other_run(self._checkpoint_options["options"], self.identity())
             keep_best(self.trainer, checkpoint)
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)

@@ -1,4 +1,4 @@
-"""The LightningModule of `run.py predict` and `run.py test` on prompts: a model's answers, and their gold score."""
+"""The LightningModule of `run.py predict` and `run.py test` on prompts: a model's responses, and their gold score."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ import torch
 from lightning_modules.callbacks.run_files import CloseFiles
 from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
-from mixdpo.evaluation.answers_file import ANSWERS, AnswersFile
 from mixdpo.evaluation.endpoint import CONTINUES, without_secrets
 from mixdpo.evaluation.formats import Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
+from mixdpo.evaluation.responses_file import RESPONSES, ResponsesFile
 from mixdpo.evaluation.server import complete
 from mixdpo.model.adapters import role
 from mixdpo.model.export import generation_dtype, merged_copy
@@ -29,7 +29,7 @@ from mixdpo.model.trained import Trained, read_trained
 from mixdpo.storage.files import write_json, write_rows, written_whole
 
 
-class AnswerModule(L.LightningModule):
+class ResponseModule(L.LightningModule):
     def __init__(
         self,
         run: str | None = None,
@@ -56,13 +56,13 @@ class AnswerModule(L.LightningModule):
             adapter: PEFT folder or hub id on that base; the base alone if not given.
             server: URL of an OpenAI-compatible server, such as http://localhost:8000/v1 of `vllm serve`, that answers
                 instead; base is then the model's name there. A run gets there by `mixdpo export --merge true`.
-            output: File of the answers; RUNS/NAME with the benchmark's suffix if not given. What they depend on, and
-                how far they are, is in NAME.answers.jsonl beside it.
-            max_new_tokens: Longest answer to a turn, in tokens.
+            output: File of the responses; RUNS/NAME with the benchmark's suffix if not given. What they depend on, and
+                how far they are, is in NAME.responses.jsonl beside it.
+            max_new_tokens: Longest response to a turn, in tokens.
             temperature: 0 takes the likeliest token. A mapping gives it by the prompt's category, as FastChat does for
                 MT-Bench; every category must be there.
             top_p: Sample among the likeliest tokens that hold this much probability.
-            seed: Same seed, batch size and machine: same answers, interrupted or not.
+            seed: Same seed, batch size and machine: same responses, interrupted or not.
             quantization: How the base is held in memory.
             dtype: Of its unquantised weights and of the computation with 4-bit ones.
             chat_template: As for training; the tokenizer's own if not given.
@@ -70,11 +70,11 @@ class AnswerModule(L.LightningModule):
                 second model in memory. True makes a copy in fp32. False makes none: the model answers as it was
                 trained. Null makes a copy in fp32 on a CPU. On a GPU null makes a copy in the model's own dtype, or
                 none if the copy does not fit into free memory.
-            against: `run.py test` only: the answers that another model's test has written, for the paired difference.
+            against: `run.py test` only: the responses that another model's test has written, for the paired difference.
         """
         super().__init__()
         if run is None and base is None:
-            raise InputError("whose answers are wanted? Give model.run, or model.base and perhaps model.adapter")
+            raise InputError("whose responses are wanted? Give model.run, or model.base and perhaps model.adapter")
         if run is not None and adapter is not None:
             raise InputError("model.adapter goes with model.base; model.run has its own adapter")
         if server is not None and (run or adapter):
@@ -94,7 +94,7 @@ class AnswerModule(L.LightningModule):
         self.model: Any = None
         self.tokenizer: Any = None
         self.copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
-        self.file: AnswersFile = None  # type: ignore[assignment]  # until configure_model
+        self.file: ResponsesFile = None  # type: ignore[assignment]  # until configure_model
 
     @property
     def path(self) -> Path:
@@ -114,7 +114,7 @@ class AnswerModule(L.LightningModule):
         if self.file is not None:
             return
         if self.trainer.world_size > 1:
-            raise InputError("answers go into one file: use one device (--trainer.devices 1)")
+            raise InputError("responses go into one file: use one device (--trainer.devices 1)")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "form"):
             raise InputError(
@@ -131,12 +131,12 @@ class AnswerModule(L.LightningModule):
         if self.server is None:
             self.model, self.tokenizer = self._loaded()
             self.copy = generation_dtype(self.model, self.dequantise)
-        path = self.path.with_suffix(".answers.jsonl")
+        path = self.path.with_suffix(".responses.jsonl")
         if self.dequantise is None and path.is_file():  # what was interrupted goes on as it began, whatever fits now
-            with suppress(InputError):  # AnswersFile says so
-                began = ANSWERS.read(path)[0].get("computed", [None])[-1]
+            with suppress(InputError):  # ResponsesFile says so
+                began = RESPONSES.read(path)[0].get("computed", [None])[-1]
                 self.copy = getattr(torch, str(began).removeprefix("torch."), None)
-        self.file = AnswersFile(path, self._depends_on(data), data.prompts)
+        self.file = ResponsesFile(path, self._depends_on(data), data.prompts)
         if self.file.rows:
             print(f"{self.file.path} has {len(self.file.rows)} of {len(data.prompts)} prompts: going on")
         if not self.file.missing:
@@ -177,33 +177,33 @@ class AnswerModule(L.LightningModule):
         for temperature, prompts in groups.items():
             missing = [prompt for prompt in prompts if prompt.key not in self.file.rows]
             if missing:
-                self._answer(prompts if self.server is None else missing, temperature)
+                self._response(prompts if self.server is None else missing, temperature)
         return len(batch)  # Lightning warns of None
 
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
         self.predict_step(batch, batch_idx)
 
-    def _answer(self, prompts: list[Prompt], temperature: float) -> None:
+    def _response(self, prompts: list[Prompt], temperature: float) -> None:
         """
         Raises:
             InputError: a server did not answer all of them; the others' answers are kept.
         """
         chats: list[list[dict[str, str]]] = [[] for _ in prompts]
-        answers: list[list[Generation]] = [[] for _ in prompts]
+        responses: list[list[Generation]] = [[] for _ in prompts]
         failed: dict[int, Exception] = {}
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
             asked = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns) and i not in failed]
             for i in asked:
                 chats[i].append({"role": "user", "content": prompts[i].turns[turn]})
             found = self._generate([prompts[i].key for i in asked], [chats[i] for i in asked], temperature)
-            for i, answer in zip(asked, found, strict=True):
-                if isinstance(answer, Exception):
-                    failed[i] = answer
+            for i, response in zip(asked, found, strict=True):
+                if isinstance(response, Exception):
+                    failed[i] = response
                     continue
-                answers[i].append(answer)
-                chats[i].append({"role": "assistant", "content": answer.text})
+                responses[i].append(response)
+                chats[i].append({"role": "assistant", "content": response.text})
         there = [i for i in range(len(prompts)) if i not in failed]
-        self.file.keep([Answered(prompts[i], tuple(answers[i])) for i in there])
+        self.file.keep([Answered(prompts[i], tuple(responses[i])) for i in there])
         if failed:
             self._refuse({prompts[i].key: why for i, why in failed.items()})
 
@@ -230,7 +230,7 @@ class AnswerModule(L.LightningModule):
         options |= {"seed": self._drawn(chats[0]), "progress": False}
         with role(self.model, "policy") if self.copy is None else nullcontext():
             found = generate(self.model, self.tokenizer, chats, batch_size=len(chats), names=keys, **options)
-        return [answer for (answer,) in found]
+        return [response for (response,) in found]
 
     def _drawn(self, chat: list[dict[str, str]]) -> int:
         return int.from_bytes(hashlib.sha256(json.dumps([self.seed, chat]).encode()).digest()[:4])
@@ -264,8 +264,8 @@ class AnswerModule(L.LightningModule):
         rows: list[dict[str, Any]] = data.form.rows(self.file.answered, self.path.stem)
         write = write_json if self.path.suffix == ".json" else write_rows
         write(self.path, rows)
-        answers = [answer for a in self.file.answered for answer in a.answers]
-        mean = sum(answer.tokens for answer in answers) / len(answers)
-        ended = sum(answer.ended for answer in answers) / len(answers)
-        print(f"wrote {self.path}: {len(rows)} prompts, {mean:.0f} tokens an answer, {ended:.0%} ended by itself")
+        responses = [response for a in self.file.answered for response in a.responses]
+        mean = sum(response.tokens for response in responses) / len(responses)
+        ended = sum(response.ended for response in responses) / len(responses)
+        print(f"wrote {self.path}: {len(rows)} prompts, {mean:.0f} tokens a response, {ended:.0%} ended by itself")
         return rows

@@ -21,7 +21,7 @@ StageStart = Literal["continue", "restart", "fresh_adapter"]
 
 class SFTModule(AdapterModule):
     progress_bar = frozenset({"train/loss", "cleaning/kept_fraction", "tokens_per_second"})
-    plan_file = "stages.json"
+    plan_file = "plan.json"
 
     def __init__(self, base: str, stage_start: StageStart = "continue", **options: Any) -> None:
         """SFT of a LoRA policy on a 4-bit base. The loss is normalised by the kept weight of the whole optimizer step.
@@ -60,8 +60,8 @@ class SFTModule(AdapterModule):
         if batch.losses is not None and log_probs.isfinite().all():
             self._score(batch, log_probs.detach())
         weight = batch.token_weight
-        self._kept, self._step_tokens = (
-            self._kept.to(weight.device) + weight.sum(dtype=torch.float32),
+        self._kept_weight, self._step_tokens = (
+            self._kept_weight.to(weight.device) + weight.sum(dtype=torch.float32),
             batch.step_tokens,
         )
         counted = torch.full_like(weight, float(batch.count > 0))

@@ -76,9 +76,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append(request)
             faults = self.server.faults.get(number, [])
             fault = (faults[0] if faults[0].endswith("!") else faults.pop(0)) if faults else ""
-        getattr(self, f"do_{fault.rstrip('!').partition(' ')[0]}")(fault) if fault else self.do_answer(request)
+        getattr(self, f"do_{fault.rstrip('!').partition(' ')[0]}")(fault) if fault else self.do_response(request)
 
-    def do_answer(self, request: Request) -> None:
+    def do_response(self, request: Request) -> None:
         time.sleep(self.server.seconds)
         if self.server.log:
             with self.server.lock, open(self.server.log, "a") as log:

@@ -24,7 +24,7 @@ def write_outputs(folder: Path, count: int) -> tuple[str, str]:
     """OUTPUTS and BASELINE; prompt i asks `prompt-i`."""
     for who in ("model", "baseline"):
         rows = [
-            {"instruction": f"prompt-{i}: say it", "output": f"{who} answer {i}", "generator": f"the {who}"}
+            {"instruction": f"prompt-{i}: say it", "output": f"{who} response {i}", "generator": f"the {who}"}
             | ({"tokens": i, "ended": i % 2 == 0} if who == "model" else {"dataset": "x"})
             for i in range(count)
         ]

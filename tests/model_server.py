@@ -1,7 +1,7 @@
 """An OpenAI-compatible server with the real small model, for the tests: `python tests/model_server.py PORT LOG`.
 
-It answers /v1/chat/completions with the model's genuine first token and its log-probabilities, one request at a time,
-and adds a line to LOG, fsynced, for each answer just before it sends it: a hash of the messages.
+It responses /v1/chat/completions with the model's genuine first token and its log-probabilities, one request at a time,
+and adds a line to LOG, fsynced, for each response just before it sends it: a hash of the messages.
 """
 
 import hashlib

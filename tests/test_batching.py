@@ -266,7 +266,7 @@ def test_the_reference_sees_easy_pairs_only(share_prompt):
 def test_a_batch_of_hard_pairs_has_no_reference():
     batch = collate(PAIRS, [True] * 4)
     assert batch.reference_rows is None
-    assert (batch.easy.tolist(), batch.hard.tolist()) == ([], [0, 1, 2, 3])
+    assert (batch.preference.tolist(), batch.sft.tolist()) == ([], [0, 1, 2, 3])
     assert segments_of(batch.rows).max() == 1
 
 
@@ -281,8 +281,8 @@ def test_the_flags_of_a_batch():
     batch = collate(PAIRS, IS_HARD)
     assert len(batch) == batch.step_pairs == 4
     assert (batch.is_hard.dtype, batch.is_hard.tolist()) == (torch.bool, IS_HARD)
-    assert (batch.easy.dtype, batch.easy.tolist()) == (torch.int64, [0, 2])
-    assert (batch.hard.dtype, batch.hard.tolist()) == (torch.int64, [1, 3])
+    assert (batch.preference.dtype, batch.preference.tolist()) == (torch.int64, [0, 2])
+    assert (batch.sft.dtype, batch.sft.tolist()) == (torch.int64, [1, 3])
     assert (batch.margin.dtype, batch.margin.tolist()) == (torch.float64, [-1.0, -0.5, 0.0, 0.5])
     assert (batch.weight.dtype, batch.weight.tolist()) == (torch.float32, [1.0] * 4)
     assert (batch.pair_id.dtype, batch.pair_id.tolist()) == (torch.int64, [2**40 + 7 * b for b in range(4)])
@@ -306,7 +306,7 @@ def test_a_column_that_was_dropped_is_an_error_and_never_a_default(missing):
 def test_moving_a_batch_moves_its_rows():
     batch = collate(PAIRS, IS_HARD)
     moved = batch.to(torch.device("meta"))
-    tensors = [moved.weight, moved.easy, moved.pair_id, moved.rows.target, moved.rows.lengths]
+    tensors = [moved.weight, moved.preference, moved.pair_id, moved.rows.target, moved.rows.lengths]
     tensors += [moved.reference_rows.input_ids, moved.reference_rows.target]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.step_pairs, moved.rows.tokens) == (4, batch.rows.tokens)
@@ -413,7 +413,7 @@ def test_sft_computes_the_sides_it_learns_and_no_other(sides, segments):
     to_sft = [False, True, False, False]
     batch = collate(PAIRS, IS_HARD, to_sft=to_sft, sft_sides=sides)
     assert batch.is_hard.tolist() == IS_HARD
-    assert (batch.easy.tolist(), batch.hard.tolist(), batch.sft_sides) == ([0, 2, 3], [1], sides)
+    assert (batch.preference.tolist(), batch.sft.tolist(), batch.sft_sides) == ([0, 2, 3], [1], sides)
     lengths = [[len(pair["chosen_ids"]) for pair in PAIRS], [len(pair["rejected_ids"]) for pair in PAIRS]]
     for side in {0, 1} - set(sides):
         lengths[side][1] = 0
@@ -432,7 +432,7 @@ def test_sft_computes_the_sides_it_learns_and_no_other(sides, segments):
 def test_hard_pairs_by_the_preference_loss_have_a_reference():
     batch = collate(PAIRS, [True] * 4, to_sft=[False] * 4)
     assert batch.reference_rows is batch.rows
-    assert (batch.easy.tolist(), batch.hard.tolist(), batch.is_hard.tolist()) == ([0, 1, 2, 3], [], [True] * 4)
+    assert (batch.preference.tolist(), batch.sft.tolist(), batch.is_hard.tolist()) == ([0, 1, 2, 3], [], [True] * 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

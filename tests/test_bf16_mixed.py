@@ -49,13 +49,13 @@ def test_a_reference_fitted_to_easy_pairs(tiny_model: str, tmp_path: Path) -> No
     assert np.abs(full).max() > 0.1 and 0 < np.abs(mixed - full).max() < 0.1
 
 
-def test_answers_of_the_model_as_it_is_trained(tiny_model: str, tmp_path: Path) -> None:
+def test_responses_of_the_model_as_it_is_trained(tiny_model: str, tmp_path: Path) -> None:
     prompts = write_pairs(tmp_path / "prompts.jsonl", [{"prompt": f"{word} 7"} for word in WORDS[:3]])
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
     evaluation = GoldEvaluation(prompts, scorer=None, max_new_tokens=4, batch_size=2, dequantise=False)
     trainer = {"callbacks": [RunFiles(), ExactResume(), Throughput(), evaluation], **MIXED["trainer"]}
     start = adapter(tiny_model, tmp_path / "start", rank=4)
     fit(tiny_model, source, tmp_path / "run", **MIXED | {"trainer": trainer}, adapter=start, lr=1.0)
-    rows = json.loads((tmp_path / "run/answers.json").read_text())
+    rows = json.loads((tmp_path / "run/responses.json").read_text())
     assert any(row["before"]["text"] != row["after"]["text"] for row in rows)
     assert not torch.is_autocast_enabled("cpu")

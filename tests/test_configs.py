@@ -15,7 +15,7 @@ from datamodules.sft import SFTDataModule
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
-from lightning_modules.responses import AnswerModule
+from lightning_modules.responses import ResponseModule
 from lightning_modules.sft import SFTModule
 from mixdpo.batches.steps import Slices
 from mixdpo.losses import DPO
@@ -90,7 +90,7 @@ def test_signal_config_builds(build, config):
 @pytest.mark.parametrize("config", EVALUATION, ids=lambda path: path.stem)
 def test_evaluation_config_builds(build, config):
     cli = build(config)
-    assert type(cli.model) is AnswerModule and cli.model.model is None and cli.model.output == f"runs/{config.stem}"
+    assert type(cli.model) is ResponseModule and cli.model.model is None and cli.model.output == f"runs/{config.stem}"
     assert type(cli.datamodule) is PromptDataModule and not cli.datamodule.prompts
     assert hasattr(cli.datamodule.form, "score") == (config.stem in TASKS)
     command = f"python run.py {verb_of(config)} --config {config.relative_to(ROOT)} --model.run runs/demo"

@@ -154,7 +154,7 @@ def test_a_control_trains(name: str, parse: Any, parser: Any, tiny_model: str, t
     data.source, data.tokenizer = write_pairs(tmp_path / "pairs.jsonl", make_pairs(24)), tiny_model
     data.validation, data.batch_size, data.max_length, data.max_prompt_length = 0.0, 4, 64, 32
     if name == "selective_dpo":
-        data.margins = None  # a margins file belongs to its model and data: the column of the rows stands in
+        data.margins_file = None  # a margins file belongs to its model and data: the column of the rows stands in
     torch.manual_seed(0)
     built = parser.instantiate_classes(config).fit
     seen: list[tuple[int, int]] = []
@@ -164,7 +164,7 @@ def test_a_control_trains(name: str, parse: Any, parser: Any, tiny_model: str, t
         found = route_losses(batch, *log_probs)
         assert torch.isfinite(found[0]).all()
         assert (found[0] > 0).all() or not batch.count  # each pair that is trained has a loss
-        seen.append((batch.count, len(batch.hard) * (batch.count > 0)))  # 21 pairs leave a step of one, and filler
+        seen.append((batch.count, len(batch.sft) * (batch.count > 0)))  # 21 pairs leave a step of one, and filler
         return found
 
     built.model.route_losses = watched

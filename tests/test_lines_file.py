@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.answers_file import ANSWERS
+from mixdpo.evaluation.responses_file import RESPONSES
 from mixdpo.evaluation.verdicts import VERDICTS
 from mixdpo.signals.margins_file import MARGINS, MarginsWriter, read_margins
 from mixdpo.storage import lines_file
@@ -16,7 +16,7 @@ from mixdpo.storage.lines_file import LineFormat, LinesWriter
 MARGINS_HEADER = {"pairs": 2, "signal": "s", "needs": "rating", "source": "d", "base": "b", "adapter": None}
 KINDS: list[tuple[LineFormat, dict[str, Any], dict[str, Any]]] = [
     (MARGINS, MARGINS_HEADER, {"pair_id": 1, "text": "t", "margin": 0.5}),
-    (ANSWERS, {"base": "b"}, {"key": "1", "answers": [{"text": "a", "tokens": 1, "ended": True}]}),
+    (RESPONSES, {"base": "b"}, {"key": "1", "answers": [{"text": "a", "tokens": 1, "ended": True}]}),
     (
         VERDICTS,
         {"model": "m", "baseline": "b", "outputs": "0f", "prompts": 2, "judge": {"model": "j"}},
@@ -54,10 +54,10 @@ def test_one_writer_at_a_time(kind: LineFormat, header: dict[str, Any], line: di
 def test_a_writer_waits_for_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a killed process had started holds it a little longer."""
     monkeypatch.setattr(lines_file, "PATIENCE", 20.0)
-    first = LinesWriter(tmp_path / "lines", ANSWERS, {})
+    first = LinesWriter(tmp_path / "lines", RESPONSES, {})
     timer = threading.Timer(0.5, first.close)
     timer.start()
-    LinesWriter(tmp_path / "lines", ANSWERS, {}).close()
+    LinesWriter(tmp_path / "lines", RESPONSES, {}).close()
     timer.join()
 
 

@@ -165,8 +165,8 @@ def test_shared_sums(share_prompt: bool, tiny_model: str, source: str, tmp_path:
     assert torch.equal(found[index].shared_sums, found.shared_sums[index])
     hard = collate(cut, [True, False] * 4, share_prompt=share_prompt)
     without = sequence_log_probs(module.model, hard.rows)
-    torch.testing.assert_close(without.shared_sums[hard.easy], expected.sums[hard.easy])
-    assert not without.shared_sums[hard.hard].any() and not without.shared_sums[hard.hard + 8].any()
+    torch.testing.assert_close(without.shared_sums[hard.preference], expected.sums[hard.preference])
+    assert not without.shared_sums[hard.sft].any() and not without.shared_sums[hard.sft + 8].any()
 
 
 def test_ld_dpo_through_the_module(tiny_model: str, source: str, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_data_without_a_margin(tiny_model, tmp_path):
         predict(tiny_model, source, tmp_path, Rating(), name="rating")
     with pytest.raises(InputError, match=r"no column to take the margin from"):
         build(tiny_model, source, tmp_path / "run")[0].fit(*build(tiny_model, source, tmp_path / "run")[1:])
-    trainer, module, data = build(tiny_model, source, tmp_path / "run", data={"margins": path, "validation": 0.3})
+    trainer, module, data = build(tiny_model, source, tmp_path / "run", data={"margins_file": path, "validation": 0.3})
     trainer.fit(module, data)
     margins = [margin for _, margin in read_margins(path).pairs.values()]
     used = [*data.train_pairs["margin"], *data.validation_pairs["margin"]]
@@ -150,13 +150,15 @@ def test_data_without_a_margin(tiny_model, tmp_path):
     assert all(read_margins(path).pairs[pair_id][1] == margin for pair_id, margin in ids.items())
     route = json.loads((tmp_path / "run/route.json").read_text())
     assert route["margins"]["file"] == path and route["margins"]["signal"] == "mixdpo.signals.signals.CHES"
-    trainer, module, data = build(tiny_model, source, tmp_path / "again", data={"margins": path, "validation": 0.3})
+    trainer, module, data = build(
+        tiny_model, source, tmp_path / "again", data={"margins_file": path, "validation": 0.3}
+    )
     trainer.validate(module, data, verbose=False)
 
 
 def fit_with(tiny_model, source, folder, path, model=None, adapter=None, **data):
     """Train by these margins, although a column is named as well; the run's folder."""
-    data = {"margin": "margin", "margins": path, **data}
+    data = {"margin": "margin", "margins_file": path, **data}
     trainer, module, pairs = build(model or tiny_model, source, folder / "run", adapter=adapter, data=data)
     trainer.fit(module, pairs)
     assert sorted(pairs.route.margins) == sorted(margin for _, margin in read_margins(path).pairs.values())
@@ -179,8 +181,8 @@ def test_files_that_fit_refuses(tiny_model, source, tmp_path):
         fit_with(tiny_model, source, tmp_path, path, chat_template="plain")
     with pytest.raises(InputError, match=r"no margins file .*nothing"):
         fit_with(tiny_model, source, tmp_path, str(tmp_path / "nothing"))
-    with pytest.raises(InputError, match=r"data.margins is for fit"):
-        predict(tiny_model, source, tmp_path, name="b", data={"margins": path})
+    with pytest.raises(InputError, match=r"data.margins_file is for fit"):
+        predict(tiny_model, source, tmp_path, name="b", data={"margins_file": path})
 
 
 def read(tiny_model, source, folder, **data):
@@ -198,11 +200,11 @@ def test_ids_that_both_files_number_alike_are_refused(tiny_model, tmp_path, comp
     both = [write_pairs(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(files)]
     path = predict(tiny_model, both[computed_on], tmp_path, Rating())
     with pytest.raises(InputError, match=r"10 pairs of .*1\.jsonl have a pair_id .*0\.jsonl.*row 1.*leave pair_id out"):
-        read(tiny_model, both[0], tmp_path, validation=both[1], margins=path)
+        read(tiny_model, both[0], tmp_path, validation=both[1], margins_file=path)
     bare = [[{k: v for k, v in row.items() if k != "pair_id"} for row in rows] for rows in files]
     both = [write_pairs(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(bare)]
     path = predict(tiny_model, write_pairs(tmp_path / "all.jsonl", [*bare[0], *bare[1]]), tmp_path, Rating(), name="b")
-    data = read(tiny_model, both[0], tmp_path, validation=both[1], margins=path)
+    data = read(tiny_model, both[0], tmp_path, validation=both[1], margins_file=path)
     assert [pairs["margin"][:] for pairs in (data.train_pairs, data.validation_pairs)] == [
         [row["margin"] for row in rows] for rows in files
     ]

@@ -144,7 +144,7 @@ def check_hard_losses(ran: Ran, plain: Any) -> list[float]:
     losses: list[float] = []
     for step, batch, _, found in ran.seen:
         policy = with_adapters(plain, ran.starts[step], "policy")
-        for at, loss in zip(batch.hard.tolist(), found.tolist(), strict=True):
+        for at, loss in zip(batch.sft.tolist(), found.tolist(), strict=True):
             place = places[int(batch.pair_id[at])]
             weight = torch.from_numpy(weights[place])
             with torch.no_grad():
@@ -158,7 +158,7 @@ def check_hard_losses(ran: Ran, plain: Any) -> list[float]:
 @pytest.mark.parametrize("name", ["cleaned", "uncleaned"])
 def test_steps_are_as_described(name: str, request: pytest.FixtureRequest) -> None:
     ran = request.getfixturevalue(name)
-    assert [(step, len(batch.easy), len(batch.hard)) for step, batch, _, _ in ran.seen] == [
+    assert [(step, len(batch.preference), len(batch.sft)) for step, batch, _, _ in ran.seen] == [
         (0, 4, 0),
         (1, 3, 1),
         (2, 0, 4),
@@ -191,7 +191,7 @@ def test_kept_fraction_is_logged(cleaned: Ran) -> None:
     weights, (_, _, places) = cleaned.array("weights"), hard_pairs(cleaned)
     assert cleaned.rows[0]["cleaning/kept_fraction"] == ""  # a step without hard pairs
     for step, batch, _, _ in cleaned.seen[1:]:
-        tokens = np.concatenate([weights[places[int(batch.pair_id[at])]] for at in batch.hard.tolist()])
+        tokens = np.concatenate([weights[places[int(batch.pair_id[at])]] for at in batch.sft.tolist()])
         assert float(cleaned.rows[step]["cleaning/kept_fraction"]) == pytest.approx(tokens.mean())
         assert float(cleaned.rows[step]["cleaning/empty_fraction"]) == 0
 
@@ -277,7 +277,7 @@ def test_a_fitted_adapter_is_one_pass_of_adamw(tiny_model: str, monkeypatch: pyt
     fill(model, "policy", 1)
     add_reference(model, "cleaning")
     pairs = [([2, 4, 6 + i, 3, 2, 5], [7 + i, *range(10, 12 + i), 3]) for i in range(7)]
-    samples = [chosen({"prompt_ids": prompt, "chosen_ids": answer}) for prompt, answer in pairs]
+    samples = [chosen({"prompt_ids": prompt, "chosen_ids": response}) for prompt, response in pairs]
     before = {key: value.clone() for key, value in adapter_state(model).items()}
     learned = {key: value for key, value in before.items() if ".policy." in key}
     wanted = fit_by_hand(plain_model(tiny_model), learned, samples, rate=0.01, batch_size=3)

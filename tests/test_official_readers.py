@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SHARED
-from test_answers import answers
 from test_cli import in_process
+from test_responses import responses
 
 from mixdpo.evaluation.difficulties import read_difficulties, read_gamed
 from mixdpo.evaluation.length_control import resampled_length_controlled
@@ -82,7 +82,7 @@ def test_official_reader_loads_our_format(official: ModuleType, files: tuple[Pat
 def test_official_reader_loads_what_predict_writes(official: ModuleType, tiny_model: str, tmp_path: Path) -> None:
     source = tmp_path / "prompts.json"
     source.write_text(json.dumps([{"instruction": i, "dataset": "made"} for i in OUTPUTS]))
-    assert in_process(*answers("predict", "AlpacaEval", str(source), tmp_path, tiny_model)) == 0
+    assert in_process(*responses("predict", "AlpacaEval", str(source), tmp_path, tiny_model)) == 0
     assert_official_reads(official, tmp_path / "tiny.json")
     rows = json.loads((tmp_path / "tiny.json").read_text("utf-8"))
     assert [row["instruction"] for row in rows] == list(OUTPUTS) and list(rows[0]) == COLUMNS

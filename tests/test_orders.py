@@ -76,7 +76,7 @@ def test_reshuffled_epochs_resume_exactly(
     assert len({tuple(route.epoch_order(epoch)) for epoch in range(3)}) == 3
     # what the schedule and lr_mass read is what is trained
     hard = {ids[i] for i in np.flatnonzero(route.is_hard).tolist()}
-    assert whole._plan.hard_share.tolist() == [sum(pair in hard for pair in step) / 4 for step in found]
+    assert whole._plan.sft_share.tolist() == [sum(pair in hard for pair in step) / 4 for step in found]
 
 
 def test_without_reshuffle_all_epochs_are_the_first(tiny_model: str, source: str, tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_actions_train_what_they_say(
     module.trainer = data.trainer = trainer
     data.setup("fit")
     batches = list(data.train_dataloader())
-    assert sum(len(batch.easy) for batch in batches) == by_preference
-    assert sum(len(batch.hard) for batch in batches) == by_sft
-    assert sum(int(batch.is_hard[batch.easy].sum()) for batch in batches) == hard_by_preference
+    assert sum(len(batch.preference) for batch in batches) == by_preference
+    assert sum(len(batch.sft) for batch in batches) == by_sft
+    assert sum(int(batch.is_hard[batch.preference].sum()) for batch in batches) == hard_by_preference
     # the plan counts what a batch computes: prompts once, and of SFT pairs the sides that it learns
     counts = data._tokens(data.train_pairs, data.route.to_sft, data.route.sft_sides)
     for batch, (indices, _, _) in zip(batches, data.micro_batches(), strict=True):

@@ -34,7 +34,7 @@ ROWS = [
         "margin": 2.0,
     },
     {
-        "prompt": "What is the capital of France? Answer in one word.",
+        "prompt": "What is the capital of France? Response in one word.",
         "chosen": "Paris.",
         "rejected": "France is a country in Europe, and its capital is the city of Lyon.",
         "margin": 0.1,

@@ -29,7 +29,7 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def answer(text):
+def response(text):
     return {"role": "assistant", "content": text}
 
 
@@ -262,13 +262,13 @@ def test_broken_files(tmp_path, name, content, message):
         (PAIR | {"chosen": 10**99}, r"not 10{79}\. Columns"),
         (PAIR | {"margin": "m" * 99}, r"not 'm{79}\. Columns"),
         (PAIR | {"pair_id": [1] * 99}, r"whole number, not \[1(, 1){26}\. Columns"),
-        (PAIR | {"chosen": str([answer("4")])}, "'chosen' is a list of messages that was saved as text.*parquet"),
-        (PAIR | {"rejected": json.dumps([answer("5")])}, "'rejected' is a list of messages that was saved as text"),
+        (PAIR | {"chosen": str([response("4")])}, "'chosen' is a list of messages that was saved as text.*parquet"),
+        (PAIR | {"rejected": json.dumps([response("5")])}, "'rejected' is a list of messages that was saved as text"),
         (
             PAIR | {"prompt": " [{'content': '2+2?', 'role': 'user'}]"},
             "'prompt' is a list of messages that was saved as text",
         ),
-        (PAIR | {"chosen": [answer("4") | {"tool_calls": [{"id": 1}]}]}, "'chosen' has tool_calls, .*leave the row"),
+        (PAIR | {"chosen": [response("4") | {"tool_calls": [{"id": 1}]}]}, "'chosen' has tool_calls, .*leave the row"),
         (PAIR | {"prompt": [user("a") | {"reasoning_content": "b"}]}, "'prompt' has reasoning_content, .*put it in"),
         (PAIR | {"system": "Be brief."}, "'system' is not read, and here it holds 'Be brief.'.*into the prompt"),
         (PAIR | {"history": [["a", "b"]]}, "'history' is not read, and here it holds"),
@@ -281,13 +281,16 @@ def test_broken_files(tmp_path, name, content, message):
         ({key: PAIR[key] for key in ("prompt", "chosen", "rejected")}, "'margin' is missing"),
         ({"chosen": "H: hi A: b", "rejected": "H: hi A: c", "margin": 1}, "no 'prompt'.*hh-rlhf"),
         (
-            PAIR | {"chosen": [answer("b"), user("and?"), answer("d")]},
+            PAIR | {"chosen": [response("b"), user("and?"), response("d")]},
             r"'chosen' has the messages \(assistant, user, as",
         ),
         (PAIR | {"chosen": [user("b")]}, r"one, of role 'assistant'"),
-        (PAIR | {"prompt": [user("a"), answer("b")]}, "end in a message of role 'user'"),
-        (PAIR | {"chosen": [user("a"), answer("b")], "rejected": [user("a"), answer("c")]}, "no message of the conv"),
-        ({"chosen": [answer("b")], "rejected": [answer("c")], "margin": 1}, "end in a message of role 'user'"),
+        (PAIR | {"prompt": [user("a"), response("b")]}, "end in a message of role 'user'"),
+        (
+            PAIR | {"chosen": [user("a"), response("b")], "rejected": [user("a"), response("c")]},
+            "no message of the conv",
+        ),
+        ({"chosen": [response("b")], "rejected": [response("c")], "margin": 1}, "end in a message of role 'user'"),
     ],
 )
 def test_bad_rows_are_named_with_file_row_and_columns(tmp_path, row, message):
@@ -315,21 +318,21 @@ def test_limit_below_one(tmp_path):
 
 FORMS = {
     "standard": PAIR,
-    "conversational": PAIR | {"prompt": [user("2+2?")], "chosen": [answer("4")], "rejected": [answer("5")]},
+    "conversational": PAIR | {"prompt": [user("2+2?")], "chosen": [response("4")], "rejected": [response("5")]},
     "messages and text": PAIR | {"prompt": [user("2+2?")]},
-    "text and completions": PAIR | {"chosen": [answer("4")], "rejected": [answer("5")]},
+    "text and completions": PAIR | {"chosen": [response("4")], "rejected": [response("5")]},
     "implicit prompt": {
-        "chosen": [user("2+2?"), answer("4")],
-        "rejected": [user("2+2?"), answer("5")],
+        "chosen": [user("2+2?"), response("4")],
+        "rejected": [user("2+2?"), response("5")],
         "margin": 1.5,
     },
-    "ultrafeedback": PAIR | {"chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]},
+    "ultrafeedback": PAIR | {"chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]},
     "repeated message list": PAIR
-    | {"prompt": [user("2+2?")], "chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]},
+    | {"prompt": [user("2+2?")], "chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]},
     "empty columns": PAIR | {"system": " ", "history": [], "messages": None},
     "a column that a table has left empty": PAIR | {"system": "nan", "history": "[]"},
     "empty parts of a message": PAIR | {"prompt": [user("2+2?") | {"tool_calls": None, "reasoning_content": ""}]},
-    "null prompt": {"prompt": None, "chosen": [user("2+2?"), answer("4")], "rejected": [user("2+2?"), answer("5")]}
+    "null prompt": {"prompt": None, "chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]}
     | {"margin": 1.5, "pair_id": None},
 }
 
@@ -341,14 +344,14 @@ def test_every_form_gives_the_prompt_once(tmp_path, form):
     assert (pair["chosen"], pair["rejected"], pair["margin"]) == ("4", "5", 1.5)
 
 
-def test_an_answer_in_json_is_an_answer(tmp_path):
+def test_an_response_in_json_is_an_response(tmp_path):
     for text in ('[{"content": "hello"}]', '[{"role": "admin", "content": "x"}]', "[{'role': 'user'}]"):
         assert only(tmp_path, PAIR | {"chosen": text})["chosen"] == text
 
 
 def test_several_turns_and_a_system_message_are_prompt(tmp_path):
-    turns = [system("Be brief."), user("2+2?"), answer("4"), user("Sure?")]
-    implicit = {"chosen": [*turns, answer("Yes")], "rejected": [*turns, answer("No")], "margin": 1}
+    turns = [system("Be brief."), user("2+2?"), response("4"), user("Sure?")]
+    implicit = {"chosen": [*turns, response("Yes")], "rejected": [*turns, response("No")], "margin": 1}
     assert only(tmp_path, implicit | {"system": "Be brief.\n"})["prompt"] == turns  # the column says nothing more
     assert only(tmp_path, implicit)["prompt"] == turns
     assert only(tmp_path, implicit | {"prompt": "2+2?"})["prompt"] == turns
@@ -373,8 +376,8 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
         read_pairs(write(tmp_path / "b.jsonl", rows[3:4]))
 
 
-def test_identical_prompt_and_answers_leave_a_message_to_answer(tmp_path):
-    same = [user("2+2?"), answer("4")]
+def test_identical_prompt_and_responses_leave_a_message_to_response(tmp_path):
+    same = [user("2+2?"), response("4")]
     source = write(tmp_path / "a.jsonl", [PAIR, {"chosen": same, "rejected": same, "margin": 0}])
     assert read_pairs(source).dropped == {"identical": 1}
 

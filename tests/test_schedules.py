@@ -17,7 +17,7 @@ def hard_tail(fraction, steps=STEPS):
 
 
 def sft_mass(schedule, plan):
-    return learning_rate_mass(schedule(plan), plan.hard_share)["lr_mass/sft"]
+    return learning_rate_mass(schedule(plan), plan.sft_share)["lr_mass/sft"]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_very_short_runs_train(schedule, warmup, steps):
         assert multipliers.shape == (steps,) == (len(plan),)
         assert ((multipliers >= 0) & (multipliers <= 1)).all()
         assert multipliers.sum() > 0
-        assert sum(learning_rate_mass(multipliers, plan.hard_share).values()) == pytest.approx(1)
+        assert sum(learning_rate_mass(multipliers, plan.sft_share).values()) == pytest.approx(1)
 
 
 @given(st.data())
@@ -149,6 +149,6 @@ def test_epochs_one_after_the_other():
     """The epoch's stages begin anew; an epoch of one stage adds none; what lies beyond the end is cut."""
     staged = [StepPlan(np.array([0.0, 1.0]), (0, 1)), StepPlan(np.array([0.5, 0.5]), (0, 1))]
     plan = StepPlan.of_epochs(staged, 4)
-    assert (plan.hard_share.tolist(), plan.stage_starts) == ([0.0, 1.0, 0.5, 0.5], (0, 1, 2, 3))
+    assert (plan.sft_share.tolist(), plan.stage_starts) == ([0.0, 1.0, 0.5, 0.5], (0, 1, 2, 3))
     assert StepPlan.of_epochs(staged, 3).stage_starts == (0, 1, 2)
     assert StepPlan.of_epochs([StepPlan(np.zeros(3))] * 2, 5).stage_starts == (0,)

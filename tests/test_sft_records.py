@@ -1,4 +1,4 @@
-"""SFT rows of three forms -> conversations that end in an answer; faults named by file, row and columns."""
+"""SFT rows of three forms -> conversations that end in a response; faults named by file, row and columns."""
 
 import gzip
 import hashlib
@@ -29,13 +29,13 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def answer(text):
+def response(text):
     return {"role": "assistant", "content": text}
 
 
 QUESTION = {"prompt": "2+2?", "completion": "4"}
-TURNS = [system("Be brief."), user("2+2?"), answer("4"), user("Sure?"), answer("Yes")]
-ONE_TURN = [user("2+2?"), answer("4")]
+TURNS = [system("Be brief."), user("2+2?"), response("4"), user("Sure?"), response("Yes")]
+ONE_TURN = [user("2+2?"), response("4")]
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ ONE_TURN = [user("2+2?"), answer("4")]
         ({"messages": ONE_TURN, "prompt": "2+2?", "prompt_id": "x"}, ONE_TURN),  # as UltraChat has it
         (QUESTION, ONE_TURN),
         ({"prompt": [system("a"), user("2+2?")], "completion": "4"}, [system("a"), *ONE_TURN]),
-        ({"prompt": "2+2?", "completion": [answer("4"), user("Sure?"), answer("Yes")]}, TURNS[1:]),
+        ({"prompt": "2+2?", "completion": [response("4"), user("Sure?"), response("Yes")]}, TURNS[1:]),
         ({"instruction": "2+2?", "output": "4"}, ONE_TURN),
         ({"instruction": "2+2?", "input": " ", "output": "4"}, ONE_TURN),
-        ({"instruction": "Add.", "input": "2\n2", "output": "4"}, [user("Add.\n\n2\n2"), answer("4")]),
+        ({"instruction": "Add.", "input": "2\n2", "output": "4"}, [user("Add.\n\n2\n2"), response("4")]),
         (QUESTION | {"messages": None, "instruction": None, "output": None, "sample_id": None, "id": None}, ONE_TURN),
         ({"instruction": "2+2?", "output": "4", "input": None, "system": "", "history": None}, ONE_TURN),
     ],
 )
-def test_every_form_gives_messages_up_to_the_last_answer(tmp_path, row, messages):
+def test_every_form_gives_messages_up_to_the_last_response(tmp_path, row, messages):
     (sample,) = read_samples(write_pairs(tmp_path / "a.jsonl", [row])).dataset
     assert sample["messages"] == messages
     assert (sample["source"], sample["row"]) == ("", 1)
@@ -90,11 +90,11 @@ def test_a_repeated_id_names_both_rows(tmp_path, column):
 def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
     conversations = [
         ONE_TURN,
-        [user(" \n"), answer("4")],
-        [answer("Hello"), *ONE_TURN],
-        [system("Be brief."), answer("4")],
-        [user("2+2?"), answer(" "), user("Well?"), answer("")],
-        [user("2+2?"), answer(""), user("Well?"), answer("4")],
+        [user(" \n"), response("4")],
+        [response("Hello"), *ONE_TURN],
+        [system("Be brief."), response("4")],
+        [user("2+2?"), response(" "), user("Well?"), response("")],
+        [user("2+2?"), response(""), user("Well?"), response("4")],
     ]
     path = write_pairs(tmp_path / "a.jsonl", [{"messages": messages} for messages in conversations])
     for _ in range(2):
@@ -120,15 +120,15 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
         ({"messages": []}, "'messages' should be text or a list"),
         ({"messages": [{"from": "human", "value": "a"}]}, "keys 'role' and 'content'"),
         ({"messages": [user("a"), {"role": "gpt", "content": "b"}]}, r"role 'assistant' \(there are: user, gpt\)"),
-        ({"prompt": ONE_TURN, "completion": "b"}, "'prompt' holds an answer.*as 'messages'"),
-        ({"prompt": "a", "completion": [user("b"), answer("c")]}, "'completion' should begin.*not 'user'"),
+        ({"prompt": ONE_TURN, "completion": "b"}, "'prompt' holds a response.*as 'messages'"),
+        ({"prompt": "a", "completion": [user("b"), response("c")]}, "'completion' should begin.*not 'user'"),
         ({"prompt": "a", "completion": 3}, "'completion' should be text or a list of messages, not 3"),
         ({"instruction": 0, "output": "b"}, "'instruction' should be text, not 0"),
         ({"instruction": "a", "input": 0, "output": "b"}, "'input' should be text, not 0"),
         (QUESTION | {"source": 3}, "'source' should be text"),
-        (QUESTION | {"completion": str([answer("4")])}, "'completion' is a list of messages that was saved as text"),
+        (QUESTION | {"completion": str([response("4")])}, "'completion' is a list of messages that was saved as text"),
         (QUESTION | {"prompt": json.dumps([user("a")])}, "'prompt' is a list of messages that was saved as text"),
-        ({"messages": [user("a"), answer("b") | {"reasoning_content": "c"}]}, "'messages' has reasoning_content"),
+        ({"messages": [user("a"), response("b") | {"reasoning_content": "c"}]}, "'messages' has reasoning_content"),
         ({"instruction": "a", "output": "b", "system": "c"}, "'system' is not read, and here it holds 'c'"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not read"),
     ],
@@ -146,16 +146,16 @@ conversations = st.lists(st.fixed_dictionaries({"role": roles, "content": st.tex
 
 
 @given(conversations, conversations)
-def test_what_follows_the_last_answer_is_all_that_is_cut(before, after):
+def test_what_follows_the_last_response_is_all_that_is_cut(before, after):
     tail = [message for message in after if message["role"] == "user"]
-    messages = [*before, answer("last")]
+    messages = [*before, response("last")]
     assert parse_sample({"messages": messages + tail}) == messages
 
 
 def test_the_cache_follows_the_content(tmp_path):
     for text in ("4", "6"):
         path = write_pairs(tmp_path / "a.jsonl", [QUESTION | {"completion": text}])
-        assert read_samples(path).dataset["messages"][0][-1] == answer(text)
+        assert read_samples(path).dataset["messages"][0][-1] == response(text)
     assert read_samples(path).dataset._fingerprint == read_samples(path).dataset._fingerprint
 
 
@@ -168,6 +168,6 @@ def test_shared_samples():
         for sample, line in zip(samples.dataset, file, strict=False):
             row = json.loads(line)
             question = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
-            assert sample["messages"] == [user(question), answer(row["output"])]
+            assert sample["messages"] == [user(question), response(row["output"])]
             assert sample["source"] == row["source"]
     assert len(set(samples.dataset["source"])) == 3

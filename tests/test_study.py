@@ -55,7 +55,7 @@ rows = []
 for i, line in enumerate(Path("prompts.jsonl").read_text().splitlines()):
     after = {"score": gain + 0.01 * i, "tokens": 10 + i, "ended": i % 2 == 0}
     rows.append({**json.loads(line), "before": {"score": 0.0, "tokens": 20, "ended": False}, "after": after})
-(folder / "answers.json").write_text(json.dumps(rows))
+(folder / "responses.json").write_text(json.dumps(rows))
 """
 
 # Python 3.12 warns of any function between fork and exec; ours makes one system call
@@ -424,10 +424,10 @@ def test_without_matplotlib_it_says_so(folder: Path, monkeypatch: pytest.MonkeyP
 def test_other_prompts_than_the_studys_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_study(folder)
     assert main(["study", path]) == 0
-    answers = folder / "out/dpo-seed0/answers.json"
-    answers.write_text(json.dumps(json.loads(answers.read_text())[::-1]))
+    responses = folder / "out/dpo-seed0/responses.json"
+    responses.write_text(json.dumps(json.loads(responses.read_text())[::-1]))
     assert main(["study", path, "--table_only", "true"]) == 2
-    assert "out/dpo-seed0/answers.json answers other prompts than prompts.jsonl" in capsys.readouterr().err
+    assert "out/dpo-seed0/responses.json responses other prompts than prompts.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

@@ -107,8 +107,8 @@ def test_each_loss_sits_at_its_token(
     assert any(len(s) > 2 for s in spans) and any(len(s) == 2 for s in spans)  # several turns, and one
     assert np.abs(expected["policy"] - expected["cleaning"]).max() > 0.1
     np.testing.assert_allclose(computed(model, name, pool), expected[name], rtol=0, atol=1e-5)
-    answers = [m["content"] for s in make_samples(15) for m in s["messages"] if m["role"] == "assistant"]
-    text = " ".join(f"{answer} <|im_end|>" for answer in answers)
+    responses = [m["content"] for s in make_samples(15) for m in s["messages"] if m["role"] == "assistant"]
+    text = " ".join(f"{response} <|im_end|>" for response in responses)
     assert load_tokenizer(tiny_model).decode(pool.target_ids()) == text  # every answer with its end token, in order
 
 

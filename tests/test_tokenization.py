@@ -109,7 +109,7 @@ def test_a_merge_across_the_seam_of_a_template():
     assert pair == EncodedPair([4, 4], [5, 1], [2, 4, 1])
 
 
-def test_a_generation_prompt_that_answers_lack_is_not_in_the_prompt():
+def test_a_generation_prompt_that_responses_lack_is_not_in_the_prompt():
     # As Qwen3 does: only the generation prompt opens a thought.
     template = CHATML.replace("assistant\n{% endif %}", "assistant\nplus{% endif %}")
     pair = encoded_pair(word_tokenizer(template), PROMPT, "four", "two")
@@ -117,16 +117,16 @@ def test_a_generation_prompt_that_answers_lack_is_not_in_the_prompt():
 
 
 @pytest.mark.parametrize("content", ["m.content.split('plus')[-1]", "'' if m.content == 'is plus four' else m.content"])
-def test_a_template_that_leaves_out_part_of_an_answer_is_refused(content):
+def test_a_template_that_leaves_out_part_of_an_response_is_refused(content):
     # As DeepSeek-R1 does, whose template keeps what follows the last </think>.
     tokenizer = word_tokenizer(CHATML.replace("m.content", f"({content}) if m.role == 'assistant' else m.content"))
     assert encoded_pair(tokenizer, PROMPT, "four", "two").chosen_ids == [FOUR, END]
     for sides in (("is plus four", "two"), ("two", "is plus four")):
-        with pytest.raises(InputError, match=r"leaves out part of an answer .*give a `chat_template` that shows it"):
+        with pytest.raises(InputError, match=r"leaves out part of a response .*give a `chat_template` that shows it"):
             encoded_pair(tokenizer, PROMPT, *sides)
 
 
-def test_a_template_may_trim_an_answer_and_set_its_reasoning_apart():
+def test_a_template_may_trim_an_response_and_set_its_reasoning_apart():
     # As Qwen3 does.
     shown = "m.content | trim | replace('plus', '\nplus\n\n')"
     tokenizer = word_tokenizer(CHATML.replace("m.content", f"({shown}) if m.role == 'assistant' else m.content"))

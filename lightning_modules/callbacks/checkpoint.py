@@ -133,7 +133,7 @@ class LastCheckpoint(Checkpoint):
         self._signal = 0
         self._validated = False  # since the last batch
         self._stops = False  # something has told Lightning to stop in the middle of a step
-        self._owes, self._epoch = "no", 0  # whether a validation was to follow the checkpoint, and its epoch
+        self._owed_validation, self._epoch = "no", 0  # whether a validation was to follow the checkpoint, and its epoch
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not where the user has named another
@@ -147,7 +147,7 @@ class LastCheckpoint(Checkpoint):
         trainer.should_stop = stops
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._owes, self._epoch = checkpoint.get("owes_validation", "no"), checkpoint["epoch"]
+        self._owed_validation, self._epoch = checkpoint.get("owes_validation", "no"), checkpoint["epoch"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a disk that the run would fill; listen to signals; make up for a validation that was cut off."""
@@ -164,7 +164,9 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread() and not trainer.fit_loop.done:
             for each in SIGNALS:  # Lightning restores its own when it ends
                 signal.signal(each, self._stop)
-        if trainer.enable_validation and (self._owes == "always" or (self._owes != "no" and trainer.fit_loop.done)):
+        if trainer.enable_validation and (
+            self._owed_validation == "always" or (self._owed_validation != "no" and trainer.fit_loop.done)
+        ):
             self._make_up(trainer, pl_module)
 
     def _make_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -117,7 +117,7 @@ class CleanTokens(Callback):
         self._losses_of: list[int] | None = None
         self._always_keep: np.ndarray | None = None
         self._masks: np.ndarray | None = None
-        self._open: dict[str, Any] | None = None  # the stage whose tokens are not all decided yet
+        self._open_stage: dict[str, Any] | None = None  # the stage whose tokens are not all decided yet
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.world_size > 1 and is_online(self.cleaning.scorer):
@@ -144,7 +144,7 @@ class CleanTokens(Callback):
             )
         if self._restored is not None:
             self._tokens.restore(self._restored)
-            self._scored, self._open = self._restored["scored"], self._restored["open"]
+            self._scored, self._open_stage = self._restored["scored"], self._restored["open"]
         if self.cleaning.masks is not None:
             self._masks = read_masks(Path(self.cleaning.masks), identity, len(pool))
         self._always_keep = always_kept(self.cleaning.selection, pool, tokenizer)
@@ -234,7 +234,7 @@ class CleanTokens(Callback):
             always = None if self._always_keep is None else self._always_keep[tokens]
             weights, kept = weigh(self.cleaning.selection, scores, offsets, batch=steps, always_keep=always)
             self._tokens.scores[tokens], self._tokens.weights[tokens] = scores, weights
-        self._open = {"stage": trainer.datamodule.stage_of(step), "step": step, "warm_up": warm_up, "kept": kept}
+        self._open_stage = {"stage": trainer.datamodule.stage_of(step), "step": step, "warm_up": warm_up, "kept": kept}
         if not online:
             self._finish_stage(trainer)
 
@@ -246,9 +246,9 @@ class CleanTokens(Callback):
     def _finish_stage(self, trainer: L.Trainer) -> None:
         """Sum up the stage whose weights are complete, and write all that is known so far."""
         samples, pool = self._tokens.in_progress(), self._tokens.pool
-        if self._open is None or not len(samples):
+        if self._open_stage is None or not len(samples):
             return
-        entry, self._open = self._open, None
+        entry, self._open_stage = self._open_stage, None
         samples = samples[~np.isnan(self._tokens.weights[pool.offsets[samples]])]  # max_steps may end a stage early
         tokens, planted, sources = pool.tokens(samples), pool.planted(), pool.samples["source"][:]
         facts = summarise(
@@ -266,7 +266,7 @@ class CleanTokens(Callback):
         rank_zero_info(describe(self._tokens.stages[-1]))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._tokens.state(), "scored": self._scored, "open": self._open} if self._tokens else {}
+        return {**self._tokens.state(), "scored": self._scored, "open": self._open_stage} if self._tokens else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

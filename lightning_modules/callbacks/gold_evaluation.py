@@ -18,9 +18,9 @@ from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.chat_template import PLAIN, load_template, tokenizer_state
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
-from mixdpo.evaluation.answer_cache import kept_answers
 from mixdpo.evaluation.generation import Generation
-from mixdpo.evaluation.gold import Answers, Scorer, compare, greedy, markdown, scored
+from mixdpo.evaluation.gold import Responses, Scorer, compare, greedy, markdown, scored
+from mixdpo.evaluation.response_cache import kept_responses
 from mixdpo.model.adapters import Role, role
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
@@ -40,14 +40,14 @@ class GoldEvaluation(Callback):
         dequantise: bool | None = None,
     ) -> None:
         """Answers held-out prompts greedily as the policy before training and as the one in adapter/ after it; prints a
-        table and writes results.json, results.md and answers.json to the run's folder. Answers before training are kept
+        table and writes results.json, results.md and responses.json to the run's folder. Those before training are kept
         under ~/.cache/mixdpo for the next run that starts from the same weights; they are scored anew.
 
         Args:
             prompts: File of prompt rows (jsonl), or `heldout` for the built-in ones of the task `constraints`.
-            scorer: Class path of what scores answers: (prompt row, answers) -> scores, larger is better. Null reports
+            scorer: Class path of what scores responses: (prompt row, responses) -> scores, larger is better. Null:
                 lengths and end tokens only.
-            max_new_tokens: Longest answer, in tokens.
+            max_new_tokens: Longest response, in tokens.
             batch_size: Prompts answered at a time.
             limit: Use the first so many prompts only.
             dequantise: Generate with a dequantised copy that the adapter is merged into. A copy is faster, but is a
@@ -58,7 +58,7 @@ class GoldEvaluation(Callback):
         self.prompts, self.scorer, self.limit = prompts, scorer, limit
         self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self.dequantise = dequantise
-        self.before: Answers | None = None
+        self.before: Responses | None = None
         self.seconds = {"training": 0.0, "evaluation": 0.0}
         self._rows: list[dict[str, Any]] = []
         self._restored: dict[str, Any] | None = None
@@ -66,9 +66,9 @@ class GoldEvaluation(Callback):
         self._started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The answers before training too: a reference that was refreshed could not give them again."""
+        """The responses before training too: a reference that was refreshed could not give them again."""
         training = self.seconds["training"] + time.perf_counter() - self._started
-        given = [asdict(answer) for answer in self.before.given] if self.before else []
+        given = [asdict(response) for response in self.before.given] if self.before else []
         seconds = self.seconds | {"training": training}
         return {"asked": self._asked(), "given": given, "seconds": seconds, "copy": self._copy}
 
@@ -85,10 +85,10 @@ class GoldEvaluation(Callback):
                 refuse_other_run(self._restored["asked"], self._asked())
             elif trainer.ckpt_path and any(getattr(c, "role", None) == "reference" for c in trainer.callbacks):
                 raise InputError(
-                    "the checkpoint holds no answers of GoldEvaluation, and the reference that gave them may have been "
-                    "refreshed since: leave GoldEvaluation out, and compare with run.py test"
+                    "the checkpoint holds no responses of GoldEvaluation, and the reference that gave them may have "
+                    "been refreshed since: leave GoldEvaluation out, and compare with run.py test"
                 )
-            self.before = self._answer(pl_module, "reference", "before training")
+            self.before = self._response(pl_module, "reference", "before training")
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -96,7 +96,7 @@ class GoldEvaluation(Callback):
         if not trainer.is_global_zero or self.before is None:
             return
         best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
-        after = self._answer(pl_module, "policy", "after training")
+        after = self._response(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
         if best is None:
             facts = self._validation_facts(trainer) | self._facts(trainer)
@@ -106,7 +106,7 @@ class GoldEvaluation(Callback):
         folder = Path(trainer.default_root_dir)
         write_json(folder / "results.json", {"heldout_prompts": rows, "facts": facts, "steps": trainer.global_step})
         write_json(
-            folder / "answers.json",
+            folder / "responses.json",
             [
                 {**row, "before": before, "after": after}
                 for row, before, after in zip(self._rows, self.before.rows(), after.rows(), strict=True)
@@ -116,7 +116,7 @@ class GoldEvaluation(Callback):
         (folder / "results.md").write_text(table + "\n")
         print(f"\n{table}\n\nrun folder: {folder}")
 
-    def _answer(self, pl_module: Any, name: Role, when: str) -> Answers:
+    def _response(self, pl_module: Any, name: Role, when: str) -> Responses:
         started = time.perf_counter()
         print(f"answering {len(self._rows)} held-out prompts {when}")
         tokenizer = load_tokenizer(pl_module.base)
@@ -138,21 +138,21 @@ class GoldEvaluation(Callback):
         if name == "policy":
             found = generations()
         elif self._restored is not None:
-            found = [Generation(**answer) for answer in self._restored["given"]]
+            found = [Generation(**response) for response in self._restored["given"]]
         else:
-            found = kept_answers(self._depends_on(pl_module, tokenizer), generations)
-        answers = scored(self._rows, found, self.scorer)
+            found = kept_responses(self._depends_on(pl_module, tokenizer), generations)
+        responses = scored(self._rows, found, self.scorer)
         self.seconds["evaluation"] += time.perf_counter() - started
-        return answers
+        return responses
 
     def _asked(self) -> dict[str, Any]:
-        """What the answers before and after training must share; how they are computed may change with the memory."""
+        """What the responses before and after training must share; how they are computed may change with the memory."""
         prompts = json.dumps([row["prompt"] for row in self._rows])
         digest = hashlib.sha256(prompts.encode()).hexdigest()[:16]
         return {"GoldEvaluation.prompts": digest, "GoldEvaluation.max_new_tokens": self.options["max_new_tokens"]}
 
     def _depends_on(self, pl_module: Any, tokenizer: Any) -> dict[str, Any]:
-        """All that decides the reference's answers; the scorer does not."""
+        """All that decides the reference's responses; the scorer does not."""
         model, trainer = pl_module.model, pl_module.trainer
         return {
             "weights": base_fingerprint(model),
@@ -188,5 +188,5 @@ class GoldEvaluation(Callback):
             "training and validation, s": f"{self.seconds['training']:.0f}",
             "generation and scoring, s": f"{self.seconds['evaluation']:.0f}",
             "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",
-            "answers generated with": precision,
+            "responses generated with": precision,
         }

@@ -28,7 +28,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class RunFiles(Callback):
-    """The plan of the data (route.json or stages.json) before training, the policy as a PEFT folder `adapter/` after
+    """The plan of the data (route.json or plan.json) before training, the policy as a PEFT folder `adapter/` after
     it: the last one, or the best one where a ModelCheckpoint monitors a metric."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

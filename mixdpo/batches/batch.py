@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdpo.batches.rows import Movable, TokenRows, build_rows
+from mixdpo.batches.rows import OnDevice, TokenRows, build_rows
 from mixdpo.batches.steps import MicroBatch
 
 
 @dataclass
-class PairBatch(Movable):
+class PairBatch(OnDevice):
     """One micro-batch of B pairs.
 
     Attributes:
@@ -45,8 +45,8 @@ class PairBatch(Movable):
     rows: TokenRows
     reference_rows: TokenRows | None
     is_hard: Tensor
-    easy: Tensor
-    hard: Tensor
+    preference: Tensor
+    sft: Tensor
     margin: Tensor
     weight: Tensor
     pair_id: Tensor
@@ -105,9 +105,9 @@ class PairCollator:
         batch = PairBatch(
             rows,
             reference_rows,
-            is_hard=torch.tensor([bool(self.is_hard[i]) for i in indices]),
-            easy=torch.tensor([b for b, sft in enumerate(to_sft) if not sft], dtype=torch.long),
-            hard=torch.tensor([b for b, sft in enumerate(to_sft) if sft], dtype=torch.long),
+            is_sft=torch.tensor([bool(self.is_hard[i]) for i in indices]),
+            preference=torch.tensor([b for b, sft in enumerate(to_sft) if not sft], dtype=torch.long),
+            sft=torch.tensor([b for b, sft in enumerate(to_sft) if sft], dtype=torch.long),
             margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
             weight=torch.full((len(pairs),), weight),
             pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),

@@ -30,13 +30,13 @@ def document_mask(documents: Sequence[Document], rows: int, length: int, device:
     return mask
 
 
-class Movable:
+class OnDevice:
     """A dataclass whose tensors go to another device together."""
 
     def to(self, device: torch.device) -> Self:
         there = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
         for part in vars(self).values():
-            if isinstance(part, Tensor | Movable) and id(part) not in there:
+            if isinstance(part, Tensor | OnDevice) and id(part) not in there:
                 pinned = isinstance(part, Tensor) and (part.device.type, device.type) == ("cpu", "cuda")
                 part_there = part.pin_memory() if pinned else part
                 options = {"non_blocking": True} if isinstance(part, Tensor) else {}
@@ -45,7 +45,7 @@ class Movable:
 
 
 @dataclass
-class TokenRows(Movable):
+class TokenRows(OnDevice):
     """Token sequences of one forward pass, and the list of what is to be predicted in them.
 
     A row is one document or several that are blind to each other: a pair that shares its prompt, `[prompt | chosen |

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mixdpo.batches.rows import Movable, TokenRows, sample_rows
+from mixdpo.batches.rows import OnDevice, TokenRows, sample_rows
 from mixdpo.batches.steps import MicroBatch
 from mixdpo.batches.token_pool import TokenPool
 
 
 @dataclass
-class SFTBatch(Movable):
+class SFTBatch(OnDevice):
     """One micro-batch of B samples with M response tokens.
 
     Attributes:

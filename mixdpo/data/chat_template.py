@@ -77,13 +77,13 @@ def shared_length(*sequences: Sequence[Any]) -> int:
     return next((position for position, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
 
-def encode_answers(
+def encode_responses(
     tokenizer: "Tokenizer", template: str, prompt: Messages, *completions: str, special_tokens_in_text: bool = False
 ) -> list[list[int]]:
     """Ids of the prompt and of prompt + each completion with its end token, through a template of `load_template`.
 
     Raises:
-        InputError: the template fails, changes the prompt once an answer follows, leaves out part of an answer, or
+        InputError: the template fails, changes the prompt once a response follows, leaves out part of a response, or
             writes no end token.
     """
     texts = [*(message["content"] for message in prompt), *completions]
@@ -96,26 +96,26 @@ def _encode_chat(
     tokenizer: "Tokenizer", prompt: Messages, *completions: str, template: str, as_text: bool
 ) -> list[list[int]]:
     """Ids of the prompt and of prompt + each completion, each cut after the end token."""
-    answers = [[*prompt, {"role": "assistant", "content": completion}] for completion in completions]
+    responses = [[*prompt, {"role": "assistant", "content": completion}] for completion in completions]
     texts = [_render(tokenizer, template, prompt, add_generation_prompt=True)]
-    texts += [_render(tokenizer, template, messages, add_generation_prompt=False) for messages in answers]
+    texts += [_render(tokenizer, template, messages, add_generation_prompt=False) for messages in responses]
     shared = texts[0][: shared_length(*texts)]
     if prompt[-1]["content"].strip() not in shared:
         raise InputError(
-            "the chat template shows the last user message differently once an answer follows it, or not at all: give "
+            "the chat template shows the last user message differently once a response follows it, or not at all: give "
             "another `chat_template`"
         )
     if any(message["role"] == "system" and message["content"].strip() not in shared for message in prompt):
         raise InputError(
             "the chat template leaves the system message out: give a `chat_template` that shows it, or data without"
         )
-    if any(_bare(answer) not in _bare(text) for answer, text in zip(completions, texts[1:], strict=True)):
+    if any(_bare(response) not in _bare(text) for response, text in zip(completions, texts[1:], strict=True)):
         raise InputError(
-            "the chat template leaves out part of an answer (reasoning, perhaps): give a `chat_template` that shows it"
+            "the chat template leaves out part of a response (reasoning, perhaps): give a `chat_template` that shows it"
         )
     if as_text:
         prompt_ids = chat_ids_as_text(tokenizer, prompt, template, add_generation_prompt=True)
-        wholes = [chat_ids_as_text(tokenizer, chat, template, add_generation_prompt=False) for chat in answers]
+        wholes = [chat_ids_as_text(tokenizer, chat, template, add_generation_prompt=False) for chat in responses]
     else:  # The template writes BOS itself: special tokens added here would double it.
         prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [prompt_ids, *(_cut_after_end_token(tokenizer, whole) for whole in wholes)]
@@ -149,7 +149,7 @@ def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
             break
     raise InputError(
         f"the chat template ends an answer with {tokenizer.decode(ids[-3:])!r}, which is no special token: the model "
-        "would never learn to stop. Give a `chat_template` that writes eos_token after an answer."
+        "would never learn to stop. Give a `chat_template` that writes eos_token after a response."
     )
 
 

@@ -1,10 +1,10 @@
-"""Chat template -> the token ids of a conversation, and which of them are answers: only those are trained on."""
+"""Chat template -> the token ids of a conversation, and which of them are responses: only those are trained on."""
 
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mixdpo.data.chat_template import PLAIN, Messages, encode_answers, load_template, shared_length, tokenizer_state
+from mixdpo.data.chat_template import PLAIN, Messages, encode_responses, load_template, shared_length, tokenizer_state
 from mixdpo.data.encoding import Overlong, encode_table
 from mixdpo.errors import InputError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """Token ids of one conversation, up to the end token of its last answer, unless it was truncated.
+    """Token ids of one conversation, up to the end token of its last response, unless it was truncated.
 
     `spans` is [start0, end0, start1, end1, …]: half-open ranges of the answers in `input_ids`, end tokens included.
     """
@@ -25,38 +25,38 @@ class EncodedSample:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the answers are nothing but end tokens."""
+        """Whether the responses are nothing but end tokens."""
         return all(end - start < 2 for start, end in zip(self.spans[::2], self.spans[1::2], strict=True))
 
 
 def encode_sample(
     tokenizer: "Tokenizer", messages: Messages, template: str, *, special_tokens_in_text: bool = False
 ) -> EncodedSample:
-    """Token ids and answers of one conversation, through a template of `load_template`; `special_tokens_in_text` as for
-    `encode_samples`.
+    """Token ids and responses of one conversation, through a template of `load_template`; `special_tokens_in_text` as
+    for `encode_samples`.
 
-    Each answer is encoded with all before it, as at generation. It starts where prompt and whole part, so that a token
-    that merges across the seam belongs to the answer.
+    Each response is encoded with all before it, as at generation. It starts where prompt and whole part, so that a
+    token that merges across the seam belongs to the response.
 
     Raises:
         InputError: the template fails, writes no end token, or changes what it wrote once the conversation goes on.
     """
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if template == PLAIN and len(answers) > 1:
+    responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if template == PLAIN and len(responses) > 1:
         raise InputError(
-            f"there are {len(answers)} answers, and {PLAIN!r} has no mark between turns, so it takes one: give a "
-            "`chat_template` with turns, or one sample an answer."
+            f"there are {len(responses)} responses, and {PLAIN!r} has no mark between turns, so it takes one: give a "
+            "`chat_template` with turns, or one sample a response."
         )
     input_ids: list[int] = []
     spans: list[int] = []
-    for index in answers:
+    for index in responses:
         turn = (messages[:index], messages[index]["content"])
-        prompt_ids, whole = encode_answers(tokenizer, template, *turn, special_tokens_in_text=special_tokens_in_text)
+        prompt_ids, whole = encode_responses(tokenizer, template, *turn, special_tokens_in_text=special_tokens_in_text)
         if shared_length(input_ids, prompt_ids, whole) < len(input_ids):
             raise InputError(
                 f"the chat template shows an earlier turn differently once message {index + 1} follows, so the tokens "
                 "to train on are not those a model would see: give a `chat_template` that leaves earlier turns as "
-                "they were, or one sample an answer."
+                "they were, or one sample a response."
             )
         start = shared_length(prompt_ids, whole)
         if not start:
@@ -97,13 +97,13 @@ def encode_samples(
         overlong: what becomes of a longer one: "truncate" keeps its first tokens, "drop" drops it.
         special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, is that token; else
             it is the characters that it consists of.
-        chat_template: as for `load_template`; "plain" takes samples of one answer.
+        chat_template: as for `load_template`; "plain" takes samples of one response.
         num_proc: processes; None or 1 is this one.
 
     Returns:
         A data set with the columns sample_id, source, row, input_ids, spans (`EncodedSample`), truncated (bool), and
-        the counts `dropped_overlong`, `dropped_empty` (answers of nothing but end tokens), `truncated` and, where there
-        are such rows, `special_tokens_in_text`.
+        the counts `dropped_overlong`, `dropped_empty` (responses of nothing but end tokens), `truncated` and, where
+        there are such rows, `special_tokens_in_text`.
 
     Raises:
         InputError: a sample cannot be encoded (with its row), or all are dropped, or a limit is impossible.

@@ -15,7 +15,7 @@ FORMS = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})
 def read_samples(source: str, *, split: str = "train", limit: int | None = None) -> Table:
     """Read SFT samples from a hub id or a local folder or file.
 
-    A row is `messages` (cut after the last answer), `prompt` and `completion` (each text or messages), or Alpaca's
+    A row is `messages` (cut after the last response), `prompt` and `completion` (each text or messages), or Alpaca's
     `instruction`, `input` (may be absent) and `output`. Its id is taken from `sample_id` or `id`, else its content.
 
     Args:
@@ -26,7 +26,7 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
 
     Returns:
         Columns sample_id (int64, >= 0), messages (the last one the assistant's), source (str, "" where the row names
-        none) and row; causes "empty_prompt", "empty_completion" (every answer blank).
+        none) and row; causes "empty_prompt", "empty_completion" (every response blank).
 
     Raises:
         InputError: the source cannot be read, no sample is usable, or a row is malformed or repeats an id.
@@ -40,7 +40,7 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
 
 
 def parse_sample(row: dict[str, Any]) -> list[Message]:
-    """The messages of a row in any of the three forms, up to its last answer."""
+    """The messages of a row in any of the three forms, up to its last response."""
     forms = [form for form in FORMS if form <= row.keys()]
     if len(forms) != 1:
         raise InputError(
@@ -55,12 +55,12 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
         messages = _prompt(row) + _completion(row)
     else:
         messages = _alpaca(row)
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+    responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not responses:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(f"no message has the role 'assistant' (there are: {roles}), so there is nothing to learn.")
     refuse_ignored(row, messages)
-    return messages[: answers[-1] + 1]
+    return messages[: responses[-1] + 1]
 
 
 def _prompt(row: dict[str, Any]) -> list[Message]:
@@ -69,8 +69,8 @@ def _prompt(row: dict[str, Any]) -> list[Message]:
     prompt = parse_messages(row, "prompt")
     if any(message["role"] == "assistant" for message in prompt):
         raise InputError(
-            "'prompt' holds an answer, and every answer is trained on: give the conversation as 'messages' if that is "
-            "meant, or leave the earlier turns out."
+            "'prompt' holds a response, and every response is trained on: give the conversation as 'messages' if that "
+            "is meant, or leave the earlier turns out."
         )
     return prompt
 
@@ -110,5 +110,5 @@ def _why_unusable(messages: list[Message]) -> str:
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
     if messages[0]["role"] == "assistant" or not question.strip():
         return "empty_prompt"
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    return "" if any(answer.strip() for answer in answers) else "empty_completion"
+    responses = [message["content"] for message in messages if message["role"] == "assistant"]
+    return "" if any(response.strip() for response in responses) else "empty_completion"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mixdpo.data import control_tokens as control
-from mixdpo.data.chat_template import Messages, encode_answers, load_template, shared_length, tokenizer_state
+from mixdpo.data.chat_template import Messages, encode_responses, load_template, shared_length, tokenizer_state
 from mixdpo.data.control_tokens import control_tokens
 from mixdpo.errors import InputError, check_one_of
 
@@ -57,9 +57,9 @@ def encode_pair(
     whole text.
 
     Raises:
-        InputError: the template fails, changes the prompt once an answer follows, or writes no end token.
+        InputError: the template fails, changes the prompt once a response follows, or writes no end token.
     """
-    prompt_ids, chosen_ids, rejected_ids = encode_answers(
+    prompt_ids, chosen_ids, rejected_ids = encode_responses(
         tokenizer, template, prompt, chosen, rejected, special_tokens_in_text=special_tokens_in_text
     )
     boundary = shared_length(prompt_ids, chosen_ids, rejected_ids)

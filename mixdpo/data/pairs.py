@@ -103,7 +103,7 @@ def _completion(conversation: list[Message], prompt: list[Message], column: str)
         roles = ", ".join(message["role"] for message in rest)
         raise InputError(
             f"{column!r} has the messages ({roles}) after the shared prompt of {len(prompt)}; it should have one, of "
-            "role 'assistant'. Cut the conversation at the first answer that differs."
+            "role 'assistant'. Cut the conversation at the first response that differs."
         )
     return rest[0]["content"]
 

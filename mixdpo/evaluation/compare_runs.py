@@ -124,10 +124,10 @@ def _interval(found: Interval, name: str, prefix: str) -> dict[str, float]:
 
 def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -> np.ndarray:
     """(3, N) gold scores, lengths in tokens, and whether they ended, of a job's answers to these parts."""
-    path = Path(plan.folder, name, "answers.json")
+    path = Path(plan.folder, name, "responses.json")
     rows, asked = json.loads(path.read_text("utf-8")), read_prompts(plan.prompts)
     if [row["prompt"] for row in rows] != [row["prompt"] for row in asked]:
-        raise InputError(f"{path} answers other prompts than {plan.prompts}: give the runs' GoldEvaluation that file")
+        raise InputError(f"{path} responses other prompts than {plan.prompts}: give the runs' GoldEvaluation that file")
     rows = [row[when] for row in rows if row.get("part", "all") in parts]
     if any(row["score"] is None for row in rows):
         raise InputError(f"{path} holds answers without a score: the runs' GoldEvaluation needs a scorer")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.judge_prompt import Answer, Malformed, NoVerdict, messages, prompt_hash, read_choice
+from mixdpo.evaluation.judge_prompt import Malformed, NoVerdict, Response, messages, prompt_hash, read_choice
 from mixdpo.evaluation.outputs import Comparison
 from mixdpo.evaluation.verdicts import Order
 
@@ -103,7 +103,7 @@ class Endpoint:
     async def __aexit__(self, *_: object) -> None:
         await self._client.close()
 
-    async def __call__(self, comparison: Comparison, order: Order) -> Answer:
+    async def __call__(self, comparison: Comparison, order: Order) -> Response:
         """
         Raises:
             NoVerdict: all attempts failed.
@@ -112,12 +112,12 @@ class Endpoint:
         texts = [comparison.model.text, comparison.baseline.text]
         chat = messages(comparison.instruction, *(texts if order == "model_first" else texts[::-1]))
         (first, source), used = await self.ask(chat, read_choice)
-        return Answer(first, source, used.get("prompt_tokens"), used.get("completion_tokens"))
+        return Response(first, source, used.get("prompt_tokens"), used.get("completion_tokens"))
 
     async def ask(
         self, chat: list[dict[str, str]], read: Callable[[Any], Read], **more: Any
     ) -> tuple[Read, dict[str, int]]:
-        """What `read` makes of the answer, and the tokens that all attempts used; a `Malformed` of it is asked again.
+        """What `read` makes of the response, and the tokens that all attempts used; a `Malformed` of it is asked again.
         `more` goes into the request.
 
         Raises:
@@ -140,7 +140,7 @@ class Endpoint:
         raise NoVerdict(self._clean(str(last)), used.get("prompt_tokens"), used.get("completion_tokens"))
 
     async def _request(self, chat: list[dict[str, str]], more: dict[str, Any]) -> Any:
-        """The body of the answer to one request.
+        """The body of the response to one request.
 
         Raises:
             TryAgain, NoVerdict, InputError: as the error lasts for a while, for this prompt, or for all.
@@ -151,17 +151,17 @@ class Endpoint:
             await asyncio.sleep(wait)
         create = self._client.chat.completions.with_raw_response.create
         try:
-            async with asyncio.timeout(self.timeout):  # the client's own limit is between two pieces of an answer
+            async with asyncio.timeout(self.timeout):  # the client's own limit is between two pieces of a response
                 response = await create(messages=chat, **self._options, **more)
             return json.loads(self._clean(response.text, least=8))
         except TimeoutError:
-            raise TryAgain(f"time-out: no answer in {self.timeout:g} s") from None
+            raise TryAgain(f"time-out: no response in {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
             raise self._of_connection(error.__cause__) from None
         except openai.APIStatusError as error:
             raise self._of_status(error) from None
         except ValueError as error:
-            raise TryAgain(f"answer is no JSON: {error}") from None
+            raise TryAgain(f"response is no JSON: {error}") from None
 
     def _of_connection(self, cause: BaseException | None) -> TryAgain:
         import httpx2
@@ -169,7 +169,7 @@ class Endpoint:
         if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
             return TryAgain(f"no connection: {cause}", absent=True)
         if isinstance(cause, httpx2.TimeoutException):
-            return TryAgain(f"time-out: no answer in {self.timeout:g} s")
+            return TryAgain(f"time-out: no response in {self.timeout:g} s")
         return TryAgain(f"connection lost: {type(cause).__name__} {cause}")
 
     def _of_status(self, error: Any) -> Exception:

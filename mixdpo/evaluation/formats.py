@@ -44,7 +44,7 @@ class Answered:
     """A prompt and its answers, one for each turn."""
 
     prompt: Prompt
-    answers: tuple[Generation, ...]
+    responses: tuple[Generation, ...]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class AlpacaEval:
             {
                 "dataset": a.prompt.row.get("dataset", "unknown"),
                 "instruction": a.prompt.turns[0],
-                "output": a.answers[0].text,
+                "output": a.responses[0].text,
                 "generator": name,
-                "tokens": a.answers[0].tokens,
-                "ended": a.answers[0].ended,
+                "tokens": a.responses[0].tokens,
+                "ended": a.responses[0].ended,
             }
             for a in answered
         ]
@@ -90,14 +90,14 @@ class ArenaHard:
         return [
             {
                 "uid": a.prompt.key,
-                "ans_id": _answer_id(name, a),
+                "ans_id": _response_id(name, a),
                 "model": name,
                 "messages": [
                     {"role": "user", "content": a.prompt.turns[0]},
-                    {"role": "assistant", "content": {"answer": a.answers[0].text}},
+                    {"role": "assistant", "content": {"answer": a.responses[0].text}},
                 ],
                 "tstamp": time.time(),
-                "metadata": {"token_len": a.answers[0].tokens, "ended": a.answers[0].ended},
+                "metadata": {"token_len": a.responses[0].tokens, "ended": a.responses[0].ended},
             }
             for a in answered
         ]
@@ -124,13 +124,13 @@ class MTBench:
         return [
             {
                 "question_id": int(a.prompt.key),
-                "answer_id": _answer_id(name, a),
+                "answer_id": _response_id(name, a),
                 "model_id": name,
-                "choices": [{"index": 0, "turns": [answer.text for answer in a.answers]}],
+                "choices": [{"index": 0, "turns": [response.text for response in a.responses]}],
                 "tstamp": time.time(),
                 "generate_params": {
-                    "tokens": [answer.tokens for answer in a.answers],
-                    "ended": [answer.ended for answer in a.answers],
+                    "tokens": [response.tokens for response in a.responses],
+                    "ended": [response.ended for response in a.responses],
                 },
             }
             for a in ordered
@@ -147,10 +147,10 @@ def scored_rows(task: Any, answered: Sequence[Answered], name: str) -> Rows:
         {
             **a.prompt.row,
             "generator": name,
-            "output": a.answers[0].text,
-            "tokens": a.answers[0].tokens,
-            "ended": a.answers[0].ended,
-            "score": task.score(a.prompt, a.answers[0].text),
+            "output": a.responses[0].text,
+            "tokens": a.responses[0].tokens,
+            "ended": a.responses[0].ended,
+            "score": task.score(a.prompt, a.responses[0].text),
         }
         for a in answered
     ]
@@ -187,7 +187,7 @@ class GSM8K:
 
     def __call__(self, number: int, row: Row) -> Prompt:
         if _number_behind_marks(_text(row, "answer")) is None:
-            raise InputError(f"'answer' should end in #### and a number, not {row['answer'][-40:]!r}")
+            raise InputError(f"'answer' should end in #### and a number, not {row['response'][-40:]!r}")
         turn = "\n".join(part for part in (_text(row, "question"), self.request) if part)
         return Prompt(str(row.get("id", number)), (turn,), row)
 
@@ -223,7 +223,7 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
-def _answer_id(name: str, answered: Answered) -> str:
+def _response_id(name: str, answered: Answered) -> str:
     """The same for the same answer: the official tools want one that no other answer has."""
-    said = json.dumps([name, answered.prompt.key, [answer.text for answer in answered.answers]])
+    said = json.dumps([name, answered.prompt.key, [response.text for response in answered.responses]])
     return hashlib.sha256(said.encode()).hexdigest()[:22]

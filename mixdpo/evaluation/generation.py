@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mixdpo.data.chat_template import encode_answers, load_template
+from mixdpo.data.chat_template import encode_responses, load_template
 from mixdpo.errors import InputError
 from mixdpo.model.forward import evaluating
 
@@ -90,8 +90,8 @@ def generate(
             completions = _complete(model, [encoded[index] for index in batch], **options)
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
-                answer = Generation(text, len(ids), bool(ids) and ids[-1] in ends.tolist())
-                results[batch[row // samples]].append(answer)
+                response = Generation(text, len(ids), bool(ids) and ids[-1] in ends.tolist())
+                results[batch[row // samples]].append(response)
             bar.update(len(batch))
     return results
 
@@ -197,7 +197,7 @@ def _encode(
 
 def _encode_chat(tokenizer: Any, name: str | int, chat: list[dict[str, str]]) -> list[int]:
     try:
-        return encode_answers(tokenizer, load_template(tokenizer, None), chat)[0]
+        return encode_responses(tokenizer, load_template(tokenizer, None), chat)[0]
     except InputError as error:
         raise InputError(f"prompt {name}: {error}") from error
 

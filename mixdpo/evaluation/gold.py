@@ -17,12 +17,12 @@ from mixdpo.evaluation.generation import Generation, generate
 from mixdpo.storage.files import Row
 
 Scorer = Callable[[dict[str, Any], list[str]], Any]
-"""(prompt row, answers) -> a score for each; larger is better."""
+"""(prompt row, responses) -> a score for each; larger is better."""
 
 
 @dataclass(frozen=True)
-class Answers:
-    """P answers of one model, and their gold scores (P,); NaN without a scorer."""
+class Responses:
+    """P responses of one model, and their gold scores (P,); NaN without a scorer."""
 
     given: Sequence[Generation]
     scores: np.ndarray
@@ -34,17 +34,17 @@ class Answers:
 
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]], **options: Any) -> list[Generation]:
-    """One answer to each prompt row (key `prompt`); options as for `generate`."""
+    """One response to each prompt row (key `prompt`); options as for `generate`."""
     return [g for (g,) in generate(model, tokenizer, [row["prompt"] for row in prompts], **options)]
 
 
-def scored(prompts: Sequence[dict[str, Any]], given: Sequence[Generation], scorer: Scorer | None) -> Answers:
-    """One answer to each prompt row, with its score."""
+def scored(prompts: Sequence[dict[str, Any]], given: Sequence[Generation], scorer: Scorer | None) -> Responses:
+    """One response to each prompt row, with its score."""
     scores = [scores_of(scorer, row, [g.text])[0] if scorer else np.nan for row, g in zip(prompts, given, strict=True)]
-    return Answers(given, np.array(scores))
+    return Responses(given, np.array(scores))
 
 
-def compare(before: Answers, after: Answers, parts: Sequence[str]) -> dict[str, dict[str, float]]:
+def compare(before: Responses, after: Responses, parts: Sequence[str]) -> dict[str, dict[str, float]]:
     """Rows of the table: name -> n, before, after, difference, and its paired bootstrap 95 % interval (low, high).
 
     Args:
@@ -55,8 +55,8 @@ def compare(before: Answers, after: Answers, parts: Sequence[str]) -> dict[str, 
         for name, group in _groups(parts).items()
         if not np.isnan(before.scores[group]).any()
     }
-    for name, field in (("answer length, tokens", "tokens"), ("ended by itself", "ended")):
-        values = ([getattr(answer, field) for answer in answers.given] for answers in (before, after))
+    for name, field in (("response length, tokens", "tokens"), ("ended by itself", "ended")):
+        values = ([getattr(response, field) for response in responses.given] for responses in (before, after))
         rows[name] = _row(*(np.array(each, dtype=float) for each in values))
     return rows
 
@@ -93,7 +93,7 @@ def gold_table(answered: Sequence[Answered], scores: np.ndarray, other: np.ndarr
 
     Args:
         answered: P prompts with their answers.
-        scores: (P,) of these answers.
+        scores: (P,) of these responses.
         other: (P,) of another model's answers to the same prompts: their paired difference is added.
     """
     lines = ["| gold score | n | mean [95 % interval] |", "|---|---|---|"]
@@ -103,11 +103,11 @@ def gold_table(answered: Sequence[Answered], scores: np.ndarray, other: np.ndarr
         mean = paired_bootstrap(np.zeros(group.sum()), scores[group])
         difference = "" if other is None else f" {paired_bootstrap(other[group], scores[group]):+.3f} |"
         lines.append(f"| {name} | {group.sum()} | {mean:.3f} |{difference}")
-    answers = [a.answers[-1] for a in answered]
+    responses = [a.responses[-1] for a in answered]
     facts = {
-        "answer length, tokens": f"{np.mean([answer.tokens for answer in answers]):.1f}",
-        "ended by itself": f"{np.mean([answer.ended for answer in answers]):.3f}",
-        "empty answers": f"{np.mean([not answer.text.strip() for answer in answers]):.3f}",
+        "response length, tokens": f"{np.mean([response.tokens for response in responses]):.1f}",
+        "ended by itself": f"{np.mean([response.ended for response in responses]):.3f}",
+        "empty responses": f"{np.mean([not response.text.strip() for response in responses]):.3f}",
     }
     return "\n".join([*lines, "", *_facts("answers", facts)]) + "\n"
 

@@ -88,7 +88,7 @@ def evaluate(
 
 
 def harness_model(model: Any, tokenizer: Any, batch_size: int) -> "HFLM":
-    """A causal LM as lm-eval takes it; its log-probabilities are summed in fp32, as bf16 would tie close answers."""
+    """A causal LM as lm-eval takes it; its log-probabilities are summed in fp32, as bf16 would tie close responses."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")

@@ -21,8 +21,8 @@ Question = tuple[Comparison, Order]
 
 
 Judge = Any
-"""`about` (what decides its verdicts, in JSON's types); `async with judge`; `await judge(comparison, order)` -> Answer,
-or raises NoVerdict."""
+"""`about` (what decides its verdicts, in JSON's types); `async with judge`; `await judge(comparison, order)` ->
+Response, or raises NoVerdict."""
 
 
 Asked = tuple[Judge, dict[str, Any], list[Question]]
@@ -75,9 +75,9 @@ def judge(
             endpoint refuses everything.
     """
     _check(limit, concurrency, attempts, timeout, max_tokens)
-    answers = read_outputs(baseline)
-    comparisons = match(read_outputs(outputs), answers, baseline)
-    print(f"{outputs} has answers to {len(comparisons)} of the {len(answers)} instructions of {baseline}")
+    responses = read_outputs(baseline)
+    comparisons = match(read_outputs(outputs), responses, baseline)
+    print(f"{outputs} has answers to {len(comparisons)} of the {len(responses)} instructions of {baseline}")
     options = {"attempts": attempts, "timeout": timeout, "max_tokens": max_tokens, "log_probs": log_probs}
     if reward_model:
         how, about, questions = _reward_model(model, comparisons[:limit])
@@ -179,18 +179,18 @@ async def _ask_all(how: Judge, questions: Sequence[Question], writer: LinesWrite
 async def _ask(how: Judge, comparison: Comparison, order: Order) -> Verdict:
     preference, source, failed = None, None, None
     try:
-        answer = await how(comparison, order)
-        preference, source = answer.preference(order), answer.source
+        response = await how(comparison, order)
+        preference, source = response.preference(order), response.source
     except NoVerdict as error:
-        answer, failed = error, str(error)
+        response, failed = error, str(error)
     return Verdict(
         index=comparison.index,
         order=order,
         preference=preference,
         source=source,
         failed=failed,
-        judge_prompt_tokens=answer.prompt_tokens,
-        judge_completion_tokens=answer.completion_tokens,
+        judge_prompt_tokens=response.prompt_tokens,
+        judge_completion_tokens=response.completion_tokens,
         len_model=len(comparison.model.text),
         len_baseline=len(comparison.baseline.text),
         tokens=comparison.model.tokens,

@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its answer is read: two responses, labelled X and Y as they are shown."""
+"""What a judge is asked, and how its response is read: two responses, labelled X and Y as they are shown."""
 
 import hashlib
 import math
@@ -57,7 +57,7 @@ def prompt_hash() -> str:
 
 
 class Malformed(ValueError):
-    """An answer that is no verdict; the message says why, and begins with the kind up to a colon."""
+    """A response that is no verdict; the message says why, and begins with the kind up to a colon."""
 
 
 class NoVerdict(Exception):
@@ -74,7 +74,7 @@ class NoVerdict(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """Of a judge that was shown two responses; `first`: probability that it prefers the one shown first."""
 
     first: float

@@ -18,13 +18,13 @@ from mixdpo.storage.files import read_text
 
 @dataclass(frozen=True)
 class Output:
-    """One answer.
+    """One response.
 
     Attributes:
         instruction: what was asked.
-        text: the answer.
+        text: the response.
         generator: name of the model.
-        tokens: length of the answer in tokens, the end token included; None where the file does not say.
+        tokens: length of the response in tokens, the end token included; None where the file does not say.
         ended: whether the model ended by itself; None where the file does not say.
     """
 
@@ -49,10 +49,10 @@ class Comparison:
 
 
 def read_outputs(path: str | Path) -> list[Output]:
-    """The answers of one model.
+    """The responses of one model.
 
     Raises:
-        InputError: there is no such file, it is none of these, or the answers are of several models; names the row.
+        InputError: there is no such file, it is none of these, or the responses are of several models; names the row.
     """
     if not Path(path).is_file():
         raise InputError(f"no outputs file {path}: give a JSON list of objects with instruction, output and generator")
@@ -67,7 +67,7 @@ def read_outputs(path: str | Path) -> list[Output]:
         if output.generator != outputs[0].generator:
             raise InputError(
                 f"{path}, row {number}: the generator is {output.generator!r}, that of row 1 {outputs[0].generator!r}: "
-                "give the answers of one model"
+                "give the responses of one model"
             )
     return outputs
 
@@ -103,12 +103,12 @@ def match(model: Sequence[Output], baseline: Sequence[Output], source: str | Pat
     Raises:
         InputError: the baseline lacks an instruction; says how many, and the first.
     """
-    answers: defaultdict[str, deque[Output]] = defaultdict(deque)
+    responses: defaultdict[str, deque[Output]] = defaultdict(deque)
     for output in baseline:
-        answers[output.instruction].append(output)
+        responses[output.instruction].append(output)
     found, lacking = [], []
     for index, output in enumerate(model):
-        if there := answers[output.instruction]:
+        if there := responses[output.instruction]:
             found.append(Comparison(index, output, there.popleft()))
         else:
             lacking.append((index, output.instruction))
@@ -116,7 +116,7 @@ def match(model: Sequence[Output], baseline: Sequence[Output], source: str | Pat
         index, instruction = lacking[0]
         raise InputError(
             f"the baseline {source} lacks {len(lacking)} of the {len(model)} instructions (first: row {index + 1}, "
-            f"{instruction[:200]!r}): give the answers of both models to the same instructions"
+            f"{instruction[:200]!r}): give the responses of both models to the same instructions"
         )
     return found
 

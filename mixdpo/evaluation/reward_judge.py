@@ -9,7 +9,7 @@ from mixdpo.batches.rows import build_rows
 from mixdpo.data.chat_template import load_template
 from mixdpo.data.encoding import EncodedPair, encode_pair
 from mixdpo.errors import InputError
-from mixdpo.evaluation.judge_prompt import Answer, NoVerdict
+from mixdpo.evaluation.judge_prompt import NoVerdict, Response
 from mixdpo.evaluation.outputs import Comparison
 from mixdpo.evaluation.verdicts import Order
 from mixdpo.model.identity import base_fingerprint
@@ -48,7 +48,7 @@ class RewardJudge:
     async def __aexit__(self, *_: object) -> None:
         pass
 
-    async def __call__(self, comparison: Comparison, order: Order) -> Answer:
+    async def __call__(self, comparison: Comparison, order: Order) -> Response:
         """
         Raises:
             NoVerdict: a response is longer than the model can read, or a score is not finite.
@@ -66,7 +66,7 @@ class RewardJudge:
         preference = (of_model - of_baseline).sigmoid().item()
         if not 0 <= preference <= 1:
             raise NoVerdict(f"no finite score: {of_model.item()} and {of_baseline.item()}")
-        return Answer(preference if order == "model_first" else 1 - preference, "reward_model")
+        return Response(preference if order == "model_first" else 1 - preference, "reward_model")
 
     def _encode(self, comparison: Comparison) -> EncodedPair:
         prompt = [{"role": "user", "content": comparison.instruction}]

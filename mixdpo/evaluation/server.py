@@ -38,14 +38,14 @@ def complete(
 
 
 async def _complete(chats: list[Chat], endpoint: Endpoint, seeds: list[int]) -> list[Generation | Exception]:
-    async def answer(chat: Chat, seed: int) -> Generation | Exception:
+    async def response(chat: Chat, seed: int) -> Generation | Exception:
         try:
             return (await endpoint.ask(chat, _read, seed=seed))[0]
         except (NoVerdict, InputError) as error:
             return error  # the others go on: they may be paid for
 
     async with endpoint:
-        return await asyncio.gather(*map(answer, chats, seeds))
+        return await asyncio.gather(*map(response, chats, seeds))
 
 
 def _read(content: Any) -> Generation:

@@ -55,7 +55,7 @@ class Study:
         config: base config of every run.
         folder: where runs, logs, tables and plots lie.
         runs: name -> `Plan`.
-        prompts: file of held-out prompt rows with a `part`, or `heldout`: what the runs' GoldEvaluation answers.
+        prompts: file of held-out prompt rows with a `part`, or `heldout`: what the runs' GoldEvaluation responses.
         outcomes: name -> parts of the prompts whose mean gold score it is; the first is the main one.
         control: run that the others are compared to.
         assumed_sd: `prompts`: standard deviation over prompts of the difference between two runs; `seeds`: over seeds

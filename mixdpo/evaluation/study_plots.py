@@ -1,4 +1,4 @@
-"""A study's plots, from what its runs leave: metrics.csv, route.json, answers.json."""
+"""A study's plots, from what its runs leave: metrics.csv, route.json, responses.json."""
 
 import csv
 import json

@@ -23,7 +23,7 @@ from mixdpo.evaluation.study_design import Job, Study, read_study
 from mixdpo.storage.files import read_json, write_json
 from mixdpo.storage.identity import named_files
 
-RECORDED = ("results.json", "answers.json", "adapter")
+RECORDED = ("results.json", "responses.json", "adapter")
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixdpo.batches.rows import Piece, TokenRows, token_rows
-from mixdpo.data.chat_template import PLAIN, encode_answers, shared_length
+from mixdpo.data.chat_template import PLAIN, encode_responses, shared_length
 from mixdpo.data.sources import open_source
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import role
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 
-ANSWERS = 8  # built-in ones, that a merged model is compared on: about 180 tokens
+RESPONSES = 8  # built-in ones, that a merged model is compared on: about 180 tokens
 
 
 LIMITS = {"float32": (1e-4, 1e-3), "float16": (0.02, 0.2), "bfloat16": (0.15, 2.0)}
@@ -48,8 +48,8 @@ def export(
 
     Without --merge: the PEFT adapter. With it: a plain model in safetensors that needs neither PEFT nor bitsandbytes.
     The base is loaded as it was trained on and dequantised, the adapter is added in fp32, the sum rounded to `dtype`.
-    The folder is then loaded by transformers, and its log-probabilities of built-in answers are compared with those of
-    the policy as it was trained; a folder that differs by more than rounding is not kept.
+    The folder is then loaded by transformers, and its log-probabilities of built-in responses are compared with those
+    of the policy as it was trained; a folder that differs by more than rounding is not kept.
 
     Memory for --merge, in bytes per parameter: that of the base as trained (nf4: about 0.6), and 4 for float32 or 2
     for the others; on disk 4 or 2. For 8B in bfloat16 about 22 GB.
@@ -89,7 +89,7 @@ def export(
 
 def _write_merged(trained: Trained, folder: Path, dtype: ExportDtype, device: Device) -> str:
     """Write the plain model and compare it; returns what is to be said of it."""
-    rows = _answers(*trained.tokenizer())
+    rows = _responses(*trained.tokenizer())
     policy = trained.load(device)
     expected = _log_probs(policy, rows)
     with role(policy, "base"):
@@ -135,12 +135,12 @@ def compared(expected: Tensor, base: Tensor, found: Tensor, trained_in: str, dty
     return said
 
 
-def _answers(tokenizer: "PreTrainedTokenizerBase", template: str) -> TokenRows:
-    """Built-in prompts with their chosen answers, whose tokens are the targets."""
+def _responses(tokenizer: "PreTrainedTokenizerBase", template: str) -> TokenRows:
+    """Built-in prompts with their chosen responses, whose tokens are the targets."""
     documents: list[list[Piece]] = []
-    for _, row in islice(open_source("constraints", "train").rows, ANSWERS):
+    for _, row in islice(open_source("constraints", "train").rows, RESPONSES):
         prompt = [{"role": "user", "content": row["prompt"]}]
-        prompt_ids, whole = encode_answers(tokenizer, template, prompt, row["chosen"])
+        prompt_ids, whole = encode_responses(tokenizer, template, prompt, row["chosen"])
         documents.append([Piece(whole, len(documents), (shared_length(prompt_ids, whole), len(whole)))])
     return token_rows(documents, len(documents))
 

@@ -18,26 +18,26 @@ class StepPlan:
     """What a schedule may know of a run of S optimizer steps.
 
     Attributes:
-        hard_share: (S,) float64, share of the step's pairs that are routed to SFT.
+        sft_share: (S,) float64, share of the step's pairs that are routed to SFT.
         stage_starts: first step of each stage, starting with 0: where the order turns from one route to the other, or
             to the next bucket, and where a new epoch begins again.
     """
 
-    hard_share: np.ndarray
+    sft_share: np.ndarray
     stage_starts: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
-        return len(self.hard_share)
+        return len(self.sft_share)
 
     @classmethod
     def of_epochs(cls, epochs: Sequence["StepPlan"], total: int) -> "StepPlan":
         """These epochs one after the other, cut after `total` steps. Epochs of one stage make one stage."""
-        hard_share = np.concatenate([epoch.hard_share for epoch in epochs])[:total]
+        sft_share = np.concatenate([epoch.sft_share for epoch in epochs])[:total]
         if all(epoch.stage_starts == (0,) for epoch in epochs):
-            return cls(hard_share)
+            return cls(sft_share)
         begins = np.cumsum([0, *map(len, epochs)]).tolist()
         starts = (begin + start for begin, epoch in zip(begins, epochs, strict=False) for start in epoch.stage_starts)
-        return cls(hard_share, tuple(start for start in starts if start < total))
+        return cls(sft_share, tuple(start for start in starts if start < total))
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,15 @@ class StagedLinear(StagedCosine, Linear):
     """
 
 
-def learning_rate_mass(multipliers: np.ndarray, hard_share: np.ndarray) -> dict[str, float]:
+def learning_rate_mass(multipliers: np.ndarray, sft_share: np.ndarray) -> dict[str, float]:
     """Share of the summed learning rate that each route receives; the two add up to 1.
 
     Args:
         multipliers: (S,) of the schedule.
-        hard_share: (S,) share of each step's pairs routed to SFT.
+        sft_share: (S,) share of each step's pairs routed to SFT.
     """
     total = multipliers.sum()
-    sft = float((multipliers * hard_share).sum() / total) if total else 0.0
+    sft = float((multipliers * sft_share).sum() / total) if total else 0.0
     return {"lr_mass/preference": 1.0 - sft if total else 0.0, "lr_mass/sft": sft}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bad_input.case import Case, Place
-from mixdpo.evaluation import answer_cache
-from mixdpo.evaluation.answer_cache import kept_answers
+from mixdpo.evaluation import response_cache
+from mixdpo.evaluation.response_cache import kept_responses
 from mixdpo.model.adapters import Lora
 from mixdpo.model.reference_cache import ReferenceCache
 from mixdpo.routing.route import Routing
@@ -85,13 +85,13 @@ def losses_cache(content: Callable[[Path], Any]) -> Any:
     return do
 
 
-def answers_cache(content: str) -> Any:
+def responses_cache(content: str) -> Any:
     def do(place: Place) -> Any:
         of = {"fault": str(place.folder)}
-        kept_answers(of, list)
-        newest = max((answer_cache.cache_root() / "answers").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        kept_responses(of, list)
+        newest = max((response_cache.cache_root() / "answers").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         newest.write_text(content)
-        return kept_answers(of, list)
+        return kept_responses(of, list)
 
     return do
 
@@ -133,8 +133,8 @@ CACHES = [
         losses_cache(lambda path: np.save(path, np.full(5, np.inf, dtype=np.float32))),
         (".npy holds losses that are not finite", "computed anew"),
     ),
-    borne("answers", "cut off", answers_cache('{"answers": ['), (".json is damaged", DELETE)),
-    borne("answers", "of something else", answers_cache("[1]"), ("it should hold answers", DELETE)),
+    borne("answers", "cut off", responses_cache('{"answers": ['), (".json is damaged", DELETE)),
+    borne("answers", "of something else", responses_cache("[1]"), ("it should hold responses", DELETE)),
     Case("written files", "a folder in the way", file_onto_folder, ("is a folder", "give a file's name")),
     Case(
         "written files",

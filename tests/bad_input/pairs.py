@@ -21,7 +21,7 @@ def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def answer(text: Any) -> dict[str, Any]:
+def response(text: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
@@ -52,35 +52,35 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         {"chosen": "[{'role': 'assistant', 'content': 'x'}]"},
         ("saved as text", "Save the data as .jsonl"),
     ),
-    ("calls of tools", {"chosen": [answer("4") | {"tool_calls": [1]}]}, ("tool_calls", "put it in there")),
+    ("calls of tools", {"chosen": [response("4") | {"tool_calls": [1]}]}, ("tool_calls", "put it in there")),
     ("a system column", {"system": "a"}, ("'system' is not read", "put it into the prompt")),
     ("chosen is a number", {"chosen": 4}, ("'chosen'", TEXT_OR_LIST)),
-    ("chosen is one message, not a list", {"chosen": answer("4")}, ("'chosen'", TEXT_OR_LIST)),
+    ("chosen is one message, not a list", {"chosen": response("4")}, ("'chosen'", TEXT_OR_LIST)),
     ("chosen is an empty list", {"chosen": []}, ("'chosen'", TEXT_OR_LIST)),
     ("chosen is a list of texts", {"chosen": ["4"]}, ("'chosen' holds '4'", KEYS)),
     ("keys of ShareGPT", {"chosen": [{"from": "gpt", "value": "4"}]}, ("'chosen' holds", KEYS)),
-    ("content of parts", {"chosen": [answer([{"type": "text"}])]}, ("'chosen.content' should be text",)),
-    ("content is null", {"chosen": [answer(None)]}, ("'chosen.content' should be text",)),
+    ("content of parts", {"chosen": [response([{"type": "text"}])]}, ("'chosen.content' should be text",)),
+    ("content is null", {"chosen": [response(None)]}, ("'chosen.content' should be text",)),
     ("role is a number", {"rejected": [{"role": 1, "content": "5"}]}, ("'rejected.role' should be text",)),
     ("prompt is null", {"prompt": None}, ("there is no 'prompt', or it is null", "Give a 'prompt' column")),
     ("half a surrogate pair", {"chosen": "\ud83d"}, ("surrogate", "character 1", "remove it")),
     ("no prompt, and texts", {"prompt": GONE}, ("there is no 'prompt'", "Give a 'prompt' column")),
-    ("a dialogue that goes on", {"chosen": [answer("4"), user("?"), answer("5")]}, ("Cut the conversation",)),
-    ("an answer of the user's", {"chosen": [user("4")]}, ("of role 'assistant'",)),
+    ("a dialogue that goes on", {"chosen": [response("4"), user("?"), response("5")]}, ("Cut the conversation",)),
+    ("a response of the user's", {"chosen": [user("4")]}, ("of role 'assistant'",)),
     (
-        "a prompt that ends in an answer",
-        {"prompt": [user("a"), answer("b")]},
+        "a prompt that ends in a response",
+        {"prompt": [user("a"), response("b")]},
         ("should end in a message of role 'user'",),
     ),
     ("a system message only", {"prompt": [{"role": "system", "content": "a"}]}, ("message of role 'user'",)),
     (
         "a prompt of another conversation",
-        {"chosen": [user("a"), answer("4")], "rejected": [user("a"), answer("5")]},
+        {"chosen": [user("a"), response("4")], "rejected": [user("a"), response("5")]},
         ("'prompt' is no message of the conversation",),
     ),
     (
         "conversations with nothing in common",
-        {"prompt": GONE, "chosen": [user("a"), answer("4")], "rejected": [user("b"), answer("5")]},
+        {"prompt": GONE, "chosen": [user("a"), response("4")], "rejected": [user("b"), response("5")]},
         ("which chosen and rejected must share",),
     ),
     ("no margin in one row", {"margin": GONE}, ("the margin column 'margin' is missing",)),
@@ -192,8 +192,8 @@ DROPPED: list[tuple[str, dict[str, Any], str]] = [
     ("an empty chosen", {"chosen": ""}, "'empty_completion': 1"),
     ("a blank rejected without a margin", {"rejected": " \n\t", "margin": None}, "'empty_completion': 1"),
     ("a blank prompt", {"prompt": "\u3000"}, "'empty_prompt': 1"),
-    ("identical answers", {"rejected": "4"}, "'identical': 1"),
-    ("answers that differ in white space", {"rejected": " 4\n"}, "'identical': 1"),
+    ("identical responses", {"rejected": "4"}, "'identical': 1"),
+    ("responses that differ in white space", {"rejected": " 4\n"}, "'identical': 1"),
 ]
 
 

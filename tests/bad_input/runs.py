@@ -69,7 +69,7 @@ def prompts(place: Place) -> tuple[str, ...]:
 
 
 def margins(place: Place) -> tuple[str, ...]:
-    return ("--data.margins", place.write("x.margins", '{"format": 1}\n'))
+    return ("--data.margins_file", place.write("x.margins", '{"format": 1}\n'))
 
 
 def long_rows(text: str) -> str:
@@ -141,9 +141,9 @@ RUNS = [
     ),
     Run(
         "predict",
-        "data.margins",
-        predicted("--data.margins", "x"),
-        ("data.margins is for fit", "model.output"),
+        "data.margins_file",
+        predicted("--data.margins_file", "x"),
+        ("data.margins_file is for fit", "model.output"),
         whole=True,
     ),
     Run(
@@ -165,7 +165,7 @@ RUNS = [
         lambda place: ("--data.validation", place.shared.pairs),
         ("have a prompt that is trained on", "give another"),
     ),
-    Run("data.margins", "of another format", margins, ("x.margins", "compute it anew")),
+    Run("data.margins_file", "of another format", margins, ("x.margins", "compute it anew")),
     Run("data.max_length", "0", ("--data.max_length", "0"), ("max_length (0)",)),
     Run("ckpt_path", "text", checkpoint, ("last.ckpt is not a checkpoint", "RUNS/NAME")),
     Run(

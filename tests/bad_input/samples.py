@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from bad_input.case import GONE, Case, Place, changed
-from bad_input.pairs import KEYS, answer, user
+from bad_input.pairs import KEYS, response, user
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.prompts import read_prompts
@@ -12,7 +12,7 @@ from mixdpo.evaluation.generation import Generation
 from mixdpo.evaluation.gold import scores_of
 from mixdpo.evaluation.make_pairs import make_pairs, pair_up
 
-CHAT = {"messages": [user("a"), answer("b")]}
+CHAT = {"messages": [user("a"), response("b")]}
 ALPACA = {"instruction": "a", "output": "b"}
 ONE_FORM = "should fit one: 'messages', or 'prompt' and 'completion', or 'instruction' and 'output'"
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
@@ -22,11 +22,11 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("messages as text", {"messages": json.dumps(CHAT["messages"])}, ("'messages' should be a list of messages",)),
     ("no messages", {"messages": []}, ("should be text or a list of messages",)),
     ("keys of ShareGPT", {"messages": [{"from": "human", "value": "a"}]}, (KEYS,)),
-    ("no answer", {"messages": [user("a")]}, ("no message has the role 'assistant'", "there are: user")),
+    ("no response", {"messages": [user("a")]}, ("no message has the role 'assistant'", "there are: user")),
     ("roles of ShareGPT", {"messages": [{"role": "gpt", "content": "b"}]}, ("'assistant' (there are: gpt)",)),
     (
-        "an answer in the prompt",
-        {"prompt": [answer("a"), user("b")], "completion": "c"},
+        "a response in the prompt",
+        {"prompt": [response("a"), user("b")], "completion": "c"},
         ("give the conversation as 'mess",),
     ),
     (
@@ -49,9 +49,13 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),
 ]
 DROPPED: list[tuple[str, dict[str, Any], str]] = [
-    ("a blank question", {"messages": [user(" "), answer("b")]}, "'empty_prompt': 1"),
-    ("an answer before any question", {"messages": [answer("b")]}, "'empty_prompt': 1"),
-    ("blank answers only", {"messages": [user("a"), answer(""), user("c"), answer("\n")]}, "'empty_completion': 1"),
+    ("a blank question", {"messages": [user(" "), response("b")]}, "'empty_prompt': 1"),
+    ("a response before any question", {"messages": [response("b")]}, "'empty_prompt': 1"),
+    (
+        "blank responses only",
+        {"messages": [user("a"), response(""), user("c"), response("\n")]},
+        "'empty_completion': 1",
+    ),
     ("an empty instruction", ALPACA | {"instruction": ""}, "'empty_prompt': 1"),
 ]
 
@@ -79,7 +83,7 @@ PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("a prompt of an empty list", {"prompt": []}, ("row 2: ", NEED)),
     ("a prompt of texts", {"prompt": ["a"]}, ("row 2: ", KEYS)),
     ("a message without a role", {"prompt": [{"content": "a"}]}, ("row 2: ", KEYS)),
-    ("a prompt that ends in an answer", {"prompt": [user("a"), answer("b")]}, ("row 2: ", "of role 'user'")),
+    ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "of role 'user'")),
     ("a system column", {"prompt": "a", "system": "x"}, ("row 2: ", "'system' is not read")),
     ("a part of null", {"prompt": "a", "part": None}, ("row 2: ", "'part' should be the name of a part")),
     ("a part of a list", {"prompt": "a", "part": ["x"]}, ("row 2: ", "'part' should be the name of a part")),

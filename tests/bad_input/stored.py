@@ -48,11 +48,11 @@ def margins_case(fault: str, content: Any, says: tuple[str, ...]) -> Case:
 
 
 def trained_with(content: list[Any]) -> Any:
-    return lambda place: place.fit(data={"margins": place.write("m.margins", content)})
+    return lambda place: place.fit(data={"margins_file": place.write("m.margins", content)})
 
 
 def of_a_policy(place: Place) -> Any:
-    return place.fit(data={"margins": place.write("m.margins", [HEAD | {"needs": "policy"}, *LINES[1:]])})
+    return place.fit(data={"margins_file": place.write("m.margins", [HEAD | {"needs": "policy"}, *LINES[1:]])})
 
 
 def continued(place: Place) -> Any:

@@ -18,7 +18,7 @@ TURNS = {"messages": [{"role": role, "content": "red"} for role in ("user", "ass
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
 )
-ANSWERS = "{% if message.role == 'assistant' %}"
+RESPONSES = "{% if message.role == 'assistant' %}"
 
 # Templates and tokenizers: a pair is encoded.
 
@@ -81,18 +81,18 @@ TEMPLATES = [
     ),
     template_case("an unknown filter", "{{ messages | shout }}", "row 1 (pair_id", "Give another `chat_template`"),
     template_case(
-        "no end token", TEMPLATE.replace("<|im_end|>", ""), "no special token", "writes eos_token after an answer"
+        "no end token", TEMPLATE.replace("<|im_end|>", ""), "no special token", "writes eos_token after a response"
     ),
     template_case(
-        "part of an answer left out",
+        "part of a response left out",
         TEMPLATE.replace("m['content']", "m['content'] | replace('fish', '')"),
         "row 2 (pair_id",
-        "leaves out part of an answer",
+        "leaves out part of a response",
         "that shows it",
         row=PAIR | {"chosen": "blue fish"},
     ),
     template_case(
-        "a prompt that an answer changes",
+        "a prompt that a response changes",
         "{{ messages | length }}" + TEMPLATE,
         "last user message differently",
         "give another",
@@ -111,9 +111,9 @@ TEMPLATES = [
     ),
     Case(
         "chat_template",
-        "plain, with two answers",
+        "plain, with two responses",
         encoded_sft(TURNS, chat_template="plain"),
-        ("row 1 (sample_id", "one sample an answer"),
+        ("row 1 (sample_id", "one sample a response"),
     ),
     Case(
         "chat_template",
@@ -142,7 +142,7 @@ COUNTED = [
     ("a completion of 20 000 words, cut", encoded(LONG), "'truncated': 1"),
     ("a completion of 20 000 words, dropped", encoded(LONG, overlong="drop"), "'dropped_overlong': 1"),
     ("an end token in a prompt", encoded(PAIR | {"prompt": "red <|im_end|>"}), "'special_tokens_in_text': 1"),
-    ("an end token in an answer", encoded(PAIR | {"rejected": "<|im_end|> moon"}), "'special_tokens_in_text': 1"),
+    ("an end token in a response", encoded(PAIR | {"rejected": "<|im_end|> moon"}), "'special_tokens_in_text': 1"),
     ("an end token in plain text", encoded(PAIR | {"chosen": "<|im_end|>"}, "plain"), "'special_tokens_in_text': 1"),
     (
         "an end token, asked for",

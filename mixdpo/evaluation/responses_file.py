@@ -1,4 +1,4 @@
-"""Answers as they come: a header that says what they depend on, then a line for each prompt."""
+"""Responses as they come: a header that says what they depend on, then a line for each prompt."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from mixdpo.storage.lines_file import LineFormat, LinesWriter
 
 
 def _parse(row: dict[str, Any], header: dict[str, Any]) -> tuple[str, tuple[Generation, ...]]:
-    return row["key"], tuple(Generation(**answer) for answer in row["answers"])
+    return row["key"], tuple(Generation(**response) for response in row["answers"])
 
 
-ANSWERS = LineFormat(
+RESPONSES = LineFormat(
     name="mixdpo answers 1",
-    noun="answers file of run.py predict",
+    noun="responses file of run.py predict",
     rows="answers",
     header={},
     parse=_parse,
@@ -24,19 +24,19 @@ ANSWERS = LineFormat(
 )
 
 
-class AnswersFile(LinesWriter):
+class ResponsesFile(LinesWriter):
     def __init__(self, path: str | Path, header: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
         """A file to go on with, or a new one.
 
         Args:
-            path: FILE.answers.jsonl.
-            header: all that the answers depend on, in JSON's types.
+            path: FILE.responses.jsonl.
+            header: all that the responses depend on, in JSON's types.
             prompts: what is to be answered; their keys differ.
 
         Raises:
-            InputError: there is a file of other answers or of something else, or another process is writing to it.
+            InputError: there is a file of other responses or of something else, or another process is writing to it.
         """
-        super().__init__(path, ANSWERS, header)
+        super().__init__(path, RESPONSES, header)
         self.prompts = {prompt.key: prompt for prompt in prompts}
 
     @property
@@ -49,4 +49,4 @@ class AnswersFile(LinesWriter):
         return [Answered(prompt, self.rows[key]) for key, prompt in self.prompts.items() if key in self.rows]
 
     def keep(self, answered: Sequence[Answered]) -> None:
-        self.append(*({"key": a.prompt.key, "answers": [vars(answer) for answer in a.answers]} for a in answered))
+        self.append(*({"key": a.prompt.key, "answers": [vars(response) for response in a.responses]} for a in answered))

@@ -1,4 +1,4 @@
-"""Answers of an untrained model, kept on disk: every run of a study would generate the same ones again."""
+"""Responses of an untrained model, kept on disk: every run of a study would generate the same ones again."""
 
 import hashlib
 import json
@@ -17,25 +17,25 @@ from mixdpo.model import export
 from mixdpo.storage.files import cache_root, or_without, read_json, write_json
 
 
-def kept_answers(of: Mapping[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
+def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
     """What `make` returns, from a file where it was made before with the same `of`.
 
     A file that is damaged is replaced, and one that cannot be written is done without, with a warning.
 
     Args:
-        of: all that the answers depend on, in JSON's types; the machine and the code that generates are added here.
+        of: all that the responses depend on, in JSON's types; the machine and the code that generates are added here.
     """
     depends = {**of, **_machine()}
     name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_root() / "answers" / f"{name}.json"
     with or_without("answers", path):
         if path.exists():
-            print(f"the answers are kept in {path}")
+            print(f"the responses are kept in {path}")
             return [Generation(**row) for row in read_json(path, {"answers"}, "delete it")["answers"]]
-    answers = make()
+    responses = make()
     with or_without("answers", path):
-        write_json(path, {"of": depends, "answers": [asdict(answer) for answer in answers]})
-    return answers
+        write_json(path, {"of": depends, "answers": [asdict(response) for response in responses]})
+    return responses
 
 
 def _machine() -> dict[str, Any]:

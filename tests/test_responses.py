@@ -13,7 +13,7 @@ from conftest import SHARED, TEMPLATE, WORDS
 from test_cli import in_process
 
 from datamodules.prompts import PromptDataModule
-from lightning_modules.responses import AnswerModule
+from lightning_modules.responses import ResponseModule
 from mixdpo.errors import InputError
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.formats import GSM8K, AlpacaEval, Answered, ArenaHard, Constraints, MTBench, Prompt
@@ -45,9 +45,9 @@ def questions(count: int, turns: int = 2) -> list[dict[str, Any]]:
     ]
 
 
-def answers(verb: str, form: str, source: str, folder: Path, base: str, *more: str) -> list[str]:
+def responses(verb: str, form: str, source: str, folder: Path, base: str, *more: str) -> list[str]:
     return [
-        *(verb, "--model", "lightning_modules.responses.AnswerModule", "--model.base", base),
+        *(verb, "--model", "lightning_modules.responses.ResponseModule", "--model.base", base),
         *("--model.quantization", "none", "--model.dtype", "float32", "--model.max_new_tokens", "6"),
         *("--data", "datamodules.prompts.PromptDataModule", "--data.source", source, "--data.batch_size", "3"),
         *("--data.form", f"mixdpo.evaluation.formats.{form}", "--trainer.accelerator", "cpu"),
@@ -64,19 +64,19 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "tstamp"} for row in rows]
 
 
-def test_second_turn_follows_the_first_answer(tiny_model, tmp_path):
+def test_second_turn_follows_the_first_response(tiny_model, tmp_path):
     source = write_rows(tmp_path / "question.jsonl", questions(5))
-    assert in_process(*answers("predict", "MTBench", source, tmp_path, tiny_model)) == 0
+    assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model)) == 0
     rows = read(tmp_path / "tiny.jsonl")
     assert [row["question_id"] for row in rows] == [81, 82, 83, 84, 85]
     model, tokenizer = load_base(tiny_model, quantization="none", dtype="float32"), load_tokenizer(tiny_model)
     for row, question in zip(rows, questions(5), strict=True):
         chat: list[dict[str, str]] = []
-        for said, answer in zip(question["turns"], row["choices"][0]["turns"], strict=True):
+        for said, response in zip(question["turns"], row["choices"][0]["turns"], strict=True):
             chat.append({"role": "user", "content": said})
             ((alone,),) = generate(model, tokenizer, [chat], max_new_tokens=6, batch_size=1, progress=False)
-            assert answer == alone.text
-            chat.append({"role": "assistant", "content": answer})
+            assert response == alone.text
+            chat.append({"role": "assistant", "content": response})
         assert row["generate_params"]["tokens"][1] == alone.tokens
 
 
@@ -86,7 +86,7 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch, die
     the middle of a line."""
     source = write_rows(tmp_path / "question.jsonl", questions(8))
     more = ("--model.temperature", "{writing: 0.9, math: 0.7}")
-    arguments = answers("predict", "MTBench", source, tmp_path / "whole", tiny_model, *more)
+    arguments = responses("predict", "MTBench", source, tmp_path / "whole", tiny_model, *more)
     assert in_process(*arguments) == 0
     whole = untimed(read(tmp_path / "whole/tiny.jsonl"))
     arguments[arguments.index(str(tmp_path / "whole"))] = str(tmp_path / "cut")
@@ -103,7 +103,7 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch, die
         in_process(*arguments)
         raise SystemExit  # Lightning may take the interrupt for a wish to stop
     monkeypatch.setattr(generation, "_complete", real)
-    kept = tmp_path / "cut/tiny.answers.jsonl"
+    kept = tmp_path / "cut/tiny.responses.jsonl"
     lines = kept.read_text().splitlines(keepends=True)
     assert 2 <= len(lines) < 9 and not (tmp_path / "cut/tiny.jsonl").exists()
     kept.write_text("".join(lines) + '{"key": "88", "answ')
@@ -119,7 +119,7 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch, die
 def test_what_is_interrupted_goes_on_as_it_began(tiny_model, tmp_path, monkeypatch, capsys):
     """On a GPU whose memory had room for a copy at first, and has none when the same command is given again."""
     source = write_rows(tmp_path / "question.jsonl", questions(3, turns=1))
-    command = answers("predict", "MTBench", source, tmp_path, tiny_model)
+    command = responses("predict", "MTBench", source, tmp_path, tiny_model)
     for dtype in (torch.float32, None):
         monkeypatch.setattr("lightning_modules.responses.generation_dtype", lambda *_, dtype=dtype: dtype)
         assert in_process(*command) == 0, capsys.readouterr().err
@@ -134,23 +134,23 @@ def test_what_is_interrupted_goes_on_as_it_began(tiny_model, tmp_path, monkeypat
         (("--data.source", "OTHER IDS"), "prompts: "),
     ],
 )
-def test_other_answers_are_not_continued(tiny_model, tmp_path, capsys, more, named):
+def test_other_responses_are_not_continued(tiny_model, tmp_path, capsys, more, named):
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
-    assert in_process(*answers("predict", "MTBench", source, tmp_path, tiny_model)) == 0
-    before = (tmp_path / "tiny.answers.jsonl").read_bytes()
+    assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model)) == 0
+    before = (tmp_path / "tiny.responses.jsonl").read_bytes()
     other = write_rows(tmp_path / "other.jsonl", [row | {"question_id": -i} for i, row in enumerate(questions(4, 1))])
     more = [other if word == "OTHER IDS" else word for word in more]
-    assert in_process(*answers("predict", "MTBench", source, tmp_path, tiny_model, *more)) == 1
-    assert named in capsys.readouterr().err and (tmp_path / "tiny.answers.jsonl").read_bytes() == before
+    assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model, *more)) == 1
+    assert named in capsys.readouterr().err and (tmp_path / "tiny.responses.jsonl").read_bytes() == before
 
 
 def test_official_forms():
-    said = Generation("An answer.", 4, True)
+    said = Generation("A response.", 4, True)
     alpaca = AlpacaEval()
     asked = alpaca(1, {"instruction": "Why?", "dataset": "koala"})
     (row,) = alpaca.rows([Answered(asked, (said,))], "mine")
     assert row == {
-        **{"dataset": "koala", "instruction": "Why?", "output": "An answer.", "generator": "mine"},
+        **{"dataset": "koala", "instruction": "Why?", "output": "A response.", "generator": "mine"},
         **{"tokens": 4, "ended": True},
     }
     arena = ArenaHard()
@@ -159,14 +159,14 @@ def test_official_forms():
     assert (row["uid"], row["model"], row["metadata"]["token_len"]) == ("u1", "mine", 4)
     assert row["messages"] == [
         {"role": "user", "content": "Why?"},
-        {"role": "assistant", "content": {"answer": "An answer."}},
+        {"role": "assistant", "content": {"answer": "A response."}},
     ]
     bench = MTBench()
     hub = bench(1, {"prompt_id": 5, "category": "math", "prompt": ["One?", "Two?"], "reference": []})
     official = bench(2, {"question_id": 4, "category": "math", "turns": ["One?", "Two?"]})
     rows = bench.rows([Answered(hub, (said, said)), Answered(official, (said, said))], "mine")
     assert [row["question_id"] for row in rows] == [4, 5]  # as FastChat sorts them
-    assert rows[0]["choices"] == [{"index": 0, "turns": ["An answer.", "An answer."]}]
+    assert rows[0]["choices"] == [{"index": 0, "turns": ["A response.", "A response."]}]
     assert rows[0]["model_id"] == "mine" and rows[0]["answer_id"] != rows[1]["answer_id"]
 
 
@@ -228,8 +228,8 @@ def test_gsm8k_reads_numbers_as_they_are_written():
 
 
 @pytest.mark.shared
-def test_gsm8k_takes_the_published_answers():
-    """Every published answer scores 1, the next one's 0 (but where both are the same number)."""
+def test_gsm8k_takes_the_published_responses():
+    """Every published response scores 1, the next one's 0 (but where both are the same number)."""
     data = PromptDataModule(str(SHARED / "gsm8k_test.jsonl.gz"), GSM)
     data.setup("test")
     rows = [prompt.row for prompt in data.prompts]
@@ -251,9 +251,9 @@ def test_published_questions_are_read():
 
 
 def test_gold_score_of_gsm8k_beside_its_own_output(tiny_model, tmp_path):
-    """`answer` is a column of the benchmark, and stays its gold answer."""
+    """`response` is a column of the benchmark, and stays its gold response."""
     rows = [{"question": f"{WORDS[i]}?", "answer": f"so\n#### {i}", "output": "of the row"} for i in range(3)]
-    command = answers("test", "GSM8K", write_rows(tmp_path / "gsm.jsonl", rows), tmp_path, tiny_model)
+    command = responses("test", "GSM8K", write_rows(tmp_path / "gsm.jsonl", rows), tmp_path, tiny_model)
     assert in_process(*command) == 0
     written = json.loads((tmp_path / "tiny.json").read_text())
     assert [row["answer"] for row in written] == [row["answer"] for row in rows]
@@ -274,23 +274,23 @@ def test_gold_score_and_paired_difference(tiny_model, tmp_path, capsys):
         for i in range(6)
     ]
     source = write_rows(tmp_path / "prompts.jsonl", rows)
-    assert in_process(*answers("test", "Constraints", source, tmp_path, tiny_model)) == 0
+    assert in_process(*responses("test", "Constraints", source, tmp_path, tiny_model)) == 0
     table, written = (tmp_path / "tiny.md").read_text(), json.loads((tmp_path / "tiny.json").read_text())
     assert [row["score"] for row in written] == [0.5] * 6  # words without commas or digits
     assert "| all prompts | 6 | 0.500 [0.500, 0.500] |" in table and "| unseen | 2 |" in table and "minus" not in table
     written[0]["score"] = 0.0
     (tmp_path / "other.json").write_text(json.dumps(written))
     more = ("--model.against", str(tmp_path / "other.json"))
-    assert in_process(*answers("test", "Constraints", source, tmp_path, tiny_model, *more)) == 0
+    assert in_process(*responses("test", "Constraints", source, tmp_path, tiny_model, *more)) == 0
     assert "| +0.083 [" in (tmp_path / "tiny.md").read_text()  # 0.5 of 6 prompts
     written[2]["prompt"] = "another"
     (tmp_path / "other.json").write_text(json.dumps(written))
-    assert in_process(*answers("test", "Constraints", source, tmp_path, tiny_model, *more)) == 1
+    assert in_process(*responses("test", "Constraints", source, tmp_path, tiny_model, *more)) == 1
     assert "row 3 is another prompt (prompt differ)" in capsys.readouterr().err
 
 
 def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
-    """The answers are the policy's, merged or not, asked with the template of training."""
+    """The responses are the policy's, merged or not, asked with the template of training."""
     from test_export_run import write_run
 
     run = write_run(tmp_path / "run", tiny_model, scale=0.5)
@@ -302,7 +302,7 @@ def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
         "merged": ("--model.run", str(run), "--model.dequantise", "true"),
         "adapter": ("--model.adapter", str(run / "adapter")),
     }.items():
-        assert in_process(*answers("predict", "MTBench", source, tmp_path / name, tiny_model, *more)) == 0
+        assert in_process(*responses("predict", "MTBench", source, tmp_path / name, tiny_model, *more)) == 0
         found[name] = [row["choices"] for row in read(tmp_path / name / "tiny.jsonl")]
     assert found["policy"] == found["merged"] == found["adapter"] != found["base"]
 
@@ -317,7 +317,7 @@ def test_run_may_be_a_peft_folder(tiny_model, tmp_path):
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": tiny_model}))
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
     for folder in (run, tmp_path / "peft"):
-        command = answers("predict", "MTBench", source, tmp_path / f"of_{folder.name}", tiny_model)
+        command = responses("predict", "MTBench", source, tmp_path / f"of_{folder.name}", tiny_model)
         assert in_process(*command, "--model.run", str(folder)) == 0
         found.append([row["choices"] for row in read(tmp_path / f"of_{folder.name}/tiny.jsonl")])
     assert found[0] == found[1]
@@ -325,7 +325,7 @@ def test_run_may_be_a_peft_folder(tiny_model, tmp_path):
 
 def test_nothing_is_merged_where_nothing_is_missing(tiny_model, tmp_path, monkeypatch):
     source = write_rows(tmp_path / "question.jsonl", questions(2, turns=1))
-    command = answers("predict", "MTBench", source, tmp_path, tiny_model, "--model.dequantise", "true")
+    command = responses("predict", "MTBench", source, tmp_path, tiny_model, "--model.dequantise", "true")
     assert in_process(*command) == 0
     monkeypatch.setattr("lightning_modules.responses.merged_copy", None)
     assert in_process(*command) == 0
@@ -336,7 +336,7 @@ def test_a_prompt_that_cannot_be_asked_is_named_by_its_id(tiny_model, tmp_path, 
     refuses = "{% if 'moon' in messages[0]['content'] %}{{ raise_exception('no moon') }}{% endif %}"
     template.write_text(refuses + TEMPLATE)
     rows = [{"uid": f"u{i}", "prompt": f"{WORDS[i]} {WORDS[i]}"} for i in range(7)]  # WORDS[5] is moon
-    command = answers("predict", "ArenaHard", write_rows(tmp_path / "q.jsonl", rows), tmp_path, tiny_model)
+    command = responses("predict", "ArenaHard", write_rows(tmp_path / "q.jsonl", rows), tmp_path, tiny_model)
     assert in_process(*command, "--model.chat_template", str(template)) == 1
     assert "prompt u5: " in capsys.readouterr().err
 
@@ -354,17 +354,17 @@ class Echo(BaseHTTPRequestHandler):
             fails = len(asked) == 1
         words = body["messages"][-1]["content"].upper().split()
         choice = {"message": {"content": " ".join(words[:2])}, "finish_reason": "length" if len(words) > 2 else "stop"}
-        answer = json.dumps({"choices": [choice], "usage": {"completion_tokens": len(words[:2])}}).encode()
+        response = json.dumps({"choices": [choice], "usage": {"completion_tokens": len(words[:2])}}).encode()
         self.send_response(500 if fails else 200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(response)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(response)
 
     def log_message(self, *_: Any) -> None: ...
 
 
-def test_answers_of_a_server(tmp_path, capsys):
+def test_responses_of_a_server(tmp_path, capsys):
     """Two turns by an OpenAI-compatible server; the key is in no file."""
     source = write_rows(tmp_path / "question.jsonl", questions(4))
     with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
@@ -373,7 +373,7 @@ def test_answers_of_a_server(tmp_path, capsys):
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OPENAI_API_KEY", "sk-secret")
-            arguments = answers("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
+            arguments = responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
             assert in_process(*arguments) == 0
         server.shutdown()
     rows = read(tmp_path / "tiny.jsonl")
@@ -384,7 +384,7 @@ def test_answers_of_a_server(tmp_path, capsys):
     assert len(server.asked) == 9 and server.asked[0]["max_tokens"] == 6  # type: ignore[attr-defined]
     assert {len(body["messages"]) for body in server.asked} == {1, 3}  # type: ignore[attr-defined]
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("tiny*"))
-    (tmp_path / "tiny.answers.jsonl").unlink()
+    (tmp_path / "tiny.responses.jsonl").unlink()
     assert in_process(*arguments, "--model.adapter", "x") == 1
     assert "model.server has its own model" in capsys.readouterr().err
 
@@ -409,11 +409,11 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
         server.asked = []  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        arguments = answers("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
+        arguments = responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
         assert in_process(*arguments) == 1
         said = " ".join(capsys.readouterr().err.split())
         assert "does not answer 1 prompts (first: 82: HTTP 400" in said and "lower model.max_new_tokens" in said
-        assert len(read(tmp_path / "tiny.answers.jsonl")) == 1 + 2
+        assert len(read(tmp_path / "tiny.responses.jsonl")) == 1 + 2
         asked, served = len(server.asked), server.asked[:]  # type: ignore[attr-defined]
         assert in_process(*arguments) == 1
         assert len(server.asked) == asked + 1  # type: ignore[attr-defined]  # the first turn of the one that failed
@@ -433,7 +433,7 @@ def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         source = write_rows(tmp_path / "question.jsonl", questions(1))
-        assert in_process(*answers("predict", "MTBench", source, tmp_path, "served", "--model.server", url)) == 1
+        assert in_process(*responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)) == 1
         server.shutdown()
     said = capsys.readouterr().err
     assert "check the model's name and the server's URL" in said and "--base_url" not in said
@@ -449,7 +449,7 @@ def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
 )
 def test_no_model_or_two(options, message):
     with pytest.raises(InputError, match=message):
-        AnswerModule(**options)
+        ResponseModule(**options)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_no_model_or_two(options, message):
 )
 def test_impossible_wishes(tiny_model, tmp_path, capsys, verb, form, more, message):
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
-    assert in_process(*answers(verb, form, source, tmp_path / "runs", tiny_model, *more)) == 1
+    assert in_process(*responses(verb, form, source, tmp_path / "runs", tiny_model, *more)) == 1
     assert message in capsys.readouterr().err
 
 
