@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 from mixdpo.errors import InputError, check_one_of
 
@@ -14,7 +13,8 @@ VERBS = {
         "make_pairs",
         "sample a model, score the samples, write preference pairs",
     ),
-    "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, or compare two margins files"),
+    "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, token by token"),
+    "compare-margins": ("mixdpo.signals.compare_margins", "compare", "compare two margins files: ranks and hard sets"),
     "study": (
         "mixdpo.evaluation.study_run",
         "study",
@@ -49,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mixdpo.options import Parser
 
         module, function, _ = VERBS[verb]
-        if verb == "report" and any(map(Path.is_file, map(Path, rest))) and not any(map(Path.is_dir, map(Path, rest))):
-            module, function = "mixdpo.signals.compare_margins", "compare"
         options = {"prog": f"mixdpo {verb}", "as_positional": verb in POSITIONAL, "parser_class": Parser}
         status = auto_cli(getattr(import_module(module), function), args=rest, **options)
     except InputError as error:

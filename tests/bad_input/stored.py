@@ -212,12 +212,6 @@ CLEANING = [
     ),
     Case(
         "mixdpo report",
-        "fewer samples than 0",
-        lambda place: report(str(place.shared.cleaned), samples=-1),
-        ("samples -1", "at least 0"),
-    ),
-    Case(
-        "mixdpo report",
         "out is a folder",
         lambda place: report(str(place.shared.cleaned), out=str(place.folder)),
         ("is a folder", "give a file's name"),
