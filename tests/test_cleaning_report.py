@@ -16,8 +16,8 @@ from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.pages.charts import histogram
-from mixdpo.token_cleaning.report import report, visible_units
-from mixdpo.token_cleaning.run_tokens import read_cleaning
+from mixdpo.token_cleaning.report import _colour, report, visible_units
+from mixdpo.token_cleaning.run_tokens import ScoredStage, read_cleaning
 
 NAN = float("nan")
 PROMPT = "<|im_start|> user red blue <|im_end|> <|im_start|> assistant"
@@ -156,51 +156,37 @@ def test_the_whole_page(run: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_whatever_a_file_holds_is_escaped(run: str) -> None:
     path, script = Path(run, "cleaning", "stages.json"), "<script>alert(1)</script>"
-    record = json.loads(path.read_text())
-    for stage in record["stages"]:
-        stage |= {
-            "stage": script,
-            "scorer": script,
-            "selection": script,
-            "by_source": {script: {"tokens": 1, "kept_share": 1}},
-        }
-    path.write_text(json.dumps(record))
+    path.write_text(
+        re.sub(r"ExcessLoss[^\"]*|Selection\(\)|gsm", script, path.read_text()).replace(
+            '"stage": 1', f'"stage": "{script}"'
+        )
+    )
     page, text = page_of(run)
     assert page.outside == [] and "<script" not in text and text.count("&lt;script&gt;") >= 9
 
 
-def test_a_score_at_the_threshold_is_white_and_half_way_is_pale(run: str) -> None:
-    scores = np.load(Path(run, "cleaning", "scores.npy"))
-    scores[8:48] = 0.5
-    scores[8:28] = 0.7  # the 95 % quantile of the distances: 0.2
-    scores[28] = 0.6
-    np.save(Path(run, "cleaning", "scores.npy"), scores)
-    page, _ = page_of(run)
-    styles = [token["style"].removeprefix("background:") for token in page.tokens[:40]]
+def test_a_score_at_the_threshold_is_white_and_half_way_is_pale() -> None:
+    stage = ScoredStage({}, np.array([]), centre=0.5, reach=0.2)
+    assert (_colour(0.5, stage), _colour(0.9, stage), _colour(-9, stage)) == ("#ffffff", "#4292de", "#f68c32")
     # white (255, 255, 255) to blue (66, 146, 222): the middle is (160.5, 200.5, 238.5), rounded to even
-    assert styles[0] == "#4292de" and styles[20] in ("#a0c8ee", "#a1c9ef") and styles[21] == "#ffffff"
-
-
-def outline(svg: str, kind: str) -> list[tuple[float, float]]:
-    """Corners of a filled shape; y grows downwards."""
-    path = re.search(rf'<g id="{kind}">\s*<path d="([^"]*)"', svg)
-    assert path
-    return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path[1])]
+    assert _colour(0.6, stage) in ("#a0c8ee", "#a1c9ef") and _colour(NAN, stage) == "none"
 
 
 def test_the_histogram_stacks_kept_on_cut() -> None:
-    """Two cut tokens in the first of 60 bars, two cut and four kept ones in the last, as do those beyond the ends."""
-    svg = histogram(np.array([0.0, -9.0, 6.0, 6.0]), np.array([6.0, 6.0, 5.95, 9.0]), (0.0, 6.0), 3.0)
-    cut, kept = outline(svg, "cut"), outline(svg, "kept")
-    bottom, width = max(y for _, y in cut), cut[-1][0] - cut[0][0]
-    two = bottom - min(y for _, y in cut)
-    assert {round((bottom - y) / two, 3) for _, y in cut} == {0, 1}
-    tall = [x for x, y in kept if round((bottom - y) / two, 3) == 3]
-    right = max(x for x, _ in kept)
-    assert max(tall) == pytest.approx(right) and right - min(tall) == pytest.approx(
-        abs(right - kept[0][0]) / 60, rel=0.01
-    )
-    assert "threshold 3" in svg and width is not None
+    """One cut score in the first of 60 bars; one cut and two kept ones in the last, with what lies beyond the ends."""
+    svg = histogram(np.array([-9.0, 6.0]), np.array([5.95, 9.0]), (0.0, 6.0), threshold=3.0)
+    corners: dict[str, np.ndarray] = {}
+    for kind in ("cut", "kept"):
+        path = re.search(rf'<g id="{kind}">\s*<path d="([^"]*)"', svg)
+        corners[kind] = np.array(re.findall(r"[ML] (\S+) (\S+)", path[1] if path else ""), dtype=float)
+    left, bottom = corners["cut"].min(0)[0], corners["cut"].max(0)[1]  # y grows downwards
+    bar, one = np.ptp(corners["cut"][:, 0]) / 60, np.ptp(corners["cut"][:, 1])
+    places = {
+        kind: {tuple(corner) for corner in ((xy - [left, bottom]) / [bar, -one]).round(2)}
+        for kind, xy in corners.items()
+    }
+    assert {(0, 1), (1, 1), (59, 1), (60, 1)} <= places["cut"] and {(59, 3), (60, 3)} <= places["kept"]
+    assert max(y for _, y in places["kept"]) == 3 and "threshold 3" in svg
 
 
 def test_samples_of_a_stage_may_lie_anywhere(tmp_path: Path, tiny_model: str) -> None:
@@ -221,10 +207,7 @@ def test_samples_of_a_stage_may_lie_anywhere(tmp_path: Path, tiny_model: str) ->
 def test_options(run: str, tmp_path: Path) -> None:
     out = tmp_path / "new" / "page.html"
     assert main(["report", run, "--samples", "1", "--out", str(out), "--seed", "3"]) == 0
-    assert out.read_text("utf-8").count("response tokens, ") == 1
-    assert not Path(run, "report.html").exists()
-    report(run, samples=0)
-    assert "No scored sample is shown" in Path(run, "report.html").read_text("utf-8")
+    assert out.read_text("utf-8").count("response tokens, ") == 1 and not Path(run, "report.html").exists()
 
 
 def test_without_scores(run: str) -> None:
