@@ -41,7 +41,7 @@ STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
     (
         "runs in a circle",
         study(runs={"dpo": {"after": "b"}, "b": {"after": "dpo"}}),
-        ("runs.dpo: after must name a run listed above dpo, not 'b'",),
+        ("runs.b: after must name a run listed above b, not 'dpo'",),
     ),
     ("none at once", study(at_once=0), ('"at_once"', "PositiveInt")),
     ("a share for validation", study(options={"data.validation": 0.1}), ("data.validation must be 0 or a file",)),
@@ -77,6 +77,6 @@ def record_of_a_run(place: Place) -> Any:
 
 CASES = [
     Case("study", "no such file", lambda place: read_study("/no.yaml"), ("/no.yaml", "give a study's YAML file")),
-    Case("study", "a record cut off", record_of_a_run, ("dpo-seed0.json is damaged", "to repeat the run")),
+    Case("study", "a record cut off", record_of_a_run, ("dpo-seed0.json is no valid JSON", "to repeat the run")),
     *(study_case(*row) for row in STUDIES),
 ]
