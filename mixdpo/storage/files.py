@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mixdpo.errors import InputError
+from mixdpo.storage.read import LARGEST_FILE, parse_json, parse_yaml
 
 Row = dict[str, Any]
 
@@ -107,15 +108,17 @@ def read_json(path: str | Path, keys: set[str], remedy: str) -> dict[str, Any]:
     """The object that a file of ours holds.
 
     Raises:
-        InputError: it is damaged or lacks one of the keys; ends with the remedy.
+        InputError: the file is damaged or lacks one of the keys; ends with the remedy.
     """
-    try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}") from None
+    content = parse_json(read_text(path), str(path), remedy, LARGEST_FILE)
     if not isinstance(content, dict) or not keys <= content.keys():
         raise InputError(f"{path} is damaged (it should hold {', '.join(sorted(keys))}): {remedy}")
     return content
+
+
+def read_yaml(path: str | Path, noun: str = "config") -> Any:
+    """What `parse_yaml` makes of a file; raises InputError as `parse_yaml` does."""
+    return parse_yaml(read_text(path), f"{noun} {path}")
 
 
 def sha256(path: str | Path) -> str:
