@@ -15,12 +15,11 @@ import torch
 from lightning_modules.callbacks.run_files import CloseFiles
 from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
-from mixdpo.evaluation.endpoint import CONTINUES, without_secrets
+from mixdpo.evaluation.endpoint import CONTINUES, complete, without_secrets
 from mixdpo.evaluation.formats import Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
 from mixdpo.evaluation.responses_file import RESPONSES, ResponsesFile
-from mixdpo.evaluation.server import complete
 from mixdpo.model.adapters import role
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint

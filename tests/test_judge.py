@@ -11,10 +11,9 @@ from judge_server import Server, completion
 from judging import Judging, in_turn
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation import endpoint
-from mixdpo.evaluation.endpoint import retry_after, secrets, without_secrets
+from mixdpo.evaluation.endpoint import secrets, without_secrets
 from mixdpo.evaluation.judge import drawn_order
-from mixdpo.evaluation.judge_prompt import Malformed, first_by_log_probs, messages, read_choice
+from mixdpo.evaluation.judge_prompt import first_by_log_probs, messages, read_choice
 from mixdpo.evaluation.verdicts import read_verdicts
 
 KEY = "sk-secret-0123456789"
@@ -25,7 +24,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_judges_all_and_says_what_scoring_needs(server, tmp_path, capsys):
     for i, verdict in enumerate(file.verdicts):
         assert verdict.preference == pytest.approx(0.1 if i % 2 else 0.9)
         assert (verdict.source, verdict.failed, verdict.tokens, verdict.ended) == ("log_probs", None, i, i % 2 == 0)
-        assert (verdict.len_model, verdict.len_baseline) == (len(f"model answer {i}"), len(f"baseline response {i}"))
+        assert (verdict.len_model, verdict.len_baseline) == (len(f"model response {i}"), len(f"baseline response {i}"))
         assert (verdict.judge_prompt_tokens, verdict.judge_completion_tokens) == (100, 1)
         assert verdict.order == drawn_order(f"prompt-{i}: say it", 0)
     said = capsys.readouterr().out

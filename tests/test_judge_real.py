@@ -45,10 +45,10 @@ def judging(server: ServerProcess, tmp_path: Path) -> Judging:
 
 def asked_as(judging: Judging, verdict: Verdict) -> str:
     """What the server's log calls the request of a verdict."""
-    outputs, baseline = (json.loads(Path(judging.options[name]).read_text()) for name in ("outputs", "baseline"))
-    texts = [rows[verdict.index]["output"] for rows in (outputs, baseline)]
+    ours, baseline = (json.loads(Path(judging.options[name]).read_text()) for name in ("responses", "baseline"))
+    texts = [rows[verdict.index]["output"] for rows in (ours, baseline)]
     shown = texts if verdict.order == "model_first" else texts[::-1]
-    return name_of(messages(outputs[verdict.index]["instruction"], *shown))
+    return name_of(messages(ours[verdict.index]["instruction"], *shown))
 
 
 def test_verdicts_and_responses_correspond(server, judging):

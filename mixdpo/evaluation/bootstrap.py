@@ -86,12 +86,13 @@ def paired_bootstrap(before: ArrayLike, after: ArrayLike, samples: int = 10_000)
 
 
 def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000) -> Interval:
-    """Percentile interval of the mean of values (S, N) of S seeds and N prompts (Owen 2007, "The pigeonhole bootstrap").
+    """Percentile interval of the mean of values (S, N) of S seeds and N prompts.
 
-    Seeds and prompts are both resampled. A prompt keeps its values of all seeds, a seed its values of all prompts.
+    Seeds and prompts are both resampled. A prompt keeps its values of all seeds, a seed its values of all prompts (Owen
+    2007, "The pigeonhole bootstrap").
 
-    The interval is too narrow if there are few seeds and the seeds differ much: only (S - 1) / S of the variance between
-    seeds is counted. Variance that belongs to neither seeds nor prompts is counted about three times over.
+    The interval is too narrow if few seeds differ much: only (S - 1) / S of the variance between seeds is counted.
+    Variance that belongs to neither seeds nor prompts is counted about three times over.
 
     Args:
         differences: scores, or differences of scores of two systems with the same seeds and prompts.

@@ -6,14 +6,17 @@ when Retry-After says. A response that cannot be used is asked for again here.
 
 import asyncio
 import base64
-import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mixdpo.errors import InputError
+from mixdpo.evaluation.generation import Generation
+from mixdpo.storage.read import parse_json
 
 Read = TypeVar("Read")
 
@@ -30,13 +33,19 @@ CONTINUES = "the same command continues"
 LARGEST_BODY = 16 * 2**20  # bytes, decompressed
 
 
-HINTS = {
-    401: "set OPENAI_API_KEY to a key that the endpoint knows",
-    402: "pay what the endpoint asks for",
-    403: "set OPENAI_API_KEY to a key that may use this model",
-    404: "check the model's name and the server's URL, which mostly ends in /v1",
-    405: "check the server's URL, which mostly ends in /v1",
-}
+LONGEST_WAIT = 120  # seconds: beyond, the openai client does not wait as Retry-After says, but gives up
+
+
+_URL = re.compile(r"https?://([^/@\s]*@)?(\[[^/\]]+\]|[^/:@\s]+)(:[1-9]\d*)?(/\S*)?")
+
+
+_KEY = "set OPENAI_API_KEY to a key that may use this model"
+
+
+_WHERE = "check the model's name and the server's URL, which mostly ends in /v1"
+
+
+HINTS = {401: _KEY, 402: "pay what the endpoint asks for", 403: _KEY, 404: _WHERE, 405: _WHERE}
 """What to do about an HTTP status that every further request would get as well."""
 
 
@@ -65,7 +74,10 @@ class Endpoint:
         log_probs: bool = False,
         **request: Any,
     ) -> None:
-        """A model to `ask`, inside of `async with endpoint`. Options as for `judge`; `request` goes into each request.
+        """A model to `ask`, inside of `async with aclosing(endpoint)`.
+
+        Args:
+            request: goes into each request; other options as for `judge`.
 
         Raises:
             InputError: the package openai is missing, the URL is none, or there is neither a URL nor a key.
@@ -81,10 +93,7 @@ class Endpoint:
         self._request = {"model": model, "temperature": 0, **limit}
         self._request |= ({"logprobs": True, "top_logprobs": 20} if log_probs else {}) | request
 
-    async def __aenter__(self) -> "Endpoint":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
+    async def aclose(self) -> None:
         await self._client.close()
 
     async def ask(self, chat: Chat, read: Callable[[Any], Read], **request: Any) -> tuple[Read, Counter[str]]:
@@ -102,11 +111,12 @@ class Endpoint:
 
         used, left, reason = Counter[str](), self.attempts, ""
         while left > 0:
+            body: Any = None
             completions = self._client.with_options(max_retries=left - 1).chat.completions
             try:
                 response = await completions.with_raw_response.create(messages=chat, **self._request, **request)
                 left -= 1 + response.retries_taken
-                body = _parsed(self._clean(response.text, least=8))
+                body = parse_json(self._without_secrets(response.text, least=8), "the response", "check the server")
                 used.update(_usage(body))
                 return read(body), used
             except openai.OpenAIError as error:
@@ -115,7 +125,7 @@ class Endpoint:
                 reason = str(error)
             except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
                 reason = f"no chat completion: {type(error).__name__} {error} in {str(body)[:200]!r}"
-        raise NoResponse(self._clean(reason), used)
+        raise NoResponse(_printable(self._without_secrets(reason)), used)
 
     def _reason(self, error: Any) -> str:
         """Why there is no response.
@@ -133,22 +143,24 @@ class Endpoint:
             return f"time-out: no response in {self._client.timeout.read:g} s"
         if not isinstance(error, openai.APIStatusError):
             return f"connection lost: {type(cause).__name__} {cause}" if cause else str(error)
-        text = self._clean(" ".join(str(error.message).split()))[:300]
-        reason, hint = f"HTTP {error.status_code}: {text}", HINTS.get(error.status_code)
+        status, text = error.status_code, _printable(self._without_secrets(str(error.message)))[:300]
+        hint, wait = HINTS.get(status), error.response.headers.get("retry-after", "")
         if error.code == "insufficient_quota":
             hint = HINTS[402]
         elif error.response.is_redirect:
-            hint = "give the URL of the server itself: redirects are not followed"
-        elif error.response.headers.get("retry-after", "0").isdigit() and "logprob" in text.lower():
+            hint = "give the server's own URL (redirects are not followed)"
+        elif status == 429 and wait.isdigit() and int(wait) > LONGEST_WAIT:
+            hint = f"wait {wait} s"
+        elif status < 500 and "logprob" in text.lower():
             hint = "ask without log-probabilities: --log_probs false"
         elif error.code in ("unsupported_parameter", "unsupported_value"):
             hint = "use a model that takes temperature and max_tokens"
         if hint:
-            raise InputError(f"{self.url} refuses: {reason}. To continue, {hint}; {CONTINUES}")
-        return reason
+            raise InputError(f"{self.url} refuses: HTTP {status}: {text}. To continue, {hint}; {CONTINUES}")
+        return f"HTTP {status}: {text}"
 
-    def _clean(self, text: str, least: int = 1) -> str:
-        """Without control characters, key and password, which some servers repeat.
+    def _without_secrets(self, text: str, least: int = 1) -> str:
+        """Without key and password, which some servers repeat.
 
         Args:
             least: shorter secrets stay. In a body, a short one such as the x that a local server is given may be a part
@@ -156,7 +168,12 @@ class Endpoint:
         """
         for secret in self._secrets:
             text = text.replace(secret, "***") if len(secret) >= least else text
-        return "".join(" " if ord(sign) < 32 or 127 <= ord(sign) < 160 else sign for sign in text)
+        return text
+
+
+def _printable(text: str) -> str:
+    """On one line, and without control characters, which a terminal would obey."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 def _client(base_url: str | None, key: str | None, timeout: float) -> Any:
@@ -167,7 +184,7 @@ def _client(base_url: str | None, key: str | None, timeout: float) -> Any:
         raise InputError(f"a model behind an endpoint needs the package openai: {INSTALL}") from None
     if not base_url and not key:
         raise InputError("no key: set OPENAI_API_KEY, or give the --base_url of a server that needs none")
-    if base_url and not _is_url(base_url):
+    if base_url and not _URL.fullmatch(base_url):
         raise InputError(
             f"the server's URL {without_secrets(base_url)}: write it in full, such as http://localhost:8000/v1"
         )
@@ -184,7 +201,7 @@ def _client(base_url: str | None, key: str | None, timeout: float) -> Any:
                         body += piece
                         if len(body) > LARGEST_BODY:
                             await response.aclose()
-                            raise OpenAIError(f"too long: a body of more than {LARGEST_BODY // 2**20} MB")
+                            raise OpenAIError(f"too long: the body has more than {LARGEST_BODY // 2**20} MB")
             except TimeoutError:
                 raise httpx2.ReadTimeout("", request=request) from None
             headers = [(name, value) for name, value in response.headers.multi_items() if name != "content-encoding"]
@@ -193,14 +210,6 @@ def _client(base_url: str | None, key: str | None, timeout: float) -> Any:
     limits = httpx2.Timeout(timeout, connect=min(10.0, 0.8 * timeout))
     client = Client(timeout=limits, follow_redirects=False)
     return AsyncOpenAI(api_key=key or "none", base_url=base_url, timeout=limits, http_client=client)
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of the port
-        return False
 
 
 def secrets(key: str | None, url: str | None) -> list[str]:
@@ -217,19 +226,48 @@ def without_secrets(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
 
 
-def _parsed(text: str) -> Any:
-    """
-    Raises:
-        ValueError: it is no JSON.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"response is no JSON: {error}") from None
-
-
 def _usage(body: Any) -> dict[str, int]:
     """Tokens that the server counted; failed attempts are paid for too."""
     usage = body.get("usage") if isinstance(body, dict) else None
-    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")} if isinstance(usage, dict) else {}
-    return {name: count for name, count in counts.items() if isinstance(count, int)}
+    counts = usage if isinstance(usage, dict) else {}
+    return {name: counts[name] for name in ("prompt_tokens", "completion_tokens") if type(counts.get(name)) is int}
+
+
+def complete(
+    chats: list[Chat], model: str, base_url: str, *, max_new_tokens: int, seeds: list[int], **sampling: float
+) -> list[Any]:
+    """One `Generation` for each chat, all asked for at once, from a server that is faster than one process on a GPU.
+
+    Args:
+        chats: messages that end with the user's.
+        model: its name at the server.
+        base_url: of the server, such as http://localhost:8000/v1. The key, if it wants one, is OPENAI_API_KEY.
+        max_new_tokens: a response is cut there.
+        seeds: one for each chat; a server may ignore them.
+        sampling: temperature and top_p.
+
+    Returns:
+        Instead of a Generation, an InputError where the server cannot be reached or refuses all, and a NoResponse where
+        only this chat has no response.
+    """
+    endpoint = Endpoint(model, base_url, attempts=5, timeout=600.0, max_tokens=max_new_tokens, **sampling)
+
+    async def response(chat: Chat, seed: int) -> Any:
+        try:
+            return (await endpoint.ask(chat, _generation, seed=seed))[0]
+        except (NoResponse, InputError) as error:
+            return error  # the others go on: they may be paid for
+
+    async def all_responses() -> list[Any]:
+        async with aclosing(endpoint):
+            return await asyncio.gather(*map(response, chats, seeds))
+
+    return asyncio.run(all_responses())
+
+
+def _generation(body: Any) -> Generation:
+    choice = body["choices"][0]
+    text, tokens = choice["message"]["content"], body["usage"]["completion_tokens"]
+    if not isinstance(text, str) or type(tokens) is not int:
+        raise TypeError(f"content {text!r:.40}, completion_tokens {tokens!r}")
+    return Generation(text, tokens, choice.get("finish_reason") == "stop")
