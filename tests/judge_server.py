@@ -1,9 +1,10 @@
 """A judge behind a real HTTP server on this machine, with faults that a test asks for.
 
-In a process of its own: `python tests/judge_server.py PORT LOG SECONDS`, which answers after so many seconds, and adds
-a line to LOG, fsynced, for each answer just before it sends it.
+In a process of its own: `python tests/judge_server.py PORT LOG SECONDS [real]`, which responds after so many seconds
+(with `real`, as the small model does), and adds a line to LOG, fsynced, for each response just before it is sent.
 """
 
+import gzip
 import json
 import math
 import os
@@ -35,6 +36,28 @@ class Request:
 
 def prefers_first(request: Request) -> Probabilities:
     return {"X": 0.8, "Y": 0.1, " X": 0.05, "The": 0.05}
+
+
+def small_model() -> Callable[[Request], Probabilities]:
+    """The genuine first token of the packaged model after a chat, one request at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mixdpo.model.loading import load_tokenizer
+    from mixdpo.model.packaged import PACKAGED, model_folder
+
+    tokenizer: Any = load_tokenizer(PACKAGED)
+    model = AutoModelForCausalLM.from_pretrained(model_folder(PACKAGED), dtype=torch.float32).eval()
+    lock = threading.Lock()
+
+    def judge(request: Request) -> Probabilities:
+        text = tokenizer.apply_chat_template(request.body["messages"], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with lock, torch.no_grad():
+            best = model(input_ids=ids, logits_to_keep=1).logits[0, -1].softmax(-1).topk(20)
+        return {tokenizer.decode([token]): p for p, token in zip(*(each.tolist() for each in best), strict=True)}
+
+    return judge
 
 
 def completion(probabilities: Probabilities, log_probs: bool) -> dict[str, Any]:
@@ -69,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][-1]["content"]
-        number = int(NUMBER.search(text)[1])  # type: ignore[index]
+        number = int(found[1]) if (found := NUMBER.search(text)) else -1
         order = "model_first" if FIRST.search(text)[1].startswith("model") else "baseline_first"  # type: ignore[index]
         request = Request(time.time(), number, order, body)
         with self.server.lock:
@@ -89,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, completion(self.server.judge(request), log_probs))
 
     def send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        content = (body if isinstance(body, str) else json.dumps(body)).encode()
+        content = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
@@ -120,6 +143,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_drop(self, fault: str) -> None:
         self.close_connection = True
+
+    def do_drip(self, fault: str) -> None:
+        """A body that never ends, ten bytes a second."""
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        while not self.server.closing.wait(0.1):
+            self.wfile.write(b" ")
+        self.close_connection = True
+
+    def do_redirect(self, fault: str) -> None:
+        self.send(307, {}, {"Location": "http://127.0.0.1:1/elsewhere"})
+
+    def do_deep(self, fault: str) -> None:
+        self.send(200, "[" * 100_000 + "]" * 100_000)
+
+    def do_huge(self, fault: str) -> None:
+        self.send(200, " " * (17 * 2**20))
+
+    def do_bomb(self, fault: str) -> None:
+        self.send(200, gzip.compress(bytes(2**25)), {"Content-Encoding": "gzip"})
 
     def do_truncated(self, fault: str) -> None:
         self.send(200, json.dumps(completion({"X": 1.0}, True))[:150])
@@ -211,4 +255,5 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
-    Server(port=int(sys.argv[1]), log=sys.argv[2], seconds=float(sys.argv[3])).serve_forever()
+    JUDGE = small_model() if sys.argv[4:] == ["real"] else prefers_first
+    Server(JUDGE, port=int(sys.argv[1]), log=sys.argv[2], seconds=float(sys.argv[3])).serve_forever()
