@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.generation import Generation
 from mixdpo.storage.read import parse_json
 
 Read = TypeVar("Read")
@@ -265,7 +264,9 @@ def complete(
     return asyncio.run(all_responses())
 
 
-def _generation(body: Any) -> Generation:
+def _generation(body: Any) -> Any:
+    from mixdpo.evaluation.generation import Generation  # not above: a judge needs no transformers
+
     choice = body["choices"][0]
     text, tokens = choice["message"]["content"], body["usage"]["completion_tokens"]
     if not isinstance(text, str) or type(tokens) is not int:

@@ -11,13 +11,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.messages import checked_text
 from mixdpo.data.sources import text_rows
 from mixdpo.errors import InputError
-from mixdpo.evaluation.generation import Generation
+
+if TYPE_CHECKING:  # a judge reads responses, and needs no transformers
+    from mixdpo.evaluation.generation import Generation
+
 
 Row = Mapping[str, Any]
 
@@ -47,7 +50,7 @@ class Answered:
     """A prompt and its responses, one for each turn."""
 
     prompt: Prompt
-    responses: tuple[Generation, ...]
+    responses: "tuple[Generation, ...]"
 
 
 @dataclass(frozen=True)
