@@ -91,27 +91,20 @@ def test_an_exact_model_is_recovered(scale: int) -> None:
 @pytest.mark.parametrize("gamed", [0, 30])
 def test_against_a_plain_loop(with_difficulty: bool, gamed: int) -> None:
     data = comparisons(40)
-    if not with_difficulty:
-        del data["difficulty"]
+    data = data if with_difficulty else {name: column for name, column in data.items() if name != "difficulty"}
     extra = gamed_baselines(gamed) if gamed else None
-    expected = plain_length_controlled(
-        data["preferences"].tolist(),
-        (data["len_baseline"] - data["len_model"]).tolist(),
-        data["difficulty"].tolist() if with_difficulty else None,
-        extra,
-    )
+    delta = data["len_baseline"] - data["len_model"]
+    expected = plain_length_controlled(data["preferences"], delta, data.get("difficulty"), extra)
     assert length_controlled(**data, gamed=extra)[0] == pytest.approx(expected, abs=1e-5)
 
 
-def plain_length_controlled(
-    preferences: list[float], deltas: list[float], difficulty: list[float] | None, gamed: GamedBaselines | None
-) -> float:
+def plain_length_controlled(preferences: Any, deltas: Any, difficulty: Any, gamed: GamedBaselines | None) -> float:
     """Newton's method in plain loops: an independent reading of the formula."""
-    spread, terms = stdev(deltas), difficulty or [0.0] * len(deltas)
+    spread, terms = stdev(deltas.tolist()), [0.0] * len(deltas) if difficulty is None else difficulty.tolist()
     rows = [(math.tanh(d / spread), b, 1.0, p, 1.0) for d, b, p in zip(deltas, terms, preferences, strict=True)]
     if gamed:
         theirs = zip(gamed.std_delta_len, gamed.difficulty, gamed.preferences, strict=True)
-        rows += [(math.tanh(d), b if difficulty else 0.0, 0.0, p, 0.1) for d, b, p in theirs]
+        rows += [(math.tanh(d), 0.0 if difficulty is None else b, 0.0, p, 0.1) for d, b, p in theirs]
     weights = [0.0, 0.0, 0.0]
     for _ in range(30):
         slope, curve = [0.0] * 3, [[1e-12 * (i == j) for j in range(3)] for i in range(3)]

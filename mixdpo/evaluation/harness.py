@@ -108,7 +108,9 @@ def _run(
     from lm_eval.utils import make_table
 
     # log-probabilities are summed in fp32, as bf16 would tie close responses
-    model = HFLM(policy, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+    model = HFLM(
+        pretrained=policy, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
+    )
     seeds = {f"{what}_seed": seed for what in ("random", "numpy_random", "torch_random", "fewshot_random")}
     # processes forked from one with threads may wait for a lock for ever; a thousand resamples need no help
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
