@@ -17,7 +17,7 @@ from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, without_secrets
 from mixdpo.evaluation.formats import Answered, Prompt
-from mixdpo.evaluation.generation import Generation, generate
+from mixdpo.evaluation.generation import Response, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
 from mixdpo.evaluation.responses_file import RESPONSES, ResponsesFile
 from mixdpo.evaluation.server import complete
@@ -189,7 +189,7 @@ class ResponseModule(L.LightningModule):
             InputError: a server did not answer all of them; the others' answers are kept.
         """
         chats: list[list[dict[str, str]]] = [[] for _ in prompts]
-        responses: list[list[Generation]] = [[] for _ in prompts]
+        responses: list[list[Response]] = [[] for _ in prompts]
         failed: dict[int, Exception] = {}
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
             asked = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns) and i not in failed]
@@ -220,7 +220,7 @@ class ResponseModule(L.LightningModule):
 
     def _generate(
         self, keys: list[str], chats: list[list[dict[str, str]]], temperature: float
-    ) -> Sequence[Generation | Exception]:
+    ) -> Sequence[Response | Exception]:
         options = {**self.sampling, "temperature": temperature}
         if not chats:
             return []

@@ -17,7 +17,7 @@ from lightning_modules.responses import ResponseModule
 from mixdpo.errors import InputError
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.formats import GSM8K, AlpacaEval, Answered, ArenaHard, Constraints, MTBench, Prompt
-from mixdpo.evaluation.generation import Generation, generate
+from mixdpo.evaluation.generation import Response, generate
 from mixdpo.model.loading import load_base, load_tokenizer
 
 GSM = GSM8K()
@@ -145,7 +145,7 @@ def test_other_responses_are_not_continued(tiny_model, tmp_path, capsys, more, n
 
 
 def test_official_forms():
-    said = Generation("A response.", 4, True)
+    said = Response("A response.", 4, True)
     alpaca = AlpacaEval()
     asked = alpaca(1, {"instruction": "Why?", "dataset": "koala"})
     (row,) = alpaca.rows([Answered(asked, (said,))], "mine")

@@ -12,12 +12,12 @@ import torch
 from mixdpo.data import chat_template as tokenization
 from mixdpo.data import control_tokens
 from mixdpo.evaluation import generation
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 from mixdpo.model import export
 from mixdpo.storage.files import cache_root, or_without, read_json, write_json
 
 
-def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
+def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Response]]) -> list[Response]:
     """What `make` returns, from a file where it was made before with the same `of`.
 
     A file that is damaged is replaced, and one that cannot be written is done without, with a warning.
@@ -31,7 +31,7 @@ def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Generation]]) 
     with or_without("answers", path):
         if path.exists():
             print(f"the responses are kept in {path}")
-            return [Generation(**row) for row in read_json(path, {"answers"}, "delete it")["answers"]]
+            return [Response(**row) for row in read_json(path, {"answers"}, "delete it")["answers"]]
     responses = make()
     with or_without("answers", path):
         write_json(path, {"of": depends, "answers": [asdict(response) for response in responses]})

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from mixdpo.evaluation.formats import Answered, Prompt
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 from mixdpo.storage.lines_file import LineFormat, LinesWriter
 
 
-def _parse(row: dict[str, Any], header: dict[str, Any]) -> tuple[str, tuple[Generation, ...]]:
-    return row["key"], tuple(Generation(**response) for response in row["answers"])
+def _parse(row: dict[str, Any], header: dict[str, Any]) -> tuple[str, tuple[Response, ...]]:
+    return row["key"], tuple(Response(**response) for response in row["answers"])
 
 
 RESPONSES = LineFormat(
