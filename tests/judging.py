@@ -37,7 +37,7 @@ class Judging:
 
     def __init__(self, folder: Path, url: str, count: int = 6, **options: Any) -> None:
         outputs, baseline = write_outputs(folder, count)
-        self.path = folder / "model.verdicts.jsonl"
+        self.path = folder / "model.verdicts.sqlite"
         self.options = {"outputs": outputs, "baseline": baseline, "model": "m", "base_url": url, **options}
 
     def __call__(self, **options: Any) -> int:

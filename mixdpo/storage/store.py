@@ -9,7 +9,7 @@ import json
 import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,10 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        with or_without(self.noun, self.path, self._open) if self._is_cache else _named(self.path, self.noun, self.remedy):
-            yield
+    def _errors(self) -> AbstractContextManager[None]:
+        if self._is_cache:
+            return or_without(self.noun, self.path, self._open)
+        return _named(self.path, self.noun, self.remedy)
 
 
 def read_store(path: str | Path, noun: str, remedy: str) -> tuple[dict[str, Any], dict[Key, bytes]]:
