@@ -70,9 +70,9 @@ class VerdictsWriter(Store):
         super().__init__(path, head, noun=NOUN, remedy=remedy)
         self.verdicts = _by_key(self.items())
 
-    def keep(self, verdict: Verdict) -> None:
-        self.add({f"{verdict.index} {verdict.order}": json.dumps(vars(verdict)).encode()})
-        self.verdicts[verdict.key] = verdict
+    def keep(self, *verdicts: Verdict) -> None:
+        self.add({f"{each.index} {each.order}": json.dumps(vars(each)).encode() for each in verdicts})
+        self.verdicts |= {each.key: each for each in verdicts}
 
 
 def _by_key(entries: Mapping[Key, bytes]) -> dict[tuple[int, Order], Verdict]:
