@@ -161,7 +161,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="cannot write .*give another place"):
+    with pytest.raises(InputError, match=r"cannot write .*give another place"):
         open_verdicts(tmp_path / place)
 
 
