@@ -90,9 +90,9 @@ def read_margins(path: str | Path) -> MarginsFile:
             f"no margins file {path}; run.py predict makes it (and continues {path}.part, if there is one)"
         )
     first, *lines = read_text(path).removesuffix("\n").split("\n")
-    header = parse_json(first, f"{path}, line 1,", ANEW)
+    header = parse_json(first, f"{path} is no margins file of run.py predict: line 1", ANEW)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise InputError(f"{path} is no margins file of run.py predict: {ANEW}")
+        raise InputError(f"{path} is no margins file of run.py predict (its format is not {FORMAT!r}): {ANEW}")
     if wrong := [name for name, kind in HEADER.items() if name not in header or not isinstance(header[name], kind)]:
         raise InputError(f"{path} is damaged (its first line lacks {', '.join(wrong)}): {ANEW}")
     pairs = dict(_pair(line, f"{path}, line {number},") for number, line in enumerate(lines, 2))
