@@ -21,7 +21,7 @@ from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
 from mixdpo.errors import InputError
 from mixdpo.evaluation import gold, response_cache
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 from mixdpo.evaluation.gold import Responses, compare, greedy, markdown
 from mixdpo.model.adapters import Lora
 from mixdpo.model.loading import load_tokenizer
@@ -30,7 +30,7 @@ from mixdpo.routing.schedules import Constant
 
 
 def responses(scores: Sequence[float], tokens: Sequence[int], ended: Sequence[bool]) -> Responses:
-    given = [Generation("text", length, end) for length, end in zip(tokens, ended, strict=True)]
+    given = [Response("text", length, end) for length, end in zip(tokens, ended, strict=True)]
     return Responses(given, np.array(scores))
 
 
@@ -338,7 +338,7 @@ def test_responses_of_the_start_are_kept(
 
 def test_responses_that_cannot_be_kept_are_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below a file; and where what is kept is no JSON, which is replaced."""
-    responses = [Generation("red", 2, True)]
+    responses = [Response("red", 2, True)]
     monkeypatch.setattr(response_cache, "cache_root", lambda: tmp_path / "file")
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=rf"responses, {tmp_path}/file/.*, cannot be used .*MIXDPO_CACHE") as told:

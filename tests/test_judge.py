@@ -133,7 +133,7 @@ def test_what_lasts_is_listed_and_asked_again_by_the_next_call(tmp_path, capsys)
         assert judging() == 0
         assert sorted(server.asked) == list(range(count))
     assert all(verdict.failed is None for verdict in judging.verdicts.values())
-    assert judging.lines() == 2 * count + 2  # and the later of two lines counts
+    assert judging.lines() == count + 2
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, user):
             judging()
         sent = server.authorization.removeprefix("Bearer ").removeprefix("Basic ")
     printed = capfd.readouterr()
-    kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
-    assert "***" in judging.path.read_text() and "***" in str(raised.value)  # the server did repeat it
+    kept = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
+    assert "***" in judging.path.read_text(errors="replace") and "***" in str(raised.value)  # the server did repeat it
     assert (sent == KEY) == (user == "")
     for text in (printed.out, printed.err, str(raised.value), *kept):
         assert not any(secret in text for secret in (KEY[:8], sent[:8], "pass%20word", "pass word"))

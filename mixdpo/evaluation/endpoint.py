@@ -235,7 +235,7 @@ def _usage(body: Any) -> dict[str, int]:
 def complete(
     chats: list[Chat], model: str, base_url: str, *, max_new_tokens: int, seeds: list[int], **sampling: float
 ) -> list[Any]:
-    """One `Generation` for each chat, all asked for at once, from a server that is faster than one process on a GPU.
+    """One `Response` for each chat, all asked for at once, from a server that is faster than one process on a GPU.
 
     Args:
         chats: messages that end with the user's.
@@ -246,7 +246,7 @@ def complete(
         sampling: temperature and top_p.
 
     Returns:
-        Instead of a Generation, an InputError where the server cannot be reached or refuses all, and a NoResponse where
+        Instead of a Response, an InputError where the server cannot be reached or refuses all, and a NoResponse where
         only this chat has no response.
     """
     endpoint = Endpoint(model, base_url, attempts=5, timeout=600.0, max_tokens=max_new_tokens, **sampling)
@@ -265,10 +265,10 @@ def complete(
 
 
 def _generation(body: Any) -> Any:
-    from mixdpo.evaluation.generation import Generation  # not above: a judge needs no transformers
+    from mixdpo.evaluation.generation import Response  # not above: a judge needs no transformers
 
     choice = body["choices"][0]
     text, tokens = choice["message"]["content"], body["usage"]["completion_tokens"]
     if not isinstance(text, str) or type(tokens) is not int:
         raise TypeError(f"content {text!r:.40}, completion_tokens {tokens!r}")
-    return Generation(text, tokens, choice.get("finish_reason") == "stop")
+    return Response(text, tokens, choice.get("finish_reason") == "stop")

@@ -19,7 +19,7 @@ from mixdpo.data.sources import text_rows
 from mixdpo.errors import InputError
 
 if TYPE_CHECKING:  # a judge reads responses, and needs no transformers
-    from mixdpo.evaluation.generation import Generation
+    from mixdpo.evaluation.generation import Response
 
 
 Row = Mapping[str, Any]
@@ -50,7 +50,7 @@ class Answered:
     """A prompt and its responses, one for each turn."""
 
     prompt: Prompt
-    responses: "tuple[Generation, ...]"
+    responses: "tuple[Response, ...]"
 
 
 @dataclass(frozen=True)

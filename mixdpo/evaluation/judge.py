@@ -19,8 +19,7 @@ from mixdpo.evaluation.endpoint import CONTINUES, Endpoint, NoResponse
 from mixdpo.evaluation.formats import Row, Rows, read_responses
 from mixdpo.evaluation.judge_prompt import messages, prompt_hash, read_choice
 from mixdpo.evaluation.judged_prompts import report
-from mixdpo.evaluation.verdicts import VERDICTS, Order, Source, Verdict
-from mixdpo.storage.lines_file import LinesWriter
+from mixdpo.evaluation.verdicts import Order, Source, Verdict, VerdictsWriter
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def judge(
         base_url: of an OpenAI-compatible server, such as http://localhost:8000/v1; default OPENAI_BASE_URL, or OpenAI.
         reward_model: the judge is a sequence classifier with one label, run here: the preference is the sigmoid of the
             difference of its scores. Order, seed and the options of requests have no effect.
-        out: the verdicts file; default is RESPONSES with the suffix .verdicts.jsonl.
+        out: the verdicts file; default is RESPONSES with the suffix .verdicts.sqlite.
         order: random shows either response first, by seed and instruction; both asks twice and takes the mean.
         seed: of the random order.
         limit: judge only the first so many responses; a later call without it judges the others.
@@ -121,7 +120,7 @@ def judge(
         options = {"attempts": attempts, "timeout": timeout, "max_tokens": max_tokens, "log_probs": log_probs}
         how = EndpointJudge(model, base_url, order, seed, **options)
     header = {"model": ours[0]["generator"], "baseline": theirs[0]["generator"], "judge": how.about}
-    path = Path(out) if out else Path(responses).with_suffix(".verdicts.jsonl")
+    path = Path(out) if out else Path(responses).with_suffix(".verdicts.sqlite")
     return _judge(how, comparisons, limit, header, path, concurrency)
 
 
@@ -133,12 +132,12 @@ def _judge(
     questions = [
         (comparison, order) for comparison in comparisons[:limit] for order in how.orders(comparison.instruction)
     ]
-    with LinesWriter(path, VERDICTS, header) as writer:
+    with VerdictsWriter(path, header) as writer:
         missing = [question for question in questions if not _is_known(writer, question)]
         print(f"{path} has {len(questions) - len(missing)} of the {len(questions)} verdicts")
         with tqdm(total=len(questions), initial=len(questions) - len(missing), unit="verdict") as bar:
             stopped_by = asyncio.run(_interruptible(_ask_all(how, missing, writer, at_once, bar)))
-        verdicts = [writer.rows[key] for key in map(_key, questions) if key in writer.rows]
+        verdicts = [writer.verdicts[key] for key in map(_key, questions) if key in writer.verdicts]
     print("\n".join(report(verdicts, len(questions), how.about.get("order") == "both")))
     if stopped_by:
         print(f"stopped by {stopped_by[0].name}; {CONTINUES}")
@@ -192,19 +191,19 @@ def _key(question: Question) -> tuple[int, Order]:
     return question[0].index, question[1]
 
 
-def _is_known(writer: LinesWriter, question: Question) -> bool:
-    known = writer.rows.get(_key(question))
+def _is_known(writer: VerdictsWriter, question: Question) -> bool:
+    known = writer.verdicts.get(_key(question))
     return known is not None and known.failed is None
 
 
-async def _ask_all(how: Judge, missing: Sequence[Question], writer: LinesWriter, at_once: int, bar: Any) -> None:
+async def _ask_all(how: Judge, missing: Sequence[Question], writer: VerdictsWriter, at_once: int, bar: Any) -> None:
     waiting, failed = iter(missing), 0  # one iterator for all workers: each question goes to one of them
 
     async def work() -> None:
         nonlocal failed
         for question in waiting:
             verdict = await _ask(how, *question)
-            writer.append(verdict.line())
+            writer.keep(verdict)
             failed += verdict.failed is not None
             bar.set_postfix(failed=failed, refresh=False)
             bar.update()
