@@ -63,15 +63,7 @@ class NoResponse(Exception):
 
 class Endpoint:
     def __init__(
-        self,
-        model: str,
-        base_url: str | None,
-        *,
-        attempts: int,
-        timeout: float,
-        max_tokens: int,
-        log_probs: bool = False,
-        **request: Any,
+        self, model: str, base_url: str | None, *, attempts: int, timeout: float, max_tokens: int, **request: Any
     ) -> None:
         """A model to `ask`, inside of `async with aclosing(endpoint)`.
 
@@ -89,8 +81,7 @@ class Endpoint:
         self.attempts = attempts
         # OpenAI's newer models refuse the old name, and many local servers do not know the new one
         limit = {"max_tokens" if base_url else "max_completion_tokens": max_tokens}
-        self._request = {"model": model, "temperature": 0, **limit}
-        self._request |= ({"logprobs": True, "top_logprobs": 20} if log_probs else {}) | request
+        self._request = {"model": model, "temperature": 0, **limit, **request}
 
     async def aclose(self) -> None:
         await self._client.close()

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import json
 import signal
 from collections import Counter, defaultdict, deque
 from collections.abc import Coroutine, Sequence
@@ -20,6 +19,7 @@ from mixdpo.evaluation.formats import Row, Rows, read_responses
 from mixdpo.evaluation.judge_prompt import messages, prompt_hash, read_choice
 from mixdpo.evaluation.judged_prompts import report
 from mixdpo.evaluation.verdicts import Order, Source, Verdict, VerdictsWriter
+from mixdpo.storage.identity import content_hash
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,14 @@ verdicts, in JSON's types. `aclose()` ends it."""
 
 
 class EndpointJudge(Endpoint):
-    def __init__(self, model: str, base_url: str | None, order: str, seed: int, **options: Any) -> None:
-        super().__init__(model, base_url, **options)
+    def __init__(
+        self, model: str, base_url: str | None, order: str, seed: int, max_tokens: int, log_probs: bool, **limits: Any
+    ) -> None:
+        request = {"logprobs": True, "top_logprobs": 20} if log_probs else {}
+        super().__init__(model, base_url, max_tokens=max_tokens, **limits, **request)
         self.order, self.seed = order, seed
         self.about = {"kind": "endpoint", "model": model, "base_url": self.url, "prompt": prompt_hash()}
-        self.about |= {name: options[name] for name in ("max_tokens", "log_probs")}
+        self.about |= {"max_tokens": max_tokens, "log_probs": log_probs}
         self.about |= {"order": order, "seed": seed if order == "random" else None}
 
     def orders(self, instruction: str) -> list[Order]:
@@ -117,8 +120,8 @@ def judge(
 
         how, concurrency = RewardJudge(model), 1
     else:
-        options = {"attempts": attempts, "timeout": timeout, "max_tokens": max_tokens, "log_probs": log_probs}
-        how = EndpointJudge(model, base_url, order, seed, **options)
+        limits = {"attempts": attempts, "timeout": timeout}
+        how = EndpointJudge(model, base_url, order, seed, max_tokens, log_probs, **limits)
     header = {"model": ours[0]["generator"], "baseline": theirs[0]["generator"], "judge": how.about}
     path = Path(out) if out else Path(responses).with_suffix(".verdicts.sqlite")
     return _judge(how, comparisons, limit, header, path, concurrency)
@@ -133,7 +136,8 @@ def _judge(
         (comparison, order) for comparison in comparisons[:limit] for order in how.orders(comparison.instruction)
     ]
     with VerdictsWriter(path, header) as writer:
-        missing = [question for question in questions if not _is_known(writer, question)]
+        known = {key for key, verdict in writer.verdicts.items() if verdict.failed is None}
+        missing = [question for question in questions if _key(question) not in known]
         print(f"{path} has {len(questions) - len(missing)} of the {len(questions)} verdicts")
         with tqdm(total=len(questions), initial=len(questions) - len(missing), unit="verdict") as bar:
             stopped_by = asyncio.run(_interruptible(_ask_all(how, missing, writer, at_once, bar)))
@@ -175,12 +179,6 @@ def match(ours: Rows, theirs: Rows, source: str | Path) -> list[Comparison]:
     return comparisons
 
 
-def content_hash(comparisons: Sequence[Comparison]) -> str:
-    """16 hex digits of the instructions and both responses to each, in their order."""
-    texts = [[each.instruction, each.model, each.baseline] for each in comparisons]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-
-
 def drawn_order(instruction: str, seed: int) -> Order:
     """By a hash of both, so that a prompt is shown alike whatever else is judged."""
     drawn = hashlib.sha256(f"{seed} {instruction}".encode()).digest()[0]
@@ -191,29 +189,18 @@ def _key(question: Question) -> tuple[int, Order]:
     return question[0].index, question[1]
 
 
-def _is_known(writer: VerdictsWriter, question: Question) -> bool:
-    known = writer.verdicts.get(_key(question))
-    return known is not None and known.failed is None
-
-
 async def _ask_all(how: Judge, missing: Sequence[Question], writer: VerdictsWriter, at_once: int, bar: Any) -> None:
-    waiting, failed = iter(missing), 0  # one iterator for all workers: each question goes to one of them
+    waiting = iter(missing)  # one iterator for all workers: each question goes to one of them
 
     async def work() -> None:
-        nonlocal failed
         for question in waiting:
-            verdict = await _ask(how, *question)
-            writer.keep(verdict)
-            failed += verdict.failed is not None
+            writer.keep(await _ask(how, *question))
+            failed = sum(verdict.failed is not None for verdict in writer.verdicts.values())
             bar.set_postfix(failed=failed, refresh=False)
             bar.update()
 
-    try:
-        async with aclosing(how), asyncio.TaskGroup() as group:
-            for _ in range(min(at_once, len(missing))):
-                group.create_task(work())
-    except BaseExceptionGroup as error:
-        raise error.exceptions[0] from None  # the others are its consequences, or say the same
+    async with aclosing(how):
+        await asyncio.gather(*(work() for _ in range(at_once)))
 
 
 async def _ask(how: Judge, comparison: Comparison, order: Order) -> Verdict:
@@ -223,19 +210,10 @@ async def _ask(how: Judge, comparison: Comparison, order: Order) -> Verdict:
         preference = first if order == "model_first" else 1 - first
     except NoResponse as error:
         failed, used = str(error), error.used
-    return Verdict(
-        index=comparison.index,
-        order=order,
-        preference=preference,
-        source=source,
-        failed=failed,
-        judge_prompt_tokens=used.get("prompt_tokens"),
-        judge_completion_tokens=used.get("completion_tokens"),
-        len_model=len(comparison.model),
-        len_baseline=len(comparison.baseline),
-        tokens=comparison.tokens,
-        ended=comparison.ended,
-    )
+    tokens = {f"judge_{name}": used.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    lengths = {"len_model": len(comparison.model), "len_baseline": len(comparison.baseline)}
+    ends = {"tokens": comparison.tokens, "ended": comparison.ended}
+    return Verdict(comparison.index, order, preference, source, failed, **tokens, **lengths, **ends)
 
 
 async def _interruptible(work: Coroutine[Any, Any, None]) -> list[signal.Signals]:

@@ -32,13 +32,9 @@ class RewardJudge:
         dtype = gpu_dtype() if on_gpu else "float32"  # bfloat16 is slower on most CPUs
         self._tokenizer = load_tokenizer(model)
         self._template = load_template(self._tokenizer, None)
-        self._model: Any = load_reward_model(
-            model,
-            quantization="none",
-            dtype=dtype,
-            attention="eager",  # the one that every architecture knows
-            device="cuda" if on_gpu else "cpu",
-        )
+        # eager: the attention that every architecture knows
+        options = {"quantization": "none", "attention": "eager", "device": "cuda" if on_gpu else "cpu"}
+        self._model: Any = load_reward_model(model, dtype=dtype, **options)
         known = getattr(self._model.config, "max_position_embeddings", None)
         self._longest = min(known or self._tokenizer.model_max_length, self._tokenizer.model_max_length)
         self.about = {"kind": "reward model", "model": model, "dtype": dtype, "weights": base_fingerprint(self._model)}
