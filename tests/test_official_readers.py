@@ -15,12 +15,11 @@ from test_cli import in_process
 from test_responses import responses
 
 from mixdpo.evaluation.win_rate import (
-    discrete_win_rate,
     read_difficulties,
     read_gamed,
     resampled_length_controlled,
+    resampled_win_rates,
     standard_error_of_mean,
-    win_rate,
 )
 
 pd = pytest.importorskip("pandas")
@@ -132,9 +131,9 @@ def test_official_evaluation_of_our_files(
 def test_official_win_rates_are_ours(official: ModuleType, preferences: list[float]) -> None:
     theirs = official.metrics.get_winrate([{"preference": p} for p in preferences])
     ours = [0.5 if p == 0 else p - 1 for p in preferences]  # 0 was its draw once
-    assert win_rate(ours) == pytest.approx(theirs["win_rate"], abs=1e-12)
-    assert discrete_win_rate(ours) == pytest.approx(theirs["discrete_win_rate"], abs=1e-12)
-    assert standard_error_of_mean(ours) == pytest.approx(theirs["standard_error"], abs=1e-12)
+    rates = [*(rate.mean for rate in resampled_win_rates(ours, samples=2)), standard_error_of_mean(ours)]
+    names = ("win_rate", "discrete_win_rate", "standard_error")
+    assert rates == pytest.approx([theirs[name] for name in names], abs=1e-12)
 
 
 @pytest.mark.shared
@@ -155,4 +154,5 @@ def test_official_length_controlled_win_rate_is_ours(
     columns = preferences, rows["len_model"], rows["len_ref"], difficulty, read_gamed(gamed)
     _, ours = resampled_length_controlled(*columns, samples=2)
     assert ours.mean == pytest.approx(theirs["length_controlled_winrate"], abs=0.2)
-    assert discrete_win_rate(preferences) == pytest.approx(theirs["discrete_win_rate"], abs=1e-9)
+    _, discrete = resampled_win_rates(preferences, samples=2)
+    assert discrete.mean == pytest.approx(theirs["discrete_win_rate"], abs=1e-9)

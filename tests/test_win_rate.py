@@ -14,14 +14,12 @@ from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.win_rate import (
     GamedBaselines,
-    discrete_win_rate,
     label,
     read_difficulties,
     read_gamed,
     resampled_length_controlled,
     resampled_win_rates,
     standard_error_of_mean,
-    win_rate,
 )
 from mixdpo.signals.compare_margins import spearman
 
@@ -37,6 +35,12 @@ def comparisons(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"preferences": expit(logits), "len_model": ours, "len_baseline": theirs, "difficulty": difficulty}
 
 
+def win_rates(preferences: Any) -> tuple[float, float]:
+    """Win rate and discrete win rate."""
+    raw, discrete = resampled_win_rates(preferences, samples=2)
+    return raw.mean, discrete.mean
+
+
 def length_controlled(*columns: Any, **more: Any) -> tuple[float, np.ndarray]:
     """Win rate, and the weights of length, difficulty and bias, of all prompts."""
     weights, rate = resampled_length_controlled(*columns, **more, samples=2)
@@ -50,8 +54,7 @@ def gamed_baselines(count: int, seed: int = 1) -> GamedBaselines:
 
 def test_win_rates_by_hand() -> None:
     preferences = [0.0, 0.2, 0.5, 0.9]
-    assert win_rate(preferences) == pytest.approx(40)
-    assert discrete_win_rate(preferences) == 37.5  # a win and half a draw of four
+    assert win_rates(preferences) == pytest.approx((40, 37.5))  # a win and half a draw of four
     # squares of the deviations: 0.16 + 0.04 + 0.01 + 0.25 = 0.46; std = √(0.46 / 3); √4 = 2
     assert standard_error_of_mean(preferences) == pytest.approx(50 * math.sqrt(0.46 / 3))
 
@@ -61,7 +64,7 @@ def test_win_rates_by_hand() -> None:
     [(0.5 + 1e-9, 100), (0.5 - 1e-9, 0), (0.5, 50), ((0.3 + (1 - 0.3)) / 2, 50), (0.5 - 2**-54, 50)],
 )
 def test_a_draw_is_one_half_up_to_rounding(preference: float, outcome: float) -> None:
-    assert discrete_win_rate([preference]) == outcome
+    assert win_rates([preference] * 2)[1] == outcome
 
 
 def test_two_groups_of_lengths_by_hand() -> None:
@@ -141,7 +144,7 @@ def test_the_bootstrap_of_the_mean_is_the_papers() -> None:
     assert (raw.mean, raw.low, raw.high) == pytest.approx((expected.mean, expected.low, expected.high))
     # the standard deviation of a resampled mean is √((N - 1) / N) of the standard error; 2000 samples: ± 1.6 %
     assert raw.standard_error == pytest.approx(standard_error_of_mean(preferences) * math.sqrt(49 / 50), rel=0.06)
-    assert discrete.low < discrete.mean == discrete_win_rate(preferences) < discrete.high
+    assert discrete.low < discrete.mean == 100 * (preferences > 0.5).mean() < discrete.high
 
 
 def test_each_resample_is_a_fit_of_its_own() -> None:
@@ -192,16 +195,11 @@ def test_what_no_fit_can_use() -> None:
     for columns, message in (
         (([0.4, 0.6, 0.7], [10, 20, 30], [15, 25, 35]), r"same number of characters on every prompt.*report the win"),
         (([0.4, 0.6, 0.7], [10, 20, 30], [15, 20, 35], [1.0, 1.0, 1.0]), r"cannot be told apart.*the difficulty out"),
-        (([0.4, math.nan], [1, 2], [3, 5]), r"not in \[0, 1\]: leave prompts without a verdict out"),
     ):
         with pytest.raises(InputError, match=message):
             length_controlled(*columns)
-    for preferences in ([1.2], [-0.1, 0.5], []):
-        with pytest.raises(InputError, match=r"not in \[0, 1\]"):
-            win_rate(preferences)
-    for preferences, samples, message in (([0.4], 2, "judge more prompts"), ([0.4, 0.5], 1, "needs at least 2")):
-        with pytest.raises(InputError, match=message):
-            resampled_win_rates(preferences, samples)
+    with pytest.raises(InputError, match="samples 1: a standard error needs at least 2"):
+        resampled_win_rates([0.4, 0.5], samples=1)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +226,7 @@ def annotations() -> dict[str, np.ndarray]:
 def test_published_win_rates_are_met_exactly(leaderboard, annotations) -> None:
     assert len(leaderboard) == 13
     for model, (_, preferences, *_) in annotations.items():
-        rates = [rate(preferences) for rate in (win_rate, discrete_win_rate, standard_error_of_mean)]
+        rates = [*win_rates(preferences), standard_error_of_mean(preferences)]
         assert rates == pytest.approx(list(leaderboard[model].values())[:3], rel=0, abs=1e-9), model
 
 

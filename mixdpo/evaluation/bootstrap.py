@@ -47,15 +47,13 @@ def one_way_bootstrap(statistic: Callable[..., ArrayLike], items: int, samples: 
 
     Args:
         statistic: takes row numbers (N,). One with a parameter `axis` takes (samples, N) at once.
-        items: N. For one seed and one N, every statistic gets the same resamples.
+        items: N, at least 2. For one seed and one N, every statistic gets the same resamples.
 
     Raises:
-        InputError: there is only one item, or fewer than two samples.
+        InputError: there are fewer than two samples.
     """
     from scipy.stats import bootstrap
 
-    if items < 2:
-        raise InputError("an interval needs at least two prompts: judge more prompts")
     if samples < 2:
         raise InputError(f"samples {samples}: a standard error needs at least 2, 1000 is usual")
     rows, options = np.arange(items), {"n_resamples": samples, "batch": max(1, _BLOCK // items)}

@@ -55,50 +55,30 @@ class GamedBaselines:
     not_gamed: np.ndarray
 
 
-def win_rate(preferences: ArrayLike) -> float:
-    """100 · mean preference (N,).
-
-    Raises:
-        InputError: a preference is not in [0, 1].
-    """
-    return float(100 * _checked(preferences).mean())
-
-
-def discrete_win_rate(preferences: ArrayLike) -> float:
-    """Wins and half the draws, in percent of N; a draw is what AlpacaEval stores as 1.5, so exactly one half."""
-    return float(100 * _outcomes(_checked(preferences)).mean())
-
-
-def standard_error_of_mean(preferences: ArrayLike) -> float:
-    """Standard error of the win rate as AlpacaEval reports it: 100 · std / √N, ddof 1."""
-    values = _checked(preferences)
-    return float(100 * values.std(ddof=1) / np.sqrt(len(values)))
-
-
 def resampled_win_rates(preferences: ArrayLike, samples: int = 1000, seed: int = 0) -> tuple[Interval, Interval]:
-    """Win rate and discrete win rate with a bootstrap over the prompts (N,).
+    """Win rate and discrete win rate with a bootstrap over the prompts.
+
+    The win rate is 100 · mean preference. The discrete win rate is the percentage of wins and half the draws; a draw is
+    what AlpacaEval stores as 1.5, so exactly one half.
+
+    Args:
+        preferences: (N,) in [0, 1].
 
     Raises:
-        InputError: a preference is not in [0, 1], there is only one, or there are fewer than two samples.
+        InputError: there are fewer than two samples.
     """
-    values = _checked(preferences)
-    return _mean_interval(values, samples, seed), _mean_interval(_outcomes(values), samples, seed)
+    values = np.asarray(preferences, dtype=np.float64)
+    outcomes = (np.sign((1 + values) - 1.5) + 1) / 2  # of 1 + p, so that ½ is met where a mean is an ulp off
+    return _mean_interval(values, samples, seed), _mean_interval(outcomes, samples, seed)
 
 
 def _mean_interval(values: np.ndarray, samples: int, seed: int) -> Interval:
     return one_way_bootstrap(lambda rows, axis=-1: 100 * values[rows].mean(axis), len(values), samples, seed)
 
 
-def _checked(preferences: ArrayLike) -> np.ndarray:
-    values = np.asarray(preferences, dtype=np.float64)
-    if not len(values) or not ((values >= 0) & (values <= 1)).all():
-        raise InputError("a preference is not in [0, 1]: leave prompts without a verdict out; AlpacaEval's is 1 above")
-    return values
-
-
-def _outcomes(values: np.ndarray) -> np.ndarray:
-    """1 win, ½ draw, 0 loss: of 1 + p, as AlpacaEval stores it, so that ½ is met where a mean is an ulp off."""
-    return (np.sign((1 + values) - 1.5) + 1) / 2
+def standard_error_of_mean(preferences: ArrayLike) -> float:
+    """Standard error of the win rate (N,) as AlpacaEval reports it: 100 · std / √N, ddof 1."""
+    return float(100 * np.std(preferences, ddof=1) / np.sqrt(np.size(preferences)))
 
 
 def label(difficulty: bool, gamed: bool) -> str:
@@ -128,7 +108,7 @@ def resampled_length_controlled(
     preferences differ between instructions.
 
     Args:
-        preferences: (N,) of the model.
+        preferences: (N,) of the model, in [0, 1].
         len_model: (N,) characters of the model's responses.
         len_baseline: (N,) characters of the baseline's responses.
         difficulty: (N,) of the instructions; without it the term is left out.
@@ -138,11 +118,11 @@ def resampled_length_controlled(
         The weights a, b (not without `difficulty`) and c of the fit to all prompts, and the win rate.
 
     Raises:
-        InputError: there is no unique finite solution (one prompt, length differences that are all equal, preferences
-            that the terms separate), or a preference is not in [0, 1].
+        InputError: there is no unique finite solution, because length differences are all equal, or because the terms
+            separate wins from losses.
     """
     delta = np.subtract(len_baseline, len_model, dtype=np.float64)
-    prompts = np.column_stack([_checked(preferences), delta, *([] if difficulty is None else [difficulty])])
+    prompts = np.column_stack([preferences, delta, *([] if difficulty is None else [difficulty])])
     if not delta.std():
         raise InputError(
             "length cannot be controlled for: the responses of model and baseline differ by the same number of "
