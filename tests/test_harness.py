@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
 from test_export_run import write_run
 
 from mixdpo.errors import InputError
@@ -36,11 +35,14 @@ doc_to_target: " {{choices[answer]}}"
 metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
 """
 QUESTIONS = [
-    {"question": "user red blue", "choices": ["green tea", "sun moon sea"], "answer": 0},
-    {"question": "cat dog", "choices": ["tree", "hill road"], "answer": 1},
-    {"question": "book song rain wind", "choices": ["salt", "snow"], "answer": 1},
-    {"question": "bird", "choices": ["fish red", "tea"], "answer": 0},
-    {"question": "moon sun", "choices": ["wind rain", "song book"], "answer": 0},
+    {"question": question, "choices": [one, other], "answer": answer}
+    for question, one, other, answer in (
+        ("user red blue", "green tea", "sun moon sea", 0),
+        ("cat dog", "tree", "hill road", 1),
+        ("book song rain wind", "salt", "snow", 1),
+        ("bird", "fish red", "tea", 0),
+        ("moon sun", "wind rain", "song book", 0),
+    )
 ]
 
 
@@ -130,8 +132,3 @@ def test_without_lm_eval(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(InputError, match=r"pip install -c constraints.txt -e '\.\[lm-eval\]'"):
         evaluate(tiny_model)
-
-
-def test_all_words_of_the_questions_are_known() -> None:
-    words = {word for row in QUESTIONS for text in (row["question"], *row["choices"]) for word in text.split()}
-    assert words <= {*WORDS, "user"}

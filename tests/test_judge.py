@@ -14,7 +14,6 @@ from judge_server import Server, completion, small_model
 from judging import Judging, in_turn
 
 import mixdpo
-from mixdpo.__main__ import main
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import _printable, secrets, without_secrets
 from mixdpo.evaluation.judge import drawn_order
@@ -177,17 +176,16 @@ def test_always_the_first_response(tmp_path, capsys):
         assert f"response shown first {first:.4f} (0.5 is none)" in capsys.readouterr().out
         assert judging(order="both", out=str(tmp_path / "both.jsonl")) == 0
     printed = capsys.readouterr().out
-    assert (
-        "judged 16 of 16" in printed and "mean preference for the model: 0.5000 (8 prompts in both orders)" in printed
-    )
-    assert f"shown first {first:.4f}" in printed and "changes with the order for 100.0%" in printed
-    assert len(read_verdicts(tmp_path / "both.jsonl").verdicts) == 16
-
-
-def test_the_order_depends_on_seed_and_instruction_only():
+    for line in (
+        "judged 16 of 16",
+        "the model: 0.5000 (8 prompts in both orders)",
+        f"shown first {first:.4f}",
+        "100.0%",
+    ):
+        assert line in printed
     orders = [drawn_order(f"prompt-{i}", 0) for i in range(400)]
-    assert 150 < orders.count("model_first") < 250
-    assert orders != [drawn_order(f"prompt-{i}", 1) for i in range(400)]
+    assert 150 < orders.count("model_first") < 250 and orders != [drawn_order(f"prompt-{i}", 1) for i in range(400)]
+    assert len(read_verdicts(tmp_path / "both.jsonl").verdicts) == 16
 
 
 def test_without_log_probs_the_letter_counts(tmp_path):
@@ -221,9 +219,7 @@ def test_the_first_token_that_is_no_white_space():
     places[0]["top_logprobs"][0]["logprob"] = "high"
     with pytest.raises(TypeError):
         read_choice(body)
-
-
-def test_braces_in_texts_are_texts():
+    # braces in texts are texts
     assert "{first} {0}" in messages("{first} {0}", "{second}", "b")[1]["content"]
 
 
@@ -260,17 +256,10 @@ def test_no_key_and_no_package(tmp_path, monkeypatch):
     assert not judging.path.exists()
 
 
-def test_options_out_of_range(tmp_path, capsys):
-    for name in ("limit", "concurrency", "attempts", "timeout", "max_tokens"):
-        with pytest.raises(SystemExit):
-            main(["judge", "m.json", "--baseline=b.json", "--model=m", f"--{name}=0"])
-        assert name in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "http://localhost:x/v1", "ftp://localhost/v1", "v1"])
-def test_what_is_no_address(tmp_path, url):
-    with pytest.raises(InputError, match="write it in full"):
-        Judging(tmp_path, url)()
+def test_what_is_no_address(tmp_path):
+    for url in ("localhost:8000/v1", "http://", "http://localhost:x/v1", "ftp://localhost/v1", "v1"):
+        with pytest.raises(InputError, match="write it in full"):
+            Judging(tmp_path, url)()
 
 
 def test_a_short_key_is_no_part_of_a_response(server, tmp_path, monkeypatch):
