@@ -215,7 +215,7 @@ class ResponseModule(L.LightningModule):
                 raise failed[first]
             raise InputError(
                 f"{without_secrets(str(self.server))} does not answer {len(failed)} prompts (first: "
-                f"{prompts[first].key}: {failed[first]}); the responses to the others are kept. Leave such prompts out, "
+                f"{prompts[first].key}: {failed[first]}); the other responses are kept. Leave such prompts out, "
                 f"lower model.max_new_tokens, or give the server a longer context; {CONTINUES}"
             )
 
