@@ -1,13 +1,15 @@
-"""What the tests of judging share: outputs to judge, a judge in this process or one of its own, a server likewise."""
+"""What the tests of judging share: responses to judge, a judge in this process or one of its own, a server likewise."""
 
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ STARTED: list[subprocess.Popen[str]] = []
 """Judges in processes of their own."""
 
 
-def write_outputs(folder: Path, count: int) -> tuple[str, str]:
-    """OUTPUTS and BASELINE; prompt i asks `prompt-i`."""
+def write_responses(folder: Path, count: int) -> tuple[str, str]:
+    """RESPONSES and BASELINE; prompt i asks `prompt-i`."""
     for who in ("model", "baseline"):
         rows = [
             {"instruction": f"prompt-{i}: say it", "output": f"{who} response {i}", "generator": f"the {who}"}
@@ -36,9 +38,9 @@ class Judging:
     """A judge of so many prompts in a folder; options as for `judge`."""
 
     def __init__(self, folder: Path, url: str, count: int = 6, **options: Any) -> None:
-        outputs, baseline = write_outputs(folder, count)
-        self.path = folder / "model.verdicts.jsonl"
-        self.options = {"outputs": outputs, "baseline": baseline, "model": "m", "base_url": url, **options}
+        responses, baseline = write_responses(folder, count)
+        self.path = folder / "model.verdicts.sqlite"
+        self.options = {"responses": responses, "baseline": baseline, "model": "m", "base_url": url, **options}
 
     def __call__(self, **options: Any) -> int:
         return judge(**{**self.options, **options})
@@ -48,8 +50,8 @@ class Judging:
         given = {**self.options, **options}
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
         environment |= {"NO_PROXY": "127.0.0.1"}
-        words = [f"--{name}={value}" for name, value in given.items() if name != "outputs"]
-        command = [sys.executable, "-m", "mixdpo", "judge", str(given["outputs"]), *words]
+        words = [f"--{name}={value}" for name, value in given.items() if name != "responses"]
+        command = [sys.executable, "-m", "mixdpo", "judge", str(given["responses"]), *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         STARTED.append(subprocess.Popen(command, env=environment, **pipes))
         return STARTED[-1]
@@ -59,8 +61,11 @@ class Judging:
         return {verdict.key: verdict for verdict in read_verdicts(self.path).verdicts}
 
     def lines(self) -> int:
-        """Complete verdicts in the file, those counted twice included."""
-        return max(0, self.path.read_bytes().count(b"\n") - 1) if self.path.exists() else 0
+        """Verdicts in the file, which a judge may be writing to."""
+        place = f"file:{self.path}?mode=ro&immutable=1"
+        with suppress(sqlite3.Error), closing(sqlite3.connect(place, uri=True)) as database:
+            return int(database.execute("SELECT count(*) FROM entries").fetchone()[0])
+        return 0
 
 
 def in_turn(request: Request) -> dict[str, float]:

@@ -19,6 +19,7 @@ from mixdpo.evaluation import generation
 from mixdpo.evaluation.formats import GSM8K, AlpacaEval, Answered, ArenaHard, Constraints, MTBench, Prompt
 from mixdpo.evaluation.generation import Response, generate
 from mixdpo.model.loading import load_base, load_tokenizer
+from mixdpo.storage.store import read_store
 
 GSM = GSM8K()
 
@@ -103,10 +104,8 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch, die
         in_process(*arguments)
         raise SystemExit  # Lightning may take the interrupt for a wish to stop
     monkeypatch.setattr(generation, "_complete", real)
-    kept = tmp_path / "cut/tiny.responses.jsonl"
-    lines = kept.read_text().splitlines(keepends=True)
-    assert 2 <= len(lines) < 9 and not (tmp_path / "cut/tiny.jsonl").exists()
-    kept.write_text("".join(lines) + '{"key": "88", "answ')
+    kept = tmp_path / "cut/tiny.responses.sqlite"
+    assert 1 <= len(read_store(kept, "responses", "")[1]) < 8 and not (tmp_path / "cut/tiny.jsonl").exists()
     monkeypatch.setattr(generation, "_complete", lambda *i, **o: calls.append(2) or real(*i, **o))
     assert in_process(*arguments) == 0
     assert untimed(read(tmp_path / "cut/tiny.jsonl")) == whole
@@ -137,11 +136,11 @@ def test_what_is_interrupted_goes_on_as_it_began(tiny_model, tmp_path, monkeypat
 def test_other_responses_are_not_continued(tiny_model, tmp_path, capsys, more, named):
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
     assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model)) == 0
-    before = (tmp_path / "tiny.responses.jsonl").read_bytes()
+    before = (tmp_path / "tiny.responses.sqlite").read_bytes()
     other = write_rows(tmp_path / "other.jsonl", [row | {"question_id": -i} for i, row in enumerate(questions(4, 1))])
     more = [other if word == "OTHER IDS" else word for word in more]
     assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model, *more)) == 1
-    assert named in capsys.readouterr().err and (tmp_path / "tiny.responses.jsonl").read_bytes() == before
+    assert named in capsys.readouterr().err and (tmp_path / "tiny.responses.sqlite").read_bytes() == before
 
 
 def test_official_forms():
@@ -384,7 +383,7 @@ def test_responses_of_a_server(tmp_path, capsys):
     assert len(server.asked) == 9 and server.asked[0]["max_tokens"] == 6  # type: ignore[attr-defined]
     assert {len(body["messages"]) for body in server.asked} == {1, 3}  # type: ignore[attr-defined]
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("tiny*"))
-    (tmp_path / "tiny.responses.jsonl").unlink()
+    (tmp_path / "tiny.responses.sqlite").unlink()
     assert in_process(*arguments, "--model.adapter", "x") == 1
     assert "model.server has its own model" in capsys.readouterr().err
 
@@ -413,7 +412,7 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
         assert in_process(*arguments) == 1
         said = " ".join(capsys.readouterr().err.split())
         assert "does not answer 1 prompts (first: 82: HTTP 400" in said and "lower model.max_new_tokens" in said
-        assert len(read(tmp_path / "tiny.responses.jsonl")) == 1 + 2
+        assert len(read_store(tmp_path / "tiny.responses.sqlite", "responses", "")[1]) == 2
         asked, served = len(server.asked), server.asked[:]  # type: ignore[attr-defined]
         assert in_process(*arguments) == 1
         assert len(server.asked) == asked + 1  # type: ignore[attr-defined]  # the first turn of the one that failed

@@ -7,11 +7,18 @@ from typing import Any
 import numpy as np
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.difficulties import read_difficulties, read_gamed
+from mixdpo.evaluation.bootstrap import Interval
 from mixdpo.evaluation.judged_prompts import Judged, facts, judged_prompts, shared_prompts
-from mixdpo.evaluation.length_control import GamedBaselines, label, resampled_length_controlled
 from mixdpo.evaluation.verdicts import read_verdicts
-from mixdpo.evaluation.win_rate import Estimate, resampled_win_rates, standard_error_of_mean
+from mixdpo.evaluation.win_rate import (
+    GamedBaselines,
+    label,
+    read_difficulties,
+    read_gamed,
+    resampled_length_controlled,
+    resampled_win_rates,
+    standard_error_of_mean,
+)
 from mixdpo.storage.files import write_json
 
 
@@ -24,7 +31,7 @@ class Scores:
         standard_error: of the win rate, as AlpacaEval reports it.
     """
 
-    rates: dict[str, Estimate | None]
+    rates: dict[str, Interval | None]
     standard_error: float
     notes: list[str]
 
@@ -92,7 +99,7 @@ def _scores(
     preferences, len_model, len_baseline = np.array([judged.prompts[index] for index in indices]).T
     raw, discrete = resampled_win_rates(preferences, samples, seed)
     name, notes = label(difficulties is not None, gamed is not None), []
-    rates: dict[str, Estimate | None] = {"win rate": raw, "discrete win rate": discrete, name: None}
+    rates: dict[str, Interval | None] = {"win rate": raw, "discrete win rate": discrete, name: None}
     try:
         columns = preferences, len_model, len_baseline, difficulties, gamed
         rates[name] = resampled_length_controlled(*columns, samples=samples, seed=seed)[1]
@@ -101,13 +108,13 @@ def _scores(
     return Scores(rates, standard_error_of_mean(preferences), notes)
 
 
-def _differences(one: Scores, other: Scores) -> dict[str, Estimate | None]:
+def _differences(one: Scores, other: Scores) -> dict[str, Interval | None]:
     pairs = ((name, rate, other.rates[name]) for name, rate in one.rates.items())
     return {name: None if a is None or b is None else a - b for name, a, b in pairs}
 
 
 def _table(
-    judged: Sequence[Judged], scores: Sequence[Scores], differences: Mapping[str, Estimate | None], prompts: int
+    judged: Sequence[Judged], scores: Sequence[Scores], differences: Mapping[str, Interval | None], prompts: int
 ) -> str:
     """Markdown: the rates of each model and what else there is to know about it, then differences, then notes."""
     rows = [(f"against {judged[0].file.header['baseline']}, {prompts} prompts", "", "standard error", "95 % interval")]
@@ -128,13 +135,13 @@ def _names(judged: Sequence[Judged]) -> list[str]:
     return models if len(set(models)) == len(models) else [str(each.file.path) for each in judged]
 
 
-def _rate_rows(rates: Mapping[str, Estimate | None], sign: str = "") -> list[tuple[str, ...]]:
+def _rate_rows(rates: Mapping[str, Interval | None], sign: str = "") -> list[tuple[str, ...]]:
     rows = []
     for name, rate in rates.items():
         cells = ("n/a",) * 3
         if rate is not None:
-            low, high = rate.interval
-            cells = (f"{rate.value:{sign}.2f}", f"{rate.standard_error:.2f}", f"{low:{sign}.2f} to {high:{sign}.2f}")
+            interval = f"{rate.low:{sign}.2f} to {rate.high:{sign}.2f}"
+            cells = (f"{rate.mean:{sign}.2f}", f"{rate.standard_error:.2f}", interval)
         rows.append((f"{name}, %", *cells))
     return rows
 
@@ -153,5 +160,10 @@ def _content(judged: Judged, scores: Scores) -> dict[str, Any]:
     return {**said, "alpaca_eval_standard_error": scores.standard_error, **counts}
 
 
-def _in_json(rates: Mapping[str, Estimate | None]) -> dict[str, dict[str, float] | None]:
-    return {name: None if rate is None else rate.summary() for name, rate in rates.items()}
+def _in_json(rates: Mapping[str, Interval | None]) -> dict[str, dict[str, float] | None]:
+    return {
+        name: None
+        if rate is None
+        else {"value": rate.mean, "standard_error": rate.standard_error, "low": rate.low, "high": rate.high}
+        for name, rate in rates.items()
+    }

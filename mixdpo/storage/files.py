@@ -136,7 +136,7 @@ def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Lite
         array: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from None
-    if array.shape != shape or array.dtype.kind not in "fi":
+    if array.shape != shape or array.dtype.kind not in "fiu":
         raise InputError(f"{path} holds {array.dtype} of the shape {array.shape}, not numbers of {shape}: {remedy}")
     # not at once: opened for writing, a file that is cut off would grow to its full length, by zeros
     return np.load(path, mmap_mode=mode)

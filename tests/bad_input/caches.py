@@ -3,6 +3,7 @@
 import sqlite3
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def reference_cache(fault: Callable[[Path], Any], use: str = "open") -> Any:
     def do(place: Place) -> Any:
         cache = ReferenceCache({"fault": str(place.folder)})
         cache.add([(b"key", np.ones(3))])
-        cache._database.close()
+        cache._store.close()
         fault(cache.path)
         again = ReferenceCache({"fault": str(place.folder)})
         return again.get([(b"key", 3)]) if use == "get" else again.add([(b"other", np.ones(2))])
@@ -50,25 +51,15 @@ def overwritten(path: Path) -> None:
     path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
 
 
-def changed(path: Path, values: list[float]) -> None:
-    with sqlite3.connect(path) as database:
-        database.execute("UPDATE log_probs SET by_token = ?", (np.array(values, dtype=np.float32).tobytes(),))
-    database.close()
-
-
-def shortened(path: Path) -> None:
-    changed(path, [1.0, 1.0])
-
-
-def spoilt(path: Path) -> None:
-    changed(path, [1.0, np.nan, 1.0])
+def halved(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE entries SET value = ?", (np.full(3, 0.5, dtype=np.float32).tobytes(),))
 
 
 def other_table(path: Path) -> None:
     path.unlink()
-    with sqlite3.connect(path) as database:
+    with closing(sqlite3.connect(path)) as database, database:
         database.execute("CREATE TABLE log_probs (name TEXT)")
-    database.close()
 
 
 def into_folder(path: Path) -> None:
@@ -85,13 +76,11 @@ def losses_cache(content: Callable[[Path], Any]) -> Any:
     return do
 
 
-def responses_cache(content: str) -> Any:
+def responses_cache(fault: Callable[[Path], Any]) -> Any:
     def do(place: Place) -> Any:
-        of = {"fault": str(place.folder)}
-        kept_responses(of, list)
-        newest = max((response_cache.cache_root() / "answers").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        newest.write_text(content)
-        return kept_responses(of, list)
+        kept_responses({}, list)
+        fault(response_cache.cache_root() / "responses.sqlite")
+        return kept_responses({}, list)
 
     return do
 
@@ -111,9 +100,8 @@ def borne(entrance: str, fault: str, do: Callable[[Place], Any], says: tuple[str
 CACHES = [
     borne("reference", "text", reference_cache(lambda path: path.write_text("text " * 99)), (".sqlite", DELETE)),
     borne("reference", "damaged pages", reference_cache(overwritten, "get"), (".sqlite", "malformed", DELETE)),
-    borne("reference", "values of another length", reference_cache(shortened, "get"), (".sqlite", "computed anew")),
-    borne("reference", "values that are not finite", reference_cache(spoilt, "get"), (".sqlite", "computed anew")),
-    borne("reference", "another table", reference_cache(other_table, "get"), ("no such column", DELETE)),
+    borne("reference", "halved values", reference_cache(halved, "get"), (".sqlite", "computed anew")),
+    borne("reference", "another table", reference_cache(other_table, "get"), ("no such table", DELETE)),
     borne("reference", "a folder", reference_cache(into_folder), ("unable to open", DELETE)),
     borne(
         "token-losses",
@@ -129,12 +117,12 @@ CACHES = [
     ),
     borne(
         "token-losses",
-        "values that are not finite",
-        losses_cache(lambda path: np.save(path, np.full(5, np.inf, dtype=np.float32))),
-        (".npy holds losses that are not finite", "computed anew"),
+        "altered values",
+        losses_cache(lambda path: np.save(path, np.full(5, 0.1, dtype=np.float32))),
+        (".npy holds damaged losses", "computed anew"),
     ),
-    borne("answers", "cut off", responses_cache('{"answers": ['), (".json is damaged", DELETE)),
-    borne("answers", "of something else", responses_cache("[1]"), ("it should hold responses", DELETE)),
+    borne("responses", "cut off", responses_cache(lambda p: p.write_bytes(p.read_bytes()[:5000])), (".sqlite", DELETE)),
+    borne("responses", "altered", responses_cache(halved), (".sqlite", "computed anew")),
     Case("written files", "a folder in the way", file_onto_folder, ("is a folder", "give a file's name")),
     Case(
         "written files",

@@ -11,7 +11,7 @@ from datasets import load_from_disk
 
 from bad_input.case import Case, Place
 from mixdpo.signals.compare_margins import compare
-from mixdpo.signals.margins_file import MARGINS, MarginsWriter, read_margins
+from mixdpo.signals.margins_file import FORMAT, MarginsWriter, read_margins
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.labels import export_labels
 from mixdpo.token_cleaning.report import report
@@ -19,25 +19,24 @@ from mixdpo.token_cleaning.run_tokens import read_cleaning
 
 # Margins files.
 
-HEAD = {"format": "mixdpo margins 1", **dict.fromkeys(sorted(MARGINS.header), "x"), "pairs": 2, "needs": "rating"}
-LINES = [HEAD, {"pair_id": 1, "text": "a", "margin": 0.5}, {"pair_id": 2, "text": "b", "margin": 1.0}]
+HEAD = {"signal": "x", "needs": "rating", "source": "x", "base": "x", "adapter": None, "pairs": 2}
+FIRST = {"format": FORMAT, **HEAD}
+LINES: list[Any] = [FIRST, {"pair_id": 1, "text": "a", "margin": 0.5}, {"pair_id": 2, "text": "b", "margin": 1.0}]
 ANEW = "compute it anew"
+DEEP = "[" * 100_000
 MARGINS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("nothing", "", ("is no margins file", ANEW)),
     ("text", "margins\n", ("is no margins file", ANEW)),
-    ("bytes", b"\x93NUMPY\xff\n", ("is no margins file", ANEW)),
-    ("another format", [LINES[0] | {"format": "2"}, *LINES[1:]], ("its format is '2'", ANEW)),
+    ("bytes", b"\x93NUMPY\xff\n", ("cannot be read", "a text file in UTF-8")),
+    ("nested deeply", DEEP, ("is no margins file", "100 levels", ANEW)),
+    ("another format", [FIRST | {"format": "2"}, *LINES[1:]], ("its format is not", ANEW)),
     ("a header of a list", [[1], *LINES[1:]], ("is no margins file", ANEW)),
-    (
-        "a header cut short",
-        [{"format": "mixdpo margins 1", "pairs": 2}, *LINES[1:]],
-        ("its first line lacks adapter", ANEW),
-    ),
+    ("a header cut short", [{"format": FORMAT, "pairs": 2}, *LINES[1:]], ("its first line lacks signal", ANEW)),
     ("a pair lost", LINES[:2], ("has 1 of its 2 pairs", ANEW)),
     ("a pair twice", [*LINES[:2], LINES[1]], ("has 1 of its 2 pairs", ANEW)),
-    ("a margin of NaN", [*LINES[:2], LINES[2] | {"margin": float("nan")}], ("pair_id 2 is no finite number", ANEW)),
-    ("a margin in words", [*LINES[:2], LINES[2] | {"margin": "high"}], ("ValueError", ANEW)),
-    ("a row without its text", [*LINES[:2], {"pair_id": 2, "margin": 1.0}], ("KeyError: 'text'", ANEW)),
+    ("a margin of NaN", [*LINES[:2], LINES[2] | {"margin": float("nan")}], ("line 3", "NaN is no finite number", ANEW)),
+    ("a margin in words", [*LINES[:2], LINES[2] | {"margin": "high"}], ("line 3", "ValueError", ANEW)),
+    ("a row without its text", [*LINES[:2], {"pair_id": 2, "margin": 1.0}], ("line 3", "KeyError: 'text'", ANEW)),
 ]
 
 
@@ -52,13 +51,12 @@ def trained_with(content: list[Any]) -> Any:
 
 
 def of_a_policy(place: Place) -> Any:
-    return place.fit(data={"margins_file": place.write("m.margins", [HEAD | {"needs": "policy"}, *LINES[1:]])})
+    return place.fit(data={"margins_file": place.write("m.margins", [FIRST | {"needs": "policy"}, *LINES[1:]])})
 
 
 def continued(place: Place) -> Any:
-    texts = {1: "a", 2: "b"}
-    place.write("m.margins.part", [HEAD | {"signal": "y"}])
-    return MarginsWriter(str(place.folder / "m.margins"), HEAD, texts)
+    MarginsWriter(str(place.folder / "m.margins"), HEAD | {"signal": "y"}, {1: "a", 2: "b"}).close()
+    return MarginsWriter(str(place.folder / "m.margins"), HEAD, {1: "a", 2: "b"})
 
 
 def not_finite(place: Place) -> Any:
@@ -67,7 +65,7 @@ def not_finite(place: Place) -> Any:
 
 
 def compared(place: Place) -> Any:
-    other = [HEAD, *({"pair_id": i, "text": "z", "margin": 1.0} for i in (1, 2))]
+    other = [FIRST, *({"pair_id": i, "text": "z", "margin": 1.0} for i in (1, 2))]
     return compare(place.write("a.margins", LINES), place.write("b.margins", other))
 
 
