@@ -178,12 +178,7 @@ CHECKPOINTS = [
     ),
     Case("ckpt_path", "another route", resumed(data={"routing": Routing(hard_fraction=0.5)}), ("route: ", BESIDE)),
     Case("ckpt_path", "of pairs, for samples", resumed("fit_sft"), ("belongs to another run", "SFTDataModule", BESIDE)),
-    Case(
-        "ckpt_path",
-        "another adapter",
-        resumed(lora=Lora(targets=["q_proj"])),
-        ("lora: ", BESIDE),
-    ),
+    Case("ckpt_path", "another adapter", resumed(lora=Lora(targets=["q_proj"])), ("lora: ", BESIDE)),
 ]
 
 CASES = [*CACHES, *CHECKPOINTS]

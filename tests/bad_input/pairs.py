@@ -290,12 +290,7 @@ CASES = [
     ids_case("a pair_id twice", "a", "a"),
     ids_case("a pair_id as number and as text", 7, "7"),
     *(file_case(*file) for file in FILES),
-    column_case(
-        "an unknown column",
-        "stars",
-        "no margin column stars",
-        "margin, a, b.",
-    ),
+    column_case("an unknown column", "stars", "no margin column stars", "margin, a, b."),
     column_case("three columns", ["a", "b", "c"], "takes one column or [chosen_column, rejected_column]"),
     column_case("no columns", [], "takes one column or [chosen_column, rejected_column]"),
     column_case("one column twice", ["a", "a"], "both a", "name two, or one"),
