@@ -1,6 +1,4 @@
-"""Generation against `model.generate` on a tiny random Llama; the bootstrap against a loop."""
-
-import random
+"""Generation against `model.generate` on a tiny random Llama."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
 from mixdpo.evaluation.generation import Response, _nucleus, generate
 
 WORDS = [f"w{index}" for index in range(36)]
@@ -162,32 +159,6 @@ def test_options_out_of_range_are_refused(model, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     with pytest.raises(InputError, match="chat template"):
         generate(model, bare, ["w1"], max_new_tokens=2, batch_size=1)
-
-
-def test_bootstrap_equals_a_loop_in_distribution():
-    rng = random.Random(0)
-    before = [rng.random() for _ in range(40)]
-    after = [value + rng.gauss(0.2, 0.5) for value in before]
-    differences = [second - first for first, second in zip(before, after, strict=True)]
-    means = sorted(sum(rng.choices(differences, k=40)) / 40 for _ in range(4000))
-    interval = paired_bootstrap(before, after)
-    assert interval.mean == pytest.approx(sum(differences) / 40)
-    assert interval.low == pytest.approx(means[100], abs=0.02)
-    assert interval.high == pytest.approx(means[3900], abs=0.02)
-    assert interval == paired_bootstrap(before, after)
-    assert f"{Interval(0.5, -0.25, 1):+.1f}" == "+0.5 [-0.2, +1.0]"
-
-
-def test_bootstrap_pairs_items_and_bounds_memory():
-    # Every item gains exactly 0.5: no spread is left, whatever the items' own spread.
-    interval = paired_bootstrap(np.arange(1000), np.arange(1000) + 0.5)
-    assert (interval.mean, interval.low, interval.high) == (0.5, 0.5, 0.5)
-
-
-@pytest.mark.parametrize(("before", "after"), [([1, 2], [1]), ([], []), ([1], [float("nan")])])
-def test_bootstrap_refuses(before, after):
-    with pytest.raises(InputError):
-        paired_bootstrap(before, after)
 
 
 @pytest.mark.real

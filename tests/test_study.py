@@ -1,4 +1,4 @@
-"""Studies: the file, the schedule of runs around a stub of run.py, the statistics, the tables, the plots."""
+"""Studies: the file, the schedule of runs around a stub of run.py, the tables, the plots."""
 
 import csv
 import json
@@ -12,15 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from conftest import write_pairs
 from test_configs import build  # noqa: F401
 
 from mixdpo.__main__ import main
-from mixdpo.errors import InputError
-from mixdpo.evaluation.bootstrap import two_way_bootstrap
 from mixdpo.evaluation.compare_runs import chosen_point
 from mixdpo.evaluation.study_design import read_study
 from mixdpo.evaluation.study_plots import write_plots
@@ -297,31 +294,6 @@ def test_a_chained_run_starts_from_the_adapter_of_its_seed(folder: Path) -> None
     assert starts()["then-lr2-seed1"] == "out/dpo-lr2-seed1/adapter"
     (folder / "out/dpo-lr2-seed0/adapter/adapter_model.safetensors").write_text("trained anew")
     assert main(["study", path]) == 2
-
-
-def test_two_way_bootstrap_against_a_loop() -> None:
-    draw = np.random.default_rng(3)
-    values = draw.normal(0.2, 1.0, (3, 1)) + draw.normal(0, 0.5, (1, 20)) + draw.normal(0, 0.3, (3, 20))
-    interval = two_way_bootstrap(values, samples=20_000)
-    means = []
-    for _ in range(6000):
-        seeds, prompts = draw.integers(3, size=3), draw.integers(20, size=20)
-        means.append(sum(values[s, p] for s in seeds for p in prompts) / 60)
-    assert interval.mean == pytest.approx(values.mean())
-    # the quantile of 6000 resamples has a standard error of 2 % of the width
-    width = interval.high - interval.low
-    assert [interval.low, interval.high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.08 * width)
-
-
-def test_two_way_bootstrap_resamples_both_sides() -> None:
-    seeds_only = two_way_bootstrap([[0.0] * 50, [1.0] * 50])  # means 0, ½, 1 with chances ¼, ½, ¼
-    assert (seeds_only.low, seeds_only.mean, seeds_only.high) == (0.0, 0.5, 1.0)
-    prompts_only = two_way_bootstrap([[0.0, 1.0]] * 40)
-    assert (prompts_only.low, prompts_only.mean, prompts_only.high) == (0.0, 0.5, 1.0)
-    assert two_way_bootstrap([[1.0, 2.0]] * 2) == two_way_bootstrap([[1.0, 2.0]] * 2)
-    for wrong in ([1.0, 2.0], [[]], [[float("nan")]]):
-        with pytest.raises(InputError, match="need a table of finite values"):
-            two_way_bootstrap(wrong)
 
 
 def test_tables_by_hand(folder: Path) -> None:
