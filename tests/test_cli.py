@@ -19,8 +19,9 @@ import yaml
 from conftest import make_pairs, write_pairs
 from safetensors import SafetensorError
 
-import run
 from datamodules.preference import PreferenceDataModule
+from lightning_modules import cli
+from lightning_modules.verbs import run_cli
 from mixdpo.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,7 @@ def in_process(*arguments: str) -> int:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", ["run.py", *arguments])
         try:
-            run.run()
+            cli.run()
         except SystemExit as exit:
             if isinstance(exit.code, str):  # what the interpreter does with a message
                 print(exit.code, file=sys.stderr)
@@ -172,11 +173,11 @@ def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.Captur
     dict among the arguments stands for a config file."""
     found: list[Any] = []
 
-    def stop(self: run.RunCLI) -> None:
+    def stop(self: run_cli.RunCLI) -> None:
         found.append(self.config[self.config.subcommand])
         raise SystemExit(0)
 
-    monkeypatch.setattr(run.RunCLI, "instantiate_classes", stop)
+    monkeypatch.setattr(run_cli.RunCLI, "instantiate_classes", stop)
 
     def parse(*arguments: Any, base: tuple[str, ...] = ("--config", "configs/demo.yaml")) -> Any:
         words = list(base)
@@ -562,7 +563,7 @@ def test_a_run_of_its_own_each_time(
     short = ["--trainer.max_steps", "1", "--data.validation", "0"]
     arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path), *short]
     for folder in ("tiny", "tiny-2"):
-        assert run.main(arguments).trainer.default_root_dir == str(tmp_path / folder)
+        assert run_cli.start(arguments).trainer.default_root_dir == str(tmp_path / folder)
         assert (tmp_path / folder / "adapter" / "adapter_model.safetensors").is_file()
     assert contents(finished) == before
 
@@ -582,10 +583,10 @@ def test_the_folder_of_another_process_is_for_those_that_it_has_started(
 ) -> None:
     for name, value in (environment | {"MIXDPO_RUN_FOLDER": "earlier"}).items():
         monkeypatch.setenv(name, value)
-    first = run.new_run_folder(tmp_path, "tiny")
+    first = run_cli.run_folder(tmp_path, "tiny")
     assert first == (Path("earlier") if takes else tmp_path / "tiny")
     if "TORCHELASTIC_RUN_ID" not in environment:  # where a name must be free
-        assert run.new_run_folder(tmp_path, "other") == (tmp_path / "other")
+        assert run_cli.run_folder(tmp_path, "other") == (tmp_path / "other")
 
 
 def test_a_mistake_removes_no_folder_of_an_earlier_run(

@@ -23,11 +23,11 @@ from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
 from lightning_modules.callbacks.logging import ValidateAtMaxSteps
 from lightning_modules.callbacks.run_files import RunFiles
+from lightning_modules.verbs.messages import message_for_user
 from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
 from mixdpo.losses import DPO, IPO
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant, StagedCosine
-from run import _for_the_user
 
 ADAMW: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule": Constant(warmup=0.0)}
 
@@ -517,7 +517,7 @@ def test_out_of_memory_says_what_to_change(tiny_model: str, source: str, tmp_pat
 
     with pytest.raises(torch.OutOfMemoryError) as error:
         fit(tiny_model, source, tmp_path / "run", trainer=with_callbacks(), preference_loss=Full(), **ADAMW)
-    said = _for_the_user(error.value)
+    said = message_for_user(error.value)
     assert said is not None and "4 pairs with" in said and "tokens" in said
     assert "trainer.accumulate_grad_batches 2 (now 1, at most 4)" in said and "data.max_length 32 (now 64)" in said
 
@@ -530,7 +530,7 @@ def test_out_of_memory_in_a_validation(tiny_model: str, source: str, tmp_path: P
     trainer["callbacks"].append(At(5, full, "on_validation_batch_start"))
     with pytest.raises(torch.OutOfMemoryError) as error:
         fit(tiny_model, source, tmp_path / "run", data={"validation": 0.2}, trainer=trainer, **ADAMW)
-    said = _for_the_user(error.value)
+    said = message_for_user(error.value)
     assert said is not None and "data.eval_batch_size 1 (now 8)" in said and "accumulate_grad_batches" not in said
 
 
@@ -545,7 +545,7 @@ def test_out_of_memory_after_the_last_step_is_no_micro_batchs_fault(
 
     with pytest.raises(torch.OutOfMemoryError) as error:
         fit(tiny_model, source, tmp_path / "run", trainer=with_callbacks(Full()), **ADAMW)
-    assert _for_the_user(error.value) == "out of memory: CUDA out of memory"
+    assert message_for_user(error.value) == "out of memory: CUDA out of memory"
 
 
 def test_a_signal_ends_at_once_what_is_done_again_after_the_last_step(

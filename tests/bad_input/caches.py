@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bad_input.case import Case, Place
+from lightning_modules.verbs.run_cli import check_checkpoint
 from mixdpo.evaluation import response_cache
 from mixdpo.evaluation.response_cache import kept_responses
 from mixdpo.model.adapters import Lora
@@ -16,7 +17,6 @@ from mixdpo.model.reference_cache import ReferenceCache
 from mixdpo.routing.route import Routing
 from mixdpo.storage.files import write_json, written_whole
 from mixdpo.token_cleaning.scoring import open_losses
-from run import check_checkpoint
 
 # Caches: sqlite, npy, json. None is needed: each fault ends in a warning that names the file.
 
