@@ -13,7 +13,10 @@ from mixdpo.options import UNKNOWN_OPTION, nearest_path
 
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value type:")  # how lines of jsonargparse begin
+# how lines of jsonargparse begin that say nothing to a user
+NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value type:", "Problem with given class_path")
+NOISE += ("Expected a path but", "Expected a <class 'NoneType'>")
+NOT_FOUND = re.compile("has no attribute|No module named|path string: |given class_path")
 
 
 def message_for_user(error: BaseException | None) -> str | None:
@@ -57,5 +60,9 @@ def _innermost(message: str) -> str:
         line for line in (each.strip(" -.") for each in reason.splitlines()) if line and not line.startswith(NOISE)
     ]
     reason = " or ".join(dict.fromkeys(lines))
-    meant = nearest_path(f"{reason} {value}") or nearest(value, re.findall(r"'([\w.-]+)'(?=[^][]*\])", reason))
+    path = re.search(r"(?:class_path'?[=: ]+'|val='|^(?=[\w.]+$))([\w.]+)", value)
+    if path and NOT_FOUND.search(reason):
+        meant = nearest_path(path[1])
+    else:
+        meant = nearest(value, re.findall(r"'([\w.-]+)'(?=[^][]*\])", reason))
     return f"{key}: {reason}{value and f', not {value}'}{meant} ({HELP})"
