@@ -265,7 +265,7 @@ def test_mixdpo_lists_all_verbs_without_loading_anything() -> None:
     setup.read(ROOT / "setup.cfg")
     entry = setup["options.entry_points"]["console_scripts"].split("=")[1].strip()
     assert resolve_name(entry) is cli.main
-    code = "import sys; from lightning_modules.cli import main; main(['-h']); print({'torch', 'lightning'} & {*sys.modules})"
+    code = "import sys, lightning_modules.cli as c; c.main(['-h']); print({*sys.modules} & {'torch', 'lightning'})"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed.endswith("set()\n")
     assert all(re.search(rf"^  {verb} +\w", printed, re.MULTILINE) for verb in (*RUN_VERBS, *VERBS))
