@@ -15,11 +15,12 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mixdpo.errors import InputError, OutOfSpaceError, Stopped
+from mixdpo.errors import OutOfSpaceError, Stopped
 from mixdpo.storage.files import written_whole
 
 
@@ -53,24 +54,19 @@ class ExactResume(Callback):
         self._restored: dict[str, Any] | None = None
         self._aside: dict[str, Any] = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The random state of every process: dropout draws as many numbers as a process has tokens."""
-        states: list[Any] = [_random_state()]
-        if dist.is_available() and dist.is_initialized():
-            states *= dist.get_world_size()
-            dist.all_gather_object(states, states[0])
-        return {"ranks": states}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._restored = state_dict["ranks"][min(rank, len(state_dict["ranks"]) - 1)]  # validation may use fewer
-
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["computed_on"] = _processor(trainer.strategy.root_device)
+        """Add the random state of every process: dropout draws as many numbers as a process has tokens."""
+        states: list[Any] = [_random_state()] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(states, states[0])
+        checkpoint |= {"random_states": states, "computed_on": _processor(trainer.strategy.root_device)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        was, now = checkpoint.get("computed_on"), _processor(trainer.strategy.root_device)
-        if trainer.state.fn == "fit" and was not in (None, now):
+        if trainer.state.fn != "fit" or "random_states" not in checkpoint:
+            return
+        self._restored = checkpoint["random_states"][trainer.global_rank]
+        was, now = checkpoint["computed_on"], _processor(trainer.strategy.root_device)
+        if was != now:
             rank_zero_warn(
                 f"the checkpoint was computed on {was}, and the run continues on {now}, which rounds differently and "
                 "draws other dropout masks: the adapter will not be bit-identical to that of an uninterrupted run. For "
@@ -116,7 +112,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 class LastCheckpoint(Checkpoint):
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: PositiveInt = 50) -> None:  # type: ignore[valid-type]
         """Keeps the latest state of the run as `checkpoints/last.ckpt`: adapters, optimizer, schedule, RNG, position.
 
         Also written before a validation and after the last step. SIGINT or SIGTERM ends the run with a checkpoint after
@@ -125,8 +121,6 @@ class LastCheckpoint(Checkpoint):
         Args:
             every_n_steps: Optimizer steps between two checkpoints.
         """
-        if every_n_steps < 1:
-            raise InputError(f"checkpoint.every_n_steps must be at least 1, not {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._signal = 0
         self._validated = False  # since the last batch

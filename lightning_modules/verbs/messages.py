@@ -53,13 +53,9 @@ def _innermost(message: str) -> str:
     reason, *given = re.split(r"(?:Got|Given) value: ", reason)
     value = given[0].splitlines()[0] if given else ""
     if value in ("None", "True", "False"):
-        return (
-            f"{key} needs a value, not null, true or false: give one (text in quotes), or leave the option out ({HELP})"
-        )
-    lines = [
-        line for line in (each.strip(" -.") for each in reason.splitlines()) if line and not line.startswith(NOISE)
-    ]
-    reason = " or ".join(dict.fromkeys(lines))
+        return f"{key} needs a value, not null, true or false: give one (text in quotes), or leave it out ({HELP})"
+    lines = dict.fromkeys(line.strip(" -.") for line in reason.splitlines())
+    reason = " or ".join(line for line in lines if line and not line.startswith(NOISE))
     path = re.search(r"(?:class_path'?[=: ]+'|val='|^(?=[\w.]+$))([\w.]+)", value)
     if path and NOT_FOUND.search(reason):
         meant = nearest_path(path[1])

@@ -22,11 +22,6 @@ from mixdpo.__main__ import RUN_VERBS
 from mixdpo.errors import InputError, check_one_of
 from mixdpo.options import Parser
 
-NAME_HELP = (
-    "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict and test write RUNS/NAME.margins, or the "
-    "responses' RUNS/NAME.json, .jsonl, .md."
-)
-
 
 class RunCLI(LightningCLI):
     """Lightning's CLI with one folder a run: config.yaml, metrics.csv, the data's plan, checkpoints/, adapter/."""
@@ -38,9 +33,7 @@ class RunCLI(LightningCLI):
             super().__init__(*arguments, **options)
         finally:
             kept = ("metrics.csv", "checkpoints", "adapter", "non_finite.json")
-            if self.made is not None and not (
-                has_begun(self.made) and any((self.made / name).exists() for name in kept)
-            ):
+            if self.made is not None and not any((self.made / name).exists() for name in kept):
                 shutil.rmtree(self.made, ignore_errors=True)  # nothing was trained
 
     @staticmethod
@@ -48,7 +41,8 @@ class RunCLI(LightningCLI):
         return {name: LightningCLI.subcommands()[name] for name in RUN_VERBS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str | int | float, default="run", help=NAME_HELP)
+        named = "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict and test write files RUNS/NAME.…"
+        parser.add_argument("--name", type=str | int | float, default="run", help=named)
         parser.add_argument("--runs", type=str, default="runs", help="Where the folders of runs are.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(NonFinite, "non_finite")
@@ -85,9 +79,12 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
         if self.subcommand == "fit":
             config = self.config[self.subcommand]
-            options["default_root_dir"] = folder = self._run_folder(Path(config.runs), str(config.name))
+            folder = folder_of_first_process(Path(config.runs), str(config.name))
+            if folder is None:
+                folder = self.made = new_run_folder(Path(config.runs), str(config.name))
+            options["default_root_dir"] = str(folder)
             if config.trainer.logger in (None, True):
-                options["logger"] = [kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
+                options["logger"] = [kind(str(folder), name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
         else:
             options["logger"] = False
         try:
@@ -95,15 +92,11 @@ class RunCLI(LightningCLI):
         except ValueError as error:
             raise InputError(f"trainer: {error}; {HELP}") from error
 
-    def _run_folder(self, runs: Path, name: str) -> str:
-        folder = folder_of_first_process(runs, name)
-        if folder is None:
-            folder = self.made = new_run_folder(runs, name)
-        return str(folder)
-
     def after_fit(self) -> None:
         """A run that had made all its max_steps may lack what follows the last one: Lightning calls no hook then."""
-        if not has_begun(Path(self.trainer.default_root_dir)):
+        if not Path(
+            self.trainer.default_root_dir, self.datamodule.summary_file
+        ).exists():  # the plan, as training starts
             print("the run of ckpt_path is complete: nothing is trained, only what follows the last step is done again")
             self.model.to(self.trainer.strategy.root_device)
             for name in ("on_train_start", "on_train_end"):
@@ -126,11 +119,6 @@ def check_checkpoint(path: str) -> None:
             f"ckpt_path {path} is not a checkpoint of a run, or is damaged ({type(error).__name__}: {reason}); give a "
             "run's RUNS/NAME/checkpoints/last.ckpt"
         ) from error
-
-
-def has_begun(folder: Path) -> bool:
-    """Whether training has started there: its plan is written then."""
-    return any((folder / plan).exists() for plan in ("route.json", "plan.json"))
 
 
 def folder_of_first_process(runs: Path, name: str) -> Path | None:

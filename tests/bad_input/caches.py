@@ -175,7 +175,7 @@ def resumed(how: str = "fit", **options: Any) -> Any:
 
 LAST, BESIDE = "give a run's RUNS/NAME/checkpoints/last.ckpt", "Continue with the config.yaml beside it"
 CHECKPOINTS = [
-    Case("ckpt_path", "no such file", checkpoint(None), ("/no/last.ckpt is no file", LAST)),
+    Case("ckpt_path", "no such file", checkpoint(None), ("/no/last.ckpt is not a checkpoint", "No such file", LAST)),
     Case("ckpt_path", "nothing", checkpoint(""), ("is not a checkpoint", LAST)),
     Case("ckpt_path", "text", checkpoint("not a checkpoint\n"), ("is not a checkpoint", LAST)),
     Case("ckpt_path", "cut off", half, ("or is damaged", LAST)),

@@ -80,7 +80,7 @@ SFT = ("--model", "lightning_modules.sft.SFTModule", "--model.base", "x")
 RUNS = [
     Run("config file", "not there", ("--config", "/no/config.yaml"), ("/no/config.yaml",)),
     Run("config file", "a folder", ("--config", "configs"), ("configs",)),
-    Run("config file", "no YAML", config("model: [1\nb: ]"), ("bad.yaml is no YAML", "line 2", "correct it")),
+    Run("config file", "no YAML", config("model: [1\nb: ]"), ("bad.yaml is no valid YAML", "line 2", "correct it")),
     Run("config file", "Latin-1", config("name: \xe9".encode("latin-1")), ("bad.yaml cannot be read", "in UTF-8")),
     Run("config file", "a list", config("[1, 2]"), ("bad.yaml should be a mapping", "not a list")),
     Run("config file", "a misspelt section", config("modle: {base: x}"), ("modle", HELP)),
@@ -182,6 +182,7 @@ RUNS = [
     Run("seed_everything", "-1", ("--seed_everything", "-1"), ("seed_everything must lie in",)),
     Run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), ("abacus",)),
     Run("trainer.precision", "unknown", ("--trainer.precision", "8-bit"), ("8-bit", HELP)),
+    Run("checkpoint.every_n_steps", "0", ("--checkpoint.every_n_steps", "0"), ("every_n_steps", HELP)),
     Run("trainer.devices", "none", ("--trainer.devices", "0"), ("devices",)),
     Run("trainer.max_epochs", "none", ("--trainer.max_epochs", "0"), ("nothing to train",)),
     Run(
