@@ -4,11 +4,11 @@ import re
 import shlex
 import subprocess
 import sys
+from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
 
-import run
 from datamodules.preference import PreferenceDataModule
 from datamodules.prompts import PromptDataModule
 from datamodules.sft import SFTDataModule
@@ -17,6 +17,7 @@ from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.responses import ResponseModule
 from lightning_modules.sft import SFTModule
+from lightning_modules.verbs import run_cli
 from mixdpo.batches.steps import Slices
 from mixdpo.losses import DPO
 from mixdpo.routing.route import Routing
@@ -46,10 +47,10 @@ def build(monkeypatch, tmp_path):
     """
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["run.py"])
-    monkeypatch.setattr(run, "new_run_folder", lambda runs, name: tmp_path / name)
-    monkeypatch.setattr(run.RunCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(run_cli, "new_run_folder", lambda runs, name: tmp_path / name)
+    monkeypatch.setattr(run_cli.RunCLI, "_run_subcommand", lambda self, subcommand: None)
     cpu = ["--trainer.accelerator", "cpu"]
-    return lambda config, *options: run.main([verb_of(config), "--config", str(config), *cpu, *options])
+    return lambda config, *options: run_cli.start([verb_of(config), "--config", str(config), *cpu, *options])
 
 
 def verb_of(config: Path) -> str:
@@ -201,7 +202,7 @@ def test_override_arrives(build):
     ["--model.sft_wieght", "--model.preference_loss.betta", "--data.routing.hard_fractoin", "--trainer.max_stepz"],
 )
 def test_misspelt_option_is_named(build, option):
-    with pytest.raises(run.ArgumentError, match=option.rsplit(".")[-1]):
+    with pytest.raises(ArgumentError, match=option.rsplit(".")[-1]):
         build(ROOT / "configs/demo.yaml", f"--{option}", "0.3")
 
 

@@ -12,8 +12,8 @@ import torch
 import yaml
 from conftest import adapter_weights, make_pairs, make_trainer, write_pairs
 
-import run
 from lightning_modules.callbacks.clean_tokens import RefreshReference
+from lightning_modules.verbs import run_cli
 
 ROOT = Path(__file__).parents[1]
 CONTRARY = """
@@ -77,9 +77,9 @@ def parser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", ["run.py"])
-        patch.setattr(run, "new_run_folder", lambda runs, name: tmp_path_factory.mktemp("run"))
-        patch.setattr(run.RunCLI, "_run_subcommand", lambda self, subcommand: None)
-        yield run.main(["--config", "configs/demo.yaml", "--trainer.accelerator", "cpu"]).parser
+        patch.setattr(run_cli, "new_run_folder", lambda runs, name: tmp_path_factory.mktemp("run"))
+        patch.setattr(run_cli.RunCLI, "_run_subcommand", lambda self, subcommand: None)
+        yield run_cli.start(["--config", "configs/demo.yaml", "--trainer.accelerator", "cpu"]).parser
 
 
 def control_file(name: str) -> Path:

@@ -13,8 +13,8 @@ import pytest
 from conftest import build, make_pairs, make_trainer, write_pairs
 
 import mixdpo.signals.signals
-import run
 from datamodules.preference import PreferenceDataModule
+from lightning_modules.cli import run
 from lightning_modules.margins import MarginModule
 from mixdpo.__main__ import main
 from mixdpo.errors import InputError
@@ -260,7 +260,7 @@ def command_line(monkeypatch, capfd, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     try:
-        run.run()
+        run()
         return ""
     except SystemExit as exit:
         return str(exit.code)
@@ -342,10 +342,8 @@ def test_compare_margins(tmp_path, capsys):
     page = (tmp_path / "a-vs-b.html").read_text()
     assert page.count("<use ") >= 14 and "<script" not in page and "&lt;script&gt;" in page
     assert f"{expected:.3f}" in page
-    assert (
-        main(["compare-margins", a, b, "--out", str(tmp_path / "x/page.html")]) == 0
-        and (tmp_path / "x/page.html").exists()
-    )
+    out = tmp_path / "x/page.html"
+    assert main(["compare-margins", a, b, "--out", str(out)]) == 0 and out.exists()
 
 
 def test_report_refuses(tmp_path, capsys):
@@ -356,14 +354,14 @@ def test_report_refuses(tmp_path, capsys):
         ([a, str(tmp_path / "c")], "no margins file"),
         ([a, str(ROOT / "setup.cfg")], "is no margins file"),
     ):
-        assert main(["report", *arguments]) == 2
+        assert main(["compare-margins", *arguments]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_many_points_are_drawn(tmp_path):
     for name in "ab":
         write_margins(tmp_path / name, {i: float(hash((name, i)) % 1000) for i in range(4000)})
-    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert main(["compare-margins", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert (tmp_path / "a-vs-b.html").read_text().count("<circle") == 3000
 
 

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
 from bad_input.case import Case, Place
 from datamodules.preference import PreferenceDataModule
 from datamodules.sft import SFTDataModule
-from lightning_modules.callbacks.checkpoint import LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
@@ -103,7 +102,6 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Lora, {"dropout": 1.0}, ("dropout in [0, 1)", "dropout=1.0")),
     (RefreshReference, {"every": 0}, ("RefreshReference.every must be 'stage' or a number",)),
     (RefreshReference, {"ema": 1.0}, ("RefreshReference.ema must lie in [0, 1)",)),
-    (LastCheckpoint, {"every_n_steps": 0}, ("checkpoint.every_n_steps must be at least 1",)),
     (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
     (losses.BetaDPO, {"beta": INF}, ("preference_loss.beta must be > 0", "inf")),
 ]
