@@ -72,16 +72,9 @@ def generate(
     device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
     _check_room(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer, device)
-    generator = torch.Generator(device).manual_seed(seed)
-    complete = partial(
-        _complete,
-        model,
-        pick=partial(_pick, temperature=temperature, top_p=top_p, generator=generator),
-        pad=tokenizer.pad_token_id or 0,  # padding is masked, so any id serves where a tokenizer has none
-        ends=ends,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-    )
+    pick = partial(_pick, temperature=temperature, top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
+    pad = tokenizer.pad_token_id or 0  # padding is masked, so any id serves where a tokenizer has none
+    options = {"pick": pick, "pad": pad, "ends": ends, "samples": samples, "max_new_tokens": max_new_tokens}
     # Longest first: the first batch is the peak of memory, so what fits there fits.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     width = max(1, batch_size // samples)
@@ -89,7 +82,7 @@ def generate(
     with evaluating(model), torch.no_grad(), tqdm(total=len(order), unit="prompt", disable=not progress) as bar:
         for start in range(0, len(order), width):
             batch = order[start : start + width]
-            completions = complete([encoded[index] for index in batch])
+            completions = _complete(model, [encoded[index] for index in batch], **options)
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
                 results[batch[row // samples]].append(Response(text, len(ids), ids[-1] in ends.tolist()))

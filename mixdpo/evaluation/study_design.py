@@ -1,4 +1,4 @@
-"""A study's YAML file: which runs there are, and the options of run.py for each."""
+"""A study's YAML file: its runs, and the options of run.py for each."""
 
 import json
 import re
@@ -115,7 +115,7 @@ class Study:
 
     @property
     def size(self) -> int:
-        """How many jobs there are once every grid point is chosen."""
+        """Number of jobs once every grid point is chosen."""
         return len(self.runs) * (len(self.points) + len(self.seeds) - 1)
 
     def control_of(self, run: str) -> str:

@@ -201,9 +201,9 @@ def _took(plan: Study, job: Job) -> float:
     if record["state"] != "done" or not all((path / file).exists() for file in RECORDED):
         return 0.0
     now = _identity(job)
-    then, here = ([" ".join(pair) for pair in each["command"]] for each in (record, now))
+    old, new = ([" ".join(pair) for pair in each["command"]] for each in (record, now))
     kinds = {"-": "then ", "+": "now "}  # in order: of two values of one option the later one counts
-    changed = [kinds[line[0]] + line[2:] for line in ndiff(then, here) if line[0] in kinds]
+    changed = [kinds[line[0]] + line[2:] for line in ndiff(old, new) if line[0] in kinds]
     changed += [f"content of {file}" for file in sorted(dict(record["files"].items() ^ now["files"].items()))]
     if changed:
         raise InputError(

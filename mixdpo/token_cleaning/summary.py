@@ -1,4 +1,4 @@
-"""What a selection did, in numbers: how much is kept, from where, and of planted noise what was found."""
+"""A selection in numbers: how much is kept, from which sources, and how much of the planted noise is cut."""
 
 from collections.abc import Sequence
 from typing import Any
