@@ -54,9 +54,9 @@ def score(
         verdicts: file of `mixdpo judge`.
         against: verdicts file of another model, by the same judge against the same baseline: scores both and their
             paired differences over the prompts that both have.
-        difficulty: CSV with the columns index and instruction_difficulty. The index is the prompt's position, from 0, in
-            the judged responses, which must therefore be in AlpacaEval's order. Get AlpacaEval's file by `hf download
-            tatsu-lab/alpaca_eval df_gamed.csv --repo-type dataset` (or instruction_difficulty.csv).
+        difficulty: CSV with the columns index and instruction_difficulty. The index is the prompt's position, from 0,
+            in the judged responses, which must therefore be in AlpacaEval's order. Get AlpacaEval's file by `hf
+            download tatsu-lab/alpaca_eval df_gamed.csv --repo-type dataset` (or instruction_difficulty.csv).
         gamed: CSV with the columns preference (0 to 1), std_delta_len, instruction_difficulty and not_gamed_baseline:
             AlpacaEval's df_gamed.csv.
         samples: resamples of the prompts.
