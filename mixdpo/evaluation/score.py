@@ -161,9 +161,8 @@ def _content(judged: Judged, scores: Scores) -> dict[str, Any]:
 
 
 def _in_json(rates: Mapping[str, Interval | None]) -> dict[str, dict[str, float] | None]:
-    return {
-        name: None
-        if rate is None
-        else {"value": rate.mean, "standard_error": rate.standard_error, "low": rate.low, "high": rate.high}
-        for name, rate in rates.items()
-    }
+    return {name: None if rate is None else _summary(rate) for name, rate in rates.items()}
+
+
+def _summary(rate: Interval) -> dict[str, float]:
+    return {"value": rate.mean, "standard_error": rate.standard_error, "low": rate.low, "high": rate.high}
