@@ -241,7 +241,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, user):
     assert (sent == KEY) == (user == "")
     for text in (printed.out, printed.err, str(raised.value), *kept):
         assert not any(secret in text for secret in (KEY[:8], sent[:8], "pass%20word", "pass word"))
-    assert without_secrets("https://a:b@host:1/v1/?key=c#d") == "https://host:1/v1"
+    assert without_secrets("https://a:b@host:1/v1/?key=c#d") == "https://host:1/v1" and without_secrets("a:b@c") == "c"
     assert {"pass%20word", "pass word"} <= set(secrets(None, "http://user:pass%20word@host/v1"))
     assert _printable("red\x1b[31m\r\nline\u202e\x9b") == "red [31m line"
 
@@ -257,7 +257,7 @@ def test_no_key_and_no_package(tmp_path, monkeypatch):
 
 
 def test_what_is_no_address(tmp_path):
-    for url in ("localhost:8000/v1", "http://", "http://localhost:x/v1", "ftp://localhost/v1", "v1"):
+    for url in ("localhost:8000/v1", "http://", "http://localhost:x/v1", "ftp://localhost/v1", "http://[/v1"):
         with pytest.raises(InputError, match="write it in full"):
             Judging(tmp_path, url)()
 
