@@ -79,7 +79,7 @@ def losses_cache(content: Callable[[Path], Any]) -> Any:
 def responses_cache(fault: Callable[[Path], Any]) -> Any:
     def do(place: Place) -> Any:
         kept_responses({}, list)
-        fault(response_cache.cache_root() / "responses.sqlite")
+        fault(response_cache.cache_root() / "responses/responses.sqlite")
         return kept_responses({}, list)
 
     return do
