@@ -402,7 +402,7 @@ def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
     ("options", "message"),
     [
         ({}, "Give model.run, or model.base"),
-        ({"run": "nowhere", "adapter": "x"}, "model.adapter goes with model.base"),
+        ({"run": "nowhere", "adapter": "x"}, "model.run has its own adapter"),
         ({"run": "nowhere"}, "nowhere"),
     ],
 )
