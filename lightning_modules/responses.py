@@ -118,9 +118,7 @@ class ResponseModule(L.LightningModule):
         if self.server is None:
             self.tokenizer, template = self.trained.tokenizer()
             if template == PLAIN:
-                raise InputError(
-                    "the model was trained with chat_template plain, which has no turns: give another model"
-                )
+                raise InputError("the model was trained with chat_template plain, which has no turns: give another")
             self.model = self.trained.load(self.trainer.strategy.root_device, attention="sdpa")
             self.copy = generation_dtype(self.model, self.dequantise)
         path = self.path.with_suffix(".responses.sqlite")
