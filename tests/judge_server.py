@@ -41,13 +41,12 @@ def prefers_first(request: Request) -> Probabilities:
 def small_model() -> Callable[[Request], Probabilities]:
     """The genuine first token of the packaged model after a chat, one request at a time."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from mixdpo.model.loading import load_tokenizer
-    from mixdpo.model.packaged import PACKAGED, model_folder
+    from mixdpo.model.loading import load_base, load_tokenizer
+    from mixdpo.model.packaged import PACKAGED
 
+    model: Any = load_base(PACKAGED, quantization="none", dtype="float32").eval()
     tokenizer: Any = load_tokenizer(PACKAGED)
-    model = AutoModelForCausalLM.from_pretrained(model_folder(PACKAGED), dtype=torch.float32).eval()
     lock = threading.Lock()
 
     def judge(request: Request) -> Probabilities:

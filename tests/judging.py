@@ -74,12 +74,6 @@ def in_turn(request: Request) -> dict[str, float]:
     return {wins: 0.9, "X" if wins == "Y" else "Y": 0.1}
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def wait_for(met: Callable[[], bool], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not met():
@@ -94,23 +88,19 @@ def ends_with(process: subprocess.Popen[str], status: int) -> str:
     return out + err
 
 
-def end_all() -> None:
-    """End the judges that a failed test has left."""
-    while STARTED:
-        STARTED[-1].kill()
-        STARTED.pop().communicate()
-
-
 class ServerProcess:
-    """The server in a process of its own, on one port, with a log of what it answered."""
+    """The server in a process of its own, on one port, with a log of what it responded to."""
 
-    def __init__(self, log: Path, *words: str, script: str = "judge_server.py") -> None:
-        self.port, self.log, self.environment = free_port(), log, {"PYTHONPATH": "."}
-        self.command = [sys.executable, str(Path(__file__).with_name(script)), str(self.port), str(log), *words]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+    def __init__(self, log: Path, seconds: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address, self.log = free.getsockname(), log
+        script = str(Path(__file__).with_name("judge_server.py"))
+        self.command = [sys.executable, script, str(self.address[1]), str(log), seconds]
+        self.url = f"http://127.0.0.1:{self.address[1]}/v1"
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.command, cwd=Path(__file__).parents[1], env=os.environ | self.environment)
+        self.process = subprocess.Popen(self.command)
         wait_for(self._listens)
 
     def kill(self) -> None:
@@ -123,11 +113,13 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        end_all()
+        while STARTED:  # judges that a failed test has left
+            STARTED[-1].kill()
+            STARTED.pop().communicate()
 
     def _listens(self) -> bool:
         with socket.socket() as attempt:
-            return attempt.connect_ex(("127.0.0.1", self.port)) == 0
+            return attempt.connect_ex(self.address) == 0
 
     def answered(self) -> Counter[tuple[int, str]]:
         lines = [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []

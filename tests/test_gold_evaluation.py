@@ -295,6 +295,25 @@ def test_responses_of_the_start_are_kept(
     assert times(evaluation(prompts)) == 1  # nothing was written over
 
 
+def test_responses_that_cannot_be_kept_are_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below a file; and where the file is no store."""
+    responses = [Response("red", 2, True)]
+    for name in ("file", "folder"):
+        monkeypatch.setattr(response_cache, "cache_root", lambda name=name: tmp_path / name)
+        if name == "file":
+            (tmp_path / "file").write_text("")
+        else:
+            assert response_cache.kept_responses({}, lambda: responses) == responses
+            assert response_cache.kept_responses({}, list) == responses  # kept
+            (tmp_path / "folder/responses/responses.sqlite").write_text("no store, and long enough to be looked at" * 9)
+        with pytest.warns(
+            UserWarning, match=rf"responses, {tmp_path}/{name}/.*, cannot be used .*MIXDPO_CACHE"
+        ) as told:
+            for _ in range(2):
+                assert response_cache.kept_responses({}, lambda: responses) == responses
+        assert len(told) == 1
+
+
 def test_kept_responses_depend_on_the_code_and_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 

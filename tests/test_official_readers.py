@@ -90,12 +90,8 @@ def test_official_evaluation_of_our_files(
 
     def longer(prompts: Sequence[str], **_: Any) -> dict[str, list[Any]]:
         shown.extend(tuple(prompt.split("<->")) for prompt in prompts)
-        lengths = [(len(first), len(second)) for _, first, second in shown[-len(prompts) :]]
-        return {
-            "completions": ["first" if a > b else "second" for a, b in lengths],
-            "price_per_example": [0.0] * len(prompts),
-            "time_per_example": [0.0] * len(prompts),
-        }
+        wins = ["first" if len(first) > len(second) else "second" for _, first, second in shown[-len(prompts) :]]
+        return {"completions": wins, **{f"{what}_per_example": [0.0] * len(wins) for what in ("price", "time")}}
 
     folder = tmp_path / "annotators" / "longer"
     folder.mkdir(parents=True)
@@ -106,17 +102,9 @@ def test_official_evaluation_of_our_files(
     monkeypatch.setattr("alpaca_eval.utils.get_multi_package_version", lambda *_: "")
 
     model, baseline = files
-    leaderboard, annotations = official.evaluate(
-        model_outputs=model,
-        reference_outputs=baseline,
-        annotators_config=folder,
-        fn_metric="get_winrate",
-        sort_by="win_rate",
-        precomputed_leaderboard=None,
-        output_path=None,
-        is_return_instead_of_print=True,
-        caching_path=None,
-    )
+    options = dict.fromkeys(("precomputed_leaderboard", "output_path", "caching_path"))
+    options |= {"fn_metric": "get_winrate", "sort_by": "win_rate", "is_return_instead_of_print": True}
+    leaderboard, annotations = official.evaluate(model, baseline, annotators_config=folder, **options)
     assert leaderboard.loc["ours", ["n_total", "n_wins", "n_wins_base", "n_draws"]].tolist() == [4, 1, 3, 0]
     assert leaderboard.loc["ours", "avg_length"] == int(np.mean([len(ours) for ours, _ in RESPONSES.values()]))
     found = {row["instruction"]: (row["output_2"], row["output_1"], row["preference"]) for row in annotations}
@@ -124,10 +112,7 @@ def test_official_evaluation_of_our_files(
     assert {(row["generator_1"], row["generator_2"]) for row in annotations} == {("gpt", "ours")}
 
 
-@pytest.mark.parametrize(
-    "preferences",
-    [[1.0, 1.2, 1.5, 1.9], [1.5, 1.5, 2.0, 2.0], [0.0, 1.5, 1.7], [1.5 - 2**-52, 1.5 + 2**-52, 1.5, 1.0]],
-)
+@pytest.mark.parametrize("preferences", [[1.0, 1.2, 1.9], [0.0, 1.5, 2.0], [1.5 - 2**-52, 1.5 + 2**-52, 1.5, 1.0]])
 def test_official_win_rates_are_ours(official: ModuleType, preferences: list[float]) -> None:
     theirs = official.metrics.get_winrate([{"preference": p} for p in preferences])
     ours = [0.5 if p == 0 else p - 1 for p in preferences]  # 0 was its draw once

@@ -35,7 +35,7 @@ LARGEST_BODY = 16 * 2**20  # bytes, decompressed
 LONGEST_WAIT = 120  # seconds: beyond, the openai client does not wait as Retry-After says, but gives up
 
 
-_URL = re.compile(r"https?://([^/@\s]*@)?(\[[^/\]]+\]|[^/:@\s]+)(:[1-9]\d*)?(/\S*)?")
+_URL = re.compile(r"https?://([^/@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^][/:@\s]+)(:[1-9]\d{0,4})?(/\S*)?")
 
 
 _KEY = "set OPENAI_API_KEY to a key that may use this model"
@@ -212,8 +212,7 @@ def secrets(key: str | None, url: str | None) -> list[str]:
 
 def without_secrets(url: str) -> str:
     """Scheme, host, port and path of a URL: no user, password or query."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    return re.sub(r"^(\w+://)?[^/]*@|[?#].*", r"\1", url).rstrip("/")
 
 
 def _usage(body: Any) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Prompts and responses as the official benchmarks write them, and the tasks that need no judge.
 
 A form is a small frozen dataclass that a config names by its class path. Called with (number, row), a form gives a
-`Prompt`; `rows(answered, name)` go into a file with `suffix`; a task also has `score(prompt, text)`.
+`Prompt`; `rows(responses, name)` go into a file with `suffix`; a task also has `score(prompt, text)`.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Answered:
+class PromptResponses:
     """A prompt and its responses, one for each turn."""
 
     prompt: Prompt
@@ -62,8 +62,8 @@ class AlpacaEval:
     def __call__(self, number: int, row: Row) -> Prompt:
         return Prompt(str(number), (_text(row, "instruction"),), row)
 
-    def rows(self, answered: Sequence[Answered], name: str) -> Rows:
-        return [{**self._asked(a.prompt), **_columns(a, name)} for a in answered]
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
+        return [{**self._asked(a.prompt), **_columns(a, name)} for a in responses]
 
     def _asked(self, prompt: Prompt) -> dict[str, Any]:
         return {"dataset": prompt.row.get("dataset", "unknown"), "instruction": prompt.turns[0]}
@@ -80,14 +80,14 @@ class ArenaHard:
     def __call__(self, number: int, row: Row) -> Prompt:
         return Prompt(_text(row, "uid"), (_text(row, "prompt"),), row, str(row.get("category", "")))
 
-    def rows(self, answered: Sequence[Answered], name: str) -> Rows:
-        return [self._row(a) | _signed(a, name, "ans_id", "model") for a in answered]
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
+        return [self._row(a) | _signed(a, name, "ans_id", "model") for a in responses]
 
-    def _row(self, answered: Answered) -> dict[str, Any]:
-        (question,), (response,) = answered.prompt.turns, answered.responses
+    def _row(self, asked: PromptResponses) -> dict[str, Any]:
+        (question,), (response,) = asked.prompt.turns, asked.responses
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": {"answer": response.text}}]
         metadata = {"token_len": response.tokens, "ended": response.ended}
-        return {"uid": answered.prompt.key, "messages": chat, "metadata": metadata}
+        return {"uid": asked.prompt.key, "messages": chat, "metadata": metadata}
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,19 @@ class MTBench:
             raise InputError(f"{turns!r} should be a list of texts, the user's turns, not {texts!r:.80}")
         return Prompt(str(row[key]), tuple(texts), row, str(row.get("category", "")))
 
-    def rows(self, answered: Sequence[Answered], name: str) -> Rows:
-        rows = [self._row(a) | _signed(a, name, "answer_id", "model_id") for a in answered]
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
+        rows = [self._row(a) | _signed(a, name, "answer_id", "model_id") for a in responses]
         return sorted(rows, key=lambda row: row["question_id"])
 
-    def _row(self, answered: Answered) -> dict[str, Any]:
-        columns = {key: [getattr(each, key) for each in answered.responses] for key in ("text", "tokens", "ended")}
+    def _row(self, asked: PromptResponses) -> dict[str, Any]:
+        columns = {key: [getattr(each, key) for each in asked.responses] for key in ("text", "tokens", "ended")}
         choices = [{"index": 0, "turns": columns.pop("text")}]
-        return {"question_id": int(answered.prompt.key), "choices": choices, "generate_params": columns}
+        return {"question_id": int(asked.prompt.key), "choices": choices, "generate_params": columns}
 
 
-def _signed(answered: Answered, name: str, id_column: str, model_column: str) -> dict[str, Any]:
+def _signed(asked: PromptResponses, name: str, id_column: str, model_column: str) -> dict[str, Any]:
     """What the official tools want beside a response: the model, the time, and an id that no other response has."""
-    content = json.dumps([name, answered.prompt.key, [response.text for response in answered.responses]])
+    content = json.dumps([name, asked.prompt.key, [response.text for response in asked.responses]])
     id_ = hashlib.sha256(content.encode()).hexdigest()[:22]
     return {id_column: id_, model_column: name, "tstamp": time.time()}
 
@@ -127,15 +127,15 @@ SCORED = ("generator", "output", "tokens", "ended", "score")
 """What `scored_rows` adds to a prompt's row; not `answer`, which is a column of GSM8K."""
 
 
-def _columns(answered: Answered, name: str) -> dict[str, Any]:
-    response = answered.responses[0]
+def _columns(asked: PromptResponses, name: str) -> dict[str, Any]:
+    response = asked.responses[0]
     return {"output": response.text, "generator": name, "tokens": response.tokens, "ended": response.ended}
 
 
-def scored_rows(task: Any, answered: Sequence[Answered], name: str) -> Rows:
+def scored_rows(task: Any, responses: Sequence[PromptResponses], name: str) -> Rows:
     """Each prompt's row with its response and gold score."""
-    scores = [task.score(a.prompt, a.responses[0].text) for a in answered]
-    return [{**a.prompt.row, **_columns(a, name), "score": s} for a, s in zip(answered, scores, strict=True)]
+    scores = [task.score(a.prompt, a.responses[0].text) for a in responses]
+    return [{**a.prompt.row, **_columns(a, name), "score": s} for a, s in zip(responses, scores, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class EndpointJudge(Endpoint):
         request = {"logprobs": True, "top_logprobs": 20} if log_probs else {}
         super().__init__(model, base_url, max_tokens=max_tokens, **limits, **request)
         self.order, self.seed = order, seed
-        self.about = {"kind": "endpoint", "model": model, "base_url": self.url, "prompt": prompt_hash()}
+        self.about: dict[str, Any] = {"kind": "endpoint", "model": model, "base_url": self.url, "prompt": prompt_hash()}
         self.about |= {"max_tokens": max_tokens, "log_probs": log_probs}
         self.about |= {"order": order, "seed": seed if order == "random" else None}
 
@@ -118,7 +118,8 @@ def judge(
     if reward_model:
         from mixdpo.evaluation.reward_judge import RewardJudge
 
-        how, concurrency = RewardJudge(model), 1
+        how: Judge = RewardJudge(model)
+        concurrency = 1
     else:
         limits = {"attempts": attempts, "timeout": timeout}
         how = EndpointJudge(model, base_url, order, seed, max_tokens, log_probs, **limits)
@@ -210,10 +211,10 @@ async def _ask(how: Judge, comparison: Comparison, order: Order) -> Verdict:
         preference = first if order == "model_first" else 1 - first
     except NoResponse as error:
         failed, used = str(error), error.used
-    tokens = {f"judge_{name}": used.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    lengths = {"len_model": len(comparison.model), "len_baseline": len(comparison.baseline)}
-    ends = {"tokens": comparison.tokens, "ended": comparison.ended}
-    return Verdict(comparison.index, order, preference, source, failed, **tokens, **lengths, **ends)
+    numbers: dict[str, Any] = {f"judge_{name}": used.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    numbers |= {"len_model": len(comparison.model), "len_baseline": len(comparison.baseline)}
+    numbers |= {"tokens": comparison.tokens, "ended": comparison.ended}
+    return Verdict(comparison.index, order, preference, source, failed, **numbers)
 
 
 async def _interruptible(work: Coroutine[Any, Any, None]) -> list[signal.Signals]:

@@ -24,7 +24,7 @@ def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Response]]) ->
         of: all that the responses depend on, in JSON's types; the machine and the code that generates are added here.
     """
     key = hashlib.sha256(json.dumps({**of, **_machine()}, sort_keys=True).encode()).hexdigest()
-    with Store(cache_root() / "responses.sqlite", {}, noun="responses", cache=True) as store:
+    with Store(cache_root() / "responses" / "responses.sqlite", {}, noun="responses", cache=True) as store:
         if kept := store.get([key]):
             print(f"the responses are kept in {store.path}")
             return [Response(**row) for row in json.loads(kept[key])]

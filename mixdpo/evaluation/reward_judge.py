@@ -33,7 +33,7 @@ class RewardJudge:
         self._tokenizer = load_tokenizer(model)
         self._template = load_template(self._tokenizer, None)
         # eager: the attention that every architecture knows
-        options = {"quantization": "none", "attention": "eager", "device": "cuda" if on_gpu else "cpu"}
+        options: dict[str, Any] = {"quantization": "none", "attention": "eager", "device": "cuda" if on_gpu else "cpu"}
         self._model: Any = load_reward_model(model, dtype=dtype, **options)
         known = getattr(self._model.config, "max_position_embeddings", None)
         self._longest = min(known or self._tokenizer.model_max_length, self._tokenizer.model_max_length)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bad_input.case import Case, Place
+from bad_input.case import Case, Place, cases, parts
 from lightning_modules.verbs.run_cli import check_checkpoint
 from mixdpo.evaluation import response_cache
 from mixdpo.evaluation.response_cache import kept_responses
@@ -79,7 +79,7 @@ def losses_cache(content: Callable[[Path], Any]) -> Any:
 def responses_cache(fault: Callable[[Path], Any]) -> Any:
     def do(place: Place) -> Any:
         kept_responses({}, list)
-        fault(response_cache.cache_root() / "responses.sqlite")
+        fault(response_cache.cache_root() / "responses/responses.sqlite")
         return kept_responses({}, list)
 
     return do
@@ -93,42 +93,46 @@ def file_onto_folder(place: Place) -> None:
 DELETE = "Delete it if it is damaged, or name another folder in MIXDPO_CACHE"
 
 
-def borne(entrance: str, fault: str, do: Callable[[Place], Any], says: tuple[str, ...]) -> Case:
-    return Case(f"{entrance} cache", fault, warned(do), says, tolerated=True)
+def borne(entrance: str, *rows: tuple[str, Callable[[Place], Any], str | tuple[str, ...]]) -> list[Case]:
+    return [Case(f"{entrance} cache", fault, warned(do), parts(says), tolerated=True) for fault, do, says in rows]
 
 
 CACHES = [
-    borne("reference", "text", reference_cache(lambda path: path.write_text("text " * 99)), (".sqlite", DELETE)),
-    borne("reference", "damaged pages", reference_cache(overwritten, "get"), (".sqlite", "malformed", DELETE)),
-    borne("reference", "halved values", reference_cache(halved, "get"), (".sqlite", "computed anew")),
-    borne("reference", "another table", reference_cache(other_table, "get"), ("no such table", DELETE)),
-    borne("reference", "a folder", reference_cache(into_folder), ("unable to open", DELETE)),
-    borne(
-        "token-losses",
-        "cut off",
-        losses_cache(lambda path: path.write_bytes(path.read_bytes()[:130])),
-        (".npy is damaged", DELETE),
+    *borne(
+        "reference",
+        ("text", reference_cache(lambda path: path.write_text("text " * 99)), (".sqlite", DELETE)),
+        ("damaged pages", reference_cache(overwritten, "get"), (".sqlite", "malformed", DELETE)),
+        ("halved values", reference_cache(halved, "get"), ".sqlite … computed anew"),
+        ("another table", reference_cache(other_table, "get"), ("no such table", DELETE)),
+        ("a folder", reference_cache(into_folder), ("unable to open", DELETE)),
     ),
-    borne(
+    *borne(
         "token-losses",
-        "of another length",
-        losses_cache(lambda path: np.save(path, np.zeros(4, dtype=np.float32))),
-        ("(4,)", DELETE),
+        ("cut off", losses_cache(lambda path: path.write_bytes(path.read_bytes()[:130])), (".npy is damaged", DELETE)),
+        (
+            "of another length",
+            losses_cache(lambda path: np.save(path, np.zeros(4, dtype=np.float32))),
+            ("(4,)", DELETE),
+        ),
+        (
+            "altered values",
+            losses_cache(lambda path: np.save(path, np.full(5, 0.1, dtype=np.float32))),
+            ".npy holds damaged losses … computed anew",
+        ),
     ),
-    borne(
-        "token-losses",
-        "altered values",
-        losses_cache(lambda path: np.save(path, np.full(5, 0.1, dtype=np.float32))),
-        (".npy holds damaged losses", "computed anew"),
+    *borne(
+        "responses",
+        ("cut off", responses_cache(lambda p: p.write_bytes(p.read_bytes()[:5000])), (".sqlite", DELETE)),
+        ("altered", responses_cache(halved), ".sqlite … computed anew"),
     ),
-    borne("responses", "cut off", responses_cache(lambda p: p.write_bytes(p.read_bytes()[:5000])), (".sqlite", DELETE)),
-    borne("responses", "altered", responses_cache(halved), (".sqlite", "computed anew")),
-    Case("written files", "a folder in the way", file_onto_folder, ("is a folder", "give a file's name")),
-    Case(
+    *cases(
         "written files",
-        "a file in the way",
-        lambda place: write_json(Path(place.write("x", "")) / "y.json", {}),
-        ("cannot write", "Give another place"),
+        ("a folder in the way", file_onto_folder, "is a folder … give a file's name"),
+        (
+            "a file in the way",
+            lambda place: write_json(Path(place.write("x", "")) / "y.json", {}),
+            "cannot write … Give another place",
+        ),
     ),
 ]
 
@@ -163,22 +167,20 @@ def resumed(how: str = "fit", **options: Any) -> Any:
 
 LAST, BESIDE = "give a run's RUNS/NAME/checkpoints/last.ckpt", "Continue with the config.yaml beside it"
 CHECKPOINTS = [
-    Case("ckpt_path", "no such file", checkpoint(None), ("/no/last.ckpt is not a checkpoint", "No such file", LAST)),
-    Case("ckpt_path", "nothing", checkpoint(""), ("is not a checkpoint", LAST)),
-    Case("ckpt_path", "text", checkpoint("not a checkpoint\n"), ("is not a checkpoint", LAST)),
-    Case("ckpt_path", "cut off", half, ("or is damaged", LAST)),
-    Case("ckpt_path", "a list", saved([1, 2]), ("it holds no adapters", LAST)),
-    Case("ckpt_path", "of another program", saved({"state_dict": {}, "epoch": 1}), ("it holds no adapters", LAST)),
-    Case("ckpt_path", "holds a program", saved({"adapters": Path("x")}), ("is not a checkpoint", LAST)),
-    Case(
+    *cases(
         "ckpt_path",
-        "another batch size",
-        resumed(data={"batch_size": 8}),
-        ("belongs to another run", "batch_size", BESIDE),
-    ),
-    Case("ckpt_path", "another route", resumed(data={"routing": Routing(hard_fraction=0.5)}), ("route: ", BESIDE)),
-    Case("ckpt_path", "of pairs, for samples", resumed("fit_sft"), ("belongs to another run", "SFTDataModule", BESIDE)),
-    Case("ckpt_path", "another adapter", resumed(lora=Lora(targets=["q_proj"])), ("lora: ", BESIDE)),
+        ("no such file", checkpoint(None), ("/no/last.ckpt is not a checkpoint", "No such file", LAST)),
+        ("nothing", checkpoint(""), ("is not a checkpoint", LAST)),
+        ("text", checkpoint("not a checkpoint\n"), ("is not a checkpoint", LAST)),
+        ("cut off", half, ("or is damaged", LAST)),
+        ("a list", saved([1, 2]), ("it holds no adapters", LAST)),
+        ("of another program", saved({"state_dict": {}, "epoch": 1}), ("it holds no adapters", LAST)),
+        ("holds a program", saved({"adapters": Path("x")}), ("is not a checkpoint", LAST)),
+        ("another batch size", resumed(data={"batch_size": 8}), ("belongs to another run", "batch_size", BESIDE)),
+        ("another route", resumed(data={"routing": Routing(hard_fraction=0.5)}), ("route: ", BESIDE)),
+        ("of pairs, for samples", resumed("fit_sft"), ("belongs to another run", "SFTDataModule", BESIDE)),
+        ("another adapter", resumed(lora=Lora(targets=["q_proj"])), ("lora: ", BESIDE)),
+    )
 ]
 
 CASES = [*CACHES, *CHECKPOINTS]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import load_from_disk
 
-from bad_input.case import Case, Place
+from bad_input.case import Case, Place, cases
 from mixdpo.signals.compare_margins import compare
 from mixdpo.signals.margins_file import FORMAT, MarginsWriter, read_margins
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -133,149 +133,97 @@ def backwards(folder: Path) -> None:
 
 SCORE_AGAIN, RUN_AGAIN = "or score anew", "run the cleaning again"
 CLEANING = [
-    Case(
+    *cases(
         "cleaning.masks",
-        "no such folder",
-        lambda place: place.fit_sft(cleaning=MASKS),
-        ("masks x", "give a run's folder RUN/cleaning"),
-    ),
-    Case(
-        "cleaning.masks",
-        "the run, not its cleaning",
-        lambda place: place.fit_sft(cleaning=Cleaning(masks=str(place.shared.cleaned))),
-        ("no stages.json", "RUN/cleaning"),
-    ),
-    Case("cleaning.masks", "of other data", other_data, ("data: ", SCORE_AGAIN)),
-    Case(
-        "cleaning.masks",
-        "of another length",
-        lambda place: place.fit_sft(
-            cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")), data={"max_length": 60}
+        ("no such folder", lambda place: place.fit_sft(cleaning=MASKS), "masks x … give a run's folder RUN/cleaning"),
+        (
+            "the run, not its cleaning",
+            lambda place: place.fit_sft(cleaning=Cleaning(masks=str(place.shared.cleaned))),
+            "no stages.json … RUN/cleaning",
         ),
-        ("lengths: ", SCORE_AGAIN),
+        ("of other data", other_data, ("data: ", SCORE_AGAIN)),
+        (
+            "of another length",
+            lambda place: place.fit_sft(
+                cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")), data={"max_length": 60}
+            ),
+            ("lengths: ", SCORE_AGAIN),
+        ),
+        ("stages.json cut off", cleaned(cut("stages.json", 99), masked), ("stages.json is damaged", RUN_AGAIN)),
+        (
+            "stages.json of something else",
+            cleaned(lambda f: (f / "stages.json").write_text("{}"), masked),
+            ("it should hold identity", RUN_AGAIN),
+        ),
+        ("weights cut off", cleaned(cut("weights.npy", 150), masked), ("weights.npy is damaged", RUN_AGAIN)),
+        (
+            "weights of another format",
+            cleaned(lambda f: (f / "weights.npy").write_text("1 2 3"), masked),
+            ("weights.npy is damaged", RUN_AGAIN),
+        ),
+        ("a weight too few", cleaned(array("weights.npy", lambda w: w[:-1]), masked), ("of the shape", RUN_AGAIN)),
+        (
+            "texts as weights",
+            cleaned(array("weights.npy", lambda w: w.astype(str)), masked),
+            ("not numbers of", RUN_AGAIN),
+        ),
+        (
+            "tokens never reached",
+            cleaned(array("weights.npy", holed), masked),
+            "has no weight for some tokens … that reached all of them",
+        ),
+        (
+            "negative weights",
+            cleaned(array("weights.npy", lambda w: -1 - w), masked),
+            "has no weight for some tokens … give the masks",
+        ),
     ),
-    Case(
-        "cleaning.masks",
-        "stages.json cut off",
-        cleaned(cut("stages.json", 99), masked),
-        ("stages.json is damaged", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "stages.json of something else",
-        cleaned(lambda f: (f / "stages.json").write_text("{}"), masked),
-        ("it should hold identity", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "weights cut off",
-        cleaned(cut("weights.npy", 150), masked),
-        ("weights.npy is damaged", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "weights of another format",
-        cleaned(lambda f: (f / "weights.npy").write_text("1 2 3"), masked),
-        ("weights.npy is damaged", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "a weight too few",
-        cleaned(array("weights.npy", lambda w: w[:-1]), masked),
-        ("of the shape", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "texts as weights",
-        cleaned(array("weights.npy", lambda w: w.astype(str)), masked),
-        ("not numbers of", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "tokens never reached",
-        cleaned(array("weights.npy", holed), masked),
-        ("has no weight for some tokens", "that reached all of them"),
-    ),
-    Case(
-        "cleaning.masks",
-        "negative weights",
-        cleaned(array("weights.npy", lambda w: -1 - w), masked),
-        ("has no weight for some tokens", "give the masks"),
-    ),
-    Case(
+    *cases(
         "mixdpo report",
-        "no run",
-        lambda place: report(str(place.folder)),
-        ("is no token-cleaning run", "give the run's folder"),
+        ("no run", lambda place: report(str(place.folder)), "is no token-cleaning run … give the run's folder"),
+        (
+            "out is a folder",
+            lambda place: report(str(place.shared.cleaned), out=str(place.folder)),
+            "is a folder … give a file's name",
+        ),
+        (
+            "out below /proc",
+            lambda place: report(str(place.shared.cleaned), out="/proc/x/page.html"),
+            "cannot write /proc/x/page.html … Give another place",
+        ),
     ),
-    Case(
-        "mixdpo report",
-        "out is a folder",
-        lambda place: report(str(place.shared.cleaned), out=str(place.folder)),
-        ("is a folder", "give a file's name"),
-    ),
-    Case(
-        "mixdpo report",
-        "out below /proc",
-        lambda place: report(str(place.shared.cleaned), out="/proc/x/page.html"),
-        ("cannot write /proc/x/page.html", "Give another place"),
-    ),
-    Case(
+    *cases(
         "mixdpo export-labels",
-        "scores of another length",
-        cleaned(array("scores.npy", lambda s: s[1:]), read),
-        ("scores.npy holds", RUN_AGAIN),
-    ),
-    Case(
-        "mixdpo export-labels",
-        "no samples",
-        cleaned(removed("samples"), read),
-        ("lacks samples", "give the run's folder"),
-    ),
-    Case(
-        "mixdpo export-labels",
-        "samples without their data",
-        cleaned(lambda f: next((f / "samples").glob("*.arrow")).unlink(), read),
-        ("samples is damaged", RUN_AGAIN),
-    ),
-    Case(
-        "mixdpo export-labels",
-        "samples of another run",
-        cleaned(backwards, read),
-        ("samples holds other tokens than", RUN_AGAIN),
-    ),
-    Case(
-        "mixdpo export-labels",
-        "out is there",
-        lambda place: export_labels(str(place.shared.cleaned), str(place.folder)),
-        ("exists", "--overwrite true"),
+        (
+            "scores of another length",
+            cleaned(array("scores.npy", lambda s: s[1:]), read),
+            ("scores.npy holds", RUN_AGAIN),
+        ),
+        ("no samples", cleaned(removed("samples"), read), "lacks samples … give the run's folder"),
+        (
+            "samples without their data",
+            cleaned(lambda f: next((f / "samples").glob("*.arrow")).unlink(), read),
+            ("samples is damaged", RUN_AGAIN),
+        ),
+        ("samples of another run", cleaned(backwards, read), ("samples holds other tokens than", RUN_AGAIN)),
+        (
+            "out is there",
+            lambda place: export_labels(str(place.shared.cleaned), str(place.folder)),
+            "exists … --overwrite true",
+        ),
     ),
 ]
 
 CASES = [
     *(margins_case(*row) for row in MARGINS),
-    Case(
+    *cases(
         "margins file",
-        "no such file",
-        lambda place: read_margins("/no.margins"),
-        ("/no.margins", "run.py predict makes it"),
+        ("no such file", lambda place: read_margins("/no.margins"), "/no.margins … run.py predict makes it"),
+        ("of other pairs", trained_with(LINES), ("does not fit 16 of the 16 pairs", "first: row 1", ANEW)),
+        ("of another policy", of_a_policy, "another encoding of the pairs … use the options it was made with"),
+        ("of another signal, to be continued", continued, "signal: y there, x here … give another model.output"),
+        ("a margin that is infinite", not_finite, "by pair id … Use a wider model.dtype"),
+        ("no pair in common", compared, "no pair in common … give two files of the same data"),
     ),
-    Case(
-        "margins file", "of other pairs", trained_with(LINES), ("does not fit 16 of the 16 pairs", "first: row 1", ANEW)
-    ),
-    Case(
-        "margins file",
-        "of another policy",
-        of_a_policy,
-        ("another encoding of the pairs", "use the options it was made with"),
-    ),
-    Case(
-        "margins file",
-        "of another signal, to be continued",
-        continued,
-        ("signal: y there, x here", "give another model.output"),
-    ),
-    Case("margins file", "a margin that is infinite", not_finite, ("by pair id", "Use a wider model.dtype")),
-    Case("margins file", "no pair in common", compared, ("no pair in common", "give two files of the same data")),
     *CLEANING,
 ]
