@@ -77,6 +77,6 @@ def record_of_a_run(place: Place) -> Any:
 
 CASES = [
     Case("study", "no such file", lambda place: read_study("/no.yaml"), ("/no.yaml", "give a study's YAML file")),
-    Case("study", "a record cut off", record_of_a_run, ("dpo-seed0.json is no valid JSON", "to repeat the run")),
+    Case("study", "a record cut off", record_of_a_run, ("dpo-seed0.json is damaged", "to repeat the run")),
     *(study_case(*row) for row in STUDIES),
 ]
