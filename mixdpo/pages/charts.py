@@ -81,7 +81,7 @@ def scatter(x: np.ndarray, y: np.ndarray, labels: tuple[str, str], cuts: tuple[f
     with _style():
         axes = (figure := _figure(6, 6)).subplots()
         shown = [np.clip(values, *np.quantile(values, [0.01, 0.99]))[drawn] for values in (x, y)]
-        axes.plot(*shown, "o", color=BLUE, alpha=0.5, markersize=3, markeredgewidth=0)
+        axes.plot(*shown, "o", color=BLUE, alpha=0.5, markersize=3, markeredgewidth=0, gid="points")
         axes.axvline(cuts[0], **DASHED)
         axes.axhline(cuts[1], **DASHED)
         axes.set(xlabel=labels[0], ylabel=labels[1])
