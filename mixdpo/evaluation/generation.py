@@ -175,8 +175,9 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
 def _encode(
     tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], names: Sequence[str] | None = None
 ) -> list[list[int]]:
-    template, encoded = load_template(tokenizer, None), []
-    for name, prompt in zip(names or range(1, len(prompts) + 1), prompts, strict=True):
+    template, numbered = load_template(tokenizer, None), names or [str(i + 1) for i in range(len(prompts))]
+    encoded: list[list[int]] = []
+    for name, prompt in zip(numbered, prompts, strict=True):
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
             encoded += encode_responses(tokenizer, template, chat)
