@@ -15,12 +15,11 @@ import torch
 from lightning_modules.callbacks.run_files import CloseFiles
 from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
-from mixdpo.evaluation.endpoint import CONTINUES, without_secrets
-from mixdpo.evaluation.formats import Answered, Prompt
+from mixdpo.evaluation.endpoint import CONTINUES, complete, without_secrets
+from mixdpo.evaluation.formats import Prompt, PromptResponses
 from mixdpo.evaluation.generation import Response, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
 from mixdpo.evaluation.responses_file import ResponsesFile, head_of_responses
-from mixdpo.evaluation.server import complete
 from mixdpo.model.adapters import role
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
@@ -207,7 +206,7 @@ class ResponseModule(L.LightningModule):
                 responses[i].append(response)
                 chats[i].append({"role": "assistant", "content": response.text})
         whole = [i for i in range(len(prompts)) if i not in failed]
-        self.file.keep([Answered(prompts[i], tuple(responses[i])) for i in whole])
+        self.file.keep([PromptResponses(prompts[i], tuple(responses[i])) for i in whole])
         if failed:
             first = min(failed, key=lambda i: not isinstance(failed[i], InputError))
             if isinstance(failed[first], InputError):  # of the server, not of a prompt
