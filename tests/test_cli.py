@@ -13,6 +13,7 @@ from collections.abc import Callable
 from configparser import ConfigParser
 from pathlib import Path
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 
 from datamodules.preference import PreferenceDataModule
 from lightning_modules import cli
+from lightning_modules.callbacks.checkpoint import resume_command
 from lightning_modules.verbs import run_cli
 from lightning_modules.verbs.messages import message_for_user
 from lightning_modules.verbs.places import keep_latest, last_places
@@ -141,7 +143,7 @@ def shared_parser() -> dict[str, Any]:
 
 @pytest.fixture
 def parsed(
-    shared_parser: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    shared_parser: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., Any]:
     """The options of a command line over configs/demo.yaml as they are parsed, or the message that refuses them."""
     configs: list[Any] = []
@@ -162,7 +164,7 @@ def parsed(
     monkeypatch.setattr(run_cli.RunCLI, "instantiate_classes", stop)
 
     def parse(*arguments: Any, base: tuple[str, ...] = ("--config", "configs/demo.yaml")) -> Any:
-        status = in_process(*base, *words_of(arguments, tmp_path))
+        status = in_process(*base, *words_of(arguments))
         errors = capfd.readouterr().err
         if not status:
             return configs[-1]
@@ -172,26 +174,17 @@ def parsed(
     return parse
 
 
-def words_of(arguments: tuple[Any, ...], folder: Path) -> list[str]:
-    """A dict among the arguments stands for a config file."""
-    for number, argument in enumerate(arguments):
-        if isinstance(argument, dict):
-            (folder / f"{number}.yaml").write_text(yaml.safe_dump(argument))
-    return [
-        word
-        for n, given in enumerate(arguments)
-        for word in ((given,) if isinstance(given, str) else ("--config", f"{folder}/{n}.yaml"))
-    ]
+def words_of(arguments: tuple[Any, ...]) -> list[str]:
+    """The command line of arguments, of which a dict stands for a config."""
+    configs = (["--config", json.dumps(each)] if isinstance(each, dict) else [each] for each in arguments)
+    return [word for words in configs for word in words]
 
 
 LOSS = "mixdpo.losses.DPO"
 MISSPELT: list[tuple[Any, ...]] = [
     ("trainer.max_steps", "--trainer.max_step", "3"),  # an abbreviation is none
-    ("seed_everything", "--seed_every", "3"),
     ("config", "--confi", "configs/demo.yaml"),
     ("model", "--modle.base", "x"),
-    ("lora.rank", "--model.lora.rnak", "3"),
-    ("beta", "--model.preference_loss.betta", "1"),
     ("batch_size", "--data.batch", "2"),
     ("margins_file", "--data.margins", "x"),
     ("routing.threshold", "--data.routing", "{treshold: 1}"),
@@ -199,9 +192,7 @@ MISSPELT: list[tuple[Any, ...]] = [
     ("trainer.max_steps", {"trainer": {"max_stepz": 3}}),
     ("init_args", {"model": {"int_args": {"base": "x"}}}),
     ("beta", {"model": {"init_args": {"preference_loss": {"class_path": LOSS, "init_args": {"btea": 1}}}}}),
-    (LOSS, "--model.preference_loss", "mixdpo.losses.DPOO"),
     (LOSS, "--model.preference_loss", "DPOO"),
-    ("lightning_modules.preference.PreferenceModule", "--model", "PreferenceModul"),
     ("mixdpo.routing.Cosine", {"model": {"init_args": {"schedule": {"class_path": "mixdpo.schedules.Cosine"}}}}),
     ("mixdpo.token_cleaning.scorers.Random", "--model.cleaning", "{scorer: mixdpo.scorers.Random}"),
     ("lightning_modules.callbacks.RefreshReference", "--trainer.callbacks+=lightning_modules.clean.RefreshRefrence"),
@@ -256,6 +247,8 @@ def test_verbs(parsed: Callable[..., Any], capfd: pytest.CaptureFixture[str], mo
     assert "arguments are required: " in capfd.readouterr().err
     assert main(["fit"]) == 2 and "type python run.py fit, or mixdpo fit" in capfd.readouterr().err
     monkeypatch.setattr(sys, "argv", ["mixdpo"])
+    run: Any = SimpleNamespace(default_root_dir="runs/x", ckpt_path=None)
+    assert resume_command(run) == "mixdpo fit --config runs/x/config.yaml"
     with pytest.raises(SystemExit, match=r"error: .*did you mean 'config'"):
         cli.main(["fit", "--confi", "x"])
 
@@ -277,7 +270,6 @@ NULL = "needs a value, not null"
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (("--model.lora", "null"), f"lora: should be a mapping|lora {NULL}"),
         (("--model.preference_loss", "null"), f"preference_loss {NULL}"),
         (("--data.routing", "{order: null}"), f"routing.order {NULL}"),
         (({"model": {"init_args": {"lora": None}}},), f"lora {NULL}"),
@@ -350,14 +342,13 @@ BOTH = {"data": {"init_args": {"routing": {"threshold": 1.5, "hard_fraction": 0.
         (("--data.routing.hard_fraction", "0.1", OVER), "threshold"),
         ((BOTH,), "threshold hard_fraction"),  # Routing refuses them
         (("--data.routing.threshold", "0.5", "--data.routing.hard_fraction", "0.1"), "threshold hard_fraction"),
-        ((OVER, "--config", json.dumps(HARD)), "hard_fraction"),
     ],
 )
-def test_the_later_place_decides_who_is_hard(given: tuple[Any, ...], kept: str, tmp_path: Path) -> None:
+def test_the_later_place_decides_who_is_hard(given: tuple[Any, ...], kept: str) -> None:
     """Over configs/demo.yaml, which has a hard_fraction."""
     routing = Namespace(threshold=0.5, hard_fraction=0.3)
     config = Namespace(data=Namespace(init_args=Namespace(routing=routing)), model=Namespace())
-    places = last_places(["fit", "--config", str(ROOT / "configs/demo.yaml"), *words_of(given, tmp_path)])
+    places = last_places(["fit", "--config", str(ROOT / "configs/demo.yaml"), *words_of(given)])
     keep_latest(config, places)
     assert [name for name in ("threshold", "hard_fraction") if routing[name] is not None] == kept.split()
 
@@ -412,19 +403,14 @@ def test_what_shows_only_once_model_and_plan_are_there(refused: Callable[..., st
     assert "give --runs and --name instead" in refused("--trainer.default_root_dir", "elsewhere")
 
 
-@pytest.mark.parametrize(
-    "error", [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(28, "")], ids=["rust", "os"]
-)
-def test_a_disk_that_fills_up(error: Exception) -> None:
-    message = message_for_user(error)
-    assert message is not None
-    assert message.startswith("cannot write the run's files: No space left on device. Free some space")
-
-
-def test_a_disk_that_fills_up_while_the_adapter_is_written(
+def test_a_disk_that_fills_up(
     demo: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The adapter can be written again from the checkpoint."""
+    """While the adapter is written, which can be done again from the checkpoint."""
+    rust = message_for_user(SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert rust is not None and rust.startswith(
+        "cannot write the run's files: No space left on device. Free some space"
+    )
 
     def full(*_: object) -> None:
         raise OSError(28, "")
@@ -448,7 +434,7 @@ def test_options_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["options", "mixdpo.losses.BetaDPO"]) == 0
     printed = capsys.readouterr().out
     assert "sensitivity: float | None = None" in printed and "how much β follows" in printed
-    for wrong in ("mixdpo.losses.Nothing", "nothing", "mixdpo.losses.check_options"):
+    for wrong in ("mixdpo.losses.Nothing", "nothing", "mixdpo.losses"):
         assert main(["options", wrong]) == 2 and wrong in capsys.readouterr().err
 
 
@@ -503,25 +489,18 @@ def test_its_config_repeats_it_under_another_name(finished: Path, capfd: pytest.
         assert contents(second)[name] == before[name], name
 
 
-def test_validate(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The checkpoint gives what the run itself found at its end, and validating makes no run folder."""
+def test_validate_and_a_continuation_that_is_refused(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint gives what the run itself found at its end; no run folder is made, no continuation advised."""
     folders, before = sorted(finished.parent.iterdir()), contents(finished)
     config, checkpoint = str(finished / "config.yaml"), str(finished / "checkpoints" / "last.ckpt")
     assert in_process("validate", "--config", config, "--ckpt_path", checkpoint) == 0
     printed = capfd.readouterr().out
     (row,) = [row for row in metrics(finished) if row["val/all/sft_loss"]]
     assert "val/all/rewards/accuracy" in printed and row["val/all/sft_loss"][:8] in printed
-    assert sorted(finished.parent.iterdir()) == folders and contents(finished) == before
-
-
-def test_a_continuation_that_is_refused_is_not_advised(
-    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint, config = finished / "checkpoints" / "last.ckpt", finished / "config.yaml"
-    command = ["--config", str(config), "--runs", str(tmp_path), "--ckpt_path", str(checkpoint)]
-    assert in_process(*command, "--model.lora.rank", "3") == 1
+    assert in_process("--config", config, "--ckpt_path", checkpoint, "--model.lora.rank", "3") == 1
     errors = capfd.readouterr().err
     assert "another run" in errors and "continue with" not in errors
+    assert sorted(finished.parent.iterdir()) == folders and contents(finished) == before
 
 
 def test_a_run_of_its_own_each_time(
