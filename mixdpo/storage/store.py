@@ -144,12 +144,14 @@ def _named(path: str | Path, noun: str, remedy: str) -> Iterator[None]:
     except (OSError, sqlite3.Error) as error:
         kind = getattr(error, "sqlite_errorname", "")
         if kind.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            said = f"another process is writing to {path}: wait until it is done, or give another place"
+            message = f"another process is writing to {path}: wait until it is done, or give another place"
         elif kind.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_ERROR")):
-            said = f"{path} is no file of {noun}, or is damaged ({error}): {remedy}"
+            message = f"{path} is no file of {noun}, or is damaged ({error}): {remedy}"
         else:
-            said = f"cannot write {path} ({error}): make room there, or give another place; the same command continues"
-        raise InputError(said) from None
+            message = (
+                f"cannot write {path} ({error}): make room or give another place; the same command continues"
+            )
+        raise InputError(message) from None
 
 
 def _head(database: sqlite3.Connection) -> dict[str, Any]:
