@@ -5,8 +5,8 @@
 
 NEW_CHECKOUT is the checkout of this script by default. The runs: MixDPO, cleaned MixDPO, self-evolving token cleaning,
 SimPO, bucketed routing with a refreshed reference, and a resumed run; each on one tiny random model, fp32, on the CPU.
-Each checkout trains in a process of its own, with its own code and caches, on the Python that runs this script. Takes
-under a minute of processor time. The exit status is 1 where a run fails or an adapter differs in one bit; the run is named.
+Each checkout trains in a process of its own, with its own code and caches, on the Python that runs this script. That
+takes about a minute. Where a run fails, or an adapter differs in one bit, the run is named and the exit status is 1.
 """
 
 import argparse

@@ -25,6 +25,8 @@ from mixdpo.batches.rows import TokenRows
 from mixdpo.model.adapters import Lora
 from mixdpo.routing.route import Routing
 
+__all__ = ["TEMPLATE", "WORDS", "make_pairs", "make_samples", "write_pairs"]  # of `tiny`, for the tests
+
 # A slow machine is no fault of the code, and a run fails again as it has failed.
 checks = [HealthCheck.too_slow]
 settings.register_profile("any_machine", deadline=None, derandomize=True, database=None, suppress_health_check=checks)

@@ -98,12 +98,12 @@ def test_budget() -> None:
 
 def test_code_lines_are_those_that_run(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
-    file.write_text('"""A\ndocstring."""\n\n# a comment\nx = (\n    1,\n)\n"""Of x."""\n\n\ndef f():\n    """Of f."""\n')
+    file.write_text('"""A\ndocstring."""\n\n# of x\nx = (\n    1,\n)\n"""Of x."""\n\n\ndef f():\n    """Of f."""\n')
     assert size.code_lines(file) == 4  # x takes three lines, f one
 
 
 def test_from_the_demo_to_the_equation_in_two_hops() -> None:
-    """1: configs/demo.yaml -> the room that its class path names. 2: the room -> the class, which holds its equation."""
+    """1: configs/demo.yaml -> the room that its class path names. 2: the room -> the class with its equation."""
     demo = yaml.safe_load((size.ROOT / "configs/demo.yaml").read_text("utf-8"))
     room, _, name = demo["model"]["init_args"]["preference_loss"]["class_path"].rpartition(".")
     loss = getattr(import_module(room), name)
