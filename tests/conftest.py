@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,36 +118,23 @@ def build(
     lr: float = 0.1,
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
     data: dict[str, Any] | None = None,
+    sft: bool = False,
     **module: Any,
-) -> tuple[L.Trainer, PreferenceModule, PreferenceDataModule]:
+) -> tuple[L.Trainer, Any, Any]:
     """Trainer, module and data module of a short CPU run; full precision and no dropout unless asked for."""
     L.seed_everything(0, verbose=False)
     module = {"lora": Lora(rank=4, alpha=8), "quantization": "none", "dtype": "float32", **module}
-    preference = PreferenceModule(model, optimizer=lambda p: optimizer(p, lr=lr), **module)
-    options = {"routing": Routing(hard_fraction=0.25), "validation": 0.0, "batch_size": 4, "max_length": 64}
-    pairs = PreferenceDataModule(source, tokenizer=model, **{**options, "max_prompt_length": 32, **(data or {})})
-    return make_trainer(folder, **(trainer or {})), preference, pairs
+    module["optimizer"] = partial(optimizer, lr=lr)
+    common = {"tokenizer": model, "validation": 0.0, "batch_size": 4, "max_length": 64}
+    if sft:
+        parts = SFTModule(model, **module), SFTDataModule(source, **{**common, **(data or {})})
+    else:
+        common |= {"routing": Routing(hard_fraction=0.25), "max_prompt_length": 32}
+        parts = PreferenceModule(model, **module), PreferenceDataModule(source, **{**common, **(data or {})})
+    return make_trainer(folder, **(trainer or {})), *parts
 
 
-def build_sft(
-    model: str,
-    source: str,
-    folder: Path,
-    *,
-    trainer: dict[str, Any] | None = None,
-    lr: float = 0.1,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
-    data: dict[str, Any] | None = None,
-    **module: Any,
-) -> tuple[L.Trainer, SFTModule, SFTDataModule]:
-    """As `build`, for SFT."""
-    L.seed_everything(0, verbose=False)
-    module = {"lora": Lora(rank=4, alpha=8), "quantization": "none", "dtype": "float32", **module}
-    sft = SFTModule(model, optimizer=lambda p: optimizer(p, lr=lr), **module)
-    samples = SFTDataModule(
-        source, tokenizer=model, **{"validation": 0.0, "batch_size": 4, "max_length": 64, **(data or {})}
-    )
-    return make_trainer(folder, **(trainer or {})), sft, samples
+build_sft = partial(build, sft=True)
 
 
 def fit_sft_source(folder: Path) -> tuple[Any, dict[str, Any]]:
