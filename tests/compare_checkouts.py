@@ -1,7 +1,7 @@
 """Train six short runs in two checkouts with the same seeds, and compare the adapters bit for bit.
 
 `git worktree add /tmp/baseline baseline`, then
-`python tests/compare_checkouts.py /tmp/baseline [NEW_CHECKOUT] [--runs NAME …]`
+`python tests/compare_checkouts.py /tmp/baseline [NEW_CHECKOUT …] [--runs NAME …]`
 
 NEW_CHECKOUT is the checkout of this script by default. The runs: MixDPO, cleaned MixDPO, self-evolving token cleaning,
 SimPO, bucketed routing with a refreshed reference, and a resumed run; each on one tiny random model, fp32, on the CPU.
@@ -33,12 +33,13 @@ TRAIN = """
 import json, runpy, sys
 for arguments in json.loads(sys.stdin.read()):
     sys.argv = ["run.py", *arguments]
-    print("==", *arguments, flush=True)
     try:
         runpy.run_path("run.py", run_name="__main__")
     except SystemExit as end:
         if end.code:
-            raise
+            print("== failed", *arguments, end.code)
+    except Exception as error:
+        print("== failed", *arguments, repr(error))
 """
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
 Options = dict[str, Any]
@@ -134,7 +135,7 @@ def command(checkout: Path, folder: Path, name: str, options: Options, resume: s
 
 
 def train(checkout: Path, folder: Path, runs: dict[str, list[Options]]) -> None:
-    """Leaves folder/runs/NAME/adapter of each run."""
+    """Leaves folder/runs/NAME/adapter of each run that does not fail."""
     folder.mkdir()
     commands = []
     for name, (*before, last) in runs.items():
@@ -153,15 +154,16 @@ def train(checkout: Path, folder: Path, runs: dict[str, list[Options]]) -> None:
         text=True,
     )
     if done.returncode:
-        started = done.stdout.rpartition("== ")[2].partition("\n")[0]
-        sys.exit(f"{checkout}: {started} failed:\n{done.stderr[-3000:]}")
+        sys.exit(f"{checkout}: {done.stderr[-3000:]}")
+    for line in done.stdout.splitlines():
+        if line.startswith("== failed"):
+            print(f"{checkout}: {line}", flush=True)
 
 
 def adapter(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    weights = load_file(folder / "runs" / name / "adapter" / "adapter_model.safetensors")
-    if not all(bool(value.any()) for value in weights.values()):
-        sys.exit(f"{folder}: {name} has trained nothing: a matrix is 0")
-    return weights
+    """Nothing, where the run has failed."""
+    file = folder / "runs" / name / "adapter" / "adapter_model.safetensors"
+    return load_file(file) if file.exists() else {}
 
 
 def differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
@@ -178,23 +180,31 @@ def differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("baseline", type=Path)
-    parser.add_argument("new", type=Path, nargs="?", default=ROOT)
+    parser.add_argument("new", type=Path, nargs="*", default=[ROOT])
     parser.add_argument("--runs", nargs="+", help="only these")
     arguments = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory() as root:
-        old, new = Path(root) / "old", Path(root) / "new"
+        baseline = Path(root) / "baseline"
         runs = six_runs(Path(root))
         runs = {name: runs[name] for name in arguments.runs or runs}
-        train(arguments.baseline.resolve(), old, runs)
-        train(arguments.new.resolve(), new, runs)
-        for name in runs:
-            differ = differences(adapter(old, name), adapter(new, name))
-            print(f"{name}: {f'DIFFERS in {len(differ)} matrices, first {differ[0]}' if differ else 'bit-identical'}")
-            failed |= bool(differ)
+        train(arguments.baseline.resolve(), baseline, runs)
+        trained = {name: adapter(baseline, name) for name in runs}
+        if idle := [
+            name for name, weights in trained.items() if not weights or not all(map(torch.any, weights.values()))
+        ]:
+            sys.exit(f"the baseline has trained nothing in {', '.join(idle)}")
         for first, second in combinations(runs, 2):
-            if not differences(adapter(new, first), adapter(new, second)):
+            if not differences(trained[first], trained[second]):
                 sys.exit(f"{first} and {second} gave the same adapter: the comparison tells nothing")
+        for number, checkout in enumerate(arguments.new):
+            folder = Path(root) / str(number)
+            train(checkout.resolve(), folder, runs)
+            for name in runs:
+                differ = differences(trained[name], adapter(folder, name))
+                result = f"DIFFERS in {len(differ)} matrices, first {differ[0]}" if differ else "bit-identical"
+                print(f"{checkout} {name}: {result}", flush=True)
+                failed |= bool(differ)
     sys.exit(failed)
 
 
