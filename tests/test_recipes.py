@@ -33,7 +33,7 @@ def test_a_loss_a_scorer_and_a_signal(tiny_model: str, tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     mine, called = importlib.import_module("mine"), set()
     for _, path, code in recipes:
-        assert len(code.splitlines()) <= 5
+        assert len([line for line in code.splitlines() if line]) <= 5
         kind = getattr(mine, path.removeprefix("mine."))
 
         def watched(self: Any, *arguments: Any, original: Any = kind.__call__) -> Any:
