@@ -191,8 +191,8 @@ def _encode(
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("the tokenizer has no chat template: use an instruct model, or set tokenizer.chat_template")
     chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    numbered: Sequence[Any] = names or range(1, len(chats) + 1)
-    return [_encode_chat(tokenizer, name, chat) for name, chat in zip(numbered, chats, strict=True)]
+    named = zip(names or range(1, len(chats) + 1), chats, strict=True)
+    return [_encode_chat(tokenizer, name, chat) for name, chat in named]
 
 
 def _encode_chat(tokenizer: Any, name: str | int, chat: list[dict[str, str]]) -> list[int]:
