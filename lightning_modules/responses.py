@@ -220,7 +220,7 @@ class ResponseModule(L.LightningModule):
     def _generate(
         self, keys: list[str], chats: list[list[dict[str, str]]], temperature: float
     ) -> Sequence[Response | Exception]:
-        options = {**self.sampling, "temperature": temperature}
+        options: dict[str, Any] = {**self.sampling, "temperature": temperature}
         if not chats:
             return []
         if self.server is not None:

