@@ -9,8 +9,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from mixdpo.batches.batch import PairBatch
+from mixdpo.model.adapters import role
+from mixdpo.model.forward import row_log_probs
 from mixdpo.storage.files import cache_root, or_without
+
+
+@torch.no_grad()
+def reference_log_probs(model: nn.Module, batch: PairBatch) -> Tensor:
+    """(M,) log-probabilities by the reference, of the targets in the batch's reference rows."""
+    with role(model, "reference"):
+        return row_log_probs(model, batch.reference_rows)
 
 
 class ReferenceCache:
@@ -28,6 +40,7 @@ class ReferenceCache:
         about = json.dumps({**of, "values": dtype}, sort_keys=True)
         name = hashlib.sha256(about.encode()).hexdigest()[:32]
         self.path, self.dtype = cache_root() / "reference" / f"{name}.sqlite", np.dtype(dtype)
+        self._new: list[tuple[Sequence[tuple[bytes, int]], Tensor]] = []  # not written yet
         self._or_in_memory = partial(or_without, "the reference's log-probabilities", self.path, self._open)
         with self._or_in_memory():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +51,25 @@ class ReferenceCache:
         self._database = sqlite3.connect(where, timeout=60, isolation_level=None)
         self._database.execute("PRAGMA synchronous = NORMAL")
         self._database.execute("CREATE TABLE IF NOT EXISTS log_probs (key BLOB PRIMARY KEY, by_token BLOB)")
+
+    def log_probs(self, model: nn.Module, batch: PairBatch) -> Tensor:
+        """As `reference_log_probs`; computed only if the file lacks one of the batch's completions.
+
+        What was computed is written by `write`, because writing waits for the device.
+        """
+        if (known := self.get(batch.reference_keys)) is not None:
+            values, device = torch.tensor(known), batch.reference_rows.target.device
+            return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+        values = reference_log_probs(model, batch)
+        self._new.append((batch.reference_keys, values))
+        return values
+
+    def write(self) -> None:
+        """Write what was computed since the last time."""
+        for keys, found in self._new:
+            parts = found.split([tokens for _, tokens in keys])
+            self.add((key, values.cpu().numpy()) for (key, _), values in zip(keys, parts, strict=True))
+        self._new = []
 
     def get(self, lengths: Sequence[tuple[bytes, int]]) -> np.ndarray | None:
         """The values of these completions (key, tokens), one after the other; None if one of them is not known.
