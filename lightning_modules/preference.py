@@ -13,7 +13,7 @@ from mixdpo.batches.batch import PairBatch
 from mixdpo.errors import InputError
 from mixdpo.losses import DPO
 from mixdpo.losses.sft import sft
-from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
+from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, accuracy, by_difficulty, pair_values
 from mixdpo.model.forward import sequence_log_probs, summed
 from mixdpo.model.fused_head import SequenceLogProbs, taken
 from mixdpo.model.identity import adapter_fingerprint
@@ -128,7 +128,7 @@ class PreferenceModule(AdapterModule):
         every = torch.arange(len(batch), device=policy.sums.device)
         values["preference_loss"] = self._preference_losses(every, batch, policy, reference)
         values["sft_loss"] = sft(policy[every])
-        values["length_accuracy"] = length_accuracy(policy.lengths)
+        values["length_accuracy"] = accuracy(*policy.lengths.chunk(2))
         self.val_means.update(by_difficulty(values, batch))
 
     def _record(self, batch: PairBatch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
@@ -221,10 +221,6 @@ class PreferenceModule(AdapterModule):
         norms, self._gradient_norms = self._gradient_norms, {}
         mass = learning_rate_mass(self._multipliers[:step], self._plan.sft_share[:step])
         return super().step_values(step) | mass | norms
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._write_log_probs()
 
     def teardown(self, stage: str) -> None:
         self._write_log_probs()

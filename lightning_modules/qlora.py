@@ -1,6 +1,7 @@
 """What both LightningModules share: a 4-bit base with a LoRA policy, its optimizer, schedule, log rows, checkpoints."""
 
 from collections.abc import Callable
+from math import isclose
 from typing import Any, Literal
 
 import lightning as L
@@ -27,6 +28,8 @@ from mixdpo.storage.identity import refuse_other_run
 from mixdpo.token_cleaning.cleaning import Cleaning
 
 Schedule = Callable[[StepPlan], Any]
+COUNTS = ("empty_steps", "reference_version", "stage")
+"""Attributes of a module that a checkpoint holds."""
 
 
 class AdapterModule(L.LightningModule):
@@ -70,21 +73,17 @@ class AdapterModule(L.LightningModule):
         super().__init__()
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
-        self.activation_checkpointing, self._recompute_above = activation_checkpointing, 0
+        self.activation_checkpointing = activation_checkpointing
+        self._recompute_above: Any = 0 if activation_checkpointing is True else activation_checkpointing  # tokens
         self.optimizer, self.schedule, self.schedule_steps = optimizer, schedule, schedule_steps
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
         self.model: Any = None  # until configure_model
         self.start_fingerprint: str | None = None  # of the adapter that training starts from; None for the base
         self._base_weights = ""
-        self.train_means: NamedMeans
-        self.val_means: NamedMeans
-        self.row_losses: torch.Tensor  # (B,) of the last micro-batch
+        self.train_means, self.val_means, self.row_losses = NamedMeans(()), NamedMeans(()), torch.zeros(0)
         self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
-        self.reference_version = 0  # how often the cleaning reference was refreshed
-        self.empty_steps, self._kept_weight = (
-            0,
-            torch.zeros(()),
-        )  # weight of the tokens that the step has trained so far
+        self.empty_steps, self.reference_version, self.stage = 0, 0, 0  # version: refreshes of the cleaning reference
+        self._kept_weight = torch.zeros(())  # of the tokens that the step has trained so far
         self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
         self._checkpoint_options: dict[str, Any] | None = None  # of the run that is continued; None in a fresh run
 
@@ -112,9 +111,11 @@ class AdapterModule(L.LightningModule):
         for layer in adapter_layers(self.model):
             layer.cast_input_dtype_enabled = "mixed" not in self.trainer.precision
         self.model.train()
+        if self.activation_checkpointing == "auto":
+            with self.trainer.precision_plugin.forward_context():
+                self._recompute_above = most_tokens(self.model)
+            self.print(f"activations are recomputed for micro-batches of more than {self._recompute_above} tokens")
         if self.activation_checkpointing is not False:
-            above = self.activation_checkpointing
-            self._recompute_above = self._most_tokens() if above == "auto" else 0 if above is True else above
             base.activation_checkpointing_enable({"use_reentrant": False})
 
     def _refuse_unfit(self) -> None:
@@ -135,13 +136,6 @@ class AdapterModule(L.LightningModule):
         check_card(strategy.root_device, precision)
         if precision == "bf16-true":
             self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
-
-    def _most_tokens(self) -> int:
-        """Tokens up to which a micro-batch fits into free memory without being recomputed."""
-        with self.trainer.precision_plugin.forward_context():
-            tokens = most_tokens(self.model)
-        self.print(f"activations are recomputed for micro-batches of more than {tokens} tokens")
-        return tokens
 
     def recompute_if_long(self, rows: TokenRows) -> None:
         """To be called before a forward pass that a backward pass follows."""
@@ -182,16 +176,14 @@ class AdapterModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_means.compute().items():
-            # float32 is what Lightning keeps; the state was summed in float64 over all ranks
-            self.log(name, value.float())
+            self.log(name, value.float())  # what Lightning keeps; the sums over all ranks are fp64
         self.val_means.reset()
 
     def log_row(self) -> None:
         """Log the row of the optimizer step just made."""
         step = self.trainer.global_step
-        values: dict[str, Any] = self.train_means.compute()
+        values = {**self.train_means.compute(), **self.step_values(step)}
         self.train_means.reset()
-        values |= self.step_values(step)
         values["lr"] = self._multipliers[step - 1] * self.optimizers().defaults["lr"]
         self._log_step({name: float(value) for name, value in values.items()} | self.callback_values)
         self.callback_values.clear()
@@ -215,9 +207,7 @@ class AdapterModule(L.LightningModule):
             raise InputError(f"model.optimizer does not take these options: {error}. Correct them") from error
         data, steps = self.trainer.datamodule, self.schedule_steps
         if steps is not None and steps < (planned := len(data.step_plan())):
-            raise InputError(
-                f"model.schedule_steps {steps} is less than the run's {planned} steps: raise it, or give null"
-            )
+            raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps: raise it")
         self._plan = data.step_plan(steps)
         self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
         if self._multipliers.shape != (len(self._plan),) or not np.isfinite(self._multipliers).all():
@@ -234,12 +224,10 @@ class AdapterModule(L.LightningModule):
         """A continued run must be what the run with these options would have been from its first step on."""
         if self._checkpoint_options is None:
             return
-        used = np.array(self._checkpoint_options["multipliers"])
-        now = np.full(len(used), np.nan)  # fewer steps may be planned than were made
-        now[: len(self._multipliers)] = self._multipliers[: len(used)]
-        differs = ~np.isclose(now, used, rtol=1e-9, atol=1e-12)  # another CPU may round a cosine otherwise
-        if differs.any():
-            step = int(differs.argmax())
+        used, now = self._checkpoint_options["rates"], self._multipliers.tolist()
+        same = [isclose(*rates, rel_tol=1e-9, abs_tol=1e-12) for rates in zip(used, now, strict=False)]
+        if not all(same) or len(now) < len(used):  # another CPU may round a cosine otherwise
+            step = [*same, False].index(False)
             raise InputError(
                 f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). "
                 f"{self.schedule} depends on the planned number of steps, now {len(self._plan)}. Keep max_steps and "
@@ -250,7 +238,8 @@ class AdapterModule(L.LightningModule):
     def identity(self) -> dict[str, Any]:
         """What must stay for a run to be continued, besides the data."""
         trainer = self.trainer
-        parts = {"base": self.base_weights(), "lora": str(self.lora), "loading": str(self.loading)}
+        parts = {"data module": type(trainer.datamodule).__qualname__, "base": self.base_weights()}
+        parts |= {"lora": str(self.lora), "loading": str(self.loading)}
         parts |= {"precision": str(trainer.precision), "cleaning": self.cleaning and self.cleaning.identity()}
         parts |= {name: getattr(trainer, name) for name in ("gradient_clip_val", "gradient_clip_algorithm")}
         refreshed = {c.role: str(c) for c in trainer.callbacks if isinstance(c, RefreshReference)}
@@ -262,55 +251,41 @@ class AdapterModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self._learnt_state()
-        checkpoint["checkpoint_options"] = {
-            "options": self.identity(),
-            "multipliers": self._multipliers[: self.trainer.global_step].tolist(),
-            "optimizer": _describe(self.optimizers().optimizer),
-        }
+        options = {"options": self.identity(), "optimizer": _describe(self.optimizers().optimizer)}
+        checkpoint["checkpoint_options"] = options | {"rates": self._multipliers[: self.trainer.global_step].tolist()}
         describe_best(self.trainer, checkpoint)
-        adapters = {"stacked": dict(self.model.stacked), "empty_steps": self.empty_steps}
-        checkpoint["adapters"] = adapters | {"reference_version": self.reference_version}
+        counts = {name: getattr(self, name) for name in COUNTS}
+        checkpoint["adapters"] = {"stacked": dict(self.model.stacked), **counts}
         means = torch.stack([self.train_means.sums, self.train_means.counts])
-        means = self.trainer.strategy.reduce(means, reduce_op="sum")
-        in_step = self.trainer.fit_loop._should_accumulate()
-        checkpoint["row"] = {"means": means, "values": dict(self.callback_values), "in_step": in_step}
+        row = {"means": self.trainer.strategy.reduce(means, reduce_op="sum"), "values": dict(self.callback_values)}
+        checkpoint["row"] = row | {"in_step": self.trainer.fit_loop._should_accumulate()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":
-            self._continue_run(checkpoint)
+            if checkpoint["row"]["in_step"]:
+                raise InputError(
+                    "the checkpoint was written in the middle of an optimizer step, whose gradient it does not hold: "
+                    "continue from RUN/checkpoints/last.ckpt"
+                )
+            self._checkpoint_options = checkpoint["checkpoint_options"]
+            refuse_other_run(self._checkpoint_options["options"], self.identity())
+            keep_best(self.trainer, checkpoint)
+            self.callback_values = checkpoint["row"]["values"]
+            if self.global_rank == 0:  # the means are those of all
+                self.train_means.sums, self.train_means.counts = checkpoint["row"]["means"].to(self.device)
         saved = checkpoint["adapters"]
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:
             add_reference(self.model, "reference")  # RefreshReference had made it
-        self.model.stacked, self.reference_version = dict(saved["stacked"]), saved["reference_version"]
-        self.empty_steps = saved["empty_steps"]
+        self.model.stacked = dict(saved["stacked"])
+        vars(self).update({name: saved[name] for name in COUNTS})
         if unlike := set(self._learnt_state()) ^ set(checkpoint["state_dict"]):
             raise InputError(
                 f"the checkpoint's adapter does not fit this model: {len(unlike)} tensors are missing or not expected, "
                 f"such as {sorted(unlike)[:3]}. Use the base, lora, adapter, cleaning and preference_loss settings in "
                 "the config.yaml of the run that wrote it"
             )
-
-    def _continue_run(self, checkpoint: dict[str, Any]) -> None:
-        """Take the row of the step over, and refuse a checkpoint that another run or half a step has left."""
-        data = type(self.trainer.datamodule).__qualname__
-        if data not in checkpoint:  # its state is under that name
-            raise InputError(
-                f"the checkpoint belongs to another run: it has no position in what {data} reads. Continue with the "
-                "config.yaml beside it, or start anew from its adapter/ folder"
-            )
-        if checkpoint["row"]["in_step"]:
-            raise InputError(
-                "the checkpoint was written in the middle of an optimizer step, whose gradient it does not hold: "
-                "continue from RUN/checkpoints/last.ckpt"
-            )
-        self.callback_values = checkpoint["row"]["values"]
-        if self.global_rank == 0:  # the means are those of all
-            self.train_means.sums, self.train_means.counts = checkpoint["row"]["means"].to(self.device)
-        self._checkpoint_options = checkpoint["checkpoint_options"]
-        refuse_other_run(self._checkpoint_options["options"], self.identity())
-        keep_best(self.trainer, checkpoint)
 
     def _learnt_state(self) -> dict[str, torch.Tensor]:
         """The adapters, and the buffers of a preference loss that has some."""

@@ -36,15 +36,13 @@ class SFTModule(AdapterModule):
         super().__init__(base, **options)
         self.stage_start = stage_start
         self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
-        self._stage = 0
         self._step_tokens = 0
 
     def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
         """After the callbacks' hook: the reference is refreshed by what the policy was before the stage."""
-        stage = self.trainer.datamodule.stage_of(self.trainer.global_step)
-        if stage == self._stage:
+        before, self.stage = self.stage, self.trainer.datamodule.stage_of(self.trainer.global_step)
+        if self.stage == before:
             return
-        self._stage = stage
         if self.stage_start == "fresh_adapter":
             stack_policy(self.model)
             for weight in self.learning() if self.trainer.world_size > 1 else ():  # ranks have drawn unlike ones
@@ -109,11 +107,3 @@ class SFTModule(AdapterModule):
             weight = batch.token_weight * (source == self.trainer.datamodule.sources.index(name))
             weighted[f"val/loss/{name}"] = (values["loss"], weight)
         self.val_means.update(weighted)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["adapters"]["stage"] = self._stage
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self._stage = checkpoint["adapters"].get("stage", 0)  # a preference run, whose adapter is validated, has none

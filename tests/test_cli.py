@@ -463,7 +463,7 @@ def test_options_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["options", "mixdpo.losses.BetaDPO"]) == 0
     printed = capsys.readouterr().out
     assert "sensitivity: float | None = None" in printed and "how much β follows" in printed
-    for wrong in ("mixdpo.losses.Nothing", "nothing", "mixdpo.losses.check_options"):
+    for wrong in ("mixdpo.losses.Nothing", "nothing", "mixdpo.losses.preference_loss.check_range"):
         assert main(["options", wrong]) == 2 and wrong in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import adapter_weights, build, collate, fit, make_pairs, write_pairs
 from test_configs import build as build_cli  # noqa: F401  (a fixture)
-from test_loss_equations import NAMES, TABLE
+from test_losses import NAMES, TABLE
 from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
 
 import mixdpo.model.forward
@@ -16,7 +16,7 @@ from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo import losses
 from mixdpo.errors import InputError
 from mixdpo.losses import BetaDPO, KTOPair, SimPO
-from mixdpo.losses.functions import sft
+from mixdpo.losses.sft import sft
 from mixdpo.model.adapters import role
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.routing.route import Routing

@@ -25,7 +25,7 @@ def over_ranks(values: Tensor) -> tuple[Tensor, slice]:
 class KTOPair(PreferenceLoss, beta=0.1):
     """½ [1 − σ(β(h_w − K_l)) + 1 − σ(β(K_w − h_l))]. Ethayarajh et al. 2024 (arXiv 2402.01306), paired.
 
-    K = max(0, mean h) over the batch on all ranks, detached and crossed on purpose. In validation K is of each batch."""
+    K = max(0, mean h) over the batch on all ranks, detached and crossed on purpose; of each batch in validation."""
 
     batch_statistics = True
 

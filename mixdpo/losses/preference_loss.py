@@ -84,7 +84,7 @@ class PreferenceLoss:
             object.__setattr__(self, name, check_range(name, value if given is None else given))  # it is frozen
 
     def describe(self) -> str:
-        """Name and hyper-parameters. (A default that jsonargparse builds lazily knows none before a method is called.)"""
+        """Name and hyper-parameters, also of a default that jsonargparse builds when a method is called."""
         return described(self)
 
 

@@ -18,11 +18,11 @@ from lightning_modules.callbacks.checkpoint import LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
-from lightning_modules.sft import SFTModule
 from mixdpo import losses
 from mixdpo.batches.steps import Slices, plan_stages
 from mixdpo.data.sources import open_source
 from mixdpo.evaluation.generation import generate
+from mixdpo.losses.preference_loss import HYPER_PARAMETERS
 from mixdpo.model.adapters import Lora
 from mixdpo.options import options
 from mixdpo.routing.route import Routing
@@ -124,7 +124,6 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
         {"cleaning": Cleaning(scorer=Loss("policy"), selection=Selection(scope="batch"))},
         ("reads the policy of each step", "ExcessLoss(worse=base)"),
     ),
-    (SFTModule, {"activation_checkpointing": -1}, ("activation_checkpointing must be", "-1")),
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
     (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
     (MarginModule, {"signal": Rating(), "also": {"r": RewardModel()}}, ("model.also: r cannot be computed with",)),
@@ -150,7 +149,7 @@ def loss_case(option: str, value: float) -> Case:
         kind for kind in vars(losses).values() if option in getattr(kind, "__dataclass_fields__", {"sensitivity"})
     )
     kind = losses.BetaDPO if option == "sensitivity" else kind
-    says = (f"preference_loss.{option} must be", losses.OPTIONS[option][0])
+    says = (f"preference_loss.{option} must be", HYPER_PARAMETERS[option][0])
     return Case("model.preference_loss", f"{option} {value}", lambda place: kind(**{option: value}), says)
 
 
@@ -285,7 +284,7 @@ WITH_DATA = [
     Case(
         "mixdpo options",
         "a function",
-        lambda place: options("mixdpo.losses.check_options"),
+        lambda place: options("mixdpo.losses.preference_loss.check_range"),
         ("is no class", "give the path of one"),
     ),
     Case(
