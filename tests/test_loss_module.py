@@ -161,16 +161,6 @@ def test_shared_sums(share_prompt: bool, tiny_model: str, source: str, tmp_path:
     assert not without.shared_sums[hard.sft].any() and not without.shared_sums[hard.sft + 8].any()
 
 
-def test_ld_dpo_through_the_module(tiny_model: str, source: str, tmp_path: Path) -> None:
-    run = build(tiny_model, source, tmp_path / "run", data=EASY, preference_loss=losses.LDDPO(beta=0.5, tail_weight=0))
-    batch = first_batch(*run)
-    perturb_policy(run[1])
-    policy, reference = run[1].policy_and_reference(batch)
-    loss = run[1].route_losses(batch, policy, reference)[0]
-    h = (policy.shared_sums - reference.shared_sums).chunk(2)
-    torch.testing.assert_close(loss, -torch.log(torch.sigmoid(0.5 * (h[0] - h[1]))))
-
-
 def test_sft_weight_belongs_to_the_loss(tiny_model: str) -> None:
     assert PreferenceModule(tiny_model).sft_weight == 1.0
     assert PreferenceModule(tiny_model, losses.SPPO()).sft_weight == 2e5
@@ -281,11 +271,9 @@ def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str
     data = {"routing": Routing(hard_fraction=0.2), "batch_size": 3, "validation": 0.25}
 
     def train(name: str, ckpt_path: str | None = None, **trainer: Any) -> Any:
-        options = {"data": data, "trainer": {"max_epochs": 2, **trainer}, "lr": 1.0}
-        options["schedule"] = Constant(warmup=0.0)
-        return fit(
-            tiny_model, source, tmp_path / name, ckpt_path=ckpt_path, preference_loss=losses.BetaDPO(), **options
-        )
+        options = {"data": data, "trainer": {"max_epochs": 2, **trainer}, "lr": 1.0, "schedule": Constant(warmup=0.0)}
+        options |= {"ckpt_path": ckpt_path, "preference_loss": losses.BetaDPO()}
+        return fit(tiny_model, source, tmp_path / name, **options)
 
     whole = train("whole")
     assert whole.trainer.global_step == 4 and 3 <= int(whole.preference_loss.batches) <= 4
@@ -293,9 +281,8 @@ def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str
     train("cut", max_steps=2)
     checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert {key for key in saved if "lora_" not in key} == {
-        f"preference_loss.{name}" for name in ("mean", "deviation", "batches")
-    }
+    buffers = {f"preference_loss.{name}" for name in ("mean", "deviation", "batches")}
+    assert {key for key in saved if "lora_" not in key} == buffers
     resumed = train("rest", ckpt_path=str(checkpoint))
     unseen = train("unseen", limit_val_batches=0)
     for other in (resumed, unseen):
