@@ -3,11 +3,13 @@
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ class Judging:
 
     def __init__(self, folder: Path, url: str, count: int = 6, **options: Any) -> None:
         outputs, baseline = write_outputs(folder, count)
-        self.path = folder / "model.verdicts.jsonl"
+        self.path = folder / "model.verdicts.sqlite"
         self.options = {"outputs": outputs, "baseline": baseline, "model": "m", "base_url": url, **options}
 
     def __call__(self, **options: Any) -> int:
@@ -59,8 +61,11 @@ class Judging:
         return {verdict.key: verdict for verdict in read_verdicts(self.path).verdicts}
 
     def lines(self) -> int:
-        """Complete verdicts in the file, those counted twice included."""
-        return max(0, self.path.read_bytes().count(b"\n") - 1) if self.path.exists() else 0
+        """Verdicts in the file, which a judge may be writing to."""
+        place = f"file:{self.path}?mode=ro&immutable=1"
+        with suppress(sqlite3.Error), closing(sqlite3.connect(place, uri=True)) as database:
+            return int(database.execute("SELECT count(*) FROM entries").fetchone()[0])
+        return 0
 
 
 def in_turn(request: Request) -> dict[str, float]:

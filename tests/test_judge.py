@@ -124,7 +124,7 @@ def test_what_lasts_is_listed_and_asked_again_by_the_next_call(tmp_path, capsys)
         assert judging() == 0
         assert sorted(server.asked) == list(range(count))
     assert all(verdict.failed is None for verdict in judging.verdicts.values())
-    assert judging.lines() == 2 * count + 3  # and the later of two lines counts
+    assert judging.lines() == count + 3
 
 
 @pytest.mark.parametrize(("fault", "least"), [("wait 1", 1.0), ("until 2", 1.0)])
@@ -265,8 +265,8 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, user):
             judging()
         sent = server.authorization.removeprefix("Bearer ").removeprefix("Basic ")
     said = capfd.readouterr()
-    kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
-    assert "***" in judging.path.read_text() and "***" in str(raised.value)  # the server did repeat it
+    kept = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
+    assert "***" in judging.path.read_text(errors="replace") and "***" in str(raised.value)  # the server did repeat it
     assert (sent == KEY) == (user == "")
     for text in (said.out, said.err, str(raised.value), *kept):
         assert not any(secret in text for secret in (KEY, sent, "pass%20word", "pass word"))
@@ -311,4 +311,4 @@ def test_a_body_that_repeats_the_key(tmp_path, monkeypatch):
     with Server(in_turn, {i: [f"echo {8 * i}!"] for i in range(25)}) as server:
         judging = Judging(tmp_path, server.url, 25, attempts=1)
         assert judging() == 1
-    assert KEY[:8] not in judging.path.read_text()
+    assert KEY[:8] not in judging.path.read_text(errors="replace")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import pytest
 from mixdpo.errors import InputError
 from mixdpo.evaluation import score as verb
 from mixdpo.evaluation.score import score
-from mixdpo.evaluation.verdicts import VERDICTS
+from mixdpo.evaluation.verdicts import Verdict, VerdictsWriter, read_verdicts
 
-HEADER = {"format": VERDICTS.name}
-HEADER |= {"model": "ours", "baseline": "gpt", "outputs": "0f", "judge": {"model": "j", "seed": 0}}
+HEADER = {"model": "ours", "baseline": "gpt", "outputs": "0f", "judge": {"model": "j", "seed": 0}}
 NAME = "length-controlled win rate without instruction difficulty and gamed baselines"
 GAMED = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"
 
@@ -22,19 +22,20 @@ GAMED = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_b
 BOTH = {"model": "j", "order": "both"}
 
 
-def verdict(index: int, preference: float | str, order: str = "model_first", **changes: Any) -> dict[str, Any]:
-    """A line of a verdicts file; a text instead of a preference is why it failed."""
+def verdict(index: int, preference: float | str, order: str = "model_first", **changes: Any) -> Verdict:
+    """A text instead of a preference is why it failed."""
     failed = isinstance(preference, str)
-    result = {"failed": preference} if failed else {"preference": preference, "from": "log_probs"}
+    result = {"preference": None if failed else preference, "failed": preference if failed else None}
     lengths = {"len_model": 100 + 7 * index**2, "len_baseline": 120 + 3 * index, "tokens": 10 * index, "ended": True}
-    judged = {"index": index, "order": order, "judge_prompt_tokens": None, "judge_completion_tokens": None}
-    return judged | lengths | result | changes
+    judged = {"judge_prompt_tokens": None, "judge_completion_tokens": None, "source": None if failed else "log_probs"}
+    return Verdict(index=index, order=order, **(judged | lengths | result | changes))
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]], prompts: int | None = None, **header: Any) -> str:
-    count = prompts if prompts is not None else 1 + max(row["index"] for row in rows)
-    lines = [HEADER | {"prompts": count} | header, *rows]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def write(path: Path, verdicts: Sequence[Verdict], prompts: int | None = None, **header: Any) -> str:
+    count = prompts if prompts is not None else 1 + max(verdict.index for verdict in verdicts)
+    path.unlink(missing_ok=True)
+    with VerdictsWriter(path, HEADER | {"prompts": count} | header) as writer:
+        writer.keep(*verdicts)
     return str(path)
 
 
@@ -136,9 +137,8 @@ def test_no_length_control_is_no_reason_to_hide_the_win_rate(
 def two_models(folder: Path, **header: Any) -> tuple[str, str]:
     rng = np.random.default_rng(0)
     ours = [verdict(i, round(p, 3)) for i, p in enumerate(rng.uniform(size=12))]
-    theirs = [row | {"preference": 0.9 * row["preference"], "len_model": 80 + 11 * row["index"]} for row in ours[2:]]
-    theirs[-1] |= {"failed": "timeout"}
-    del theirs[-1]["preference"]
+    theirs = [replace(v, preference=0.9 * v.preference, len_model=80 + 11 * v.index) for v in ours[2:]]
+    theirs[-1] = replace(theirs[-1], preference=None, failed="timeout")
     a = write(folder / "a.jsonl", ours)
     return a, write(folder / "b.jsonl", theirs, prompts=12, **({"model": "other", "outputs": "1e"} | header))
 
@@ -155,7 +155,7 @@ def test_two_models_over_the_prompts_that_both_have(tmp_path: Path, capsys: pyte
     (ours, theirs), difference = content["models"], content["differences"]
     assert (content["prompts"], ours["judged"], theirs["judged"]) == (9, 12, 9)
     assert theirs["left_out"] == {"not judged yet": 2, "timeout": 1}
-    shared = [json.loads(line)["preference"] for line in Path(a).read_text().splitlines()[3:12]]
+    shared = [verdict.preference for verdict in read_verdicts(a).verdicts[2:11]]
     assert ours["rates"]["win rate"]["value"] == pytest.approx(100 * np.mean(shared))
     assert difference["win rate"]["value"] == pytest.approx(10 * np.mean(shared))
     assert difference["win rate"]["standard_error"] < 0.2 * ours["rates"]["win rate"]["standard_error"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.errors import InputError
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 
 Row = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ class Answered:
     """A prompt and its answers, one for each turn."""
 
     prompt: Prompt
-    responses: tuple[Generation, ...]
+    responses: tuple[Response, ...]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import Endpoint
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 from mixdpo.evaluation.judge_prompt import Malformed, NoVerdict
 
 Chat = list[dict[str, str]]
@@ -20,7 +20,7 @@ def complete(
     temperature: float,
     top_p: float,
     seeds: list[int],
-) -> list[Generation | Exception]:
+) -> list[Response | Exception]:
     """One completion of each chat, all asked at once; entry i belongs to chat i, and is why there is none otherwise: an
     InputError where the server cannot be reached or refuses all, a NoVerdict where it is only this chat.
 
@@ -37,8 +37,8 @@ def complete(
     return asyncio.run(_complete(chats, endpoint, seeds))
 
 
-async def _complete(chats: list[Chat], endpoint: Endpoint, seeds: list[int]) -> list[Generation | Exception]:
-    async def response(chat: Chat, seed: int) -> Generation | Exception:
+async def _complete(chats: list[Chat], endpoint: Endpoint, seeds: list[int]) -> list[Response | Exception]:
+    async def response(chat: Chat, seed: int) -> Response | Exception:
         try:
             return (await endpoint.ask(chat, _read, seed=seed))[0]
         except (NoVerdict, InputError) as error:
@@ -48,7 +48,7 @@ async def _complete(chats: list[Chat], endpoint: Endpoint, seeds: list[int]) -> 
         return await asyncio.gather(*map(response, chats, seeds))
 
 
-def _read(content: Any) -> Generation:
+def _read(content: Any) -> Response:
     """
     Raises:
         Malformed: it is no chat completion that says how many tokens it has.
@@ -60,4 +60,4 @@ def _read(content: Any) -> Generation:
             raise TypeError(f"content {text!r:.40}, completion_tokens {tokens!r}")
     except (KeyError, IndexError, TypeError) as error:
         raise Malformed(f"no chat completion: {type(error).__name__} {error} in {str(content)[:200]!r}") from None
-    return Generation(text, tokens, choice.get("finish_reason") == "stop")
+    return Response(text, tokens, choice.get("finish_reason") == "stop")
