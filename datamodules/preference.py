@@ -161,7 +161,7 @@ class PreferenceDataModule(PlannedDataModule):
 
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         """A stage starts with the first step whose pairs are mostly its own (or of a later one)."""
-        sft_share = np.array([self.route.to_sft[list(step)].mean() for step in self._steps(epoch)])
+        sft_share = np.array([self.route.is_sft[list(step)].mean() for step in self._steps(epoch)])
         places, starts = plan_steps(self.route.stages.tolist(), self.batch_size), [0]
         for stage in range(1, int(self.route.stages[-1]) + 1):
             first = int(np.argmax([np.mean(np.array(step) >= stage) >= 0.5 for step in places]))
@@ -169,7 +169,7 @@ class PreferenceDataModule(PlannedDataModule):
         return StepPlan(sft_share, tuple(starts))
 
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
-        tokens = self._tokens(self.train_pairs, self.route.to_sft, self.route.sft_sides)
+        tokens = self._tokens(self.train_pairs, self.route.is_sft, self.route.sft_sides)
         return [piece for step in self._steps(epoch) for piece in cut_step(step, tokens, **self.cut())]
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
@@ -177,7 +177,7 @@ class PreferenceDataModule(PlannedDataModule):
         if self._pool is not None:
             first_token = np.full(len(self.route.is_hard), -1)
             first_token[self._on_side(hard=True)] = self._pool.offsets[:-1]
-        routes = {"to_sft": self.route.to_sft.tolist(), "sft_sides": self.route.sft_sides, "first_token": first_token}
+        routes = {"is_sft": self.route.is_sft.tolist(), "sft_sides": self.route.sft_sides, "first_token": first_token}
         loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False, **routes)
         loader.replan = self.micro_batches if self.routing.reshuffle else None
         return loader
@@ -263,9 +263,9 @@ class PreferenceDataModule(PlannedDataModule):
         return ResumableLoader(plan, collator, workers=self.workers)
 
     @staticmethod
-    def _tokens(pairs: Any, to_sft: Any, sft_sides: tuple[int, ...] = (0,)) -> list[int]:
+    def _tokens(pairs: Any, is_sft: Any, sft_sides: tuple[int, ...] = (0,)) -> list[int]:
         """Tokens that training a pair computes: what SFT does not learn is not among them."""
-        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], to_sft, strict=True)
+        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_sft, strict=True)
         return [
             len(prompt) + sum(len(sides[i]) for i in (sft_sides if sft else (0, 1))) for prompt, *sides, sft in columns
         ]

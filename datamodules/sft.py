@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
 from mixdpo.batches.loader import ResumableLoader
-from mixdpo.batches.sft_batch import SFTCollator
+from mixdpo.batches.batch import SampleCollator
 from mixdpo.batches.steps import MicroBatch, Slices, Stage, cut_step, plan_stages
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.conversation_encoding import encode_samples, encoding_identity
@@ -59,6 +59,7 @@ class SFTDataModule(PlannedDataModule):
         self.validation_pool = self._encode(held_out, "validation") if held_out is not None else None
         held_out_sources = set(self.validation_pool.samples["source"]) if self.validation_pool else set()
         self.sources = sorted({*self.pool.samples["source"], *held_out_sources})
+        self._sources = {name: index for index, name in enumerate(self.sources)}
         self.reported_sources = sorted(held_out_sources - {""}) if len(held_out_sources) <= MOST_SOURCES else []
         self.stages = plan_stages(len(self.pool.samples), self.slices, batch_size=self.batch_size)
         if self.slices.count > 1 and self.trainer.max_epochs != 1:
@@ -119,7 +120,7 @@ class SFTDataModule(PlannedDataModule):
         return plan
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
-        return ResumableLoader(plan, SFTCollator(self.pool, self.sources, pack=self.pack), workers=self.workers)
+        return ResumableLoader(plan, SampleCollator(self.pool, self._sources, pack=self.pack), workers=self.workers)
 
     def plan_identity(self) -> dict[str, str]:
         return {**self.pool.identity, "steps": content_hash(self._steps())}
@@ -136,7 +137,7 @@ class SFTDataModule(PlannedDataModule):
 
     def val_dataloader(self) -> ResumableLoader:
         lengths = [len(ids) for ids in self.validation_pool.samples["input_ids"]]
-        collator = SFTCollator(self.validation_pool, self.sources, pack=self.pack)
+        collator = SampleCollator(self.validation_pool, self._sources, pack=self.pack)
         plan = self.validation_batches(lengths, self.validation_pool.samples["sample_id"][:])
         return ResumableLoader(plan, collator, workers=self.workers)
 

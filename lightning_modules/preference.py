@@ -9,7 +9,7 @@ from jsonargparse import lazy_instance
 from torch import Tensor, nn
 
 from lightning_modules.qlora import AdapterModule
-from mixdpo.batches.batch import PairBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.errors import InputError
 from mixdpo.losses import DPO
 from mixdpo.losses.functions import sft
@@ -79,7 +79,7 @@ class PreferenceModule(AdapterModule):
         self._gradient_norms: dict[str, float] = {}
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
 
-    def policy_and_reference(self, batch: PairBatch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
+    def policy_and_reference(self, batch: Batch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
         """Log-probabilities of the 2B completions; no reference where every pair is routed to SFT or the loss has none.
 
         The reference runs first and without gradients: its activations are gone before the policy's are kept, and the
@@ -90,7 +90,7 @@ class PreferenceModule(AdapterModule):
             reference = summed(self._reference_log_probs(batch), batch.reference_rows)
         return sequence_log_probs(self.model, batch.rows, batch.token_weight), reference
 
-    def _reference_log_probs(self, batch: PairBatch) -> Tensor:
+    def _reference_log_probs(self, batch: Batch) -> Tensor:
         """(M,) of the targets in the batch's reference rows, from the cache where it has all of them."""
         cache = self._open_cache()
         if cache is not None:
@@ -133,7 +133,7 @@ class PreferenceModule(AdapterModule):
         self._kept_log_probs = None
         self._open_cache()  # here, not in the step: the new adapter's fingerprint waits for the device
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.recompute_if_long(batch.rows)
         policy, reference = self.policy_and_reference(batch)
         losses, preference, sft_losses = self.route_losses(batch, policy, reference)
@@ -143,7 +143,7 @@ class PreferenceModule(AdapterModule):
             kept = batch.token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
             self._kept_weight = self._kept_weight.to(kept.device) + kept
         # Lightning divides by the number of micro-batches and DDP by the number of ranks: this is the step's mean
-        scale = self._micro_batches_per_step() / batch.step_pairs
+        scale = self._micro_batches_per_step() / batch.step_total
         if self._gradient_norms_are_due() and len(batch.sft):
             part = taken(losses * batch.weight, batch.sft).sum() * (scale / self.trainer.accumulate_grad_batches)
             options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
@@ -171,7 +171,7 @@ class PreferenceModule(AdapterModule):
         return self.log_gradient_norms and every > 0 and (step + 1) % every == 0
 
     def route_losses(
-        self, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
+        self, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of each pair (B,), of the easy ones (E,) and, unweighted, of the hard ones (H,)."""
         hard, pairs = batch.sft, len(batch)
@@ -182,7 +182,7 @@ class PreferenceModule(AdapterModule):
         return losses.index_copy(0, hard, self.sft_weight * sft_losses), preference, sft_losses
 
     def _preference_losses(
-        self, index: Tensor, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
+        self, index: Tensor, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> Tensor:
         """(len(index),) of pairs of the batch, 0 for filler: batch statistics are of real pairs only. Losses with such
         statistics wait for all ranks, so the loss is called even for no pair."""
@@ -194,7 +194,7 @@ class PreferenceModule(AdapterModule):
 
     def _record(
         self,
-        batch: PairBatch,
+        batch: Batch,
         losses: Tensor,
         preference: Tensor,
         sft_losses: Tensor,
@@ -224,7 +224,7 @@ class PreferenceModule(AdapterModule):
         return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
 
     def metric_names(self) -> set[str]:
-        has_easy = not self.trainer.datamodule.route.to_sft.all()
+        has_easy = not self.trainer.datamodule.route.is_sft.all()
         return {name for name in super().metric_names() if has_easy or not name.startswith("rewards/")}
 
     def validation_names(self) -> list[str]:
@@ -244,7 +244,7 @@ class PreferenceModule(AdapterModule):
         mass = learning_rate_mass(self._multipliers[:step], self._plan.sft_share[:step])
         return super().step_values(step) | mass | norms
 
-    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         policy, reference = self.policy_and_reference(batch)
         values = self._pair_values(policy, reference)  # evaluation batches show every pair to the reference
         every = torch.arange(len(batch), device=policy.sums.device)
@@ -282,6 +282,6 @@ class PreferenceModule(AdapterModule):
         """For the run's summary: the share of the learning rate that each route will receive."""
         mass = learning_rate_mass(self._multipliers, self._plan.sft_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
-        if self._plan.sft_share.any() < self.trainer.datamodule.route.to_sft.any():
+        if self._plan.sft_share.any() < self.trainer.datamodule.route.is_sft.any():
             self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
         return {"planned_lr_mass": mass, "preference_loss": self._loss_name}

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_modules.qlora import AdapterModule
-from mixdpo.batches.sft_batch import SFTBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.metrics import NamedMeans
 from mixdpo.model.adapters import stack_policy
 from mixdpo.model.forward import row_log_probs, row_statistics
@@ -39,7 +39,7 @@ class SFTModule(AdapterModule):
         self._stage = 0
         self._step_tokens = 0
 
-    def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """After the callbacks' hook: the reference is refreshed by what the policy was before the stage."""
         stage = self.trainer.datamodule.stage_of(self.trainer.global_step)
         if stage == self._stage:
@@ -52,7 +52,7 @@ class SFTModule(AdapterModule):
         if self.stage_start != "continue":
             self.optimizers().optimizer.state.clear()
 
-    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.recompute_if_long(batch.rows)
         log_probs = row_log_probs(self.model, batch.rows)
         self.row_losses = -run_sums(log_probs.detach(), batch.rows.runs, len(batch)) / batch.rows.lengths
@@ -62,14 +62,14 @@ class SFTModule(AdapterModule):
         weight = batch.token_weight
         self._kept_weight, self._step_tokens = (
             self._kept_weight.to(weight.device) + weight.sum(dtype=torch.float32),
-            batch.step_tokens,
+            batch.step_total,
         )
         counted = torch.full_like(weight, float(batch.count > 0))
         self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": (weight, counted)})
         # as if every token were kept, and no more can be known here: on_before_optimizer_step corrects it
-        return -(log_probs * weight).sum(dtype=torch.float64) * (self._micro_batches_per_step() / batch.step_tokens)
+        return -(log_probs * weight).sum(dtype=torch.float64) * (self._micro_batches_per_step() / batch.step_total)
 
-    def _score(self, batch: SFTBatch, log_probs: Tensor) -> None:
+    def _score(self, batch: Batch, log_probs: Tensor) -> None:
         losses = {**batch.losses, "policy": -log_probs}
         batch.scores = self.cleaning.scorer(TokenStatistics(losses, batch.rows.completion, batch.token)).detach()
         lengths = batch.rows.lengths.cpu()
@@ -104,7 +104,7 @@ class SFTModule(AdapterModule):
     def on_validation_epoch_start(self) -> None:
         self.val_means = NamedMeans(self.validation_names()).to(self.device)
 
-    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""
         found, source = row_statistics(self.model, batch.rows), batch.source[batch.rows.completion]
         losses, weight = -found.log_probs, batch.token_weight

@@ -62,7 +62,7 @@ def test_an_iterator_left_early_starts_anew() -> None:
     loader = ResumableLoader([((i,), 1.0, 1) for i in range(5)], collator)
     iterator = iter(loader)
     next(iterator), next(iterator)
-    assert [int(batch.pair_id[0]) for batch in loader] == [0, 1, 2, 3, 4]
+    assert [int(batch.ids[0]) for batch in loader] == [0, 1, 2, 3, 4]
 
 
 def test_means_are_not_rounded_by_a_move_to_bfloat16() -> None:

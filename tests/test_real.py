@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import collate, write_pairs
 
-from mixdpo.batches.batch import PairBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.data.encoding import encode_pairs
 from mixdpo.data.pairs import read_pairs
 from mixdpo.losses import DPO
@@ -88,7 +88,7 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
-def step_loss(model: Any, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def step_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of the easy pair by DPO and of the hard one by SFT, from the equations; pair 0 is easy and pair 1 hard."""
     with torch.no_grad(), role(model, "reference"):
         reference = sequence_log_probs(model, batch.reference_rows)
