@@ -11,8 +11,7 @@ from mixdpo.batches.batch import PairCollator
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.data.conversation_encoding import encoding_identity
-from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.encoding import encode_rows, encoding_identity
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
@@ -128,7 +127,7 @@ class PreferenceDataModule(PlannedDataModule):
         return rows["prompt"]
 
     def _encode(self, pairs: Any, name: str) -> Any:
-        encoded, counts = encode_pairs(
+        encoded, counts = encode_rows(
             pairs, self._encoder, **self.encoding, chat_template=self.chat_template, num_proc=self.processes
         )
         self.counts[name] = {"pairs": len(encoded), **counts}

@@ -7,12 +7,12 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
-from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.batch import SampleCollator
+from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, Slices, Stage, cut_step, plan_stages
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.data.conversation_encoding import encode_samples, encoding_identity
 from mixdpo.data.conversations import read_samples
+from mixdpo.data.encoding import encode_rows, encoding_identity
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
@@ -81,7 +81,7 @@ class SFTDataModule(PlannedDataModule):
         return (_prompt(messages) for messages in rows["messages"])  # one at a time: the pool may exceed memory
 
     def _encode(self, samples: Any, name: str) -> TokenPool:
-        encoded, counts = encode_samples(
+        encoded, counts = encode_rows(
             samples, self._encoder, **self.encoding, chat_template=self.chat_template, num_proc=self.processes
         )
         identity = {

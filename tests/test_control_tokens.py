@@ -10,8 +10,8 @@ from test_tokenization import CHATML, encoded_pair
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from mixdpo.data.control_tokens import control_tokens
-from mixdpo.data.conversation_encoding import encode_sample, encoding_identity
+from mixdpo.data.chat_template import control_tokens
+from mixdpo.data.encoding import encode_sample, encoding_identity
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import _encode
 from mixdpo.model.loading import load_tokenizer

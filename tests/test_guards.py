@@ -11,7 +11,7 @@ from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
 from mixdpo.batches.batch import PairCollator
 from mixdpo.batches.loader import ResumableLoader
-from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
@@ -26,7 +26,7 @@ def test_margins_arrive_beside_their_ids(tiny_model: str, tmp_path: Path) -> Non
     rows = make_pairs(9)
     pairs = read_pairs(write_pairs(tmp_path / "pairs.jsonl", rows)).dataset
     tokenizer = load_tokenizer(tiny_model)
-    encoded, _ = encode_pairs(pairs, tokenizer, max_length=64, max_prompt_length=32)
+    encoded, _ = encode_rows(pairs, tokenizer, max_length=64, max_prompt_length=32)
     assert list(encoded["margin"]) == [row["margin"] for row in rows]
     assert list(encoded["pair_id"]) == list(pairs["pair_id"]) and len(set(encoded["pair_id"])) == 9
     for found, row in zip(encoded["chosen_ids"], rows, strict=True):

@@ -10,14 +10,8 @@ from conftest import SHARED, TEMPLATE, WORDS, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixdpo.data.conversation_encoding import (
-    EncodedSample,
-    encode_sample,
-    encode_samples,
-    encoding_identity,
-    limit_sample,
-)
 from mixdpo.data.conversations import read_samples
+from mixdpo.data.encoding import EncodedSample, encode_rows, encode_sample, encoding_identity
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.model.packaged import PACKAGED
@@ -86,7 +80,7 @@ def test_exactly_what_follows_an_assistant_header_is_eligible(tokenizer, turns, 
     assert eligible(vars(sample)) == responses_by_header(whole)
     assert len(sample.spans) == 2 * len(turns)
     limit = data.draw(st.integers(1, len(whole)))
-    limited = limit_sample(sample, max_length=limit, overlong="truncate")
+    limited = sample.within(max_length=limit, overlong="truncate")
     kept = [at for at in responses_by_header(whole) if at < limit]
     assert (eligible(vars(limited)) if limited else []) == kept
     assert limited is None or limited.input_ids == whole[:limit]
@@ -141,7 +135,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content):
 
 
 def encode(tokenizer, *conversations, max_length=64, **options):
-    return encode_samples(table(*conversations), tokenizer, max_length=max_length, **options)
+    return encode_rows(table(*conversations), tokenizer, max_length=max_length, **options)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +180,7 @@ def test_dropping_every_sample_is_an_error(tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 1}, "at least 2, not 1"),
+        ({"max_length": 1}, r"max_length \(1\) must be at least 2"),
         ({"max_length": 8, "overlong": "keep"}, "one of truncate, drop, not 'keep'"),
     ],
 )
@@ -203,15 +197,13 @@ def test_a_sample_that_cannot_be_encoded_is_named(tokenizer):
 def test_a_second_encoding_comes_from_the_cache_until_something_changes(tokenizer, tmp_path, monkeypatch):
     table(TWO_TURNS).save_to_disk(tmp_path / "samples")
     data = datasets.load_from_disk(tmp_path / "samples")
-    first = encode_samples(data, tokenizer, max_length=17)
-    monkeypatch.setattr(
-        "mixdpo.data.conversation_encoding.encode_sample", lambda *_, **__: pytest.fail("encoded again")
-    )
-    second = encode_samples(data, tokenizer, max_length=17, chat_template=TEMPLATE)
+    first = encode_rows(data, tokenizer, max_length=17)
+    monkeypatch.setattr("mixdpo.data.encoding.encode_sample", lambda *_, **__: pytest.fail("encoded again"))
+    second = encode_rows(data, tokenizer, max_length=17, chat_template=TEMPLATE)
     assert first[0].to_list() == second[0].to_list() and first[1] == second[1]
     for changed in ({"max_length": 16}, {"max_length": 17, "overlong": "drop"}):
         with pytest.raises(pytest.fail.Exception, match="encoded again"):
-            encode_samples(data, tokenizer, **changed)
+            encode_rows(data, tokenizer, **changed)
 
 
 def test_the_identity_names_the_part_that_differs(tiny_model):
@@ -238,7 +230,7 @@ def test_the_identity_names_the_part_that_differs(tiny_model):
 @pytest.mark.shared
 def test_the_responses_of_shared_samples_come_out_in_their_order(tokenizer, tmp_path):
     samples = read_samples(str(SHARED / "sft.jsonl.gz"), limit=500)
-    encoded, counts = encode_samples(samples.dataset, tokenizer, max_length=4096)
+    encoded, counts = encode_rows(samples.dataset, tokenizer, max_length=4096)
     assert counts == {"dropped_overlong": 0, "dropped_empty": 0, "truncated": 0}
     for sample, messages in zip(encoded, samples.dataset["messages"], strict=True):
         question, response = (tokenizer(message["content"])["input_ids"] for message in messages)
@@ -264,7 +256,7 @@ def test_real_responses_decode_to_themselves(tmp_path, source):
         with gzip.open(path, "rt") as file:
             responses = [json.loads(next(file))["output"] for _ in range(500)]
     tokenizer = load_tokenizer(PACKAGED)
-    encoded, counts = encode_samples(read_samples(path, limit=500).dataset, tokenizer, max_length=4096)
+    encoded, counts = encode_rows(read_samples(path, limit=500).dataset, tokenizer, max_length=4096)
     assert not any(counts.values())
     decoded = []
     for sample in encoded:

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mixdpo.data.chat_template import load_template
-from mixdpo.data.encoding import EncodedPair, encode_pair, encode_pairs, limit_lengths
+from mixdpo.data.encoding import EncodedPair, encode_pair, encode_rows
 from mixdpo.errors import InputError
 
 # ChatML as SmolLM2 writes it: a newline follows every end token.
@@ -237,13 +237,13 @@ PAIR = EncodedPair([1, 2, 3, 4], [5, 6, 7, 99], [8, 99])
 )
 def test_truncation_keeps_the_prompts_end_and_the_completions_start(max_length, max_prompt_length, expected):
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    assert limit_lengths(PAIR, **limits, overlong="truncate") == expected
-    assert limit_lengths(PAIR, **limits, overlong="drop") == (PAIR if max_length == 8 else None)
+    assert PAIR.within(**limits, overlong="truncate") == expected
+    assert PAIR.within(**limits, overlong="drop") == (PAIR if max_length == 8 else None)
 
 
 def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
     data = table(("two plus two", "is four plus", "is two plus"), ("two plus two", "four", "is"))
-    encoded, counts = encode_pairs(data, word_tokenizer(), max_length=12, max_prompt_length=11)
+    encoded, counts = encode_rows(data, word_tokenizer(), max_length=12, max_prompt_length=11)
     assert counts == {"dropped_overlong": 1, "dropped_empty": 0, "truncated": 1}
     assert (encoded["row"][:], encoded["chosen_ids"][:], encoded["rejected_ids"][:]) == ([2], [[FOUR]], [[IS]])
 
@@ -251,20 +251,20 @@ def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
 @pytest.mark.parametrize("side", ["chosen_ids", "rejected_ids"])
 def test_an_empty_completion_is_dropped(side):
     pair = dataclasses.replace(PAIR, **{side: []})
-    assert limit_lengths(pair, max_length=100, max_prompt_length=50, overlong="truncate") is None
+    assert pair.within(max_length=100, max_prompt_length=50, overlong="truncate") is None
 
 
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_length": 5, "max_prompt_length": 5, "overlong": "drop"}, "below max_length"),
-        ({"max_length": 5, "max_prompt_length": 0, "overlong": "drop"}, "above 0"),
+        ({"max_length": 5, "max_prompt_length": 5, "overlong": "drop"}, r"max_length \(5\) must .* above max_prompt"),
+        ({"max_length": 5, "max_prompt_length": 0, "overlong": "drop"}, r"\(0\), which must be at least 1"),
         ({"max_length": 5, "max_prompt_length": 4, "overlong": "keep"}, "one of truncate, drop, not 'keep'"),
     ],
 )
 def test_impossible_limits(limits, message):
     with pytest.raises(InputError, match=message):
-        encode_pairs(three_pairs(), word_tokenizer(), **limits)
+        encode_rows(three_pairs(), word_tokenizer(), **limits)
 
 
 token_ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -274,7 +274,7 @@ token_ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
 def test_limits_hold_and_no_completion_is_empty(prompt_ids, chosen_ids, rejected_ids, max_length, data):
     max_prompt_length = data.draw(st.integers(1, max_length - 1))
     pair = EncodedPair(prompt_ids, chosen_ids, rejected_ids)
-    limited = limit_lengths(pair, max_length=max_length, max_prompt_length=max_prompt_length, overlong="truncate")
+    limited = pair.within(max_length=max_length, max_prompt_length=max_prompt_length, overlong="truncate")
     if limited is None:
         room = max_length - min(len(prompt_ids), max_prompt_length)
         assert chosen_ids[:room] == rejected_ids[:room]
@@ -297,7 +297,7 @@ def three_pairs():
 
 
 def test_a_table_truncates_and_counts():
-    encoded, counts = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS)
+    encoded, counts = encode_rows(three_pairs(), word_tokenizer(), **LIMITS)
     assert counts == {"dropped_overlong": 0, "dropped_empty": 0, "truncated": 1}
     names = ["chosen_ids", "margin", "pair_id", "prompt_ids", "rejected_ids", "row", "truncated"]
     assert sorted(encoded.column_names) == names
@@ -310,38 +310,38 @@ def test_a_table_truncates_and_counts():
 
 
 def test_a_table_drops_and_counts():
-    encoded, counts = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS, overlong="drop")
+    encoded, counts = encode_rows(three_pairs(), word_tokenizer(), **LIMITS, overlong="drop")
     assert counts == {"dropped_overlong": 1, "dropped_empty": 0, "truncated": 0}
     assert encoded["row"][:] == [1, 3]
 
 
 def test_a_completion_without_a_token_is_dropped():
     data = table(("two", "four", "two"), ("two", " ", "two"))
-    encoded, counts = encode_pairs(data, word_tokenizer(), **LIMITS)
+    encoded, counts = encode_rows(data, word_tokenizer(), **LIMITS)
     assert counts == {"dropped_overlong": 0, "dropped_empty": 1, "truncated": 0}
     assert encoded["row"][:] == [1]
 
 
 def test_dropping_every_pair_is_an_error():
     with pytest.raises(InputError, match=r"no pair is left of 3 .*'dropped_overlong': 3"):
-        encode_pairs(three_pairs(), word_tokenizer(), max_length=4, max_prompt_length=2, overlong="drop")
+        encode_rows(three_pairs(), word_tokenizer(), max_length=4, max_prompt_length=2, overlong="drop")
 
 
 def test_a_pair_that_cannot_be_encoded_is_named_by_its_row():
     template = CHATML + "{% if messages[-1].content == 'is' %}{{ raise_exception('no') }}{% endif %}"
     with pytest.raises(InputError, match=r"row 3 .pair_id 12.*no"):
-        encode_pairs(three_pairs(), word_tokenizer(template), **LIMITS)
+        encode_rows(three_pairs(), word_tokenizer(template), **LIMITS)
 
 
 def test_two_processes_give_the_same(tmp_path):
-    one, _ = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS)
-    two, _ = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS, num_proc=2)
+    one, _ = encode_rows(three_pairs(), word_tokenizer(), **LIMITS)
+    two, _ = encode_rows(three_pairs(), word_tokenizer(), **LIMITS, num_proc=2)
     assert one.to_list() == two.to_list()
 
 
 def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():
     def key(tokenizer=None, **options):
-        return encode_pairs(three_pairs(), tokenizer or word_tokenizer(), **(LIMITS | options))[0]._fingerprint
+        return encode_rows(three_pairs(), tokenizer or word_tokenizer(), **(LIMITS | options))[0]._fingerprint
 
     used = word_tokenizer(pad_token="<|im_end|>")
     used(["two", "two two"], padding="max_length", truncation=True, max_length=8)
@@ -362,7 +362,7 @@ def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():
 def test_a_second_encoding_comes_from_the_cache(tmp_path, monkeypatch):
     three_pairs().save_to_disk(tmp_path / "pairs")
     data = datasets.load_from_disk(tmp_path / "pairs")
-    first = encode_pairs(data, word_tokenizer(), **LIMITS)
+    first = encode_rows(data, word_tokenizer(), **LIMITS)
     monkeypatch.setattr("mixdpo.data.encoding.encode_pair", lambda *_, **__: pytest.fail("encoded again"))
-    second = encode_pairs(data, word_tokenizer(), **LIMITS)
+    second = encode_rows(data, word_tokenizer(), **LIMITS)
     assert first[0].to_list() == second[0].to_list() and first[1] == second[1]

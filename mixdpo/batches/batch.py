@@ -26,7 +26,7 @@ class Batch(OnDevice):
         preference, sft: (P,) and (S,) int64, positions in the batch of what the preference loss trains, and SFT. Index
             tensors spare the wait for the device that a mask costs.
         weight: (B,) float32, 0 for filler. Filler keeps the number of micro-batches right.
-        step_total: pairs of the whole optimizer step over all micro-batches and devices; of samples its response tokens.
+        step_total: pairs, or response tokens of samples, in the whole optimizer step, over all devices.
         count: pairs or samples of this batch that count, 0 for filler.
         token: (M,) int64, number in the token pool of each target in `rows`. In a batch of pairs it is -1 for all but
             hard pairs' chosen responses, and None without token cleaning.

@@ -17,7 +17,9 @@ class OnDevice:
     """A dataclass whose tensors go to another device together."""
 
     def to(self, device: torch.device) -> Self:
-        moved: dict[int, Any] = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
+        moved: dict[
+            int, Any
+        ] = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
         for part in vars(self).values():
             if isinstance(part, OnDevice) and id(part) not in moved:
                 moved[id(part)] = part.to(device)

@@ -68,7 +68,9 @@ class Slices:
                 f"slices.count ({self.count}) and slices.passes ({self.passes}) must be at least 1, and slices.seed "
                 f"({self.seed}) at least 0"
             )
-        if self.only is not None and (not self.only or list(self.only) != sorted(set(self.only) & set(range(self.count)))):
+        if self.only is not None and (
+            not self.only or list(self.only) != sorted(set(self.only) & set(range(self.count)))
+        ):
             raise InputError(
                 f"slices.only must name slices once, in rising order, from 0 to {self.count - 1}, not {self.only}"
             )
