@@ -198,7 +198,7 @@ def test_a_second_encoding_comes_from_the_cache_until_something_changes(tokenize
     table(TWO_TURNS).save_to_disk(tmp_path / "samples")
     data = datasets.load_from_disk(tmp_path / "samples")
     first = encode_rows(data, tokenizer, max_length=17)
-    monkeypatch.setattr("mixdpo.data.encoding.encode_sample", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("mixdpo.data.encoding.encode_responses", lambda *_, **__: pytest.fail("encoded again"))
     second = encode_rows(data, tokenizer, max_length=17, chat_template=TEMPLATE)
     assert first[0].to_list() == second[0].to_list() and first[1] == second[1]
     for changed in ({"max_length": 16}, {"max_length": 17, "overlong": "drop"}):

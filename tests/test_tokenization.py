@@ -363,6 +363,6 @@ def test_a_second_encoding_comes_from_the_cache(tmp_path, monkeypatch):
     three_pairs().save_to_disk(tmp_path / "pairs")
     data = datasets.load_from_disk(tmp_path / "pairs")
     first = encode_rows(data, word_tokenizer(), **LIMITS)
-    monkeypatch.setattr("mixdpo.data.encoding.encode_pair", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("mixdpo.data.encoding.encode_responses", lambda *_, **__: pytest.fail("encoded again"))
     second = encode_rows(data, word_tokenizer(), **LIMITS)
     assert first[0].to_list() == second[0].to_list() and first[1] == second[1]

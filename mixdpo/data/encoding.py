@@ -5,10 +5,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from mixdpo.data import chat_template as chat_template_module
 from mixdpo.data.chat_template import (
     PLAIN,
     Messages,
@@ -18,6 +16,7 @@ from mixdpo.data.chat_template import (
     shared_length,
     tokenizer_state,
 )
+from mixdpo.data.table import room_code
 from mixdpo.errors import InputError, check_one_of
 
 if TYPE_CHECKING:
@@ -90,15 +89,9 @@ class EncodedSample:
 
 
 def encode_pair(
-    tokenizer: "Tokenizer",
-    prompt: Messages,
-    chosen: str,
-    rejected: str,
-    template: str,
-    *,
-    special_tokens_in_text: bool = False,
+    tokenizer: "Tokenizer", prompt: Messages, chosen: str, rejected: str, template: str, **options: bool
 ) -> EncodedPair:
-    """Token ids of one pair through a template of `load_template`; `special_tokens_in_text` as for `encode_rows`.
+    """Token ids of one pair through a template of `load_template`, with the options of `encode_responses`.
 
     Prompt + response tokenised together may merge tokens across the seam. The boundary is the longest common prefix
     of the prompt and of both whole sequences: the same context for both sides, and each side's ids are those of its
@@ -107,20 +100,16 @@ def encode_pair(
     Raises:
         InputError: the template fails, changes the prompt once a response follows, or writes no end token.
     """
-    prompt_ids, chosen_ids, rejected_ids = encode_responses(
-        tokenizer, template, prompt, chosen, rejected, special_tokens_in_text=special_tokens_in_text
-    )
+    prompt_ids, chosen_ids, rejected_ids = encode_responses(tokenizer, template, prompt, chosen, rejected, **options)
     boundary = shared_length(prompt_ids, chosen_ids, rejected_ids)
     if not boundary:
         raise InputError(NO_PROMPT)
     return EncodedPair(prompt_ids[:boundary], chosen_ids[boundary:], rejected_ids[boundary:])
 
 
-def encode_sample(
-    tokenizer: "Tokenizer", messages: Messages, template: str, *, special_tokens_in_text: bool = False
-) -> EncodedSample:
-    """Token ids and responses of one conversation, through a template of `load_template`; `special_tokens_in_text` as
-    for `encode_rows`.
+def encode_sample(tokenizer: "Tokenizer", messages: Messages, template: str, **options: bool) -> EncodedSample:
+    """Token ids and responses of one conversation through a template of `load_template`, with the options of
+    `encode_responses`.
 
     Each response is encoded with all before it, as at generation. A response starts where prompt and whole part, so
     that a token that merges across the seam belongs to the response.
@@ -138,7 +127,7 @@ def encode_sample(
     spans: list[int] = []
     for index in responses:
         turn = (messages[:index], messages[index]["content"])
-        prompt_ids, whole = encode_responses(tokenizer, template, *turn, special_tokens_in_text=special_tokens_in_text)
+        prompt_ids, whole = encode_responses(tokenizer, template, *turn, **options)
         if shared_length(input_ids, prompt_ids, whole) < len(input_ids):
             raise InputError(
                 f"the chat template shows an earlier turn differently once message {index + 1} follows, so the tokens "
@@ -151,6 +140,19 @@ def encode_sample(
         input_ids = whole
         spans += [start, len(whole)]
     return EncodedSample(input_ids, spans)
+
+
+class Kind(NamedTuple):
+    """What a table holds: name of a row, columns with its text, and how the text becomes ids."""
+
+    noun: str
+    texts: list[str]
+    ids: type[EncodedPair] | type[EncodedSample]
+    encode: Callable[..., Any]
+
+
+PAIRS = Kind("pair", ["prompt", "chosen", "rejected"], EncodedPair, encode_pair)
+SAMPLES = Kind("sample", ["messages"], EncodedSample, encode_sample)
 
 
 def encode_rows(
@@ -173,7 +175,7 @@ def encode_rows(
         special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, is that token; else
             it is the characters that it consists of.
         chat_template: as for `load_template`; "plain" takes samples of one response.
-        num_proc: processes; None or 1 is this one.
+        num_proc: processes; None is this one.
 
     Returns:
         The data set with the fields of `EncodedPair` or `EncodedSample` and `truncated` (bool) instead of the texts,
@@ -185,57 +187,54 @@ def encode_rows(
     """
     from datasets import Features, Value
 
-    check_one_of("overlong", overlong, get_args(Overlong))
-    limits: dict[str, Any] = {"max_length": max_length, "overlong": overlong}
-    if "messages" in dataset.column_names:
-        noun, texts, kind, encode = "sample", ["messages"], EncodedSample, encode_sample
-    else:
-        noun, texts, kind, encode = "pair", ["prompt", "chosen", "rejected"], EncodedPair, encode_pair
-        limits["max_prompt_length"] = max_prompt_length
-    if not 0 < limits.get("max_prompt_length", 1) < max_length:
-        raise InputError(
-            f"max_length ({max_length}) must be at least 2 and, for pairs, above max_prompt_length "
-            f"({max_prompt_length}), which must be at least 1."
-        )
-    template = load_template(tokenizer, chat_template)
-    features = {name: feature for name, feature in dataset.features.items() if name not in texts}
-    features |= {name: [Value("int32")] for name in kind.__annotations__}
-    options = {"template": template, "special_tokens_in_text": special_tokens_in_text}
+    kind = SAMPLES if "messages" in dataset.column_names else PAIRS
+    limits = _checked_limits(kind, max_length, max_prompt_length, overlong)
+    options = {"template": load_template(tokenizer, chat_template), "special_tokens_in_text": special_tokens_in_text}
+    features = {name: feature for name, feature in dataset.features.items() if name not in kind.texts}
+    features |= {name: [Value("int32")] for name in kind.ids.__annotations__}
+    features |= {"truncated": Value("bool"), "status": Value("string"), "special": Value("bool")}
     encoded = dataset.map(
-        partial(_encode_row, tokenizer, noun, texts, partial(encode, tokenizer, **options), limits),
-        remove_columns=texts,
-        features=Features(features | {"truncated": Value("bool"), "status": Value("string"), "special": Value("bool")}),
-        num_proc=num_proc if num_proc and num_proc > 1 else None,
+        partial(_encode_row, tokenizer=tokenizer, kind=kind, options=options, limits=limits),
+        remove_columns=kind.texts,
+        features=Features(features),
+        num_proc=num_proc,
         new_fingerprint=_key(dataset, tokenizer, options | limits),
-        desc=f"Encoding {noun}s",
+        desc=f"Encoding {kind.noun}s",
     )
     statuses = list(encoded["status"])
-    kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     counts = {name: statuses.count(name) for name in ("dropped_overlong", "dropped_empty", "truncated")}
     counts |= {"special_tokens_in_text": count} if (count := sum(encoded["special"])) else {}
+    kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     if not kept:
         raise InputError(
-            f"no {noun} is left of {len(statuses)} ({counts}): raise max_length ({max_length}) or truncate."
+            f"no {kind.noun} is left of {len(statuses)} ({counts}): raise max_length ({max_length}) or truncate."
         )
     encoded = encoded.remove_columns(["status", "special"])
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
 
 
+def _checked_limits(kind: Kind, max_length: int, max_prompt_length: Any, overlong: Overlong) -> dict[str, Any]:
+    """The arguments of `within`."""
+    check_one_of("overlong", overlong, get_args(Overlong))
+    if not 0 < (max_prompt_length if kind is PAIRS else 1) < max_length:
+        raise InputError(
+            f"max_length ({max_length}) must be at least 2 and, for pairs, above max_prompt_length "
+            f"({max_prompt_length}), which must be at least 1."
+        )
+    limits = {"max_length": max_length, "overlong": overlong}
+    return limits | ({"max_prompt_length": max_prompt_length} if kind is PAIRS else {})
+
+
 def _encode_row(
-    tokenizer: "Tokenizer",
-    noun: str,
-    texts: list[str],
-    encode: Callable[..., Any],
-    limits: dict[str, Any],
-    row: dict[str, Any],
+    row: dict[str, Any], tokenizer: "Tokenizer", kind: Kind, options: dict[str, Any], limits: dict[str, Any]
 ) -> dict[str, Any]:
     """The ids within their limits, and what became of the row: `status` is "" where nothing did. `special`: whether the
     text holds special tokens."""
-    columns = [row[name] for name in texts]
+    texts = [row[name] for name in kind.texts]
     try:
-        whole = encode(*columns)
+        whole = kind.encode(tokenizer, *texts, **options)
     except InputError as error:
-        raise InputError(f"row {row['row']} ({noun}_id {row[f'{noun}_id']}): {error}") from error
+        raise InputError(f"row {row['row']} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
     limited, status = whole.within(**limits), ""
     if whole.is_empty:
         status = "dropped_empty"
@@ -243,18 +242,17 @@ def _encode_row(
         status = "dropped_overlong"
     elif limited != whole:
         status = "truncated"
-    messages = [m for c in columns for m in ([{"content": c}] if isinstance(c, str) else c)]
+    messages = [m for text in texts for m in ([{"content": text}] if isinstance(text, str) else text)]
     special = bool(control_tokens(tokenizer, [message["content"] for message in messages]))
     return vars(limited or whole) | {"truncated": status == "truncated", "status": status, "special": special}
 
 
 def _key(dataset: "Dataset", tokenizer: "Tokenizer", options: dict[str, Any]) -> str:
-    """Cache key of the encoding: everything that the ids depend on, this code included.
+    """Cache key of the encoding: everything that the ids depend on, the code of this room included.
 
     The hash `datasets` would make itself pickles the tokenizer, whose padding and truncation state changes with use.
     """
-    code = [Path(module).read_text("utf-8") for module in (__file__, chat_template_module.__file__)]
-    parts = [dataset._fingerprint, tokenizer_state(tokenizer), options, code]
+    parts = [dataset._fingerprint, tokenizer_state(tokenizer), options, room_code()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -267,24 +265,18 @@ def largest_id(*encoded: "Dataset") -> int:
 
 
 def encoding_identity(
-    tokenizer: "Tokenizer",
-    chat_template: str | None,
-    *,
-    max_length: int,
-    overlong: Overlong,
-    special_tokens_in_text: bool = False,
-    max_prompt_length: int | None = None,
+    tokenizer: "Tokenizer", chat_template: str | None, *, special_tokens_in_text: bool = False, **limits: Any
 ) -> dict[str, str]:
     """What decides the ids of a sample, or of a pair, part by part: says which differs from that of a stored file.
+
+    Args:
+        limits: `max_length`, `overlong` and, of pairs, `max_prompt_length`.
 
     Returns:
         "tokenizer" and "template": 16 hex digits each; "lengths": as in "max_length 1024, truncate".
     """
-    prompt = "" if max_prompt_length is None else f"max_prompt_length {max_prompt_length}, "
     special = " special tokens in text" if special_tokens_in_text else ""
-    parts = {
-        "tokenizer": tokenizer_state(tokenizer),
-        "template": load_template(tokenizer, chat_template) + special,
-    }
+    parts = {"tokenizer": tokenizer_state(tokenizer), "template": load_template(tokenizer, chat_template) + special}
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
-    return digests | {"lengths": f"max_length {max_length}, {prompt}{overlong}"}
+    lengths = [f"{name} {limits[name]}" for name in ("max_length", "max_prompt_length") if name in limits]
+    return digests | {"lengths": ", ".join([*lengths, limits["overlong"]])}

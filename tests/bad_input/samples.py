@@ -141,7 +141,7 @@ CASES = [
     *(dropped_case(*row) for row in DROPPED),
     *(prompt_case(*row) for row in PROMPTS),
     Case(
-        "file of prompts", "no such file", lambda place: read_prompts("/no.jsonl"), ("/no.jsonl", "give a .jsonl file")
+        "file of prompts", "no such file", lambda place: read_prompts("/no.jsonl"), ("/no.jsonl", "Check the path")
     ),
     Case(
         "file of prompts",
