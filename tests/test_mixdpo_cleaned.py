@@ -176,7 +176,7 @@ def test_all_hard_pairs_are_ranked_together(cleaned: Ran, plain: Any) -> None:
     np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-5)
     assert np.abs(scores).max() > 1e-3
     assert set(weights) == {0, 1} and np.array_equal(weights, best(scores))
-    first = places[int(cleaned.seen[1][1].ids[cleaned.seen[1][1].hard[0]])]
+    first = places[int(cleaned.seen[1][1].ids[cleaned.seen[1][1].sft[0]])]
     assert not np.array_equal(weights[first], best(scores[first]))  # what ranking each stage by itself would keep
 
 

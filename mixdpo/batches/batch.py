@@ -21,7 +21,7 @@ class Batch(OnDevice):
     Attributes:
         unit: what the batch holds, "pairs" or "samples".
         rows: what the policy sees. Responses that no loss is taken of are left out, except in evaluation.
-        ids: (B,) int64, pair ids, or indices of the samples in the data: the data module finds rows by them.
+        ids: (B,) int64, pair_id or sample_id of each row: the data module finds rows by them.
         is_hard: (B,) bool, pairs that are reported as hard; of samples all False.
         preference, sft: (P,) and (S,) int64, positions in the batch of what the preference loss trains, and SFT. Index
             tensors spare the wait for the device that a mask costs.
@@ -161,7 +161,7 @@ class SampleCollator:
         return Batch(
             "samples",
             rows,
-            ids=torch.tensor(indices, dtype=torch.long),
+            ids=torch.tensor([sample["sample_id"] for sample in samples]),
             is_hard=torch.zeros(count, dtype=torch.bool),
             preference=torch.zeros(0, dtype=torch.long),
             sft=torch.arange(count),

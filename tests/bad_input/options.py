@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import (
 
 from bad_input.case import Case, Place
 from datamodules.preference import PreferenceDataModule
-from datamodules.sft import SFTDataModule
 from lightning_modules.callbacks.checkpoint import LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
@@ -135,13 +134,8 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     ),
 ]
 DATA: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
-    (PreferenceDataModule, {"batch_size": 0}, ("batch_size (0)", "at least 1")),
-    (PreferenceDataModule, {"eval_batch_size": -1}, ("eval_batch_size (-1)", "at least 1")),
     (PreferenceDataModule, {"validation_threshold": NAN}, ("validation_threshold must be a finite margin or null",)),
     (PreferenceDataModule, {"validation": 1.0}, ("validation must be a share in [0, 1) or another source",)),
-    (SFTDataModule, {"pack": -5}, ("pack must be 0 or a number of tokens",)),
-    (SFTDataModule, {"workers": -1}, ("workers (-1) must be at least 0",)),
-    (SFTDataModule, {"processes": 0}, ("processes (0) at least 1 or null",)),
 ]
 
 
