@@ -9,7 +9,7 @@ from jsonargparse import lazy_instance
 from torch import Tensor, nn
 
 from lightning_modules.qlora import AdapterModule
-from mixdpo.batches.batch import PairBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.errors import InputError
 from mixdpo.losses import DPO
 from mixdpo.losses.sft import sft
@@ -74,7 +74,7 @@ class PreferenceModule(AdapterModule):
         self._gradient_norms: dict[str, float] = {}
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log-probabilities by policy and reference → a loss for each pair, by its route → the mean over the step."""
         self.recompute_if_long(batch.rows)
         policy, reference = self.policy_and_reference(batch)
@@ -82,11 +82,10 @@ class PreferenceModule(AdapterModule):
         self._record(batch, policy, reference, (losses, *of_routes))
         weighted = losses * batch.weight
         if self._gradient_norms_are_due() and len(batch.sft):
-            self._add_sft_gradient(taken(weighted, batch.sft).sum(), batch.step_pairs)
-        # Lightning divides by the number of micro-batches and DDP by the number of ranks: this is the step's mean
-        return weighted.sum() * (self.micro_batches_per_step() / batch.step_pairs)
+            self._add_sft_gradient(self.mean_over_step(taken(weighted, batch.sft).sum(), batch))
+        return self.mean_over_step(weighted.sum(), batch)
 
-    def policy_and_reference(self, batch: PairBatch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
+    def policy_and_reference(self, batch: Batch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
         """Log-probabilities of the 2B responses, chosen first. No reference where every pair is routed to SFT or the
         loss has none.
 
@@ -101,7 +100,7 @@ class PreferenceModule(AdapterModule):
         return sequence_log_probs(self.model, batch.rows, batch.token_weight), reference
 
     def route_losses(
-        self, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
+        self, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of each pair (B,); the preference losses (E,) and the SFT losses (H,) of the pairs trained so,
         unweighted."""
@@ -112,7 +111,7 @@ class PreferenceModule(AdapterModule):
         return losses.index_copy(0, batch.sft, self.sft_weight * by_sft), preference, by_sft
 
     def _preference_losses(
-        self, index: Tensor, batch: PairBatch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
+        self, index: Tensor, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> Tensor:
         """(len(index),) of pairs of the batch, 0 for filler: batch statistics are of real pairs only. Losses with such
         statistics wait for all ranks, so the loss is called even for no pair."""
@@ -122,7 +121,7 @@ class PreferenceModule(AdapterModule):
         losses = self.preference_loss(*(side[i] for side in sides for i in (real, real + len(batch))))
         return torch.cat([losses, losses.new_zeros(len(index) - len(real))])
 
-    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         policy, reference = self.policy_and_reference(batch)
         values = self._pair_values(policy, reference)  # evaluation batches show every pair to the reference
         every = torch.arange(len(batch), device=policy.sums.device)
@@ -131,7 +130,7 @@ class PreferenceModule(AdapterModule):
         values["length_accuracy"] = accuracy(*policy.lengths.chunk(2))
         self.val_means.update(by_difficulty(values, batch))
 
-    def _record(self, batch: PairBatch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
+    def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
         """Keep what the step's row, the report of losses that are not finite, and the kept weight are made of."""
         losses, preference, sft_losses = routed
         self.row_losses = losses.detach()
@@ -184,9 +183,9 @@ class PreferenceModule(AdapterModule):
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps
         return self.log_gradient_norms and every > 0 and (step + 1) % every == 0
 
-    def _add_sft_gradient(self, loss: Tensor, step_pairs: int) -> None:
-        """Add the gradient of a micro-batch's hard pairs to that of the step, as a mean over the step's pairs."""
-        part = loss * (self.micro_batches_per_step() / step_pairs / self.trainer.accumulate_grad_batches)
+    def _add_sft_gradient(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's hard pairs to that of the step so far."""
+        part = loss / self.trainer.accumulate_grad_batches  # as Lightning divides the step's loss
         options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         new = torch.autograd.grad(part, self.learning(), **options)
         before = self._sft_gradient or [torch.zeros_like(g) for g in new]
@@ -209,7 +208,7 @@ class PreferenceModule(AdapterModule):
     # What a run logs, and what is checked before it.
 
     def metric_names(self) -> set[str]:
-        has_easy = not self.trainer.datamodule.route.to_sft.all()
+        has_easy = not self.trainer.datamodule.route.is_sft.all()
         return {name for name in super().metric_names() if has_easy or not name.startswith("rewards/")}
 
     def validation_names(self) -> list[str]:
@@ -254,6 +253,6 @@ class PreferenceModule(AdapterModule):
         """For the run's summary: the share of the learning rate that each route will receive."""
         mass = learning_rate_mass(self._multipliers, self._plan.sft_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
-        if self._plan.sft_share.any() < self.trainer.datamodule.route.to_sft.any():
+        if self._plan.sft_share.any() < self.trainer.datamodule.route.is_sft.any():
             self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
         return {"planned_lr_mass": mass, "preference_loss": self._loss_name}

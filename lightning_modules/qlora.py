@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
 from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
+from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
@@ -28,8 +29,7 @@ from mixdpo.storage.identity import refuse_other_run
 from mixdpo.token_cleaning.cleaning import Cleaning
 
 Schedule = Callable[[StepPlan], Any]
-COUNTS = ("empty_steps", "reference_version", "stage")
-"""Attributes of a module that a checkpoint holds."""
+COUNTS = ("empty_steps", "reference_version", "stage")  # attributes that a checkpoint holds
 
 
 class AdapterModule(L.LightningModule):
@@ -142,11 +142,15 @@ class AdapterModule(L.LightningModule):
         if self.activation_checkpointing is not False:
             recompute(self.model, rows.tokens > self._recompute_above)
 
+    def mean_over_step(self, total: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """A micro-batch's part of the step's mean. Lightning divides by a rank's micro-batches, DDP by the ranks."""
+        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_total)
+
     def step_values(self, step: int) -> dict[str, float]:
         """What is added to the row of the step."""
         return {} if self.cleaning is None else {"cleaning/empty_steps": float(self.empty_steps)}
 
-    def add_kept_weight(self, batch: Any) -> None:
+    def add_kept_weight(self, batch: Batch) -> None:
         """Add the weight of the tokens that a micro-batch trains to that of the step."""
         kept = batch.token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
         self._kept_weight = self._kept_weight.to(kept.device) + kept
@@ -166,10 +170,8 @@ class AdapterModule(L.LightningModule):
         return {}
 
     def metric_names(self) -> set[str]:
-        """Names that callbacks can monitor in this run: of logged steps, and of validation if rows are held out.
-
-        The data must have been set up. metrics.csv has further names, which go to the loggers only.
-        """
+        """Names that callbacks can monitor in this run: of logged steps, and of validation if rows are held out. The
+        data must have been set up. metrics.csv has further names, which go to the loggers only."""
         logs = 0 < self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
         validation = self.validation_names() if self.trainer.limit_val_batches else ()
         return {*(self.progress_bar if logs else ()), *validation}
@@ -290,9 +292,6 @@ class AdapterModule(L.LightningModule):
     def _learnt_state(self) -> dict[str, torch.Tensor]:
         """The adapters, and the buffers of a preference loss that has some."""
         return adapter_state(self) | {k: v for k, v in self.named_buffers() if k.startswith("preference_loss.")}
-
-    def micro_batches_per_step(self) -> int:
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
 
 def _describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_modules.qlora import AdapterModule
-from mixdpo.batches.sft_batch import SFTBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.metrics import NamedMeans
 from mixdpo.model.adapters import stack_policy
 from mixdpo.model.forward import row_log_probs, row_statistics
@@ -38,7 +38,7 @@ class SFTModule(AdapterModule):
         self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
         self._step_tokens = 0
 
-    def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """After the callbacks' hook: the reference is refreshed by what the policy was before the stage."""
         before, self.stage = self.stage, self.trainer.datamodule.stage_of(self.trainer.global_step)
         if self.stage == before:
@@ -50,7 +50,7 @@ class SFTModule(AdapterModule):
         if self.stage_start != "continue":
             self.optimizers().optimizer.state.clear()
 
-    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log-probabilities by the policy → weighted mean over the tokens of the step."""
         self.recompute_if_long(batch.rows)
         log_probs = row_log_probs(self.model, batch.rows)
@@ -59,10 +59,9 @@ class SFTModule(AdapterModule):
             self._score(batch, log_probs.detach())
         self._record(batch, log_probs.detach())
         # as if every token were kept, and no more can be known here: on_before_optimizer_step corrects it
-        weighted = (log_probs * batch.token_weight).sum(dtype=torch.float64)
-        return -weighted * (self.micro_batches_per_step() / batch.step_tokens)
+        return -self.mean_over_step((log_probs * batch.token_weight).sum(dtype=torch.float64), batch)
 
-    def _score(self, batch: SFTBatch, log_probs: Tensor) -> None:
+    def _score(self, batch: Batch, log_probs: Tensor) -> None:
         """Give the batch's tokens the weights that a scorer of this step's policy selects."""
         losses = {**batch.losses, "policy": -log_probs}
         batch.scores = self.cleaning.scorer(TokenStatistics(losses, batch.rows.completion, batch.token)).detach()
@@ -71,13 +70,13 @@ class SFTModule(AdapterModule):
         weights, _ = weigh(self.cleaning.selection, scores, offsets, batch=one, always_keep=batch.always_keep)
         batch.token_weight = batch.token_weight * torch.from_numpy(weights).to(batch.token_weight)
 
-    def _record(self, batch: SFTBatch, log_probs: Tensor) -> None:
+    def _record(self, batch: Batch, log_probs: Tensor) -> None:
         """Keep what the step's row, the report of losses that are not finite, and the kept weight are made of."""
         self.row_losses = -run_sums(log_probs, batch.rows.runs, len(batch)) / batch.rows.lengths
         weight, counted = batch.token_weight, torch.full_like(batch.token_weight, float(batch.count > 0))
         self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": (weight, counted)})
         self.add_kept_weight(batch)
-        self._step_tokens = batch.step_tokens
+        self._step_tokens = batch.step_total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise by the kept weight of the step: known only now where a scorer reads the policy."""
@@ -98,7 +97,7 @@ class SFTModule(AdapterModule):
     def on_validation_epoch_start(self) -> None:
         self.val_means = NamedMeans(self.validation_names()).to(self.device)
 
-    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""
         statistics, source = row_statistics(self.model, batch.rows), batch.source[batch.rows.completion]
         values = {"loss": -statistics.log_probs, "entropy": statistics.entropy, "token_accuracy": statistics.is_top}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from mixdpo.batches.batch import PairBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.model.fused_head import SequenceLogProbs
 
 
@@ -80,7 +80,7 @@ def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
 
 
-def by_difficulty(values: Mapping[str, Tensor], batch: PairBatch) -> dict[str, tuple[Tensor, Tensor]]:
+def by_difficulty(values: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
     """The same values three times, for all, easy and hard pairs: name → (values (B,), weights (B,))."""
     easy, weight = (~batch.is_hard).double(), batch.weight.double()
     groups = {"all": weight, "easy": weight * easy, "hard": weight * (1 - easy)}

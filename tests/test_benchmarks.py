@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_records import PAIR, write
+from test_pairs import PAIR, write
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

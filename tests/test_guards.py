@@ -9,7 +9,7 @@ from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 from lightning_modules.preference import PreferenceModule
 from mixdpo.batches.batch import PairCollator
 from mixdpo.batches.loader import ResumableLoader
-from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, add_adapters
@@ -23,7 +23,7 @@ def test_margins_arrive_beside_their_ids(tiny_model: str, tmp_path: Path) -> Non
     rows = make_pairs(9)
     pairs = read_pairs(write_pairs(tmp_path / "pairs.jsonl", rows)).dataset
     tokenizer = load_tokenizer(tiny_model)
-    encoded, _ = encode_pairs(pairs, tokenizer, max_length=64, max_prompt_length=32)
+    encoded, _ = encode_rows(pairs, tokenizer, max_length=64, max_prompt_length=32)
     assert list(encoded["margin"]) == [row["margin"] for row in rows]
     assert list(encoded["pair_id"]) == list(pairs["pair_id"]) and len(set(encoded["pair_id"])) == 9
     for ids, row in zip(encoded["chosen_ids"], rows, strict=True):
@@ -59,7 +59,7 @@ def test_an_iterator_left_early_starts_anew() -> None:
     loader = ResumableLoader([((i,), 1.0, 1) for i in range(5)], collator)
     iterator = iter(loader)
     next(iterator), next(iterator)
-    assert [int(batch.pair_id[0]) for batch in loader] == [0, 1, 2, 3, 4]
+    assert [int(batch.ids[0]) for batch in loader] == [0, 1, 2, 3, 4]
 
 
 def test_four_bit_weights_are_never_repacked(tiny_model: str) -> None:

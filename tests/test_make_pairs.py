@@ -148,7 +148,7 @@ def test_missing_and_empty_prompt_files_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(InputError, match="empty"):
         subject.read_prompts(str(tmp_path / "empty.jsonl"))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="Check the path"):
         subject.read_prompts(str(tmp_path / "absent.jsonl"))
     with pytest.raises(InputError, match="limit"):
         subject.read_prompts("builtin", limit=0)

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning_modules import preference as preference_module
 from lightning_modules.preference import PreferenceModule
 from mixdpo import losses
-from mixdpo.batches.batch import PairBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.model import reference_cache
 from mixdpo.model.adapters import adapter_layers, role
 from mixdpo.model.export import save_adapter
@@ -25,7 +25,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(12))
 
 
-def first_batch(trainer: Any, module: PreferenceModule, data: Any) -> PairBatch:
+def first_batch(trainer: Any, module: PreferenceModule, data: Any) -> Batch:
     """Load weights and data as `fit` does, without training."""
     trainer.strategy._lightning_module = module
     trainer._data_connector.attach_data(module, datamodule=data)
@@ -270,7 +270,7 @@ def test_a_step_on_a_gpu_waits_only_where_it_logs(tiny_model: str, source: str, 
     fitter, module, data = build(tiny_model, source, tmp_path / "run", trainer=trainer)
     step = module.training_step
 
-    def watched(batch: PairBatch, batch_idx: int) -> torch.Tensor:
+    def watched(batch: Batch, batch_idx: int) -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("error")
         try:
             return step(batch, batch_idx)

@@ -103,7 +103,7 @@ def test_log_probs_and_loss_of_single_pairs(tiny_model: str, tmp_path: Path) -> 
     trl = trl_trainer(tiny_model, tmp_path / "trl", batch=1)
     _, module, data = our_run(tiny_model, tmp_path, trl.model, accumulate=BATCH)
     loader, ours = iter(trl.get_train_dataloader()), list(data.train_dataloader())
-    by_id = {int(batch.pair_id[0]): batch for batch in ours}
+    by_id = {int(batch.ids[0]): batch for batch in ours}
     trl_losses = record_losses(trl)
     differences = []
     for index in range(STEPS * BATCH):

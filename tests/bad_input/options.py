@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import (
 
 from bad_input.case import Case, Place
 from datamodules.preference import PreferenceDataModule
-from datamodules.sft import SFTDataModule
 from lightning_modules.callbacks.checkpoint import LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
@@ -61,11 +60,11 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"reshuffle": True}, ("easy_to_hard has nothing to shuffle", "set it to false")),
     (Routing, {"hard_action": "drop", "easy_action": "drop"}, ("are both drop", "nothing would be trained")),
     (Slices, {"count": 0}, ("slices.count (0)", "at least 1")),
-    (Slices, {"seed": -1}, ("slices.seed must be at least 0",)),
+    (Slices, {"seed": -1}, ("slices.seed (-1) at least 0",)),
     (Slices, {"passes": 0}, ("slices.passes (0)", "at least 1")),
     (Slices, {"count": 3, "only": []}, ("slices.only must name slices once",)),
     (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, in rising order",)),
-    (Slices, {"count": 3, "only": [3]}, ("there are slices 0 to 2",)),
+    (Slices, {"count": 3, "only": [3]}, ("from 0 to 2",)),
     (
         Selection,
         {"keep_ratio": 0.5, "threshold": 0.0},
@@ -126,13 +125,8 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     ),
 ]
 DATA: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
-    (PreferenceDataModule, {"batch_size": 0}, ("batch_size (0)", "at least 1")),
-    (PreferenceDataModule, {"eval_batch_size": -1}, ("eval_batch_size (-1)", "at least 1")),
     (PreferenceDataModule, {"validation_threshold": NAN}, ("validation_threshold must be a finite margin or null",)),
     (PreferenceDataModule, {"validation": 1.0}, ("validation must be a share in [0, 1) or another source",)),
-    (SFTDataModule, {"pack": -5}, ("pack must be 0 or a number of tokens",)),
-    (SFTDataModule, {"workers": -1}, ("workers (-1) must be at least 0",)),
-    (SFTDataModule, {"processes": 0}, ("processes (0) at least 1 or null",)),
 ]
 
 
@@ -305,7 +299,7 @@ WITH_DATA = [
     fit_case(
         "data.max_prompt_length",
         "as max_length",
-        ("should be above 0 and below max_length (64)",),
+        ("max_length (64) must be", "above max_prompt_length (64)"),
         data={"max_prompt_length": 64},
     ),
     fit_case(
@@ -314,7 +308,7 @@ WITH_DATA = [
         ("overlong must be one of truncate, drop, not 'shorten'",),
         data={"overlong": "shorten"},
     ),
-    fit_case("data.max_length", "1", ("max_length should be at least 2",), "fit_sft", data={"max_length": 1}),
+    fit_case("data.max_length", "1", ("max_length (1) must be at least 2",), "fit_sft", data={"max_length": 1}),
     fit_case(
         "data.slices",
         "two epochs",
