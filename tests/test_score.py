@@ -60,13 +60,13 @@ def test_one_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table["prompts judged"][0] == "4"
     assert table["prompts left out"][0] == "3"
     assert table["why left out"][0] == "not judged yet: 2; no letter: 1"
-    # all five outputs, the one whose verdict failed as well: 100, 107, 128, 163, 0 and 120, 123, …, 132
-    assert table["length of the model's outputs, characters"][0] == "99.6"
-    assert table["length of the baseline's outputs, characters"][0] == "126.0"
-    assert table["length of the model's outputs, tokens"][0] == "20.0"
-    assert table["outputs that ended by themselves, %"][0] == "100.0"
-    assert table["empty outputs, %"][0] == "20.0"
-    assert table["preference for the output shown first, %"][0] == "n/a"
+    # all five responses, the one whose verdict failed as well: 100, 107, 128, 163, 0 and 120, 123, …, 132
+    assert table["length of the model's responses, characters"][0] == "99.6"
+    assert table["length of the baseline's responses, characters"][0] == "126.0"
+    assert table["length of the model's responses, tokens"][0] == "20.0"
+    assert table["responses that ended by themselves, %"][0] == "100.0"
+    assert table["empty responses, %"][0] == "20.0"
+    assert table["preference for the response shown first, %"][0] == "n/a"
 
 
 def test_both_orders_count_with_their_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +81,7 @@ def test_both_orders_count_with_their_mean(tmp_path: Path, capsys: pytest.Captur
     assert table["discrete win rate, %"][0] == "50.00"
     assert table["why left out"][0] == "timeout: 1; judged in one order only: 1"
     # the model first: 0.7, 0.6, 0.3, 1, 1; the baseline first: 1 minus 0.5, 0.4, 0.1
-    assert table["preference for the output shown first, %"][0] == f"{100 * (3.6 / 5 + 2 / 3) / 2:.1f}"
+    assert table["preference for the response shown first, %"][0] == f"{100 * (3.6 / 5 + 2 / 3) / 2:.1f}"
 
 
 def test_one_order_of_two_is_no_verdict(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_lengths_beside_a_difference_are_of_the_same_prompts(
     paths = [write(tmp_path / name, there, model=name) for name, there in (("a", rows + long), ("b", rows))]
     score(*paths, samples=10)
     printed = capsys.readouterr().out.splitlines()
-    for name in ("length of the model's outputs, characters", "length of the baseline's outputs, characters"):
+    for name in ("length of the model's responses, characters", "length of the baseline's responses, characters"):
         lines = [line for line in printed if name in line]
         assert len(lines) == 2 and len(set(lines)) == 1, lines
 
@@ -107,15 +107,15 @@ def test_lengths_beside_a_difference_are_of_the_same_prompts(
 def test_a_strong_model_in_random_order_is_no_position_bias(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [verdict(i, 0.8, "baseline_first" if i % 4 else "model_first") for i in range(8)]
     score(write(tmp_path / "v.jsonl", rows), samples=10)
-    assert cells(capsys.readouterr().out)["preference for the output shown first, %"][0] == "50.0"
+    assert cells(capsys.readouterr().out)["preference for the response shown first, %"][0] == "50.0"
 
 
 def test_what_the_file_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [verdict(i, 0.1 + 0.2 * i, tokens=None, ended=None) for i in range(4)]
     score(write(tmp_path / "v.jsonl", rows, model="a|b"), samples=10)
     table = cells(capsys.readouterr().out)
-    assert table["length of the model's outputs, tokens"][0] == "n/a"
-    assert table["outputs that ended by themselves, %"][0] == "n/a"
+    assert table["length of the model's responses, tokens"][0] == "n/a"
+    assert table["responses that ended by themselves, %"][0] == "n/a"
     assert r"a\|b" in table
     assert "why left out" not in table
 
@@ -174,11 +174,11 @@ def test_models_of_one_name_go_by_their_files(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ({"baseline": "davinci"}, r"differ in the baseline \(gpt and davinci\): judge both models alike"),
-        ({"judge": {"model": "k", "seed": 0}}, r"the judge's model \(j and k\)"),
+        ({"baseline": "davinci"}, "differ in baseline: gpt there, davinci here: judge both models alike"),
+        ({"judge": {"model": "k", "seed": 0}}, r"judge\.model: j there, k here"),
         (
             {"judge": {"model": "j", "order": "random"}},
-            r"the judge's seed \(0 and None\); the judge's order \(None and random\)",
+            r"judge\.seed: 0 there, None here; judge\.order: None there, random here",
         ),
     ],
 )
@@ -236,23 +236,23 @@ def test_difficulty_and_gamed_baselines(tmp_path: Path, capsys: pytest.CaptureFi
     ("option", "content", "said"),
     [
         ("difficulty", "index,difficulty\n0,1\n", "lacks the column instruction_difficulty; it has index, difficulty"),
-        ("difficulty", "", "lacks the column index, instruction_difficulty"),
+        ("difficulty", "", "no difficulty for 6 of the 6"),
         (
             "difficulty",
             "index,instruction_difficulty\n0,1\n1,2\n",
             r"no difficulty for 4 of the 6 .*\(first: index 2\)",
         ),
-        ("difficulty", "index,instruction_difficulty\n0,1\n0,2\n", "line 3: index 0 has another difficulty above"),
+        ("difficulty", "index,instruction_difficulty\n0,1\n0,2\n", "row 2: index 0 needs one finite"),
         (
             "difficulty",
             "index,instruction_difficulty\n0,x\n",
-            "line 2: index, instruction_difficulty should be numbers",
+            "row 1: index, instruction_difficulty should be numbers",
         ),
-        ("difficulty", "index,instruction_difficulty\n0\n", "line 2: index, instruction_difficulty should be numbers"),
-        ("difficulty", "index,instruction_difficulty\n0,\n", "line 2: a number is missing or not finite"),
+        ("difficulty", "index,instruction_difficulty\n0\n", "row 1: cannot be read: ValueError: 1 values"),
+        ("difficulty", "index,instruction_difficulty\n0,\n", "row 1: index 0 needs one finite"),
         ("gamed", "index,preference\n0,0.5\n", "lacks the column std_delta_len, instruction_difficulty, not_gamed"),
-        ("gamed", GAMED + "0,m,1.5,0,0,False\n", "each preference should be from 0 to 1"),
-        ("gamed", GAMED + "0,m,0.5,0,0,2\n", "not_gamed_baseline True or False"),
+        ("gamed", GAMED + "0,m,1.5,0,0,False\n", "each preference from 0 to 1"),
+        ("gamed", GAMED + "0,m,0.5,0,0,2\n", "not_gamed_baseline should be True or False"),
         ("gamed", GAMED + "0,m,,0,0,False\n", "on at least one row"),
         ("gamed", None, "cannot be read"),
     ],

@@ -10,7 +10,8 @@ from judge_server import Server
 from judging import Judging, in_turn
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.outputs import match, read_outputs
+from mixdpo.evaluation.formats import read_responses
+from mixdpo.evaluation.judge import match
 from mixdpo.evaluation.verdicts import Verdict, VerdictsWriter, read_verdicts
 from mixdpo.storage import store
 
@@ -28,8 +29,8 @@ def test_verdicts_of_another_judgement_are_left_alone(server, tmp_path):
     for name, old, new in (("seed", 0, 1), ("model", "m", "other"), ("order", "random", "both"), ("max_tokens", 1, 2)):
         with pytest.raises(InputError, match=rf"{name}: {old} there, {new} here.*give another --out"):
             judging(**{name: new})
-    text = Path(judging.options["outputs"]).read_text()
-    Path(judging.options["outputs"]).write_text(text.replace("response 5", "response six"))
+    text = Path(judging.options["responses"]).read_text()
+    Path(judging.options["responses"]).write_text(text.replace("response 5", "response six"))
     with pytest.raises(InputError, match="outputs: "):
         judging()
     assert judging.path.read_bytes() == before
@@ -72,10 +73,10 @@ def row(instruction: str, output: str = "", **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("{", "is no JSON"),
-        ({}, "a list of objects"),
-        ([], "not an empty one"),
-        ([row("a"), 3], "row 2: it should be an object"),
+        ("{", "row 1: cannot be read: JSONDecodeError"),
+        ({}, "row 1: 'instruction' should be text"),
+        ([], "holds no responses"),
+        ([row("a"), 3], "row 2: cannot be read: ValueError: a row should be an object"),
         ([row("a"), {"instruction": "b", "output": None, "generator": "g"}], "row 2: 'output' should be text"),
         ([row("a", output="\ud83d")], "row 1: 'output' holds half a surrogate pair"),
         ([row("a"), row("b", generator="h")], "row 2: the generator is 'h'"),
@@ -83,13 +84,13 @@ def row(instruction: str, output: str = "", **more: Any) -> dict[str, Any]:
         ([row("a", ended=1)], "row 1: 'ended'"),
     ],
 )
-def test_malformed_outputs(tmp_path, rows, said):
+def test_malformed_responses(tmp_path, rows, said):
     path = tmp_path / "outputs.json"
     path.write_text(rows if isinstance(rows, str) else json.dumps(rows))
     with pytest.raises(InputError, match=said):
-        read_outputs(path)
-    with pytest.raises(InputError, match="no outputs file"):
-        read_outputs(tmp_path / "none.json")
+        read_responses(path)
+    with pytest.raises(InputError, match="No such file"):
+        read_responses(tmp_path / "none.json")
 
 
 def test_matching_by_instruction(tmp_path):
@@ -97,8 +98,8 @@ def test_matching_by_instruction(tmp_path):
     paths = [tmp_path / "m.json", tmp_path / "b.json"]
     paths[0].write_text(json.dumps([row("b", "m0"), row("a", "m1"), row("a", "m2")]))
     paths[1].write_text(json.dumps([row("a", "b0"), row("c", "b1"), row("b", "b2"), row("a", "b3")]))
-    model, baseline = map(read_outputs, paths)
-    pairs = [(c.index, c.model.text, c.baseline.text) for c in match(model, baseline, "b.json")]
+    model, baseline = map(read_responses, paths)
+    pairs = [(c.index, c.model, c.baseline) for c in match(model, baseline, "b.json")]
     assert pairs == [(0, "m0", "b2"), (1, "m1", "b0"), (2, "m2", "b3")]
     with pytest.raises(InputError, match=r"b.json lacks 1 of the 3 instructions \(first: row 3, 'a'\)"):
         match(model, baseline[:3], "b.json")

@@ -12,7 +12,7 @@ import numpy as np
 from mixdpo.data.sources import text_rows
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
-from mixdpo.evaluation.formats import SCORED, Answered, Prompt
+from mixdpo.evaluation.formats import SCORED, Prompt, PromptResponses
 from mixdpo.evaluation.generation import Response, generate
 from mixdpo.storage.files import Row
 
@@ -88,7 +88,7 @@ def _facts(title: str, facts: Mapping[str, str]) -> list[str]:
     return [f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
 
 
-def gold_table(answered: Sequence[Answered], scores: np.ndarray, other: np.ndarray | None = None) -> str:
+def gold_table(answered: Sequence[PromptResponses], scores: np.ndarray, other: np.ndarray | None = None) -> str:
     """A Markdown table: the mean score with its bootstrap 95 % interval over prompts, by category too, then lengths.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixdpo.evaluation.formats import Answered, Prompt
+from mixdpo.evaluation.formats import Prompt, PromptResponses
 from mixdpo.evaluation.generation import Response
 from mixdpo.storage.store import Store, read_store
 
@@ -33,11 +33,11 @@ class ResponsesFile(Store):
         return [prompt for key, prompt in self.prompts.items() if key not in self.rows]
 
     @property
-    def answered(self) -> list[Answered]:
+    def answered(self) -> list[PromptResponses]:
         """In the order of the prompts."""
-        return [Answered(prompt, self.rows[key]) for key, prompt in self.prompts.items() if key in self.rows]
+        return [PromptResponses(prompt, self.rows[key]) for key, prompt in self.prompts.items() if key in self.rows]
 
-    def keep(self, answered: Sequence[Answered]) -> None:
+    def keep(self, answered: Sequence[PromptResponses]) -> None:
         self.add({a.prompt.key: json.dumps([vars(response) for response in a.responses]).encode() for a in answered})
         self.rows |= {a.prompt.key: a.responses for a in answered}
 

@@ -30,7 +30,8 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it", larges
         content = json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
         level = [content]
         for _ in range(DEEPEST):
-            level = [inner for value in level for inner in _within(value)]
+            containers = [value for value in level if isinstance(value, dict | list)]
+            level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
         if level:
             raise RecursionError
     except RecursionError:
@@ -57,10 +58,6 @@ def _finite(number: str) -> float:
     if not math.isfinite(value := float(number)):
         raise ValueError(f"{number} is no finite number")
     return value
-
-
-def _within(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
