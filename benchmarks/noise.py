@@ -228,6 +228,6 @@ class NoisySFTDataModule(SFTDataModule):
         if name != "train":
             return pool
         said = f"rate {self.noise.rate}, seed {self.noise.seed}, {content_hash([self.noise])}"
-        noisy = TokenPool.of(plant(pool.samples, self.noise, self._encoder), {**pool.identity, "noise": said})
+        noisy = TokenPool.of(plant(pool.samples, self.noise, self.encoder), {**pool.identity, "noise": said})
         self.counts[name]["response tokens"] = len(noisy)
         return noisy

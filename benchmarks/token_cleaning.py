@@ -28,8 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import profile
 
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.data.conversation_encoding import encode_samples
 from mixdpo.data.conversations import read_samples
+from mixdpo.data.encoding import encode_rows
 from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.loading import load_base, load_tokenizer
 from mixdpo.model.packaged import PACKAGED
@@ -50,7 +50,7 @@ Samples = list[dict[str, Any]]
 def length_regimes(source: str, count: int) -> dict[str, Samples]:
     """`count` samples in file order, and `count` of which a tenth are the longest of the first 3,000 rows."""
     rows = read_samples(source, limit=ROWS).dataset
-    encoded = encode_samples(rows, load_tokenizer(PACKAGED), max_length=MAX_LENGTH, overlong="drop")[0]
+    encoded = encode_rows(rows, load_tokenizer(PACKAGED), max_length=MAX_LENGTH, overlong="drop")[0]
     samples = encoded.select_columns(["input_ids", "spans"]).to_list()
     generator = np.random.default_rng(SEED)
     longest_first = np.argsort([-len(sample["input_ids"]) for sample in samples], kind="stable")

@@ -1,4 +1,4 @@
-"""What both LightningDataModules share: steps planned before training, cut into micro-batches, continued exactly."""
+"""Shared by both data modules: rows read, split and encoded; steps planned before training, continued exactly."""
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -8,15 +8,17 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
 from mixdpo.batches.loader import ResumableLoader
-from mixdpo.batches.steps import MicroBatch, plan_steps
+from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.data.encoding import Overlong
+from mixdpo.data.encoding import IDS, Overlong, encode_rows
 from mixdpo.data.messages import prompt_texts, split_by_prompt
 from mixdpo.data.sources import is_one_file
 from mixdpo.errors import InputError
+from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
 from mixdpo.storage.identity import hash63, refuse_other_run
 
@@ -31,6 +33,8 @@ REFUSED: dict[type, str] = {
 class PlannedDataModule(L.LightningDataModule, ABC):
     """A data module whose optimizer steps are all known before training."""
 
+    noun: str
+    """What a row is, "pair" or "sample"."""
     summary_file: str
     cleans_by_stage: bool
     """Whether the tokens of a stage are scored and ranked when it begins, or those of the whole epoch at once."""
@@ -42,15 +46,15 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         split: str = "train",
         validation: float | str = 0.1,
         validation_split: str | None = None,
-        limit: int | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int = 8,
-        pack: int = 8192,
+        limit: PositiveInt | None = None,
+        batch_size: PositiveInt = 32,
+        eval_batch_size: PositiveInt = 8,
+        pack: NonNegativeInt = 8192,
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
         special_tokens_in_text: bool = False,
-        workers: int = 0,
-        processes: int | None = None,
+        workers: NonNegativeInt = 0,
+        processes: PositiveInt | None = None,
         seed: int = 0,
     ) -> None:
         """Rows of text as planned batches.
@@ -76,22 +80,17 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             seed: For the validation split; of pairs also for ties at the cut, shuffled orders and random assignment.
         """
         super().__init__()
-        if workers < 0 or (processes is not None and processes < 1):
-            raise InputError(f"workers ({workers}) must be at least 0 and processes ({processes}) at least 1 or null")
-        if batch_size < 1 or eval_batch_size < 1:
-            raise InputError(f"batch_size ({batch_size}) and eval_batch_size ({eval_batch_size}) must be at least 1")
         if isinstance(validation, float) and not 0 <= validation < 1:
             raise InputError(f"validation must be a share in [0, 1) or another source, not {validation}")
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
         whole = isinstance(validation, str) and is_one_file(validation)
         self.validation, self.validation_split = validation, validation_split or ("train" if whole else split)
-        if pack < 0:
-            raise InputError(f"pack must be 0 or a number of tokens, not {pack}")
         self.batch_size, self.eval_batch_size, self.pack = batch_size, eval_batch_size, pack
         self.chat_template = chat_template
         self.encoding: dict[str, Any] = {"overlong": overlong, "special_tokens_in_text": special_tokens_in_text}
         self.workers, self.processes, self.seed = workers, processes, seed
         self.counts: dict[str, Any] = {}
+        self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
         self._loader: ResumableLoader | None = None
         self._consumed = 0
 
@@ -100,14 +99,14 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         """Whether sequences are computed beside others that they must not see."""
         return self.pack > 0
 
+    @property
+    def encoded(self) -> list[Any]:
+        """The tables of token ids after setup."""
+        return list(self.tables.values())
+
     @abstractmethod
     def read(self, source: str, split: str) -> Any:
         """The rows of a source as a data set; counts what is dropped."""
-
-    @property
-    @abstractmethod
-    def encoded(self) -> list[Any]:
-        """The tables of token ids that there are after setup."""
 
     @abstractmethod
     def prompts(self, rows: Any) -> Iterable[Any]:
@@ -130,12 +129,37 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         self.trainer.limit_val_batches = 0
         return train, None
 
-    def count_read(self, source: str, split: str, counts: dict[str, int]) -> None:
-        self.counts[f"read/{source}" if split == "train" else f"read/{source}, split {split}"] = counts
+    @cached_property
+    def encoder(self) -> Any:
+        return load_tokenizer(self.tokenizer)
+
+    def encode(self, rows: Any, name: str) -> Any:
+        """The rows as token ids, kept as the table of this name; counts what is cut or dropped."""
+        encoded, counts = encode_rows(
+            rows, self.encoder, **self.encoding, chat_template=self.chat_template, num_proc=self.processes
+        )
+        self.counts[name] = {f"{self.noun}s": len(encoded), **counts}
+        self.tables[name] = encoded
+        return encoded
+
+    def count_read(self, source: str, split: str, table: Any) -> Any:
+        """The data set of a table that was read; counts its rows and what it dropped."""
+        name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
+        self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped}
+        return table.dataset
 
     def describe_counts(self) -> list[str]:
         """Every row left out or cut, in a few lines: nothing is dropped silently."""
         return [f"{name}: " + ", ".join(f"{k} {v}" for k, v in counts.items()) for name, counts in self.counts.items()]
+
+    def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Row in the source, id and texts of the rows of training that a batch calls by these `ids`."""
+        table, key = self.tables["train"], f"{self.noun}_id"
+        place = {row_id: index for index, row_id in enumerate(table[key])}
+        rows = [table[place[row_id]] for row_id in ids]
+        names = [name for name in IDS if name in table.column_names]
+        texts = [{name.removesuffix("_ids"): self.encoder.decode(row[name]) for name in names} for row in rows]
+        return [{"row": row["row"], key: row[key], **text} for row, text in zip(rows, texts, strict=True)]
 
     def validation_batches(self, lengths: Sequence[int], ids: Sequence[int]) -> list[MicroBatch]:
         """This rank's batches of held-out rows, by length, then by id; filler of weight 0 gives all ranks as many."""
@@ -149,8 +173,26 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         """The steps and stages of one epoch. As many, and starting at the same steps, in all epochs."""
 
     @abstractmethod
+    def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
+        """The rows of each optimizer step of one epoch."""
+
+    @abstractmethod
+    def sizes(self) -> tuple[list[int], Sequence[int]]:
+        """Of each row: the tokens that training it computes, and what it adds to `Batch.step_total`."""
+
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         """One epoch as this rank computes it: every step in exactly accumulate × world pieces."""
+        trainer, (tokens, counted) = self.trainer, self.sizes()
+        parts = {
+            "accumulate": trainer.accumulate_grad_batches,
+            "world": trainer.world_size,
+            "rank": trainer.global_rank,
+        }
+        plan: list[MicroBatch] = []
+        for step in self._steps(epoch):
+            total = int(sum(counted[row] for row in step))
+            plan += [(rows, weight, total) for rows, weight, _ in cut_step(step, tokens, **parts)]
+        return plan
 
     @abstractmethod
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
@@ -161,16 +203,12 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         """Part by part, all that must stay for a position in the epoch to mean the same rows and tokens."""
 
     @abstractmethod
-    def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Row in the source, id and texts of the rows that a batch calls by these `ids`."""
-
-    @abstractmethod
     def cleaning_pool(self) -> TokenPool:
         """The response tokens that token cleaning may cut."""
 
-    @abstractmethod
     def pool_steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         """The samples of the cleaning pool in each step of one epoch."""
+        return self._steps(epoch)
 
     def upcoming_samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """What the stage (or the epoch) of optimizer step `step` trains from this step on, and the run's next epoch if
@@ -230,11 +268,6 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         self._consumed = 0
         return self._loader
 
-    def cut(self) -> dict[str, int]:
-        """How each step is cut: the arguments of `cut_step` that the trainer decides."""
-        trainer = self.trainer
-        return {"accumulate": trainer.accumulate_grad_batches, "world": trainer.world_size, "rank": trainer.global_rank}
-
     def state_dict(self) -> dict[str, Any]:
         return {"consumed": self._loader.consumed if self._loader else 0, "run": self._identity()}
 
@@ -250,12 +283,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     def _identity(self) -> dict[str, Any]:
         """What must stay for a position to mean the same rows."""
-        return {
-            **self.plan_identity(),
-            "batch_size": self.batch_size,
-            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
-            "devices": self.trainer.world_size,
-        }
+        cut = {"accumulate_grad_batches": self.trainer.accumulate_grad_batches, "devices": self.trainer.world_size}
+        return {**self.plan_identity(), "batch_size": self.batch_size, **cut}
 
 
 def _check_apart(train: Iterable[Any], held_out: Iterable[Any], rows: Sequence[int], source: str) -> None:

@@ -1,6 +1,6 @@
 """The LightningDataModule of preference pairs: read, split, encode, route, and hand over micro-batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,13 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.planned import PlannedDataModule
 from mixdpo.batches.batch import PairCollator
 from mixdpo.batches.loader import ResumableLoader
-from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
+from mixdpo.batches.steps import MicroBatch, plan_steps
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.data.conversation_encoding import encoding_identity
-from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.encoding import encoding_identity
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
-from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.route import Route, Routing
 from mixdpo.routing.schedules import StepPlan
 from mixdpo.signals.margins_file import MarginsFile, read_margins, text_hash
@@ -24,6 +22,7 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 
 
 class PreferenceDataModule(PlannedDataModule):
+    noun = "pair"
     summary_file = "route.json"
     cleans_by_stage = False
 
@@ -72,15 +71,9 @@ class PreferenceDataModule(PlannedDataModule):
         """Read, split, encode and route; the pool of cleaning is made where the module cleans."""
         if self.route is not None:
             return
-        self._encoder = load_tokenizer(self.tokenizer)
-        self.identity = encoding_identity(self._encoder, self.chat_template, **self.encoding)
+        self.identity = encoding_identity(self.encoder, self.chat_template, **self.encoding)
         if stage == "predict":
-            if self.margins_file is not None:
-                raise InputError("data.margins_file is for fit and validate; predict writes such a file (model.output)")
-            self.train_pairs = self._encode(self.read(self.source, self.split), self.source)
-            self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
-            self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
-            return rank_zero_info("\n".join(self.describe_counts()))
+            return self._set_up_predict()
         if self.margins_file is not None:
             self._margins = read_margins(self.margins_file)
             self._margins.refuse_other(self.identity, "encoding of the pairs")
@@ -88,32 +81,38 @@ class PreferenceDataModule(PlannedDataModule):
         self._data = content_hash(
             zip(*(train[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
         )
-        self.train_pairs = self._encode(train, "train")
-        self.validation_pairs = self._encode(held_out, "validation") if held_out is not None else None
+        self.train_pairs = self._with_margins(self.encode(train, "train"), self.source)
+        if held_out is not None:
+            source = self.validation if isinstance(self.validation, str) else self.source
+            self.validation_pairs = self._with_margins(self.encode(held_out, "validation"), source)
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
-        rank_zero_info(self._describe())
+        rank_zero_info("\n".join([*self.describe_counts(), self._describe_route()]))
         if (cleaning := getattr(self.trainer.lightning_module, "cleaning", None)) is not None:
             self._check_cleaning(cleaning)
             self.cleaning_pool()
 
+    def _set_up_predict(self) -> None:
+        if self.margins_file is not None:
+            raise InputError("data.margins_file is for fit and validate; predict writes such a file (model.output)")
+        self.train_pairs = self.encode(self.read(self.source, self.split), self.source)
+        self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
+        self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
+        rank_zero_info("\n".join(self.describe_counts()))
+
     @property
     def documents(self) -> bool:
         return self.pack > 0 or self.share_prompt
-
-    @property
-    def encoded(self) -> list[Any]:
-        return [table for table in (self.train_pairs, self.validation_pairs) if table is not None]
 
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins_file is None and (signal is None or signal.needs == "rating")
         needed = signal is not None or self.routing.by_margin or self.validation_threshold is not None
         margin = self.margin if rated else ()
-        pairs = read_pairs(source, split=split, margin=margin, margin_needed=needed, limit=self.limit)
+        table = read_pairs(source, split=split, margin=margin, margin_needed=needed, limit=self.limit)
         if signal is not None or self.margins_file is not None:
-            texts = {pair["pair_id"]: text_hash(pair) for pair in pairs.dataset}
-            rows = zip(texts.items(), pairs.dataset["row"], strict=True)
+            texts = {pair["pair_id"]: text_hash(pair) for pair in table.dataset}
+            rows = zip(texts.items(), table.dataset["row"], strict=True)
             if changed := [row for (pair_id, text), row in rows if self.texts.get(pair_id, text) != text]:
                 raise InputError(
                     f"{len(changed)} pairs of {source} have a pair_id that another pair of {self.source} has (first: "
@@ -121,33 +120,26 @@ class PreferenceDataModule(PlannedDataModule):
                     "that ids come from the content, and compute the margins anew"
                 )
             self.texts |= texts
-        self.count_read(source, split, {"pairs": len(pairs.dataset), **pairs.dropped})
-        return pairs.dataset
+        return self.count_read(source, split, table)
 
     def prompts(self, rows: Any) -> Iterable[Any]:
         return rows["prompt"]
 
-    def _encode(self, pairs: Any, name: str) -> Any:
-        encoded, counts = encode_pairs(
-            pairs, self._encoder, **self.encoding, chat_template=self.chat_template, num_proc=self.processes
-        )
-        self.counts[name] = {"pairs": len(encoded), **counts}
-        source = self.validation if name == "validation" and isinstance(self.validation, str) else self.source
-        return self._margins.add_to(encoded, self.texts, source) if self._margins else encoded
+    def _with_margins(self, pairs: Any, source: str) -> Any:
+        return self._margins.add_to(pairs, self.texts, source) if self._margins else pairs
 
-    def _describe(self) -> str:
-        facts, lines = self.route.summary(), self.describe_counts()
-        cut = "the data has no margins"
-        if facts["threshold"] is not None:
-            cut = (
-                f"threshold {facts['threshold']:.4g}, {facts['ties_at_threshold']} pairs tie at it, "
-                f"{facts['hard_at_threshold']} of them hard"
-            )
-        lines.append(
-            f"route: {facts['hard']} of {facts['pairs']} pairs are hard (by {facts['assignment']}; {cut}), trained by "
-            f"{facts['hard_action']}, order {facts['order']}, {len(self._steps())} steps of {self.batch_size} pairs"
+    def _describe_route(self) -> str:
+        facts, why = self.route.summary(), ""
+        if facts["assignment"] != "margin":
+            why = f", by assignment {facts['assignment']}"
+        elif facts["threshold"] is not None:
+            tied = f"{facts['hard_at_threshold']} of the {facts['ties_at_threshold']} pairs tied at it"
+            why = f": margin below {facts['threshold']:.4g}, and {tied}"
+        return (
+            f"{facts['hard']} of {facts['pairs']} pairs ({facts['hard_fraction']:.0%}) are hard{why}\n"
+            f"hard pairs: {facts['hard_action']}; easy pairs: {facts['easy_action']}; order {facts['order']}, "
+            f"{len(self._steps())} steps of {self.batch_size} pairs"
         )
-        return "\n".join(lines)
 
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
@@ -161,38 +153,29 @@ class PreferenceDataModule(PlannedDataModule):
 
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         """A stage starts with the first step whose pairs are mostly its own (or of a later one)."""
-        sft_share = np.array([self.route.to_sft[list(step)].mean() for step in self._steps(epoch)])
+        sft_share = np.array([self.route.is_sft[list(step)].mean() for step in self._steps(epoch)])
         places, starts = plan_steps(self.route.stages.tolist(), self.batch_size), [0]
         for stage in range(1, int(self.route.stages[-1]) + 1):
             first = int(np.argmax([np.mean(np.array(step) >= stage) >= 0.5 for step in places]))
             starts += [first] if first > starts[-1] else []
         return StepPlan(sft_share, tuple(starts))
 
-    def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
-        tokens = self._tokens(self.train_pairs, self.route.to_sft, self.route.sft_sides)
-        return [piece for step in self._steps(epoch) for piece in cut_step(step, tokens, **self.cut())]
+    def sizes(self) -> tuple[list[int], list[int]]:
+        tokens = self._tokens(self.train_pairs, self.route.is_sft, self.route.sft_sides)
+        return tokens, [1] * len(tokens)
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
         first_token = None
         if self._pool is not None:
             first_token = np.full(len(self.route.is_hard), -1)
             first_token[self._on_side(hard=True)] = self._pool.offsets[:-1]
-        routes = {"to_sft": self.route.to_sft.tolist(), "sft_sides": self.route.sft_sides, "first_token": first_token}
-        loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), evaluation=False, **routes)
+        routes = {"is_sft": self.route.is_sft.tolist(), "sft_sides": self.route.sft_sides, "first_token": first_token}
+        loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), **routes)
         loader.replan = self.micro_batches if self.routing.reshuffle else None
         return loader
 
     def plan_identity(self) -> dict[str, str]:
         return {"data": self._data, **self.identity, "route": self.route.fingerprint()}
-
-    def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        place = {pair_id: index for index, pair_id in enumerate(self.train_pairs["pair_id"])}
-        decode = self._encoder.decode
-        return [
-            {"row": pair["row"], "pair_id": pair["pair_id"]}
-            | {name: decode(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")}
-            for pair in (self.train_pairs[place[number]] for number in ids)
-        ]
 
     def _check_cleaning(self, cleaning: Cleaning) -> None:
         if not self.route.is_hard.any():
@@ -222,8 +205,8 @@ class PreferenceDataModule(PlannedDataModule):
 
     def _on_side(self, *, hard: bool) -> np.ndarray:
         """Indices of the hard pairs, or of the easy ones, by pair id: the order of the file's rows decides nothing."""
-        found = np.flatnonzero(self.route.is_hard == hard)
-        return found[np.argsort(self.route.pair_ids[found])]
+        indices = np.flatnonzero(self.route.is_hard == hard)
+        return indices[np.argsort(self.route.pair_ids[indices])]
 
     def pool_steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         number = dict(zip(self._on_side(hard=True).tolist(), range(len(self.route.is_hard)), strict=False))
@@ -238,34 +221,33 @@ class PreferenceDataModule(PlannedDataModule):
         return margins < threshold
 
     def val_dataloader(self) -> ResumableLoader:
-        is_hard = self.validation_is_hard().tolist()
-        tokens = self._tokens(self.validation_pairs, [False] * len(is_hard))
-        plan = self.validation_batches(tokens, self.validation_pairs["pair_id"][:])
-        return self._make_loader(plan, self.validation_pairs, is_hard, evaluation=True)
+        return self._evaluation_loader(self.validation_pairs, self.validation_is_hard().tolist(), set())
 
     def predict_dataloader(self) -> ResumableLoader:
         """Batches by length of the pairs whose margin is not known yet."""
-        known, ids = self.trainer.lightning_module.known, self.train_pairs["pair_id"][:]
-        easy = [False] * len(ids)
-        batches = self.validation_batches(self._tokens(self.train_pairs, easy), ids)
-        left = [tuple(i for i in batch if ids[i] not in known) for batch, _, _ in batches]
-        plan = [(batch, 1.0, len(batch)) for batch in left if batch]
-        return self._make_loader(plan, self.train_pairs, easy, evaluation=True)
+        easy = [False] * len(self.train_pairs)
+        return self._evaluation_loader(self.train_pairs, easy, self.trainer.lightning_module.known)
+
+    def _evaluation_loader(self, pairs: Any, is_hard: list[bool], known: set[int]) -> ResumableLoader:
+        ids = pairs["pair_id"][:]
+        batches = self.validation_batches(self._tokens(pairs, [False] * len(ids)), ids)
+        left = [(tuple(i for i in batch if ids[i] not in known), weight, count) for batch, weight, count in batches]
+        return self._make_loader([batch for batch in left if batch[0]], pairs, is_hard, evaluation=True)
 
     def _make_loader(self, plan: list[MicroBatch], pairs: Any, is_hard: list[bool], **options: Any) -> ResumableLoader:
         if self._margins is not None and self._margins.of_policy:  # the weights are loaded after setup
             module = self.trainer.lightning_module
-            here = {"weights": module.base_weights()}
+            made_with = {"weights": module.base_weights()}
             if self._margins.header["needs"] == "policy":  # an adapter's reward may be of any adapter
-                here["adapter_weights"] = module.start_fingerprint
-            self._margins.refuse_other(here, "base model or adapter")
+                made_with["adapter_weights"] = module.start_fingerprint
+            self._margins.refuse_other(made_with, "base model or adapter")
         collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, pack=self.pack, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 
     @staticmethod
-    def _tokens(pairs: Any, to_sft: Any, sft_sides: tuple[int, ...] = (0,)) -> list[int]:
+    def _tokens(pairs: Any, is_sft: Any, sft_sides: tuple[int, ...] = (0,)) -> list[int]:
         """Tokens that training a pair computes: what SFT does not learn is not among them."""
-        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], to_sft, strict=True)
+        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_sft, strict=True)
         return [
             len(prompt) + sum(len(sides[i]) for i in (sft_sides if sft else (0, 1))) for prompt, *sides, sft in columns
         ]
@@ -275,5 +257,5 @@ def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:
     """A pair's prompt and chosen response as an SFT sample."""
     start = len(pair["prompt_ids"])
     ids = [*pair["prompt_ids"], *pair["chosen_ids"]]
-    about = {"sample_id": pair["pair_id"], "source": "", "row": pair["row"], "truncated": pair["truncated"]}
-    return {**about, "input_ids": ids, "spans": [start, len(ids)]}
+    sample = {"sample_id": pair["pair_id"], "source": "", "row": pair["row"], "truncated": pair["truncated"]}
+    return {**sample, "input_ids": ids, "spans": [start, len(ids)]}

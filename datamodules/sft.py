@@ -1,20 +1,19 @@
 """The LightningDataModule of SFT data: read, split, encode, slice into stages, hand over micro-batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.planned import PlannedDataModule
+from mixdpo.batches.batch import SampleCollator
 from mixdpo.batches.loader import ResumableLoader
-from mixdpo.batches.sft_batch import SFTCollator
-from mixdpo.batches.steps import MicroBatch, Slices, Stage, cut_step, plan_stages
+from mixdpo.batches.steps import MicroBatch, Slices, Stage, plan_stages
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.data.conversation_encoding import encode_samples, encoding_identity
 from mixdpo.data.conversations import read_samples
+from mixdpo.data.encoding import encoding_identity
 from mixdpo.errors import InputError
-from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
 from mixdpo.storage.identity import content_hash
 
@@ -23,6 +22,7 @@ MOST_SOURCES = 50
 
 
 class SFTDataModule(PlannedDataModule):
+    noun = "sample"
     summary_file = "plan.json"
     cleans_by_stage = True
 
@@ -53,10 +53,9 @@ class SFTDataModule(PlannedDataModule):
     def setup(self, stage: str) -> None:
         if self.pool is not None:
             return
-        self._encoder = load_tokenizer(self.tokenizer)
         train, held_out = self.read_and_split(stage)
-        self.pool = self._encode(train, "train")
-        self.validation_pool = self._encode(held_out, "validation") if held_out is not None else None
+        self.pool = self._pool_of(train, "train")
+        self.validation_pool = self._pool_of(held_out, "validation") if held_out is not None else None
         held_out_sources = set(self.validation_pool.samples["source"]) if self.validation_pool else set()
         self.sources = sorted({*self.pool.samples["source"], *held_out_sources})
         self.reported_sources = sorted(held_out_sources - {""}) if len(held_out_sources) <= MOST_SOURCES else []
@@ -65,35 +64,23 @@ class SFTDataModule(PlannedDataModule):
             raise InputError(
                 "slices are stages of one epoch: set trainer.max_epochs 1; data.slices.passes repeats them"
             )
-        rank_zero_info(self._describe())
-
-    @property
-    def encoded(self) -> list[Any]:
-        return [pool.samples for pool in (self.pool, self.validation_pool) if pool is not None]
+        sizes = ", ".join(f"slice {stage.slice}: {len(stage.steps)}" for stage in self.stages)
+        rank_zero_info("\n".join([*self.describe_counts(), f"steps of {self.batch_size} samples: {sizes}"]))
 
     def read(self, source: str, split: str) -> Any:
-        samples = read_samples(source, split=split, limit=self.limit)
-        self.count_read(source, split, {"samples": len(samples.dataset), **samples.dropped})
-        return samples.dataset
+        return self.count_read(source, split, read_samples(source, split=split, limit=self.limit))
 
     def prompts(self, rows: Any) -> Iterable[Any]:
         return (_prompt(messages) for messages in rows["messages"])  # one at a time: the pool may exceed memory
 
-    def _encode(self, samples: Any, name: str) -> TokenPool:
-        encoded, counts = encode_samples(
-            samples, self._encoder, **self.encoding, chat_template=self.chat_template, num_proc=self.processes
-        )
+    def _pool_of(self, samples: Any, name: str) -> TokenPool:
         identity = {
             "data": content_hash(zip(samples["sample_id"], samples["messages"], strict=True)),
-            **encoding_identity(self._encoder, self.chat_template, **self.encoding),
+            **encoding_identity(self.encoder, self.chat_template, **self.encoding),
         }
-        pool = TokenPool.of(encoded, identity)
-        self.counts[name] = {"samples": len(encoded), "response tokens": len(pool), **counts}
+        pool = TokenPool.of(self.encode(samples, name), identity)
+        self.counts[name]["response tokens"] = len(pool)
         return pool
-
-    def _describe(self) -> str:
-        sizes = ", ".join(f"slice {stage.slice}: {len(stage.steps)}" for stage in self.stages)
-        return "\n".join([*self.describe_counts(), f"steps of {self.batch_size} samples: {sizes}"])
 
     def summary(self) -> dict[str, Any]:
         """What `plan.json` holds: the stages, and the counts of what was read, dropped and truncated."""
@@ -102,43 +89,33 @@ class SFTDataModule(PlannedDataModule):
         ]
         return {"stages": stages, "counts": self.counts, "batch_size": self.batch_size, "seed": self.slices.seed}
 
-    def _steps(self) -> list[tuple[int, ...]]:
+    def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return [step for stage in self.stages for step in stage.steps]
 
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         starts = np.cumsum([0, *(len(stage.steps) for stage in self.stages)])
         return StepPlan(np.zeros(starts[-1]), tuple(int(start) for start in starts[:-1]))
 
-    def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
-        tokens = [len(ids) for ids in self.pool.samples["input_ids"]]
-        responses = np.diff(self.pool.offsets)
-        plan: list[MicroBatch] = []
-        for step in self._steps():
-            total = int(responses[list(step)].sum())
-            plan += [(indices, weight, total) for indices, weight, _ in cut_step(step, tokens, **self.cut())]
-        return plan
+    def sizes(self) -> tuple[list[int], np.ndarray]:
+        return [len(ids) for ids in self.pool.samples["input_ids"]], np.diff(self.pool.offsets)
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
-        return ResumableLoader(plan, SFTCollator(self.pool, self.sources, pack=self.pack), workers=self.workers)
+        return self._make_loader(plan, self.pool)
 
     def plan_identity(self) -> dict[str, str]:
         return {**self.pool.identity, "steps": content_hash(self._steps())}
 
-    def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        samples, decode = (self.pool.samples[index] for index in ids), self._encoder.decode
-        return [{"row": s["row"], "sample_id": s["sample_id"], "text": decode(s["input_ids"])} for s in samples]
-
     def cleaning_pool(self) -> TokenPool:
         return self.pool
 
-    def pool_steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
-        return self._steps()
-
     def val_dataloader(self) -> ResumableLoader:
-        lengths = [len(ids) for ids in self.validation_pool.samples["input_ids"]]
-        collator = SFTCollator(self.validation_pool, self.sources, pack=self.pack)
-        plan = self.validation_batches(lengths, self.validation_pool.samples["sample_id"][:])
-        return ResumableLoader(plan, collator, workers=self.workers)
+        samples = self.validation_pool.samples
+        plan = self.validation_batches([len(ids) for ids in samples["input_ids"]], samples["sample_id"][:])
+        return self._make_loader(plan, self.validation_pool)
+
+    def _make_loader(self, plan: list[MicroBatch], pool: TokenPool) -> ResumableLoader:
+        sources = {name: index for index, name in enumerate(self.sources)}
+        return ResumableLoader(plan, SampleCollator(pool, sources, pack=self.pack), workers=self.workers)
 
 
 def _prompt(messages: list[dict[str, str]]) -> list[dict[str, str]]:

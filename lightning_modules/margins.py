@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 
 from lightning_modules.callbacks.run_files import CloseFiles
-from mixdpo.batches.batch import PairBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, add_adapters
@@ -25,7 +25,7 @@ from mixdpo.model.loading import (
 )
 from mixdpo.signals.margins_file import MarginsWriter
 
-Signal = Callable[[Any, PairBatch], Any]
+Signal = Callable[[Any, Batch], Any]
 
 
 class MarginModule(L.LightningModule):
@@ -111,8 +111,8 @@ class MarginModule(L.LightningModule):
         """Ids of the pairs that no file lacks."""
         return set.intersection(*(set(file.margins) for _, file in self.files))
 
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[int]:
-        pair_ids: list[int] = batch.pair_id.tolist()
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
+        pair_ids: list[int] = batch.ids.tolist()
         for signal, file in self.files:
             if lacking := [i for i, pair_id in enumerate(pair_ids) if pair_id not in file.margins]:
                 margins = signal(self.model, batch).tolist()

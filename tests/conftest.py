@@ -21,7 +21,7 @@ from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.sft import SFTModule
-from mixdpo.batches.batch import PairBatch, PairCollator
+from mixdpo.batches.batch import Batch, PairCollator
 from mixdpo.batches.rows import TokenRows
 from mixdpo.model.adapters import Lora
 from mixdpo.routing.route import Routing
@@ -69,10 +69,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_llama(tmp_path_factory.mktemp("tiny"))
 
 
-def collate(pairs: Sequence[Any], is_hard: Sequence[bool], weight: float = 1.0, **options: Any) -> PairBatch:
+def collate(pairs: Sequence[Any], is_hard: Sequence[bool], weight: float = 1.0, **options: Any) -> Batch:
     """One micro-batch of all these pairs."""
-    step_pairs = options.pop("step_pairs", len(pairs))
-    return PairCollator(pairs, is_hard, **options)((tuple(range(len(pairs))), weight, step_pairs))
+    step_total = options.pop("step_total", len(pairs))
+    return PairCollator(pairs, is_hard, **options)((tuple(range(len(pairs))), weight, step_total))
 
 
 def write_tiny(name: str, folder: Path, **options: Any) -> Path:

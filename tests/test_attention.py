@@ -12,7 +12,7 @@ from conftest import write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixdpo.batches.rows import Piece, build_rows, document_mask, token_rows
+from mixdpo.batches.rows import Piece, build_rows, token_rows
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.forward import _check_window, check_documents, output_head, predicting_states
@@ -91,7 +91,7 @@ def test_the_mask_against_loops_over_tokens(shapes: list[list[int]], pack: int) 
         for piece, (begin, end) in enumerate(pairwise(bounds)):
             where |= {(row, column): (number, piece) for column in range(begin, end)}
     assert len(where) == rows.tokens == sum(map(sum, shapes))
-    mask = document_mask(rows.documents, *rows.input_ids.shape)
+    mask = rows.attention_mask()
     for row in range(len(rows.input_ids)):
         for query in range(rows.input_ids.shape[1]):
             for key in range(rows.input_ids.shape[1]):

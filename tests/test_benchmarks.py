@@ -12,7 +12,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from test_records import PAIR, write
+from test_pairs import PAIR, write
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -223,7 +223,6 @@ def test_pairs_that_leave_nothing_to_clean_or_learn_from(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": {"pack": -5}}, "pack must be 0"),
         ({"cleaning": Cleaning(scorer=Random(), warm_up_stages=1)}, "no stage to clean"),
         ({"cleaning": Cleaning(), "trainer": {"first": (RefreshReference(),)}}, "one stage"),
         ({"cleaning": Cleaning(warm_up_stages=1), "data": {"slices": Slices(2)}}, "nothing makes the warmed-up policy"),

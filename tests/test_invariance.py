@@ -34,7 +34,7 @@ def loss_and_gradient(module: Any, data: Any, layout: dict[str, Any], accumulate
         batch = collator(micro_batch)
         policy, reference = module.policy_and_reference(batch)
         losses, _, _ = module.route_losses(batch, policy, reference)
-        loss = (losses * batch.weight).sum() / batch.step_pairs
+        loss = (losses * batch.weight).sum() / batch.step_total
         loss.backward()
         total += loss.item()
     module._write_log_probs()

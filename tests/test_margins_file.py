@@ -52,7 +52,7 @@ class Counted(CHES):
     def __call__(self, model, batch):
         if len(self.computed) // 3 == type(self).fails:
             raise KeyboardInterrupt
-        self.computed.extend(batch.pair_id.tolist())
+        self.computed.extend(batch.ids.tolist())
         return super().__call__(model, batch)
 
 

@@ -145,7 +145,7 @@ def check_hard_losses(ran: Ran, plain: Any) -> list[float]:
     for step, batch, _, found in ran.seen:
         policy = with_adapters(plain, ran.starts[step], "policy")
         for at, loss in zip(batch.sft.tolist(), found.tolist(), strict=True):
-            place = places[int(batch.pair_id[at])]
+            place = places[int(batch.ids[at])]
             weight = torch.from_numpy(weights[place])
             with torch.no_grad():
                 log_probs = one_by_one(plain, samples[list(places.values()).index(place)], policy)
@@ -176,7 +176,7 @@ def test_all_hard_pairs_are_ranked_together(cleaned: Ran, plain: Any) -> None:
     np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-5)
     assert np.abs(scores).max() > 1e-3
     assert set(weights) == {0, 1} and np.array_equal(weights, best(scores))
-    first = places[int(cleaned.seen[1][1].pair_id[cleaned.seen[1][1].hard[0]])]
+    first = places[int(cleaned.seen[1][1].ids[cleaned.seen[1][1].sft[0]])]
     assert not np.array_equal(weights[first], best(scores[first]))  # what ranking each stage by itself would keep
 
 
@@ -191,7 +191,7 @@ def test_kept_fraction_is_logged(cleaned: Ran) -> None:
     weights, (_, _, places) = cleaned.array("weights"), hard_pairs(cleaned)
     assert cleaned.rows[0]["cleaning/kept_fraction"] == ""  # a step without hard pairs
     for step, batch, _, _ in cleaned.seen[1:]:
-        tokens = np.concatenate([weights[places[int(batch.pair_id[at])]] for at in batch.sft.tolist()])
+        tokens = np.concatenate([weights[places[int(batch.ids[at])]] for at in batch.sft.tolist()])
         assert float(cleaned.rows[step]["cleaning/kept_fraction"]) == pytest.approx(tokens.mean())
         assert float(cleaned.rows[step]["cleaning/empty_fraction"]) == 0
 
@@ -199,7 +199,7 @@ def test_kept_fraction_is_logged(cleaned: Ran) -> None:
 def test_easy_pairs_notice_nothing(cleaned: Ran, uncleaned: Ran) -> None:
     """To the bit, up to and with the first step that has a hard pair; after it the policies differ."""
     for (_, ours, easy, _), (_, theirs, alike, _) in zip(cleaned.seen[:2], uncleaned.seen[:2], strict=True):
-        assert torch.equal(ours.pair_id, theirs.pair_id) and torch.equal(easy, alike) and len(easy)
+        assert torch.equal(ours.ids, theirs.ids) and torch.equal(easy, alike) and len(easy)
     for step in (0, 1):
         policies = [{k: v for k, v in ran.starts[step].items() if ".policy." in k} for ran in (cleaned, uncleaned)]
         assert all(torch.equal(value, policies[1][key]) for key, value in policies[0].items())
@@ -214,7 +214,7 @@ def test_given_weights_one_pair_with_none(
     masks = shutil.copytree(cleaned.folder / "cleaning", tmp_path / "masks")
     weights = np.random.default_rng(0).choice([0.0, 0.3, 1.0], len(cleaned.array("weights"))).astype(np.float32)
     (_, _, places) = hard_pairs(cleaned)
-    weights[places[int(cleaned.seen[2][1].pair_id[0])]] = 0
+    weights[places[int(cleaned.seen[2][1].ids[0])]] = 0
     np.save(masks / "weights.npy", weights)
     trainer = {"accumulate_grad_batches": accumulate}
     ran = run(tiny_model, source, tmp_path / "run", cleaning=Cleaning(masks=str(masks)), trainer=trainer)

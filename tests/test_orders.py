@@ -37,7 +37,7 @@ class Seen(Callback):
         self.references: dict[int, dict[str, torch.Tensor]] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.steps.setdefault(trainer.global_step, []).extend(batch.pair_id[batch.weight > 0].tolist())
+        self.steps.setdefault(trainer.global_step, []).extend(batch.ids[batch.weight > 0].tolist())
         self.references[trainer.global_step] = adapter_weights(pl_module, "reference")
 
 
@@ -148,7 +148,7 @@ def test_actions_train_what_they_say(
     assert sum(len(batch.sft) for batch in batches) == by_sft
     assert sum(int(batch.is_hard[batch.preference].sum()) for batch in batches) == hard_by_preference
     # the plan counts what a batch computes: prompts once, and of SFT pairs the sides that it learns
-    counts = data._tokens(data.train_pairs, data.route.to_sft, data.route.sft_sides)
+    counts = data._tokens(data.train_pairs, data.route.is_sft, data.route.sft_sides)
     for batch, (indices, _, _) in zip(batches, data.micro_batches(), strict=True):
         assert batch.rows.tokens == sum(counts[i] for i in indices)
         assert batch.sft_sides == data.route.sft_sides

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import collate, write_pairs
 
-from mixdpo.batches.batch import PairBatch
-from mixdpo.data.encoding import encode_pairs
+from mixdpo.batches.batch import Batch
+from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.losses import DPO
 from mixdpo.model.adapters import Lora, add_adapters, role
@@ -48,7 +48,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The two pairs, encoded with the model's own chat template."""
     source = write_pairs(tmp_path_factory.mktemp("real") / "pairs.jsonl", ROWS)
     tokenizer = load_tokenizer(PACKAGED)
-    pairs, counts = encode_pairs(read_pairs(source).dataset, tokenizer, max_length=128, max_prompt_length=64)
+    pairs, counts = encode_rows(read_pairs(source).dataset, tokenizer, max_length=128, max_prompt_length=64)
     assert not any(counts.values())
     assert [tokenizer.decode(pair["chosen_ids"][-1]) for pair in pairs] == ["<|im_end|>"] * 2
     return list(pairs)
@@ -89,7 +89,7 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
-def step_loss(model: Any, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def step_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of the easy pair by DPO and of the hard one by SFT, from the equations; pair 0 is easy and pair 1 hard."""
     with torch.no_grad(), role(model, "reference"):
         reference = sequence_log_probs(model, batch.reference_rows)

@@ -168,7 +168,7 @@ def test_summary_by_hand():
         "ties_at_threshold": 2,
         "hard_at_threshold": 1,
         "trained": 5,
-        "trained_by_sft": 2,
+        "sft": 2,
         "order": "easy_to_hard",
         "assignment": "margin",
         "hard_action": "sft",
@@ -287,7 +287,7 @@ def test_every_plan_is_a_partition_with_exact_counts(data, option, seed, reshuff
         assert route.epoch_order(epoch).dtype == np.int64
         assert np.array_equal(route.epoch_order(epoch), route.order) or option["reshuffle"]
     assert (
-        route.to_sft.tolist()
+        route.is_sft.tolist()
         == (route.is_hard & (option["hard_action"] in ("sft", "sft_rejected", "sft_both"))).tolist()
     )
     assert route.stages.shape == route.order.shape and route.stages[0] == 0

@@ -16,7 +16,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from mixdpo.data.encoding import encode_pairs
+from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, add_adapters, role
@@ -29,7 +29,7 @@ LIMITS = {"max_length": 64, "max_prompt_length": 32}
 @pytest.fixture(scope="module")
 def pairs(tiny_model, tmp_path_factory):
     source = write_pairs(tmp_path_factory.mktemp("signals") / "pairs.jsonl", make_pairs(9))
-    return list(encode_pairs(read_pairs(source).dataset, load_tokenizer(tiny_model), **LIMITS)[0])
+    return list(encode_rows(read_pairs(source).dataset, load_tokenizer(tiny_model), **LIMITS)[0])
 
 
 @pytest.fixture(scope="module")

@@ -482,7 +482,8 @@ def test_online_scorers(name: str, tiny_model: str, source: str, plain: Any, ear
     assert np.isfinite(ran.steps.losses).all() and np.isfinite(weights).all() and np.isfinite(scores).all()
     losses = start_losses(ran, plain, earlier)
     for number, (_, batch) in enumerate(ran.steps.batches):
-        tokens, samples = batch.token.numpy(), batch.sample.tolist()
+        places = {row_id: place for place, row_id in enumerate(ran.pool.samples["sample_id"])}
+        tokens, samples = batch.token.numpy(), [places[row_id] for row_id in batch.ids.tolist()]
         assert np.array_equal(batch.token_weight.numpy(), weights[tokens])
         groups = [np.arange(offsets[i], offsets[i + 1]) for i in samples] if selection is SAMPLE else [tokens]
         for group in groups:

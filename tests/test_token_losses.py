@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import mixdpo.token_cleaning.scoring
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.data.conversation_encoding import encode_samples
 from mixdpo.data.conversations import read_samples
+from mixdpo.data.encoding import encode_rows
 from mixdpo.model.adapters import Lora, adapter_state, add_adapters, add_reference, role
 from mixdpo.model.fused_head import VOCABULARY_TILE, Head, exact_token_log_probs, token_log_probs
 from mixdpo.model.loading import load_base, load_tokenizer
@@ -68,7 +68,7 @@ def fill(model: nn.Module, name: str, seed: int, scale: float = 0.3) -> None:
 @pytest.fixture(scope="module")
 def pool(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> TokenPool:
     path = write_pairs(tmp_path_factory.mktemp("data") / "samples.jsonl", make_samples(15))
-    encoded, _ = encode_samples(read_samples(path).dataset, load_tokenizer(tiny_model), max_length=64)
+    encoded, _ = encode_rows(read_samples(path).dataset, load_tokenizer(tiny_model), max_length=64)
     return TokenPool.of(encoded, {})
 
 

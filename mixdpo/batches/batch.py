@@ -1,74 +1,74 @@
-"""Order -> optimizer steps -> micro-batches -> tensors.
-
-A step is `batch_size` pairs over all devices. It is cut into exactly `accumulate × world` micro-batches of balanced
-tokens, so that Lightning's windows never shift and no rank waits for another; the cut does not change the update,
-because the loss is normalised over the step.
-"""
+"""Micro-batches -> tensors: pairs of preference training and samples of SFT make the same `Batch`."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixdpo.batches.rows import OnDevice, TokenRows, build_rows
+from mixdpo.batches.rows import OnDevice, TokenRows, build_rows, sample_rows
 from mixdpo.batches.steps import MicroBatch
+from mixdpo.batches.token_pool import TokenPool
 
 
 @dataclass
-class PairBatch(OnDevice):
-    """One micro-batch of B pairs.
+class Batch(OnDevice):
+    """One micro-batch of B pairs or samples.
 
     Attributes:
-        rows: what the policy sees: nothing that no loss is taken of, unless made for evaluation.
-        reference_rows: what the reference sees: `easy` only (all pairs in evaluation); None if there is none.
+        unit: what the batch holds, "pairs" or "samples".
+        rows: what the policy sees. Responses that no loss is taken of are left out, except in evaluation.
+        ids: (B,) int64, pair_id or sample_id of each row: the data module finds rows by them.
+        is_hard: (B,) bool, pairs that are reported as hard; of samples all False.
+        preference, sft: (P,) and (S,) int64, positions in the batch of what the preference loss trains, and SFT. Index
+            tensors spare the wait for the device that a mask costs.
+        weight: (B,) float32, 0 for filler. Filler keeps the number of micro-batches right.
+        step_total: pairs, or response tokens of samples, in the whole optimizer step, over all devices.
+        count: pairs or samples of this batch that count, 0 for filler.
+        token: (M,) int64, number in the token pool of each target in `rows`. In a batch of pairs it is -1 for all but
+            hard pairs' chosen responses, and None without token cleaning.
+        token_weight: (M,) float32, weight of each target: 1, 0 where cut (or filler), or between. None for pairs
+            without token cleaning.
+        margin: (B,) float64, of pairs.
+        reference_rows: what the reference sees: pairs trained by the preference loss; in evaluation all. None if empty.
         reference_keys: (completion_key, tokens) of each completion in `reference_rows`, in the order of their targets.
-        is_hard: (B,) bool, what is reported as hard.
-        easy, hard: (E,) and (H,) int64, the positions in the batch of the pairs trained by the preference loss and by
-            SFT (indexing by them needs no sync).
-        margin: (B,) float64.
-        weight: (B,) float32, 0 for a filler pair that only keeps the count of micro-batches right.
-        pair_id: (B,) int64.
-        step_pairs: pairs in the whole optimizer step, over all micro-batches and devices.
-        count: pairs of this batch that count, 0 for filler.
-        sft_sides: which responses of the pairs in `hard` SFT learns: 0 the chosen, 1 the rejected, (0, 1) both. `rows`
-            has no others of them, unless made for evaluation.
-        token: (M,) int64, the number in the cleaning pool of each target in `rows`, -1 where it is none of a hard
-            pair's chosen response; None without token cleaning.
-        token_weight: (M,) float32, weight of each target in the sum over its completion; None without token cleaning.
+        sft_sides: which responses of a pair SFT learns: (0,) chosen, (1,) rejected, (0, 1) both.
+        source: (B,) int64, index of each sample's source.
+        losses: role -> (M,) losses known before the step, for a scorer that reads the policy as well.
+        always_keep: (M,) bool array, tokens that the selection of such a scorer always keeps, or None.
+        scores: (M,) scores that such a scorer gave in the step.
     """
 
-    unit: ClassVar[str] = "pairs"
+    unit: str
     rows: TokenRows
-    reference_rows: TokenRows | None
+    ids: Tensor
     is_hard: Tensor
     preference: Tensor
     sft: Tensor
-    margin: Tensor
     weight: Tensor
-    pair_id: Tensor
-    step_pairs: int
+    step_total: int
     count: int
-    sft_sides: tuple[int, ...] = (0,)
     token: Tensor | None = None
     token_weight: Tensor | None = None
+    margin: Tensor | None = None
+    reference_rows: TokenRows | None = None
     reference_keys: tuple[tuple[bytes, int], ...] = ()
+    sft_sides: tuple[int, ...] = (0,)
+    source: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    always_keep: Any = None
+    scores: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.is_hard)
-
-    @property
-    def ids(self) -> Tensor:
-        """(B,) what a data module finds the rows by."""
-        return self.pair_id
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Makes the tensors of one `MicroBatch` of N encoded pairs; picklable, for loader workers.
+    """Makes the `Batch` of one `MicroBatch` of N encoded pairs; picklable, for loader workers.
 
     Args:
         data: pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
@@ -76,9 +76,9 @@ class PairCollator:
         evaluation: keep both responses of all pairs and show every pair to the reference.
         share_prompt: one document per pair instead of one per completion; the numbers are the same.
         pack: as for `token_rows`; the numbers are the same.
-        to_sft: (N,) which pairs are trained by SFT; the hard ones if not given.
-        sft_sides: the completions that those learn.
-        first_token: (N,) the number in the cleaning pool of a pair's first chosen token, -1 for a pair not in it.
+        is_sft: (N,) which pairs are trained by SFT; the hard ones if not given.
+        sft_sides: the responses that SFT learns.
+        first_token: (N,) the number in the token pool of a pair's first chosen token, -1 for a pair not in the pool.
     """
 
     data: Any
@@ -86,15 +86,15 @@ class PairCollator:
     evaluation: bool = False
     share_prompt: bool = True
     pack: int = 0
-    to_sft: Sequence[bool] | None = None
+    is_sft: Sequence[bool] | None = None
     sft_sides: tuple[int, ...] = (0,)
     first_token: np.ndarray | None = None
 
-    def __call__(self, micro_batch: MicroBatch) -> PairBatch:
+    def __call__(self, micro_batch: MicroBatch) -> Batch:
         indices, weight, step_pairs = micro_batch
         pairs = [self.data[i] for i in indices]
-        to_sft = [(self.is_hard if self.to_sft is None else self.to_sft)[i] for i in indices]
-        whole = [self.evaluation or not sft for sft in to_sft]
+        is_sft = np.array([(self.is_hard if self.is_sft is None else self.is_sft)[i] for i in indices], dtype=bool)
+        whole = [self.evaluation or not sft for sft in is_sft]
         sides = ([keep or side in self.sft_sides for keep in whole] for side in (0, 1))
         layout = {"share_prompt": self.share_prompt, "pack": self.pack}
         rows = build_rows(pairs, *sides, **layout)
@@ -102,19 +102,20 @@ class PairCollator:
             reference_rows: TokenRows | None = rows
         else:
             reference_rows = build_rows(pairs, whole, whole, **layout) if any(whole) else None
-        batch = PairBatch(
+        batch = Batch(
+            "pairs",
             rows,
-            reference_rows,
+            ids=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
             is_hard=torch.tensor([bool(self.is_hard[i]) for i in indices]),
-            preference=torch.tensor([b for b, sft in enumerate(to_sft) if not sft], dtype=torch.long),
-            sft=torch.tensor([b for b, sft in enumerate(to_sft) if sft], dtype=torch.long),
-            margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
+            preference=torch.from_numpy(np.flatnonzero(~is_sft)),
+            sft=torch.from_numpy(np.flatnonzero(is_sft)),
             weight=torch.full((len(pairs),), weight),
-            pair_id=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
-            step_pairs=step_pairs,
+            step_total=step_pairs,
             count=len(pairs) if weight else 0,
-            sft_sides=self.sft_sides,
+            margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
+            reference_rows=reference_rows,
             reference_keys=_keys(pairs, reference_rows) if reference_rows is not None else (),
+            sft_sides=self.sft_sides,
         )
         if self.first_token is not None:
             batch.token = torch.full_like(rows.target, -1)
@@ -127,14 +128,47 @@ class PairCollator:
 
 
 def _keys(pairs: Sequence[Mapping[str, Any]], rows: TokenRows) -> tuple[tuple[bytes, int], ...]:
-    found = []
+    keys = []
     for number, length in rows.runs:
         pair, side = pairs[number % len(pairs)], ("chosen_ids", "rejected_ids")[number // len(pairs)]
-        found.append((completion_key(pair["prompt_ids"], pair[side]), length))
-    return tuple(found)
+        keys.append((completion_key(pair["prompt_ids"], pair[side]), length))
+    return tuple(keys)
 
 
 def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
-    """Names the completion by all that its tokens' log-probabilities depend on beside the model."""
+    """Names a completion by the ids that its log-probabilities depend on."""
     parts = [np.asarray(ids, dtype=np.int32).tobytes() for ids in (prompt_ids, completion_ids)]
     return hashlib.blake2b(parts[1], key=hashlib.blake2b(parts[0]).digest(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class SampleCollator:
+    """Makes the `Batch` of one `MicroBatch` of samples in a pool; picklable, for loader workers.
+
+    Args:
+        sources: name -> index of the samples' sources.
+        pack: as for `token_rows`; the numbers are the same.
+    """
+
+    pool: TokenPool
+    sources: Mapping[str, int]
+    pack: int = 0
+
+    def __call__(self, micro_batch: MicroBatch) -> Batch:
+        indices, weight, step_tokens = micro_batch
+        samples = [self.pool.samples[i] for i in indices]
+        rows, count = sample_rows(samples, self.pack), len(samples)
+        return Batch(
+            "samples",
+            rows,
+            ids=torch.tensor([sample["sample_id"] for sample in samples]),
+            is_hard=torch.zeros(count, dtype=torch.bool),
+            preference=torch.zeros(0, dtype=torch.long),
+            sft=torch.arange(count),
+            weight=torch.full((count,), weight),
+            step_total=step_tokens,
+            count=count if weight else 0,
+            token=torch.from_numpy(self.pool.tokens(indices)),
+            token_weight=torch.full((len(rows.target),), weight),
+            source=torch.tensor([self.sources[sample["source"]] for sample in samples]),
+        )

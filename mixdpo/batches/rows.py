@@ -13,35 +13,20 @@ Document = tuple[int, ...]
 first one and itself, and starts at the position after the first one."""
 
 
-def document_mask(documents: Sequence[Document], rows: int, length: int, device: Any = None) -> Tensor:
-    """(R, 1, T, T) bool, True = may attend: what `by_segment` computes, for other implementations of attention.
-
-    Padding attends to itself, since a row of the softmax with nothing to attend to is NaN.
-    """
-    mask = torch.eye(length, dtype=torch.bool, device=device).repeat(rows, 1, 1, 1)
-    for row, start, first, *ends in documents:
-        begin = start
-        for end in ends or (first,):
-            if begin > start:
-                mask[row, 0, begin:end, start:first] = True
-            block = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).tril()
-            mask[row, 0, begin:end, begin:end] = block
-            begin = end
-    return mask
-
-
 class OnDevice:
     """A dataclass whose tensors go to another device together."""
 
     def to(self, device: torch.device) -> Self:
-        there = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
+        moved: dict[
+            int, Any
+        ] = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
         for part in vars(self).values():
-            if isinstance(part, Tensor | OnDevice) and id(part) not in there:
-                pinned = isinstance(part, Tensor) and (part.device.type, device.type) == ("cpu", "cuda")
-                part_there = part.pin_memory() if pinned else part
-                options = {"non_blocking": True} if isinstance(part, Tensor) else {}
-                there[id(part)] = part_there.to(device, **options)
-        return replace(self, **{name: there[id(part)] for name, part in vars(self).items() if id(part) in there})
+            if isinstance(part, OnDevice) and id(part) not in moved:
+                moved[id(part)] = part.to(device)
+            elif isinstance(part, Tensor) and id(part) not in moved:
+                pinned = part.pin_memory() if (part.device.type, device.type) == ("cpu", "cuda") else part
+                moved[id(part)] = pinned.to(device, non_blocking=True)
+        return replace(self, **{name: moved[id(part)] for name, part in vars(self).items() if id(part) in moved})
 
 
 @dataclass
@@ -88,8 +73,20 @@ class TokenRows(OnDevice):
                 yield torch.cat([ids[start:first], ids[begin:end]])
 
     def attention_mask(self) -> Tensor:
-        """(R, 1, T, T) bool, True = may attend; `mixdpo.batches.rows.document_mask`."""
-        return document_mask(self.documents, *self.input_ids.shape, device=self.input_ids.device)
+        """(R, 1, T, T) bool, True = may attend: what `by_segment` computes, for other implementations of attention.
+
+        Padding attends to itself, since a row of the softmax with nothing to attend to is NaN.
+        """
+        rows, length = self.input_ids.shape
+        mask = torch.eye(length, dtype=torch.bool, device=self.input_ids.device).repeat(rows, 1, 1, 1)
+        for row, start, first, *ends in self.documents:
+            begin = start
+            for end in ends or (first,):
+                if begin > start:
+                    mask[row, 0, begin:end, start:first] = True
+                mask[row, 0, begin:end, begin:end] = mask.new_ones(end - begin, end - begin).tril()
+                begin = end
+        return mask
 
 
 def build_rows(

@@ -9,7 +9,7 @@ import numpy as np
 from mixdpo.errors import InputError
 
 MicroBatch = tuple[tuple[int, ...], float, int]
-"""Indices of the pairs in the encoded data, the weight they carry (0 = filler), the number of pairs in the step."""
+"""Indices of the rows in the encoded data, their weight (0 = filler), and `Batch.step_total`."""
 
 
 Split = Literal["contiguous", "shuffled"]
@@ -63,14 +63,17 @@ class Slices:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.passes < 1:
-            raise InputError(f"slices.count ({self.count}) and slices.passes ({self.passes}) must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"slices.seed must be at least 0, not {self.seed}")
-        if self.only is not None and (not self.only or sorted(set(self.only)) != list(self.only)):
-            raise InputError(f"slices.only must name slices once, in rising order, not {self.only}")
-        if self.only is not None and not 0 <= self.only[0] <= self.only[-1] < self.count:
-            raise InputError(f"slices.only {self.only}: there are slices 0 to {self.count - 1} (slices.count)")
+        if self.count < 1 or self.passes < 1 or self.seed < 0:
+            raise InputError(
+                f"slices.count ({self.count}) and slices.passes ({self.passes}) must be at least 1, and slices.seed "
+                f"({self.seed}) at least 0"
+            )
+        if self.only is not None and (
+            not self.only or list(self.only) != sorted(set(self.only) & set(range(self.count)))
+        ):
+            raise InputError(
+                f"slices.only must name slices once, in rising order, from 0 to {self.count - 1}, not {self.only}"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,16 +93,13 @@ def plan_stages(samples: int, slices: Slices, *, batch_size: int) -> list[Stage]
     """
     if samples < slices.count:
         raise InputError(f"{samples} samples cannot be divided into {slices.count} slices (data.slices.count)")
-    order = np.arange(samples)
-    if slices.split == "shuffled":
-        order = np.random.default_rng([slices.seed, 0]).permutation(samples)
-    stages = []
-    for number, piece in enumerate(np.array_split(order, slices.count)):
-        if slices.only is not None and number not in slices.only:
-            continue
+    random = np.random.default_rng
+    order = random([slices.seed, 0]).permutation(samples) if slices.split == "shuffled" else np.arange(samples)
+    pieces, stages = np.array_split(order, slices.count), []
+    for number in range(slices.count) if slices.only is None else slices.only:
         steps: list[tuple[int, ...]] = []
         for turn in range(slices.passes):
-            drawn = np.random.default_rng([slices.seed, 1 + number, turn]).permutation(piece).tolist()
-            steps += [tuple(drawn[i : i + batch_size]) for i in range(0, len(drawn), batch_size)]
-        stages.append(Stage(number, np.sort(piece), steps))
+            drawn = random([slices.seed, 1 + number, turn]).permutation(pieces[number])
+            steps += plan_steps(drawn.tolist(), batch_size)
+        stages.append(Stage(number, np.sort(pieces[number]), steps))
     return stages

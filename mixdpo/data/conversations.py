@@ -1,10 +1,7 @@
-"""Read and validate SFT samples: any source, any of the three row forms in, one table of conversations out."""
+"""Read and check SFT samples: any source, any of the three row forms in, one table of conversations out."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-from mixdpo.data import pairs as records
 from mixdpo.data.messages import Message, checked_text, parse_messages, plain_text, refuse_ignored
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
@@ -31,12 +28,8 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
     Raises:
         InputError: the source cannot be read, no sample is usable, or a row is malformed or repeats an id.
     """
-    from datasets import Value
-
-    text = Value("string")
-    columns = {"sample_id": Value("int64"), "messages": [{"role": text, "content": text}], "source": text}
-    code = [Path(module).read_text("utf-8") for module in (__file__, records.__file__)]
-    return read_table(source, split, limit, "sample", _record, columns, key=code)
+    columns = {"sample_id": "int64", "messages": "messages", "source": "string"}
+    return read_table(source, split, limit, "sample", _record, columns)
 
 
 def parse_sample(row: dict[str, Any]) -> list[Message]:
@@ -98,7 +91,7 @@ def _record(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
     messages = parse_sample(row)
     id_column = "id" if "id" in row and "sample_id" not in row else "sample_id"
     return {
-        "sample_id": row_id(row, id_column, json.dumps(messages), rows_of_ids),
+        "sample_id": row_id(row, id_column, messages, rows_of_ids),
         "messages": messages,
         "source": checked_text(row.get("source", ""), "source"),
         "drop": _why_unusable(messages),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mixdpo.errors import InputError
@@ -30,23 +30,21 @@ def prompt_texts(prompt: str | Sequence[Message]) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def split_by_prompt(prompts: Any, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def split_by_prompt(
+    prompts: Iterable[str | Sequence[Message]], fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
     """Indices for (training, validation); all pairs of one prompt land on one side.
 
     The side is a hash of (prompt, seed) alone, so adding rows moves no other row; `fraction` is met on average.
 
     Args:
-        prompts: texts or message lists, or a data set with a `prompt` column.
+        prompts: texts or message lists.
         fraction: share of the prompts for validation, 0 to 1; 0 leaves validation empty.
         seed: another seed, another split.
 
     Raises:
-        InputError: the fraction is out of range, or leaves training empty, or (when not 0) validation.
+        InputError: training is left empty, or validation although the fraction is not 0.
     """
-    if not 0 <= fraction < 1:
-        raise InputError(f"the validation fraction should be at least 0 and below 1, not {fraction}.")
-    if hasattr(prompts, "column_names"):
-        prompts = prompts["prompt"]
     sides: tuple[list[int], list[int]] = ([], [])
     for index, prompt in enumerate(prompts):
         share = hash63(json.dumps([seed, prompt_texts(prompt)])) / 2**63
@@ -98,10 +96,10 @@ def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
     Raises:
         InputError: a column that is not read says what no message says. What tables write for nothing is nothing.
     """
-    said = ["", "[]", "nan", "None", *(message["content"].strip() for message in messages)]
+    repeated = ["", "[]", "nan", "None", *(message["content"].strip() for message in messages)]
     for column in IGNORED:
         value = row.get(column)
-        if value and not (isinstance(value, str) and value.strip() in said):
+        if value and not (isinstance(value, str) and value.strip() in repeated):
             raise InputError(
                 f"the column {column!r} is not read, and here it holds {value!r:.80}: put it into the prompt, as "
                 "messages with roles, or remove the column."

@@ -1,13 +1,11 @@
-"""Read and validate preference pairs: any source, any of the four row forms in, one table of pairs out."""
+"""Read and check preference pairs: any source, any of the four row forms in, one table of pairs out."""
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mixdpo.data import ratings as margins
 from mixdpo.data.messages import Message, parse_messages, plain_text, refuse_ignored
+from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
 
@@ -28,7 +26,7 @@ def read_pairs(
         split: split of a hub data set or folder; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
             () takes none: all margins are NaN, to be put in later.
-        margin_needed: whether data in which no known name is found is refused; else its margins are NaN.
+        margin_needed: whether data in which no known name is present is refused; else its margins are NaN.
         limit: stop after this many usable pairs.
 
     Returns:
@@ -38,31 +36,22 @@ def read_pairs(
     Raises:
         InputError: the source cannot be read, or a row is malformed, scoreless or repeats a pair_id.
     """
-    from datasets import Value
-
-    margin_columns: margins.MarginColumns | None = () if margin == () else None
+    margin_columns: MarginColumns | None = () if margin == () else None
 
     def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
         nonlocal margin_columns
-        if margin_columns is None:
-            margin_columns = margins.find_margin_columns(row, margin, margin_needed)
+        if margin_columns is None:  # as in the first row: a later row without them is an error
+            margin_columns = find_margin_columns(row, margin, margin_needed)
         return _record(row, margin_columns, rows_of_ids)
 
-    code = [Path(module).read_text("utf-8") for module in (__file__, margins.__file__)]
-    spec = margin if margin is None or isinstance(margin, str) else list(margin)
-    text = Value("string")
-    columns = {"pair_id": Value("int64"), "prompt": [{"role": text, "content": text}], "chosen": text}
-    columns |= {"rejected": text, "margin": Value("float64")}
-    return read_table(source, split, limit, "pair", parse, columns, key=[spec, margin_needed, *code])
-
-
-# Rows: four forms -> one.
+    columns = {"pair_id": "int64", "prompt": "messages", "chosen": "string", "rejected": "string", "margin": "float64"}
+    return read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed])
 
 
 def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     """Prompt messages, chosen and rejected text of a row in standard, conversational, implicit-prompt or mixed form.
 
-    Mixed is UltraFeedback's: a `prompt` string, and conversations that repeat it. A prompt that the completions repeat
+    Mixed is UltraFeedback's: a `prompt` string, and conversations that repeat it. A prompt that the responses repeat
     appears once.
     """
     chosen, rejected = parse_messages(row, "chosen"), parse_messages(row, "rejected")
@@ -84,7 +73,7 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     if not prompt or prompt[-1]["role"] != "user":
         raise InputError("the prompt, which chosen and rejected must share, should end in a message of role 'user'.")
     refuse_ignored(row, prompt)
-    return prompt, _completion(chosen, prompt, "chosen"), _completion(rejected, prompt, "rejected")
+    return prompt, _response(chosen, prompt, "chosen"), _response(rejected, prompt, "rejected")
 
 
 def _shared_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -97,7 +86,7 @@ def _shared_messages(chosen: list[Message], rejected: list[Message]) -> list[Mes
     return shared
 
 
-def _completion(conversation: list[Message], prompt: list[Message], column: str) -> str:
+def _response(conversation: list[Message], prompt: list[Message], column: str) -> str:
     rest = conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else conversation
     if len(rest) != 1 or rest[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in rest)
@@ -108,21 +97,17 @@ def _completion(conversation: list[Message], prompt: list[Message], column: str)
     return rest[0]["content"]
 
 
-def _record(row: dict[str, Any], columns: margins.MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
+def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
     present = without_nulls(row)  # but a margin of null is no margin that is absent
     prompt, chosen, rejected = parse_row(present)
-    pair_id = row_id(present, "pair_id", json.dumps([prompt, chosen, rejected]), rows_of_ids)
-    drop = _why_unusable(prompt, chosen, rejected)
-    # A row that is kept out needs no score.
-    margin = math.nan if drop or not columns else margins.row_margin(row, columns)
-    pair = {"pair_id": pair_id, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return pair | {"margin": margin, "drop": drop}
-
-
-def _why_unusable(prompt: list[Message], chosen: str, rejected: str) -> str:
-    """Why the row is kept out; empty when it is not."""
+    drop = ""
     if not prompt[-1]["content"].strip():
-        return "empty_prompt"
-    if not chosen.strip() or not rejected.strip():
-        return "empty_completion"
-    return "identical" if chosen.strip() == rejected.strip() else ""
+        drop = "empty_prompt"
+    elif not chosen.strip() or not rejected.strip():
+        drop = "empty_completion"
+    elif chosen.strip() == rejected.strip():
+        drop = "identical"
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pair |= {"pair_id": row_id(present, "pair_id", [prompt, chosen, rejected], rows_of_ids), "drop": drop}
+    # a row that is kept out needs no score
+    return pair | {"margin": math.nan if drop or not columns else row_margin(row, columns)}

@@ -1,10 +1,9 @@
-"""Prompt rows of a file: read and checked."""
+"""Rows of prompts, read and checked."""
 
 from itertools import islice
-from pathlib import Path
 
 from mixdpo.data.messages import parse_messages, refuse_ignored
-from mixdpo.data.sources import BUILT_IN, open_source
+from mixdpo.data.sources import open_source
 from mixdpo.errors import InputError
 from mixdpo.storage.files import Row
 
@@ -16,7 +15,7 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
     ones of it as `limit` says (default 1000).
 
     Raises:
-        InputError: no such file, no rows, or a row that is no JSON object with a non-empty `prompt`.
+        InputError: no such file, no rows, or a row without a non-empty `prompt`.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: need at least 1")
@@ -24,8 +23,6 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
         from mixdpo.constraints.prompts import training_prompts
 
         return training_prompts(limit or DEFAULT_PROMPTS, seed)
-    if source not in BUILT_IN and not Path(source).is_file():
-        raise InputError(f"prompts {source!r}: no such file; give a .jsonl file, `builtin` or `heldout`")
     rows = []
     for number, row in islice(open_source(source, "train").rows, limit):
         try:

@@ -1,4 +1,4 @@
-"""Difficulty margins from the scores that a data set brings along: chosen minus rejected, one float per pair.
+"""Margins from the scores that a data set brings along: chosen minus rejected, one float per pair.
 
 The margin decides which pairs are hard, so a missing or unreadable score is an error, never a default.
 """
@@ -12,14 +12,8 @@ from mixdpo.errors import InputError
 
 MarginColumns = tuple[str, ...]
 """One column that holds the margin, or two: chosen and rejected score, or `REWARD_MODEL_COLUMNS`."""
-
-
 REAL = (int, float, str, Decimal)  # csv has text only, parquet decimals
-
-
 REWARD_MODEL_COLUMNS: MarginColumns = ("all_rm_scores", "all_generated_responses")
-
-
 KNOWN_COLUMNS: tuple[MarginColumns, ...] = (
     ("margin",),
     ("score_chosen", "score_rejected"),
@@ -41,50 +35,42 @@ def find_margin_columns(
 
     Raises:
         InputError: a named column is absent, more than two are named, or no known column is present and one is needed;
-            the reader adds file, row and the columns there are.
+            the reader adds file, row and the columns that are present.
     """
-    present = sorted(columns)
-    if named is not None:
-        return _named_columns(present, named)
-    for known in KNOWN_COLUMNS:
-        if set(known) <= set(present):
+    present = set(columns)
+    if named is None:
+        known = next((known for known in KNOWN_COLUMNS if set(known) <= present), ())
+        if known or not needed:
             return known
-    if not needed:
-        return ()
-    accepted = "; ".join(" and ".join(known) for known in KNOWN_COLUMNS)
-    raise InputError(
-        f"no column to take the margin from. Known: {accepted}. "
-        "Name yours (data.margin): one column that holds the margin, or two, [chosen_column, rejected_column]. Without "
-        "any, run.py predict computes margins; DPO in random order needs none (configs/controls/dpo.yaml, with "
-        "data.validation_threshold null)."
-    )
-
-
-def row_margin(row: dict[str, Any], columns: MarginColumns) -> float:
-    """Margin of one row: the column itself, or score of the chosen minus score of the rejected completion.
-
-    Raises:
-        InputError: a column is absent or its value is no finite number; the reader adds file and row.
-    """
-    if columns == REWARD_MODEL_COLUMNS:
-        chosen, rejected = _reward_model_scores(row)
-        return chosen - rejected
-    numbers = [_number(_value(row, column), column) for column in columns]
-    return numbers[0] if len(numbers) == 1 else _number(numbers[0] - numbers[1], " - ".join(columns))
-
-
-def _named_columns(present: list[str], named: str | Sequence[str]) -> MarginColumns:
+        raise InputError(
+            f"no column to take the margin from. Known: {'; '.join(' and '.join(known) for known in KNOWN_COLUMNS)}. "
+            "Name yours (data.margin): one column that holds the margin, or two, [chosen_column, rejected_column]. "
+            "Without any, run.py predict computes margins; DPO in random order needs none (configs/controls/dpo.yaml, "
+            "with data.validation_threshold null)."
+        )
     names = (named,) if isinstance(named, str) else tuple(named)
-    if names == REWARD_MODEL_COLUMNS[:1]:
-        names = REWARD_MODEL_COLUMNS
+    names = REWARD_MODEL_COLUMNS if names == REWARD_MODEL_COLUMNS[:1] else names
     if len(names) not in (1, 2):
         raise InputError(f"the margin takes one column or [chosen_column, rejected_column], not {list(names)}.")
     if len(set(names)) < len(names):
         raise InputError(f"the margin columns are both {names[0]}, so every margin is 0: name two, or one.")
-    absent = [name for name in names if name not in present]
-    if absent:
+    if absent := [name for name in names if name not in present]:
         raise InputError(f"no margin column {', '.join(absent)}.")
     return names
+
+
+def row_margin(row: dict[str, Any], columns: MarginColumns) -> float:
+    """Margin of one row: the column itself, or score of the chosen minus score of the rejected response.
+
+    Raises:
+        InputError: a column is absent or its value is no finite number; the reader adds file and row.
+    """
+    values = [_value(row, column) for column in columns]
+    if columns == REWARD_MODEL_COLUMNS:
+        # a response that was generated twice can carry two scores: the pair is best against worst
+        return max(_scores_of(row, "chosen", *values)) - min(_scores_of(row, "rejected", *values))
+    numbers = [_number(value, column) for value, column in zip(values, columns, strict=True)]
+    return numbers[0] if len(numbers) == 1 else _number(numbers[0] - numbers[1], " - ".join(columns))
 
 
 def _value(row: dict[str, Any], column: str) -> Any:
@@ -104,27 +90,16 @@ def _number(value: Any, column: str) -> float:
     return number
 
 
-def _reward_model_scores(row: dict[str, Any]) -> tuple[float, float]:
-    """Scores of the chosen and the rejected text, found by text among all responses to the prompt.
-
-    A response that was generated twice can carry two scores; the pair is best against worst, so the chosen text takes
-    its highest and the rejected text its lowest.
-    """
-    scores, responses = (_value(row, column) for column in REWARD_MODEL_COLUMNS)
+def _scores_of(row: dict[str, Any], side: str, scores: Any, responses: Any) -> list[float]:
+    """The reward model's scores of the chosen or the rejected text, matched by text among all responses."""
     if not isinstance(scores, list) or not isinstance(responses, list) or len(scores) != len(responses):
         raise InputError(f"{' and '.join(REWARD_MODEL_COLUMNS)} should be two lists of one length.")
-    return max(_scores_of(row, "chosen", scores, responses)), min(_scores_of(row, "rejected", scores, responses))
-
-
-def _scores_of(row: dict[str, Any], side: str, scores: list[Any], responses: list[Any]) -> list[float]:
     text = _value(row, side)
     if isinstance(text, list) and text and isinstance(text[-1], dict):
         text = text[-1].get("content")
-    found = [
-        _number(score, "all_rm_scores") for score, response in zip(scores, responses, strict=True) if response == text
-    ]
-    if not found:
+    own = [score for score, response in zip(scores, responses, strict=True) if response == text]
+    if not own:
         raise InputError(
             f"the {side} text is none of its {len(responses)} all_generated_responses, so it has no score."
         )
-    return found
+    return [_number(score, "all_rm_scores") for score in own]

@@ -68,15 +68,11 @@ def open_source(source: str, split: str) -> Source:
         return _open_file(path, split)
     if DATA_FILE.search(source) or source in BUILT_IN or not HUB_ID.fullmatch(source):
         raise InputError(f"no file or folder {str(path)!r} (looked from {Path.cwd()}). Check the path.")
-    hint = f" It is no local path and no built-in task ({', '.join(BUILT_IN)}), so it was sought on the hub."
-    hint += " One of several configurations is written ID:CONFIG, one file hf://datasets/OWNER/NAME/FILE."
-    where = f"{source!r}, split {split!r}"
-    return _through_datasets(
-        where,
-        "",
-        lambda datasets: datasets.load_dataset(*source.split(":"), split=split, trust_remote_code=False),
-        hint,
+    hint = (
+        f" It is no local path and no built-in task ({', '.join(BUILT_IN)}), so it was sought on the hub. One of "
+        "several configurations is written ID:CONFIG, one file hf://datasets/OWNER/NAME/FILE."
     )
+    return _through_datasets(f"{source!r}, split {split!r}", "", hint, *source.split(":"), split=split)
 
 
 def is_one_file(source: str) -> bool:
@@ -107,11 +103,7 @@ def _open_file(path: Path, split: str) -> Source:
     if path.suffix != ".parquet":
         return Source(str(path), key, text_rows(path))
     return _through_datasets(
-        str(path),
-        key,
-        lambda datasets: datasets.load_dataset(
-            "parquet", data_files=str(path), split=split, cache_dir=_cache_dir(key), trust_remote_code=False
-        ),
+        str(path), key, "", "parquet", data_files=str(path), split=split, cache_dir=_cache_dir(key)
     )
 
 
@@ -119,25 +111,34 @@ def _open_folder(path: Path, split: str) -> Source:
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.rglob("*"))]
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
-    def load(datasets: Any) -> "Dataset":
-        if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return datasets.load_dataset(str(path), split=split, cache_dir=_cache_dir(key), trust_remote_code=False)
-        saved = datasets.load_from_disk(str(path))
-        if not isinstance(saved, dict):
-            saved = {"train": saved}
-        if split not in saved:
-            raise InputError(f"the splits are {', '.join(saved)}")
-        return saved[split]
-
-    hint = " Of several configurations name the folder or the file of one."
-    return _through_datasets(f"{path}, split {split!r}", key, load, hint)
+    name, hint = f"{path}, split {split!r}", " Of several configurations name the folder or the file of one."
+    if not any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        return _through_datasets(name, key, hint, str(path), split=split, cache_dir=_cache_dir(key))
+    return _through_datasets(name, key, hint, str(path), split, load=_load_saved)
 
 
-def _through_datasets(name: str, key: str, load: Callable[[Any], "Dataset"], hint: str = "") -> Source:
+def _load_saved(path: str, split: str) -> "Dataset":
+    """Of what `save_to_disk` wrote."""
+    from datasets import load_from_disk
+
+    saved = load_from_disk(path)
+    splits = saved if isinstance(saved, dict) else {"train": saved}
+    if split not in splits:
+        raise InputError(f"the splits are {', '.join(splits)}")
+    return splits[split]
+
+
+def _load(*names: str, **options: Any) -> "Dataset":
     import datasets
 
+    return datasets.load_dataset(*names, trust_remote_code=False, **options)
+
+
+def _through_datasets(
+    name: str, key: str, hint: str, *arguments: str, load: Callable[..., "Dataset"] = _load, **options: Any
+) -> Source:
     try:
-        table = load(datasets)
+        table = load(*arguments, **options)
     except Exception as error:  # connection, authentication, unknown split, broken file: an open list
         root = error.__cause__ or error
         raise InputError(f"{name} cannot be read: {type(root).__name__}: {str(root).rstrip('.')}.{hint}") from error
@@ -162,7 +163,7 @@ def text_rows(path: Path) -> NumberedRows:
                 if row is not None:
                     yield number, row
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
-        remedy = next((said for kinds, said in REMEDIES.items() if isinstance(error, kinds)), "Correct or remove it")
+        remedy = next((text for kinds, text in REMEDIES.items() if isinstance(error, kinds)), "Correct or remove it")
         where = f"{path}, row {number + 1}"
         raise InputError(f"{where}: cannot be read: {type(error).__name__}: {str(error)[:300]}. {remedy}.") from error
 
@@ -199,10 +200,9 @@ def _json_list(text: str) -> NumberedRows:
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(named := dict(pairs)) < len(pairs):
         raise ValueError(f"an object names a key twice: {', '.join(key for key, _ in pairs)}")
-    return found
+    return named
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_named_once)
@@ -217,12 +217,8 @@ def _json_object(row: Any) -> dict[str, Any]:
 def _csv_rows(lines: Iterable[bytes]) -> NumberedRows:
     reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
     header = next(reader, [])
-    if header[:1] == [""]:
-        header[0] = "index"  # as pandas writes it
     if len(set(header)) < len(header):
         raise ValueError(f"the header names a column twice: {', '.join(header)}")
-    if header and not all(header):
-        raise ValueError(f"the header has a column without a name: {', '.join(map(repr, header))}")
     for number, values in enumerate(reader, 1):
         if values and len(values) != len(header):
             raise ValueError(f"{len(values)} values under {len(header)} column names")

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixdpo.data import sources
 from mixdpo.data.messages import checked_text
 from mixdpo.data.sources import Source, open_source
 from mixdpo.errors import InputError
@@ -33,15 +32,15 @@ class Table:
 
 
 def read_table(
-    source: str, split: str, limit: int | None, noun: str, parse: Parse, columns: dict[str, Any], *, key: list[Any]
+    source: str, split: str, limit: int | None, noun: str, parse: Parse, columns: dict[str, str], *, key: Any = None
 ) -> Table:
     """The usable rows of a source.
 
     Args:
         noun: what a row is; its id is the column NOUN_id.
         parse: a row and {id: row number} of those before it -> a record, in which `drop` says why it is not usable.
-        columns: name and type of the table's columns, `row` and `drop` aside.
-        key: what the table depends on besides the data, `limit`, and the code of this module and of `sources`.
+        columns: name and type of the table's columns, `row` and `drop` aside; the type "messages" is a list of them.
+        key: what the table depends on besides the data, `limit`, and the code of this room.
 
     Raises:
         InputError: the source cannot be read, a row is malformed, or none is usable.
@@ -51,11 +50,11 @@ def read_table(
 
     if limit is not None and limit < 1:
         raise InputError(f"limit should be at least 1 or absent, not {limit}.")
-    opened = open_source(source, split)
-    features = Features(columns | {"row": Value("int64"), "drop": Value("string")})
-    # the content of the data and of the code that reads it; a cached table tells as well what it kept out
-    code = [Path(module).read_text("utf-8") for module in (__file__, sources.__file__)]
-    content = json.dumps([opened.name, opened.key, [*key, limit], code])
+    opened, text = open_source(source, split), Value("string")
+    messages = [{"role": text, "content": text}]
+    columns = columns | {"row": "int64", "drop": "string"}
+    features = Features({name: messages if kind == "messages" else Value(kind) for name, kind in columns.items()})
+    content = json.dumps([opened.name, opened.key, key, limit, room_code()])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
     rows = partial(_table_rows, opened, parse, f"{noun}_id", limit)
     try:
@@ -67,7 +66,7 @@ def read_table(
             f"{opened.name} cannot be kept as a table: {error.__cause__ or error}. Check the values of its columns and "
             "the room that is left in HF_DATASETS_CACHE"
         ) from error
-    causes = table["drop"]
+    causes = table["drop"]  # a cached table tells as well what it kept out
     kept = [index for index, cause in enumerate(causes) if not cause]
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
@@ -76,6 +75,11 @@ def read_table(
         )
     table = table.remove_columns("drop")
     return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name)
+
+
+def room_code() -> list[str]:
+    """The code of this room. Tables on disk depend on it."""
+    return [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
 
 
 def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None) -> Iterator[dict[str, Any]]:
@@ -100,11 +104,11 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {column: value for column, value in row.items() if value is not None}
 
 
-def row_id(row: dict[str, Any], column: str, content: str, rows_of_ids: dict[int, int]) -> int:
+def row_id(row: dict[str, Any], column: str, content: Any, rows_of_ids: dict[int, int]) -> int:
     """Hash of the row's value in `column`; without one, of its content, where a repeated row gets the next number."""
     if column not in row:
-        repeat = 0
-        while (number := hash63(f"{content} {repeat}")) in rows_of_ids:
+        repeat, text = 0, json.dumps(content)
+        while (number := hash63(f"{text} {repeat}")) in rows_of_ids:
             repeat += 1
         return number
     name = row[column]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from mixdpo.data import chat_template as tokenization
-from mixdpo.data import control_tokens
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.generation import Response
 from mixdpo.model import export
@@ -37,7 +36,7 @@ def _machine() -> dict[str, Any]:
     """What rounds differently or generates differently."""
     import transformers
 
-    modules = generation, export, tokenization, control_tokens
+    modules = generation, export, tokenization
     code = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     return {
         "code": hashlib.sha256(code).hexdigest()[:16],

@@ -157,7 +157,7 @@ class Route:
     seed: int
 
     @property
-    def to_sft(self) -> np.ndarray:
+    def is_sft(self) -> np.ndarray:
         """(N,) bool in data order, the pairs trained by SFT."""
         return self.is_hard & self.routing.hard_action.startswith("sft")
 
@@ -187,7 +187,7 @@ class Route:
             "hard": int(self.is_hard.sum()),
             "hard_fraction": float(self.is_hard.mean()),
             "trained": len(self.order),
-            "trained_by_sft": int(self.to_sft.sum()),
+            "sft": int(self.is_sft.sum()),
             "threshold": self.threshold if known else None,
             "ties_at_threshold": int((self.margins == self.threshold).sum()),
             "hard_at_threshold": int((self.is_hard & (self.margins == self.threshold)).sum()),
@@ -199,7 +199,7 @@ class Route:
     def fingerprint(self) -> str:
         """Of orders and routes: what must be the same for a run to be continued."""
         # the second epoch's order stands for the seed of all later ones
-        arrays = (self.order, self.epoch_order(1), self.stages, self.is_hard, self.to_sft, self.margins)
+        arrays = (self.order, self.epoch_order(1), self.stages, self.is_hard, self.is_sft, self.margins)
         content = b"".join(array.tobytes() for array in arrays) + repr(self.sft_sides).encode()
         return hashlib.sha256(content).hexdigest()[:16]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mixdpo.batches.batch import PairBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import role
@@ -58,7 +58,7 @@ class PolicyLogProb:
 
     needs: ClassVar[Needs] = "policy"
 
-    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
         head, rows = output_head(model.get_base_model()), batch.rows
         values = exact_token_log_probs(policy_states(model, rows), head, rows.target)
         chosen, rejected = summed(values, rows).sums.double().chunk(2)
@@ -80,7 +80,7 @@ class ImplicitReward:
         if not self.beta > 0:
             raise InputError(f"signal.beta must be > 0, not {self.beta}")
 
-    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
         policy = sequence_log_probs(model, batch.rows, exact=True).sums.double()
         with role(model, "base"):
             chosen, rejected = (policy - sequence_log_probs(model, batch.rows, exact=True).sums).chunk(2)
@@ -98,7 +98,7 @@ class CHES:
     normalised: bool = False
     needs: ClassVar[Needs] = "policy"
 
-    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
         states, rows = policy_states(model, batch.rows), batch.rows
         sums = run_sums(states, rows.runs, len(rows.lengths))
         chosen, rejected = (sums / rows.lengths[:, None] if self.normalised else sums).chunk(2)
@@ -111,7 +111,7 @@ class RewardModel:
 
     needs: ClassVar[Needs] = "reward model"
 
-    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
         chosen, rejected = rewards(model, batch.rows)
         return chosen - rejected
 
@@ -122,5 +122,5 @@ class Rating:
 
     needs: ClassVar[Needs] = "rating"
 
-    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
         return batch.margin

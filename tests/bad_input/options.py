@@ -17,11 +17,11 @@ from datamodules.sft import SFTDataModule
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
-from lightning_modules.sft import SFTModule
 from mixdpo import losses
 from mixdpo.batches.steps import Slices, plan_stages
 from mixdpo.data.sources import open_source
 from mixdpo.evaluation.generation import generate
+from mixdpo.losses.preference_loss import HYPER_PARAMETERS
 from mixdpo.model.adapters import Lora
 from mixdpo.options import options
 from mixdpo.routing.route import Routing
@@ -60,11 +60,11 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"reshuffle": True}, ("easy_to_hard has nothing to shuffle", "set it to false")),
     (Routing, {"hard_action": "drop", "easy_action": "drop"}, ("are both drop", "nothing would be trained")),
     (Slices, {"count": 0}, ("slices.count (0)", "at least 1")),
-    (Slices, {"seed": -1}, ("slices.seed must be at least 0",)),
+    (Slices, {"seed": -1}, ("slices.seed (-1) at least 0",)),
     (Slices, {"passes": 0}, ("slices.passes (0)", "at least 1")),
     (Slices, {"count": 3, "only": []}, ("slices.only must name slices once",)),
     (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, in rising order",)),
-    (Slices, {"count": 3, "only": [3]}, ("there are slices 0 to 2",)),
+    (Slices, {"count": 3, "only": [3]}, ("from 0 to 2",)),
     (
         Selection,
         {"keep_ratio": 0.5, "threshold": 0.0},
@@ -114,7 +114,6 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
         {"cleaning": Cleaning(scorer=Loss("policy"), selection=Selection(scope="batch"))},
         ("reads the policy of each step", "ExcessLoss(worse=base)"),
     ),
-    (SFTModule, {"activation_checkpointing": -1}, ("activation_checkpointing must be", "-1")),
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
     (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
     (MarginModule, {"signal": Rating(), "also": {"r": RewardModel()}}, ("model.also: r cannot be computed with",)),
@@ -125,13 +124,8 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     ),
 ]
 DATA: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
-    (PreferenceDataModule, {"batch_size": 0}, ("batch_size (0)", "at least 1")),
-    (PreferenceDataModule, {"eval_batch_size": -1}, ("eval_batch_size (-1)", "at least 1")),
     (PreferenceDataModule, {"validation_threshold": NAN}, ("validation_threshold must be a finite margin or null",)),
     (PreferenceDataModule, {"validation": 1.0}, ("validation must be a share in [0, 1) or another source",)),
-    (SFTDataModule, {"pack": -5}, ("pack must be 0 or a number of tokens",)),
-    (SFTDataModule, {"workers": -1}, ("workers (-1) must be at least 0",)),
-    (SFTDataModule, {"processes": 0}, ("processes (0) at least 1 or null",)),
 ]
 
 
@@ -140,7 +134,7 @@ def loss_case(option: str, value: float) -> Case:
         kind for kind in vars(losses).values() if option in getattr(kind, "__dataclass_fields__", {"sensitivity"})
     )
     kind = losses.BetaDPO if option == "sensitivity" else kind
-    says = (f"preference_loss.{option} must be", losses.OPTIONS[option][0])
+    says = (f"preference_loss.{option} must be", HYPER_PARAMETERS[option][0])
     return Case("model.preference_loss", f"{option} {value}", lambda place: kind(**{option: value}), says)
 
 
@@ -275,7 +269,7 @@ WITH_DATA = [
     Case(
         "mixdpo options",
         "a function",
-        lambda place: options("mixdpo.losses.check_options"),
+        lambda place: options("mixdpo.losses.preference_loss.check_range"),
         ("is no class", "give the path of one"),
     ),
     Case(
@@ -304,7 +298,7 @@ WITH_DATA = [
     fit_case(
         "data.max_prompt_length",
         "as max_length",
-        ("should be above 0 and below max_length (64)",),
+        ("max_length (64) must be", "above max_prompt_length (64)"),
         data={"max_prompt_length": 64},
     ),
     fit_case(
@@ -313,7 +307,7 @@ WITH_DATA = [
         ("overlong must be one of truncate, drop, not 'shorten'",),
         data={"overlong": "shorten"},
     ),
-    fit_case("data.max_length", "1", ("max_length should be at least 2",), "fit_sft", data={"max_length": 1}),
+    fit_case("data.max_length", "1", ("max_length (1) must be at least 2",), "fit_sft", data={"max_length": 1}),
     fit_case(
         "data.slices",
         "two epochs",

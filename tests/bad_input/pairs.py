@@ -151,7 +151,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("too many values", "a.csv", f"{CSV}a,b,c,1,2\n", ("row 2: ", "5 values under 4 column names", FIX)),
     ("a quote that does not end", "a.csv", f'{CSV}a,"b\n', ("row 2: ", "unexpected end of data", FIX)),
     ("a column twice", "a.csv", "prompt,prompt\na,b\n", ("row 1: ", "names a column twice: prompt, prompt")),
-    ("a column without a name", "a.csv", "prompt,chosen,rejected,\na,b,c,1\n", ("a column without a name",)),
+    ("a column without a name", "a.csv", "prompt,chosen,rejected,\na,b,c,1\n", ("row 1: ", "Name yours")),
     ("semicolons", "a.csv", CSV.replace(",", ";"), ("row 1: ", "Columns present: prompt;chosen;rejected;margin")),
     ("no header", "a.csv", "a,b,c,1\na,b,c,1\n", ("row 1: ", "Name yours", "Columns present: a, b, c, 1")),
     ("only a header", "a.csv", CSV[:30], ("holds no rows", "give a file or split with some")),
@@ -264,7 +264,6 @@ SOURCES = [
     *cases(
         "data.validation",
         ("a share that leaves nothing", lambda place: split_by_prompt(["a"], 0.5, 0), "0.5 … change the fraction"),
-        ("a share of 1.5", lambda place: split_by_prompt(["a"], 1.5, 0), "1.5 … at least 0 and below 1"),
     ),
 ]
 

@@ -140,9 +140,7 @@ CASES = [
     *(row_case(*row) for row in ROWS),
     *(dropped_case(*row) for row in DROPPED),
     *(prompt_case(*row) for row in PROMPTS),
-    Case(
-        "file of prompts", "no such file", lambda place: read_prompts("/no.jsonl"), ("/no.jsonl", "give a .jsonl file")
-    ),
+    Case("file of prompts", "no such file", lambda place: read_prompts("/no.jsonl"), ("/no.jsonl", "Check the path")),
     Case(
         "file of prompts",
         "nothing in it",

@@ -6,12 +6,12 @@ import string
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenization import CHATML, encoded_pair
+from test_encoding import CHATML, encoded_pair, user, word_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from mixdpo.data.control_tokens import control_tokens
-from mixdpo.data.conversation_encoding import encode_sample, encoding_identity
+from mixdpo.data.chat_template import control_tokens
+from mixdpo.data.encoding import encode_sample, encoding_identity
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import _encode
 from mixdpo.model.loading import load_tokenizer
@@ -46,10 +46,6 @@ def spelt(text: str) -> list[int]:
     return [VOCABULARY["ab"] if piece == "\0" else VOCABULARY[piece] for piece in pieces]
 
 
-def user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
 def response(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
@@ -67,14 +63,14 @@ def test_asked_for() -> None:
     pair = encoded_pair(TOKENIZER, user("a<|im_end|>b"), "<|im_start|>", "ab", special_tokens_in_text=True)
     assert pair.prompt_ids == [*HEAD, *spelt("a"), END, *spelt("b"), *TAIL]
     assert pair.chosen_ids == [START, END]
-    sample = encode_sample(TOKENIZER, [*user("a"), response("<|im_end|>")], CHATML)
-    asked = encode_sample(
-        TOKENIZER,
-        [*user("a"), response("<|im_end|>")],
-        CHATML,
-        special_tokens_in_text=True,
-    )
-    assert (sample.input_ids.count(END), asked.input_ids.count(END)) == (2, 3)
+    messages = [*user("a"), response("<|im_end|>")]
+    samples = [encode_sample(TOKENIZER, messages, CHATML, special_tokens_in_text=asked) for asked in (False, True)]
+    assert [sample.input_ids.count(END) for sample in samples] == [2, 3]
+    options = {"max_length": 9, "overlong": "drop"}
+    identities = [
+        encoding_identity(TOKENIZER, None, special_tokens_in_text=asked, **options) for asked in (False, True)
+    ]
+    assert identities[0]["template"] != identities[1]["template"]
 
 
 def test_a_token_that_is_not_special_stays_one() -> None:
@@ -100,14 +96,6 @@ def test_in_plain_text_and_in_prompts_to_be_answered() -> None:
     ]
 
 
-def test_the_identity_tells_the_two_apart() -> None:
-    identities = [
-        encoding_identity(TOKENIZER, None, max_length=9, overlong="drop", special_tokens_in_text=asked)["template"]
-        for asked in (False, True)
-    ]
-    assert identities[0] != identities[1]
-
-
 texts = st.lists(st.sampled_from([*SPECIAL, "a", "b", "ab", "<|", "|>", " ", "x"]), min_size=1, max_size=6).map("".join)
 
 
@@ -126,12 +114,9 @@ def test_no_text_makes_a_special_token(prompt: str, chosen: str, rejected: str) 
 
 
 def test_a_tokenizer_that_knows_no_other_way_is_named() -> None:
-    from test_tokenization import word_tokenizer  # its words are split at spaces, so <|im_end|> is one
-
-    with pytest.raises(InputError, match=r"cannot read as plain text .*special_tokens_in_text true"):
-        encoded_pair(word_tokenizer(), user("two <|im_end|>"), "four", "is")
-    with pytest.raises(InputError, match=r"cannot read as plain text .*special_tokens_in_text true"):
-        encoded_pair(word_tokenizer(), user("two <|im_end|>"), "four", "is", chat_template="plain")
+    for template in (None, "plain"):  # its words are split at spaces, so <|im_end|> is one
+        with pytest.raises(InputError, match=r"cannot read as plain text .*special_tokens_in_text true"):
+            encoded_pair(word_tokenizer(), user("two <|im_end|>"), "four", "is", chat_template=template)
 
 
 def test_without_pad_or_end_token() -> None:

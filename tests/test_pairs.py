@@ -1,13 +1,15 @@
+"""Rows of any source -> one table of pairs. What is refused is in bad_input/pairs.py."""
+
 import csv
 import gzip
 import json
 import os
 from collections import Counter
 from decimal import Decimal
-from itertools import pairwise
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -38,13 +40,14 @@ def system(text):
 
 
 def write(path, rows):
-    """Rows as the file's name says: json, jsonl or csv, each also with .gz."""
+    """Rows as the end of the file's name says: json, jsonl or csv, each also with .gz."""
     with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
-        if ".csv" in path.name:
+        kind = path.name.removesuffix(".gz").rpartition(".")[2]
+        if kind == "csv":
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
-        elif ".jsonl" in path.name:
+        elif kind == "jsonl":
             file.writelines(json.dumps(row) + "\n" for row in rows)
         else:
             json.dump(rows, file, indent=1)
@@ -59,27 +62,27 @@ def only(tmp_path, row):
 # Sources.
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.parquet"])
+KINDS = ["a.json", "a.json.gz", "a.jsonl", "a.csv.jsonl.gz", "a.csv", "a.jsonl.csv.gz", "a.parquet"]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file_gives_the_same_pairs(tmp_path, name):
     rows = [PAIR | {"pair_id": "p0", "extra": "x"}, PAIR | {"pair_id": "p1", "chosen": 'four,\n"4"', "margin": -2.0}]
-    rows[1]["extra"] = "y"
+    rows[1]["extra"], source = "y", str(tmp_path / name)
     if name == "a.parquet":
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / name)
-        source = str(tmp_path / name)
+        rows = [row | {"margin": Decimal(str(row["margin"]))} for row in rows]
+        datasets.Dataset.from_list(rows).to_parquet(source)
     else:
-        source = write(tmp_path / name, rows)
+        write(tmp_path / name, rows)
     pairs = read_pairs(source)
     assert pairs.dataset.column_names == ["pair_id", "prompt", "chosen", "rejected", "margin", "row"]
     assert pairs.dataset["prompt"][:] == [[user("2+2?")]] * 2
     assert pairs.dataset["chosen"][:] == ["4", 'four,\n"4"']
     assert pairs.dataset["margin"][:] == [1.5, -2.0]
     assert pairs.dataset["row"][:] == [1, 2]
-    # First 8 bytes of sha256("p0") and sha256("p1"), big-endian, shifted right by one.
-    assert pairs.dataset["pair_id"][:] == [int(f, 16) >> 1 for f in (P0, P1)]
+    # first 8 bytes of sha256("p0") and sha256("p1"), big-endian, shifted right by one
+    assert pairs.dataset["pair_id"][:] == [int(f, 16) >> 1 for f in ("169b5b823c62b64c", "f64551fcd6f07823")]
     assert pairs.dropped == {} and pairs.source == source
-
-
-P0, P1 = "169b5b823c62b64c", "f64551fcd6f07823"
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -95,27 +98,18 @@ def test_folders(tmp_path, saved):
         read_pairs(str(folder))
 
 
-def test_a_changed_file_or_folder_is_read_anew(tmp_path):
+def test_a_changed_file_or_folder_is_read_anew_and_the_options_count(tmp_path):
     path = tmp_path / "folder" / "train.jsonl"
     path.parent.mkdir()
-    for text in ("4", "6"):  # same size, same modification time
-        write(path, [PAIR | {"chosen": text}])
+    # of a file the same size and modification time, of a folder another size
+    for text, source in (("4", path), ("6", path), ("seven", path.parent), ("eight!", path.parent)):
+        write(path, [PAIR | {"chosen": text, "gap": 3.0}, PAIR | {"gap": 4.0}])
         os.utime(path, (1, 1))
-        assert read_pairs(str(path)).dataset["chosen"][:] == [text]
-    write(path, [PAIR | {"chosen": "seven"}])
-    os.utime(path, (1, 1))
-    assert read_pairs(str(path.parent)).dataset["chosen"][:] == ["seven"]
-    write(path, [PAIR | {"chosen": "eight!"}])
-    os.utime(path, (1, 1))
-    assert read_pairs(str(path.parent)).dataset["chosen"][:] == ["eight!"]
-
-
-def test_fingerprint_repeats_and_follows_the_options(tmp_path):
-    source = write(tmp_path / "a.jsonl", [PAIR | {"gap": 3.0}, PAIR | {"gap": 4.0}])
-    first, again = read_pairs(source), read_pairs(source)
+        assert read_pairs(str(source)).dataset["chosen"][0] == text
+    first, again = read_pairs(str(path)), read_pairs(str(path))
     assert first.dataset._fingerprint == again.dataset._fingerprint
-    assert read_pairs(source, margin="gap").dataset["margin"][:] == [3.0, 4.0]
-    assert read_pairs(source, limit=1).dataset.num_rows == 1
+    assert read_pairs(str(path), margin="gap").dataset["margin"][:] == [3.0, 4.0]
+    assert read_pairs(str(path), limit=1).dataset.num_rows == 1
 
 
 @pytest.mark.parametrize("source", ["/nonexistent", "data/x.jsonl", "./folder", "~/x", "a/b/c", "x.csv.gz"])
@@ -126,39 +120,26 @@ def test_a_missing_path_is_not_taken_for_a_hub_id(source, monkeypatch):
     assert str(Path(source).expanduser()) in str(raised.value)
 
 
-def test_a_hub_id_is_fetched_with_its_split(monkeypatch):
+def test_a_hub_id_is_fetched_with_its_split_and_configuration(monkeypatch):
     asked = []
 
-    def load(name, split, **_):
-        asked.append((name, split))
+    def load(*names, split, **_):
+        asked.append((*names, split))
         return datasets.Dataset.from_list([PAIR])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     pairs = read_pairs("org/name", split="train_prefs")
-    assert asked == [("org/name", "train_prefs")] and pairs.dataset.num_rows == 1
-    assert pairs.source == "'org/name', split 'train_prefs'"
-
-
-def test_a_hub_id_that_cannot_be_fetched_is_named_with_the_cause(monkeypatch):
-    def load(*_, **__):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert pairs.dataset.num_rows == 1 and pairs.source == "'org/name', split 'train_prefs'"
+    assert read_pairs("org/name:a-b.1").dataset.num_rows == 1
+    assert asked == [("org/name", "train_prefs"), ("org/name", "a-b.1", "train")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
     with pytest.raises(
-        InputError, match=r"'org/name', split 'train' cannot be read: ConnectionError: no route.*constrai"
+        InputError, match=r"'org/name', split 'train' cannot be read: ZeroDiv.*ID:CONFIG.*hf://datasets"
     ):
         read_pairs("org/name")
 
 
-def test_a_hub_id_may_name_a_configuration(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *names, split, **_: asked.append(names) or datasets.Dataset.from_list([PAIR])
-    )
-    assert read_pairs("org/name:a-b.1").dataset.num_rows == 1 and asked == [("org/name", "a-b.1")]
-
-
-def test_of_several_configurations_the_error_says_how_to_name_one(tmp_path, monkeypatch):
+def test_of_several_configurations_the_error_says_how_to_name_one(tmp_path):
     folder = tmp_path / "folder"
     for name in ("one", "two"):
         (folder / name).mkdir(parents=True)
@@ -168,17 +149,11 @@ def test_of_several_configurations_the_error_says_how_to_name_one(tmp_path, monk
     with pytest.raises(InputError, match=r"(?s)one.*two.*name the folder or the file of one"):
         read_pairs(str(folder))
     assert read_pairs(str(folder / "one")).dataset.num_rows == 1
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
-    with pytest.raises(InputError, match=r"ID:CONFIG.*hf://datasets/OWNER/NAME/FILE"):
-        read_pairs("org/name")
 
 
 def test_a_table_of_pandas_has_its_index_first(tmp_path):
     (tmp_path / "a.csv").write_text(",prompt,chosen,rejected,margin\n0,2+2?,4,5,1.5\n")
     assert read_pairs(str(tmp_path / "a.csv")).dataset["chosen"][:] == ["4"]
-    (tmp_path / "b.csv").write_text(",prompt,index\n0,a,b\n")
-    with pytest.raises(InputError, match="names a column twice: index, prompt, index"):
-        read_pairs(str(tmp_path / "b.csv"))
 
 
 def test_a_list_may_follow_blank_lines(tmp_path):
@@ -190,11 +165,6 @@ def test_a_list_may_follow_blank_lines(tmp_path):
         read_pairs(str(path))
 
 
-def test_decimals_of_parquet_are_numbers(tmp_path):
-    datasets.Dataset.from_list([PAIR | {"margin": Decimal("1.5")}]).to_parquet(tmp_path / "a.parquet")
-    assert read_pairs(str(tmp_path / "a.parquet")).dataset["margin"][:] == [1.5]
-
-
 def test_null_in_a_column_of_mixed_rows_counts_as_absent(tmp_path):
     rows = [FORMS["repeated message list"] | {"pair_id": "p0"}, FORMS["implicit prompt"]]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")  # all columns in each row
@@ -203,92 +173,25 @@ def test_null_in_a_column_of_mixed_rows_counts_as_absent(tmp_path):
     assert pairs["pair_id"][1] == only(tmp_path, PAIR)["pair_id"]
 
 
-def test_a_file_has_no_other_split_and_a_known_suffix(tmp_path):
-    with pytest.raises(InputError, match="one file and has no split 'test'"):
-        read_pairs(write(tmp_path / "a.jsonl", [PAIR]), split="test")
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(InputError, match=r"a\.txt.*\.parquet"):
-        read_pairs(str(tmp_path / "a.txt"))
-
-
-# Faults, each named by file and row.
+# Faults, each named by file, row and columns.
 
 LINE = json.dumps(PAIR).encode() + b"\n"
-
-
-@pytest.mark.parametrize("name", ["a.csv.jsonl", "a.csv.json", "b.csv.a.jsonl.gz"])
-def test_the_last_part_of_a_name_says_what_a_file_is(tmp_path, name):
-    (tmp_path / name).write_bytes(gzip.compress(LINE) if name.endswith(".gz") else LINE)
-    assert read_pairs(str(tmp_path / name)).dataset["chosen"][:] == ["4"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", LINE + b"\n" + LINE[:-4], r"row 3: .*JSONDecodeError"),
-        ("a.jsonl", LINE + b'{"prompt": "\xff"}\n', r"row 2: .*UnicodeDecodeError"),
-        ("a.jsonl", LINE + b"3\n", r"row 2: .*object of named columns, not a int"),
-        ("a.jsonl", LINE + b"null\n", r"row 2: .*not a NoneType"),
-        ("a.json", b"[" + LINE + b"," + LINE[:-4] + b"]", r"row 2: .*JSONDecodeError"),
-        ("a.json", b"[%s, %s]" % (LINE.strip(), LINE.strip().replace(b"4", b"\xe9")), r"row 2: .*Unicode.*as UTF-8"),
-        ("a.json", b"[" + LINE + LINE + b"]", r"row 2: .*comma"),
-        ("a.json", b"[" + LINE, r"row 2: .*comma or the closing"),
-        ("a.json", b"[" + LINE + b"] x", r"row 2: .*follows the closing"),
-        ("a.json", b"{\n" + LINE[1:], r"row 1: .*JSONDecodeError"),
-        ("a.jsonl.gz", gzip.compress(LINE, mtime=0)[:-9], r"row \d: .*EOFError"),
-        ("a.jsonl.gz", LINE, r"row 1: .*BadGzipFile"),
-        ("a.csv", b"prompt,chosen,rejected,margin\na,b,c,1\na,b\n", r"row 2: .*2 values under 4"),
-        ("a.csv", b'prompt,chosen,rejected,margin\na,b,c,1\na,"b\n', r"row 2: .*Error: unexpected end of data"),
-        ("a.csv", b"prompt,prompt\na,b\n", r"row 1: .*twice"),
-        ("a.jsonl", b"", "holds no rows"),
-        ("a.json", b"[]", "holds no rows"),
-        ("a.csv", b"prompt,chosen,rejected,margin\n", "holds no rows"),
-        ("a.parquet", b"PAR1", r"a\.parquet cannot be read"),
-    ],
-)
-def test_broken_files(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as raised:
-        read_pairs(str(tmp_path / name))
-    assert str(tmp_path / name) in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"prompt": "a", "chosen": "b", "margin": 1}, "'rejected' is missing"),
-        (PAIR | {"chosen": None}, "'chosen' is missing or null"),
-        (PAIR | {"prompt": None}, "no 'prompt', or it is null"),
         (PAIR | {"chosen": 10**99}, r"not 10{79}\. Columns"),
         (PAIR | {"margin": "m" * 99}, r"not 'm{79}\. Columns"),
         (PAIR | {"pair_id": [1] * 99}, r"whole number, not \[1(, 1){26}\. Columns"),
-        (PAIR | {"chosen": str([response("4")])}, "'chosen' is a list of messages that was saved as text.*parquet"),
+        (PAIR | {"prompt": f" [{user('2+2?')}]"}, "'prompt' is a list of messages that was saved as text"),
         (PAIR | {"rejected": json.dumps([response("5")])}, "'rejected' is a list of messages that was saved as text"),
-        (
-            PAIR | {"prompt": " [{'content': '2+2?', 'role': 'user'}]"},
-            "'prompt' is a list of messages that was saved as text",
-        ),
-        (PAIR | {"chosen": [response("4") | {"tool_calls": [{"id": 1}]}]}, "'chosen' has tool_calls, .*leave the row"),
         (PAIR | {"prompt": [user("a") | {"reasoning_content": "b"}]}, "'prompt' has reasoning_content, .*put it in"),
-        (PAIR | {"system": "Be brief."}, "'system' is not read, and here it holds 'Be brief.'.*into the prompt"),
         (PAIR | {"history": [["a", "b"]]}, "'history' is not read, and here it holds"),
-        (PAIR | {"prompt": 3}, "'prompt' should be text or"),
-        (PAIR | {"chosen": [{"from": "gpt", "value": "b"}]}, "keys 'role' and 'content'"),
-        (PAIR | {"chosen": [{"role": "assistant", "content": ["b"]}]}, "'chosen.content' should be text"),
-        (PAIR | {"chosen": "\ud800"}, "surrogate"),
-        (PAIR | {"margin": "high"}, "'margin' should be a finite number, not 'high'"),
-        (PAIR | {"margin": None}, "finite number, not None"),
-        ({key: PAIR[key] for key in ("prompt", "chosen", "rejected")}, "'margin' is missing"),
-        ({"chosen": "H: hi A: b", "rejected": "H: hi A: c", "margin": 1}, "no 'prompt'.*hh-rlhf"),
         (
             PAIR | {"chosen": [response("b"), user("and?"), response("d")]},
             r"'chosen' has the messages \(assistant, user, as",
-        ),
-        (PAIR | {"chosen": [user("b")]}, r"one, of role 'assistant'"),
-        (PAIR | {"prompt": [user("a"), response("b")]}, "end in a message of role 'user'"),
-        (
-            PAIR | {"chosen": [user("a"), response("b")], "rejected": [user("a"), response("c")]},
-            "no message of the conv",
         ),
         ({"chosen": [response("b")], "rejected": [response("c")], "margin": 1}, "end in a message of role 'user'"),
     ],
@@ -299,19 +202,6 @@ def test_bad_rows_are_named_with_file_row_and_columns(tmp_path, row, message):
         read_pairs(source)
     assert f"{source}, row 2: " in str(raised.value)
     assert str(raised.value).endswith(f"Columns present: {', '.join(row)}.")
-
-
-def test_no_margin_at_all(tmp_path):
-    source = write(tmp_path / "a.csv", [{"prompt": "a", "chosen": "b", "rejected": "c", "stars": 3}])
-    with pytest.raises(
-        InputError, match=r"row 1: no column to take the margin from.*Known: margin; score_chosen.*stars"
-    ):
-        read_pairs(source)
-
-
-def test_limit_below_one(tmp_path):
-    with pytest.raises(InputError, match="at least 1"):
-        read_pairs(write(tmp_path / "a.jsonl", [PAIR]), limit=0)
 
 
 # Row forms.
@@ -365,21 +255,16 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
         PAIR | {"rejected": "4 "},
         PAIR | {"prompt": " "},
         PAIR | {"chosen": "four"},
+        {"chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("4")], "margin": 0},
     ]
     source = write(tmp_path / "a.jsonl", rows)
     for _ in range(2):
         pairs = read_pairs(source)
-        assert pairs.dropped == {"empty_completion": 2, "identical": 1, "empty_prompt": 1}
+        assert pairs.dropped == {"empty_completion": 2, "identical": 2, "empty_prompt": 1}
         assert pairs.dataset["row"][:] == [1, 6]
     assert read_pairs(source, limit=1).dropped == {}
     with pytest.raises(InputError, match=r"no usable pair .1 rows read, kept out: .'identical': 1"):
         read_pairs(write(tmp_path / "b.jsonl", rows[3:4]))
-
-
-def test_identical_prompt_and_responses_leave_a_message_to_response(tmp_path):
-    same = [user("2+2?"), response("4")]
-    source = write(tmp_path / "a.jsonl", [PAIR, {"chosen": same, "rejected": same, "margin": 0}])
-    assert read_pairs(source).dropped == {"identical": 1}
 
 
 # Pair ids.
@@ -400,11 +285,8 @@ def test_ids_from_content_follow_it_and_stay_apart_when_a_row_repeats(tmp_path):
 
 
 def test_number_ids_agree_between_json_and_csv(tmp_path):
-    ids = [
-        read_pairs(write(tmp_path / name, [PAIR | {"pair_id": 7}])).dataset["pair_id"][:]
-        for name in ("a.json", "a.csv")
-    ]
-    assert ids[0] == ids[1]
+    files = [write(tmp_path / name, [PAIR | {"pair_id": 7}]) for name in ("a.json", "a.csv")]
+    assert len({read_pairs(file).dataset["pair_id"][0] for file in files}) == 1
 
 
 # Split.
@@ -439,15 +321,12 @@ def test_split_follows_seed_fraction_and_form():
     assert 150 < len(validation) < 250  # 200 ± 3.7 standard deviations of 13.4
     assert split_by_prompt(prompts, 0.1, 1)[1] != validation
     assert split_by_prompt([[user(prompt)] for prompt in prompts], 0.1, 0)[1] == validation
-    table = datasets.Dataset.from_list([{"prompt": [user(prompt)]} for prompt in prompts])
-    assert split_by_prompt(table, 0.1, 0)[1] == validation
     assert split_by_prompt(prompts, 0, 0) == (list(range(2000)), [])
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1, 0.5])
-def test_a_split_that_leaves_a_side_empty_is_refused(fraction):
+def test_a_split_that_leaves_a_side_empty_is_refused():
     with pytest.raises(InputError, match="validation fraction"):
-        split_by_prompt(["the only prompt"], fraction, 0)
+        split_by_prompt(["the only prompt"], 0.5, 0)
 
 
 # Real data: the counts and histograms in shared/data/README.md.
@@ -457,42 +336,30 @@ def real(name):
     path = SHARED / f"{name}_pairs.jsonl.gz"
     if not path.is_file():
         pytest.skip(f"{path} is not there")
-    return path
-
-
-def histogram(margins, edges):
-    return [sum(low <= margin < high for margin in margins) for low, high in pairwise(edges)]
+    pairs = read_pairs(str(path))
+    assert pairs.dropped == {}
+    return path, pairs.dataset["margin"][:]
 
 
 @pytest.mark.shared
 def test_alpaca_eval_pairs():
-    path = real("alpaca_eval")
-    pairs = read_pairs(str(path))
-    assert pairs.dataset.num_rows == 7240 and pairs.dropped == {}
+    path, margins = real("alpaca_eval")
     with gzip.open(path, "rt") as file:
         splits = [json.loads(line)["split"] for line in file]
-    margins = {"train": [], "test": []}
-    for split, margin in zip(splits, pairs.dataset["margin"], strict=True):
-        margins[split].append(margin)
     edges = [0, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 27]
-    assert histogram(margins["train"], edges) == [452, 467, 696, 933, 697, 581, 755, 464, 464, 291]
-    assert histogram(margins["test"], edges) == [111, 117, 169, 236, 172, 146, 187, 115, 115, 72]
+    train, test = ([m for m, split in zip(margins, splits, strict=True) if split == part] for part in ("train", "test"))
+    assert np.histogram(train, edges)[0].tolist() == [452, 467, 696, 933, 697, 581, 755, 464, 464, 291]
+    assert np.histogram(test, edges)[0].tolist() == [111, 117, 169, 236, 172, 146, 187, 115, 115, 72]
 
 
 @pytest.mark.shared
 def test_ultrafeedback_pairs():
-    pairs = read_pairs(str(real("ultrafeedback")))
-    assert pairs.dataset.num_rows == 994 and pairs.dropped == {}
-    margins = pairs.dataset["margin"][:]
-    # Scores are half points: (2, 3] is [2.5, 3.5) and so on.
-    edges = [0, 0.5, 1, 1.5, 2, 2.5, 3.5, 4.5, 6.5, 8.5]
-    assert histogram(margins, edges) == [110, 192, 192, 118, 85, 95, 71, 102, 29]
-    by_scores = read_pairs(str(real("ultrafeedback")), margin=["score_chosen", "score_rejected"])
-    assert by_scores.dataset["margin"][:] == margins
+    path, margins = real("ultrafeedback")
+    edges = [0, 0.5, 1, 1.5, 2, 2.5, 3.5, 4.5, 6.5, 8.5]  # scores are half points: (2, 3] is [2.5, 3.5) and so on
+    assert np.histogram(margins, edges)[0].tolist() == [110, 192, 192, 118, 85, 95, 71, 102, 29]
+    assert read_pairs(str(path), margin=["score_chosen", "score_rejected"]).dataset["margin"][:] == margins
 
 
 @pytest.mark.shared
 def test_pandalm_pairs():
-    pairs = read_pairs(str(real("pandalm_human")))
-    assert pairs.dataset.num_rows == 861 and pairs.dropped == {}
-    assert Counter(round(margin * 3) for margin in pairs.dataset["margin"]) == {3: 744, 2: 30, 1: 87}
+    assert Counter(round(margin * 3) for margin in real("pandalm_human")[1]) == {3: 744, 2: 30, 1: 87}

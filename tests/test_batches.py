@@ -50,7 +50,7 @@ def test_a_step_is_cut_into_the_asked_number_and_holds_every_pair_once(case):
     ranks = cut(*case)
     assert [len(rank) for rank in ranks] == [accumulate] * world
     batches = [batch for rank in ranks for batch in rank]
-    assert all(step_pairs == len(step) for _, _, step_pairs in batches)
+    assert all(step_total == len(step) for _, _, step_total in batches)
     assert {weight for _, weight, _ in batches} <= {0.0, 1.0}
     kept = [index for indices, weight, _ in batches for index in indices if weight == 1]
     assert sorted(kept) == sorted(step)
@@ -279,21 +279,21 @@ def test_evaluation_keeps_everything():
 
 def test_the_flags_of_a_batch():
     batch = collate(PAIRS, IS_HARD)
-    assert len(batch) == batch.step_pairs == 4
+    assert len(batch) == batch.step_total == 4
     assert (batch.is_hard.dtype, batch.is_hard.tolist()) == (torch.bool, IS_HARD)
     assert (batch.preference.dtype, batch.preference.tolist()) == (torch.int64, [0, 2])
     assert (batch.sft.dtype, batch.sft.tolist()) == (torch.int64, [1, 3])
     assert (batch.margin.dtype, batch.margin.tolist()) == (torch.float64, [-1.0, -0.5, 0.0, 0.5])
     assert (batch.weight.dtype, batch.weight.tolist()) == (torch.float32, [1.0] * 4)
-    assert (batch.pair_id.dtype, batch.pair_id.tolist()) == (torch.int64, [2**40 + 7 * b for b in range(4)])
+    assert (batch.ids.dtype, batch.ids.tolist()) == (torch.int64, [2**40 + 7 * b for b in range(4)])
     for rows in (batch.rows, batch.reference_rows):
         for name in ("input_ids", "position_ids", "target", "completion", "lengths"):
             assert getattr(rows, name).dtype == torch.int64, name
 
 
 def test_filler_has_no_weight():
-    batch = collate(PAIRS[:1], [False], weight=0.0, step_pairs=8)
-    assert (batch.weight.tolist(), batch.step_pairs) == ([0.0], 8)
+    batch = collate(PAIRS[:1], [False], weight=0.0, step_total=8)
+    assert (batch.weight.tolist(), batch.step_total) == ([0.0], 8)
 
 
 @pytest.mark.parametrize("missing", ["margin", "pair_id", "rejected_ids"])
@@ -306,10 +306,10 @@ def test_a_column_that_was_dropped_is_an_error_and_never_a_default(missing):
 def test_moving_a_batch_moves_its_rows():
     batch = collate(PAIRS, IS_HARD)
     moved = batch.to(torch.device("meta"))
-    tensors = [moved.weight, moved.preference, moved.pair_id, moved.rows.target, moved.rows.lengths]
+    tensors = [moved.weight, moved.preference, moved.ids, moved.rows.target, moved.rows.lengths]
     tensors += [moved.reference_rows.input_ids, moved.reference_rows.target]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert (moved.step_pairs, moved.rows.tokens) == (4, batch.rows.tokens)
+    assert (moved.step_total, moved.rows.tokens) == (4, batch.rows.tokens)
     assert batch.rows.target.device.type == "cpu"
 
 
@@ -350,14 +350,14 @@ def make_loader(workers=0):
 
 
 def seen(batch):
-    return tuple((i - 2**40) // 7 for i in batch.pair_id.tolist()), batch.weight[0].item(), batch.step_pairs
+    return tuple((i - 2**40) // 7 for i in batch.ids.tolist()), batch.weight[0].item(), batch.step_total
 
 
 def test_the_collator_survives_a_worker():
     collator = PairCollator(PAIRS, IS_HARD, evaluation=True, share_prompt=False)
     batch = pickle.loads(pickle.dumps(collator))(((3, 0), 0.0, 9))
     expected = collate(
-        [PAIRS[3], PAIRS[0]], [True, False], weight=0.0, step_pairs=9, evaluation=True, share_prompt=False
+        [PAIRS[3], PAIRS[0]], [True, False], weight=0.0, step_total=9, evaluation=True, share_prompt=False
     )
     assert seen(batch) == ((3, 0), 0.0, 9)
     assert batch.is_hard.tolist() == [True, False]
@@ -410,8 +410,8 @@ def test_workers_change_nothing():
 @pytest.mark.parametrize(("sides", "segments"), [((0,), {0, 1}), ((1,), {0, 2}), ((0, 1), {0, 1, 2})])
 def test_sft_computes_the_sides_it_learns_and_no_other(sides, segments):
     """Reported hard: pairs 1 and 3. Trained by SFT: pair 1 only, so that 3 has a reference and both responses."""
-    to_sft = [False, True, False, False]
-    batch = collate(PAIRS, IS_HARD, to_sft=to_sft, sft_sides=sides)
+    is_sft = [False, True, False, False]
+    batch = collate(PAIRS, IS_HARD, is_sft=is_sft, sft_sides=sides)
     assert batch.is_hard.tolist() == IS_HARD
     assert (batch.preference.tolist(), batch.sft.tolist(), batch.sft_sides) == ([0, 2, 3], [1], sides)
     lengths = [[len(pair["chosen_ids"]) for pair in PAIRS], [len(pair["rejected_ids"]) for pair in PAIRS]]
@@ -430,7 +430,7 @@ def test_sft_computes_the_sides_it_learns_and_no_other(sides, segments):
 
 
 def test_hard_pairs_by_the_preference_loss_have_a_reference():
-    batch = collate(PAIRS, [True] * 4, to_sft=[False] * 4)
+    batch = collate(PAIRS, [True] * 4, is_sft=[False] * 4)
     assert batch.reference_rows is batch.rows
     assert (batch.preference.tolist(), batch.sft.tolist(), batch.is_hard.tolist()) == ([0, 1, 2, 3], [], [True] * 4)
 

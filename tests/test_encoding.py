@@ -1,4 +1,4 @@
-import dataclasses
+"""Pairs -> token ids: one boundary for both sides, lengths, counts, and a cache that follows what the ids depend on."""
 
 import datasets
 import pytest
@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mixdpo.data.chat_template import load_template
-from mixdpo.data.encoding import EncodedPair, encode_pair, encode_pairs, limit_lengths
+from mixdpo.data.encoding import EncodedPair, encode_pair, encode_rows
 from mixdpo.errors import InputError
 
 # ChatML as SmolLM2 writes it: a newline follows every end token.
@@ -73,9 +73,10 @@ def table(*triples):
 
 
 def test_a_pair_through_the_chat_template():
-    pair = encoded_pair(word_tokenizer(), PROMPT, "is four", "two")
-    # The newline after <|im_end|> is the template's and is cut.
-    assert pair == EncodedPair(PROMPT_IDS, [IS, FOUR, END], [TWO, END])
+    # the newline after <|im_end|> is the template's and is cut; both sides begin alike, and not in the prompt
+    assert encoded_pair(word_tokenizer(), PROMPT, "is four", "is") == EncodedPair(
+        PROMPT_IDS, [IS, FOUR, END], [IS, END]
+    )
 
 
 def test_ids_are_those_of_the_template_without_a_second_bos():
@@ -88,11 +89,6 @@ def test_ids_are_those_of_the_template_without_a_second_bos():
     assert pair.prompt_ids + pair.chosen_ids == whole[:-1]
     generation = tokenizer.apply_chat_template(PROMPT, tokenize=True, add_generation_prompt=True)["input_ids"]
     assert pair.prompt_ids == generation
-
-
-def test_the_boundary_stops_at_the_prompt_even_when_both_sides_begin_alike():
-    pair = encoded_pair(word_tokenizer(), PROMPT, "is four", "is two")
-    assert (pair.chosen_ids, pair.rejected_ids) == ([IS, FOUR, END], [IS, TWO, END])
 
 
 def test_a_merge_across_the_seam_moves_the_boundary_for_both_sides():
@@ -117,16 +113,15 @@ def test_a_generation_prompt_that_responses_lack_is_not_in_the_prompt():
 
 
 @pytest.mark.parametrize("content", ["m.content.split('plus')[-1]", "'' if m.content == 'is plus four' else m.content"])
-def test_a_template_that_leaves_out_part_of_an_response_is_refused(content):
+def test_a_template_that_leaves_out_part_of_a_response_is_refused(content):
     # As DeepSeek-R1 does, whose template keeps what follows the last </think>.
     tokenizer = word_tokenizer(CHATML.replace("m.content", f"({content}) if m.role == 'assistant' else m.content"))
     assert encoded_pair(tokenizer, PROMPT, "four", "two").chosen_ids == [FOUR, END]
-    for sides in (("is plus four", "two"), ("two", "is plus four")):
-        with pytest.raises(InputError, match=r"leaves out part of a response .*give a `chat_template` that shows it"):
-            encoded_pair(tokenizer, PROMPT, *sides)
+    with pytest.raises(InputError, match=r"leaves out part of a response .*give a `chat_template` that shows it"):
+        encoded_pair(tokenizer, PROMPT, "two", "is plus four")
 
 
-def test_a_template_may_trim_an_response_and_set_its_reasoning_apart():
+def test_a_template_may_trim_a_response_and_set_its_reasoning_apart():
     # As Qwen3 does.
     shown = "m.content | trim | replace('plus', '\nplus\n\n')"
     tokenizer = word_tokenizer(CHATML.replace("m.content", f"({shown}) if m.role == 'assistant' else m.content"))
@@ -169,11 +164,6 @@ def test_plain_joins_messages_starts_with_bos_and_ends_with_eos():
     assert pair == EncodedPair([BOS, IS, NEWLINE, TWO, NEWLINE], [FOUR, END], [TWO, END])
 
 
-def test_plain_needs_an_eos_token():
-    with pytest.raises(InputError, match="no eos token"):
-        encoded_pair(word_tokenizer(eos_token=None), PROMPT, "four", "two", chat_template="plain")
-
-
 def test_a_template_may_be_given_as_text_or_as_a_path(tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(CHATML)
@@ -185,6 +175,7 @@ def test_a_template_may_be_given_as_text_or_as_a_path(tmp_path):
 @pytest.mark.parametrize(
     ("template", "given_template", "message"),
     [
+        (None, "no-eos", "no eos token"),
         (None, None, "no chat template: give `chat_template`.*'plain'"),
         (None, "no/such.jinja", "is no file, no Jinja template"),
         (CHATML, "{{ raise_exception('no system role') }}", r"refuses messages of the roles \(user\): no system role"),
@@ -194,23 +185,19 @@ def test_a_template_may_be_given_as_text_or_as_a_path(tmp_path):
     ],
 )
 def test_templates_that_do_not_serve(template, given_template, message):
+    special, given_template = ({"eos_token": None}, "plain") if given_template == "no-eos" else ({}, given_template)
     with pytest.raises(InputError, match=message):
-        encoded_pair(word_tokenizer(template), PROMPT, "four", "two", chat_template=given_template)
+        encoded_pair(word_tokenizer(template, **special), PROMPT, "four", "two", chat_template=given_template)
 
 
-@pytest.mark.parametrize("given_template", [True, False])
-def test_a_template_writes_the_same_date_on_all_days(given_template):
+def test_a_template_writes_the_same_date_on_all_days():
     today = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + CHATML
-
-    def loaded(template):
-        own, given = (CHATML, template) if given_template else (template, None)
-        return load_template(word_tokenizer(own), given)
-
     fixed = today.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
-    assert loaded(today) == loaded(fixed) == fixed
-    assert loaded(today.replace("'%d %b %Y'", ' "%Y-%m-%d" ')) == fixed.replace("26 Jul 2024", "2024-07-26")
+    assert load_template(word_tokenizer(today), None) == load_template(word_tokenizer(), today) == fixed
+    spaced = today.replace("'%d %b %Y'", ' "%Y-%m-%d" ')
+    assert load_template(word_tokenizer(), spaced) == fixed.replace("26 Jul 2024", "2024-07-26")
     with pytest.raises(InputError, match=r"by 'strftime_now\(form\)', and no text says in which form"):
-        loaded(today.replace("'%d %b %Y'", "form"))
+        load_template(word_tokenizer(today.replace("'%d %b %Y'", "form")), None)
 
 
 def test_named_templates_use_the_default_one():
@@ -237,34 +224,29 @@ PAIR = EncodedPair([1, 2, 3, 4], [5, 6, 7, 99], [8, 99])
 )
 def test_truncation_keeps_the_prompts_end_and_the_completions_start(max_length, max_prompt_length, expected):
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    assert limit_lengths(PAIR, **limits, overlong="truncate") == expected
-    assert limit_lengths(PAIR, **limits, overlong="drop") == (PAIR if max_length == 8 else None)
+    assert PAIR.within(**limits, overlong="truncate") == expected
+    assert PAIR.within(**limits, overlong="drop") == (PAIR if max_length == 8 else None)
 
 
 def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
     data = table(("two plus two", "is four plus", "is two plus"), ("two plus two", "four", "is"))
-    encoded, counts = encode_pairs(data, word_tokenizer(), max_length=12, max_prompt_length=11)
+    encoded, counts = encode_rows(data, word_tokenizer(), max_length=12, max_prompt_length=11)
     assert counts == {"dropped_overlong": 1, "dropped_empty": 0, "truncated": 1}
     assert (encoded["row"][:], encoded["chosen_ids"][:], encoded["rejected_ids"][:]) == ([2], [[FOUR]], [[IS]])
-
-
-@pytest.mark.parametrize("side", ["chosen_ids", "rejected_ids"])
-def test_an_empty_completion_is_dropped(side):
-    pair = dataclasses.replace(PAIR, **{side: []})
-    assert limit_lengths(pair, max_length=100, max_prompt_length=50, overlong="truncate") is None
 
 
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_length": 5, "max_prompt_length": 5, "overlong": "drop"}, "below max_length"),
-        ({"max_length": 5, "max_prompt_length": 0, "overlong": "drop"}, "above 0"),
+        ({"max_length": 5, "max_prompt_length": 5}, r"max_length \(5\) must .* above max_prompt"),
+        ({"max_length": 5, "max_prompt_length": 0}, r"\(0\), which must be at least 1"),
         ({"max_length": 5, "max_prompt_length": 4, "overlong": "keep"}, "one of truncate, drop, not 'keep'"),
+        ({"max_length": 4, "max_prompt_length": 2, "overlong": "drop"}, "no pair is left of 3 .*'dropped_overlong': 3"),
     ],
 )
 def test_impossible_limits(limits, message):
     with pytest.raises(InputError, match=message):
-        encode_pairs(three_pairs(), word_tokenizer(), **limits)
+        encode_rows(three_pairs(), word_tokenizer(), **limits)
 
 
 token_ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -274,7 +256,9 @@ token_ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
 def test_limits_hold_and_no_completion_is_empty(prompt_ids, chosen_ids, rejected_ids, max_length, data):
     max_prompt_length = data.draw(st.integers(1, max_length - 1))
     pair = EncodedPair(prompt_ids, chosen_ids, rejected_ids)
-    limited = limit_lengths(pair, max_length=max_length, max_prompt_length=max_prompt_length, overlong="truncate")
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": "truncate"}
+    assert EncodedPair(prompt_ids, [], rejected_ids).within(**limits) is None
+    limited = pair.within(**limits)
     if limited is None:
         room = max_length - min(len(prompt_ids), max_prompt_length)
         assert chosen_ids[:room] == rejected_ids[:room]
@@ -297,7 +281,7 @@ def three_pairs():
 
 
 def test_a_table_truncates_and_counts():
-    encoded, counts = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS)
+    encoded, counts = encode_rows(three_pairs(), word_tokenizer(), **LIMITS)
     assert counts == {"dropped_overlong": 0, "dropped_empty": 0, "truncated": 1}
     names = ["chosen_ids", "margin", "pair_id", "prompt_ids", "rejected_ids", "row", "truncated"]
     assert sorted(encoded.column_names) == names
@@ -310,38 +294,21 @@ def test_a_table_truncates_and_counts():
 
 
 def test_a_table_drops_and_counts():
-    encoded, counts = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS, overlong="drop")
-    assert counts == {"dropped_overlong": 1, "dropped_empty": 0, "truncated": 0}
-    assert encoded["row"][:] == [1, 3]
-
-
-def test_a_completion_without_a_token_is_dropped():
-    data = table(("two", "four", "two"), ("two", " ", "two"))
-    encoded, counts = encode_pairs(data, word_tokenizer(), **LIMITS)
-    assert counts == {"dropped_overlong": 0, "dropped_empty": 1, "truncated": 0}
+    data = table(("two plus two", "four", "two"), ("two plus two", "four", "is two"), ("two", " ", "two"))
+    encoded, counts = encode_rows(data, word_tokenizer(), **LIMITS, overlong="drop")
+    assert counts == {"dropped_overlong": 1, "dropped_empty": 1, "truncated": 0}
     assert encoded["row"][:] == [1]
-
-
-def test_dropping_every_pair_is_an_error():
-    with pytest.raises(InputError, match=r"no pair is left of 3 .*'dropped_overlong': 3"):
-        encode_pairs(three_pairs(), word_tokenizer(), max_length=4, max_prompt_length=2, overlong="drop")
 
 
 def test_a_pair_that_cannot_be_encoded_is_named_by_its_row():
     template = CHATML + "{% if messages[-1].content == 'is' %}{{ raise_exception('no') }}{% endif %}"
     with pytest.raises(InputError, match=r"row 3 .pair_id 12.*no"):
-        encode_pairs(three_pairs(), word_tokenizer(template), **LIMITS)
-
-
-def test_two_processes_give_the_same(tmp_path):
-    one, _ = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS)
-    two, _ = encode_pairs(three_pairs(), word_tokenizer(), **LIMITS, num_proc=2)
-    assert one.to_list() == two.to_list()
+        encode_rows(three_pairs(), word_tokenizer(template), **LIMITS)
 
 
 def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():
     def key(tokenizer=None, **options):
-        return encode_pairs(three_pairs(), tokenizer or word_tokenizer(), **(LIMITS | options))[0]._fingerprint
+        return encode_rows(three_pairs(), tokenizer or word_tokenizer(), **(LIMITS | options))[0]._fingerprint
 
     used = word_tokenizer(pad_token="<|im_end|>")
     used(["two", "two two"], padding="max_length", truncation=True, max_length=8)
@@ -359,10 +326,11 @@ def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():
     assert len({key(), *changed}) == 6
 
 
-def test_a_second_encoding_comes_from_the_cache(tmp_path, monkeypatch):
+def test_a_second_encoding_comes_from_the_cache_and_two_processes_give_the_same(tmp_path, monkeypatch):
     three_pairs().save_to_disk(tmp_path / "pairs")
     data = datasets.load_from_disk(tmp_path / "pairs")
-    first = encode_pairs(data, word_tokenizer(), **LIMITS)
-    monkeypatch.setattr("mixdpo.data.encoding.encode_pair", lambda *_, **__: pytest.fail("encoded again"))
-    second = encode_pairs(data, word_tokenizer(), **LIMITS)
+    first = encode_rows(data, word_tokenizer(), **LIMITS)
+    assert encode_rows(three_pairs(), word_tokenizer(), **LIMITS, num_proc=2)[0].to_list() == first[0].to_list()
+    monkeypatch.setattr("mixdpo.data.encoding.encode_responses", lambda *_, **__: pytest.fail("encoded again"))
+    second = encode_rows(data, word_tokenizer(), **LIMITS)
     assert first[0].to_list() == second[0].to_list() and first[1] == second[1]
