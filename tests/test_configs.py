@@ -210,7 +210,7 @@ def test_misspelt_option_is_named(build, option):
 
 
 def test_imports_and_help():
-    """`mixdpo.losses` costs torch and nothing else; no module under `mixdpo` imports lightning; then `run.py --help` and
+    """`mixdpo.losses` costs torch only; no module under `mixdpo` imports lightning; then `run.py --help` and
     `run.py fit --help`: one process, because most of its time is imports."""
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
