@@ -218,17 +218,18 @@ def test_a_folder_that_vanishes_while_tokens_are_scored(
     np.testing.assert_allclose(losses, expected["policy"], rtol=0, atol=1e-5)
 
 
-def test_a_kept_loss_that_is_not_finite_is_computed_anew(
+def test_a_kept_loss_that_is_damaged_is_computed_anew(
     model: Any, pool: TokenPool, expected: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path))
     losses = open_losses(len(pool), {"model": "a"})
     losses[:] = 77.0
     losses[pool.tokens([3])], losses[pool.tokens([5])[:1]] = np.inf, np.nan
-    with pytest.warns(UserWarning, match=rf"{tmp_path}/token_losses/\w+\.npy holds losses that are not finite"):
+    np.load(losses.filename, mmap_mode="r+")[pool.tokens([4])] *= 0.1  # by something else
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/token_losses/\w+\.npy holds damaged losses"):
         again = open_losses(len(pool), {"model": "a"})
     add_losses(again, model, "policy", pool, range(len(pool.samples)))
-    anew = pool.tokens([3, 5])
+    anew = pool.tokens([3, 4, 5])
     np.testing.assert_allclose(again[anew], expected["policy"][anew], rtol=0, atol=1e-5)
     assert (np.delete(again, anew) == 77).all()
     np.testing.assert_array_equal(open_losses(len(pool), {"model": "a"}), again)
