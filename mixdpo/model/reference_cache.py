@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mixdpo.batches.batch import PairBatch
+from mixdpo.batches.batch import Batch
 from mixdpo.model.adapters import role
 from mixdpo.model.forward import row_log_probs
 from mixdpo.storage.files import cache_root
@@ -17,7 +17,7 @@ from mixdpo.storage.store import Store
 
 
 @torch.no_grad()
-def reference_log_probs(model: nn.Module, batch: PairBatch) -> Tensor:
+def reference_log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """(M,) log-probabilities by the reference, of the targets in the batch's reference rows."""
     with role(model, "reference"):
         return row_log_probs(model, batch.reference_rows)
@@ -41,7 +41,7 @@ class ReferenceCache:
         self._store = Store(self.path, head, noun="the reference's log-probabilities", cache=True)
         self._new: list[tuple[Sequence[tuple[bytes, int]], Tensor]] = []  # not written yet
 
-    def log_probs(self, model: nn.Module, batch: PairBatch) -> Tensor:
+    def log_probs(self, model: nn.Module, batch: Batch) -> Tensor:
         """As `reference_log_probs`; computed only if the file lacks one of the batch's completions.
 
         What was computed is written by `write`, because writing waits for the device.
