@@ -1,10 +1,11 @@
-"""The LightningDataModule of prompts to answer: read, checked, and handed over in batches of like length."""
+"""The LightningDataModule of prompts: read, checked, and handed over in batches of like length."""
 
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 from jsonargparse import lazy_instance
+from jsonargparse.typing import PositiveInt
 from torch.utils.data import DataLoader
 
 from mixdpo.data.sources import open_source
@@ -18,8 +19,8 @@ class PromptDataModule(L.LightningDataModule):
         source: str,
         form: Callable[[int, Any], Any] = lazy_instance(AlpacaEval),  # noqa: B008
         split: str = "train",
-        limit: int | None = None,
-        batch_size: int = 16,
+        limit: PositiveInt | None = None,
+        batch_size: PositiveInt = 16,
     ) -> None:
         """Prompts of a benchmark.
 
@@ -29,12 +30,10 @@ class PromptDataModule(L.LightningDataModule):
             form: Class path of what reads a row and writes the responses: AlpacaEval, ArenaHard, MTBench, with a gold
                 score Constraints and GSM8K, all of mixdpo.evaluation.formats.
             split: Of a hub data set or folder.
-            limit: Answer the first so many prompts only.
-            batch_size: Prompts answered together.
+            limit: Generate responses to the first so many prompts only.
+            batch_size: Prompts whose responses are generated together.
         """
         super().__init__()
-        if batch_size < 1 or (limit is not None and limit < 1):
-            raise InputError(f"data.batch_size {batch_size} and data.limit {limit} must be at least 1")
         self.source, self.form, self.split, self.limit, self.batch_size = source, form, split, limit, batch_size
         self.prompts: list[Prompt] = []
 
@@ -62,8 +61,10 @@ class PromptDataModule(L.LightningDataModule):
             raise InputError(f"{opened.name} holds no prompt: give a file with prompts")
 
     def batches(self) -> list[list[Prompt]]:
-        """Those with a prompt that the module still has to answer, cut as if it had answered none: what is sampled
-        depends on who is in a batch. Longest first, so that the first batch is the peak of memory."""
+        """Batches with a prompt that still lacks its response, cut as if all lacked it: sampling depends on the batch.
+
+        Longest first, so that the first batch is the peak of memory.
+        """
         missing = {prompt.key for prompt in self.trainer.lightning_module.file.missing}  # type: ignore[union-attr]
         ordered = sorted(self.prompts, key=lambda prompt: -sum(map(len, prompt.turns)))
         cut = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]

@@ -1,3 +1,5 @@
+"""Steps cut into micro-batches, pairs as packed rows, masks, and a loader that continues where it stopped."""
+
 import pickle
 from collections import Counter
 from itertools import pairwise
@@ -17,17 +19,8 @@ fast = settings(max_examples=40)
 ANY = st.sampled_from([True, False])
 
 
-@given(st.lists(st.integers(0, 1000), unique=True, max_size=50), st.integers(1, 20))
-@fast
-def test_steps_are_consecutive_pieces_of_the_order(order, batch_size):
-    steps = plan_steps(order, batch_size)
-    assert [index for step in steps for index in step] == order
-    assert all(len(step) == batch_size for step in steps[:-1])
-    assert all(1 <= len(step) <= batch_size for step in steps)
-
-
 def test_steps_by_hand():
-    assert plan_steps([4, 0, 3, 1, 2], 2) == [(4, 0), (3, 1), (2,)]
+    assert plan_steps([4, 0, 3, 1, 2], 2) == [(4, 0), (3, 1), (2,)] and plan_steps([], 2) == []
 
 
 @st.composite
@@ -45,7 +38,7 @@ def cut(step, tokens, accumulate, world):
 
 @given(step_cuts())
 @fast
-def test_a_step_is_cut_into_the_asked_number_and_holds_every_pair_once(case):
+def test_a_step_is_cut_into_the_asked_number_balanced_and_holds_every_pair_once(case):
     step, tokens, accumulate, world = case
     ranks = cut(*case)
     assert [len(rank) for rank in ranks] == [accumulate] * world
@@ -59,15 +52,8 @@ def test_a_step_is_cut_into_the_asked_number_and_holds_every_pair_once(case):
     for indices in fillers:
         assert len(indices) == 1 and indices[0] in step
         assert tokens[indices[0]] == min(tokens[index] for index in step)
-
-
-@given(step_cuts())
-@fast
-def test_micro_batches_are_balanced_within_the_longest_pair(case):
-    step, tokens, *_ = case
-    batches = [batch for rank in cut(*case) for batch in rank]
     loads = [sum(tokens[index] for index in indices) * weight for indices, weight, _ in batches]
-    assert max(loads) - min(loads) <= max(tokens[index] for index in step)
+    assert max(loads) - min(loads) <= max(tokens[index] for index in step)  # balanced within the longest pair
 
 
 @given(step_cuts(enough_pairs=True))
@@ -199,42 +185,19 @@ def test_targets_and_sources(batch, evaluation, share_prompt):
         assert result.reference_rows is None
 
 
-@given(batches(), ANY)
+@given(batches(), ANY, ANY)
 @fast
-def test_shared_rows_restart_positions_after_the_prompt(batch, evaluation):
+def test_rows_hold_pairs_or_completions_and_restart_positions_after_the_prompt(batch, evaluation, share_prompt):
     pairs, is_hard = batch
-    rows = collate(pairs, is_hard, evaluation=evaluation).rows
+    rows = collate(pairs, is_hard, evaluation=evaluation, share_prompt=share_prompt).rows
+    sides = [BOTH if evaluation or not hard else BOTH[:1] for hard in is_hard]
     expected = [
-        expected_row(pair, BOTH if evaluation or not hard else BOTH[:1])
-        for pair, hard in zip(pairs, is_hard, strict=True)
+        expected_row(pair, part)
+        for pair, both in zip(pairs, sides, strict=True)
+        for part in ([both] if share_prompt else [[side] for side in both])
     ]
     assert sorted(row_contents(rows)) == sorted(expected)
     assert rows.tokens == sum(map(len, expected))
-
-
-@given(batches(), ANY)
-@fast
-def test_unshared_rows_hold_one_completion_each(batch, evaluation):
-    pairs, is_hard = batch
-    rows = collate(pairs, is_hard, evaluation=evaluation, share_prompt=False).rows
-    expected = [expected_row(pair, BOTH[:1]) for pair in pairs]
-    expected += [expected_row(p, BOTH[1:]) for p, hard in zip(pairs, is_hard, strict=True) if evaluation or not hard]
-    assert sorted(row_contents(rows)) == sorted(expected)
-    assert rows.tokens == sum(map(len, expected))
-
-
-@given(batches(), ANY)
-@fast
-def test_sharing_the_prompt_changes_no_prediction(batch, evaluation):
-    pairs, is_hard = batch
-    counts = []
-    for share_prompt in (True, False):
-        result = collate(pairs, is_hard, evaluation=evaluation, share_prompt=share_prompt)
-        for rows in (result.rows, result.reference_rows):
-            if rows is not None:
-                counts.append(Counter(zip(rows.completion.tolist(), rows.target.tolist(), strict=True)))
-    half = len(counts) // 2
-    assert counts[:half] == counts[half:]
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -258,22 +221,17 @@ def test_a_hard_pairs_rejected_response_is_nowhere(share_prompt):
 def test_the_reference_sees_easy_pairs_only(share_prompt):
     rows = collate(PAIRS, IS_HARD, share_prompt=share_prompt).reference_rows
     easy = {token for pair in EASY for side in ("prompt_ids", "chosen_ids", "rejected_ids") for token in pair[side]}
-    seen = set(rows.input_ids[segments_of(rows) != -1].tolist())
-    assert seen == easy
-    assert set(rows.target.tolist()) == {t for pair in EASY for s in ("chosen_ids", "rejected_ids") for t in pair[s]}
+    assert set(rows.input_ids[segments_of(rows) != -1].tolist()) == easy
 
 
-def test_a_batch_of_hard_pairs_has_no_reference():
+def test_a_batch_of_hard_pairs_has_no_reference_but_in_evaluation():
     batch = collate(PAIRS, [True] * 4)
     assert batch.reference_rows is None
     assert (batch.preference.tolist(), batch.sft.tolist()) == ([], [0, 1, 2, 3])
     assert segments_of(batch.rows).max() == 1
-
-
-def test_evaluation_keeps_everything():
     batch = collate(PAIRS, [True] * 4, evaluation=True)
     everything = Counter(t for pair in PAIRS for side in ("chosen_ids", "rejected_ids") for t in pair[side])
-    assert Counter(batch.rows.target.tolist()) == Counter(batch.reference_rows.target.tolist()) == everything
+    assert Counter(batch.rows.target.tolist()) == everything and batch.reference_rows is batch.rows
     assert batch.is_hard.tolist() == [True] * 4
 
 
@@ -289,11 +247,8 @@ def test_the_flags_of_a_batch():
     for rows in (batch.rows, batch.reference_rows):
         for name in ("input_ids", "position_ids", "target", "completion", "lengths"):
             assert getattr(rows, name).dtype == torch.int64, name
-
-
-def test_filler_has_no_weight():
-    batch = collate(PAIRS[:1], [False], weight=0.0, step_total=8)
-    assert (batch.weight.tolist(), batch.step_total) == ([0.0], 8)
+    filler = collate(PAIRS[:1], [False], weight=0.0, step_total=8)
+    assert (filler.weight.tolist(), filler.step_total, filler.count) == ([0.0], 8, 0)
 
 
 @pytest.mark.parametrize("missing", ["margin", "pair_id", "rejected_ids"])
@@ -345,8 +300,7 @@ PLAN = [((0,), 1.0, 3), ((1, 2), 1.0, 3), ((3,), 1.0, 1), ((3,), 0.0, 1), ((2, 0
 
 
 def make_loader(workers=0):
-    collator = PairCollator(PAIRS, IS_HARD, evaluation=False, share_prompt=True)
-    return ResumableLoader(PLAN, collator, workers=workers)
+    return ResumableLoader(PLAN, PairCollator(PAIRS, IS_HARD), workers=workers)
 
 
 def seen(batch):
@@ -371,6 +325,7 @@ def test_a_new_loader_continues_and_then_starts_over(workers):
     batches = iter(first)
     assert [seen(next(batches)) for _ in range(3)] == PLAN[:3]
     state = first.state_dict()
+    assert state and {type(value) for value in state.values()} == {int}
     assert [seen(batch) for batch in batches] == PLAN[3:], "asking for the state must not disturb the epoch"
     second = make_loader(workers)
     second.load_state_dict(state)
@@ -379,32 +334,14 @@ def test_a_new_loader_continues_and_then_starts_over(workers):
     assert [seen(batch) for batch in second] == PLAN
 
 
-def test_the_first_epochs_are_full():
-    loader = make_loader()
-    assert len(loader) == len(PLAN)
-    for _ in range(2):
-        assert [seen(batch) for batch in loader] == PLAN
-
-
-def test_a_state_is_plain_integers():
-    loader = make_loader()
-    next(iter(loader))
-    assert loader.state_dict() and {type(value) for value in loader.state_dict().values()} == {int}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_global_generator_is_left_alone(workers):
+def test_workers_change_nothing_and_leave_the_global_generator_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert len(list(make_loader(workers))) == len(PLAN)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_workers_change_nothing():
-    for here, there in zip(make_loader(0), make_loader(2), strict=True):
-        assert seen(here) == seen(there)
+    for alone, by_worker in zip(make_loader(0), make_loader(2), strict=True):
+        assert seen(alone) == seen(by_worker)
         for name in ("input_ids", "position_ids", "target", "completion", "lengths"):
-            assert torch.equal(getattr(here.rows, name), getattr(there.rows, name)), name
+            assert torch.equal(getattr(alone.rows, name), getattr(by_worker.rows, name)), name
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("sides", "segments"), [((0,), {0, 1}), ((1,), {0, 2}), ((0, 1), {0, 1, 2})])
@@ -435,12 +372,11 @@ def test_hard_pairs_by_the_preference_loss_have_a_reference():
     assert (batch.preference.tolist(), batch.sft.tolist(), batch.is_hard.tolist()) == ([0, 1, 2, 3], [], [True] * 4)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_that_differ_are_continued_in_the_right_one(workers):
+def test_epochs_that_differ_are_continued_in_the_right_one():
     plans = [PLAN, PLAN[::-1], PLAN[3:] + PLAN[:3]]
 
     def loader():
-        made = make_loader(workers)
+        made = make_loader()
         made.replan = plans.__getitem__
         return made
 

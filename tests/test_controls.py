@@ -1,8 +1,6 @@
 """The presets: each changes exactly what its header lists, whatever it is laid over, and trains."""
 
 import re
-import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,10 @@ import pytest
 import torch
 import yaml
 from conftest import adapter_weights, make_pairs, make_trainer, write_pairs
+from test_configs import ROOT, cli  # noqa: F401  (a fixture)
 
 from lightning_modules.callbacks.clean_tokens import RefreshReference
-from lightning_modules.verbs import run_cli
 
-ROOT = Path(__file__).parents[1]
 CONTRARY = """
 name: contrary
 model: {init_args: {schedule: mixdpo.routing.Constant, easy_sft_weight: 0.25}}
@@ -57,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 
 @pytest.fixture(scope="module")
-def parse(tmp_path_factory: pytest.TempPathFactory, parser: Any) -> Any:
+def parse(tmp_path_factory: pytest.TempPathFactory, cli: Any) -> Any:  # noqa: F811
     """Names of configs, one over the other -> what they say; each parsed once."""
     folder = tmp_path_factory.mktemp("contrary")
     for assignment in ("margin", "random"):
@@ -66,20 +63,9 @@ def parse(tmp_path_factory: pytest.TempPathFactory, parser: Any) -> Any:
     @cache
     def parsed(*names: str) -> Any:
         places = [(folder if name.startswith("contrary") else ROOT / "configs") / f"{name}.yaml" for name in names]
-        return parser.parse_args(["fit", *(part for place in places for part in ("--config", str(place)))])
+        return cli.parser.parse_args(["fit", *(part for place in places for part in ("--config", str(place)))])
 
     return parsed
-
-
-@pytest.fixture(scope="module")
-def parser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The parser of run.py; building it once is most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr(sys, "argv", ["run.py"])
-        patch.setattr(run_cli, "new_run_folder", lambda runs, name: tmp_path_factory.mktemp("run"))
-        patch.setattr(run_cli.RunCLI, "_run_subcommand", lambda self, subcommand: None)
-        yield run_cli.start(["--config", "configs/demo.yaml", "--trainer.accelerator", "cpu"]).parser
 
 
 def control_file(name: str) -> Path:
@@ -147,7 +133,7 @@ def test_a_control_changes_what_its_header_lists_and_nothing_else(name: str, par
 
 
 @pytest.mark.parametrize("name", list(EXPECTED))
-def test_a_control_trains(name: str, parse: Any, parser: Any, tiny_model: str, tmp_path: Path) -> None:
+def test_a_control_trains(name: str, parse: Any, cli: Any, tiny_model: str, tmp_path: Path) -> None:  # noqa: F811
     config = parse("alpaca_eval", f"controls/{name}").clone()
     model, data = config.fit.model.init_args, config.fit.data.init_args
     model.base, model.quantization, model.lora.rank = tiny_model, "none", 4
@@ -156,7 +142,7 @@ def test_a_control_trains(name: str, parse: Any, parser: Any, tiny_model: str, t
     if name == "selective_dpo":
         data.margins_file = None  # a margins file belongs to its model and data: the column of the rows stands in
     torch.manual_seed(0)
-    built = parser.instantiate_classes(config).fit
+    built = cli.parser.instantiate_classes(config).fit
     seen: list[tuple[int, int]] = []
     route_losses = built.model.route_losses
 

@@ -91,17 +91,17 @@ class PairCollator:
     first_token: np.ndarray | None = None
 
     def __call__(self, micro_batch: MicroBatch) -> Batch:
-        indices, weight, step_pairs = micro_batch
+        indices, weight, step_total = micro_batch
         pairs = [self.data[i] for i in indices]
         is_sft = np.array([(self.is_hard if self.is_sft is None else self.is_sft)[i] for i in indices], dtype=bool)
-        whole = [self.evaluation or not sft for sft in is_sft]
-        sides = ([keep or side in self.sft_sides for keep in whole] for side in (0, 1))
+        both = [self.evaluation or not sft for sft in is_sft]  # pairs whose two responses are computed
+        sides = ([keep or side in self.sft_sides for keep in both] for side in (0, 1))
         layout = {"share_prompt": self.share_prompt, "pack": self.pack}
         rows = build_rows(pairs, *sides, **layout)
-        if all(whole):
+        if all(both):
             reference_rows: TokenRows | None = rows
         else:
-            reference_rows = build_rows(pairs, whole, whole, **layout) if any(whole) else None
+            reference_rows = build_rows(pairs, both, both, **layout) if any(both) else None
         batch = Batch(
             "pairs",
             rows,
@@ -110,7 +110,7 @@ class PairCollator:
             preference=torch.from_numpy(np.flatnonzero(~is_sft)),
             sft=torch.from_numpy(np.flatnonzero(is_sft)),
             weight=torch.full((len(pairs),), weight),
-            step_total=step_pairs,
+            step_total=step_total,
             count=len(pairs) if weight else 0,
             margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
             reference_rows=reference_rows,
@@ -155,7 +155,7 @@ class SampleCollator:
     pack: int = 0
 
     def __call__(self, micro_batch: MicroBatch) -> Batch:
-        indices, weight, step_tokens = micro_batch
+        indices, weight, step_total = micro_batch
         samples = [self.pool.samples[i] for i in indices]
         rows, count = sample_rows(samples, self.pack), len(samples)
         return Batch(
@@ -166,7 +166,7 @@ class SampleCollator:
             preference=torch.zeros(0, dtype=torch.long),
             sft=torch.arange(count),
             weight=torch.full((count,), weight),
-            step_total=step_tokens,
+            step_total=step_total,
             count=count if weight else 0,
             token=torch.from_numpy(self.pool.tokens(indices)),
             token_weight=torch.full((len(rows.target),), weight),

@@ -45,7 +45,7 @@ class TokenRows(OnDevice):
         target: (M,) int64 token ids.
         completion: (M,) int64, b for the chosen and B + b for the rejected completion of pair b.
         lengths: (2B,) int64, tokens of each completion, 0 where it is left out.
-        runs: (completion, tokens) of each completion that is there, in the order of the targets.
+        runs: (completion, tokens) of each completion in the rows, in the order of the targets.
         documents: what attends to what, as `mixdpo.model.attention` reads it.
         tokens: positions that are not padding.
     """

@@ -181,7 +181,6 @@ class Route:
         quantiles = zip(levels, np.percentile(self.margins, levels).tolist(), strict=True) if known else ()
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
         groups = {name: group for name, group in groups.items() if len(group) and known}
-        said = {name: getattr(self.routing, name) for name in ("order", "assignment", "hard_action", "easy_action")}
         return {
             "pairs": len(self.margins),
             "hard": int(self.is_hard.sum()),
@@ -193,7 +192,7 @@ class Route:
             "hard_at_threshold": int((self.is_hard & (self.margins == self.threshold)).sum()),
             "margin_quantiles": {f"{level}%": quantile for level, quantile in quantiles},
             "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items()},
-            **said,
+            **{name: getattr(self.routing, name) for name in ("order", "assignment", "hard_action", "easy_action")},
         }
 
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ class StepPlan:
     """What a schedule may know of a run of S optimizer steps.
 
     Attributes:
-        sft_share: (S,) float64, share of the step's pairs that are routed to SFT.
+        sft_share: (S,) float64, share of the step's pairs that are trained by SFT.
         stage_starts: first step of each stage, starting with 0: where the order turns from one route to the other, or
             to the next bucket, and where a new epoch begins again.
     """

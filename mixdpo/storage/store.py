@@ -148,9 +148,7 @@ def _named(path: str | Path, noun: str, remedy: str) -> Iterator[None]:
         elif kind.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_ERROR")):
             message = f"{path} is no file of {noun}, or is damaged ({error}): {remedy}"
         else:
-            message = (
-                f"cannot write {path} ({error}): make room or give another place; the same command continues"
-            )
+            message = f"cannot write {path} ({error}): make room or give another place; the same command continues"
         raise InputError(message) from None
 
 

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import (
 
 from bad_input.case import Case, Place
 from datamodules.preference import PreferenceDataModule
-from datamodules.sft import SFTDataModule
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
