@@ -73,11 +73,11 @@ def trainable(model: Any) -> set[str]:
 
 
 def test_each_role_is_its_own_function(model: Any, plain: Any) -> None:
-    for seed, name in enumerate(("reference", "cleaning", "previous")):
+    for seed, name in enumerate(("reference", "cleaning_reference", "previous")):
         add_reference(model, name)
         fill(model, name, 10 + seed)
     seen = []
-    for name in ("policy", "reference", "cleaning", "previous", "base"):
+    for name in ("policy", "reference", "cleaning_reference", "previous", "base"):
         names = [] if name == "base" else [name]
         close(as_role(model, name), alone(plain, with_adapters(plain, adapter_state(model), *names)))
         seen.append(as_role(model, name))
@@ -99,12 +99,12 @@ def test_references_are_copies_that_stay_and_have_no_dropout(tiny_model: str) ->
     model = add_adapters(base, Lora(rank=4, alpha=8, dropout=0.5)).train()
     fill(model, "policy", 1)
     random = torch.get_rng_state()
-    add_reference(model, "cleaning")
+    add_reference(model, "cleaning_reference")
     assert torch.equal(random, torch.get_rng_state())
     assert not torch.equal(as_role(model), as_role(model))  # train mode: the policy drops out
-    reference = as_role(model, "cleaning")
+    reference = as_role(model, "cleaning_reference")
     fill(model, "policy", 2)
-    assert torch.equal(as_role(model, "cleaning"), reference)
+    assert torch.equal(as_role(model, "cleaning_reference"), reference)
     fill(model, "policy", 1)
     close(as_role(model.eval()), reference, 1e-6)
 
@@ -114,30 +114,30 @@ def test_a_saved_reference_is_what_was_saved(model: Any, tmp_path: Path) -> None
     save_adapter(model, tmp_path / "adapter")
     fill(model, "policy", 2)
     random = torch.get_rng_state()
-    add_reference(model, "cleaning", str(tmp_path / "adapter"))
+    add_reference(model, "cleaning_reference", str(tmp_path / "adapter"))
     assert torch.equal(random, torch.get_rng_state()), "a reference must not shift the run's random numbers"
-    close(as_role(model, "cleaning"), wanted, 1e-6)
+    close(as_role(model, "cleaning_reference"), wanted, 1e-6)
     assert (as_role(model) - wanted).abs().max() > 0.01
     assert all(".policy." in name for name in trainable(model))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 def test_copy_is_an_average_of_matrices(decay: float, model: Any) -> None:
-    add_reference(model, "cleaning")
-    fill(model, "cleaning", 2)
+    add_reference(model, "cleaning_reference")
+    fill(model, "cleaning_reference", 2)
     before = {key: value.clone() for key, value in adapter_state(model).items()}
-    copy_adapter(model, "policy", "cleaning", decay=decay)
+    copy_adapter(model, "policy", "cleaning_reference", decay=decay)
     for key, value in adapter_state(model).items():
-        new = before[key.replace(".cleaning.", ".policy.")]
-        close(value, decay * before[key] + (1 - decay) * new if ".cleaning." in key else before[key], 1e-7)
+        new = before[key.replace(".cleaning_reference.", ".policy.")]
+        close(value, decay * before[key] + (1 - decay) * new if ".cleaning_reference." in key else before[key], 1e-7)
 
 
 def test_copy_between_other_ranks_is_refused(model: Any, tiny_model: str, tmp_path: Path) -> None:
     other = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2, alpha=8))
     save_adapter(other, tmp_path / "adapter")
-    add_reference(model, "cleaning", str(tmp_path / "adapter"))
+    add_reference(model, "cleaning_reference", str(tmp_path / "adapter"))
     with pytest.raises(InputError, match=r"rank, alpha or target modules.*model\.lora"):
-        copy_adapter(model, "policy", "cleaning")
+        copy_adapter(model, "policy", "cleaning_reference")
 
 
 def test_stacking_changes_weights_but_not_the_function(model: Any, plain: Any, tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_stacking_changes_weights_but_not_the_function(model: Any, plain: Any, t
 
 
 def test_merged_copies_of_each_role_draw_no_random_numbers(model: Any) -> None:
-    add_reference(model, "cleaning")
-    fill(model, "cleaning", 2)
+    add_reference(model, "cleaning_reference")
+    fill(model, "cleaning_reference", 2)
     random = torch.get_rng_state()
-    for name in ("policy", "cleaning", "base"):
+    for name in ("policy", "cleaning_reference", "base"):
         close(alone(merged_copy(model, name)), as_role(model, name))
     assert torch.equal(random, torch.get_rng_state())
 
@@ -184,17 +184,17 @@ def test_a_merged_copy_dequantises_layers_without_an_adapter_too(tiny_model: str
 
 
 def test_reference_of_a_stacked_policy_is_the_whole_stack(model: Any) -> None:
-    add_reference(model, "cleaning")
+    add_reference(model, "cleaning_reference")
     stack_policy(model)
     with pytest.raises(InputError, match="ema"):
-        copy_adapter(model, "policy", "cleaning", decay=0.5)
+        copy_adapter(model, "policy", "cleaning_reference", decay=0.5)
     fill(model, "policy", 2)
     whole = as_role(model)
-    copy_adapter(model, "policy", "cleaning")
-    close(as_role(model, "cleaning"), whole, 1e-6)
+    copy_adapter(model, "policy", "cleaning_reference")
+    close(as_role(model, "cleaning_reference"), whole, 1e-6)
     stack_policy(model)
     fill(model, "policy", 3)
-    close(as_role(model, "cleaning"), whole, 1e-6)
+    close(as_role(model, "cleaning_reference"), whole, 1e-6)
     assert (as_role(model) - whole).abs().max() > 0.01
 
 
@@ -210,11 +210,11 @@ def test_a_stage_can_be_filled_from_a_checkpoint(model: Any, tiny_model: str) ->
 
 
 def test_fingerprints_change_with_what_they_are_of(model: Any, tiny_model: str) -> None:
-    add_reference(model, "cleaning")
+    add_reference(model, "cleaning_reference")
     base, policy = base_fingerprint(model), adapter_fingerprint(model, "policy")
-    assert adapter_fingerprint(model, "base") == "none" and adapter_fingerprint(model, "cleaning") == policy
+    assert adapter_fingerprint(model, "base") == "none" and adapter_fingerprint(model, "cleaning_reference") == policy
     fill(model, "policy", 2)
-    assert adapter_fingerprint(model, "policy") != policy == adapter_fingerprint(model, "cleaning")
+    assert adapter_fingerprint(model, "policy") != policy == adapter_fingerprint(model, "cleaning_reference")
     now = adapter_fingerprint(model, "policy")
     stack_policy(model)
     assert adapter_fingerprint(model, "policy") not in (now, policy)

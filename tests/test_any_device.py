@@ -292,11 +292,13 @@ def test_a_reference_is_fitted_the_same_where_casts_are_kept(tiny_model: str) ->
     for keeps in (False, True):
         torch.manual_seed(0)
         model = add_adapters(load_base(tiny_model, quantization="none", dtype="bfloat16"), Lora(rank=2))
-        add_reference(model, "cleaning")
+        add_reference(model, "cleaning_reference")
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps):
-            fit_adapter(model, "cleaning", [sample] * 6, learning_rate=0.05, batch_size=1)
+            fit_adapter(model, "cleaning_reference", [sample] * 6, learning_rate=0.05, batch_size=1)
             assert torch.is_autocast_cache_enabled() == keeps
-        found.append({name: value.clone() for name, value in model.named_parameters() if ".cleaning." in name})
+        found.append(
+            {name: value.clone() for name, value in model.named_parameters() if ".cleaning_reference." in name}
+        )
     assert any(value.any() for name, value in found[0].items() if "lora_B" in name)
     same(*found)
 

@@ -154,7 +154,10 @@ def test_a_reference_of_another_scale_cannot_be_refreshed(tiny_model: str, sourc
 def test_a_reference_may_have_fewer_modules(tiny_model: str, source: str, tmp_path: Path) -> None:
     reference = adapter(tiny_model, tmp_path / "reference", targets=["q_proj", "v_proj"])
     module = fit(tiny_model, source, tmp_path / "run", make=build_sft, cleaning=Cleaning(reference=reference))
-    assert adapter_fingerprint(module.model, "cleaning") not in ("none", adapter_fingerprint(module.model, "policy"))
+    assert adapter_fingerprint(module.model, "cleaning_reference") not in (
+        "none",
+        adapter_fingerprint(module.model, "policy"),
+    )
     assert np.load(tmp_path / "run/cleaning/scores.npy").any()
 
 
@@ -198,7 +201,7 @@ def test_a_scorer_of_one_model_under_two_names_is_refused(
     start = adapter(tiny_model, tmp_path / "start") if worse == "previous" else None
     options: dict[str, Any] = {"cleaning": Cleaning(scorer=ExcessLoss(worse=worse)), "adapter": start}
     options |= {"data": {"slices": Slices(3, only=[1, 2])}, "trainer": {"first": (RefreshReference(),)}}
-    with pytest.raises(InputError, match=f"every score would be 0: {worse} and reference of"):
+    with pytest.raises(InputError, match=f"every score would be 0: {worse} and cleaning_reference"):
         fit(tiny_model, source, tmp_path / "run", make=build_sft, **options)
 
 
@@ -273,6 +276,6 @@ def test_copies_keep_the_random_numbers(tiny_model: str, tmp_path: Path) -> None
     model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4))
     saved = adapter(tiny_model, tmp_path / "reference", rank=4)
     before = torch.get_rng_state()
-    add_reference(model, "cleaning", saved)
+    add_reference(model, "cleaning_reference", saved)
     add_reference(model, "previous")
     assert torch.equal(torch.get_rng_state(), before)

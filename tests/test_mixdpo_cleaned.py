@@ -171,7 +171,7 @@ def test_all_hard_pairs_are_ranked_together(cleaned: Ran, plain: Any) -> None:
     weights, scores = cleaned.array("weights"), cleaned.array("scores")
     total = sum(place.stop - place.start for place in places.values())
     assert len(weights) == total and int(weights.sum()) == round(0.6 * total)
-    fitted = with_adapters(plain, cleaned.starts[0], "cleaning")
+    fitted = with_adapters(plain, cleaned.starts[0], "cleaning_reference")
     wanted = losses_one_by_one(plain, samples) - losses_one_by_one(plain, samples, fitted)
     np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-5)
     assert np.abs(scores).max() > 1e-3
@@ -275,7 +275,7 @@ def test_a_fitted_adapter_is_one_pass_of_adamw(tiny_model: str, monkeypatch: pyt
     base = load_base(tiny_model, quantization="none", dtype="float32")
     model = add_adapters(base, Lora(rank=4, alpha=8, dropout=0.3)).train()
     fill(model, "policy", 1)
-    add_reference(model, "cleaning")
+    add_reference(model, "cleaning_reference")
     pairs = [([2, 4, 6 + i, 3, 2, 5], [7 + i, *range(10, 12 + i), 3]) for i in range(7)]
     samples = [chosen({"prompt_ids": prompt, "chosen_ids": response}) for prompt, response in pairs]
     before = {key: value.clone() for key, value in adapter_state(model).items()}
@@ -291,14 +291,16 @@ def test_a_fitted_adapter_is_one_pass_of_adamw(tiny_model: str, monkeypatch: pyt
 
     monkeypatch.setattr("mixdpo.token_cleaning.reference.row_log_probs", watched)
     random, trainable = torch.get_rng_state(), [parameter.requires_grad for parameter in model.parameters()]
-    fit_adapter(model, "cleaning", samples, learning_rate=0.01, batch_size=3)
+    fit_adapter(model, "cleaning_reference", samples, learning_rate=0.01, batch_size=3)
     assert torch.equal(random, torch.get_rng_state()) and model.training
     assert set(torch.cat(pulled).tolist()) == {-1.0}  # 1/tokens would leave half precision nothing to compute with
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
     assert all(parameter.grad is None for parameter in model.parameters())
     for key, value in adapter_state(model).items():
-        if ".cleaning." in key:
-            torch.testing.assert_close(value, wanted[key.replace(".cleaning.", ".policy.")], rtol=0, atol=1e-5)
+        if ".cleaning_reference." in key:
+            torch.testing.assert_close(
+                value, wanted[key.replace(".cleaning_reference.", ".policy.")], rtol=0, atol=1e-5
+            )
         else:
             assert torch.equal(value, before[key])
 
@@ -307,11 +309,11 @@ def test_the_default_reference_has_learned_the_easy_chosen_responses(cleaned: Ra
     easy = by_id(cleaned, np.flatnonzero(~cleaned.data.route.is_hard))
     samples = [chosen(cleaned.data.train_pairs[i]) for i in easy]
     assert [sample["input_ids"] for sample in cleaned.data.easy_samples()] == [s["input_ids"] for s in samples]
-    fitted = with_adapters(plain, cleaned.starts[-1], "cleaning")
+    fitted = with_adapters(plain, cleaned.starts[-1], "cleaning_reference")
     gain = losses_one_by_one(plain, samples) - losses_one_by_one(plain, samples, fitted)
     assert gain.mean() > 0.01
     for key, value in cleaned.starts[0].items():  # it never changes again
-        if ".cleaning." in key:
+        if ".cleaning_reference." in key:
             assert torch.equal(value, cleaned.starts[-1][key])
 
 
@@ -337,7 +339,7 @@ def test_weighted_sums_and_lengths_of_completions(tiny_model: str) -> None:
     [
         (Loss(), Selection(0.6, scope="sample")),
         (Probability(), None),
-        (ExcessLoss("policy", "reference"), Selection(0.6, scope="batch")),
+        (ExcessLoss("policy", "cleaning_reference"), Selection(0.6, scope="batch")),
     ],
 )
 def test_a_scorer_that_reads_the_policy_is_refused(scorer: Any, selection: Any, tiny_model: str) -> None:

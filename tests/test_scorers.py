@@ -15,7 +15,7 @@ from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random,
 
 LOSSES = {
     "base": torch.tensor([3.0, 1.0, 2.0, 2.0, 0.5]),
-    "reference": torch.tensor([1.0, 2.0, 2.0, 1.0, 0.5]),
+    "cleaning_reference": torch.tensor([1.0, 2.0, 2.0, 1.0, 0.5]),
     "policy": torch.tensor([0.0, math.log(2), 5.0, 5.0, 1.0]),
 }
 
@@ -28,7 +28,7 @@ def statistics(losses=LOSSES, sample=(4, 4, 4, 9, 7), token=(0, 1, 2, 3, 4)):
     ("scorer", "scores"),
     [
         (ExcessLoss(), [2.0, -1.0, 0.0, 1.0, 0.0]),
-        (ExcessLoss("policy", "reference"), [-1.0, math.log(2) - 2, 3.0, 4.0, 0.5]),
+        (ExcessLoss("policy", "cleaning_reference"), [-1.0, math.log(2) - 2, 3.0, 4.0, 0.5]),
         (ExcessLoss(normalise=True), [1.0, 0.0, 1 / 3, 0.0, 0.0]),  # sample 4: 2 -1 0; 9 and 7: one token each
         (Loss(), [0.0, math.log(2), 5.0, 5.0, 1.0]),
         (Loss("base"), [3.0, 1.0, 2.0, 2.0, 0.5]),
@@ -42,10 +42,10 @@ def test_by_hand(scorer, scores):
 @pytest.mark.parametrize(
     ("scorer", "roles", "online"),
     [
-        (ExcessLoss(), ("base", "reference"), False),
-        (ExcessLoss("previous"), ("previous", "reference"), False),
-        (ExcessLoss("policy", "reference"), ("policy", "reference"), True),
-        (ExcessLoss("reference", "policy", normalise=True), ("reference", "policy"), True),
+        (ExcessLoss(), ("base", "cleaning_reference"), False),
+        (ExcessLoss("previous"), ("previous", "cleaning_reference"), False),
+        (ExcessLoss("policy", "cleaning_reference"), ("policy", "cleaning_reference"), True),
+        (ExcessLoss("cleaning_reference", "policy", normalise=True), ("cleaning_reference", "policy"), True),
         (Loss(), ("policy",), True),
         (Probability("base"), ("base",), False),
         (Random(), (), False),
@@ -61,7 +61,7 @@ def test_roles_are_what_is_read(scorer, roles, online):
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-20, 20)), min_size=1, max_size=30))
 def test_normalised_per_sample_as_a_loop_does(tokens):
     sample, worse = zip(*tokens, strict=True)
-    losses = {"base": torch.tensor(worse) / 4, "reference": torch.zeros(len(tokens))}
+    losses = {"base": torch.tensor(worse) / 4, "cleaning_reference": torch.zeros(len(tokens))}
     scores = ExcessLoss(normalise=True)(statistics(losses, sample, range(len(tokens)))).tolist()
     for (name, value), score in zip(tokens, scores, strict=True):
         own = [other for its, other in tokens if its == name]
@@ -80,7 +80,7 @@ def test_what_a_scorer_is_called_in_every_process():
     assert described(Own(2, lambda: 0)).startswith(name) and " at 0x" not in described(Own(2, lambda: 0))
     for scorer in (ExcessLoss(normalise=True), Loss("base"), Random(3)):
         assert described(scorer) == repr(scorer)
-    assert described(Cleaning().scorer) == "ExcessLoss(worse='base', better='reference', normalise=False)"
+    assert described(Cleaning().scorer) == "ExcessLoss(worse='base', better='cleaning_reference', normalise=False)"
     assert described(BetaDPO(beta=0.2)) == "BetaDPO(beta=0.2, sensitivity=0.6)"
 
 

@@ -410,7 +410,7 @@ def test_ema_is_the_mean_of_the_matrices(tiny_model: str, source: str, plain: An
     keys = [key for key in start if ".policy." in key]
     mean = {key: 0.5 * (0.5 * start[key] + 0.5 * first[key]) + 0.5 * second[key] for key in keys}
     for key in keys:
-        found = adapter_state(ran.module)[key.replace(".policy.", ".cleaning.")]
+        found = adapter_state(ran.module)[key.replace(".policy.", ".cleaning_reference.")]
         torch.testing.assert_close(found, mean[key], rtol=0, atol=1e-7)
     samples, tokens = of_slice(ran, 2)
     wanted = losses_one_by_one(plain, samples) - losses_one_by_one(plain, samples, with_adapters(plain, mean, "policy"))
@@ -450,7 +450,10 @@ def start_losses(ran: Ran, plain: Any, earlier: Ran) -> dict[str, np.ndarray]:
     """Where B is still 0: the policy is the base."""
     reference = with_adapters(plain, earlier.steps.adapters[-1], "policy")
     samples = ran.pool.samples
-    return {"policy": losses_one_by_one(plain, samples), "reference": losses_one_by_one(plain, samples, reference)}
+    return {
+        "policy": losses_one_by_one(plain, samples),
+        "cleaning_reference": losses_one_by_one(plain, samples, reference),
+    }
 
 
 def min_max(scores: np.ndarray) -> np.ndarray:
@@ -459,14 +462,18 @@ def min_max(scores: np.ndarray) -> np.ndarray:
 
 SIXTY, SAMPLE = Selection(0.6, scope="batch"), Selection(0.6, scope="sample")
 ONLINE: dict[str, tuple[Any, Selection | None, Any]] = {
-    "rho": (ExcessLoss("policy", "reference"), SIXTY, lambda losses: losses["policy"] - losses["reference"]),
+    "rho": (
+        ExcessLoss("policy", "cleaning_reference"),
+        SIXTY,
+        lambda losses: losses["policy"] - losses["cleaning_reference"],
+    ),
     "profit": (Probability(), Selection(None, 0.04), lambda losses: np.exp(-losses["policy"])),
     "dft": (Probability(), None, lambda losses: np.exp(-losses["policy"])),
     "high_loss": (Loss(), SIXTY, lambda losses: losses["policy"]),
     "ss_token": (
-        ExcessLoss("reference", "policy", normalise=True),
+        ExcessLoss("cleaning_reference", "policy", normalise=True),
         SAMPLE,
-        lambda losses: min_max(losses["reference"] - losses["policy"]),
+        lambda losses: min_max(losses["cleaning_reference"] - losses["policy"]),
     ),
 }
 
@@ -474,7 +481,7 @@ ONLINE: dict[str, tuple[Any, Selection | None, Any]] = {
 @pytest.mark.parametrize("name", ONLINE)
 def test_online_scorers(name: str, tiny_model: str, source: str, plain: Any, earlier: Ran, tmp_path: Path) -> None:
     scorer, selection, score = ONLINE[name]
-    reference = str(earlier.folder / "adapter") if "reference" in scorer.roles else None
+    reference = str(earlier.folder / "adapter") if "cleaning_reference" in scorer.roles else None
     cleaning = Cleaning(scorer=scorer, selection=selection, reference=reference)
     options = {"data": {"limit": 12}, "trainer": {"accumulate_grad_batches": 2}, **ADAMW}
     ran = run(tiny_model, source, tmp_path / "run", cleaning=cleaning, **options)
@@ -609,7 +616,10 @@ def test_a_run_that_could_not_mean_anything_is_refused(
     ("message", "options"),
     [
         ("scope batch", {"scorer": Loss(), "selection": Selection(0.6)}),
-        ("scope batch", {"scorer": ExcessLoss("policy", "reference"), "selection": Selection(0.6, scope="global")}),
+        (
+            "scope batch",
+            {"scorer": ExcessLoss("policy", "cleaning_reference"), "selection": Selection(0.6, scope="global")},
+        ),
         (r"cleaning\.masks", {"scorer": Loss(), "selection": Selection(0.6, scope="batch"), "masks": "somewhere"}),
         (r"cleaning\.masks", {"scorer": Probability(), "selection": None, "masks": "somewhere"}),
         ("warm_up_stages", {"warm_up_stages": -1}),

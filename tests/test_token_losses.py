@@ -77,16 +77,16 @@ def model(tiny_model: str) -> Any:
     """Policy and cleaning adapter with different weights; in train mode with dropout, as during a run."""
     base = load_base(tiny_model, quantization="none", dtype="float32")
     model = add_adapters(base, Lora(rank=4, alpha=8, dropout=0.5))
-    add_reference(model, "cleaning")
+    add_reference(model, "cleaning_reference")
     fill(model, "policy", 1)
-    fill(model, "cleaning", 2)
+    fill(model, "cleaning_reference", 2)
     return model.train()
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_model: str, pool: TokenPool, model: Any) -> dict[str, np.ndarray]:
     plain = plain_model(tiny_model)
-    adapters = {name: [name] if name != "base" else [] for name in ("base", "policy", "cleaning")}
+    adapters = {name: [name] if name != "base" else [] for name in ("base", "policy", "cleaning_reference")}
     return {
         name: losses_one_by_one(plain, pool.samples, with_adapters(plain, adapter_state(model), *added))
         for name, added in adapters.items()
@@ -99,13 +99,13 @@ def computed(model: Any, name: Any, pool: TokenPool, samples: Any = None, **opti
     return losses
 
 
-@pytest.mark.parametrize("name", ["base", "policy", "cleaning"])
+@pytest.mark.parametrize("name", ["base", "policy", "cleaning_reference"])
 def test_each_loss_sits_at_its_token(
     name: str, model: Any, pool: TokenPool, expected: dict[str, np.ndarray], tiny_model: str
 ) -> None:
     spans = list(pool.samples["spans"])
     assert any(len(s) > 2 for s in spans) and any(len(s) == 2 for s in spans)  # several turns, and one
-    assert np.abs(expected["policy"] - expected["cleaning"]).max() > 0.1
+    assert np.abs(expected["policy"] - expected["cleaning_reference"]).max() > 0.1
     np.testing.assert_allclose(computed(model, name, pool), expected[name], rtol=0, atol=1e-5)
     responses = [m["content"] for s in make_samples(15) for m in s["messages"] if m["role"] == "assistant"]
     text = " ".join(f"{response} <|im_end|>" for response in responses)
@@ -137,9 +137,9 @@ def test_order_and_company_change_nothing(
 
 def test_a_fresh_adapter_has_the_bases_losses_to_the_bit(tiny_model: str, pool: TokenPool) -> None:
     fresh = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
-    add_reference(fresh, "cleaning")
+    add_reference(fresh, "cleaning_reference")
     base = computed(fresh, "base", pool)
-    for name in ("policy", "cleaning"):
+    for name in ("policy", "cleaning_reference"):
         assert np.array_equal(base - computed(fresh, name, pool), np.zeros(len(pool)))
 
 
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_is_not_kept(model: Any, pool: TokenPool, monk
 def test_scoring_leaves_the_run_as_it_was(model: Any, pool: TokenPool) -> None:
     ids = torch.tensor([pool.samples[0]["input_ids"]])
     random, trainable = torch.get_rng_state(), [p.requires_grad for p in model.parameters()]
-    with role(model, "cleaning"), torch.no_grad():
+    with role(model, "cleaning_reference"), torch.no_grad():
         before = model.get_base_model()(ids).logits
         computed(model, "base", pool, [0, 1])
         assert torch.equal(before, model.get_base_model()(ids).logits)

@@ -1,8 +1,10 @@
 """One set of weights, several roles: LoRA adapters on one frozen base, switched by flags.
 
-*policy* is the adapter that learns. *reference* is what a preference loss is held against: a frozen copy of the adapter
-that training started from, or the base when it started from none. *cleaning* is the reference of token cleaning and
-*previous* what it was before its last refresh. *base* is the model with its adapters off.
+- `policy`: the adapter that learns.
+- `reference`: what a preference loss compares the policy with. It is a frozen copy of the adapter that training started
+  from, or the base if training started from the base.
+- `base`: the model with all adapters off.
+- `cleaning_reference`: the adapter that scores tokens. `previous`: the cleaning_reference before its last refresh.
 
 A policy may be stacked: after `stack_policy` it is the sum of the frozen adapters `stage_1`, `stage_2`, … and the
 adapter `policy` that learns on top of them.
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Role = Literal["policy", "reference", "cleaning", "previous", "base"]
+Role = Literal["policy", "reference", "base", "cleaning_reference", "previous"]
 
 
 @dataclass(frozen=True)

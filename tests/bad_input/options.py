@@ -99,7 +99,11 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
         ("cleaning.masks", "give one"),
     ),
     (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
-    (ExcessLoss, {"worse": "teacher"}, ("the role of a scorer must be one of base, reference", "not 'teacher'")),
+    (
+        ExcessLoss,
+        {"worse": "teacher"},
+        ("the role of a scorer must be one of base, cleaning_reference", "not 'teacher'"),
+    ),
     (Loss, {"role": ""}, ("the role of a scorer must be one of base", "not ''")),
     (Random, {"seed": -1}, ("seed must be at least 0",)),
     (Constant, {"warmup": -0.1}, ("schedule.warmup must lie in [0, 1]",)),
