@@ -25,11 +25,15 @@ VERBS = {
     "score": ("mixdpo.evaluation.score", "score", "win rates from a judge's verdicts, length-controlled as well"),
     "lm-eval": ("mixdpo.evaluation.harness", "evaluate", "the papers' benchmarks on a run's policy, by lm-eval"),
     "export": (
-        "mixdpo.model.export_run",
+        "mixdpo.model.export",
         "export",
         "write a run's policy as an adapter or a plain model for other tools",
     ),
-    "export-labels": ("mixdpo.token_cleaning.labels", "export_labels", "write a run's cleaned labels as a data set"),
+    "export-labels": (
+        "mixdpo.token_cleaning.run_tokens",
+        "export_labels",
+        "write a run's cleaned labels as a data set",
+    ),
 }
 
 

@@ -33,8 +33,8 @@ from mixdpo.routing.route import Routing
 from mixdpo.signals.margins_file import read_margins
 from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import ExcessLoss
+from mixdpo.token_cleaning.scoring import fit_adapter
 from mixdpo.token_cleaning.selection import Selection
 
 DROPOUT: dict[str, Any] = {"lora": Lora(rank=4, alpha=8, dropout=0.3), "optimizer": torch.optim.AdamW, "lr": 1e-2}

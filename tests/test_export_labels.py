@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.labels import _label, export_labels
-from mixdpo.token_cleaning.run_tokens import read_cleaning
+from mixdpo.token_cleaning.run_tokens import _label, export_labels, read_cleaning
 
 NAN = float("nan")
 SAMPLES = [

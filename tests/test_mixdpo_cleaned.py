@@ -25,8 +25,8 @@ from mixdpo.model.loading import load_base
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random
+from mixdpo.token_cleaning.scoring import fit_adapter
 from mixdpo.token_cleaning.selection import Selection
 
 
@@ -289,7 +289,7 @@ def test_a_fitted_adapter_is_one_pass_of_adamw(tiny_model: str, monkeypatch: pyt
         log_probs.register_hook(pulled.append)
         return log_probs
 
-    monkeypatch.setattr("mixdpo.token_cleaning.reference.row_log_probs", watched)
+    monkeypatch.setattr("mixdpo.token_cleaning.scoring.row_log_probs", watched)
     random, trainable = torch.get_rng_state(), [parameter.requires_grad for parameter in model.parameters()]
     fit_adapter(model, "cleaning_reference", samples, learning_rate=0.01, batch_size=3)
     assert torch.equal(random, torch.get_rng_state()) and model.training

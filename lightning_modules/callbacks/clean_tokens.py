@@ -210,8 +210,7 @@ class CleanTokens(Callback):
             run.weights[tokens] = self._masks[tokens]
             if not ((run.weights[tokens] >= 0) & np.isfinite(run.weights[tokens])).all():
                 raise InputError(
-                    f"cleaning.masks {self.cleaning.masks} has no weight for some tokens of this stage: give the masks of "
-                    "a run that reached all of them"
+                    "cleaning.masks has no weight for some tokens: give the masks of a run that reached all"
                 )
         elif not (warm_up or online) and len(tokens):
             losses = {role: torch.from_numpy(values[tokens]) for role, values in self._losses.items()}
