@@ -105,7 +105,7 @@ class PairCollator:
         batch = PairBatch(
             rows,
             reference_rows,
-            is_sft=torch.tensor([bool(self.is_hard[i]) for i in indices]),
+            is_hard=torch.tensor([bool(self.is_hard[i]) for i in indices]),
             preference=torch.tensor([b for b, sft in enumerate(to_sft) if not sft], dtype=torch.long),
             sft=torch.tensor([b for b, sft in enumerate(to_sft) if sft], dtype=torch.long),
             margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
