@@ -1,5 +1,6 @@
 """The LightningModule of `run.py predict`: a difficulty signal's margin for every pair, kept in a margins file."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class MarginModule(L.LightningModule):
             kind = type(signal)
             about = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(signal), "needs": self.needs}
             about |= {"base": self.base, "adapter": self.adapter, **used, **data.identity}
+            about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
             self.files.append((signal, MarginsWriter(path, about, data.texts)))
         if len(self.known) == len(data.texts):
             self.trainer.limit_predict_batches = 0  # nothing is left to compute

@@ -19,7 +19,7 @@ from mixdpo.evaluation.endpoint import CONTINUES, without_secrets
 from mixdpo.evaluation.formats import Answered, Prompt
 from mixdpo.evaluation.generation import Generation, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
-from mixdpo.evaluation.responses_file import ResponsesFile, head_of_responses
+from mixdpo.evaluation.responses_file import RESPONSES, ResponsesFile
 from mixdpo.evaluation.server import complete
 from mixdpo.model.adapters import role
 from mixdpo.model.export import Trained, generation_dtype, merged_copy, read_trained
@@ -56,7 +56,7 @@ class ResponseModule(L.LightningModule):
             server: URL of an OpenAI-compatible server, such as http://localhost:8000/v1 of `vllm serve`, that answers
                 instead; base is then the model's name there. A run gets there by `mixdpo export --merge true`.
             output: File of the responses; RUNS/NAME with the benchmark's suffix if not given. What they depend on, and
-                how far they are, is in NAME.responses.sqlite beside it.
+                how far they are, is in NAME.responses.jsonl beside it.
             max_new_tokens: Longest response to a turn, in tokens.
             temperature: 0 takes the likeliest token. A mapping gives it by the prompt's category, as FastChat does for
                 MT-Bench; every category must be there.
@@ -130,10 +130,10 @@ class ResponseModule(L.LightningModule):
         if self.server is None:
             self.model, self.tokenizer = self._loaded()
             self.copy = generation_dtype(self.model, self.dequantise)
-        path = self.path.with_suffix(".responses.sqlite")
+        path = self.path.with_suffix(".responses.jsonl")
         if self.dequantise is None and path.is_file():  # what was interrupted goes on as it began, whatever fits now
             with suppress(InputError):  # ResponsesFile says so
-                began = head_of_responses(path).get("computed", [None])[-1]
+                began = RESPONSES.read(path)[0].get("computed", [None])[-1]
                 self.copy = getattr(torch, str(began).removeprefix("torch."), None)
         self.file = ResponsesFile(path, self._depends_on(data), data.prompts)
         if self.file.rows:

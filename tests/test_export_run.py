@@ -12,8 +12,8 @@ from conftest import TEMPLATE, make_pairs, make_samples, write_pairs
 from safetensors import safe_open
 from test_cli import in_process, options
 
-from mixdpo.errors import InputError
 import mixdpo.model.export
+from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters
 from mixdpo.model.export import compared, export, merged_copy, read_trained, save_adapter
 from mixdpo.model.loading import load_base

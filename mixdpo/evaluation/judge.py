@@ -14,7 +14,8 @@ from mixdpo.evaluation.endpoint import CONTINUES, Endpoint
 from mixdpo.evaluation.judge_prompt import NoVerdict
 from mixdpo.evaluation.judge_report import report
 from mixdpo.evaluation.outputs import Comparison, content_hash, match, read_outputs
-from mixdpo.evaluation.verdicts import Order, Verdict, VerdictsWriter
+from mixdpo.evaluation.verdicts import VERDICTS, Order, Verdict
+from mixdpo.storage.lines_file import LinesWriter
 
 Question = tuple[Comparison, Order]
 
@@ -57,7 +58,7 @@ def judge(
         base_url: of an OpenAI-compatible server, such as http://localhost:8000/v1; default OPENAI_BASE_URL, or OpenAI.
         reward_model: the judge is a sequence classifier with one label, run here: the preference is the sigmoid of the
             difference of its scores. Order, seed and all options of requests do not matter to it.
-        out: the verdicts file; default is OUTPUTS with the suffix .verdicts.sqlite.
+        out: the verdicts file; default is OUTPUTS with the suffix .verdicts.jsonl.
         order: random: the seed and the instruction decide which response is shown first; both: each prompt is asked in
             both orders, and its preference is their mean.
         seed: of the random order.
@@ -83,12 +84,12 @@ def judge(
         concurrency = 1
     else:
         how, about, questions = _endpoint(Endpoint(model, base_url, **options), comparisons[:limit], order, seed)
-    path = Path(out) if out else Path(outputs).with_suffix(".verdicts.sqlite")
-    with VerdictsWriter(path, _header(comparisons, about)) as writer:
+    path = Path(out) if out else Path(outputs).with_suffix(".verdicts.jsonl")
+    with LinesWriter(path, VERDICTS, _header(comparisons, about)) as writer:
         known = sum(_is_known(writer, question) for question in questions)
         print(f"{path} has {known} of the {len(questions)} verdicts on {len(comparisons[:limit])} of them")
         stopped_by = asyncio.run(_interruptible(_ask_all(how, questions, writer, concurrency)))
-        verdicts = [writer.verdicts[key] for key in map(_key, questions) if key in writer.verdicts]
+        verdicts = [writer.rows[key] for key in map(_key, questions) if key in writer.rows]
     print("\n".join(report(verdicts, len(questions), about)))
     if stopped_by is not None:
         print(f"stopped by {stopped_by.name}; {CONTINUES}")
@@ -146,12 +147,12 @@ def _key(question: Question) -> tuple[int, Order]:
     return question[0].index, question[1]
 
 
-def _is_known(writer: VerdictsWriter, question: Question) -> bool:
-    known = writer.verdicts.get(_key(question))
+def _is_known(writer: LinesWriter, question: Question) -> bool:
+    known = writer.rows.get(_key(question))
     return known is not None and known.failed is None
 
 
-async def _ask_all(how: Judge, questions: Sequence[Question], writer: VerdictsWriter, concurrency: int) -> None:
+async def _ask_all(how: Judge, questions: Sequence[Question], writer: LinesWriter, concurrency: int) -> None:
     """Ask what has no verdict yet, `concurrency` at a time."""
     missing = [question for question in questions if not _is_known(writer, question)]
     waiting, failed = iter(missing), 0  # one iterator for all workers: each question goes to one of them
@@ -160,7 +161,7 @@ async def _ask_all(how: Judge, questions: Sequence[Question], writer: VerdictsWr
         nonlocal failed
         for question in waiting:
             verdict = await _ask(how, *question)
-            writer.keep(verdict)
+            writer.append(verdict.line())
             failed += verdict.failed is not None
             bar.set_postfix(failed=failed, refresh=False)
             bar.update()
