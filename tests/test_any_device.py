@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies.strategy import Strategy
-from test_cleaning_guards import adapter
+from test_adapters import saved_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.preference import PreferenceDataModule
@@ -70,19 +71,15 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-def with_a_second_adapter(model: str, folder: Path) -> dict[str, Any]:
-    """Cleaning against an adapter that was given: it is added beside the policy, and draws initial weights."""
-    reference = adapter(model, folder / "given", rank=4)
-    return {"cleaning": Cleaning(ExcessLoss(), Selection(0.6), reference=reference)}
-
-
 @pytest.mark.parametrize("kind", ["pairs", "samples"])
 def test_the_default_device_changes_nothing(
     kind: str, tiny_model: str, pairs: str, samples: str, other_device: Any, tmp_path: Path
 ) -> None:
     """Rows of the probes are made on the CPU, adapters drawn by its generator; dropout is on, so a draw would show."""
     make, source = (build, pairs) if kind == "pairs" else (build_sft, samples)
-    options = with_a_second_adapter(tiny_model, tmp_path) | {"make": make, "trainer": {"max_steps": 2}} | DROPOUT
+    given = saved_adapter(tiny_model, tmp_path / "given", rank=4)  # a second adapter draws initial weights as well
+    cleaning = Cleaning(ExcessLoss(), Selection(0.6), reference=given)
+    options = {"cleaning": cleaning, "make": make, "trainer": {"max_steps": 2}} | DROPOUT
     expected = adapter_weights(fit(tiny_model, source, tmp_path / "cpu", **options))
     other_device()
     same(expected, adapter_weights(fit(tiny_model, source, tmp_path / "other", **options)))
@@ -93,22 +90,6 @@ def margins_of(model: str, source: str, folder: Path, signal: Any, adapter: str 
     data = PreferenceDataModule(source, tokenizer=model, validation=0.0, max_length=64, max_prompt_length=32)
     make_trainer(folder).predict(module, data, return_predictions=False)
     return dict(read_margins(folder / "a.margins").pairs)
-
-
-def test_signals_on_another_default_device(tiny_model: str, pairs: str, other_device: Any, tmp_path: Path) -> None:
-    expected = margins_of(tiny_model, pairs, tmp_path / "cpu", CHES())
-    other_device()
-    assert margins_of(tiny_model, pairs, tmp_path / "other", CHES()) == expected
-
-
-def test_a_second_adapter_shifts_no_random_number(tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    """The state of the CPU's generator when training starts: with a second adapter as without one."""
-    found = []
-    for name, options in (("alone", {}), ("two", with_a_second_adapter(tiny_model, tmp_path))):
-        trainer, module, data = build(tiny_model, pairs, tmp_path / name, trainer={"max_steps": 1}, **options)
-        module.on_fit_start = lambda: found.append(torch.get_rng_state())  # type: ignore[method-assign]
-        trainer.fit(module, data)
-    assert torch.equal(*found)
 
 
 def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(
@@ -128,15 +109,12 @@ def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(
 def test_only_what_lies_on_the_cpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [4]}
     rows, pinned = build_rows([pair], [True], [True]), []
+    tensors = {name: part for name, part in vars(rows).items() if isinstance(part, torch.Tensor)}
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.device.type) or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
     rows.to(torch.device("cuda"))
-    assert pinned == ["cpu"] * 5
-    on_device = rows.__class__(
-        **{k: v.data.new_empty(1, device="meta") if isinstance(v, torch.Tensor) else v for k, v in vars(rows).items()}
-    )
-    on_device.to(torch.device("cuda"))
-    assert pinned == ["cpu"] * 5
+    replace(rows, **{name: part.new_empty(1, device="meta") for name, part in tensors.items()}).to(torch.device("cuda"))
+    assert pinned == ["cpu"] * len(tensors) == ["cpu"] * 5
 
 
 # Sums that have one order.
@@ -162,11 +140,11 @@ class Ordered(TorchDispatchMode):
 ONLINE = Cleaning(ExcessLoss("policy", "base"), Selection(0.6, scope="batch"))
 RUNS: dict[str, dict[str, Any]] = {
     "pairs, mixed, packed": {"data": MIXED, "trainer": {"accumulate_grad_batches": 2}},
-    "pairs in rows of their own, recomputed": {
+    "gradient norms of both routes, recomputed": {
         "data": MIXED | {"pack": 0, "share_prompt": False},
         "activation_checkpointing": True,
+        "log_gradient_norms": True,
     },
-    "gradient norms of both routes": {"data": MIXED, "log_gradient_norms": True},
     "hard pairs cleaned": {"data": MIXED, "cleaning": Cleaning(selection=Selection(0.6), reference_lr=0.01)},
     "samples, weighed in the step": {"make": build_sft, "data": {"validation": 0.3}, "cleaning": ONLINE},
     "samples in slices": {"make": build_sft, "data": {"slices": Slices(2)}, "stage_start": "fresh_adapter"},
@@ -185,7 +163,7 @@ def test_a_run_adds_in_a_fixed_order(name: str, tiny_model: str, pairs: str, sam
 
 @pytest.mark.parametrize("signal", [CHES(), CHES(normalised=True), PolicyLogProb(), ImplicitReward()], ids=repr)
 def test_a_signal_adds_in_a_fixed_order(signal: Any, tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    given = adapter(tiny_model, tmp_path / "given", rank=4) if signal.needs == "adapter" else None
+    given = saved_adapter(tiny_model, tmp_path / "given", rank=4) if signal.needs == "adapter" else None
     with Ordered():
         found = margins_of(tiny_model, pairs, tmp_path / "m", signal, given)
     assert len(found) == 20 and len(set(found.values())) == 20
@@ -216,6 +194,7 @@ def test_sums_of_runs_against_exact_ones(sizes: list[int], missing: int, draw: A
     values = [draw.uniform(-1e4, 1e4) for _ in range(sum(sizes))]
     tensor = torch.tensor(values, dtype=torch.float64, requires_grad=True)
     found = run_sums(tensor, given_runs, len(numbers))
+    assert run_sums(torch.tensor([1e8, 1.0, -1e8]), ((0, 3),), 1).tolist() == [1.0]  # wide: what CHES is made of
     expected, weights, start = [0.0] * len(numbers), [0.0] * len(values), 0
     for number, size in given_runs:
         expected[number] = math.fsum(values[start : start + size])
@@ -224,12 +203,6 @@ def test_sums_of_runs_against_exact_ones(sizes: list[int], missing: int, draw: A
     torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
     (found * torch.arange(1.0, len(numbers) + 1)).sum().backward()
     assert tensor.grad.tolist() == weights
-
-
-def test_sums_are_wide() -> None:
-    """1e8 + 1 − 1e8: what CHES is a difference of."""
-    values = torch.tensor([1e8, 1.0, -1e8], dtype=torch.float32)
-    assert run_sums(values, ((0, 3),), 1).tolist() == [1.0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 4)), min_size=1, max_size=6))
@@ -247,9 +220,8 @@ def test_gathered_spans_and_their_gradient_are_those_of_an_index(spans: list[tup
 
 def test_taken_has_the_gradient_of_an_index() -> None:
     values, index = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.tensor([3, 0, 4])
-    gradients = [
-        torch.autograd.grad((each.exp() * 2).sum(), values)[0] for each in (taken(values, index), values[index])
-    ]
+    both = taken(values, index), values[index]
+    gradients = [torch.autograd.grad((each.exp() * 2).sum(), values)[0] for each in both]
     assert torch.equal(*gradients) and not gradients[0][[1, 2]].any()
     assert torch.autograd.gradcheck(lambda v: taken(v, index), values)
     assert taken(values, index[:0]).shape == (0,)
@@ -263,24 +235,12 @@ def test_the_order_of_the_rows_changes_no_bit(tiny_model: str, tmp_path: Path) -
     cleaning = Cleaning(selection=Selection(0.6), reference_lr=0.01)
     trainer = {"accumulate_grad_batches": 2}
     data = {"routing": Routing(hard_fraction=0.5, order="interleaved"), "batch_size": 6}
-    found = []
-    for name, order in (
-        ("as they lie", rows),
-        ("shuffled", [rows[i] for i in np.random.default_rng(0).permutation(24)]),
-    ):
+    found, shuffled = [], [rows[i] for i in np.random.default_rng(0).permutation(24)]
+    for name, order in (("as they lie", rows), ("shuffled", shuffled)):
         source = write_pairs(tmp_path / f"{name}.jsonl", order)
         options = {"trainer": trainer, "data": data, "cleaning": cleaning} | DROPOUT
         found.append(adapter_weights(fit(tiny_model, source, tmp_path / name, **options)))
     same(*found)
-
-
-def test_margins_follow_no_order_of_rows(tiny_model: str, tmp_path: Path) -> None:
-    rows = make_pairs(20)
-    found = [
-        margins_of(tiny_model, write_pairs(tmp_path / f"{name}.jsonl", order), tmp_path / name, PolicyLogProb())
-        for name, order in (("one", rows), ("other", rows[::-1]))
-    ]
-    assert found[0] == found[1]
 
 
 # Autocast, memory, cards.
@@ -296,27 +256,36 @@ def test_a_reference_is_fitted_the_same_where_casts_are_kept(tiny_model: str) ->
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps):
             fit_adapter(model, "cleaning_reference", [sample] * 6, learning_rate=0.05, batch_size=1)
             assert torch.is_autocast_cache_enabled() == keeps
-        found.append(
-            {name: value.clone() for name, value in model.named_parameters() if ".cleaning_reference." in name}
-        )
+        named = {name: value.clone() for name, value in model.named_parameters()}
+        found.append({name: value for name, value in named.items() if ".cleaning_reference." in name})
     assert any(value.any() for name, value in found[0].items() if "lora_B" in name)
     same(*found)
 
 
-@pytest.mark.parametrize(
-    ("error", "is_one"),
-    [
+def test_how_a_device_says_that_it_is_out_of_memory() -> None:
+    for error, expected in (
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (torch.AcceleratorError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (MemoryError(), True),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
-    ],
-    ids=str,
-)
-def test_how_a_device_says_that_it_is_out_of_memory(error: Exception, is_one: bool) -> None:
-    assert is_out_of_memory(error) == is_one
+    ):
+        assert is_out_of_memory(error) == expected, error
+
+
+def test_a_card_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_it = False
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    for asked in ("bfloat16", "bf16-mixed", "bf16-true"):
+        check_card("cpu", asked)
+        with pytest.raises(InputError, match=rf"Tesla T4 .* {asked}: give --model.dtype float16 --trainer.precision 1"):
+            check_card(torch.device("cuda", 0), asked)
+    for asked in ("float16", "16-mixed"):
+        check_card("cuda", asked)
+    has_it = True
+    check_card("cuda", "bfloat16")
 
 
 def test_what_generates(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,13 +311,6 @@ def test_what_generates(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert generation_dtype(model, True) == torch.float32
 
 
-def test_a_model_that_cannot_be_copied_generates_itself(tiny_model: str) -> None:
-    """As mixtures of experts with a buffer in their files."""
-    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2))
-    model.get_base_model().model.register_buffer("correction", torch.ones(2))
-    assert generation_dtype(model, None) is None
-
-
 class NoDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = func.overloadpacket.__name__ in ("normal_", "uniform_", "randn", "rand", "random_", "trunc_normal_")
@@ -365,20 +327,6 @@ def test_a_merged_copy_draws_no_model_first(tiny_model: str) -> None:
     assert not any(p.is_meta for p in [*copied.parameters(), *copied.buffers()])
     shared = merged_copy(model).get_input_embeddings().weight  # not adapted, and in fp32 already
     assert shared.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-
-
-@pytest.mark.parametrize(("asked", "has_it", "refused"), [
-    ("bfloat16", False, True), ("bf16-mixed", False, True), ("bf16-true", False, True),
-    ("float16", False, False), ("16-mixed", False, False), ("bfloat16", True, False),
-])  # fmt: skip
-def test_a_card_without_bfloat16(asked: str, has_it: bool, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    check_card("cpu", asked)
-    if not refused:
-        return check_card("cuda", asked)
-    with pytest.raises(InputError, match=rf"Tesla T4 .* {asked}: give --model.dtype float16 --trainer.precision 16-m"):
-        check_card(torch.device("cuda", 0), asked)
 
 
 def test_float16_with_a_gradient_scaler(tiny_model: str, pairs: str, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_gold_score_and_paired_difference(tiny_model, tmp_path, capsys):
 
 def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
     """The responses are the policy's, merged or not, asked with the template of training."""
-    from test_export_run import write_run
+    from test_export import write_run
 
     run = write_run(tmp_path / "run", tiny_model, scale=0.5)
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
@@ -309,7 +309,7 @@ def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
 
 def test_run_may_be_a_peft_folder(tiny_model, tmp_path):
     """Then quantization and dtype are what is said here, as the folder does not say them."""
-    from test_export_run import write_run
+    from test_export import write_run
 
     run, found = write_run(tmp_path / "run", tiny_model, scale=0.5), []
     shutil.copytree(run / "adapter", tmp_path / "peft")

@@ -102,12 +102,3 @@ def test_random_scores_are_uniform_and_differ_by_seed():
         assert (counts - 10_000).abs().max() < 600  # 6 standard deviations of √(10⁵ · 0.1 · 0.9) = 95
         assert score.min() >= 0 and score.max() < 1
     assert torch.corrcoef(torch.stack(scores))[0, 1].abs() < 0.02  # 6 standard deviations
-
-
-@pytest.mark.parametrize(
-    ("scorer", "arguments"),
-    [(ExcessLoss, ("base", "base")), (ExcessLoss, ("bass",)), (Loss, ("chosen",)), (Probability, ("",))],
-)
-def test_bad_roles_are_refused(scorer, arguments):
-    with pytest.raises(InputError):
-        scorer(*arguments)

@@ -115,12 +115,6 @@ def test_tokens_kept_always_use_up_the_budget(ratio, kept, threshold):
     assert found.ties == (4 if threshold else 0)
 
 
-def test_batches_need_not_be_neighbours():
-    scores, offsets = np.array([1.0, 2.0, 3.0, 4.0]), np.arange(5)
-    found = select(scores, offsets, Selection(0.5, scope="batch"), batch=np.array([1, 0, 1, 0]))
-    assert found.mask.tolist() == [False, False, True, True]
-
-
 def test_scores_on_disk_and_in_half_precision(tmp_path):
     np.save(tmp_path / "scores.npy", SCORES.astype(np.float16))
     on_disk = np.load(tmp_path / "scores.npy", mmap_mode="r")
@@ -135,35 +129,6 @@ def test_a_score_that_is_no_number_is_named(bad):
     scores[6] = bad
     with pytest.raises(InputError, match="token 6 "):
         select(scores, OFFSETS, Selection())
-
-
-@pytest.mark.parametrize("offsets", [[0, 4, 9], [1, 10], [0, 6, 4, 10]])
-def test_offsets_of_other_data_are_refused(offsets):
-    with pytest.raises(InputError, match="not the same data"):
-        select(SCORES, np.array(offsets), Selection())
-
-
-@pytest.mark.parametrize("batch", [None, np.array([0, 1])])
-def test_scope_batch_needs_the_batches(batch):
-    with pytest.raises(InputError, match="3 samples"):
-        select(SCORES, OFFSETS, Selection(scope="batch"), batch=batch)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"keep_ratio": 0.0},
-        {"keep_ratio": 1.01},
-        {"keep_ratio": np.nan},
-        {"threshold": np.nan},
-        {"scope": "file"},
-        {"min_keep": -1},
-        {"always_keep": "<|im_end|>"},
-    ],
-)
-def test_bad_options_are_refused(options):
-    with pytest.raises(InputError, match="selection"):
-        Selection(**options)
 
 
 def test_ratio_and_threshold_stand_alone():

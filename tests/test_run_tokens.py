@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.run_tokens import _label, export_labels, read_cleaning
+from mixdpo.token_cleaning.run_tokens import _label, export_labels
 
 NAN = float("nan")
 SAMPLES = [
@@ -108,23 +108,10 @@ def test_a_folder_that_holds_no_labels_is_never_replaced(run: str, tmp_path: Pat
     assert (precious / "thesis.txt").exists()
 
 
-def test_a_run_without_cleaning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export-labels", str(tmp_path), str(tmp_path / "labels")]) == 2
-    assert "samples, scores.npy, weights.npy, decided.npy, stages.json" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_that_trained_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none of the 3 samples"):
         export_labels(write_run(tmp_path / "run", [NAN] * 11), str(tmp_path / "labels"))
     assert not (tmp_path / "labels").exists()
-
-
-@pytest.mark.parametrize("name", ["scores.npy", "weights.npy"])
-def test_arrays_that_do_not_fit_the_samples(name: str, run: str) -> None:
-    np.save(Path(run, "cleaning", name), np.ones(10, dtype=np.float32))
-    with pytest.raises(InputError, match=rf"{name} holds float32 of the shape \(10,\).* \(11,\).*again"):
-        read_cleaning(run)
 
 
 @given(
