@@ -6,14 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_sft, make_samples, write_pairs
-from lightning.pytorch.callbacks import Callback
-from test_scoring import SCALE, fill, one_by_one, plain_model, with_adapters
+from test_scoring import fill, one_by_one, plain_model, with_adapters
 from torch import Tensor
 
-from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.batches.rows import sample_rows
-from mixdpo.batches.steps import Slices
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import (
     Lora,
@@ -29,10 +25,6 @@ from mixdpo.model.export import merged_copy, save_adapter
 from mixdpo.model.forward import row_log_probs
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import load_base
-from mixdpo.routing.schedules import Constant
-from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.scorers import ExcessLoss
-from mixdpo.token_cleaning.selection import Selection
 
 SAMPLES = [
     {"input_ids": [2, 4, 6, 7, 3, 2, 5, 8, 9, 3, 2, 4, 11, 3, 2, 5, 12, 13, 3], "spans": [7, 10, 16, 19]},
@@ -93,15 +85,6 @@ def test_each_role_is_its_own_function(model: Any, plain: Any) -> None:
         seen.append(as_role(model, name))
     assert min((a - b).abs().max() for i, a in enumerate(seen) for b in seen[:i]) > 0.01
     assert trainable(model) == {name for name, _ in model.named_parameters() if ".policy." in name}
-
-
-def test_roles_nest_and_end(model: Any) -> None:
-    policy, base = as_role(model), as_role(model, "base")
-    with role(model, "base"):
-        assert torch.equal(as_role(model), policy)
-        with torch.no_grad():
-            assert torch.equal(row_log_probs(model, sample_rows(SAMPLES)), base)
-    assert torch.equal(row_log_probs(model, sample_rows(SAMPLES)).detach(), policy)
 
 
 def test_references_are_copies_that_stay_and_have_no_dropout(tiny_model: str) -> None:
@@ -243,70 +226,3 @@ def test_the_base_is_its_weights_their_scales_and_its_configuration(name: str, t
         change(base)
         prints.append(base_fingerprint(add_adapters(base, Lora(rank=2))))
     assert prints[0] == prints[1] != prints[2]
-
-
-class Watch(Callback):
-    """After every optimizer step: how many steps the optimizer remembers, and the policy's log-probabilities."""
-
-    def __init__(self) -> None:
-        self.counts: list[set[float]] = []
-        self.forgetful: list[bool] = []
-        self.log_probs: list[Tensor] = []
-        self.adapters: list[dict[str, Tensor]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step > len(self.counts):
-            states = list(trainer.optimizers[0].state.values())
-            self.counts.append({float(state["step"]) for state in states})
-            self.forgetful.append(  # after one AdamW step m is 0.1 g and v is 0.001 g²; with a past they are not
-                all(torch.allclose(state["exp_avg_sq"], 0.1 * state["exp_avg"] ** 2, rtol=1e-4) for state in states)
-            )
-            self.log_probs.append(as_role(pl_module.model))
-            self.adapters.append({key: value.clone() for key, value in adapter_state(pl_module).items()})
-
-
-@pytest.mark.parametrize("stage_start", ["continue", "restart", "fresh_adapter"])
-def test_what_a_stage_starts_with(stage_start: Any, tiny_model: str, plain: Any, tmp_path: Path) -> None:
-    """Three stages of two steps."""
-    from peft import PeftModel
-
-    watch = Watch()
-    trainer, module, data = build_sft(
-        tiny_model,
-        write_pairs(tmp_path / "samples.jsonl", make_samples(12)),
-        tmp_path / "run",
-        stage_start=stage_start,
-        data={"slices": Slices(3), "batch_size": 2},
-        trainer={"first": (RefreshReference(), watch), "accumulate_grad_batches": 2},
-        optimizer=torch.optim.AdamW,
-        lr=0.05,
-        schedule=Constant(warmup=0.0),
-        cleaning=Cleaning(scorer=ExcessLoss(), selection=Selection(0.6), warm_up_stages=1),
-    )
-    ready: list[Tensor] = []
-    start = module.on_train_batch_start
-
-    def started(*arguments: Any) -> None:
-        start(*arguments)
-        ready.append(as_role(module.model))
-
-    module.on_train_batch_start = started
-    trainer.fit(module, data)
-    assert watch.counts == [{float(step)} for step in ([1, 2, 3, 4, 5, 6] if stage_start == "continue" else [1, 2] * 3)]
-    assert watch.forgetful == [count == {1.0} for count in watch.counts]
-    for step in (2, 4):  # a step is two micro-batches: stages begin at micro-batches 4 and 8
-        close(ready[2 * step], watch.log_probs[step - 1], 1e-6)
-        assert (watch.log_probs[step] - ready[2 * step]).abs().max() > 1e-3
-    state = adapter_state(module)
-    if stage_start == "fresh_adapter":
-        for stage, end in ((1, 1), (2, 3)):
-            for key, value in watch.adapters[end].items():
-                if ".policy." in key:
-                    assert torch.equal(state[key.replace(".policy.", f".stage_{stage}.")], value)
-        assert all(".policy." in name for name in trainable(module.model))
-    else:
-        assert not any(".stage_" in key for key in state)
-    saved = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "run" / "adapter")).eval()
-    close(alone(saved.get_base_model()), as_role(module.model))
-    assert (as_role(module.model) - alone(plain)).abs().max() > 0.1
-    assert module.lora.alpha / module.lora.rank == SCALE

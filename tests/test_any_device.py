@@ -169,19 +169,6 @@ def test_a_signal_adds_in_a_fixed_order(signal: Any, tiny_model: str, pairs: str
     assert len(found) == 20 and len(set(found.values())) == 20
 
 
-def test_the_order_is_looked_at() -> None:
-    values, index = torch.randn(4, requires_grad=True), torch.tensor([0, 1, 1])
-    for adds in (
-        lambda: values[index].sum().backward(),
-        lambda: values.index_select(0, index).sum().backward(),
-        lambda: values.gather(0, index).sum().backward(),
-        lambda: torch.zeros(4).index_add(0, index, values[:3]),
-        lambda: values.cumsum(0),
-    ):
-        with Ordered(), pytest.raises(AssertionError, match="aten"):
-            adds()
-
-
 runs = st.lists(st.integers(0, 6), min_size=1, max_size=6)
 
 

@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from test_adapters import saved_adapter
+from test_adapters import alone, as_role, saved_adapter
 from test_preference_module import full_precision_norms  # noqa: F401  (a fixture)
 from test_scoring import SCALE, losses_one_by_one, one_by_one, plain_model, with_adapters
 from torch import Tensor
 
 from lightning_modules.callbacks.clean_tokens import RefreshReference
+from lightning_modules.sft import SFTModule
 from mixdpo.batches.steps import Slices, plan_stages
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, adapter_state
@@ -373,6 +374,46 @@ def test_refreshing_within_a_stage_rescores_what_comes_next(train: Any, plain: A
         assert np.array_equal(weights[tokens], mask[tokens])
     for batch in ran.steps.batches:
         assert torch.equal(batch.token_weight, torch.from_numpy(weights[batch.token.numpy()]))
+
+
+@pytest.mark.parametrize("stage_start", ["continue", "restart", "fresh_adapter"])
+def test_what_a_stage_starts_with(stage_start: Any, train: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three stages of two steps, of two micro-batches each: the same function, and what the optimizer remembers."""
+    starts, start = [], SFTModule.on_train_batch_start
+
+    def watched(self: Any, *arguments: Any) -> None:
+        before = as_role(self.model)
+        start(self, *arguments)
+        starts.append((before, as_role(self.model)))
+
+    monkeypatch.setattr(SFTModule, "on_train_batch_start", watched)
+    cleaning = replace(EVOLVING, selection=Selection(0.6))
+    options: dict[str, Any] = {"trainer": {"accumulate_grad_batches": 2}, "stage_start": stage_start, **ADAMW}
+    options["data"] = {"slices": Slices(3), "batch_size": 2, "limit": 12}
+    ran = train(RefreshReference(), cleaning=cleaning, **options | {"lr": 0.05})
+    remembered = [{float(v) for k, v in state.items() if k.endswith(" step")} for state in ran.steps.optimizer[1:]]
+    assert remembered == [{float(n)} for n in ([1, 2, 3, 4, 5, 6] if stage_start == "continue" else [1, 2] * 3)]
+    for step in (4, 8):  # micro-batches that begin a stage
+        torch.testing.assert_close(*starts[step], rtol=0, atol=1e-6)
+        assert (starts[step + 2][0] - starts[step][1]).abs().max() > 1e-3
+    for state, steps in zip(ran.steps.optimizer[1:], remembered, strict=True):
+        moments = [(state[f"{i} exp_avg"], state[f"{i} exp_avg_sq"]) for i in range(len(state) // 3)]
+        # after one AdamW step m is 0.1 g and v is 0.001 g²; with a past they are not
+        assert all(torch.allclose(v, 0.1 * m**2, rtol=1e-4) for m, v in moments) == (steps == {1.0})
+    final = adapter_state(ran.module)
+    names = {key.split(".lora_A.")[1].split(".")[0] for key in final if ".lora_A." in key}
+    if stage_start == "fresh_adapter":
+        for stage, end in ((1, 2), (2, 4)):
+            for key, value in policy_of(ran.steps.adapters[end]).items():
+                assert torch.equal(final[key.replace(".policy.", f".stage_{stage}.")], value)
+    else:
+        assert names == {"policy", "cleaning_reference"}
+    assert {name for name, p in ran.module.named_parameters() if p.requires_grad} == set(policy_of(final))
+    stack = [*sorted(names - {"policy", "cleaning_reference"}), "policy"]
+    assert (as_role(ran.module.model) - alone(plain)).abs().max() > 0.1
+    torch.testing.assert_close(
+        as_role(ran.module.model), alone(plain, with_adapters(plain, final, *stack)), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

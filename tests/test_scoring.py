@@ -19,7 +19,6 @@ from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.conversation_encoding import encode_samples
 from mixdpo.data.conversations import read_samples
 from mixdpo.model.adapters import Lora, adapter_state, add_adapters, add_reference, role
-from mixdpo.model.fused_head import VOCABULARY_TILE, Head, exact_token_log_probs, token_log_probs
 from mixdpo.model.loading import load_base, load_tokenizer
 from mixdpo.token_cleaning.scoring import add_losses, open_losses
 
@@ -220,24 +219,3 @@ def test_scoring_leaves_the_run_as_it_was(model: Any, pool: TokenPool) -> None:
         assert torch.equal(before, model.get_base_model()(ids).logits)
     assert torch.equal(random, torch.get_rng_state())  # dropout was off
     assert model.training and [p.requires_grad for p in model.parameters()] == trainable
-
-
-@pytest.mark.parametrize("vocabulary", [37, VOCABULARY_TILE + 5])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cap", [None, 3.0])
-def test_exact_log_probs_of_a_bf16_head(vocabulary: int, bias: bool, cap: float | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(vocabulary, 16), (vocabulary,)]
-    weight, constant = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
-    head = Head(weight, constant if bias else None, scale=0.5, cap=cap)
-    hidden = torch.randn(30, 16, generator=generator).bfloat16()
-    targets = torch.randint(vocabulary, (30,), generator=generator)
-    targets[0], targets[1] = 0, vocabulary - 1
-    logits = 0.5 * (hidden.double() @ weight.double().T + (constant.double() if bias else 0.0))
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    wanted = logits.log_softmax(-1)[torch.arange(30), targets]
-    for tile in (7, 256):
-        found = exact_token_log_probs(hidden, head, targets, tile)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
-    assert (token_log_probs(hidden, head, targets).double() - wanted).abs().max() > 1e-3

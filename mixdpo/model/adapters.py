@@ -90,7 +90,7 @@ def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) ->
         _check_safetensors(adapter)
         model.load_adapter(adapter, adapter_name=name)
     _check_adapter(adapter, model, name)
-    _freeze(model, name)
+    _freeze_all_but_policy(model, name)
 
 
 def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float = 0.0) -> None:
@@ -171,10 +171,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 def adds_nothing(model: "PeftModel", name: Role) -> bool:
     """Whether the role is the base: a fresh adapter's B is 0."""
-    adapters = adapters_of(model, name)
-    return not any(
-        layer.lora_B[a].weight.any() for layer in adapter_layers(model) for a in adapters if a in layer.lora_B
-    )
+    matrices = [layer.lora_B for layer in adapter_layers(model)]
+    return not any(b[adapter].weight.any() for adapter in adapters_of(model, name) for b in matrices if adapter in b)
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
@@ -192,16 +190,12 @@ def adapters_of(model: "PeftModel", name: str) -> list[str]:
 def _add_like_policy(model: "PeftModel", name: str) -> None:
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
         model.add_adapter(name, copy.copy(model.peft_config["policy"]))
-    _freeze(model, name)
+    _freeze_all_but_policy(model, name)
 
 
-def _freeze(model: "PeftModel", added: str) -> None:
+def _freeze_all_but_policy(model: "PeftModel", *added: str) -> None:
     for layer in adapter_layers(model):
-        layer.lora_dropout[added] = nn.Identity()
-    _freeze_all_but_policy(model)
-
-
-def _freeze_all_but_policy(model: "PeftModel") -> None:
+        layer.lora_dropout.update({name: nn.Identity() for name in added})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".policy." in name)
 
@@ -227,9 +221,12 @@ def _check_adapter(name: str, model: "PeftModel", adapter: str) -> None:
     from peft import get_peft_model_state_dict, load_peft_weights
 
     config = model.peft_config[adapter]
-    others = {"modules_to_save": config.modules_to_save, "use_dora": config.use_dora, "bias": config.bias != "none"}
-    if config.peft_type != "LORA" or any(others.values()):
-        extra = [key for key, value in others.items() if value]
+    extra = [
+        key
+        for key in ("modules_to_save", "use_dora", "bias")
+        if getattr(config, key, None) not in (None, False, "none")
+    ]
+    if config.peft_type != "LORA" or extra:
         raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): only plain LoRA can be used")
     with readable(name, "adapter"):
         saved, needed = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)

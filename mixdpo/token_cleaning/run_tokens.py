@@ -114,14 +114,14 @@ class RunTokens:
 
     def scored_stages(self) -> list[ScoredStage]:
         stages = []
-        for entry, facts in enumerate(self.stages):
-            if facts["scorer"]:
-                samples = np.flatnonzero(self.decided == entry)
+        for number, entry in enumerate(self.stages):
+            if entry["scorer"]:
+                samples = np.flatnonzero(self.decided == number)
                 scores, _ = self.scored_tokens(samples)
                 scores = scores if len(scores) else np.zeros(1)
-                centre = np.median(scores) if facts["threshold"] is None else facts["threshold"]
+                centre = np.median(scores) if entry["threshold"] is None else entry["threshold"]
                 reach = np.quantile(np.abs(scores - centre), 0.95)
-                stages.append(ScoredStage(facts, samples, float(centre), float(reach)))
+                stages.append(ScoredStage(entry, samples, float(centre), float(reach)))
         return stages
 
     def examples(self, count: int, seed: int) -> list[tuple[int, ScoredStage]]:
