@@ -152,18 +152,15 @@ def test_stacking_changes_weights_but_not_the_function(model: Any, plain: Any, t
     close(alone(merged_copy(model)), as_role(model))
 
 
-def test_merged_copies_of_each_role_draw_no_random_numbers(model: Any) -> None:
+def test_merged_copies_of_each_role_draw_no_random_numbers(model: Any, tiny_model: str) -> None:
     add_reference(model, "cleaning_reference")
     fill(model, "cleaning_reference", 2)
     random = torch.get_rng_state()
     for name in ("policy", "cleaning_reference", "base"):
         close(alone(merged_copy(model, name)), as_role(model, name))
     assert torch.equal(random, torch.get_rng_state())
-
-
-def test_a_merged_copy_dequantises_layers_without_an_adapter_too(tiny_model: str) -> None:
-    base = load_base(tiny_model, quantization="nf4", dtype="float32")
-    model = add_adapters(base, Lora(rank=4, targets=["q_proj"]))
+    quantised = load_base(tiny_model, quantization="nf4", dtype="float32")
+    model = add_adapters(quantised, Lora(rank=4, targets=["q_proj"]))  # layers without an adapter are dequantised too
     fill(model, "policy", 1)
     close(alone(merged_copy(model)), as_role(model))
 

@@ -72,9 +72,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pairs", "samples"])
-def test_the_default_device_changes_nothing(
-    kind: str, tiny_model: str, pairs: str, samples: str, other_device: Any, tmp_path: Path
-) -> None:
+def test_the_default_device_changes_nothing(kind, tiny_model, pairs, samples, other_device, tmp_path):
     """Rows of the probes are made on the CPU, adapters drawn by its generator; dropout is on, so a draw would show."""
     make, source = (build, pairs) if kind == "pairs" else (build_sft, samples)
     given = saved_adapter(tiny_model, tmp_path / "given", rank=4)  # a second adapter draws initial weights as well
@@ -92,9 +90,7 @@ def margins_of(model: str, source: str, folder: Path, signal: Any, adapter: str 
     return dict(read_margins(folder / "a.margins").pairs)
 
 
-def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(
-    tiny_model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(tiny_model, monkeypatch):
     """A tensor on `meta` draws nothing from the CPU's generator itself."""
     monkeypatch.setattr("mixdpo.model.adapters.copy_adapter", lambda *_: None)  # there is nothing to copy
     states = []
@@ -328,9 +324,7 @@ def test_float16_with_a_gradient_scaler(tiny_model: str, pairs: str, tmp_path: P
     assert 0 < (half - full).norm() < 0.02 * full.norm()
 
 
-def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(
-    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(tiny_model, pairs, tmp_path, monkeypatch):
     trainer = {"max_steps": 4}
     fit(tiny_model, pairs, tmp_path / "begun", trainer={"max_steps": 2}, schedule_steps=4)
     checkpoint = str(tmp_path / "begun/checkpoints/last.ckpt")
@@ -375,9 +369,7 @@ def test_one_seed_draws_one_adapter_on_every_device(tiny_model: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["pairs", "samples"])
-def test_a_continued_run_is_exact_on_a_gpu(
-    kind: str, tiny_model: str, pairs: str, samples: str, tmp_path: Path
-) -> None:
+def test_a_continued_run_is_exact_on_a_gpu(kind, tiny_model, pairs, samples, tmp_path):
     """With deterministic kernels, which attention's backward needs; all else adds in a fixed order anyway."""
     make, source = (build, pairs) if kind == "pairs" else (build_sft, samples)
     trainer = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "deterministic": True, "max_steps": 4}

@@ -147,9 +147,7 @@ def test_windows_that_go_by_other_names(name: str, longest: int) -> None:
         _check_window(config(longest - 1), rows_of(PAIRS))
 
 
-def test_a_head_that_says_other_logits_than_the_model_is_refused(
-    tiny_model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_that_says_other_logits_than_the_model_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr("mixdpo.model.forward.output_head", lambda model: replace(output_head(model), scale=2.0))
     with pytest.raises(InputError, match="llama models change their logits"):
         load_base(tiny_model, quantization="none", dtype="float32")

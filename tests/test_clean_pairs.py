@@ -136,11 +136,7 @@ def test_all_hard_pairs_are_ranked_together(cleaned: Ran, uncleaned: Ran, plain:
     assert not np.array_equal(weights[first], best(scores[first]))  # what ranking each stage by itself would keep
 
 
-def test_a_hard_pairs_loss_is_the_mean_over_its_kept_tokens(
-    cleaned: Ran,
-    uncleaned: Ran,
-    plain: Any,
-) -> None:
+def test_a_hard_pairs_loss_is_the_mean_over_its_kept_tokens(cleaned: Ran, uncleaned: Ran, plain: Any) -> None:
     losses = check_hard_losses(cleaned, plain)
     assert len(losses) == 5
     full = [loss for _, _, _, hard in uncleaned.seen for loss in hard.tolist()]

@@ -114,13 +114,6 @@ def test_entropy_and_top_1(tile, cap):
     assert not found.entropy.requires_grad and found.log_probs.requires_grad
 
 
-def test_a_head_that_learns_is_refused():
-    hidden, head, targets = inputs()
-    head.weight.requires_grad_()
-    with pytest.raises(ValueError, match="frozen"):
-        token_log_probs(hidden, head, targets)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_positions(dtype):
     hidden, head, targets = inputs(dtype, positions=0)

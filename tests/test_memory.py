@@ -12,7 +12,7 @@ from mixdpo.batches.rows import build_rows
 from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.model.loading import load_base
-from mixdpo.model.memory import RESERVED, activation_bytes, floor_flops, linear_sizes
+from mixdpo.model.memory import RESERVED, activation_bytes, linear_sizes
 from mixdpo.routing.route import Routing
 
 
@@ -28,28 +28,6 @@ def model(tiny_model: str) -> Any:
 
 def pair(prompt: int, chosen: int, rejected: int) -> dict[str, list[int]]:
     return {"prompt_ids": [5] * prompt, "chosen_ids": [6] * chosen, "rejected_ids": [7] * rejected}
-
-
-def test_the_floor_of_an_8b_pair() -> None:
-    """Llama-3.1-8B: 6.98e9 weights in its layers, 0.525e9 in its head: 20.4 TFLOP, attention included."""
-    rows = build_rows([pair(121, 288, 288)], [True], [True])
-    assert 0.97 < floor_flops((6_979_321_856, 525_336_576), rows) / 20.4e12 < 1.03
-
-
-def test_sizes_are_those_of_the_base_whatever_holds_it(tiny_model: str, model: Any) -> None:
-    layer = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3
-    vocabulary = model.get_base_model().config.vocab_size
-    assert linear_sizes(model.get_base_model()) == (2 * layer, 64 * vocabulary)
-    assert linear_sizes(load_base(tiny_model, quantization="nf4", dtype="float32")) == (2 * layer, 64 * vocabulary)
-
-
-def test_padding_and_a_second_prompt_are_no_part_of_the_floor() -> None:
-    pairs = [pair(10, 4, 6), pair(3, 1, 1)]
-    shared, packed, apart = (
-        floor_flops((10, 1), build_rows(pairs, [True] * 2, [True] * 2, *layout))
-        for layout in [(True, 0), (True, 100), (False, 0)]
-    )
-    assert shared == packed == 4 * (10 * (20 + 5) + 12) and apart == 4 * (10 * (30 + 8) + 12)
 
 
 @pytest.mark.parametrize(("shared", "most"), [(False, 1.1), (True, 1 / (1 - RESERVED))])
@@ -68,9 +46,7 @@ def test_the_probe_counts_what_long_rows_hold_until_backward(model: Any, shared:
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(True, 3), (False, 0), (45, 1), ("auto", 0)])
-def test_long_micro_batches_alone_are_recomputed(
-    asked: Any, expected: int, tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_micro_batches_alone_are_recomputed(asked, expected, tiny_model, source, tmp_path, monkeypatch):
     """So many of the three longest. A layer that is recomputed runs twice; auto has all the memory of this machine."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -93,9 +69,7 @@ def test_long_micro_batches_alone_are_recomputed(
         assert len(calls) == (4 if number < expected else 2)
 
 
-def test_auto_recomputes_what_does_not_fit(
-    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_recomputes_what_does_not_fit(tiny_model, source, tmp_path, monkeypatch):
     module = fit(tiny_model, source, tmp_path / "much", activation_checkpointing="auto")
     assert module._recompute_above > 10_000
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 3e5})())
@@ -105,9 +79,7 @@ def test_auto_recomputes_what_does_not_fit(
         assert torch.equal(value, dict(little.model.named_parameters())[name])
 
 
-def test_a_run_logs_its_share_of_the_floor(
-    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_logs_its_share_of_the_floor(tiny_model, source, tmp_path, monkeypatch):
     from lightning_modules.callbacks.logging import Throughput
 
     monkeypatch.setattr("lightning_modules.callbacks.logging.matrix_rate", lambda *_: 1e9)

@@ -99,9 +99,7 @@ def computed(model: Any, name: Any, pool: TokenPool, samples: Any = None, **opti
 
 
 @pytest.mark.parametrize("name", ["base", "policy", "cleaning_reference"])
-def test_each_loss_sits_at_its_token(
-    name: str, model: Any, pool: TokenPool, expected: dict[str, np.ndarray], tiny_model: str
-) -> None:
+def test_each_loss_sits_at_its_token(name, model, pool, expected, tiny_model):
     spans = list(pool.samples["spans"])
     assert any(len(s) > 2 for s in spans) and any(len(s) == 2 for s in spans)  # several turns, and one
     assert np.abs(expected["policy"] - expected["cleaning_reference"]).max() > 0.1
@@ -113,9 +111,7 @@ def test_each_loss_sits_at_its_token(
 
 @given(some=st.lists(st.integers(0, 14), unique=True), batch_tokens=st.sampled_from([1, 70, 400, 4096]))
 @settings(max_examples=10)
-def test_order_and_company_change_nothing(
-    some: list[int], batch_tokens: int, model: Any, pool: TokenPool, expected: dict[str, np.ndarray]
-) -> None:
+def test_order_and_company_change_nothing(some, batch_tokens, model, pool, expected):
     found, wanted = computed(model, "policy", pool, some, batch_tokens=batch_tokens), open_losses(len(pool))
     wanted[pool.tokens(some)] = expected["policy"][pool.tokens(some)]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)  # NaN where nobody asked
@@ -168,13 +164,6 @@ def test_stored_losses_belong_to_their_identity(model: Any, pool: TokenPool, cac
     assert np.isnan(open_losses(len(pool))).all()
 
 
-def test_losses_that_cannot_be_kept_are_done_without(pool: TokenPool, cache: Path) -> None:
-    cache.write_text("")
-    with pytest.warns(UserWarning, match=rf"token losses, {cache}/.*, cannot be used .*MIXDPO_CACHE") as told:
-        losses = [open_losses(len(pool), {"model": name}) for name in ("a", "b")][-1]
-    assert len(told) == 1 and np.isnan(losses).all()
-
-
 def test_a_full_disk_is_met_where_the_file_is_made(cache: Path) -> None:
     """The kernel refuses files of more than 20 kB. A map of a file with holes would end the process later (SIGBUS)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -191,9 +180,7 @@ def test_a_full_disk_is_met_where_the_file_is_made(cache: Path) -> None:
     assert status.st_blocks * 512 >= status.st_size  # no holes
 
 
-def test_a_kept_loss_that_is_not_finite_is_computed_anew(
-    model: Any, pool: TokenPool, expected: dict[str, np.ndarray], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kept_loss_that_is_not_finite_is_computed_anew(model, pool, expected, cache, monkeypatch):
     losses = open_losses(len(pool), {"model": "a"})
     losses[:] = 77.0
     losses[pool.tokens([3])], losses[pool.tokens([5])[:1]] = np.inf, np.nan

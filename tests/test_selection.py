@@ -64,20 +64,6 @@ def test_equal_to_a_stable_sort(pool, rule, scope, min_keep):
     assert set(np.flatnonzero(kept.mask)) == kept_by_sorting(scores, offsets, batch, always, selection)
 
 
-@given(pools(), st.floats(0.01, 1))
-@fast
-def test_the_threshold_tells_kept_from_cut_but_for_ties(pool, ratio):
-    scores, offsets, _, _ = pool
-    kept = select(scores, offsets, Selection(ratio))
-    if not kept.mask.any():
-        assert (kept.threshold, kept.ties, kept.ties_kept) == (None, 0, 0)
-        return
-    assert kept.threshold == scores[kept.mask].min()
-    assert kept.ties == (scores == kept.threshold).sum()
-    assert kept.ties_kept == (scores[kept.mask] == kept.threshold).sum()
-    assert kept.mask[scores > kept.threshold].all()
-
-
 SCORES = np.array([3, 1, 1, 1, 0, 2, 1, 0, 0, -1], dtype=np.float32)
 OFFSETS = np.array([0, 4, 5, 10])  # samples (3 1 1 1) (0) (2 1 0 0 -1)
 
@@ -104,8 +90,7 @@ def test_by_hand(options, kept, threshold, ties, ties_kept):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "kept", "threshold"),
-    [(0.5, [0, 1, 5, 8, 9], 1.0), (0.2, [8, 9], None), (0.1, [8, 9], None)],
+    ("ratio", "kept", "threshold"), [(0.5, [0, 1, 5, 8, 9], 1.0), (0.2, [8, 9], None), (0.1, [8, 9], None)]
 )
 def test_tokens_kept_always_use_up_the_budget(ratio, kept, threshold):
     always = np.isin(np.arange(10), [8, 9])

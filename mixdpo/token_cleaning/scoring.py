@@ -99,12 +99,7 @@ def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int
 
 
 def fit_adapter(
-    model: "PeftModel",
-    name: Role,
-    samples: Sequence[Mapping[str, Any]],
-    *,
-    learning_rate: float,
-    batch_size: int,
+    model: "PeftModel", name: Role, samples: Sequence[Mapping[str, Any]], *, learning_rate: float, batch_size: int
 ) -> None:
     """Fit a frozen adapter: one pass of SFT over the samples in their order, by AdamW (no weight decay, constant rate).
 
