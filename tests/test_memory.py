@@ -12,7 +12,7 @@ from mixdpo.batches.rows import build_rows
 from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.model.loading import load_base
-from mixdpo.model.memory import RESERVED, activation_bytes, linear_sizes
+from mixdpo.model.memory import RESERVED, activation_bytes, floor_flops, linear_sizes
 from mixdpo.routing.route import Routing
 
 
@@ -28,6 +28,19 @@ def model(tiny_model: str) -> Any:
 
 def pair(prompt: int, chosen: int, rejected: int) -> dict[str, list[int]]:
     return {"prompt_ids": [5] * prompt, "chosen_ids": [6] * chosen, "rejected_ids": [7] * rejected}
+
+
+def test_the_floor_by_hand(tiny_model: str, model: Any) -> None:
+    """Llama-3.1-8B has 6.98e9 weights in its layers and 0.525e9 in its head: 20.4 TFLOP a pair, attention included."""
+    rows = build_rows([pair(121, 288, 288)], [True], [True])
+    assert 0.97 < floor_flops((6_979_321_856, 525_336_576), rows) / 20.4e12 < 1.03
+    layer, head = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3, 64 * model.get_base_model().config.vocab_size
+    for base in (model.get_base_model(), load_base(tiny_model, quantization="nf4", dtype="float32")):
+        assert linear_sizes(base) == (2 * layer, head)  # whatever holds it
+    # padding and a second prompt are no part
+    pairs, layouts = [pair(10, 4, 6), pair(3, 1, 1)], [(True, 0), (True, 100), (False, 0)]
+    floors = [floor_flops((10, 1), build_rows(pairs, [True] * 2, [True] * 2, *layout)) for layout in layouts]
+    assert floors == [4 * (10 * (20 + 5) + 12), 4 * (10 * (20 + 5) + 12), 4 * (10 * (30 + 8) + 12)]
 
 
 @pytest.mark.parametrize(("shared", "most"), [(False, 1.1), (True, 1 / (1 - RESERVED))])
