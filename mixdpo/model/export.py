@@ -77,10 +77,11 @@ def _without_weights(causal_lm: "PreTrainedModel", dtype: torch.dtype) -> "PreTr
     from transformers import AutoModelForCausalLM
 
     values = {key: value for key, value in causal_lm.config.to_dict().items() if key != "quantization_config"}
-    config, how = type(causal_lm.config)(**values), {"attn_implementation": "sdpa", "trust_remote_code": False}
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
     # buffers are not in checkpoints, so they are computed; some draw, which must not shift the run's random numbers
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
+        config = type(causal_lm.config)(**values)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
 def _merged_weights(causal_lm: "PreTrainedModel", adapters: list[str]) -> Iterator[tuple[str, Tensor]]:

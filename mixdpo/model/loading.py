@@ -159,7 +159,7 @@ def readable(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors, tokenizers and peft have errors of their own: an open list
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             reason = f"it needs code from its own repository, which is never run. Give a {what} of transformers"
         raise InputError(
             f"the {what} '{name}' could not be loaded: {reason}\n"

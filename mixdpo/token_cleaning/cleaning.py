@@ -44,8 +44,6 @@ class Cleaning:
     masks: str | None = None
 
     def __post_init__(self) -> None:
-        if self.warm_up_stages < 0:
-            raise InputError(f"cleaning.warm_up_stages must be >= 0, not {self.warm_up_stages}")
         if not hasattr(self.scorer, "roles"):
             raise InputError(f"cleaning.scorer {self.scorer} needs an attribute `roles`: whose losses it reads")
         if is_online(self.scorer) and self.masks is not None:

@@ -113,10 +113,6 @@ class Random:
 
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise InputError(f"Random: seed must be at least 0, not {self.seed}")
-
     @property
     def roles(self) -> tuple[Role, ...]:
         return ()

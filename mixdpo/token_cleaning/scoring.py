@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
 
     The identity names all that the losses depend on: data, tokenizer, template, lengths, model, adapter, dtype. The
     file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed. A
-    file that cannot be used is replaced by memory, with a warning.
+    file that cannot be used is replaced by memory, with a warning. Infinite losses in a file count as not known.
     """
     unknown = np.full(tokens, np.nan, dtype=np.float32)
     if identity is None:
@@ -40,7 +41,11 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
             with written_whole(path) as partial:
                 path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
                 np.save(partial, unknown)  # in full: a disk that fills later does not end who writes to the map
-        return read_array(path, (tokens,), "delete it", mode="r+")
+        losses = read_array(path, (tokens,), "delete it", mode="r+")
+        if np.isinf(losses).any():
+            warnings.warn(f"{path} holds losses that are not finite: they are computed anew", stacklevel=2)
+            losses[np.isinf(losses)] = np.nan
+        return losses
     return unknown
 
 
