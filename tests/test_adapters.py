@@ -16,7 +16,6 @@ from mixdpo.model.adapters import (
     adapter_state,
     add_adapters,
     add_reference,
-    add_stage,
     copy_adapter,
     role,
     stack_policy,
@@ -178,17 +177,6 @@ def test_reference_of_a_stacked_policy_is_the_whole_stack(model: Any) -> None:
     fill(model, "policy", 3)
     close(as_role(model, "cleaning_reference"), whole, 1e-6)
     assert (as_role(model) - whole).abs().max() > 0.01
-
-
-def test_a_stage_can_be_filled_from_a_checkpoint(model: Any, tiny_model: str) -> None:
-    stack_policy(model)
-    fill(model, "policy", 2)
-    torch.manual_seed(5)
-    fresh = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
-    add_stage(fresh)
-    assert set(adapter_state(fresh)) == set(adapter_state(model)) and trainable(fresh) == trainable(model)
-    fresh.load_state_dict(adapter_state(model), strict=False)
-    assert torch.equal(as_role(fresh), as_role(model))
 
 
 def test_fingerprints_change_with_what_they_are_of(model: Any) -> None:

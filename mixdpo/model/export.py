@@ -59,9 +59,8 @@ def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = 
 def generation_dtype(model: "PeftModel", dequantise: bool | None) -> torch.dtype | None:
     """The dtype of the merged copy that generates faster than the model, or None where the model itself generates.
 
-    Args:
-        dequantise: True asks for a copy in fp32, False for no copy. None asks for fp32 on a CPU; on a GPU for the dtype
-            of the model's head if 1.1 times the copy's bytes are free, else for no copy.
+    True asks for a copy in fp32, False for no copy. None asks for fp32 on a CPU; on a GPU for the dtype of the model's
+    head if 1.1 times the copy's bytes are free, else for no copy.
     """
     causal_lm = model.get_base_model()
     head = causal_lm.get_output_embeddings().weight
@@ -157,12 +156,10 @@ def read_trained(
     plain: bool = False,
     strict: bool = True,
 ) -> Trained:
-    """What a run's folder (or its adapter/) holds, or another PEFT folder, which does not say the options.
+    """What a run's folder (or its adapter/) holds, or another PEFT folder, whose options have to be given.
 
-    Args:
-        quantization, dtype, chat_template: of a PEFT folder that is no run's.
-        plain: take any other `name` as that of a model without an adapter, by default unquantised.
-        strict: refuse an option that a run's folder contradicts; else the run's counts.
+    With `plain` any other name is that of a model without an adapter, by default unquantised. With `strict` an option
+    that a run's folder contradicts is refused; else the run's counts.
     """
     folder = Path(name)
     run = folder.parent if folder.name == "adapter" else folder
@@ -270,11 +267,8 @@ def _write_merged(trained: Trained, folder: Path, dtype: ExportDtype, device: De
 def compared(expected: Tensor, base: Tensor, merged: Tensor, trained_in: str, dtype: str) -> str:
     """What the log-probabilities (M,) of a merged model say, beside those of the policy and of the bare base.
 
-    Rounding has no direction, and a wrong merge has the adapter's. So the share of the adapter's effect that is kept
-    (the slope of one on the other) shows a wrong scale even below a limit as wide as bfloat16's.
-
-    Raises:
-        InputError: they differ by more than rounding to the coarser dtype, or the share is not 1 within its noise.
+    Refuses a difference above the rounding of the coarser dtype. Rounding has no direction, and a wrong merge has the
+    adapter's: so the share of the adapter's effect that is kept shows a wrong scale below that limit too.
     """
     difference, effect = (merged - expected).double(), (expected - base).double()
     mean, largest, moved = (float(v) for v in (difference.abs().mean(), difference.abs().max(), effect.abs().mean()))
