@@ -55,7 +55,9 @@ class RefreshReference(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         exists = self.role in pl_module.model.peft_config
         if self.role == "cleaning_reference" and not exists:
-            raise InputError("RefreshReference: nothing to refresh: no scorer of model.cleaning reads a reference")
+            raise InputError(
+                "RefreshReference: nothing to refresh, model.cleaning has no scorer that reads a reference"
+            )
         if self.role == "reference" and not getattr(pl_module, "needs_reference", False):
             raise InputError("RefreshReference: role reference belongs to a preference loss that has a reference")
         if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:

@@ -6,7 +6,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,8 +204,9 @@ def _labelled(cleaning: RunTokens, reached: np.ndarray, cache_file: str) -> "Dat
     number, columns = Value("int64"), {"sample_id", "source", "input_ids"}
     lists = {"input_ids": [Value("int32")], "labels": [number], "weights": [Value("float32")]}
     return cleaning.pool.samples.select(reached, keep_in_memory=True).map(
-        partial(_label, weights=cleaning.weights, starts=cleaning.pool.offsets[reached]),
+        _label,
         with_indices=True,
+        fn_kwargs={"weights": cleaning.weights, "starts": cleaning.pool.offsets[reached]},
         remove_columns=[name for name in cleaning.pool.samples.column_names if name not in columns],
         features=Features({"sample_id": number, "source": Value("string")} | lists),
         cache_file_name=cache_file,
