@@ -8,10 +8,10 @@ import numpy as np
 from jsonargparse import lazy_instance
 
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.storage.identity import described
-from mixdpo.token_cleaning.scorers import ExcessLoss, TokenStatistics, is_online
+from mixdpo.token_cleaning.scorers import READABLE, ExcessLoss, TokenStatistics, is_online
 from mixdpo.token_cleaning.selection import Kept, Selection, select
 
 Scorer = Callable[[TokenStatistics], Any]
@@ -46,6 +46,8 @@ class Cleaning:
     def __post_init__(self) -> None:
         if not hasattr(self.scorer, "roles"):
             raise InputError(f"cleaning.scorer {self.scorer} needs an attribute `roles`: whose losses it reads")
+        for role in self.scorer.roles:
+            check_one_of("the role of a scorer", role, READABLE)
         if is_online(self.scorer) and self.masks is not None:
             raise InputError(f"cleaning.masks replaces scores, which {self.scorer} makes in each step: give one")
         ranks_all = self.selection is not None and self.selection.keep_ratio and self.selection.scope == "global"

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixdpo.errors import InputError, check_one_of
+from mixdpo.errors import InputError
 from mixdpo.model.adapters import Role
 
 READABLE: tuple[Role, ...] = ("base", "cleaning_reference", "previous", "policy")
-"""The roles of a scorer. The `reference` of a preference loss is none of them."""
+"""The roles that a scorer may read. The `reference` of a preference loss is none of them."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class ExcessLoss:
     normalise: bool = False
 
     def __post_init__(self) -> None:
-        _check_roles(*self.roles)
         if self.worse == self.better:
             raise InputError(f"ExcessLoss: worse and better are both {self.worse}: every score is 0, so name two roles")
 
@@ -75,9 +74,6 @@ class Loss:
     """
 
     role: Role = "policy"
-
-    def __post_init__(self) -> None:
-        _check_roles(self.role)
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -127,11 +123,6 @@ class Random:
 def is_online(scorer: Any) -> bool:
     """Whether scores need the model in training, so cannot be computed before a step."""
     return "policy" in scorer.roles
-
-
-def _check_roles(*roles: str) -> None:
-    for role in roles:
-        check_one_of("the role of a scorer", role, READABLE)
 
 
 def _min_max(scores: Tensor, sample: Tensor) -> Tensor:
