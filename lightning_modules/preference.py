@@ -14,11 +14,10 @@ from mixdpo.errors import InputError
 from mixdpo.losses import DPO
 from mixdpo.losses.functions import sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
-from mixdpo.model.adapters import role
-from mixdpo.model.forward import row_log_probs, sequence_log_probs, summed
+from mixdpo.model.forward import sequence_log_probs, summed
 from mixdpo.model.fused_head import SequenceLogProbs, taken
 from mixdpo.model.identity import adapter_fingerprint
-from mixdpo.model.reference_cache import ReferenceCache
+from mixdpo.model.reference_cache import ReferenceCache, reference_log_probs
 from mixdpo.routing.schedules import learning_rate_mass
 from mixdpo.storage.identity import described
 from mixdpo.token_cleaning.scorers import is_online
@@ -74,7 +73,6 @@ class PreferenceModule(AdapterModule):
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
         self.reference_cache = reference_cache
         self._kept_log_probs: ReferenceCache | None = None  # of the reference as it is now; None when it has changed
-        self._new_log_probs: list[tuple[Any, Tensor]] = []  # not written yet: that waits for the device
         self._sft_gradient: list[Tensor] = []  # of the step so far, if it is asked for
         self._gradient_norms: dict[str, float] = {}
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
@@ -93,16 +91,7 @@ class PreferenceModule(AdapterModule):
     def _reference_log_probs(self, batch: PairBatch) -> Tensor:
         """(M,) of the targets in the batch's reference rows, from the cache where it has all of them."""
         cache = self._open_cache()
-        if cache is not None:
-            known = cache.get(batch.reference_keys)
-            if known is not None:
-                values = torch.tensor(known)
-                return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
-        with torch.no_grad(), role(self.model, "reference"):
-            found = row_log_probs(self.model, batch.reference_rows)
-        if cache is not None:
-            self._new_log_probs.append((batch.reference_keys, found))
-        return found
+        return cache.log_probs(self.model, batch) if cache is not None else reference_log_probs(self.model, batch)
 
     def _open_cache(self) -> ReferenceCache | None:
         """The cache of the reference as it is now. Open the cache before a step: its name is a hash of all weights."""
@@ -119,13 +108,8 @@ class PreferenceModule(AdapterModule):
 
     def _write_log_probs(self) -> None:
         """Write what was computed since the last time. It waits for the device, so steps that log nothing leave it."""
-        if self._new_log_probs:
-            self._kept_log_probs.add(
-                (key, values.cpu().numpy())
-                for keys, found in self._new_log_probs
-                for (key, _), values in zip(keys, found.split([tokens for _, tokens in keys]), strict=True)
-            )
-            self._new_log_probs = []
+        if self._kept_log_probs is not None:
+            self._kept_log_probs.write()
 
     def reference_changed(self) -> None:
         """To be called by who refreshes the reference: what is kept belongs to the old one."""

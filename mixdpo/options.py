@@ -3,13 +3,16 @@
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from yaml import YAMLError
 
 from mixdpo.errors import InputError, nearest
+from mixdpo.storage.read import parse_yaml
 
 UNKNOWN_OPTION = re.compile(
     r"(?:(?:Group '(\S+)'|\w+ '\w+') does not accept option '|Option '|\w+ arguments: -*)([\w.]+)[^;\n]*(; did .+\?)?"
@@ -20,6 +23,19 @@ BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.op
 
 
 PACKAGES = ("mixdpo", "lightning_modules", "datamodules")
+
+
+def strict(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    """jsonargparse's loader of YAML, for what `parse_yaml` takes only: a key that stands twice would lose one value."""
+
+    def loaded(text: str) -> Any:
+        parse_yaml(text, "the text", finite=False)
+        return load(text)
+
+    return loaded
+
+
+set_loader("yaml", strict(get_loader("yaml")), (YAMLError, InputError))
 
 
 class Parser(ArgumentParser):

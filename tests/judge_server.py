@@ -1,9 +1,10 @@
 """A judge behind a real HTTP server on this machine, with faults that a test asks for.
 
-In a process of its own: `python tests/judge_server.py PORT LOG SECONDS`, which answers after so many seconds, and adds
-a line to LOG, fsynced, for each answer just before it sends it.
+In a process of its own: `python tests/judge_server.py PORT LOG SECONDS [real]`, which responds after so many seconds
+(with `real`, as the small model does), and adds a line to LOG, fsynced, for each response just before it is sent.
 """
 
+import gzip
 import json
 import math
 import os
@@ -37,28 +38,55 @@ def prefers_first(request: Request) -> Probabilities:
     return {"X": 0.8, "Y": 0.1, " X": 0.05, "The": 0.05}
 
 
+def small_model() -> Callable[[Request], Probabilities]:
+    """The genuine first token of the packaged model after a chat, one request at a time."""
+    import torch
+
+    from mixdpo.model.loading import load_base, load_tokenizer
+    from mixdpo.model.packaged import PACKAGED
+
+    model: Any = load_base(PACKAGED, quantization="none", dtype="float32").eval()
+    tokenizer: Any = load_tokenizer(PACKAGED)
+    lock = threading.Lock()
+
+    def judge(request: Request) -> Probabilities:
+        text = tokenizer.apply_chat_template(request.body["messages"], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with lock, torch.no_grad():
+            best = model(input_ids=ids, logits_to_keep=1).logits[0, -1].softmax(-1).topk(20)
+        return {tokenizer.decode([token]): p for p, token in zip(*(each.tolist() for each in best), strict=True)}
+
+    return judge
+
+
 def completion(probabilities: Probabilities, log_probs: bool) -> dict[str, Any]:
     """The body of a chat completion of one token, the likeliest."""
-    listed = [
-        {"token": t, "logprob": math.log(p), "bytes": None}
-        for t, p in sorted(probabilities.items(), key=lambda item: -item[1])
-    ]
-    content = [{**listed[0], "top_logprobs": listed}] if log_probs else None
-    choice = {
-        "index": 0,
-        "finish_reason": "length",
-        "message": {"role": "assistant", "content": listed[0]["token"], "refusal": None},
-        "logprobs": {"content": content} if log_probs else None,
-    }
-    usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
-    return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+    best = sorted(probabilities.items(), key=lambda item: -item[1])
+    listed = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in best]
+    content = {"content": [{**listed[0], "top_logprobs": listed}]} if log_probs else None
+    message = {"role": "assistant", "content": listed[0]["token"], "refusal": None}
+    choice = {"index": 0, "finish_reason": "length", "message": message, "logprobs": content}
+    return {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}}
 
 
-def message(**fields: Any) -> dict[str, Any]:
+def with_message(**fields: Any) -> dict[str, Any]:
     """A chat completion without log-probabilities whose message has these fields."""
     body = completion({"X": 1.0}, log_probs=False)
     body["choices"][0]["message"] |= fields
     return body
+
+
+BODIES: dict[str, Any] = {
+    "refusal": with_message(content=None, refusal="I cannot help with that."),
+    "null": with_message(content=None),
+    "prose": with_message(content="X is better, I think"),
+    "vague": completion({"The": 0.9, "Both": 0.1}, log_probs=True),
+    "empty": {"choices": []},
+    "list": [1, 2],
+    "truncated": json.dumps(completion({"X": 1.0}, log_probs=True))[:150],
+    "deep": "[" * 100_000 + "]" * 100_000,
+    "huge": " " * (17 * 2**20),
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -69,16 +97,22 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][-1]["content"]
-        number = int(NUMBER.search(text)[1])  # type: ignore[index]
+        number = int(found[1]) if (found := NUMBER.search(text)) else -1
         order = "model_first" if FIRST.search(text)[1].startswith("model") else "baseline_first"  # type: ignore[index]
         request = Request(time.time(), number, order, body)
         with self.server.lock:
             self.server.requests.append(request)
             faults = self.server.faults.get(number, [])
             fault = (faults[0] if faults[0].endswith("!") else faults.pop(0)) if faults else ""
-        getattr(self, f"do_{fault.rstrip('!').partition(' ')[0]}")(fault) if fault else self.do_response(request)
+        name, _, value = fault.rstrip("!").partition(" ")
+        if not fault:
+            self.respond(request)
+        elif name in BODIES:
+            self.send(200, BODIES[name])
+        else:
+            getattr(self, f"do_{name}")(value)
 
-    def do_response(self, request: Request) -> None:
+    def respond(self, request: Request) -> None:
         time.sleep(self.server.seconds)
         if self.server.log:
             with self.server.lock, open(self.server.log, "a") as log:
@@ -88,72 +122,60 @@ class Handler(BaseHTTPRequestHandler):
         log_probs = self.server.log_probs and request.body.get("logprobs", False)
         self.send(200, completion(self.server.judge(request), log_probs))
 
-    def send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        content = (body if isinstance(body, str) else json.dumps(body)).encode()
+    def send(self, status: int, body: Any, length: int | None = None, **headers: str) -> None:
+        """`length`: what the header says, where the body is not of this length."""
+        content = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
+        headers |= {"Content_Type": "application/json", "Content_Length": str(length or len(content))}
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(content)
+        self.close_connection = length is not None
 
-    def do_status(self, fault: str) -> None:
+    def do_status(self, value: str) -> None:
         """`status 500`, with a server's habit of repeating the key."""
         self.server.authorization = self.headers["Authorization"]
         error = {"message": f"trouble with {self.server.authorization}", "code": None, "param": None}
-        self.send(int(fault.rstrip("!").split()[1]), {"error": error})
+        self.send(int(value), {"error": error})
 
-    def do_wait(self, fault: str) -> None:
+    def do_wait(self, value: str) -> None:
         """`wait 1`: 429 with Retry-After in seconds."""
-        self.send(429, {"error": {"message": "slow"}}, {"Retry-After": fault.rstrip("!").split()[1]})
+        self.send(429, {"error": {"message": "slow"}}, Retry_After=value)
 
-    def do_until(self, fault: str) -> None:
+    def do_until(self, value: str) -> None:
         """`until 2`: 429 with Retry-After as a date, so many seconds from now."""
-        self.send(429, {"error": {"message": "slow"}}, {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
+        self.do_wait(formatdate(time.time() + float(value), usegmt=True))
 
-    def do_parameter(self, fault: str) -> None:
+    def do_parameter(self, _: str) -> None:
         self.send(400, {"error": {"message": "logprobs are not supported", "code": None, "param": "logprobs"}})
 
-    def do_hang(self, fault: str) -> None:
-        self.server.closing.wait(float(fault.rstrip("!").split()[1]))
+    def do_hang(self, value: str) -> None:
+        self.server.closing.wait(float(value))
         self.close_connection = True
 
-    def do_drop(self, fault: str) -> None:
+    def do_drop(self, _: str) -> None:
         self.close_connection = True
 
-    def do_truncated(self, fault: str) -> None:
-        self.send(200, json.dumps(completion({"X": 1.0}, True))[:150])
-
-    def do_cut(self, fault: str) -> None:
+    def do_cut(self, _: str) -> None:
         """The connection ends within the body."""
-        self.send_response(200)
-        self.send_header("Content-Length", "1000")
-        self.end_headers()
-        self.wfile.write(b'{"id": ')
-        self.close_connection = True
+        self.send(200, '{"id": ', length=1000)
 
-    def do_refusal(self, fault: str) -> None:
-        self.send(200, message(content=None, refusal="I cannot help with that."))
+    def do_drip(self, _: str) -> None:
+        """A body that never ends, ten bytes a second."""
+        self.send(200, " ", length=1_000_000)
+        while not self.server.closing.wait(0.1):
+            self.wfile.write(b" ")
 
-    def do_null(self, fault: str) -> None:
-        self.send(200, message(content=None))
+    def do_redirect(self, _: str) -> None:
+        self.send(307, {}, Location="http://127.0.0.1:1/elsewhere")
 
-    def do_prose(self, fault: str) -> None:
-        self.send(200, message(content="X is better, I think"))
+    def do_bomb(self, _: str) -> None:
+        self.send(200, gzip.compress(bytes(2**25)), Content_Encoding="gzip")
 
-    def do_vague(self, fault: str) -> None:
-        """Log-probabilities without either label."""
-        self.send(200, completion({"The": 0.9, "Both": 0.1}, True))
-
-    def do_empty(self, fault: str) -> None:
-        self.send(200, {"choices": []})
-
-    def do_echo(self, fault: str) -> None:
+    def do_echo(self, value: str) -> None:
         """`echo 5`: no chat completion, but the key after so many spaces."""
-        self.send(200, {"you": " " * int(fault.rstrip("!").split()[1]) + self.headers["Authorization"]})
-
-    def do_list(self, fault: str) -> None:
-        self.send(200, [1, 2])
+        self.send(200, {"you": " " * int(value) + self.headers["Authorization"]})
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -211,4 +233,5 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
-    Server(port=int(sys.argv[1]), log=sys.argv[2], seconds=float(sys.argv[3])).serve_forever()
+    JUDGE = small_model() if sys.argv[4:] == ["real"] else prefers_first
+    Server(JUDGE, port=int(sys.argv[1]), log=sys.argv[2], seconds=float(sys.argv[3])).serve_forever()

@@ -1,13 +1,15 @@
-"""What the tests of judging share: outputs to judge, a judge in this process or one of its own, a server likewise."""
+"""What the tests of judging share: responses to judge, a judge in this process or one of its own, a server likewise."""
 
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ STARTED: list[subprocess.Popen[str]] = []
 """Judges in processes of their own."""
 
 
-def write_outputs(folder: Path, count: int) -> tuple[str, str]:
-    """OUTPUTS and BASELINE; prompt i asks `prompt-i`."""
+def write_responses(folder: Path, count: int) -> tuple[str, str]:
+    """RESPONSES and BASELINE; prompt i asks `prompt-i`."""
     for who in ("model", "baseline"):
         rows = [
             {"instruction": f"prompt-{i}: say it", "output": f"{who} response {i}", "generator": f"the {who}"}
@@ -36,9 +38,9 @@ class Judging:
     """A judge of so many prompts in a folder; options as for `judge`."""
 
     def __init__(self, folder: Path, url: str, count: int = 6, **options: Any) -> None:
-        outputs, baseline = write_outputs(folder, count)
-        self.path = folder / "model.verdicts.jsonl"
-        self.options = {"outputs": outputs, "baseline": baseline, "model": "m", "base_url": url, **options}
+        responses, baseline = write_responses(folder, count)
+        self.path = folder / "model.verdicts.sqlite"
+        self.options = {"responses": responses, "baseline": baseline, "model": "m", "base_url": url, **options}
 
     def __call__(self, **options: Any) -> int:
         return judge(**{**self.options, **options})
@@ -48,8 +50,8 @@ class Judging:
         given = {**self.options, **options}
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
         environment |= {"NO_PROXY": "127.0.0.1"}
-        words = [f"--{name}={value}" for name, value in given.items() if name != "outputs"]
-        command = [sys.executable, "-m", "mixdpo", "judge", str(given["outputs"]), *words]
+        words = [f"--{name}={value}" for name, value in given.items() if name != "responses"]
+        command = [sys.executable, "-m", "mixdpo", "judge", str(given["responses"]), *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         STARTED.append(subprocess.Popen(command, env=environment, **pipes))
         return STARTED[-1]
@@ -59,20 +61,17 @@ class Judging:
         return {verdict.key: verdict for verdict in read_verdicts(self.path).verdicts}
 
     def lines(self) -> int:
-        """Complete verdicts in the file, those counted twice included."""
-        return max(0, self.path.read_bytes().count(b"\n") - 1) if self.path.exists() else 0
+        """Verdicts in the file, which a judge may be writing to."""
+        place = f"file:{self.path}?mode=ro&immutable=1"
+        with suppress(sqlite3.Error), closing(sqlite3.connect(place, uri=True)) as database:
+            return int(database.execute("SELECT count(*) FROM entries").fetchone()[0])
+        return 0
 
 
 def in_turn(request: Request) -> dict[str, float]:
     """Prefers the model's response to even prompts, wherever it is shown."""
     wins = "X" if (request.order == "model_first") == (request.number % 2 == 0) else "Y"
     return {wins: 0.9, "X" if wins == "Y" else "Y": 0.1}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def wait_for(met: Callable[[], bool], seconds: float = 240) -> None:
@@ -89,23 +88,19 @@ def ends_with(process: subprocess.Popen[str], status: int) -> str:
     return out + err
 
 
-def end_all() -> None:
-    """End the judges that a failed test has left."""
-    while STARTED:
-        STARTED[-1].kill()
-        STARTED.pop().communicate()
-
-
 class ServerProcess:
-    """The server in a process of its own, on one port, with a log of what it answered."""
+    """The server in a process of its own, on one port, with a log of what it responded to."""
 
-    def __init__(self, log: Path, *words: str, script: str = "judge_server.py") -> None:
-        self.port, self.log, self.environment = free_port(), log, {"PYTHONPATH": "."}
-        self.command = [sys.executable, str(Path(__file__).with_name(script)), str(self.port), str(log), *words]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+    def __init__(self, log: Path, seconds: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address, self.log = free.getsockname(), log
+        script = str(Path(__file__).with_name("judge_server.py"))
+        self.command = [sys.executable, script, str(self.address[1]), str(log), seconds]
+        self.url = f"http://127.0.0.1:{self.address[1]}/v1"
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.command, cwd=Path(__file__).parents[1], env=os.environ | self.environment)
+        self.process = subprocess.Popen(self.command)
         wait_for(self._listens)
 
     def kill(self) -> None:
@@ -118,11 +113,13 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        end_all()
+        while STARTED:  # judges that a failed test has left
+            STARTED[-1].kill()
+            STARTED.pop().communicate()
 
     def _listens(self) -> bool:
         with socket.socket() as attempt:
-            return attempt.connect_ex(("127.0.0.1", self.port)) == 0
+            return attempt.connect_ex(self.address) == 0
 
     def answered(self) -> Counter[tuple[int, str]]:
         lines = [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []

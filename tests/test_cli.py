@@ -361,7 +361,7 @@ def test_a_value_that_looks_like_a_date(parsed: Callable[..., Any]) -> None:
 def test_what_is_required_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["judge"])
-    assert "arguments are required: outputs, baseline, model" in capsys.readouterr().err
+    assert "arguments are required: responses, baseline, model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

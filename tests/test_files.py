@@ -150,5 +150,5 @@ def test_files_that_options_and_their_configs_name(tmp_path, monkeypatch):
     (tmp_path / "my pairs.jsonl").write_text("others")
     assert {name for name, _ in before.items() ^ named_files(options).items()} == {"my pairs.jsonl"}
     (tmp_path / "of.yaml").write_text("[")
-    with pytest.raises(InputError, match=r"of\.yaml is no YAML"):
+    with pytest.raises(InputError, match=r"of\.yaml is no valid YAML"):
         named_files(options)

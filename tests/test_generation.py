@@ -1,4 +1,4 @@
-"""Generation against `model.generate` on a tiny random Llama; the bootstrap against a loop."""
+"""Response against `model.generate` on a tiny random Llama; the bootstrap against a loop."""
 
 import random
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
-from mixdpo.evaluation.generation import Generation, _nucleus, generate
+from mixdpo.evaluation.generation import Response, _nucleus, generate
 
 WORDS = [f"w{index}" for index in range(36)]
 PROMPTS = ["w1", "w2 w3 w4 w5 w6 w7", "w8 w9 w10", "w11 w12"]
@@ -79,7 +79,7 @@ def test_rows_that_end_leave_the_others_unchanged(model, tokenizer):
         length = min(stops, default=12)
         lengths.append(length)
         text = tokenizer.decode(ids[:length], skip_special_tokens=True)
-        assert row == [Generation(text, length, ended=bool(stops))]
+        assert row == [Response(text, length, ended=bool(stops))]
     assert lengths[1] <= 3
     assert len(set(lengths)) > 1
 

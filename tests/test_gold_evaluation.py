@@ -21,7 +21,7 @@ from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
 from mixdpo.errors import InputError
 from mixdpo.evaluation import gold, response_cache
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 from mixdpo.evaluation.gold import Responses, compare, greedy, markdown
 from mixdpo.model.adapters import Lora
 from mixdpo.model.loading import load_tokenizer
@@ -30,7 +30,7 @@ from mixdpo.routing.schedules import Constant
 
 
 def responses(scores: Sequence[float], tokens: Sequence[int], ended: Sequence[bool]) -> Responses:
-    given = [Generation("text", length, end) for length, end in zip(tokens, ended, strict=True)]
+    given = [Response("text", length, end) for length, end in zip(tokens, ended, strict=True)]
     return Responses(given, np.array(scores))
 
 
@@ -337,22 +337,22 @@ def test_responses_of_the_start_are_kept(
 
 
 def test_responses_that_cannot_be_kept_are_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below a file; and where what is kept is no JSON, which is replaced."""
-    responses = [Generation("red", 2, True)]
-    monkeypatch.setattr(response_cache, "cache_root", lambda: tmp_path / "file")
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=rf"responses, {tmp_path}/file/.*, cannot be used .*MIXDPO_CACHE") as told:
-        for _ in range(2):
-            assert response_cache.kept_responses({}, lambda: responses) == responses
-    assert len(told) == 1
-    for name, content in {"a": "{", "b": '{"answers": [{"text": "red"}]}'}.items():
+    """Below a file; and where the file is no store."""
+    responses = [Response("red", 2, True)]
+    for name in ("file", "folder"):
         monkeypatch.setattr(response_cache, "cache_root", lambda name=name: tmp_path / name)
-        response_cache.kept_responses({}, list)
-        (path,) = (tmp_path / name / "answers").iterdir()
-        path.write_text(content)
-        with pytest.warns(UserWarning, match=rf"responses, {path}, cannot be used"):
+        if name == "file":
+            (tmp_path / "file").write_text("")
+        else:
             assert response_cache.kept_responses({}, lambda: responses) == responses
-        assert response_cache.kept_responses({}, list) == responses  # kept
+            assert response_cache.kept_responses({}, list) == responses  # kept
+            (tmp_path / "folder/responses/responses.sqlite").write_text("no store, and long enough to be looked at" * 9)
+        with pytest.warns(
+            UserWarning, match=rf"responses, {tmp_path}/{name}/.*, cannot be used .*MIXDPO_CACHE"
+        ) as told:
+            for _ in range(2):
+                assert response_cache.kept_responses({}, lambda: responses) == responses
+        assert len(told) == 1
 
 
 def test_kept_responses_depend_on_the_code_and_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

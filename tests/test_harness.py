@@ -2,17 +2,17 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
 from test_export import write_run
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.harness import PAPERS, SHOTS, evaluate, table
+from mixdpo.evaluation.harness import PAPERS, SHOTS, evaluate
 
 pytest.importorskip("lm_eval")
 
@@ -26,20 +26,23 @@ doc_to_text: "{{{{question}}}}"
 CHOICE = """\
 output_type: multiple_choice
 doc_to_choice: "{{choices}}"
-doc_to_target: "{{response}}"
+doc_to_target: "{{answer}}"
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 LIKELIHOOD = """\
 output_type: loglikelihood
-doc_to_target: " {{choices[response]}}"
+doc_to_target: " {{choices[answer]}}"
 metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
 """
 QUESTIONS = [
-    {"question": "user red blue", "choices": ["green tea", "sun moon sea"], "answer": 0},
-    {"question": "cat dog", "choices": ["tree", "hill road"], "answer": 1},
-    {"question": "book song rain wind", "choices": ["salt", "snow"], "answer": 1},
-    {"question": "bird", "choices": ["fish red", "tea"], "answer": 0},
-    {"question": "moon sun", "choices": ["wind rain", "song book"], "answer": 0},
+    {"question": question, "choices": [one, other], "answer": answer}
+    for question, one, other, answer in (
+        ("user red blue", "green tea", "sun moon sea", 0),
+        ("cat dog", "tree", "hill road", 1),
+        ("book song rain wind", "salt", "snow", 1),
+        ("bird", "fish red", "tea", 0),
+        ("moon sun", "wind rain", "song book", 0),
+    )
 ]
 
 
@@ -73,40 +76,33 @@ def test_a_local_task_by_hand(
     run = write_run(tmp_path / "run", tiny_model, scale=0.3)
     if of == "run":
         model = PeftModel.from_pretrained(model, str(run / "adapter"))
-    found = [[log_probability(model, tokenizer, row["question"], c) for c in row["choices"]] for row in QUESTIONS]
-    right = [max(range(2), key=said.__getitem__) == row["answer"] for said, row in zip(found, QUESTIONS, strict=True)]
-    mean = sum(said[row["answer"]] for said, row in zip(found, QUESTIONS, strict=True)) / len(QUESTIONS)
-
-    evaluate(
-        str(run) if of == "run" else tiny_model,
-        "tiny_choice,tiny_likelihood",
-        out=str(tmp_path / "results.json"),
-        batch_size=2,
-        include_path=tasks,
-        dtype="float32",
-    )
+    values = [[log_probability(model, tokenizer, row["question"], c) for c in row["choices"]] for row in QUESTIONS]
+    answers = [row["answer"] for row in QUESTIONS]
+    accuracy = sum(max((0, 1), key=two.__getitem__) == a for two, a in zip(values, answers, strict=True)) / len(answers)
+    mean = sum(two[answer] for two, answer in zip(values, answers, strict=True)) / len(answers)
+    name, options = str(run) if of == "run" else tiny_model, {"include_path": tasks, "dtype": "float32"}
+    evaluate(name, "tiny_choice,tiny_likelihood", str(tmp_path / "results.json"), batch_size=2, **options)
     written = json.loads((tmp_path / "results.json").read_text())
-    accuracy = sum(right) / len(right)
     assert written["results"]["tiny_choice"]["acc,none"] == accuracy
     perplexity = written["results"]["tiny_likelihood"]["perplexity,none"]
     assert perplexity == pytest.approx(math.exp(-mean), rel=1e-4)
     assert written["adapter"] == (str(run / "adapter") if of == "run" else "none") and written["base"] == tiny_model
     assert written["n-samples"]["tiny_choice"] == {"original": 5, "effective": 5}
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     error = math.sqrt(accuracy * (1 - accuracy) / 4)  # of a mean of five
-    assert f"| tiny_choice | 0 | 5 | acc | {accuracy:.4f} | {error:.4f} |" in said
-    assert f"| tiny_likelihood | 0 | 5 | perplexity | {perplexity:.4f} |" in said
+    assert re.search(rf"\|tiny_choice *\|.*\|acc *\|.*\| *{accuracy:.4f}\|± *\| *{error:.4f}\|", printed)
+    assert re.search(rf"\|tiny_likelihood *\|.*\|perplexity *\|.*\| *{perplexity:.4f}\|", printed)
 
 
 def test_the_chat_template_and_the_limit(tiny_model: str, tasks: str, tmp_path: Path) -> None:
     run, out = write_run(tmp_path / "run", tiny_model), tmp_path / "results.json"
-    found = []
+    perplexities = []
     for apply in (False, True):
         evaluate(str(run), "tiny_likelihood", str(out), 2, include_path=tasks, apply_chat_template=apply)
         written = json.loads(out.read_text())
         assert written["n-samples"]["tiny_likelihood"]["effective"] == 2
-        found.append(written["results"]["tiny_likelihood"]["perplexity,none"])
-    assert abs(found[0] - found[1]) > 0.01
+        perplexities.append(written["results"]["tiny_likelihood"]["perplexity,none"])
+    assert abs(perplexities[0] - perplexities[1]) > 0.01
     plain = write_run(tmp_path / "plain", tiny_model, chat_template="plain")
     with pytest.raises(InputError, match="trained on plain text"):
         evaluate(str(plain), "tiny_likelihood", include_path=tasks, apply_chat_template=True)
@@ -116,9 +112,6 @@ def test_what_is_refused(tiny_model: str, tasks: str, tmp_path: Path) -> None:
     (tmp_path / "tasks" / "broken.yaml").write_text(TASK.format(name="broken", data=tmp_path / "none.jsonl") + CHOICE)
     for given, match in (
         ({"tasks": "broken"}, "'broken' could not be loaded.*none.jsonl"),
-        ({"tasks": "tiny_choice", "limit": 0}, "limit 0: each must be at least 1"),
-        ({"tasks": "tiny_choice", "batch_size": 0}, "batch_size 0"),
-        ({"tasks": "tiny_choice", "include_path": str(tmp_path / "nowhere")}, "is no folder"),
         ({"tasks": "tiny_choice", "model": str(tmp_path)}, "could not be loaded"),
     ):
         with pytest.raises(InputError, match=match):
@@ -131,7 +124,7 @@ def test_names_of_lm_evals_own_tasks(tiny_model: str, tasks: str) -> None:
 
     known = TaskManager().task_index
     assert {name for names in PAPERS.values() for name in names.split(",")} | set(SHOTS) <= set(known)
-    with pytest.raises(InputError, match=r"no task 'tiny_chioce': .*--include_path"):
+    with pytest.raises(InputError, match=r"'tiny_chioce' could not be loaded.*--include_path"):
         evaluate(tiny_model, "tiny_choice,tiny_chioce", include_path=tasks)
 
 
@@ -139,17 +132,3 @@ def test_without_lm_eval(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(InputError, match=r"pip install -c constraints.txt -e '\.\[lm-eval\]'"):
         evaluate(tiny_model)
-
-
-def test_a_table_of_groups() -> None:
-    values = {"acc,none": 0.25, "acc_stderr,none": 0.125, "f1,best": 0.5, "f1_stderr,best": "N/A", "sample_len": 7}
-    results = {"results": {"group": {"alias": "g", "name": "group", **values}}, "n-shot": {"group": 5}}
-    assert table(results, ["group"]).splitlines()[2:] == [
-        "| group | 5 | 7 | acc | 0.2500 | 0.1250 |",
-        "| group | 5 | 7 | f1 (best) | 0.5000 | – |",
-    ]
-
-
-def test_all_words_of_the_questions_are_known() -> None:
-    words = {word for row in QUESTIONS for text in (row["question"], *row["choices"]) for word in text.split()}
-    assert words <= {*WORDS, "user"}

@@ -13,7 +13,7 @@ from mixdpo.__main__ import VERBS, main
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.errors import InputError
 from mixdpo.evaluation import make_pairs as subject
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 from mixdpo.model import packaged as packaged_model
 
 BRIEF = {
@@ -23,7 +23,7 @@ BRIEF = {
 
 
 def said(*texts, ended=True):
-    return [Generation(text, len(text.split()), ended) for text in texts]
+    return [Response(text, len(text.split()), ended) for text in texts]
 
 
 def by_length(prompt_row, texts):
@@ -170,7 +170,7 @@ def canned(monkeypatch):
 
 
 def test_no_sample_that_ended_is_named_as_the_cause(tmp_path, capsys, monkeypatch):
-    cut = [Generation("tea and", 3, False)] * 2
+    cut = [Response("tea and", 3, False)] * 2
     monkeypatch.setattr(subject, "_sample", lambda model, rows, **options: [cut] * len(rows))
     command = ["make-pairs", "--model", "any", "--limit", "5", "--out", str(tmp_path / "pairs.jsonl")]
     assert main([*command, "--max_new_tokens", "3"]) == 2

@@ -14,15 +14,19 @@ from conftest import SHARED
 from test_cli import in_process
 from test_responses import responses
 
-from mixdpo.evaluation.difficulties import read_difficulties, read_gamed
-from mixdpo.evaluation.length_control import resampled_length_controlled
-from mixdpo.evaluation.win_rate import discrete_win_rate, standard_error_of_mean, win_rate
+from mixdpo.evaluation.win_rate import (
+    read_difficulties,
+    read_gamed,
+    resampled_length_controlled,
+    resampled_win_rates,
+    standard_error_of_mean,
+)
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.filterwarnings("ignore")  # it is of 2025, what it imports is newer
 COLUMNS = ["dataset", "instruction", "output", "generator", "tokens", "ended"]
-OUTPUTS = {  # instruction: (ours, the baseline's); with what a reader of JSON or of templates could trip over
+RESPONSES = {  # instruction: (ours, the baseline's); with what a reader of JSON or of templates could trip over
     "Name a fruit.": ("An apple, or {output_2}.", "Fig."),
     'Say "ß" | twice,\nplease': ("ß ß 🙂", "I would rather say it three times: ß ß ß"),
     "2024-01-02": ("", "A day."),
@@ -44,25 +48,17 @@ def official() -> Iterator[ModuleType]:
             del sys.modules["pkg_resources"]
 
 
-def outputs_file(path: Path, generator: str, outputs: Sequence[str], **columns: Any) -> Path:
-    """A file in AlpacaEval's format, made by hand."""
-    rows = [
-        {"dataset": "made", "instruction": i, "output": o, "generator": generator, "tokens": len(o), "ended": True}
-        for i, o in zip(OUTPUTS, outputs, strict=True)
-    ]
-    path.write_text(json.dumps([row | columns for row in rows], ensure_ascii=False), "utf-8")
-    return path
-
-
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
-    """Of a model and a baseline, whose order differs."""
-    ours, theirs = zip(*OUTPUTS.values(), strict=True)
-    model, baseline = (
-        outputs_file(tmp_path / f"{name}.json", name, texts) for name, texts in (("ours", ours), ("gpt", theirs))
-    )
-    baseline.write_text(json.dumps(json.loads(baseline.read_text())[::-1]))
-    return model, baseline
+def files(tmp_path: Path) -> list[Path]:
+    """Of a model and a baseline, whose order differs, in AlpacaEval's format, made by hand."""
+    paths = [tmp_path / "ours.json", tmp_path / "gpt.json"]
+    for path, texts, order in zip(paths, zip(*RESPONSES.values(), strict=True), (1, -1), strict=True):
+        rows = [
+            dict(zip(COLUMNS, ("made", instruction, text, path.stem, len(text), True), strict=True))
+            for instruction, text in zip(RESPONSES, texts, strict=True)
+        ]
+        path.write_text(json.dumps(rows[::order], ensure_ascii=False), "utf-8")
+    return paths
 
 
 def assert_official_reads(official: ModuleType, path: Path) -> None:
@@ -73,35 +69,29 @@ def assert_official_reads(official: ModuleType, path: Path) -> None:
     assert official.utils.get_generator_name(None, frame) == rows[0]["generator"]
 
 
-def test_official_reader_loads_our_format(official: ModuleType, files: tuple[Path, Path]) -> None:
+def test_official_reader_loads_what_predict_writes(
+    official: ModuleType, files: list[Path], tiny_model: str, tmp_path: Path
+) -> None:
     for path in files:
         assert_official_reads(official, path)
-        assert list(json.loads(path.read_text())[0]) == COLUMNS
-
-
-def test_official_reader_loads_what_predict_writes(official: ModuleType, tiny_model: str, tmp_path: Path) -> None:
     source = tmp_path / "prompts.json"
-    source.write_text(json.dumps([{"instruction": i, "dataset": "made"} for i in OUTPUTS]))
+    source.write_text(json.dumps([{"instruction": i, "dataset": "made"} for i in RESPONSES]))
     assert in_process(*responses("predict", "AlpacaEval", str(source), tmp_path, tiny_model)) == 0
     assert_official_reads(official, tmp_path / "tiny.json")
     rows = json.loads((tmp_path / "tiny.json").read_text("utf-8"))
-    assert [row["instruction"] for row in rows] == list(OUTPUTS) and list(rows[0]) == COLUMNS
+    assert [row["instruction"] for row in rows] == list(RESPONSES) and list(rows[0]) == COLUMNS
 
 
 def test_official_evaluation_of_our_files(
-    official: ModuleType, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    official: ModuleType, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`alpaca_eval` from files to leaderboard, but for the model behind the judge, which prefers the longer output."""
+    """`alpaca_eval` from files to leaderboard, but for the model behind the judge: the longer response wins."""
     shown: list[tuple[str, ...]] = []
 
     def longer(prompts: Sequence[str], **_: Any) -> dict[str, list[Any]]:
         shown.extend(tuple(prompt.split("<->")) for prompt in prompts)
-        lengths = [(len(first), len(second)) for _, first, second in shown[-len(prompts) :]]
-        return {
-            "completions": ["first" if a > b else "second" for a, b in lengths],
-            "price_per_example": [0.0] * len(prompts),
-            "time_per_example": [0.0] * len(prompts),
-        }
+        wins = ["first" if len(first) > len(second) else "second" for _, first, second in shown[-len(prompts) :]]
+        return {"completions": wins, **{f"{what}_per_example": [0.0] * len(wins) for what in ("price", "time")}}
 
     folder = tmp_path / "annotators" / "longer"
     folder.mkdir(parents=True)
@@ -112,34 +102,23 @@ def test_official_evaluation_of_our_files(
     monkeypatch.setattr("alpaca_eval.utils.get_multi_package_version", lambda *_: "")
 
     model, baseline = files
-    leaderboard, annotations = official.evaluate(
-        model_outputs=model,
-        reference_outputs=baseline,
-        annotators_config=folder,
-        fn_metric="get_winrate",
-        sort_by="win_rate",
-        precomputed_leaderboard=None,
-        output_path=None,
-        is_return_instead_of_print=True,
-        caching_path=None,
-    )
+    options = dict.fromkeys(("precomputed_leaderboard", "output_path", "caching_path"))
+    options |= {"fn_metric": "get_winrate", "sort_by": "win_rate", "is_return_instead_of_print": True}
+    leaderboard, annotations = official.evaluate(model, baseline, annotators_config=folder, **options)
     assert leaderboard.loc["ours", ["n_total", "n_wins", "n_wins_base", "n_draws"]].tolist() == [4, 1, 3, 0]
-    assert leaderboard.loc["ours", "avg_length"] == int(np.mean([len(ours) for ours, _ in OUTPUTS.values()]))
+    assert leaderboard.loc["ours", "avg_length"] == int(np.mean([len(ours) for ours, _ in RESPONSES.values()]))
     found = {row["instruction"]: (row["output_2"], row["output_1"], row["preference"]) for row in annotations}
-    assert found == {i: (*pair, 2.0 if len(pair[0]) > len(pair[1]) else 1.0) for i, pair in OUTPUTS.items()}
+    assert found == {i: (*pair, 2.0 if len(pair[0]) > len(pair[1]) else 1.0) for i, pair in RESPONSES.items()}
     assert {(row["generator_1"], row["generator_2"]) for row in annotations} == {("gpt", "ours")}
 
 
-@pytest.mark.parametrize(
-    "preferences",
-    [[1.0, 1.2, 1.5, 1.9], [1.5, 1.5, 2.0, 2.0], [0.0, 1.5, 1.7], [1.5 - 2**-52, 1.5 + 2**-52, 1.5, 1.0]],
-)
+@pytest.mark.parametrize("preferences", [[1.0, 1.2, 1.9], [0.0, 1.5, 2.0], [1.5 - 2**-52, 1.5 + 2**-52, 1.5, 1.0]])
 def test_official_win_rates_are_ours(official: ModuleType, preferences: list[float]) -> None:
     theirs = official.metrics.get_winrate([{"preference": p} for p in preferences])
     ours = [0.5 if p == 0 else p - 1 for p in preferences]  # 0 was its draw once
-    assert win_rate(ours) == pytest.approx(theirs["win_rate"], abs=1e-12)
-    assert discrete_win_rate(ours) == pytest.approx(theirs["discrete_win_rate"], abs=1e-12)
-    assert standard_error_of_mean(ours) == pytest.approx(theirs["standard_error"], abs=1e-12)
+    rates = [*(rate.mean for rate in resampled_win_rates(ours, samples=2)), standard_error_of_mean(ours)]
+    names = ("win_rate", "discrete_win_rate", "standard_error")
+    assert rates == pytest.approx([theirs[name] for name in names], abs=1e-12)
 
 
 @pytest.mark.shared
@@ -158,6 +137,7 @@ def test_official_length_controlled_win_rate_is_ours(
     difficulty = read_difficulties(gamed, rows["index"].tolist())
     preferences = rows["preference"] - 1
     columns = preferences, rows["len_model"], rows["len_ref"], difficulty, read_gamed(gamed)
-    ours, _ = resampled_length_controlled(*columns, samples=2)
-    assert ours.win_rate == pytest.approx(theirs["length_controlled_winrate"], abs=0.2)
-    assert discrete_win_rate(preferences) == pytest.approx(theirs["discrete_win_rate"], abs=1e-9)
+    _, ours = resampled_length_controlled(*columns, samples=2)
+    assert ours.mean == pytest.approx(theirs["length_controlled_winrate"], abs=0.2)
+    _, discrete = resampled_win_rates(preferences, samples=2)
+    assert discrete.mean == pytest.approx(theirs["discrete_win_rate"], abs=1e-9)

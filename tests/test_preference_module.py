@@ -11,6 +11,7 @@ from lightning_modules import preference as preference_module
 from lightning_modules.preference import PreferenceModule
 from mixdpo import losses
 from mixdpo.batches.batch import PairBatch
+from mixdpo.model import reference_cache
 from mixdpo.model.adapters import adapter_layers, role
 from mixdpo.model.export import save_adapter
 from mixdpo.model.forward import sequence_log_probs
@@ -94,8 +95,8 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
         return forward
 
-    for name in ("sequence_log_probs", "row_log_probs"):
-        monkeypatch.setattr(preference_module, name, counted(getattr(preference_module, name)))
+    for module, name in ((preference_module, "sequence_log_probs"), (reference_cache, "row_log_probs")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return grads
 
 

@@ -36,6 +36,11 @@ def source(tmp_path: Path) -> str:
     return write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
 
 
+def assert_same(module: Any, other: Any) -> None:
+    weights, expected = adapter_weights(module), adapter_weights(other)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
 def test_values_come_back_in_the_order_asked_for_and_only_if_all_are_known() -> None:
     first, second = ReferenceCache({"model": "a"}), ReferenceCache({"model": "a"})
     values = {completion_key([1], [i]): np.arange(i + 1, dtype=np.float32) - 0.3 for i in range(3)}
@@ -43,15 +48,12 @@ def test_values_come_back_in_the_order_asked_for_and_only_if_all_are_known() -> 
     keys = [(key, len(values[key])) for key in values][::-1]
     assert np.array_equal(second.get(keys), np.concatenate([values[key] for key, _ in keys]))  # another run's, at once
     assert second.get([*keys, (completion_key([1], [9]), 1)]) is None
-    second.add([(keys[0][0], np.zeros(3))])  # the first one stays
-    assert np.array_equal(first.get(keys[:1]), values[keys[0][0]])
+    assert second.get([(keys[0][0], 9)]) is None  # another length
     assert ReferenceCache({"model": "b"}).get(keys[:1]) is None
-
-
-def test_double_precision_is_kept() -> None:
-    cache = ReferenceCache({"model": "a"}, "float64")
-    cache.add([(b"key", np.array([1 / 3]))])
-    assert cache.get([(b"key", 1)]) == 1 / 3
+    double = ReferenceCache({"model": "a"}, "float64")
+    double.add([(b"key", np.array([1 / 3])), (b"nan", np.array([-1.0, np.nan])), (b"inf", np.array([-np.inf]))])
+    assert double.get([(b"key", 1)]) == 1 / 3
+    assert double._store.items().keys() == {b"key"}  # what is not finite is not kept
 
 
 def test_a_key_tells_prompt_from_completion_and_one_text_from_another() -> None:
@@ -68,13 +70,17 @@ def no_database(path: Path) -> None:
 
 def other_table(path: Path) -> None:
     path.unlink()
-    with closing(sqlite3.connect(path)) as database, database:
-        database.execute("CREATE TABLE log_probs (name TEXT)")
+    change("CREATE TABLE log_probs (name TEXT)", path)
 
 
 def a_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
+
+
+def change(statement: str, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
 
 
 @pytest.mark.parametrize("damage", [no_database, other_table, a_folder])
@@ -102,8 +108,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(
         on = fit(tiny_model, source, tmp_path / "on", trainer=trainer, lr=1.0)
     (said,) = [str(each.message) for each in told if "the cache of" in str(each.message)]
     assert "--runs" not in said
-    found, expected = adapter_weights(on), adapter_weights(off)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert_same(on, off)
 
 
 @pytest.mark.parametrize("fault", ["vanishes", "is full"])
@@ -113,47 +118,28 @@ def test_a_folder_that_fails_in_the_middle_of_a_run_is_done_without(fault: str) 
     if fault == "vanishes":
         shutil.rmtree(cache.path.parent)
     else:
-        pages = cache._database.execute("PRAGMA page_count").fetchone()[0]
-        cache._database.execute(f"PRAGMA max_page_count = {pages}")
+        database = cache._store._database
+        database.execute(f"PRAGMA max_page_count = {database.execute('PRAGMA page_count').fetchone()[0]}")
     with pytest.warns(UserWarning, match=rf"{cache.path}, cannot be used") as told:
         for number in range(3):
             cache.add([(bytes([number]), np.full(10_000, number))])
     assert len(told) == 1 and cache.get([(b"\x02", 10_000)])[0] == 2
 
 
-@pytest.mark.parametrize("value", [[np.nan, 1.0], [1.0, np.inf], [1.0], [1.0, 2.0, 3.0], []], ids=str)
-def test_a_kept_value_that_cannot_be_is_computed_anew(value: list[float]) -> None:
-    cache = ReferenceCache({"model": "a"})
-    cache.add([(b"key", np.array([-1.0, -2.0])), (b"other", np.array([-3.0]))])
-    damaged = np.array(value, dtype=np.float32).tobytes()
-    cache._database.execute("UPDATE log_probs SET by_token = ? WHERE key = ?", (damaged, b"key"))
-    with pytest.warns(UserWarning, match=rf"{cache.path} holds damaged log-probabilities"):
-        assert cache.get([(b"other", 1), (b"key", 2)]) is None
-    cache.add([(b"key", np.array([-1.5, -2.5]))])
-    again = ReferenceCache({"model": "a"})
-    assert np.array_equal(again.get([(b"other", 1), (b"key", 2)]), [-3.0, -1.5, -2.5])
-
-
-def test_what_is_not_finite_is_not_kept() -> None:
-    cache = ReferenceCache({"model": "a"})
-    cache.add([(b"nan", np.array([-1.0, np.nan])), (b"inf", np.array([-np.inf])), (b"right", np.array([-1.0]))])
-    assert cache._database.execute("SELECT key FROM log_probs").fetchall() == [(b"right",)]
-
-
-def test_a_damaged_value_is_no_fault_of_the_data(tiny_model: str, source: str, tmp_path: Path) -> None:
-    """All values in the file are NaN: a run that reads them trains as one without."""
-    off = adapter_weights(fit(tiny_model, source, tmp_path / "off", reference_cache=False))
+@pytest.mark.parametrize("factor", [np.nan, 0.5], ids=str)
+def test_altered_values_are_computed_anew(factor: float, tiny_model: str, source: str, tmp_path: Path) -> None:
+    """A run that reads such a file trains as one without a file, and leaves the right values in the file."""
+    off = fit(tiny_model, source, tmp_path / "off", reference_cache=False)
     fit(tiny_model, source, tmp_path / "first")
     (file,) = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
     with closing(sqlite3.connect(file)) as database, database:
-        rows = database.execute("SELECT key, by_token FROM log_probs").fetchall()
-        damaged = [(np.full(len(value) // 4, np.nan, dtype=np.float32).tobytes(), key) for key, value in rows]
-        database.executemany("UPDATE log_probs SET by_token = ? WHERE key = ?", damaged)
-    with pytest.warns(UserWarning, match=rf"{file} holds damaged log-probabilities"):
-        on = adapter_weights(fit(tiny_model, source, tmp_path / "on"))
-    assert all(torch.equal(on[key], off[key]) for key in off)
+        rows = database.execute("SELECT key, value FROM entries").fetchall()
+        altered = [((factor * np.frombuffer(value, np.float32)).tobytes(), key) for key, value in rows]
+        database.executemany("UPDATE entries SET value = ? WHERE key = ?", altered)
+    with pytest.warns(UserWarning, match=rf"{file} holds damaged .*log-probabilities: these are computed anew"):
+        assert_same(fit(tiny_model, source, tmp_path / "on"), off)
     with closing(sqlite3.connect(file)) as database:
-        assert sorted(database.execute("SELECT key, by_token FROM log_probs")) == sorted(rows)
+        assert sorted(database.execute("SELECT key, value FROM entries")) == sorted(rows)
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -171,54 +157,45 @@ def test_a_batch_names_the_completions_that_the_reference_sees(share_prompt: boo
 def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(
     tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {}
+    modules = {}
     runs = [("off", False, 6 + 2), ("cold", True, 3 + 1), ("warm", True, 0)]  # of two epochs of three steps
     for name, cache, expected in runs:
         with monkeypatch.context() as patch:
             grads = forwards(patch)
             trainer = {"max_epochs": 2, "limit_val_batches": 1.0}
             data = {"routing": Routing(hard_fraction=0), "validation": 0.1, "eval_batch_size": 8}
-            module = fit(tiny_model, source, tmp_path / name, trainer=trainer, data=data, reference_cache=cache)
+            modules[name] = fit(tiny_model, source, tmp_path / name, trainer=trainer, data=data, reference_cache=cache)
         validations = grads.count(False) - expected
         assert grads.count(True) == 6 and validations == 2, name  # the policy's own, without gradient
-        found[name] = {key: value for key, value in adapter_weights(module).items()}
-    for name in ("cold", "warm"):
-        assert all(torch.equal(found[name][key], value) for key, value in found["off"].items()), name
+    assert_same(modules["cold"], modules["off"])
+    assert_same(modules["warm"], modules["off"])
 
 
-def test_hard_pairs_are_never_computed(tiny_model: str, source: str, tmp_path: Path) -> None:
-    fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0.5)})
-    (file,) = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
-    with closing(sqlite3.connect(file)) as found:
-        assert found.execute("SELECT count(*) FROM log_probs").fetchone() == (2 * 6,)
-
-
-def test_no_file_for_a_loss_without_reference_or_where_it_is_switched_off(
-    tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_what_is_kept_and_what_never_is(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """No hard pair, and nothing for a loss without reference or where it is switched off."""
     fit(tiny_model, source, tmp_path / "a", preference_loss=losses.SimPO())
     fit(tiny_model, source, tmp_path / "b", reference_cache=False)
     assert not (mixdpo.model.reference_cache.cache_root() / "reference").exists()
+    fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0.5)})
+    (file,) = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
+    with closing(sqlite3.connect(file)) as kept:
+        assert kept.execute("SELECT count(*) FROM entries").fetchone() == (2 * 6,)
 
 
 def test_a_refreshed_reference_is_another_one(tiny_model: str, source: str, tmp_path: Path) -> None:
     """Two epochs with a refresh every two steps: what was kept of an old reference would change the training."""
-    found = []
+    modules = []
     for name, cache in [("off", False), ("on", True), ("again", True)]:
         trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
-        module = fit(tiny_model, source, tmp_path / name, trainer=trainer, reference_cache=cache, lr=1.0)
-        found.append(adapter_weights(module))
-    assert all(torch.equal(found[0][key], other[key]) for other in found[1:] for key in found[0])
-    assert (
-        len(list(mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite"))) == 3
-    )  # the base and two refreshed ones
+        modules.append(fit(tiny_model, source, tmp_path / name, trainer=trainer, reference_cache=cache, lr=1.0))
+    assert_same(modules[1], modules[0])
+    assert_same(modules[2], modules[0])
+    files = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
+    assert len(list(files)) == 3  # the base and two refreshed ones
 
 
 def test_another_adapter_to_start_from_is_another_reference(tiny_model: str, source: str, tmp_path: Path) -> None:
     fit(tiny_model, source, tmp_path / "first", lr=1.0)
-    found = []
-    for cache in (False, True):
-        adapter = str(tmp_path / "first/adapter")
-        module = fit(tiny_model, source, tmp_path / str(cache), adapter=adapter, reference_cache=cache, lr=1.0)
-        found.append(adapter_weights(module))
-    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    options = {"adapter": str(tmp_path / "first/adapter"), "lr": 1.0}
+    off, on = (fit(tiny_model, source, tmp_path / str(c), reference_cache=c, **options) for c in (False, True))
+    assert_same(on, off)

@@ -3,6 +3,8 @@
 import json
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from datamodules.prompts import PromptDataModule
 from lightning_modules.responses import ResponseModule
 from mixdpo.errors import InputError
 from mixdpo.evaluation import generation
-from mixdpo.evaluation.formats import GSM8K, AlpacaEval, Answered, ArenaHard, Constraints, MTBench, Prompt
-from mixdpo.evaluation.generation import Generation, generate
+from mixdpo.evaluation.formats import GSM8K, AlpacaEval, ArenaHard, Constraints, MTBench, Prompt, PromptResponses
+from mixdpo.evaluation.generation import Response, generate
 from mixdpo.model.loading import load_base, load_tokenizer
+from mixdpo.storage.store import read_store
 
 GSM = GSM8K()
 
@@ -80,33 +83,30 @@ def test_second_turn_follows_the_first_response(tiny_model, tmp_path):
         assert row["generate_params"]["tokens"][1] == alone.tokens
 
 
-@pytest.mark.parametrize("dies_at", [6, 7])
-def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch, dies_at):
-    """Sampled, with a temperature for each category: cut off between batches or between the temperatures of one, and in
-    the middle of a line."""
+def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
+    """Sampled, with a temperature for each category: cut off between the temperatures of a batch, then between
+    batches."""
     source = write_rows(tmp_path / "question.jsonl", questions(8))
     more = ("--model.temperature", "{writing: 0.9, math: 0.7}")
-    arguments = responses("predict", "MTBench", source, tmp_path / "whole", tiny_model, *more)
-    assert in_process(*arguments) == 0
+    assert in_process(*responses("predict", "MTBench", source, tmp_path / "whole", tiny_model, *more)) == 0
     whole = untimed(read(tmp_path / "whole/tiny.jsonl"))
-    arguments[arguments.index(str(tmp_path / "whole"))] = str(tmp_path / "cut")
+    arguments = responses("predict", "MTBench", source, tmp_path / "cut", tiny_model, *more)
     real, calls = generation._complete, []
+    kept = tmp_path / "cut/tiny.responses.sqlite"
 
     def dies(*inputs: Any, **options: Any) -> Any:
         calls.append(1)
-        if len(calls) == dies_at:
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return real(*inputs, **options)
 
     monkeypatch.setattr(generation, "_complete", dies)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        in_process(*arguments)
-        raise SystemExit  # Lightning may take the interrupt for a wish to stop
-    monkeypatch.setattr(generation, "_complete", real)
-    kept = tmp_path / "cut/tiny.responses.jsonl"
-    lines = kept.read_text().splitlines(keepends=True)
-    assert 2 <= len(lines) < 9 and not (tmp_path / "cut/tiny.jsonl").exists()
-    kept.write_text("".join(lines) + '{"key": "88", "answ')
+    for _ in range(2):
+        calls.clear()
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            in_process(*arguments)
+            raise SystemExit  # Lightning may take the interrupt for a wish to stop
+        assert 1 <= len(read_store(kept, "responses", "")[1]) < 8 and not (tmp_path / "cut/tiny.jsonl").exists()
     monkeypatch.setattr(generation, "_complete", lambda *i, **o: calls.append(2) or real(*i, **o))
     assert in_process(*arguments) == 0
     assert untimed(read(tmp_path / "cut/tiny.jsonl")) == whole
@@ -117,45 +117,44 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch, die
 
 
 def test_what_is_interrupted_goes_on_as_it_began(tiny_model, tmp_path, monkeypatch, capsys):
-    """On a GPU whose memory had room for a copy at first, and has none when the same command is given again."""
+    """On a GPU whose memory had room for a copy at first, and has none when the same command is given again. No copy is
+    made where no response is missing."""
     source = write_rows(tmp_path / "question.jsonl", questions(3, turns=1))
     command = responses("predict", "MTBench", source, tmp_path, tiny_model)
     for dtype in (torch.float32, None):
         monkeypatch.setattr("lightning_modules.responses.generation_dtype", lambda *_, dtype=dtype: dtype)
         assert in_process(*command) == 0, capsys.readouterr().err
+        monkeypatch.setattr("lightning_modules.responses.merged_copy", None)
 
 
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        (("--model.max_new_tokens", "5"), "sampling.max_new_tokens: "),
-        (("--model.seed", "1"), "sampling.seed: "),
-        (("--data.limit", "3"), "prompts: "),
-        (("--data.source", "OTHER IDS"), "prompts: "),
-    ],
-)
-def test_other_responses_are_not_continued(tiny_model, tmp_path, capsys, more, named):
+def test_other_responses_are_not_continued(tiny_model, tmp_path, capsys):
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
     assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model)) == 0
-    before = (tmp_path / "tiny.responses.jsonl").read_bytes()
+    before = (tmp_path / "tiny.responses.sqlite").read_bytes()
     other = write_rows(tmp_path / "other.jsonl", [row | {"question_id": -i} for i, row in enumerate(questions(4, 1))])
-    more = [other if word == "OTHER IDS" else word for word in more]
-    assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model, *more)) == 1
-    assert named in capsys.readouterr().err and (tmp_path / "tiny.responses.jsonl").read_bytes() == before
+    for option, value, named in (
+        ("--model.max_new_tokens", "5", "sampling.max_new_tokens: "),
+        ("--model.seed", "1", "sampling.seed: "),
+        ("--data.limit", "3", "prompts: "),
+        ("--data.source", other, "prompts: "),
+    ):
+        assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model, option, value)) == 1
+        assert named in capsys.readouterr().err
+    assert (tmp_path / "tiny.responses.sqlite").read_bytes() == before
 
 
 def test_official_forms():
-    said = Generation("A response.", 4, True)
+    said = Response("A response.", 4, True)
     alpaca = AlpacaEval()
     asked = alpaca(1, {"instruction": "Why?", "dataset": "koala"})
-    (row,) = alpaca.rows([Answered(asked, (said,))], "mine")
+    (row,) = alpaca.rows([PromptResponses(asked, (said,))], "mine")
     assert row == {
         **{"dataset": "koala", "instruction": "Why?", "output": "A response.", "generator": "mine"},
         **{"tokens": 4, "ended": True},
     }
     arena = ArenaHard()
     asked = arena(1, {"uid": "u1", "prompt": "Why?", "category": "hard_prompt"})
-    (row,) = arena.rows([Answered(asked, (said,))], "mine")
+    (row,) = arena.rows([PromptResponses(asked, (said,))], "mine")
     assert (row["uid"], row["model"], row["metadata"]["token_len"]) == ("u1", "mine", 4)
     assert row["messages"] == [
         {"role": "user", "content": "Why?"},
@@ -164,7 +163,7 @@ def test_official_forms():
     bench = MTBench()
     hub = bench(1, {"prompt_id": 5, "category": "math", "prompt": ["One?", "Two?"], "reference": []})
     official = bench(2, {"question_id": 4, "category": "math", "turns": ["One?", "Two?"]})
-    rows = bench.rows([Answered(hub, (said, said)), Answered(official, (said, said))], "mine")
+    rows = bench.rows([PromptResponses(hub, (said, said)), PromptResponses(official, (said, said))], "mine")
     assert [row["question_id"] for row in rows] == [4, 5]  # as FastChat sorts them
     assert rows[0]["choices"] == [{"index": 0, "turns": ["A response.", "A response."]}]
     assert rows[0]["model_id"] == "mine" and rows[0]["answer_id"] != rows[1]["answer_id"]
@@ -195,36 +194,17 @@ def test_same_id_twice_is_named(tmp_path):
         PromptDataModule(source, ArenaHard()).setup("predict")
 
 
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("2 + 2 = 5, so\n#### 4", 1),
-        ("#### $1,204.00 for all", 0),
-        ("It is 4.", 1),
-        ("4 apples and 5 pears", 0),
-        ("no number", 0),
-        ("#### -4", 0),
-        ("", 0),
-        ("#### 1. Add\n2 + 2 = 4\n#### 4", 1),
-        ("#### 1) Add them\nIt is 4", 1),
-        ("##### 12. Add them\nIt is 4", 1),
-        ("#### 4. She has 4 of 20", 1),
-        ("#### 4\n\nQuestion: next one\n#### 10", 1),
-        ("#### 4. That is all", 1),
-    ],
-)
-def test_gsm8k_by_hand(text, score):
-    assert GSM.score(GSM(1, {"question": "2 + 2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}), text) == score
-
-
-def test_gsm8k_reads_numbers_as_they_are_written():
+def test_gsm8k_by_hand():
+    prompt = GSM(1, {"question": "2 + 2?", "answer": "2+2=<<2+2=4>>4\n#### 4"})
+    right = ["2 + 2 = 5, so\n#### 4", "It is 4.", "#### 1. Add\n2 + 2 = 4\n#### 4", "#### 1) Add them\nIt is 4"]
+    right += ["##### 12. Add them\nIt is 4", "#### 4. She has 4 of 20", "#### 4\n\nQuestion: next one\n#### 10"]
+    right += ["#### 4. That is all"]
+    wrong = ["#### $1,204.00 for all", "4 apples and 5 pears", "no number", "#### -4", ""]
+    scores = {text: GSM.score(prompt, text) for text in right + wrong}
+    assert scores == {**dict.fromkeys(right, 1), **dict.fromkeys(wrong, 0)}
     prompt = GSM(1, {"question": "How much?", "answer": "#### 1,204"})
-    assert [GSM.score(prompt, text) for text in ("#### $1,204.00", "It costs 1204.", "1,204", "#### 1205")] == [
-        1,
-        1,
-        1,
-        0,
-    ]
+    texts = ("#### $1,204.00", "It costs 1204.", "1,204", "#### 1205")
+    assert [GSM.score(prompt, text) for text in texts] == [1, 1, 1, 0]
 
 
 @pytest.mark.shared
@@ -290,45 +270,26 @@ def test_gold_score_and_paired_difference(tiny_model, tmp_path, capsys):
 
 
 def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
-    """The responses are the policy's, merged or not, asked with the template of training."""
+    """The responses are the policy's, merged or not, asked with the template of training. A PEFT folder does not say
+    quantization and dtype: they are what is said here."""
     from test_export import write_run
 
     run = write_run(tmp_path / "run", tiny_model, scale=0.5)
+    shutil.copytree(run / "adapter", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": tiny_model}))
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
-    found = {}
+    choices = {}
     for name, more in {
         "base": (),
         "policy": ("--model.run", str(run)),
         "merged": ("--model.run", str(run), "--model.dequantise", "true"),
         "adapter": ("--model.adapter", str(run / "adapter")),
+        "peft": ("--model.run", str(tmp_path / "peft")),
     }.items():
         assert in_process(*responses("predict", "MTBench", source, tmp_path / name, tiny_model, *more)) == 0
-        found[name] = [row["choices"] for row in read(tmp_path / name / "tiny.jsonl")]
-    assert found["policy"] == found["merged"] == found["adapter"] != found["base"]
-
-
-def test_run_may_be_a_peft_folder(tiny_model, tmp_path):
-    """Then quantization and dtype are what is said here, as the folder does not say them."""
-    from test_export import write_run
-
-    run, found = write_run(tmp_path / "run", tiny_model, scale=0.5), []
-    shutil.copytree(run / "adapter", tmp_path / "peft")
-    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
-    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": tiny_model}))
-    source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
-    for folder in (run, tmp_path / "peft"):
-        command = responses("predict", "MTBench", source, tmp_path / f"of_{folder.name}", tiny_model)
-        assert in_process(*command, "--model.run", str(folder)) == 0
-        found.append([row["choices"] for row in read(tmp_path / f"of_{folder.name}/tiny.jsonl")])
-    assert found[0] == found[1]
-
-
-def test_nothing_is_merged_where_nothing_is_missing(tiny_model, tmp_path, monkeypatch):
-    source = write_rows(tmp_path / "question.jsonl", questions(2, turns=1))
-    command = responses("predict", "MTBench", source, tmp_path, tiny_model, "--model.dequantise", "true")
-    assert in_process(*command) == 0
-    monkeypatch.setattr("lightning_modules.responses.merged_copy", None)
-    assert in_process(*command) == 0
+        choices[name] = [row["choices"] for row in read(tmp_path / name / "tiny.jsonl")]
+    assert choices["policy"] == choices["merged"] == choices["adapter"] == choices["peft"] != choices["base"]
 
 
 def test_a_prompt_that_cannot_be_asked_is_named_by_its_id(tiny_model, tmp_path, capsys):
@@ -364,27 +325,32 @@ class Echo(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
+@contextmanager
+def serving(handler: Any) -> Iterator[tuple[Any, str]]:
+    """A server and its URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server, f"http://127.0.0.1:{server.server_address[1]}/v1"
+        server.shutdown()
+
+
 def test_responses_of_a_server(tmp_path, capsys):
     """Two turns by an OpenAI-compatible server; the key is in no file."""
     source = write_rows(tmp_path / "question.jsonl", questions(4))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
-        server.asked = []  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OPENAI_API_KEY", "sk-secret")
-            arguments = responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
-            assert in_process(*arguments) == 0
-        server.shutdown()
+    with serving(Echo) as (server, url), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", "sk-secret")
+        arguments = responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
+        assert in_process(*arguments) == 0
     rows = read(tmp_path / "tiny.jsonl")
     for row, question in zip(rows, questions(4), strict=True):
         said = [" ".join(turn.upper().split()[:2]) for turn in question["turns"]]
         assert row["choices"] == [{"index": 0, "turns": said}]
         assert row["generate_params"]["ended"] == [len(turn.split()) == 2 for turn in question["turns"]]
-    assert len(server.asked) == 9 and server.asked[0]["max_tokens"] == 6  # type: ignore[attr-defined]
-    assert {len(body["messages"]) for body in server.asked} == {1, 3}  # type: ignore[attr-defined]
+    assert len(server.asked) == 9 and server.asked[0]["max_tokens"] == 6
+    assert {len(body["messages"]) for body in server.asked} == {1, 3}
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("tiny*"))
-    (tmp_path / "tiny.responses.jsonl").unlink()
+    (tmp_path / "tiny.responses.sqlite").unlink()
     assert in_process(*arguments, "--model.adapter", "x") == 1
     assert "model.server has its own model" in capsys.readouterr().err
 
@@ -405,19 +371,15 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
     rows[1]["turns"][1] = "moon " * 500
     source = write_rows(tmp_path / "question.jsonl", rows)
     handler = type("Short", (Echo,), {"do_POST": refuse})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.asked = []  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    with serving(handler) as (server, url):
         arguments = responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
         assert in_process(*arguments) == 1
         said = " ".join(capsys.readouterr().err.split())
         assert "does not answer 1 prompts (first: 82: HTTP 400" in said and "lower model.max_new_tokens" in said
-        assert len(read(tmp_path / "tiny.responses.jsonl")) == 1 + 2
-        asked, served = len(server.asked), server.asked[:]  # type: ignore[attr-defined]
+        assert len(read_store(tmp_path / "tiny.responses.sqlite", "responses", "")[1]) == 2
+        asked, served = len(server.asked), server.asked[:]
         assert in_process(*arguments) == 1
-        assert len(server.asked) == asked + 1  # type: ignore[attr-defined]  # the first turn of the one that failed
-        server.shutdown()
+        assert len(server.asked) == asked + 1  # the first turn of the one that failed
     assert len({body["seed"] for body in served}) == 3 + 2
 
 
@@ -429,12 +391,9 @@ def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
         self.send_error(404)
 
     handler = type("Missing", (Echo,), {"do_POST": refuse})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
+    with serving(handler) as (_, url):
         source = write_rows(tmp_path / "question.jsonl", questions(1))
         assert in_process(*responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)) == 1
-        server.shutdown()
     said = capsys.readouterr().err
     assert "check the model's name and the server's URL" in said and "--base_url" not in said
 
@@ -443,7 +402,7 @@ def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
     ("options", "message"),
     [
         ({}, "Give model.run, or model.base"),
-        ({"run": "nowhere", "adapter": "x"}, "model.adapter goes with model.base"),
+        ({"run": "nowhere", "adapter": "x"}, "model.run has its own adapter"),
         ({"run": "nowhere"}, "nowhere"),
     ],
 )

@@ -22,17 +22,17 @@ def judging(tiny_model, tmp_path):
         rows = [{"instruction": WORDS[i], "output": text, "generator": who} for i, text in enumerate(texts)]
         (tmp_path / f"{who}.json").write_text(json.dumps(rows))
     model = classifier(tmp_path / "reward", tiny_model, "llama", 1)
-    files = {"outputs": str(tmp_path / "model.json"), "baseline": str(tmp_path / "baseline.json")}
+    files = {"responses": str(tmp_path / "model.json"), "baseline": str(tmp_path / "baseline.json")}
     return {**files, "model": model, "reward_model": True, "out": str(tmp_path / "verdicts.jsonl")}
 
 
-def score(name: str, instruction: str, text: str) -> float:
+def score(name: str, row: dict[str, str]) -> float:
     tokenizer = AutoTokenizer.from_pretrained(name)
-    chat = [{"role": "user", "content": instruction}, {"role": "assistant", "content": text}]
+    roles = {"user": row["instruction"], "assistant": row["output"]}
+    chat = [{"role": role, "content": content} for role, content in roles.items()]
     ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False).strip(), add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        model = AutoModelForSequenceClassification.from_pretrained(name).eval()
-        return float(model(torch.tensor([ids])).logits.item())
+        return float(AutoModelForSequenceClassification.from_pretrained(name).eval()(torch.tensor([ids])).logits.item())
 
 
 def test_preference_is_the_sigmoid_of_the_difference(judging, tmp_path, capsys):
@@ -43,14 +43,14 @@ def test_preference_is_the_sigmoid_of_the_difference(judging, tmp_path, capsys):
     rows = {who: json.loads((tmp_path / f"{who}.json").read_text()) for who in ("model", "baseline")}
     assert [verdict.index for verdict in file.verdicts] == list(range(5))
     for verdict in file.verdicts[:4]:
-        here = [rows[who][verdict.index] for who in ("model", "baseline")]
-        scores = [score(judging["model"], row["instruction"], row["output"]) for row in here]
+        scores = [score(judging["model"], rows[who][verdict.index]) for who in ("model", "baseline")]
         expected = torch.tensor(scores[0] - scores[1], dtype=torch.float64).sigmoid().item()
         assert verdict.preference == pytest.approx(expected, rel=1e-4)
         assert (verdict.source, verdict.order, verdict.judge_prompt_tokens) == ("reward_model", "model_first", None)
     assert file.verdicts[4].failed.startswith("too long: ") and "reads 256" in file.verdicts[4].failed
-    said = capsys.readouterr().out
-    assert "has 2 of the 5 verdicts" in said and "judged 4 of 5, failed 1" in said and "position bias" not in said
+    printed = capsys.readouterr().out
+    assert "has 2 of the 5 verdicts" in printed and "judged 4 of 5, failed 1" in printed
+    assert "position bias" not in printed
 
 
 def test_another_reward_model_is_another_judgement(judging, tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import pytest
 from mixdpo.errors import InputError
 from mixdpo.evaluation import score as verb
 from mixdpo.evaluation.score import score
-from mixdpo.evaluation.verdicts import VERDICTS
+from mixdpo.evaluation.verdicts import Verdict, VerdictsWriter, read_verdicts
 
-HEADER = {"format": VERDICTS.name}
-HEADER |= {"model": "ours", "baseline": "gpt", "outputs": "0f", "judge": {"model": "j", "seed": 0}}
+HEADER = {"model": "ours", "baseline": "gpt", "outputs": "0f", "judge": {"model": "j", "seed": 0}}
 NAME = "length-controlled win rate without instruction difficulty and gamed baselines"
 GAMED = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"
 
@@ -22,19 +22,20 @@ GAMED = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_b
 BOTH = {"model": "j", "order": "both"}
 
 
-def verdict(index: int, preference: float | str, order: str = "model_first", **changes: Any) -> dict[str, Any]:
-    """A line of a verdicts file; a text instead of a preference is why it failed."""
+def verdict(index: int, preference: float | str, order: str = "model_first", **changes: Any) -> Verdict:
+    """A text instead of a preference is why it failed."""
     failed = isinstance(preference, str)
-    result = {"failed": preference} if failed else {"preference": preference, "from": "log_probs"}
+    result = {"preference": None if failed else preference, "failed": preference if failed else None}
     lengths = {"len_model": 100 + 7 * index**2, "len_baseline": 120 + 3 * index, "tokens": 10 * index, "ended": True}
-    judged = {"index": index, "order": order, "judge_prompt_tokens": None, "judge_completion_tokens": None}
-    return judged | lengths | result | changes
+    judged = {"judge_prompt_tokens": None, "judge_completion_tokens": None, "source": None if failed else "log_probs"}
+    return Verdict(index=index, order=order, **(judged | lengths | result | changes))
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]], prompts: int | None = None, **header: Any) -> str:
-    count = prompts if prompts is not None else 1 + max(row["index"] for row in rows)
-    lines = [HEADER | {"prompts": count} | header, *rows]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def write(path: Path, verdicts: Sequence[Verdict], prompts: int | None = None, **header: Any) -> str:
+    count = prompts if prompts is not None else 1 + max(verdict.index for verdict in verdicts)
+    path.unlink(missing_ok=True)
+    with VerdictsWriter(path, HEADER | {"prompts": count} | header) as writer:
+        writer.keep(*verdicts)
     return str(path)
 
 
@@ -59,13 +60,13 @@ def test_one_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table["prompts judged"][0] == "4"
     assert table["prompts left out"][0] == "3"
     assert table["why left out"][0] == "not judged yet: 2; no letter: 1"
-    # all five outputs, the one whose verdict failed as well: 100, 107, 128, 163, 0 and 120, 123, …, 132
-    assert table["length of the model's outputs, characters"][0] == "99.6"
-    assert table["length of the baseline's outputs, characters"][0] == "126.0"
-    assert table["length of the model's outputs, tokens"][0] == "20.0"
-    assert table["outputs that ended by themselves, %"][0] == "100.0"
-    assert table["empty outputs, %"][0] == "20.0"
-    assert table["preference for the output shown first, %"][0] == "n/a"
+    # all five responses, the one whose verdict failed as well: 100, 107, 128, 163, 0 and 120, 123, …, 132
+    assert table["length of the model's responses, characters"][0] == "99.6"
+    assert table["length of the baseline's responses, characters"][0] == "126.0"
+    assert table["length of the model's responses, tokens"][0] == "20.0"
+    assert table["responses that ended by themselves, %"][0] == "100.0"
+    assert table["empty responses, %"][0] == "20.0"
+    assert table["preference for the response shown first, %"][0] == "n/a"
 
 
 def test_both_orders_count_with_their_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +81,7 @@ def test_both_orders_count_with_their_mean(tmp_path: Path, capsys: pytest.Captur
     assert table["discrete win rate, %"][0] == "50.00"
     assert table["why left out"][0] == "timeout: 1; judged in one order only: 1"
     # the model first: 0.7, 0.6, 0.3, 1, 1; the baseline first: 1 minus 0.5, 0.4, 0.1
-    assert table["preference for the output shown first, %"][0] == f"{100 * (3.6 / 5 + 2 / 3) / 2:.1f}"
+    assert table["preference for the response shown first, %"][0] == f"{100 * (3.6 / 5 + 2 / 3) / 2:.1f}"
 
 
 def test_one_order_of_two_is_no_verdict(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_lengths_beside_a_difference_are_of_the_same_prompts(
     paths = [write(tmp_path / name, there, model=name) for name, there in (("a", rows + long), ("b", rows))]
     score(*paths, samples=10)
     printed = capsys.readouterr().out.splitlines()
-    for name in ("length of the model's outputs, characters", "length of the baseline's outputs, characters"):
+    for name in ("length of the model's responses, characters", "length of the baseline's responses, characters"):
         lines = [line for line in printed if name in line]
         assert len(lines) == 2 and len(set(lines)) == 1, lines
 
@@ -106,15 +107,15 @@ def test_lengths_beside_a_difference_are_of_the_same_prompts(
 def test_a_strong_model_in_random_order_is_no_position_bias(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [verdict(i, 0.8, "baseline_first" if i % 4 else "model_first") for i in range(8)]
     score(write(tmp_path / "v.jsonl", rows), samples=10)
-    assert cells(capsys.readouterr().out)["preference for the output shown first, %"][0] == "50.0"
+    assert cells(capsys.readouterr().out)["preference for the response shown first, %"][0] == "50.0"
 
 
 def test_what_the_file_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [verdict(i, 0.1 + 0.2 * i, tokens=None, ended=None) for i in range(4)]
     score(write(tmp_path / "v.jsonl", rows, model="a|b"), samples=10)
     table = cells(capsys.readouterr().out)
-    assert table["length of the model's outputs, tokens"][0] == "n/a"
-    assert table["outputs that ended by themselves, %"][0] == "n/a"
+    assert table["length of the model's responses, tokens"][0] == "n/a"
+    assert table["responses that ended by themselves, %"][0] == "n/a"
     assert r"a\|b" in table
     assert "why left out" not in table
 
@@ -136,9 +137,8 @@ def test_no_length_control_is_no_reason_to_hide_the_win_rate(
 def two_models(folder: Path, **header: Any) -> tuple[str, str]:
     rng = np.random.default_rng(0)
     ours = [verdict(i, round(p, 3)) for i, p in enumerate(rng.uniform(size=12))]
-    theirs = [row | {"preference": 0.9 * row["preference"], "len_model": 80 + 11 * row["index"]} for row in ours[2:]]
-    theirs[-1] |= {"failed": "timeout"}
-    del theirs[-1]["preference"]
+    theirs = [replace(v, preference=0.9 * v.preference, len_model=80 + 11 * v.index) for v in ours[2:]]
+    theirs[-1] = replace(theirs[-1], preference=None, failed="timeout")
     a = write(folder / "a.jsonl", ours)
     return a, write(folder / "b.jsonl", theirs, prompts=12, **({"model": "other", "outputs": "1e"} | header))
 
@@ -155,7 +155,7 @@ def test_two_models_over_the_prompts_that_both_have(tmp_path: Path, capsys: pyte
     (ours, theirs), difference = content["models"], content["differences"]
     assert (content["prompts"], ours["judged"], theirs["judged"]) == (9, 12, 9)
     assert theirs["left_out"] == {"not judged yet": 2, "timeout": 1}
-    shared = [json.loads(line)["preference"] for line in Path(a).read_text().splitlines()[3:12]]
+    shared = [verdict.preference for verdict in read_verdicts(a).verdicts[2:11]]
     assert ours["rates"]["win rate"]["value"] == pytest.approx(100 * np.mean(shared))
     assert difference["win rate"]["value"] == pytest.approx(10 * np.mean(shared))
     assert difference["win rate"]["standard_error"] < 0.2 * ours["rates"]["win rate"]["standard_error"]
@@ -174,11 +174,11 @@ def test_models_of_one_name_go_by_their_files(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ({"baseline": "davinci"}, r"differ in the baseline \(gpt and davinci\): judge both models alike"),
-        ({"judge": {"model": "k", "seed": 0}}, r"the judge's model \(j and k\)"),
+        ({"baseline": "davinci"}, "differ in baseline: gpt there, davinci here: judge both models alike"),
+        ({"judge": {"model": "k", "seed": 0}}, r"judge\.model: j there, k here"),
         (
             {"judge": {"model": "j", "order": "random"}},
-            r"the judge's seed \(0 and None\); the judge's order \(None and random\)",
+            r"judge\.seed: 0 there, None here; judge\.order: None there, random here",
         ),
     ],
 )
@@ -236,23 +236,23 @@ def test_difficulty_and_gamed_baselines(tmp_path: Path, capsys: pytest.CaptureFi
     ("option", "content", "said"),
     [
         ("difficulty", "index,difficulty\n0,1\n", "lacks the column instruction_difficulty; it has index, difficulty"),
-        ("difficulty", "", "lacks the column index, instruction_difficulty"),
+        ("difficulty", "", "no difficulty for 6 of the 6"),
         (
             "difficulty",
             "index,instruction_difficulty\n0,1\n1,2\n",
             r"no difficulty for 4 of the 6 .*\(first: index 2\)",
         ),
-        ("difficulty", "index,instruction_difficulty\n0,1\n0,2\n", "line 3: index 0 has another difficulty above"),
+        ("difficulty", "index,instruction_difficulty\n0,1\n0,2\n", "row 2: index 0 needs one finite"),
         (
             "difficulty",
             "index,instruction_difficulty\n0,x\n",
-            "line 2: index, instruction_difficulty should be numbers",
+            "row 1: index, instruction_difficulty should be numbers",
         ),
-        ("difficulty", "index,instruction_difficulty\n0\n", "line 2: index, instruction_difficulty should be numbers"),
-        ("difficulty", "index,instruction_difficulty\n0,\n", "line 2: a number is missing or not finite"),
+        ("difficulty", "index,instruction_difficulty\n0\n", "row 1: cannot be read: ValueError: 1 values"),
+        ("difficulty", "index,instruction_difficulty\n0,\n", "row 1: index 0 needs one finite"),
         ("gamed", "index,preference\n0,0.5\n", "lacks the column std_delta_len, instruction_difficulty, not_gamed"),
-        ("gamed", GAMED + "0,m,1.5,0,0,False\n", "each preference should be from 0 to 1"),
-        ("gamed", GAMED + "0,m,0.5,0,0,2\n", "not_gamed_baseline True or False"),
+        ("gamed", GAMED + "0,m,1.5,0,0,False\n", "each preference from 0 to 1"),
+        ("gamed", GAMED + "0,m,0.5,0,0,2\n", "not_gamed_baseline should be True or False"),
         ("gamed", GAMED + "0,m,,0,0,False\n", "on at least one row"),
         ("gamed", None, "cannot be read"),
     ],

@@ -180,15 +180,16 @@ def test_a_full_disk_is_met_where_the_file_is_made(cache: Path) -> None:
     assert status.st_blocks * 512 >= status.st_size  # no holes
 
 
-def test_a_kept_loss_that_is_not_finite_is_computed_anew(model, pool, expected, cache, monkeypatch):
+def test_a_kept_loss_that_is_damaged_is_computed_anew(model, pool, expected, cache, monkeypatch):
     losses = open_losses(len(pool), {"model": "a"})
     losses[:] = 77.0
     losses[pool.tokens([3])], losses[pool.tokens([5])[:1]] = np.inf, np.nan
-    with pytest.warns(UserWarning, match=rf"{cache}/\w+\.npy holds losses that are not finite"):
+    np.load(losses.filename, mmap_mode="r+")[pool.tokens([4])] *= 0.1  # by something else
+    with pytest.warns(UserWarning, match=rf"{cache}/\w+\.npy holds damaged losses"):
         again = open_losses(len(pool), {"model": "a"})
     shutil.rmtree(cache)  # a folder that vanishes while tokens are scored
     add_losses(again, model, "policy", pool, range(len(pool.samples)))
-    anew = pool.tokens([3, 5])
+    anew = pool.tokens([3, 4, 5])
     np.testing.assert_allclose(again[anew], expected["policy"][anew], rtol=0, atol=1e-5)
     assert (np.delete(again, anew) == 77).all()
     log_probs = mixdpo.token_cleaning.scoring.row_log_probs

@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,9 +12,15 @@ from scipy.special import expit, logit
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import paired_bootstrap
-from mixdpo.evaluation.difficulties import read_difficulties, read_gamed
-from mixdpo.evaluation.length_control import GamedBaselines, LengthControlled, label, resampled_length_controlled
-from mixdpo.evaluation.win_rate import discrete_win_rate, resampled_win_rates, standard_error_of_mean, win_rate
+from mixdpo.evaluation.win_rate import (
+    GamedBaselines,
+    label,
+    read_difficulties,
+    read_gamed,
+    resampled_length_controlled,
+    resampled_win_rates,
+    standard_error_of_mean,
+)
 from mixdpo.signals.compare_margins import spearman
 
 LENGTH_CONTROL = SHARED / "lc"
@@ -30,82 +35,73 @@ def comparisons(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"preferences": expit(logits), "len_model": ours, "len_baseline": theirs, "difficulty": difficulty}
 
 
-def length_controlled_win_rate(*columns: Any, **more: Any) -> LengthControlled:
-    """The fit to all prompts."""
-    return resampled_length_controlled(*columns, **more, samples=2)[0]
+def win_rates(preferences: Any) -> tuple[float, float]:
+    """Win rate and discrete win rate."""
+    raw, discrete = resampled_win_rates(preferences, samples=2)
+    return raw.mean, discrete.mean
+
+
+def length_controlled(*columns: Any, **more: Any) -> tuple[float, np.ndarray]:
+    """Win rate, and the weights of length, difficulty and bias, of all prompts."""
+    weights, rate = resampled_length_controlled(*columns, **more, samples=2)
+    return rate.mean, weights
 
 
 def gamed_baselines(count: int, seed: int = 1) -> GamedBaselines:
     rng = np.random.default_rng(seed)
-    return GamedBaselines(rng.uniform(size=count), rng.normal(size=count), rng.normal(size=count), np.zeros(count))
+    not_gamed = (np.arange(count) % 5 == 4).astype(float)
+    return GamedBaselines(rng.uniform(size=count), rng.normal(size=count), rng.normal(size=count), not_gamed)
 
 
 def test_win_rates_by_hand() -> None:
     preferences = [0.0, 0.2, 0.5, 0.9]
-    assert win_rate(preferences) == pytest.approx(40)
-    assert discrete_win_rate(preferences) == 37.5  # a win and half a draw of four
+    assert win_rates(preferences) == pytest.approx((40, 37.5))  # a win and half a draw of four
     # squares of the deviations: 0.16 + 0.04 + 0.01 + 0.25 = 0.46; std = √(0.46 / 3); √4 = 2
     assert standard_error_of_mean(preferences) == pytest.approx(50 * math.sqrt(0.46 / 3))
-
-
-@pytest.mark.parametrize(
-    ("preference", "outcome"),
-    [(0.5 + 1e-9, 100), (0.5 - 1e-9, 0), (0.5, 50), ((0.3 + (1 - 0.3)) / 2, 50), (0.5 - 2**-54, 50)],
-)
-def test_a_draw_is_one_half_up_to_rounding(preference: float, outcome: float) -> None:
-    assert discrete_win_rate([preference]) == outcome
+    # a draw is one half up to rounding
+    outcomes = {0.5 + 1e-9: 100, 0.5 - 1e-9: 0, 0.5: 50, (0.3 + (1 - 0.3)) / 2: 50, 0.5 - 2**-54: 50}
+    assert {p: win_rates([p] * 2)[1] for p in outcomes} == outcomes
 
 
 def test_two_groups_of_lengths_by_hand() -> None:
     # Δ = ±d, twice each: std = d · √(4/3), so tanh(±t) with t = √¾. With two weights and two groups the fit meets each
     # group's mean: a·t + c = logit ⅘ and -a·t + c = logit ½, so c = ½ · logit ⅘ = ln 2, and σ(ln 2) = ⅔.
-    found = length_controlled_win_rate([0.7, 0.9, 0.4, 0.6], [100, 300, 500, 700], [150, 350, 450, 650])
-    assert found.win_rate == pytest.approx(200 / 3)
-    assert found.bias == pytest.approx(math.log(2))
-    assert found.length == pytest.approx(math.log(2) / math.tanh(math.sqrt(0.75)))
-    assert found.difficulty is None
+    rate, weights = length_controlled([0.7, 0.9, 0.4, 0.6], [100, 300, 500, 700], [150, 350, 450, 650])
+    assert rate == pytest.approx(200 / 3)
+    assert weights == pytest.approx([math.log(2) / math.tanh(math.sqrt(0.75)), math.log(2)])
+    # equal lengths but one pair that cancels: the rate at Δ = 0 is then close to the mean preference's
+    rate, weights = length_controlled([0.8, 0.8, 0.8, 0.8], [10, 10, 11, 10], [10, 10, 10, 11])
+    assert rate == pytest.approx(80) and weights == pytest.approx([0, logit(0.8)], abs=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1, 37])
-def test_an_exact_model_is_recovered(scale: int) -> None:
+def test_an_exact_model_is_recovered(scale: int = 37) -> None:
     data = comparisons(60)
     delta = data["len_baseline"] - data["len_model"]
     length = np.tanh(delta / delta.std(ddof=1))
     data["preferences"] = expit(-0.8 * length + 0.5 * data["difficulty"] + 0.3)
-    data["len_model"], data["len_baseline"] = (
-        scale * data["len_model"],
-        scale * data["len_baseline"],
-    )  # Δ / std(Δ) stays
-    found = length_controlled_win_rate(**data)
-    assert (found.length, found.difficulty, found.bias) == pytest.approx((-0.8, 0.5, 0.3), abs=1e-6)
-    assert found.win_rate == pytest.approx(100 * expit(0.5 * data["difficulty"] + 0.3).mean())
+    data |= {name: scale * data[name] for name in ("len_model", "len_baseline")}  # Δ / std(Δ) stays
+    rate, weights = length_controlled(**data)
+    assert weights == pytest.approx([-0.8, 0.5, 0.3], abs=1e-6)
+    assert rate == pytest.approx(100 * expit(0.5 * data["difficulty"] + 0.3).mean())
 
 
 @pytest.mark.parametrize("with_difficulty", [True, False])
 @pytest.mark.parametrize("gamed", [0, 30])
 def test_against_a_plain_loop(with_difficulty: bool, gamed: int) -> None:
-    data = comparisons(40)
-    if not with_difficulty:
-        del data["difficulty"]
+    data = comparisons(40) | ({} if with_difficulty else {"difficulty": None})
     extra = gamed_baselines(gamed) if gamed else None
-    expected = plain_length_controlled(
-        data["preferences"].tolist(),
-        (data["len_baseline"] - data["len_model"]).tolist(),
-        data["difficulty"].tolist() if with_difficulty else None,
-        extra,
-    )
-    assert length_controlled_win_rate(**data, gamed=extra).win_rate == pytest.approx(expected, abs=1e-5)
+    delta = data["len_baseline"] - data["len_model"]
+    expected = plain_length_controlled(data["preferences"], delta, data["difficulty"], extra)
+    assert length_controlled(**data, gamed=extra)[0] == pytest.approx(expected, abs=1e-5)
 
 
-def plain_length_controlled(
-    preferences: list[float], deltas: list[float], difficulty: list[float] | None, gamed: GamedBaselines | None
-) -> float:
+def plain_length_controlled(preferences: Any, deltas: Any, difficulty: Any, gamed: GamedBaselines | None) -> float:
     """Newton's method in plain loops: an independent reading of the formula."""
-    spread, terms = stdev(deltas), difficulty or [0.0] * len(deltas)
+    spread, terms = stdev(deltas.tolist()), [0.0] * len(deltas) if difficulty is None else difficulty.tolist()
     rows = [(math.tanh(d / spread), b, 1.0, p, 1.0) for d, b, p in zip(deltas, terms, preferences, strict=True)]
     if gamed:
-        theirs = zip(gamed.std_delta_len, gamed.difficulty, gamed.preferences, strict=True)
-        rows += [(math.tanh(d), b if difficulty else 0.0, 0.0, p, 0.1) for d, b, p in theirs]
+        theirs = zip(*vars(gamed).values(), strict=True)  # a row that is not gamed weighs as the model's
+        rows += [(math.tanh(d), 0.0 if difficulty is None else b, n, p, 1.0 if n else 0.1) for p, d, b, n in theirs]
     weights = [0.0, 0.0, 0.0]
     for _ in range(30):
         slope, curve = [0.0] * 3, [[1e-12 * (i == j) for j in range(3)] for i in range(3)]
@@ -119,44 +115,29 @@ def plain_length_controlled(
     return 100 * fmean(1 / (1 + math.exp(-weights[1] * b - weights[2])) for b in terms)
 
 
-def test_gamed_rows_that_are_not_gamed_weigh_as_the_models() -> None:
-    data = comparisons(30)
-    delta = data["len_baseline"] - data["len_model"]
-    more = GamedBaselines(data["preferences"], delta / delta.std(ddof=1), data["difficulty"], np.ones(30))
-    assert length_controlled_win_rate(**data, gamed=more).win_rate == pytest.approx(
-        length_controlled_win_rate(**data).win_rate
-    )
-
-
 def test_only_the_whole_formula_has_the_name() -> None:
-    assert [label(difficulty, gamed) for difficulty in (True, False) for gamed in (True, False)] == [
-        "length-controlled win rate",
-        "length-controlled win rate without gamed baselines",
-        "length-controlled win rate without instruction difficulty",
-        "length-controlled win rate without instruction difficulty and gamed baselines",
-    ]
+    lacking = ["", " without gamed baselines", " without instruction difficulty"]
+    lacking += [" without instruction difficulty and gamed baselines"]
+    names = [label(difficulty, gamed) for difficulty in (True, False) for gamed in (True, False)]
+    assert names == [f"length-controlled win rate{each}" for each in lacking]
 
 
-def test_the_bootstrap_of_the_mean_is_the_papers() -> None:
+def test_the_standard_error_of_the_bootstrap_is_the_means() -> None:
     preferences = comparisons(50)["preferences"]
     raw, discrete = resampled_win_rates(preferences, samples=2000)
-    expected = paired_bootstrap(np.zeros(50), 100 * preferences, samples=2000)
-    assert (raw.value, *raw.interval) == pytest.approx((expected.mean, expected.low, expected.high))
     # the standard deviation of a resampled mean is √((N - 1) / N) of the standard error; 2000 samples: ± 1.6 %
     assert raw.standard_error == pytest.approx(standard_error_of_mean(preferences) * math.sqrt(49 / 50), rel=0.06)
-    assert discrete.value == discrete_win_rate(preferences)
-    assert discrete.interval[0] < discrete.value < discrete.interval[1]
+    assert discrete.low < discrete.mean == 100 * (preferences > 0.5).mean() < discrete.high
 
 
 def test_each_resample_is_a_fit_of_its_own() -> None:
     data, gamed = comparisons(25), gamed_baselines(10)
-    fit, estimate = resampled_length_controlled(**data, gamed=gamed, samples=5, seed=2)
-    assert fit == length_controlled_win_rate(**data, gamed=gamed)
+    _, estimate = resampled_length_controlled(**data, gamed=gamed, samples=5, seed=2)
     rng = np.random.default_rng(2)
     for value in estimate.resamples:
         rows = rng.integers(25, size=25)
         drawn = {name: column[rows] for name, column in data.items()}
-        assert value == pytest.approx(length_controlled_win_rate(**drawn, gamed=gamed).win_rate, abs=1e-4)
+        assert value == pytest.approx(length_controlled(**drawn, gamed=gamed)[0], abs=1e-4)
 
 
 def test_a_paired_difference_keeps_prompts_together() -> None:
@@ -164,18 +145,16 @@ def test_a_paired_difference_keeps_prompts_together() -> None:
     other = one | {"preferences": np.clip(one["preferences"] - 0.1, 0, 1)}
     a, b = (resampled_win_rates(each["preferences"], samples=500)[0] for each in (one, other))
     expected = paired_bootstrap(100 * other["preferences"], 100 * one["preferences"], samples=500)
-    assert ((a - b).value, *(a - b).interval) == pytest.approx((expected.mean, expected.low, expected.high))
+    assert ((a - b).mean, (a - b).low, (a - b).high) == pytest.approx((expected.mean, expected.low, expected.high))
     assert (a - b).standard_error < 0.2 * a.standard_error  # what the prompts differ in cancels
     same = resampled_length_controlled(**one, samples=5)[1] - resampled_length_controlled(**one, samples=5)[1]
-    assert same.value == 0
-    assert same.interval == (0, 0)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
 def test_a_resample_without_a_spread_or_with_one_side_has_a_value() -> None:
     # of two prompts, half of the resamples are one prompt twice; of hard verdicts, some are all wins
     _, two = resampled_length_controlled([0.3, 0.9], [10, 20], [15, 10], samples=30)
-    assert two.resamples.min() == pytest.approx(30, abs=0.01)
-    assert two.resamples.max() == pytest.approx(90, abs=0.01)
+    assert (two.resamples.min(), two.resamples.max()) == pytest.approx((30, 90), abs=0.01)
     hard = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
     _, few = resampled_length_controlled(hard, [1, 2, 3, 4, 5, 6], [4, 3, 3, 9, 1, 2], samples=200)
     assert 0 <= few.resamples.min() < few.resamples.max() <= 100
@@ -186,96 +165,66 @@ def test_one_side_has_no_finite_fit(wanted: dict[str, Any]) -> None:
     data = {**comparisons(20), **wanted}
     for preferences in (np.ones(20), np.zeros(20), (data["len_model"] > data["len_baseline"]).astype(float)):
         with pytest.raises(InputError, match=r"no finite solution here.*report the win rate alone"):
-            length_controlled_win_rate(**{**data, "preferences": preferences})
+            length_controlled(**{**data, "preferences": preferences})
     # one soft label on the other side of a limit is enough for length, not for the bias
     hard = np.where(np.arange(20) % 3, 1.0, 0.0)
-    assert 0 < length_controlled_win_rate(**{**data, "preferences": hard}).win_rate < 100
+    assert 0 < length_controlled(**{**data, "preferences": hard})[0] < 100
     with pytest.raises(InputError, match="no finite solution"):
-        length_controlled_win_rate(**{**data, "preferences": np.ones(20)}, gamed=gamed_baselines(9))
+        length_controlled(**{**data, "preferences": np.ones(20)}, gamed=gamed_baselines(4))
 
 
 def test_what_no_fit_can_use() -> None:
-    with pytest.raises(InputError, match=r"only one prompt was judged.*judge at least two"):
-        length_controlled_win_rate([0.4], [10], [20])
-    with pytest.raises(InputError, match="only one prompt"):
-        standard_error_of_mean([0.4])
-    with pytest.raises(InputError, match=r"same number of characters on every prompt.*report the win rate alone"):
-        length_controlled_win_rate([0.4, 0.6, 0.7], [10, 20, 30], [15, 25, 35])
-    with pytest.raises(InputError, match=r"cannot be told apart.*leave the difficulty out"):
-        length_controlled_win_rate([0.4, 0.6, 0.7], [10, 20, 30], [15, 20, 35], difficulty=[1.0, 1.0, 1.0])
-    with pytest.raises(InputError, match="3 finite numbers"):
-        length_controlled_win_rate([0.4, 0.6, 0.7], [10, 20], [15, 20, 35])
-    with pytest.raises(InputError, match="3 finite numbers"):
-        length_controlled_win_rate([0.4, 0.6, 0.7], [10, 20, 30], [15, 20, 35], difficulty=[1.0, math.nan, 0.0])
-    for preferences in ([0.4, math.nan], [1.2], [-0.1, 0.5]):
-        with pytest.raises(InputError, match=r"not in \[0, 1\]: leave prompts without a verdict out"):
-            win_rate(preferences)
-    with pytest.raises(InputError, match="one for each judged prompt"):
-        discrete_win_rate([])
+    for columns, message in (
+        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 25, 35]), r"same number of characters on every prompt.*report the win"),
+        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 20, 35], [1.0, 1.0, 1.0]), r"cannot be told apart.*the difficulty out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            length_controlled(*columns)
     with pytest.raises(InputError, match="samples 1: a standard error needs at least 2"):
         resampled_win_rates([0.4, 0.5], samples=1)
 
 
-def published(columns: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """{check model: these columns of the leaderboard}."""
+@pytest.fixture(scope="module")
+def leaderboard() -> dict[str, dict[str, float]]:
+    """{check model: its row of the published leaderboard}."""
     with (LENGTH_CONTROL / "published_leaderboard.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["lc_role"] == "check"]
-    return {row["model"]: tuple(float(row[name]) for name in columns) for row in rows}
+    names = ("win_rate", "discrete_win_rate", "standard_error", "length_controlled_winrate")
+    return {row["model"]: {name: float(row[name]) for name in names} for row in rows}
 
 
+@pytest.fixture(scope="module")
 def annotations() -> dict[str, np.ndarray]:
-    """{model: (805, 4) index, preference in [0, 1], characters of the model and of the baseline}."""
-    found: dict[str, list[tuple[float, ...]]] = {}
+    """{model: (4, 805) index, preference in [0, 1], characters of the model and of the baseline}."""
+    rows: dict[str, list[tuple[float, ...]]] = {}
     with (LENGTH_CONTROL / "annotations.csv").open() as file:
         for row in csv.DictReader(file):
             values = int(row["index"]), float(row["preference"]) - 1, int(row["len_model"]), int(row["len_ref"])
-            found.setdefault(row["model"], []).append(values)
-    return {model: np.array(rows) for model, rows in found.items()}
+            rows.setdefault(row["model"], []).append(values)
+    return {model: np.array(each).T for model, each in rows.items()}
 
 
-def length_controlled_check_models(*, gamed: bool = True) -> dict[str, LengthControlled]:
-    extra = read_gamed(str(LENGTH_CONTROL / "df_gamed_reconstructed.csv")) if gamed else None
+@pytest.mark.shared
+def test_published_win_rates_are_met_exactly(leaderboard, annotations) -> None:
+    assert len(leaderboard) == 13
+    for model, (_, preferences, *_) in annotations.items():
+        rates = [*win_rates(preferences), standard_error_of_mean(preferences)]
+        assert rates == pytest.approx(list(leaderboard[model].values())[:3], rel=0, abs=1e-9), model
+
+
+@pytest.mark.shared
+def test_published_length_controlled_win_rates_are_met(leaderboard, annotations) -> None:
+    """With the gamed rows, and not without them."""
+    gamed = read_gamed(str(LENGTH_CONTROL / "df_gamed_reconstructed.csv"))
     path = str(LENGTH_CONTROL / "instruction_difficulty_reconstructed.csv")
-    found = {}
-    for model, (index, preferences, ours, theirs) in ((m, rows.T) for m, rows in annotations().items()):
+    rates: dict[str, list[float]] = {}
+    for model, (index, *columns) in annotations.items():
         difficulty = read_difficulties(path, index.astype(int).tolist())
-        found[model] = length_controlled_win_rate(preferences, ours, theirs, difficulty, extra)
-    return found
-
-
-@pytest.mark.shared
-def test_published_win_rates_are_met_exactly() -> None:
-    expected = published(["win_rate", "discrete_win_rate", "standard_error"])
-    assert len(expected) == 13
-    for model, rows in annotations().items():
-        rates = [rate(rows[:, 1]) for rate in (win_rate, discrete_win_rate, standard_error_of_mean)]
-        assert rates == pytest.approx(expected[model], rel=0, abs=1e-9), model
-
-
-@pytest.mark.shared
-def test_published_length_controlled_win_rates_are_met() -> None:
-    expected = {model: rate for model, (rate,) in published(["length_controlled_winrate"]).items()}
-    found = length_controlled_check_models()
-    errors = {model: abs(found[model].win_rate - rate) for model, rate in expected.items()}
-    assert max(errors.values()) <= 0.75, errors
-    assert fmean(errors.values()) <= 0.3, errors
-    ranks = spearman(
-        *(np.array(each) for each in zip(*((found[m].win_rate, expected[m]) for m in expected), strict=True))
-    )
-    assert ranks >= 0.97
-
-
-@pytest.mark.shared
-def test_the_published_rates_need_the_gamed_rows() -> None:
-    expected = published(["length_controlled_winrate"])
-    found = length_controlled_check_models(gamed=False)
-    errors = {model: abs(found[model].win_rate - rate) for model, (rate,) in expected.items()}
-    assert fmean(errors.values()) == pytest.approx(2.3, abs=0.1)
-    assert errors["gpt4_gamed"] == pytest.approx(15, abs=0.5)
-
-
-def test_logits_and_rates_agree() -> None:
-    # equal lengths but one pair that cancels: the rate at Δ = 0 is then close to the mean preference's
-    found = length_controlled_win_rate([0.8, 0.8, 0.8, 0.8], [10, 10, 11, 10], [10, 10, 10, 11])
-    assert found.win_rate == pytest.approx(80)
-    assert (found.length, found.bias) == pytest.approx((0, logit(0.8)), abs=1e-6)
+        rates[model] = [length_controlled(*columns, difficulty, extra)[0] for extra in (gamed, None)]
+    ours = np.array([rates[model] for model in leaderboard])
+    published = np.array([row["length_controlled_winrate"] for row in leaderboard.values()])
+    errors = np.abs(ours - published[:, None])
+    assert errors[:, 0].max() <= 0.75 and errors[:, 0].mean() <= 0.3, errors
+    assert spearman(ours[:, 0], published) >= 0.97
+    assert errors[:, 1].mean() == pytest.approx(2.3, abs=0.1)
+    assert errors[list(leaderboard).index("gpt4_gamed"), 1] == pytest.approx(15, abs=0.5)

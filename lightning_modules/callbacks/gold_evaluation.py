@@ -18,7 +18,7 @@ from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.chat_template import PLAIN, load_template, tokenizer_state
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 from mixdpo.evaluation.gold import Responses, Scorer, compare, greedy, markdown, scored
 from mixdpo.evaluation.response_cache import kept_responses
 from mixdpo.model.adapters import Role, role
@@ -127,7 +127,7 @@ class GoldEvaluation(Callback):
             )
         tokenizer.chat_template = template
 
-        def generations() -> list[Generation]:
+        def generations() -> list[Response]:
             if self._copy is not None:
                 copied = merged_copy(pl_module.model, name, self._copy)
                 return greedy(copied, tokenizer, self._rows, **self.options)
@@ -138,7 +138,7 @@ class GoldEvaluation(Callback):
         if name == "policy":
             found = generations()
         elif self._restored is not None:
-            found = [Generation(**response) for response in self._restored["given"]]
+            found = [Response(**response) for response in self._restored["given"]]
         else:
             found = kept_responses(self._depends_on(pl_module, tokenizer), generations)
         responses = scored(self._rows, found, self.scorer)

@@ -1,39 +1,72 @@
-"""How sure is a difference? A bootstrap over the items that both systems were measured on."""
+"""How sure is a mean? Percentile intervals from resampled items, or from resampled seeds and prompts."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mixdpo.errors import InputError
 
-LEVEL = 0.95  # share of the resampled means inside an interval
-
-
 _BLOCK = 2**22  # resampled indices held at once: 32 MB
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap percentile interval; formatted, `mean [low, high]`."""
+    """A value and its 95 % bootstrap percentile interval; formatted, `mean [low, high]`.
+
+    Attributes:
+        resamples: (samples,) values of the resamples.
+    """
 
     mean: float
     low: float
     high: float
+    resamples: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+
+    @property
+    def standard_error(self) -> float:
+        return float(self.resamples.std(ddof=1))
+
+    def __sub__(self, other: "Interval") -> "Interval":
+        """Paired difference: both intervals come from the same items in the same order, and from the same seed."""
+        return _interval(self.mean - other.mean, self.resamples - other.resamples)
 
     def __format__(self, spec: str) -> str:
         mean, low, high = (format(value, spec) for value in (self.mean, self.low, self.high))
         return f"{mean} [{low}, {high}]"
 
 
-def paired_bootstrap(before: ArrayLike, after: ArrayLike, samples: int = 10_000) -> Interval:
-    """Percentile interval of mean(after - before) (Efron & Tibshirani 1993, chapter 13).
+def _interval(mean: float, resamples: np.ndarray) -> Interval:
+    low, high = np.quantile(resamples, [0.025, 0.975])
+    return Interval(float(mean), float(low), float(high), resamples)
 
-    Items are resampled, each with both its scores, so that an item's difficulty cancels.
+
+def one_way_bootstrap(statistic: Callable[..., ArrayLike], items: int, samples: int, seed: int = 0) -> Interval:
+    """Percentile interval of a statistic of N items (Efron & Tibshirani 1993, chapter 13).
+
+    Args:
+        statistic: takes row numbers (N,). One with a parameter `axis` takes (samples, N) at once.
+        items: N, at least 2. For one seed and one N, every statistic gets the same resamples.
+
+    Raises:
+        InputError: there are fewer than two samples.
+    """
+    from scipy.stats import bootstrap
+
+    if samples < 2:
+        raise InputError(f"samples {samples}: a standard error needs at least 2, 1000 is usual")
+    rows, options = np.arange(items), {"n_resamples": samples, "batch": max(1, _BLOCK // items)}
+    result = bootstrap((rows,), statistic, method="percentile", rng=seed, **options)
+    return _interval(float(np.asarray(statistic(rows))), result.bootstrap_distribution)
+
+
+def paired_bootstrap(before: ArrayLike, after: ArrayLike, samples: int = 10_000) -> Interval:
+    """Percentile interval of mean(after - before). An item is drawn with both its scores, so its difficulty cancels.
 
     Args:
         before: scores (N,) of the first system.
-        after: scores (N,) of the second, item by item.
+        after: scores (N,) of the second system, item by item.
         samples: number of resamples.
 
     Raises:
@@ -42,26 +75,22 @@ def paired_bootstrap(before: ArrayLike, after: ArrayLike, samples: int = 10_000)
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape or not len(first):
         raise InputError(f"before {first.shape} and after {second.shape}: need two lists of one score per item")
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise InputError("before or after holds a score that is not finite; leave that item out of both")
-    values, rng, size = second - first, np.random.default_rng(0), len(first)
-    rows = max(1, _BLOCK // size)
-    blocks = [min(rows, samples - start) for start in range(0, samples, rows)]
-    means = np.concatenate([values[rng.integers(size, size=(block, size))].mean(1) for block in blocks])
-    return _interval(values, means)
-
-
-def _interval(values: np.ndarray, means: np.ndarray) -> Interval:
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    values = second - first
+    if not np.isfinite(values).all():
+        raise InputError("before or after holds a score that is not finite: leave that item out of both")
+    if len(values) == 1:  # nothing to draw
+        return _interval(values[0], np.repeat(values, samples))
+    return one_way_bootstrap(lambda rows, axis=-1: values[rows].mean(axis), len(values), samples)
 
 
 def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000) -> Interval:
-    """Percentile interval of the mean of values (S, N) of S seeds and N prompts: both are resampled, and a prompt keeps
-    its values of all seeds, a seed those of all prompts (Owen 2007, "The pigeonhole bootstrap").
+    """Percentile interval of the mean of values (S, N) of S seeds and N prompts.
 
-    With few seeds it is too narrow where seeds differ much: their part of the variance is (S - 1) / S of what it should
-    be. What varies with neither alone is counted about three times over, which errs on the other side.
+    Seeds and prompts are both resampled. A prompt keeps its values of all seeds, a seed its values of all prompts (Owen
+    2007, "The pigeonhole bootstrap").
+
+    The interval is too narrow if few seeds differ much: only (S - 1) / S of the variance between seeds is counted.
+    Variance that belongs to neither seeds nor prompts is counted about three times over.
 
     Args:
         differences: scores, or differences of scores of two systems with the same seeds and prompts.
@@ -78,8 +107,7 @@ def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000) -> Interval
     means = np.empty(samples)
     rows = max(1, _BLOCK // (prompts * seeds))
     for start in range(0, samples, rows):
-        block = drawn_seeds[start : start + rows]
-        of_seeds = values[block].mean(1)  # (block, N)
+        of_seeds = values[drawn_seeds[start : start + rows]].mean(1)  # (rows, N)
         drawn = rng.integers(prompts, size=of_seeds.shape)
         means[start : start + rows] = np.take_along_axis(of_seeds, drawn, 1).mean(1)
-    return _interval(values, means)
+    return _interval(values.mean(), means)

@@ -1,23 +1,26 @@
-"""A model behind an OpenAI-compatible endpoint, a judge's or one that answers: what is tried again, for how long, and
-what ends the whole thing."""
+"""A model behind an OpenAI-compatible endpoint: which requests are repeated, and which errors end the command.
+
+The `openai` client repeats what may pass (no connection, time-out, HTTP 408, 409, 429 and 5xx), after growing pauses or
+when Retry-After says. A response that cannot be used is asked for again here.
+"""
 
 import asyncio
 import base64
-import json
 import os
-import random
-import time
-from collections.abc import Callable, Mapping
-from email.utils import parsedate_to_datetime
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.judge_prompt import Malformed, NoVerdict, Response, messages, prompt_hash, read_choice
-from mixdpo.evaluation.outputs import Comparison
-from mixdpo.evaluation.verdicts import Order
+from mixdpo.storage.read import parse_json
 
 Read = TypeVar("Read")
+
+
+Chat = list[dict[str, str]]
 
 
 INSTALL = "pip install -c constraints.txt -e '.[judge]'"
@@ -26,210 +29,181 @@ INSTALL = "pip install -c constraints.txt -e '.[judge]'"
 CONTINUES = "the same command continues"
 
 
-FIRST_WAIT = 0.5
-"""Seconds before the second attempt, a quarter more or less; each further wait is twice as long, up to LONGEST_WAIT."""
+LARGEST_BODY = 16 * 2**20  # bytes, decompressed
 
 
-LONGEST_WAIT = 30.0
+LONGEST_WAIT = 120  # seconds: beyond, the openai client does not wait as Retry-After says, but gives up
 
 
-LONGEST_RETRY_AFTER = 600.0
-"""Seconds that the endpoint may ask to wait; longer ends the whole thing."""
+_URL = re.compile(r"https?://([^/@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^][/:@\s]+)(:[1-9]\d{0,4})?(/\S*)?")
 
 
-TRY_AGAIN = {408, 409, 425, 429}
+_KEY = "set OPENAI_API_KEY to a key that may use this model"
 
 
-HINTS = {
-    401: "set OPENAI_API_KEY to a key that the endpoint knows",
-    402: "pay what the endpoint asks for",
-    403: "set OPENAI_API_KEY to a key that may use this model",
-    404: "check the model's name and the server's URL, which mostly ends in /v1",
-    405: "check the server's URL, which mostly ends in /v1",
-}
-"""What an error of this status needs; without it every further request would fail as well."""
+_WHERE = "check the model's name and the server's URL, which mostly ends in /v1"
 
 
-class TryAgain(Exception):
-    """A request that may succeed later.
+HINTS = {401: _KEY, 402: "pay what the endpoint asks for", 403: _KEY, 404: _WHERE, 405: _WHERE}
+"""What to do about an HTTP status that every further request would get as well."""
+
+
+class NoResponse(Exception):
+    """One request has no usable response; others may have.
 
     Args:
-        reason: begins with the kind, up to a colon.
-        after: seconds that the endpoint says to wait.
-        absent: there was nothing to connect to.
+        reason: begins with the kind of reason, up to a colon.
+        used: `prompt_tokens` and `completion_tokens` of all attempts, as far as the server says.
     """
 
-    def __init__(self, reason: str, after: float | None = None, absent: bool = False) -> None:
+    def __init__(self, reason: str, used: Counter[str] | None = None) -> None:
         super().__init__(reason)
-        self.after, self.absent = after, absent
+        self.used = used or Counter()
 
 
 class Endpoint:
     def __init__(
-        self,
-        model: str,
-        base_url: str | None,
-        *,
-        attempts: int,
-        timeout: float,
-        max_tokens: int,
-        log_probs: bool,
-        **more: Any,
+        self, model: str, base_url: str | None, *, attempts: int, timeout: float, max_tokens: int, **request: Any
     ) -> None:
-        """A judge: `await judge(comparison, order)`, inside of `async with judge`. Options as for `judge`; `more` goes
-        into each request.
+        """A model to `ask`, inside of `async with aclosing(endpoint)`.
+
+        Args:
+            request: goes into each request; other options as for `judge`.
 
         Raises:
-            InputError: the package is missing, or there is neither a base_url nor a key.
+            InputError: the package openai is missing, the URL is none, or there is neither a URL nor a key.
         """
-        self.attempts, self.timeout = attempts, timeout
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY", "").strip() or None
         self._client = _client(base_url, key, timeout)
         self._secrets = secrets(key, base_url)
         self.url = without_secrets(str(self._client.base_url))
-        self.about = {"kind": "endpoint", "model": model, "base_url": self.url, "prompt": prompt_hash()}
-        self.about |= {"max_tokens": max_tokens, "log_probs": log_probs}
+        self.attempts = attempts
         # OpenAI's newer models refuse the old name, and many local servers do not know the new one
-        self._options: dict[str, Any] = {"model": model, "temperature": 0}
-        self._options["max_tokens" if base_url else "max_completion_tokens"] = max_tokens
-        self._options |= {"logprobs": True, "top_logprobs": 20} if log_probs else {}
-        self._options |= more
-        self._not_before = 0.0  # of the loop's clock
+        limit = {"max_tokens" if base_url else "max_completion_tokens": max_tokens}
+        self._request = {"model": model, "temperature": 0, **limit, **request}
 
-    async def __aenter__(self) -> "Endpoint":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
+    async def aclose(self) -> None:
         await self._client.close()
 
-    async def __call__(self, comparison: Comparison, order: Order) -> Response:
-        """
-        Raises:
-            NoVerdict: all attempts failed.
-            InputError: none will succeed, for any prompt.
-        """
-        texts = [comparison.model.text, comparison.baseline.text]
-        chat = messages(comparison.instruction, *(texts if order == "model_first" else texts[::-1]))
-        (first, source), used = await self.ask(chat, read_choice)
-        return Response(first, source, used.get("prompt_tokens"), used.get("completion_tokens"))
+    async def ask(self, chat: Chat, read: Callable[[Any], Read], **request: Any) -> tuple[Read, Counter[str]]:
+        """What `read` makes of the response's body, and the tokens that all attempts used.
 
-    async def ask(
-        self, chat: list[dict[str, str]], read: Callable[[Any], Read], **more: Any
-    ) -> tuple[Read, dict[str, int]]:
-        """What `read` makes of the response, and the tokens that all attempts used; a `Malformed` of it is asked again.
-        `more` goes into the request.
+        Args:
+            read: raises ValueError, whose message begins with the kind up to a colon, if the response cannot be used.
+            request: goes into the request.
 
         Raises:
-            NoVerdict, InputError: as for `__call__`.
-        """
-        used: dict[str, int] = {}
-        for attempt in range(1, self.attempts + 1):
-            try:
-                content = await self._request(chat, more)
-                _add_usage(used, content)
-                return read(content), used
-            except (TryAgain, Malformed, NoVerdict) as error:
-                last = error
-                if isinstance(error, NoVerdict):  # asking again would not help, but earlier attempts are paid for
-                    break
-            if attempt < self.attempts and isinstance(last, TryAgain):
-                await self._wait(attempt, last)
-        if isinstance(last, TryAgain) and last.absent:
-            raise InputError(f"{self.url} cannot be reached ({last}): start the server or correct the URL; {CONTINUES}")
-        raise NoVerdict(self._clean(str(last)), used.get("prompt_tokens"), used.get("completion_tokens"))
-
-    async def _request(self, chat: list[dict[str, str]], more: dict[str, Any]) -> Any:
-        """The body of the response to one request.
-
-        Raises:
-            TryAgain, NoVerdict, InputError: as the error lasts for a while, for this prompt, or for all.
+            NoResponse: all attempts failed.
+            InputError: no request would succeed.
         """
         import openai
 
-        while (wait := self._not_before - asyncio.get_running_loop().time()) > 0:
-            await asyncio.sleep(wait)
-        create = self._client.chat.completions.with_raw_response.create
-        try:
-            async with asyncio.timeout(self.timeout):  # the client's own limit is between two pieces of a response
-                response = await create(messages=chat, **self._options, **more)
-            return json.loads(self._clean(response.text, least=8))
-        except TimeoutError:
-            raise TryAgain(f"time-out: no response in {self.timeout:g} s") from None
-        except openai.APIConnectionError as error:
-            raise self._of_connection(error.__cause__) from None
-        except openai.APIStatusError as error:
-            raise self._of_status(error) from None
-        except ValueError as error:
-            raise TryAgain(f"response is no JSON: {error}") from None
+        used, left, reason = Counter[str](), self.attempts, ""
+        while left > 0:
+            body: Any = None
+            completions = self._client.with_options(max_retries=left - 1).chat.completions
+            try:
+                response = await completions.with_raw_response.create(messages=chat, **self._request, **request)
+                left -= 1 + response.retries_taken
+                body = parse_json(self._without_secrets(response.text, least=8), "the response", "check the server")
+                used.update(_usage(body))
+                return read(body), used
+            except openai.OpenAIError as error:
+                reason, left = self._reason(error), 0
+            except ValueError as error:
+                reason = str(error)
+            except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+                reason = f"no chat completion: {type(error).__name__} {error} in {str(body)[:200]!r}"
+        raise NoResponse(_printable(self._without_secrets(reason)), used)
 
-    def _of_connection(self, cause: BaseException | None) -> TryAgain:
+    def _reason(self, error: Any) -> str:
+        """Why there is no response.
+
+        Raises:
+            InputError: no request would succeed.
+        """
         import httpx2
+        import openai
 
+        cause = error.__cause__
         if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
-            return TryAgain(f"no connection: {cause}", absent=True)
-        if isinstance(cause, httpx2.TimeoutException):
-            return TryAgain(f"time-out: no response in {self.timeout:g} s")
-        return TryAgain(f"connection lost: {type(cause).__name__} {cause}")
-
-    def _of_status(self, error: Any) -> Exception:
-        status, said = error.status_code, self._clean(" ".join(str(error.message).split()))[:300]
-        reason, after = f"HTTP {status}: {said}", retry_after(error.response.headers)
-        if status in HINTS:
-            return InputError(f"{self.url} refuses: {reason}. To continue, {HINTS[status]}; {CONTINUES}")
+            raise InputError(f"{self.url} cannot be reached: start the server or correct the URL; {CONTINUES}")
+        if isinstance(error, openai.APITimeoutError):
+            return f"time-out: no response in {self._client.timeout.read:g} s"
+        if not isinstance(error, openai.APIStatusError):
+            return f"connection lost: {type(cause).__name__} {cause}" if cause else str(error)
+        status, text = error.status_code, _printable(self._without_secrets(str(error.message)))[:300]
+        hint, wait = HINTS.get(status), error.response.headers.get("retry-after", "")
         if error.code == "insufficient_quota":
-            return InputError(f"{self.url} refuses: {reason}. To continue, {HINTS[402]}; {CONTINUES}")
-        if after is not None and after > LONGEST_RETRY_AFTER:
-            return InputError(f"{self.url} asks to wait {after:.0f} s: {reason}; {CONTINUES}")
-        if status in TRY_AGAIN or status >= 500:
-            return TryAgain(reason, after)
-        if "logprob" in said.lower():
-            return InputError(f"{self.url} refuses: {reason}. Ask without log-probabilities: --log_probs false")
-        if error.code in ("unsupported_parameter", "unsupported_value"):
-            return InputError(f"{self.url} refuses: {reason}. Use a model that takes temperature and max_tokens")
-        return NoVerdict(reason)
+            hint = HINTS[402]
+        elif error.response.is_redirect:
+            hint = "give the server's own URL (redirects are not followed)"
+        elif status == 429 and wait.isdigit() and int(wait) > LONGEST_WAIT:
+            hint = f"wait {wait} s"
+        elif status < 500 and "logprob" in text.lower():
+            hint = "ask without log-probabilities: --log_probs false"
+        elif error.code in ("unsupported_parameter", "unsupported_value"):
+            hint = "use a model that takes temperature and max_tokens"
+        if hint:
+            raise InputError(f"{self.url} refuses: HTTP {status}: {text}. To continue, {hint}; {CONTINUES}")
+        return f"HTTP {status}: {text}"
 
-    async def _wait(self, attempt: int, error: TryAgain) -> None:
-        """Where the endpoint says how long, all requests wait, else only this one."""
-        if error.after:
-            self._not_before = max(self._not_before, asyncio.get_running_loop().time() + error.after)
-        else:
-            await asyncio.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25))
+    def _without_secrets(self, text: str, least: int = 1) -> str:
+        """Without key and password, which some servers repeat.
 
-    def _clean(self, text: str, least: int = 1) -> str:
-        """Without key and password, which some servers repeat; of a body only long ones, since a short one, such as the
-        x that a local server is given, may be a part of anything."""
+        Args:
+            least: shorter secrets stay. In a body, a short one such as the x that a local server is given may be a part
+                of anything.
+        """
         for secret in self._secrets:
             text = text.replace(secret, "***") if len(secret) >= least else text
         return text
 
 
+def _printable(text: str) -> str:
+    """On one line, and without control characters, which a terminal would obey."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+
+
 def _client(base_url: str | None, key: str | None, timeout: float) -> Any:
     try:
-        from openai import AsyncOpenAI, Timeout
+        import httpx2
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
     except ImportError:
         raise InputError(f"a model behind an endpoint needs the package openai: {INSTALL}") from None
     if not base_url and not key:
         raise InputError("no key: set OPENAI_API_KEY, or give the --base_url of a server that needs none")
-    if base_url and not _is_url(base_url):
+    if base_url and not _URL.fullmatch(base_url):
         raise InputError(
             f"the server's URL {without_secrets(base_url)}: write it in full, such as http://localhost:8000/v1"
         )
-    limits = Timeout(timeout, connect=min(10.0, 0.8 * timeout))
-    return AsyncOpenAI(api_key=key or "none", base_url=base_url, timeout=limits, max_retries=0)
 
+    class Client(DefaultAsyncHttpxClient):
+        """Reads a bounded body in a bounded time; the timeouts of httpx are between two pieces of a body."""
 
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of the port
-        return False
+        async def send(self, request: Any, **options: Any) -> Any:
+            try:
+                async with asyncio.timeout(timeout):
+                    response = await super().send(request, **{**options, "stream": True})
+                    body = bytearray()
+                    async for piece in response.aiter_bytes(2**16):
+                        body += piece
+                        if len(body) > LARGEST_BODY:
+                            await response.aclose()
+                            raise OpenAIError(f"too long: the body has more than {LARGEST_BODY // 2**20} MB")
+            except TimeoutError:
+                raise httpx2.ReadTimeout("", request=request) from None
+            headers = [(name, value) for name, value in response.headers.multi_items() if name != "content-encoding"]
+            return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
+
+    limits = httpx2.Timeout(timeout, connect=min(10.0, 0.8 * timeout))
+    client = Client(timeout=limits, follow_redirects=False)
+    return AsyncOpenAI(api_key=key or "none", base_url=base_url, timeout=limits, http_client=client)
 
 
 def secrets(key: str | None, url: str | None) -> list[str]:
-    """What must be in no file and no message: the key, and of a URL the user and password, and the password alone, as
-    they are and as sent."""
+    """What must be in no file and no message: the key, and user and password of a URL, as they are and as sent."""
     user = urlsplit(url or "").netloc.rpartition("@")[0]
     sent = base64.b64encode(unquote(user).encode()).decode() if user else ""
     password = user.partition(":")[2]
@@ -238,26 +212,53 @@ def secrets(key: str | None, url: str | None) -> list[str]:
 
 def without_secrets(url: str) -> str:
     """Scheme, host, port and path of a URL: no user, password or query."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    return re.sub(r"^(\w+://)?[^/]*@|[?#].*", r"\1", url).rstrip("/")
 
 
-def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Seconds that a response says to wait, given in seconds or as an HTTP date; None where it does not say."""
-    value = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now))
-    except (ValueError, TypeError):
-        return None
+def _usage(body: Any) -> dict[str, int]:
+    """Tokens that the server counted; failed attempts are paid for too."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    counts = usage if isinstance(usage, dict) else {}
+    return {name: counts[name] for name in ("prompt_tokens", "completion_tokens") if type(counts.get(name)) is int}
 
 
-def _add_usage(used: dict[str, int], content: Any) -> None:
-    """Failed attempts are paid for too."""
-    usage = content.get("usage") if isinstance(content, dict) else None
-    for name in ("prompt_tokens", "completion_tokens"):
-        if isinstance(usage, dict) and isinstance(usage.get(name), int):
-            used[name] = used.get(name, 0) + usage[name]
+def complete(
+    chats: list[Chat], model: str, base_url: str, *, max_new_tokens: int, seeds: list[int], **sampling: float
+) -> list[Any]:
+    """One `Response` for each chat, all asked for at once, from a server that is faster than one process on a GPU.
+
+    Args:
+        chats: messages that end with the user's.
+        model: its name at the server.
+        base_url: of the server, such as http://localhost:8000/v1. The key, if it wants one, is OPENAI_API_KEY.
+        max_new_tokens: a response is cut there.
+        seeds: one for each chat; a server may ignore them.
+        sampling: temperature and top_p.
+
+    Returns:
+        Instead of a Response, an InputError where the server cannot be reached or refuses all, and a NoResponse where
+        only this chat has no response.
+    """
+    endpoint = Endpoint(model, base_url, attempts=5, timeout=600.0, max_tokens=max_new_tokens, **sampling)
+
+    async def response(chat: Chat, seed: int) -> Any:
+        try:
+            return (await endpoint.ask(chat, _generation, seed=seed))[0]
+        except (NoResponse, InputError) as error:
+            return error  # the others go on: they may be paid for
+
+    async def all_responses() -> list[Any]:
+        async with aclosing(endpoint):
+            return await asyncio.gather(*map(response, chats, seeds))
+
+    return asyncio.run(all_responses())
+
+
+def _generation(body: Any) -> Any:
+    from mixdpo.evaluation.generation import Response  # not above: a judge needs no transformers
+
+    choice = body["choices"][0]
+    text, tokens = choice["message"]["content"], body["usage"]["completion_tokens"]
+    if not isinstance(text, str) or type(tokens) is not int:
+        raise TypeError(f"content {text!r:.40}, completion_tokens {tokens!r}")
+    return Response(text, tokens, choice.get("finish_reason") == "stop")

@@ -1,7 +1,7 @@
-"""Prompts and answers as the official benchmarks write them, and the tasks that need no judge.
+"""Prompts and responses as the official benchmarks write them, and the tasks that need no judge.
 
-A form is a small frozen dataclass that a config names by its class path: called with (number, row) it gives a `Prompt`;
-`suffix` and `rows(answered, name)` are what is written; a task also has `score(prompt, text)`.
+A form is a small frozen dataclass that a config names by its class path. Called with (number, row), a form gives a
+`Prompt`; `rows(responses, name)` go into a file with `suffix`; a task also has `score(prompt, text)`.
 """
 
 import hashlib
@@ -10,11 +10,17 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mixdpo.constraints.scoring import ConstraintScorer
+from mixdpo.data.messages import checked_text
+from mixdpo.data.sources import text_rows
 from mixdpo.errors import InputError
-from mixdpo.evaluation.generation import Generation
+
+if TYPE_CHECKING:  # a judge reads responses, and needs no transformers
+    from mixdpo.evaluation.generation import Response
+
 
 Row = Mapping[str, Any]
 
@@ -28,7 +34,7 @@ class Prompt:
 
     Args:
         key: its id there.
-        turns: what the user says, turn by turn; the model answers each before the next is asked.
+        turns: what the user says, turn by turn; the model responds to each before the next is asked.
         row: the row that it was read from.
         category: of the benchmark; a temperature may depend on it.
     """
@@ -40,45 +46,33 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A prompt and its answers, one for each turn."""
+class PromptResponses:
+    """A prompt and its responses, one for each turn."""
 
     prompt: Prompt
-    responses: tuple[Generation, ...]
+    responses: "tuple[Response, ...]"
 
 
 @dataclass(frozen=True)
 class AlpacaEval:
-    """AlpacaEval: `instruction` (and `dataset`) in; what its `--model_outputs` takes out.
-
-    Attributes:
-        suffix: of the file that is written.
-    """
+    """AlpacaEval: reads `instruction` (and `dataset`), writes what its `--model_outputs` takes."""
 
     suffix = ".json"
 
     def __call__(self, number: int, row: Row) -> Prompt:
         return Prompt(str(number), (_text(row, "instruction"),), row)
 
-    def rows(self, answered: Sequence[Answered], name: str) -> Rows:
-        return [
-            {
-                "dataset": a.prompt.row.get("dataset", "unknown"),
-                "instruction": a.prompt.turns[0],
-                "output": a.responses[0].text,
-                "generator": name,
-                "tokens": a.responses[0].tokens,
-                "ended": a.responses[0].ended,
-            }
-            for a in answered
-        ]
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
+        return [{**self._asked(a.prompt), **_columns(a, name)} for a in responses]
+
+    def _asked(self, prompt: Prompt) -> dict[str, Any]:
+        return {"dataset": prompt.row.get("dataset", "unknown"), "instruction": prompt.turns[0]}
 
 
 @dataclass(frozen=True)
 class ArenaHard:
-    """Arena-Hard-Auto, v0.1 or v2.0: its question.jsonl (`uid`, `prompt`, `category`) in, a model_answer file out.
-
-    What its style control reads beside `token_len` comes from its own add_markdown_info.py.
+    """Arena-Hard-Auto, v0.1 or v2.0: reads its question.jsonl (`uid`, `prompt`, `category`), writes a model_answer
+    file. Run Arena-Hard's own add_markdown_info.py for what its style control reads beside `token_len`.
     """
 
     suffix = ".jsonl"
@@ -86,27 +80,20 @@ class ArenaHard:
     def __call__(self, number: int, row: Row) -> Prompt:
         return Prompt(_text(row, "uid"), (_text(row, "prompt"),), row, str(row.get("category", "")))
 
-    def rows(self, answered: Sequence[Answered], name: str) -> Rows:
-        return [
-            {
-                "uid": a.prompt.key,
-                "ans_id": _response_id(name, a),
-                "model": name,
-                "messages": [
-                    {"role": "user", "content": a.prompt.turns[0]},
-                    {"role": "assistant", "content": {"answer": a.responses[0].text}},
-                ],
-                "tstamp": time.time(),
-                "metadata": {"token_len": a.responses[0].tokens, "ended": a.responses[0].ended},
-            }
-            for a in answered
-        ]
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
+        return [self._row(a) | _signed(a, name, "ans_id", "model") for a in responses]
+
+    def _row(self, asked: PromptResponses) -> dict[str, Any]:
+        (question,), (response,) = asked.prompt.turns, asked.responses
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": {"answer": response.text}}]
+        metadata = {"token_len": response.tokens, "ended": response.ended}
+        return {"uid": asked.prompt.key, "messages": chat, "metadata": metadata}
 
 
 @dataclass(frozen=True)
 class MTBench:
-    """MT-Bench: FastChat's question.jsonl (`question_id`, `category`, `turns`), or the rows of the hub's
-    HuggingFaceH4/mt_bench_prompts (`prompt_id`, `category`, `prompt`), in; a model_answer file out."""
+    """MT-Bench: reads FastChat's question.jsonl (`question_id`, `category`, `turns`) or the rows of the hub's
+    HuggingFaceH4/mt_bench_prompts (`prompt_id`, `category`, `prompt`), writes a model_answer file."""
 
     suffix = ".jsonl"
 
@@ -114,46 +101,41 @@ class MTBench:
         key, turns = ("question_id", "turns") if "turns" in row else ("prompt_id", "prompt")
         if type(row.get(key)) is not int:
             raise InputError(f"{key!r} should be a whole number, not {row.get(key)!r}")
-        said = row.get(turns)
-        if not isinstance(said, list) or not said or not all(isinstance(turn, str) and turn.strip() for turn in said):
-            raise InputError(f"{turns!r} should be a list of texts, the user's turns, not {said!r:.80}")
-        return Prompt(str(row[key]), tuple(said), row, str(row.get("category", "")))
+        texts = row.get(turns)
+        if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+            raise InputError(f"{turns!r} should be a list of texts, the user's turns, not {texts!r:.80}")
+        return Prompt(str(row[key]), tuple(texts), row, str(row.get("category", "")))
 
-    def rows(self, answered: Sequence[Answered], name: str) -> Rows:
-        ordered = sorted(answered, key=lambda a: int(a.prompt.key))
-        return [
-            {
-                "question_id": int(a.prompt.key),
-                "answer_id": _response_id(name, a),
-                "model_id": name,
-                "choices": [{"index": 0, "turns": [response.text for response in a.responses]}],
-                "tstamp": time.time(),
-                "generate_params": {
-                    "tokens": [response.tokens for response in a.responses],
-                    "ended": [response.ended for response in a.responses],
-                },
-            }
-            for a in ordered
-        ]
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
+        rows = [self._row(a) | _signed(a, name, "answer_id", "model_id") for a in responses]
+        return sorted(rows, key=lambda row: row["question_id"])
+
+    def _row(self, asked: PromptResponses) -> dict[str, Any]:
+        columns = {key: [getattr(each, key) for each in asked.responses] for key in ("text", "tokens", "ended")}
+        choices = [{"index": 0, "turns": columns.pop("text")}]
+        return {"question_id": int(asked.prompt.key), "choices": choices, "generate_params": columns}
+
+
+def _signed(asked: PromptResponses, name: str, id_column: str, model_column: str) -> dict[str, Any]:
+    """What the official tools want beside a response: the model, the time, and an id that no other response has."""
+    content = json.dumps([name, asked.prompt.key, [response.text for response in asked.responses]])
+    id_ = hashlib.sha256(content.encode()).hexdigest()[:22]
+    return {id_column: id_, model_column: name, "tstamp": time.time()}
 
 
 SCORED = ("generator", "output", "tokens", "ended", "score")
 """What `scored_rows` adds to a prompt's row; not `answer`, which is a column of GSM8K."""
 
 
-def scored_rows(task: Any, answered: Sequence[Answered], name: str) -> Rows:
-    """Each prompt's row with its answer and gold score."""
-    return [
-        {
-            **a.prompt.row,
-            "generator": name,
-            "output": a.responses[0].text,
-            "tokens": a.responses[0].tokens,
-            "ended": a.responses[0].ended,
-            "score": task.score(a.prompt, a.responses[0].text),
-        }
-        for a in answered
-    ]
+def _columns(asked: PromptResponses, name: str) -> dict[str, Any]:
+    response = asked.responses[0]
+    return {"output": response.text, "generator": name, "tokens": response.tokens, "ended": response.ended}
+
+
+def scored_rows(task: Any, responses: Sequence[PromptResponses], name: str) -> Rows:
+    """Each prompt's row with its response and gold score."""
+    scores = [task.score(a.prompt, a.responses[0].text) for a in responses]
+    return [{**a.prompt.row, **_columns(a, name), "score": s} for a, s in zip(responses, scores, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -174,11 +156,11 @@ class Constraints:
 
 @dataclass(frozen=True)
 class GSM8K:
-    """GSM8K: `question` and `answer`, which ends in `#### number`; the score is 1 where the numbers are equal: of an
-    answer the one behind ####, or else the last one.
+    """GSM8K: `question` and `answer`, which ends in `#### number`. The score is 1 if the number of the response,
+    behind #### or else the last one, is equal.
 
     Args:
-        request: follows the question; without one a chat model does not know the form of the answer.
+        request: follows the question; without it a chat model does not know the form of the answer.
     """
 
     request: str = "Reason step by step, and end with a line: #### and the number."
@@ -187,27 +169,27 @@ class GSM8K:
 
     def __call__(self, number: int, row: Row) -> Prompt:
         if _number_behind_marks(_text(row, "answer")) is None:
-            raise InputError(f"'answer' should end in #### and a number, not {row['response'][-40:]!r}")
+            raise InputError(f"'answer' should end in #### and a number, not {row['answer'][-40:]!r}")
         turn = "\n".join(part for part in (_text(row, "question"), self.request) if part)
         return Prompt(str(row.get("id", number)), (turn,), row)
 
     def score(self, prompt: Prompt, text: str) -> float:
-        found = _number_behind_marks(text)
-        if found is None and (numbers := _NUMBER.findall(text)):
-            found = _value(numbers[-1])
-        return float(found == _number_behind_marks(prompt.row["answer"]))
+        number = _number_behind_marks(text)
+        if number is None and (numbers := _NUMBER.findall(text)):
+            number = _value(numbers[-1])
+        return float(number == _number_behind_marks(prompt.row["answer"]))
 
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def _number_behind_marks(text: str) -> float | None:
-    """The first one. Four marks also begin a heading of Markdown, such as "#### 1. First step": no answer, unless it is
+    """The first number behind ####. A heading of Markdown, such as "#### 1. First step", is skipped, unless it is
     the last line."""
-    for found in re.finditer(r"(?<!#)####\s*\$?\s*(" + _NUMBER.pattern + ")", text):
-        rest = text[found.end() :]
+    for match in re.finditer(r"(?<!#)####\s*\$?\s*(" + _NUMBER.pattern + ")", text):
+        rest = text[match.end() :]
         if not re.match(r"[.)][ \t]+\w", rest) or not rest.partition("\n")[2].strip():
-            return _value(found[1])
+            return _value(match[1])
     return None
 
 
@@ -215,15 +197,43 @@ def _value(number: str) -> float:
     return float(number.replace(",", ""))
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _text(row: Row, column: str) -> str:
     value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
-        found = f"{value!r:.60}" if column in row else f"a row with the columns {', '.join(row)}"
-        raise InputError(f"{column!r} should be a text, not {found}")
+    if not _is_text(value):
+        given = f"{value!r:.60}" if column in row else f"a row with the columns {', '.join(row)}"
+        raise InputError(f"{column!r} should be a text, not {given}")
     return value
 
 
-def _response_id(name: str, answered: Answered) -> str:
-    """The same for the same answer: the official tools want one that no other answer has."""
-    said = json.dumps([name, answered.prompt.key, [response.text for response in answered.responses]])
-    return hashlib.sha256(said.encode()).hexdigest()[:22]
+_EXPECTED = "Give AlpacaEval's format: a JSON list of objects with instruction, output and generator"
+
+
+def read_responses(path: str | Path) -> Rows:
+    """Rows of a file in AlpacaEval's format: the responses of one model.
+
+    Raises:
+        InputError: there is no such file, a row is malformed, or the responses are of several models.
+    """
+    rows: Rows = []
+    for number, row in text_rows(Path(path)):
+        where = f"{path}, row {number}"
+        try:
+            for column in ("instruction", "output", "generator"):
+                checked_text(row.get(column), column)
+        except InputError as error:
+            raise InputError(f"{where}: {error} {_EXPECTED}") from None
+        for column, kind in (("tokens", int), ("ended", bool)):
+            if (value := row.get(column)) is not None and type(value) is not kind:
+                raise InputError(f"{where}: {column!r} should be {kind.__name__} or left out, not {value!r:.80}")
+        rows.append(row)
+        if row["generator"] != (first := rows[0]["generator"]):
+            raise InputError(
+                f"{where}: the generator is {row['generator']!r}, in row 1 {first!r}: give the responses of one model"
+            )
+    if not rows:
+        raise InputError(f"{path} holds no responses. {_EXPECTED}")
+    return rows

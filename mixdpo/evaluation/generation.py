@@ -18,7 +18,7 @@ from mixdpo.model.forward import evaluating
 
 
 @dataclass(frozen=True)
-class Generation:
+class Response:
     """One completion.
 
     Args:
@@ -45,7 +45,7 @@ def generate(
     seed: int = 0,
     progress: bool = True,
     names: Sequence[str] | None = None,
-) -> list[list[Generation]]:
+) -> list[list[Response]]:
     """Complete each prompt `samples` times; entry i belongs to prompt i.
 
     The model is put in eval mode and given back as it was; the global random state is untouched.
@@ -83,14 +83,14 @@ def generate(
     # Longest first: the first batch is the peak of memory, so what fits there fits.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     width = max(1, batch_size // samples)
-    results: list[list[Generation]] = [[] for _ in encoded]
+    results: list[list[Response]] = [[] for _ in encoded]
     with evaluating(model), torch.no_grad(), tqdm(total=len(order), unit="prompt", disable=not progress) as bar:
         for start in range(0, len(order), width):
             batch = order[start : start + width]
             completions = _complete(model, [encoded[index] for index in batch], **options)
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
-                response = Generation(text, len(ids), bool(ids) and ids[-1] in ends.tolist())
+                response = Response(text, len(ids), bool(ids) and ids[-1] in ends.tolist())
                 results[batch[row // samples]].append(response)
             bar.update(len(batch))
     return results

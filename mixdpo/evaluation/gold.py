@@ -12,8 +12,8 @@ import numpy as np
 from mixdpo.data.sources import text_rows
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
-from mixdpo.evaluation.formats import SCORED, Answered, Prompt
-from mixdpo.evaluation.generation import Generation, generate
+from mixdpo.evaluation.formats import SCORED, Prompt, PromptResponses
+from mixdpo.evaluation.generation import Response, generate
 from mixdpo.storage.files import Row
 
 Scorer = Callable[[dict[str, Any], list[str]], Any]
@@ -24,7 +24,7 @@ Scorer = Callable[[dict[str, Any], list[str]], Any]
 class Responses:
     """P responses of one model, and their gold scores (P,); NaN without a scorer."""
 
-    given: Sequence[Generation]
+    given: Sequence[Response]
     scores: np.ndarray
 
     def rows(self) -> list[dict[str, Any]]:
@@ -33,12 +33,12 @@ class Responses:
         return [{**vars(g), "score": score} for g, score in zip(self.given, scores, strict=True)]
 
 
-def greedy(model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]], **options: Any) -> list[Generation]:
+def greedy(model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]], **options: Any) -> list[Response]:
     """One response to each prompt row (key `prompt`); options as for `generate`."""
     return [g for (g,) in generate(model, tokenizer, [row["prompt"] for row in prompts], **options)]
 
 
-def scored(prompts: Sequence[dict[str, Any]], given: Sequence[Generation], scorer: Scorer | None) -> Responses:
+def scored(prompts: Sequence[dict[str, Any]], given: Sequence[Response], scorer: Scorer | None) -> Responses:
     """One response to each prompt row, with its score."""
     scores = [scores_of(scorer, row, [g.text])[0] if scorer else np.nan for row, g in zip(prompts, given, strict=True)]
     return Responses(given, np.array(scores))
@@ -88,7 +88,7 @@ def _facts(title: str, facts: Mapping[str, str]) -> list[str]:
     return [f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
 
 
-def gold_table(answered: Sequence[Answered], scores: np.ndarray, other: np.ndarray | None = None) -> str:
+def gold_table(answered: Sequence[PromptResponses], scores: np.ndarray, other: np.ndarray | None = None) -> str:
     """A Markdown table: the mean score with its bootstrap 95 % interval over prompts, by category too, then lengths.
 
     Args:

@@ -1,36 +1,77 @@
-"""Pairwise judging: a model's outputs against a baseline's, by a judge behind an endpoint or by a reward model."""
+"""Pairwise judging: a model's responses against a baseline's, by a judge behind an endpoint or by a reward model."""
 
 import asyncio
 import hashlib
 import signal
+from collections import Counter, defaultdict, deque
 from collections.abc import Coroutine, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.endpoint import CONTINUES, Endpoint
-from mixdpo.evaluation.judge_prompt import NoVerdict
-from mixdpo.evaluation.judge_report import report
-from mixdpo.evaluation.outputs import Comparison, content_hash, match, read_outputs
-from mixdpo.evaluation.verdicts import VERDICTS, Order, Verdict
-from mixdpo.storage.lines_file import LinesWriter
+from mixdpo.evaluation.endpoint import CONTINUES, Endpoint, NoResponse
+from mixdpo.evaluation.formats import Row, Rows, read_responses
+from mixdpo.evaluation.judge_prompt import messages, prompt_hash, read_choice
+from mixdpo.evaluation.judged_prompts import report
+from mixdpo.evaluation.verdicts import Order, Source, Verdict, VerdictsWriter
+from mixdpo.storage.identity import content_hash
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model's and a baseline's response to one instruction.
+
+    Attributes:
+        index: position in the model's file, from 0.
+        tokens: length of the model's response in tokens, the end token included; None where the file does not say.
+        ended: whether the model ended its response by itself; None where the file does not say.
+    """
+
+    index: int
+    instruction: str
+    model: str
+    baseline: str
+    tokens: int | None
+    ended: bool | None
+
 
 Question = tuple[Comparison, Order]
 
 
 Judge = Any
-"""`about` (what decides its verdicts, in JSON's types); `async with judge`; `await judge(comparison, order)` ->
-Response, or raises NoVerdict."""
+"""`await judge(comparison, order)` gives the probability that the response shown first is preferred, its source, and
+the tokens used, or raises NoResponse. `orders(instruction)` says which orders to ask for. `about` is what decides the
+verdicts, in JSON's types. `aclose()` ends it."""
 
 
-Asked = tuple[Judge, dict[str, Any], list[Question]]
-"""A judge, what decides its verdicts, and what to ask it."""
+class EndpointJudge(Endpoint):
+    def __init__(
+        self, model: str, base_url: str | None, order: str, seed: int, max_tokens: int, log_probs: bool, **limits: Any
+    ) -> None:
+        request = {"logprobs": True, "top_logprobs": 20} if log_probs else {}
+        super().__init__(model, base_url, max_tokens=max_tokens, **limits, **request)
+        self.order, self.seed = order, seed
+        self.about: dict[str, Any] = {"kind": "endpoint", "model": model, "base_url": self.url, "prompt": prompt_hash()}
+        self.about |= {"max_tokens": max_tokens, "log_probs": log_probs}
+        self.about |= {"order": order, "seed": seed if order == "random" else None}
+
+    def orders(self, instruction: str) -> list[Order]:
+        both: list[Order] = ["model_first", "baseline_first"]
+        return both if self.order == "both" else [drawn_order(instruction, self.seed)]
+
+    async def __call__(self, comparison: Comparison, order: Order) -> tuple[float, Source, Counter[str]]:
+        shown = (comparison.model, comparison.baseline)[:: 1 if order == "model_first" else -1]
+        (first, source), used = await self.ask(messages(comparison.instruction, *shown), read_choice)
+        return first, source, used
 
 
 def judge(
-    outputs: str,
+    responses: str,
     *,
     baseline: str,
     model: str,
@@ -39,102 +80,104 @@ def judge(
     out: str | None = None,
     order: Literal["random", "both"] = "random",
     seed: int = 0,
-    limit: int | None = None,
-    concurrency: int = 8,
-    attempts: int = 5,
-    timeout: float = 60.0,
-    max_tokens: int = 1,
+    limit: PositiveInt | None = None,
+    concurrency: PositiveInt = 8,
+    attempts: PositiveInt = 5,
+    timeout: PositiveFloat = 60.0,
+    max_tokens: PositiveInt = 1,
     log_probs: bool = True,
 ) -> int:
     """Ask a judge which of two responses is better: a model's or a baseline's to the same instruction.
 
-    Each verdict is on the disk as it comes. Stopped or killed, the same command asks for what is missing, and again for
-    what failed; the exit status is 1 if something failed. The key is OPENAI_API_KEY, from the environment only.
+    Each verdict is on the disk as it comes. After a stop or a kill, the same command asks for what is missing, and
+    again for what failed. The exit status is 1 if something failed. The key is read from OPENAI_API_KEY.
 
     Args:
-        outputs: the model's answers in AlpacaEval's format: a JSON list of objects with instruction, output, generator.
-        baseline: the baseline's answers in the same format; they may be to more instructions.
+        responses: the model's file in AlpacaEval's format: a JSON list of objects with instruction, output, generator.
+        baseline: the baseline's file in the same format; it may hold more instructions.
         model: the judge's name at the endpoint; with reward_model a hub id or folder.
         base_url: of an OpenAI-compatible server, such as http://localhost:8000/v1; default OPENAI_BASE_URL, or OpenAI.
         reward_model: the judge is a sequence classifier with one label, run here: the preference is the sigmoid of the
-            difference of its scores. Order, seed and all options of requests do not matter to it.
-        out: the verdicts file; default is OUTPUTS with the suffix .verdicts.jsonl.
-        order: random: the seed and the instruction decide which response is shown first; both: each prompt is asked in
-            both orders, and its preference is their mean.
+            difference of its scores. Order, seed and the options of requests have no effect.
+        out: the verdicts file; default is RESPONSES with the suffix .verdicts.sqlite.
+        order: random shows either response first, by seed and instruction; both asks twice and takes the mean.
         seed: of the random order.
-        limit: judge only the first so many outputs; a later call without it judges the others.
+        limit: judge only the first so many responses; a later call without it judges the others.
         concurrency: requests at a time.
         attempts: requests for one verdict, at most; then it counts as failed.
         timeout: seconds for one request.
         max_tokens: that the judge may write. The verdict is in the first one, but some servers need more.
-        log_probs: ask for log-probabilities of the first token; where the endpoint returns none, the verdict is the
-            letter that it writes.
+        log_probs: ask for log-probabilities of the first token; without them the verdict is the letter.
 
     Raises:
-        InputError: a file is malformed, the files or the options do not fit the verdicts that are there, or the
-            endpoint refuses everything.
+        InputError: a file is malformed, the verdicts file holds other verdicts, or the endpoint refuses everything.
     """
-    _check(limit, concurrency, attempts, timeout, max_tokens)
-    responses = read_outputs(baseline)
-    comparisons = match(read_outputs(outputs), responses, baseline)
-    print(f"{outputs} has answers to {len(comparisons)} of the {len(responses)} instructions of {baseline}")
-    options = {"attempts": attempts, "timeout": timeout, "max_tokens": max_tokens, "log_probs": log_probs}
+    ours, theirs = read_responses(responses), read_responses(baseline)
+    comparisons = match(ours, theirs, baseline)
+    print(f"{responses} has responses to {len(ours)} of the {len(theirs)} instructions of {baseline}")
     if reward_model:
-        how, about, questions = _reward_model(model, comparisons[:limit])
+        from mixdpo.evaluation.reward_judge import RewardJudge
+
+        how: Judge = RewardJudge(model)
         concurrency = 1
     else:
-        how, about, questions = _endpoint(Endpoint(model, base_url, **options), comparisons[:limit], order, seed)
-    path = Path(out) if out else Path(outputs).with_suffix(".verdicts.jsonl")
-    with LinesWriter(path, VERDICTS, _header(comparisons, about)) as writer:
-        known = sum(_is_known(writer, question) for question in questions)
-        print(f"{path} has {known} of the {len(questions)} verdicts on {len(comparisons[:limit])} of them")
-        stopped_by = asyncio.run(_interruptible(_ask_all(how, questions, writer, concurrency)))
-        verdicts = [writer.rows[key] for key in map(_key, questions) if key in writer.rows]
-    print("\n".join(report(verdicts, len(questions), about)))
-    if stopped_by is not None:
-        print(f"stopped by {stopped_by.name}; {CONTINUES}")
-        return 128 + stopped_by
+        limits = {"attempts": attempts, "timeout": timeout}
+        how = EndpointJudge(model, base_url, order, seed, max_tokens, log_probs, **limits)
+    header = {"model": ours[0]["generator"], "baseline": theirs[0]["generator"], "judge": how.about}
+    path = Path(out) if out else Path(responses).with_suffix(".verdicts.sqlite")
+    return _judge(how, comparisons, limit, header, path, concurrency)
+
+
+def _judge(
+    how: Judge, comparisons: Sequence[Comparison], limit: int | None, header: Row, path: Path, at_once: int
+) -> int:
+    """The header says what is judged, and how, but no limit, so that the limit can be raised later."""
+    header = {**header, "outputs": content_hash(comparisons), "prompts": len(comparisons)}
+    questions = [
+        (comparison, order) for comparison in comparisons[:limit] for order in how.orders(comparison.instruction)
+    ]
+    with VerdictsWriter(path, header) as writer:
+        known = {key for key, verdict in writer.verdicts.items() if verdict.failed is None}
+        missing = [question for question in questions if _key(question) not in known]
+        print(f"{path} has {len(questions) - len(missing)} of the {len(questions)} verdicts")
+        with tqdm(total=len(questions), initial=len(questions) - len(missing), unit="verdict") as bar:
+            stopped_by = asyncio.run(_interruptible(_ask_all(how, missing, writer, at_once, bar)))
+        verdicts = [writer.verdicts[key] for key in map(_key, questions) if key in writer.verdicts]
+    print("\n".join(report(verdicts, len(questions), how.about.get("order") == "both")))
+    if stopped_by:
+        print(f"stopped by {stopped_by[0].name}; {CONTINUES}")
+        return 128 + stopped_by[0]
     print(f"python -m mixdpo score {path}")
     return int(any(verdict.failed is not None for verdict in verdicts))
 
 
-def _reward_model(model: str, comparisons: Sequence[Comparison]) -> Asked:
-    from mixdpo.evaluation.reward_judge import RewardJudge
+def match(ours: Rows, theirs: Rows, source: str | Path) -> list[Comparison]:
+    """Each row of the model with the baseline's row of the same instruction, in the model's order.
 
-    how = RewardJudge(model)
-    return how, how.about, [(comparison, "model_first") for comparison in comparisons]
+    The k-th row of an instruction belongs to the baseline's k-th. Other instructions of the baseline are left out.
 
+    Args:
+        source: the baseline's file, for the error.
 
-def _endpoint(how: Endpoint, comparisons: Sequence[Comparison], order: Literal["random", "both"], seed: int) -> Asked:
-    about = how.about | {"order": order, "seed": seed if order == "random" else None}
-    return how, about, [(comparison, each) for comparison in comparisons for each in _orders(comparison, order, seed)]
-
-
-def _check(limit: int | None, concurrency: int, attempts: int, timeout: float, max_tokens: int) -> None:
-    least = {"concurrency": concurrency, "attempts": attempts, "max_tokens": max_tokens}
-    least |= {} if limit is None else {"limit": limit}
-    if bad := [f"{name} {value}" for name, value in least.items() if value < 1]:
-        raise InputError(f"{', '.join(bad)}: need at least 1")
-    if not timeout > 0:
-        raise InputError(f"timeout {timeout}: need seconds above 0")
-
-
-def _header(comparisons: Sequence[Comparison], about: dict[str, Any]) -> dict[str, Any]:
-    """What is judged, and how; not how many prompts of it, so that `limit` can be raised later."""
-    first = comparisons[0]
-    return {
-        "model": first.model.generator,
-        "baseline": first.baseline.generator,
-        "outputs": content_hash(comparisons),
-        "prompts": len(comparisons),
-        "judge": about,
-    }
-
-
-def _orders(comparison: Comparison, order: Literal["random", "both"], seed: int) -> list[Order]:
-    if order == "both":
-        return ["model_first", "baseline_first"]
-    return [drawn_order(comparison.instruction, seed)]
+    Raises:
+        InputError: the baseline lacks an instruction.
+    """
+    waiting: defaultdict[str, deque[str]] = defaultdict(deque)
+    for row in theirs:
+        waiting[row["instruction"]].append(row["output"])
+    comparisons, lacking = [], []
+    for index, row in enumerate(ours):
+        if texts := waiting[instruction := row["instruction"]]:
+            more = row.get("tokens"), row.get("ended")
+            comparisons.append(Comparison(index, instruction, row["output"], texts.popleft(), *more))
+        else:
+            lacking.append(f"row {index + 1}, {instruction[:200]!r}")
+    if lacking:
+        raise InputError(
+            f"the baseline {source} lacks {len(lacking)} of the {len(ours)} instructions (first: {lacking[0]}): give "
+            "the responses of both models to the same instructions"
+        )
+    return comparisons
 
 
 def drawn_order(instruction: str, seed: int) -> Order:
@@ -147,75 +190,43 @@ def _key(question: Question) -> tuple[int, Order]:
     return question[0].index, question[1]
 
 
-def _is_known(writer: LinesWriter, question: Question) -> bool:
-    known = writer.rows.get(_key(question))
-    return known is not None and known.failed is None
+async def _ask_all(how: Judge, missing: Sequence[Question], writer: VerdictsWriter, at_once: int, bar: Any) -> None:
+    waiting = iter(missing)  # one iterator for all workers: each question goes to one of them
 
-
-async def _ask_all(how: Judge, questions: Sequence[Question], writer: LinesWriter, concurrency: int) -> None:
-    """Ask what has no verdict yet, `concurrency` at a time."""
-    missing = [question for question in questions if not _is_known(writer, question)]
-    waiting, failed = iter(missing), 0  # one iterator for all workers: each question goes to one of them
-
-    async def work(bar: Any) -> None:
-        nonlocal failed
+    async def work() -> None:
         for question in waiting:
-            verdict = await _ask(how, *question)
-            writer.append(verdict.line())
-            failed += verdict.failed is not None
+            writer.keep(await _ask(how, *question))
+            failed = sum(verdict.failed is not None for verdict in writer.verdicts.values())
             bar.set_postfix(failed=failed, refresh=False)
             bar.update()
 
-    known = len(questions) - len(missing)
-    try:
-        with tqdm(total=len(questions), initial=known, unit="verdict") as bar:
-            async with how, asyncio.TaskGroup() as group:
-                for _ in range(min(concurrency, len(missing))):
-                    group.create_task(work(bar))
-    except BaseExceptionGroup as error:
-        raise error.exceptions[0] from None  # the others are its consequences, or say the same
+    async with aclosing(how):
+        await asyncio.gather(*(work() for _ in range(at_once)))
 
 
 async def _ask(how: Judge, comparison: Comparison, order: Order) -> Verdict:
     preference, source, failed = None, None, None
     try:
-        response = await how(comparison, order)
-        preference, source = response.preference(order), response.source
-    except NoVerdict as error:
-        response, failed = error, str(error)
-    return Verdict(
-        index=comparison.index,
-        order=order,
-        preference=preference,
-        source=source,
-        failed=failed,
-        judge_prompt_tokens=response.prompt_tokens,
-        judge_completion_tokens=response.completion_tokens,
-        len_model=len(comparison.model.text),
-        len_baseline=len(comparison.baseline.text),
-        tokens=comparison.model.tokens,
-        ended=comparison.model.ended,
-    )
+        first, source, used = await how(comparison, order)
+        preference = first if order == "model_first" else 1 - first
+    except NoResponse as error:
+        failed, used = str(error), error.used
+    numbers: dict[str, Any] = {f"judge_{name}": used.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    numbers |= {"len_model": len(comparison.model), "len_baseline": len(comparison.baseline)}
+    numbers |= {"tokens": comparison.tokens, "ended": comparison.ended}
+    return Verdict(comparison.index, order, preference, source, failed, **numbers)
 
 
-async def _interruptible(work: Coroutine[Any, Any, None]) -> signal.Signals | None:
-    """Do the work until it is done or a SIGINT or SIGTERM comes; returns which."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    came: list[signal.Signals] = []
+async def _interruptible(work: Coroutine[Any, Any, None]) -> list[signal.Signals]:
+    """Do the work until it is done or a SIGINT or SIGTERM comes; returns which came."""
+    task, came = asyncio.ensure_future(work), list[signal.Signals]()
 
     def stop(number: signal.Signals) -> None:
         came.append(number)
         task.cancel()
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for each in signals:
-        loop.add_signal_handler(each, stop, each)
-    try:
-        await work
-    except asyncio.CancelledError:
-        if not came:
-            raise
-    finally:
-        for each in signals:
-            loop.remove_signal_handler(each)
-    return came[0] if came else None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    with suppress(asyncio.CancelledError):
+        await task
+    return came

@@ -2,15 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from mixdpo.evaluation.verdicts import Source
 
 LEAST_MASS = 0.01
-"""Probability that the labels must have together: below it the judge began with something else, such as a refusal, and
-what is left of the labels is noise."""
+"""Least probability of both labels together. Below, the judge began with something else, such as a refusal."""
 
 
 LABELS = ("X", "Y")
@@ -56,98 +54,49 @@ def prompt_hash() -> str:
     return hashlib.sha256((_SYSTEM + _USER).encode()).hexdigest()[:16]
 
 
-class Malformed(ValueError):
-    """A response that is no verdict; the message says why, and begins with the kind up to a colon."""
-
-
-class NoVerdict(Exception):
-    """A prompt that a judge gives no verdict on.
-
-    Args:
-        reason: begins with the kind of reason, up to a colon.
-        prompt_tokens, completion_tokens: what the attempts used, as far as the judge says.
-    """
-
-    def __init__(self, reason: str, prompt_tokens: int | None = None, completion_tokens: int | None = None) -> None:
-        super().__init__(reason)
-        self.prompt_tokens, self.completion_tokens = prompt_tokens, completion_tokens
-
-
-@dataclass(frozen=True)
-class Response:
-    """Of a judge that was shown two responses; `first`: probability that it prefers the one shown first."""
-
-    first: float
-    source: Source
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-    def preference(self, order: str) -> float:
-        """Probability that the model's response is preferred, whatever the order."""
-        return self.first if order == "model_first" else 1 - self.first
-
-
-def read_choice(content: Mapping[str, Any]) -> tuple[float, Source]:
-    """The preference for the response shown first, from the body of a chat completion.
+def read_choice(body: Any) -> tuple[float, Source]:
+    """Probability that the judge prefers the response shown first, from the body of a chat completion.
 
     P(X) / (P(X) + P(Y)) by the log-probabilities of the first token; where there are none, 1 or 0 by the text.
 
     Raises:
-        Malformed: the judge refused, or named neither response.
+        ValueError: the judge refused, or named neither response.
+        LookupError, TypeError, AttributeError, ArithmeticError: the body is no chat completion.
     """
-    try:
-        choice = content["choices"][0]
-        message = choice["message"]
-        text, refusal = message.get("content"), message.get("refusal")
-        tokens = (choice.get("logprobs") or {}).get("content")
-        if refusal or choice.get("finish_reason") == "content_filter":
-            raise Malformed(f"refused: {str(refusal or 'content filter')[:200]!r}")
-        if tokens:
-            return first_by_log_probs(_alternatives(tokens)), "log_probs"
-    except Malformed:
-        raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise Malformed(f"no chat completion: {type(error).__name__} {error} in {str(content)[:200]!r}") from None
+    choice = body["choices"][0]
+    text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+    if refusal or choice.get("finish_reason") == "content_filter":
+        raise ValueError(f"refused: {str(refusal or 'content filter')[:200]!r}")
+    if tokens := (choice.get("logprobs") or {}).get("content"):
+        return first_by_log_probs(_alternatives(tokens)), "log_probs"
     if text is None:
-        raise Malformed(f"no text: the judge ended with {choice.get('finish_reason')!r}; try a larger max_tokens")
-    return first_by_text(str(text)), "text"
+        raise ValueError(f"no text: the judge ended with {choice.get('finish_reason')!r}; try a larger max_tokens")
+    if (label := str(text).strip()) not in LABELS:
+        raise ValueError(f"no label: {str(text)[:80]!r}")
+    return float(label == LABELS[0]), "text"
 
 
-def _alternatives(tokens: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """(token, log-probability) of the likeliest tokens at the first place that is more than white space."""
+def _alternatives(tokens: list[dict[str, Any]]) -> dict[str, float]:
+    """Log-probabilities of the likeliest tokens at the first place that is more than white space."""
     place = next((token for token in tokens if token["token"].strip()), tokens[0])
-    listed = {one["token"]: float(one["logprob"]) for one in [place, *(place.get("top_logprobs") or [])]}
-    return list(listed.items())
+    return {each["token"]: 0.0 + each["logprob"] for each in [place, *(place.get("top_logprobs") or [])]}
 
 
-def first_by_log_probs(alternatives: Iterable[tuple[str, float]]) -> float:
+def first_by_log_probs(alternatives: Mapping[str, float]) -> float:
     """P(X) / (P(X) + P(Y)); the tokens of a label differ in case and in the space before it. A label that is not among
     the alternatives has the probability 0.
 
     Args:
-        alternatives: (token, log-probability), each token once.
+        alternatives: token -> log-probability.
 
     Raises:
-        Malformed: both labels together have a probability below LEAST_MASS.
+        ValueError: both labels together have a probability below LEAST_MASS.
     """
     sums = dict.fromkeys(LABELS, 0.0)
-    alternatives = list(alternatives)
-    for token, log_prob in alternatives:
+    for token, log_prob in alternatives.items():
         if (label := token.strip(" \n\t▁Ġ").upper()) in sums:  # two signs that some servers write for the space
             sums[label] += math.exp(log_prob)
     total = sum(sums.values())
     if not LEAST_MASS <= total < math.inf:
-        said = ", ".join(repr(token) for token, _ in alternatives[:5])
-        raise Malformed(f"no label among the likeliest tokens: {said}")
+        raise ValueError(f"no label among the likeliest tokens: {', '.join(map(repr, list(alternatives)[:5]))}")
     return sums[LABELS[0]] / total
-
-
-def first_by_text(text: str) -> float:
-    """1 for the label X, 0 for Y, white space around it aside.
-
-    Raises:
-        Malformed: it is anything else.
-    """
-    if text.strip() not in LABELS:
-        raise Malformed(f"no label: {text[:80]!r}")
-    return float(text.strip() == LABELS[0])

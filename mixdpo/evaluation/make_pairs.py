@@ -120,7 +120,7 @@ def pair_up(
 
     Args:
         rows: prompt rows (P,).
-        completions: `Generation`s (P, samples).
+        completions: `Response`s (P, samples).
         scorer: (prompt row, texts) -> scores.
         pairs_per_prompt: as for `make_pairs`.
         seed: breaks ties between equal scores.

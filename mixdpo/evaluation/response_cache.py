@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,25 @@ import torch
 from mixdpo.data import chat_template as tokenization
 from mixdpo.data import control_tokens
 from mixdpo.evaluation import generation
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 from mixdpo.model import export
-from mixdpo.storage.files import cache_root, or_without, read_json, write_json
+from mixdpo.storage.files import cache_root
+from mixdpo.storage.store import Store
 
 
-def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
+def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Response]]) -> list[Response]:
     """What `make` returns, from a file where it was made before with the same `of`.
-
-    A file that is damaged is replaced, and one that cannot be written is done without, with a warning.
 
     Args:
         of: all that the responses depend on, in JSON's types; the machine and the code that generates are added here.
     """
-    depends = {**of, **_machine()}
-    name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
-    path = cache_root() / "answers" / f"{name}.json"
-    with or_without("answers", path):
-        if path.exists():
-            print(f"the responses are kept in {path}")
-            return [Generation(**row) for row in read_json(path, {"answers"}, "delete it")["answers"]]
-    responses = make()
-    with or_without("answers", path):
-        write_json(path, {"of": depends, "answers": [asdict(response) for response in responses]})
+    key = hashlib.sha256(json.dumps({**of, **_machine()}, sort_keys=True).encode()).hexdigest()
+    with Store(cache_root() / "responses" / "responses.sqlite", {}, noun="responses", cache=True) as store:
+        if kept := store.get([key]):
+            print(f"the responses are kept in {store.path}")
+            return [Response(**row) for row in json.loads(kept[key])]
+        responses = make()
+        store.add({key: json.dumps([vars(response) for response in responses]).encode()})
     return responses
 
 

@@ -1,52 +1,50 @@
-"""Responses as they come: a header that says what they depend on, then a line for each prompt."""
+"""Responses as they come, prompt by prompt."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixdpo.evaluation.formats import Answered, Prompt
-from mixdpo.evaluation.generation import Generation
-from mixdpo.storage.lines_file import LineFormat, LinesWriter
+from mixdpo.evaluation.formats import Prompt, PromptResponses
+from mixdpo.evaluation.generation import Response
+from mixdpo.storage.store import Store, read_store
+
+NOUN, REMEDY = "responses", "remove it, or give another --name"
 
 
-def _parse(row: dict[str, Any], header: dict[str, Any]) -> tuple[str, tuple[Generation, ...]]:
-    return row["key"], tuple(Generation(**response) for response in row["answers"])
-
-
-RESPONSES = LineFormat(
-    name="mixdpo answers 1",
-    noun="responses file of run.py predict",
-    rows="answers",
-    header={},
-    parse=_parse,
-    remedy="remove it, or give another --name",
-    other="remove it, or give another --name",
-)
-
-
-class ResponsesFile(LinesWriter):
-    def __init__(self, path: str | Path, header: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
+class ResponsesFile(Store):
+    def __init__(self, path: str | Path, head: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
         """A file to go on with, or a new one.
 
         Args:
-            path: FILE.responses.jsonl.
-            header: all that the responses depend on, in JSON's types.
-            prompts: what is to be answered; their keys differ.
+            path: FILE.responses.sqlite.
+            head: all that the responses depend on, in JSON's types.
+            prompts: the prompts to respond to; their keys differ.
 
         Raises:
-            InputError: there is a file of other responses or of something else, or another process is writing to it.
+            InputError: the file holds other responses or something else, or another process is writing to the file.
         """
-        super().__init__(path, RESPONSES, header)
+        super().__init__(path, head, noun=NOUN, remedy=REMEDY)
         self.prompts = {prompt.key: prompt for prompt in prompts}
+        self.rows = {key: tuple(Response(**row) for row in json.loads(value)) for key, value in self.items().items()}
 
     @property
     def missing(self) -> list[Prompt]:
         return [prompt for key, prompt in self.prompts.items() if key not in self.rows]
 
     @property
-    def answered(self) -> list[Answered]:
+    def answered(self) -> list[PromptResponses]:
         """In the order of the prompts."""
-        return [Answered(prompt, self.rows[key]) for key, prompt in self.prompts.items() if key in self.rows]
+        return [PromptResponses(prompt, self.rows[key]) for key, prompt in self.prompts.items() if key in self.rows]
 
-    def keep(self, answered: Sequence[Answered]) -> None:
-        self.append(*({"key": a.prompt.key, "answers": [vars(response) for response in a.responses]} for a in answered))
+    def keep(self, answered: Sequence[PromptResponses]) -> None:
+        self.add({a.prompt.key: json.dumps([vars(response) for response in a.responses]).encode() for a in answered})
+        self.rows |= {a.prompt.key: a.responses for a in answered}
+
+
+def head_of_responses(path: str | Path) -> dict[str, Any]:
+    """
+    Raises:
+        InputError: as for a ResponsesFile.
+    """
+    return read_store(path, NOUN, REMEDY)[0]

@@ -1,18 +1,20 @@
 """Verdicts files as a table: win rates with intervals, and beside them what could explain them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation.difficulties import read_difficulties, read_gamed
+from mixdpo.evaluation import win_rate
+from mixdpo.evaluation.bootstrap import Interval
 from mixdpo.evaluation.judged_prompts import Judged, facts, judged_prompts, shared_prompts
-from mixdpo.evaluation.length_control import GamedBaselines, label, resampled_length_controlled
 from mixdpo.evaluation.verdicts import read_verdicts
-from mixdpo.evaluation.win_rate import Estimate, resampled_win_rates, standard_error_of_mean
 from mixdpo.storage.files import write_json
+
+Rates = dict[str, Interval | None]
+"""Name of a win rate -> its estimate; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Scores:
     """Of one model.
 
     Attributes:
-        rates: name of a win rate -> its estimate; None where there is none, and `notes` says why.
+        judged: what the rates are of.
+        rates: where one is None, `notes` say why.
         standard_error: of the win rate, as AlpacaEval reports it.
     """
 
-    rates: dict[str, Estimate | None]
+    judged: Judged
+    rates: Rates
     standard_error: float
     notes: list[str]
 
@@ -41,10 +45,10 @@ def score(
     """Print win rates from verdicts, raw, discrete and length-controlled, each with standard error and interval.
 
     Standard errors and 95 % intervals are a bootstrap over prompts. A prompt judged in both orders counts with the mean
-    of its two preferences; one without a verdict in each order is left out, and the table says how many and why.
+    of its two preferences. A prompt without a verdict in each order is left out, and the table says how many and why.
 
-    The length-controlled win rate is AlpacaEval's with both --difficulty and --gamed; else its name says what it is
-    without, and it cannot be compared with the leaderboard's.
+    The length-controlled win rate is AlpacaEval's with both --difficulty and --gamed. Without one of them the rate has
+    another name, and cannot be compared with the leaderboard's.
 
     Args:
         verdicts: file of `mixdpo judge`.
@@ -70,54 +74,45 @@ def score(
         common = set(shared)
         among = [[v for v in each.file.verdicts if v.index in common] for each in judged]
         judged = [replace(each, facts=facts(verdicts)) for each, verdicts in zip(judged, among, strict=True)]
-    difficulties = None if difficulty is None else read_difficulties(difficulty, shared)
-    extra = None if gamed is None else read_gamed(gamed)
+    difficulties = None if difficulty is None else win_rate.read_difficulties(difficulty, shared)
+    extra = None if gamed is None else win_rate.read_gamed(gamed)
     scores = [_scores(each, shared, difficulties, extra, samples, seed) for each in judged]
-    differences = _differences(*scores) if against is not None else {}
-    print(_table(judged, scores, differences, len(shared)))
+    difference = _difference(*(each.rates for each in scores)) if against is not None else {}
+    print(_table(scores, difference, len(shared)))
     if out is not None:
         inputs = {"samples": samples, "seed": seed, "difficulty": difficulty, "gamed": gamed, "prompts": len(shared)}
-        models = [_content(*each) for each in zip(judged, scores, strict=True)]
-        write_json(out, {**inputs, "models": models, "differences": _in_json(differences)})
+        write_json(out, {**inputs, "models": list(map(_content, scores)), "differences": _in_json(difference)})
 
 
-def _scores(
-    judged: Judged,
-    indices: Sequence[int],
-    difficulties: np.ndarray | None,
-    gamed: GamedBaselines | None,
-    samples: int,
-    seed: int,
-) -> Scores:
+def _scores(judged: Judged, indices: Sequence[int], difficulties: Any, gamed: Any, samples: int, seed: int) -> Scores:
     preferences, len_model, len_baseline = np.array([judged.prompts[index] for index in indices]).T
-    raw, discrete = resampled_win_rates(preferences, samples, seed)
-    name, notes = label(difficulties is not None, gamed is not None), []
-    rates: dict[str, Estimate | None] = {"win rate": raw, "discrete win rate": discrete, name: None}
+    raw, discrete = win_rate.resampled_win_rates(preferences, samples, seed)
+    name, notes = win_rate.label(difficulties is not None, gamed is not None), []
+    rates: Rates = {"win rate": raw, "discrete win rate": discrete, name: None}
     try:
         columns = preferences, len_model, len_baseline, difficulties, gamed
-        rates[name] = resampled_length_controlled(*columns, samples=samples, seed=seed)[1]
+        rates[name] = win_rate.resampled_length_controlled(*columns, samples=samples, seed=seed)[1]
     except InputError as error:
         notes.append(f"{judged.file.path}: no {name}: {error}")
-    return Scores(rates, standard_error_of_mean(preferences), notes)
+    return Scores(judged, rates, win_rate.standard_error_of_mean(preferences), notes)
 
 
-def _differences(one: Scores, other: Scores) -> dict[str, Estimate | None]:
-    pairs = ((name, rate, other.rates[name]) for name, rate in one.rates.items())
+def _difference(one: Rates, other: Rates) -> Rates:
+    pairs = ((name, rate, other[name]) for name, rate in one.items())
     return {name: None if a is None or b is None else a - b for name, a, b in pairs}
 
 
-def _table(
-    judged: Sequence[Judged], scores: Sequence[Scores], differences: Mapping[str, Estimate | None], prompts: int
-) -> str:
-    """Markdown: the rates of each model and what else there is to know about it, then differences, then notes."""
-    rows = [(f"against {judged[0].file.header['baseline']}, {prompts} prompts", "", "standard error", "95 % interval")]
+def _table(scores: Sequence[Scores], difference: Rates, prompts: int) -> str:
+    """Markdown: of each model the rates and what could explain them, then the difference, then notes."""
+    baseline, names = scores[0].judged.file.header["baseline"], _names([each.judged for each in scores])
+    rows = [(f"against {baseline}, {prompts} prompts", "", "standard error", "95 % interval")]
     rows.append(("---", "---:", "---:", "---"))
-    for name, each, theirs in zip(_names(judged), judged, scores, strict=True):
-        rows += [(name, "", "", ""), *_rate_rows(theirs.rates)]
-        rows.append(("standard error of the win rate as AlpacaEval has it", "", f"{theirs.standard_error:.2f}", ""))
-        rows += [(*row, "", "") for row in _facts_rows(each)]
-    if differences:
-        rows += [(f"{' minus '.join(_names(judged))}", "", "", ""), *_rate_rows(differences, "+")]
+    for name, each in zip(names, scores, strict=True):
+        rows += [(name, "", "", ""), *_rate_rows(each.rates)]
+        rows.append(("standard error of the win rate as AlpacaEval has it", "", f"{each.standard_error:.2f}", ""))
+        rows += [(*row, "", "") for row in _rows_beside(each.judged)]
+    if difference:
+        rows += [(" minus ".join(names), "", "", ""), *_rate_rows(difference, "+")]
     lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
     return "\n".join([*lines, *(f"\n{note}" for each in scores for note in each.notes)])
 
@@ -128,30 +123,36 @@ def _names(judged: Sequence[Judged]) -> list[str]:
     return models if len(set(models)) == len(models) else [str(each.file.path) for each in judged]
 
 
-def _rate_rows(rates: Mapping[str, Estimate | None], sign: str = "") -> list[tuple[str, ...]]:
+def _rate_rows(rates: Rates, sign: str = "") -> list[tuple[str, ...]]:
     rows = []
     for name, rate in rates.items():
         cells = ("n/a",) * 3
         if rate is not None:
-            low, high = rate.interval
-            cells = (f"{rate.value:{sign}.2f}", f"{rate.standard_error:.2f}", f"{low:{sign}.2f} to {high:{sign}.2f}")
+            interval = f"{rate.low:{sign}.2f} to {rate.high:{sign}.2f}"
+            cells = (f"{rate.mean:{sign}.2f}", f"{rate.standard_error:.2f}", interval)
         rows.append((f"{name}, %", *cells))
     return rows
 
 
-def _facts_rows(judged: Judged) -> list[tuple[str, str]]:
-    left_out = "; ".join(f"{reason}: {count}" for reason, count in judged.failed.items())
-    facts = {name: "n/a" if value is None else f"{value:.1f}" for name, value in judged.facts.items()}
-    counts = {"prompts judged": str(len(judged.prompts)), "prompts left out": str(sum(judged.failed.values()))}
-    return [*counts.items(), *([("why left out", left_out)] if left_out else []), *facts.items()]
+def _rows_beside(judged: Judged) -> list[tuple[str, str]]:
+    """How many prompts the rates are of, and what else could explain them."""
+    rows = {"prompts judged": str(len(judged.prompts)), "prompts left out": str(sum(judged.failed.values()))}
+    if judged.failed:
+        rows["why left out"] = "; ".join(f"{reason}: {count}" for reason, count in judged.failed.items())
+    return [*rows.items(), *((name, "n/a" if v is None else f"{v:.1f}") for name, v in judged.facts.items())]
 
 
-def _content(judged: Judged, scores: Scores) -> dict[str, Any]:
+def _content(scores: Scores) -> dict[str, Any]:
     """Of one model, for the JSON file."""
-    said = {"verdicts": str(judged.file.path), "header": judged.file.header, "rates": _in_json(scores.rates)}
+    judged = scores.judged
+    rates = {"rates": _in_json(scores.rates), "alpaca_eval_standard_error": scores.standard_error}
     counts = {"judged": len(judged.prompts), "left_out": judged.failed, "facts": judged.facts, "notes": scores.notes}
-    return {**said, "alpaca_eval_standard_error": scores.standard_error, **counts}
+    return {"verdicts": str(judged.file.path), "header": judged.file.header, **rates, **counts}
 
 
-def _in_json(rates: Mapping[str, Estimate | None]) -> dict[str, dict[str, float] | None]:
-    return {name: None if rate is None else rate.summary() for name, rate in rates.items()}
+def _in_json(rates: Rates) -> dict[str, Any]:
+    names = {"value": "mean", "standard_error": "standard_error", "low": "low", "high": "high"}
+    return {
+        name: rate and {key: getattr(rate, attribute) for key, attribute in names.items()}
+        for name, rate in rates.items()
+    }

@@ -1,21 +1,21 @@
 """Verdicts files: what a judge prefers, prompt by prompt, kept as each verdict comes.
 
-The header says who was judged, on what and how; a line is a verdict, and of two of the same prompt and order the last
-one counts. What `mixdpo score` needs is in this file alone.
+The head says which model was judged, on what and how. What `mixdpo score` needs is in this file alone.
 """
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mixdpo.errors import InputError
-from mixdpo.storage.lines_file import LineFormat
+from mixdpo.storage.store import Key, Store, read_store
 
 Order = Literal["model_first", "baseline_first"]
-
-
 Source = Literal["log_probs", "text", "reward_model"]
+NOUN = "verdicts"
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Verdict:
 
     Attributes:
         index: position of the prompt in OUTPUTS, from 0.
-        order: whose output the judge was shown first.
-        preference: probability that the MODEL's output is preferred over the baseline's, in [0, 1], whatever the order;
-            None where the judge gave no verdict.
-        source: what the preference was read from ("from" in the file); None without a preference.
+        order: whose response the judge was shown first.
+        preference: probability that the MODEL's response is preferred over the baseline's, in [0, 1], whatever the
+            order; None where the judge gave no verdict.
+        source: what the preference was read from; None without a preference.
         failed: why there is no preference; None where there is one.
         judge_prompt_tokens, judge_completion_tokens: what the judge used for it, failed attempts included; None where
             it does not say.
-        len_model, len_baseline: characters of the two outputs.
-        tokens: length of the model's output in tokens; None where OUTPUTS does not say.
-        ended: whether the model ended its output by itself; None where OUTPUTS does not say.
+        len_model, len_baseline: characters of the two responses.
+        tokens: length of the model's response in tokens; None where OUTPUTS does not say.
+        ended: whether the model ended its response by itself; None where OUTPUTS does not say.
     """
 
     index: int
@@ -49,8 +49,6 @@ class Verdict:
     ended: bool | None
 
     def __post_init__(self) -> None:
-        if self.order not in ("model_first", "baseline_first"):
-            raise ValueError(f"the order is {self.order!r}")
         if (self.preference is None) == (self.failed is None):
             raise ValueError("it needs either a preference or what failed")
         if self.preference is not None and not (math.isfinite(self.preference) and 0 <= self.preference <= 1):
@@ -60,40 +58,26 @@ class Verdict:
     def key(self) -> tuple[int, Order]:
         return self.index, self.order
 
-    def line(self) -> dict[str, Any]:
-        content = {"from" if name == "source" else name: value for name, value in vars(self).items()}
-        unsaid = ("preference", "from") if self.failed is not None else ("failed",)
-        return {name: value for name, value in content.items() if name not in unsaid}
+
+class VerdictsWriter(Store):
+    def __init__(self, path: str | Path, head: Mapping[str, Any]) -> None:
+        """Goes on with a file, or makes the file. `verdicts` are those known so far; a failed one may be replaced.
+
+        Raises:
+            InputError: the file holds other verdicts or something else, or another process is writing to the file.
+        """
+        remedy = "use the same inputs and options to continue it, or give another --out"
+        super().__init__(path, head, noun=NOUN, remedy=remedy)
+        self.verdicts = _by_key(self.items())
+
+    def keep(self, *verdicts: Verdict) -> None:
+        self.add({f"{each.index} {each.order}": json.dumps(vars(each)).encode() for each in verdicts})
+        self.verdicts |= {each.key: each for each in verdicts}
 
 
-def _parse(row: dict[str, Any], header: dict[str, Any]) -> tuple[tuple[int, Order], Verdict]:
-    if type(row["index"]) is not int or not 0 <= row["index"] < header["prompts"]:
-        raise ValueError(f"index {row['index']!r} is none of the {header['prompts']} prompts")
-    verdict = Verdict(
-        index=row["index"],
-        order=row["order"],
-        preference=float(row["preference"]) if "preference" in row else None,
-        source=row["from"] if "preference" in row else None,
-        failed=str(row["failed"]) if "failed" in row else None,
-        judge_prompt_tokens=row["judge_prompt_tokens"],
-        judge_completion_tokens=row["judge_completion_tokens"],
-        len_model=int(row["len_model"]),
-        len_baseline=int(row["len_baseline"]),
-        tokens=row["tokens"],
-        ended=row["ended"],
-    )
-    return verdict.key, verdict
-
-
-VERDICTS = LineFormat(
-    name="mixdpo verdicts 1",
-    noun="verdicts file of `mixdpo judge`",
-    rows="verdicts",
-    header={"model": str, "baseline": str, "outputs": str, "prompts": int, "judge": dict},
-    parse=_parse,
-    remedy="restore it from a copy, or judge anew into another --out",
-    other="use the same inputs and options to continue it, or give another --out",
-)
+def _by_key(entries: Mapping[Key, bytes]) -> dict[tuple[int, Order], Verdict]:
+    verdicts = [Verdict(**json.loads(value)) for value in entries.values()]
+    return {verdict.key: verdict for verdict in verdicts}
 
 
 @dataclass(frozen=True)
@@ -106,12 +90,11 @@ class VerdictsFile:
 
 
 def read_verdicts(path: str | Path) -> VerdictsFile:
-    """All complete lines: one that was being written when the judge was killed is left out.
-
+    """
     Raises:
-        InputError: there is no such file, it is none of `mixdpo judge`, or a line of it is damaged.
+        InputError: there is no such file, the file is none of `mixdpo judge`, is damaged, or is being written.
     """
     if not Path(path).is_file():
         raise InputError(f"no verdicts file {path}; `mixdpo judge` makes it")
-    header, found = VERDICTS.read(path)
-    return VerdictsFile(Path(path), header, [found[key] for key in sorted(found)])
+    header, entries = read_store(path, NOUN, "restore it from a copy, or judge anew into another --out")
+    return VerdictsFile(Path(path), header, [verdict for _, verdict in sorted(_by_key(entries).items())])

@@ -1,109 +1,243 @@
-"""Win rates from pairwise preferences, with intervals over prompts.
+"""Win rates in percent from preferences, with intervals over prompts, also as if all responses were equally long.
 
-A preference is the probability that the model's output is preferred over the baseline's: 0 to 1, where AlpacaEval
-writes 1 to 2. Win rates are in percent.
+A preference is the probability that the model's response is preferred over the baseline's, from 0 to 1. AlpacaEval
+stores 1 + preference.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import linprog, minimize
+from scipy.special import expit
 
+from mixdpo.data.sources import text_rows
 from mixdpo.errors import InputError
+from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
+
+GAMED_WEIGHT = 0.2 / 2  # AlpacaEval's regularize_to_baseline_lambda, shared by its two gamed baselines
+
+
+_GRADIENT = 1e-7  # largest norm of the mean loss' gradient at a solution: 1e-5 points; below, the loss is rounding
+
+
+_PULL = 1e-6  # of a resample's fit towards that of all prompts, which decides what a resample leaves open: 1e-4 points
+
+
+_SEPARATED = 1e-6  # mean of sides · d that is no rounding of the solver
+
+
+_GAMED = ("preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
+
+
+_HUB = "AlpacaEval's file is in the data set tatsu-lab/alpaca_eval on the Hugging Face hub"
+
+
+_INSTEAD = "report the win rate alone, or judge more prompts"
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A statistic, its value in resamples of the prompts, and what follows from both (Efron & Tibshirani 1993)."""
+class GamedBaselines:
+    """Comparisons of the baseline with itself, told to be verbose or concise: they hold the length effect in place.
 
-    value: float
-    resamples: np.ndarray
+    Attributes:
+        preferences: (M,) in [0, 1].
+        std_delta_len: (M,) Δ / std(Δ).
+        difficulty: (M,) of the instruction.
+        not_gamed: (M,) 0, or 1 for a row that counts as one of the model's.
+    """
 
-    @property
-    def standard_error(self) -> float:
-        return float(self.resamples.std(ddof=1))
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Of 95 %, by percentiles."""
-        low, high = np.quantile(self.resamples, [0.025, 0.975])
-        return float(low), float(high)
-
-    def summary(self) -> dict[str, float]:
-        """In JSON's types."""
-        low, high = self.interval
-        return {"value": self.value, "standard_error": self.standard_error, "low": low, "high": high}
-
-    def __sub__(self, other: "Estimate") -> "Estimate":
-        """Paired difference: both from the same prompts in the same order, resampled with the same seed."""
-        return Estimate(self.value - other.value, self.resamples - other.resamples)
+    preferences: np.ndarray
+    std_delta_len: np.ndarray
+    difficulty: np.ndarray
+    not_gamed: np.ndarray
 
 
-def win_rate(preferences: ArrayLike) -> float:
-    """100 · mean preference (N,).
+def resampled_win_rates(preferences: ArrayLike, samples: int = 1000, seed: int = 0) -> tuple[Interval, Interval]:
+    """Win rate and discrete win rate with a bootstrap over the prompts.
+
+    The win rate is 100 · mean preference. The discrete win rate is the percentage of wins and half the draws; a draw is
+    what AlpacaEval stores as 1.5, so exactly one half.
+
+    Args:
+        preferences: (N,) in [0, 1].
 
     Raises:
-        InputError: none, or one that is not in [0, 1].
+        InputError: there are fewer than two samples.
     """
-    return float(100 * checked(preferences).mean())
+    values = np.asarray(preferences, dtype=np.float64)
+    outcomes = (np.sign((1 + values) - 1.5) + 1) / 2  # of 1 + p, so that ½ is met where a mean is an ulp off
+    return _mean_interval(values, samples, seed), _mean_interval(outcomes, samples, seed)
 
 
-def discrete_win_rate(preferences: ArrayLike) -> float:
-    """Wins and half the draws, in percent of N; a draw is what AlpacaEval stores as 1.5, so exactly one half.
-
-    Raises:
-        InputError: as `win_rate`.
-    """
-    return float(100 * _outcomes(checked(preferences)).mean())
+def _mean_interval(values: np.ndarray, samples: int, seed: int) -> Interval:
+    return one_way_bootstrap(lambda rows, axis=-1: 100 * values[rows].mean(axis), len(values), samples, seed)
 
 
 def standard_error_of_mean(preferences: ArrayLike) -> float:
-    """Of the win rate as AlpacaEval reports it: 100 · std / √N, ddof 1.
+    """Standard error of the win rate (N,) as AlpacaEval reports it: 100 · std / √N, ddof 1."""
+    return float(100 * np.std(preferences, ddof=1) / np.sqrt(np.size(preferences)))
+
+
+def label(difficulty: bool, gamed: bool) -> str:
+    """Name of a length-controlled win rate. Only the one with both terms is AlpacaEval's."""
+    lacking = ["instruction difficulty"] * (not difficulty) + ["gamed baselines"] * (not gamed)
+    return "length-controlled win rate" + " without " * bool(lacking) + " and ".join(lacking)
+
+
+def resampled_length_controlled(
+    preferences: ArrayLike,
+    len_model: ArrayLike,
+    len_baseline: ArrayLike,
+    difficulty: ArrayLike | None = None,
+    gamed: GamedBaselines | None = None,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+) -> tuple[np.ndarray, Interval]:
+    """The win rate if both responses were equally long (Dubois et al. 2024, AlpacaEval's `length_controlled_v1`).
+
+    logit p = a · tanh(Δ / std(Δ)) + b · difficulty + c · [not gamed] with Δ = len_baseline - len_model, fitted by
+    maximum likelihood to soft labels, gamed rows weighing 0.1. The win rate is 100 · mean σ(b · difficulty + c).
+    AlpacaEval fits the same with an L1 penalty whose strength it cross-validates: 0.2 points away on average.
+
+    A resample of the prompts has its own std(Δ) and fit; the gamed rows stay the same. A resample with wins or losses
+    alone counts as nearly 100 or 0. AlpacaEval's `lc_standard_error` is another thing: how much the predicted
+    preferences differ between instructions.
+
+    Args:
+        preferences: (N,) of the model, in [0, 1].
+        len_model: (N,) characters of the model's responses.
+        len_baseline: (N,) characters of the baseline's responses.
+        difficulty: (N,) of the instructions; without it the term is left out.
+        gamed: rows that hold a and b in place; without them the fit has the N prompts alone.
+
+    Returns:
+        The weights a, b (not without `difficulty`) and c of the fit to all prompts, and the win rate.
 
     Raises:
-        InputError: as `win_rate`, or there is only one.
+        InputError: there is no unique finite solution, because length differences are all equal, or because the terms
+            separate wins from losses.
     """
-    values = checked(preferences)
-    need_several(len(values))
-    return float(100 * values.std(ddof=1) / np.sqrt(len(values)))
+    delta = np.subtract(len_baseline, len_model, dtype=np.float64)
+    prompts = np.column_stack([preferences, delta, *([] if difficulty is None else [difficulty])])
+    if not delta.std():
+        raise InputError(
+            "length cannot be controlled for: the responses of model and baseline differ by the same number of "
+            f"characters on every prompt. Instead, {_INSTEAD}"
+        )
+    features, labels, _ = _design(prompts, gamed)
+    _refuse_unsolvable(features, labels)
+    fit = _weights(prompts, gamed, np.zeros(features.shape[1]))
+
+    def rate(rows: np.ndarray) -> float:
+        drawn = prompts[rows]
+        weights = _weights(drawn, gamed, fit, _PULL)  # of all prompts: fit itself
+        return float(100 * expit(drawn[:, 2:] @ weights[1:-1] + weights[-1]).mean())
+
+    return fit, one_way_bootstrap(rate, len(prompts), samples, seed)
 
 
-def resampled_win_rates(preferences: ArrayLike, samples: int = 1000, seed: int = 0) -> tuple[Estimate, Estimate]:
-    """Win rate and discrete win rate with a bootstrap over the prompts (N,).
+def _design(prompts: np.ndarray, gamed: GamedBaselines | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features (N + M, 2 or 3), labels and weights (N + M,).
+
+    Args:
+        prompts: (N, 2 or 3) preference, Δ, and difficulty unless the term is left out.
+    """
+    preferences, delta, difficulty = prompts[:, 0], prompts[:, 1], prompts[:, 2:]
+    spread, ones = delta.std(ddof=1), np.ones(len(prompts))
+    length = np.tanh(delta / spread) if spread else np.zeros(len(prompts))  # 0: of some resample
+    features = np.column_stack([length, difficulty, ones])
+    if gamed is None:
+        return features, preferences, ones
+    difficulty = gamed.difficulty[:, None][:, : difficulty.shape[1]]
+    more = np.column_stack([np.tanh(gamed.std_delta_len), difficulty, gamed.not_gamed])
+    weights = np.where(gamed.not_gamed, 1.0, GAMED_WEIGHT)
+    parts = (features, more), (preferences, gamed.preferences), (ones, weights)
+    return tuple(map(np.concatenate, parts))  # type: ignore[return-value]
+
+
+def _weights(prompts: np.ndarray, gamed: GamedBaselines | None, start: np.ndarray, pull: float = 0.0) -> np.ndarray:
+    """Weights of the features: maximum likelihood for soft labels, by Newton steps in a trust region.
+
+    Args:
+        pull: strength of a ridge towards `start`.
+    """
+    features, labels, weights = _design(prompts, gamed)
+    weights = weights / weights.sum()
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        logits, away = features @ x, x - start
+        value = weights @ (np.logaddexp(0, logits) - labels * logits) + pull / 2 * away @ away
+        return value, (weights * (expit(logits) - labels)) @ features + pull * away
+
+    def hessian(x: np.ndarray) -> np.ndarray:
+        logits = features @ x
+        return (features.T * (weights * expit(logits) * expit(-logits))) @ features + pull * np.eye(len(x))
+
+    result = minimize(loss, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": _GRADIENT})
+    if not result.success:
+        raise InputError(f"the length-controlled fit did not converge ({result.message}): {_INSTEAD}")
+    return result.x
+
+
+def _refuse_unsolvable(features: np.ndarray, labels: np.ndarray) -> None:
+    """A unique solution exists if no direction d separates wins from losses (Albert & Anderson 1984): sides · d >= 0
+    with one of them above 0. A soft label is on both sides.
 
     Raises:
-        InputError: as `win_rate`, only one prompt, or fewer than two samples.
+        InputError: the solution is not unique or not finite.
     """
-    values = checked(preferences)
-    columns = 100 * np.stack([values, _outcomes(values)], 1)
-    raw, discrete = bootstrap(lambda rows: columns[rows].mean(0), len(values), samples, seed).T
-    return Estimate(win_rate(values), raw), Estimate(discrete_win_rate(values), discrete)
+    if np.linalg.matrix_rank(features) < features.shape[1]:
+        raise InputError(
+            "length, difficulty and model cannot be told apart in these prompts: judge more prompts, or leave the "
+            "difficulty out"
+        )
+    sides = np.concatenate([features[labels > 0], -features[labels < 1]])
+    if -linprog(-sides.sum(0), A_ub=-sides, b_ub=np.zeros(len(sides)), bounds=(-1, 1)).fun > _SEPARATED * len(sides):
+        raise InputError(
+            "a length-controlled win rate has no finite solution here, because the preferences are all on one side, or "
+            f"a limit in length or difficulty separates wins from losses: {_INSTEAD}"
+        )
 
 
-def bootstrap(statistic: Callable[[np.ndarray], ArrayLike], size: int, samples: int, seed: int) -> np.ndarray:
-    """(samples, …) values of a statistic of drawn rows; one seed and size draw the same rows for any statistic."""
-    need_several(size)
-    if samples < 2:
-        raise InputError(f"samples {samples}: a standard error needs at least 2, 1000 is usual")
-    rng = np.random.default_rng(seed)
-    return np.array([statistic(rng.integers(size, size=size)) for _ in range(samples)])
+def read_difficulties(path: str, indices: Sequence[int]) -> np.ndarray:
+    """Difficulties (N,) of these prompts, from a .csv file with the columns index and instruction_difficulty.
+
+    Raises:
+        InputError: the file cannot be read, lacks a prompt, or has two difficulties for one.
+    """
+    difficulties: dict[float, float] = {}
+    for number, (index, value) in _numbers(path, ("index", "instruction_difficulty")):
+        if not np.isfinite(value) or difficulties.setdefault(index, value) != value:
+            raise InputError(f"{path}, row {number}: index {index:g} needs one finite difficulty: correct the file")
+    if lacking := [index for index in indices if index not in difficulties]:
+        raise InputError(
+            f"{path} has no difficulty for {len(lacking)} of the {len(indices)} judged prompts (first: index "
+            f"{lacking[0]}): give the file of these instructions; {_HUB}"
+        )
+    return np.array([difficulties[index] for index in indices])
 
 
-def checked(preferences: ArrayLike) -> np.ndarray:
-    values = np.asarray(preferences, dtype=np.float64)
-    if values.ndim != 1 or not len(values):
-        raise InputError(f"preferences of the shape {values.shape}: need a list with one for each judged prompt")
-    if not ((values >= 0) & (values <= 1)).all():
-        raise InputError("a preference is not in [0, 1]: leave prompts without a verdict out; AlpacaEval's is 1 above")
-    return values
+def read_gamed(path: str) -> GamedBaselines:
+    """Gamed baselines from a .csv file. Rows without a preference are left out, as AlpacaEval does."""
+    columns = np.array([row for _, row in _numbers(path, _GAMED) if not np.isnan(row[0])]).reshape(-1, 4).T
+    if not columns.size or not (np.isfinite(columns).all() and ((columns[0] >= 0) & (columns[0] <= 1)).all()):
+        raise InputError(f"{path}: need finite numbers, each preference from 0 to 1, on at least one row; {_HUB}")
+    if not set(columns[3]) <= {0, 1}:
+        raise InputError(f"{path}: each not_gamed_baseline should be True or False; {_HUB}")
+    return GamedBaselines(*columns)
 
 
-def need_several(prompts: int) -> None:
-    if prompts < 2:
-        raise InputError("only one prompt was judged, which says nothing about others: judge at least two")
-
-
-def _outcomes(values: np.ndarray) -> np.ndarray:
-    """1 win, ½ draw, 0 loss: of 1 + p, as AlpacaEval stores it, so that ½ is met where a mean is an ulp off."""
-    return (np.sign((1 + values) - 1.5) + 1) / 2
+def _numbers(path: str, names: Sequence[str]) -> Iterator[tuple[int, list[float]]]:
+    """Row number, and these columns as numbers: True is 1, False 0, an empty cell NaN."""
+    words = {"True": 1.0, "False": 0.0, "": np.nan}
+    for number, row in text_rows(Path(path)):
+        if lacking := [name for name in names if name not in row]:
+            raise InputError(f"{path} lacks the column {', '.join(lacking)}; it has {', '.join(row)}. {_HUB}")
+        try:
+            yield number, [float(words.get(row[name], row[name])) for name in names]
+        except (ValueError, TypeError):
+            raise InputError(f"{path}, row {number}: {', '.join(names)} should be numbers, not {row}") from None

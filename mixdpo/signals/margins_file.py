@@ -1,43 +1,32 @@
 """Margins files: a signal's margin of each pair of a data set, found again by the pair's id and text.
 
-After the header, a line `{"pair_id", "text", "margin"}` for each pair, `text` being `text_hash`. FILE is always
-complete; what is being computed is in FILE.part.
+FILE holds JSON lines: a header, then `{"pair_id", "text", "margin"}` for each pair, `text` being `text_hash`. FILE is
+always complete; margins that are being computed are in FILE.part.
 """
 
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixdpo.errors import InputError
-from mixdpo.storage.files import written_whole
+from mixdpo.storage.files import read_text, write_rows
 from mixdpo.storage.identity import differences
-from mixdpo.storage.lines_file import LineFormat, LinesWriter
+from mixdpo.storage.read import parse_json
+from mixdpo.storage.store import Store
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-def _parse(row: dict[str, Any], header: dict[str, Any]) -> tuple[int, tuple[str, float]]:
-    margin = float(row["margin"])
-    if not math.isfinite(margin):
-        raise ValueError(f"the margin of pair_id {row['pair_id']} is no finite number")
-    return int(row["pair_id"]), (str(row["text"]), margin)
-
-
-MARGINS = LineFormat(
-    name="mixdpo margins 1",
-    noun="margins file of run.py predict",
-    rows="margins",
-    header={"pairs": int, "signal": str, "needs": str, "source": str, "base": str, "adapter": object},
-    parse=_parse,
-    remedy="compute it anew",
-    other="remove it or give another model.output",
-)
-"""Margins of a policy also say in their header what decides them."""
+FORMAT = "mixdpo margins 1"
+HEADER = {"pairs": int, "signal": str, "needs": str, "source": str, "base": str, "adapter": object}
+"""What every header says beside its format, and the type; margins of a policy also say what decides them."""
+ANEW = "compute it anew"
+OTHER = "remove it or give another model.output"
 
 
 def text_hash(pair: Mapping[str, Any]) -> str:
@@ -66,15 +55,15 @@ class MarginsFile:
             InputError: a pair is not in the file, or has another text there; says how many, and the first one's row.
         """
         ids = pairs["pair_id"][:]
-        found = [self.pairs.get(pair_id, ("", math.nan)) for pair_id in ids]
-        if bad := [i for i, (text, _) in enumerate(found) if text != texts[ids[i]]]:
-            changed = sum(found[i][0] != "" for i in bad)
+        kept = [self.pairs.get(pair_id, ("", math.nan)) for pair_id in ids]
+        if bad := [i for i, (text, _) in enumerate(kept) if text != texts[ids[i]]]:
+            changed = sum(kept[i][0] != "" for i in bad)
             raise InputError(
                 f"{self.path} does not fit {len(bad)} of the {len(pairs)} pairs of {source} (first: row "
                 f"{pairs[bad[0]]['row']}): {len(bad) - changed} are not in it, {changed} have another text there. "
                 f"It was made of {self.header['source']}: compute it anew (run.py predict)"
             )
-        return pairs.remove_columns("margin").add_column("margin", [margin for _, margin in found])
+        return pairs.remove_columns("margin").add_column("margin", [margin for _, margin in kept])
 
     def refuse_other(self, here: Mapping[str, str | None], what: str) -> None:
         """
@@ -94,16 +83,30 @@ class MarginsFile:
 def read_margins(path: str | Path) -> MarginsFile:
     """
     Raises:
-        InputError: there is no such file, it is none of `run.py predict`, or lines of it are missing.
+        InputError: there is no such file, the file is none of `run.py predict`, or is damaged.
     """
     if not Path(path).is_file():
         raise InputError(
             f"no margins file {path}; run.py predict makes it (and continues {path}.part, if there is one)"
         )
-    file = MarginsFile(Path(path), *MARGINS.read(path))
-    if len(file.pairs) != file.header["pairs"]:
-        raise InputError(f"{path} has {len(file.pairs)} of its {file.header['pairs']} pairs: {MARGINS.remedy}")
-    return file
+    first, *lines = read_text(path).removesuffix("\n").split("\n")
+    header = parse_json(first, f"{path} is no margins file of run.py predict: line 1", ANEW)
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise InputError(f"{path} is no margins file of run.py predict (its format is not {FORMAT!r}): {ANEW}")
+    if wrong := [name for name, kind in HEADER.items() if name not in header or not isinstance(header[name], kind)]:
+        raise InputError(f"{path} is damaged (its first line lacks {', '.join(wrong)}): {ANEW}")
+    pairs = dict(_pair(line, f"{path}, line {number},") for number, line in enumerate(lines, 2))
+    if len(pairs) != header["pairs"]:
+        raise InputError(f"{path} has {len(pairs)} of its {header['pairs']} pairs: {ANEW}")
+    return MarginsFile(Path(path), header, pairs)
+
+
+def _pair(line: str, where: str) -> tuple[int, tuple[str, float]]:
+    row = parse_json(line, where, ANEW)
+    try:
+        return int(row["pair_id"]), (str(row["text"]), float(row["margin"]))
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise InputError(f"{where} is damaged ({type(error).__name__}: {error}): {ANEW}") from None
 
 
 class MarginsWriter:
@@ -113,26 +116,28 @@ class MarginsWriter:
 
         Args:
             path: FILE.
-            header: what the margins are and depend on; that of a FILE or FILE.part must say the same, `date` aside.
+            header: what the margins are and depend on; that of a FILE or FILE.part must say the same.
             texts: pair id -> text hash of all pairs, in the order of the data.
 
         Raises:
             InputError: FILE or FILE.part holds something else, or another process is writing FILE.part.
         """
         self.path, self.part, self.texts = Path(path), Path(f"{path}.part"), texts
-        header = {**header, "pairs": len(texts)}
-        self._lines = None if self.path.exists() else LinesWriter(self.part, MARGINS, header)
-        if self._lines is not None and not self.path.exists():
-            found = self._lines.rows
-        else:  # from before, or by another process that had the lock until now
-            if self._lines is not None:
-                self.part.unlink()
-                self.close()
-                self._lines = None
-            there = read_margins(path)
-            MARGINS.refuse_other(path, there.header, json.loads(json.dumps({"format": MARGINS.name, **header})))
-            found = there.pairs
-        self.margins = {pair_id: margin for pair_id, (_, margin) in found.items()}
+        self.header = json.loads(json.dumps({"format": FORMAT, **header, "pairs": len(texts)}))
+        self._store = None
+        if not self.path.exists():
+            self._store = Store(self.part, self.header, noun="margins", remedy=OTHER)
+        if self._store is not None and not self.path.exists():
+            self.margins = {int(pair_id): float(margin) for pair_id, margin in self._store.items().items()}
+            return
+        if self._store is not None:  # while it waited for the lock, another process has made FILE
+            self.close()
+            self.part.unlink()
+            self._store = None
+        file = read_margins(path)
+        if changed := differences({**file.header, "date": None}, self.header):
+            raise InputError(f"{path} holds other margins ({'; '.join(changed)}): {OTHER}")
+        self.margins = {pair_id: margin for pair_id, (_, margin) in file.pairs.items()}
 
     def append(self, pair_ids: Iterable[int], margins: Iterable[float]) -> None:
         """Keep the margins of one batch.
@@ -140,29 +145,25 @@ class MarginsWriter:
         Raises:
             InputError: a margin is not finite.
         """
-        found = dict(zip(pair_ids, margins, strict=True))
-        if bad := {pair_id: margin for pair_id, margin in found.items() if not math.isfinite(margin)}:
+        new = dict(zip(pair_ids, margins, strict=True))
+        if bad := {pair_id: margin for pair_id, margin in new.items() if not math.isfinite(margin)}:
             raise InputError(f"margins by pair id that are no finite numbers: {bad}. Use a wider model.dtype")
-        assert self._lines is not None
-        self._lines.append(*map(self._line, found.items()))
-        self.margins |= found
+        assert self._store is not None
+        self._store.add({pair_id: repr(margin).encode() for pair_id, margin in new.items()})
+        self.margins |= new
 
     def finish(self) -> str:
         """Make FILE of FILE.part, in the order of the data, if all pairs are known; says what has become of it."""
-        if self._lines is None:
+        if self._store is None:
             return f"{self.path} was complete already: {len(self.texts)} pairs"
-        with self._lines:
+        with self._store:
             if len(self.margins) < len(self.texts):
                 return f"{self.part} has {len(self.margins)} of {len(self.texts)} pairs: the same command continues it"
-            lines = [self._lines.header, *(self._line((pair_id, self.margins[pair_id])) for pair_id in self.texts)]
-            with written_whole(self.path) as partial:
-                partial.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-            self.part.unlink()
+            rows = [{"pair_id": key, "text": text, "margin": self.margins[key]} for key, text in self.texts.items()]
+            write_rows(self.path, [{**self.header, "date": time.strftime("%Y-%m-%d %H:%M:%S")}, *rows])
+        self.part.unlink()
         return f"wrote {self.path}: {len(self.texts)} pairs"
 
     def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
-
-    def _line(self, of: tuple[int, float]) -> dict[str, Any]:
-        return {"pair_id": of[0], "text": self.texts[of[0]], "margin": of[1]}
+        if self._store is not None:
+            self._store.close()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mixdpo.errors import InputError
+from mixdpo.storage.read import LARGEST_FILE, parse_json, parse_yaml
 
 Row = dict[str, Any]
 
@@ -107,15 +108,17 @@ def read_json(path: str | Path, keys: set[str], remedy: str) -> dict[str, Any]:
     """The object that a file of ours holds.
 
     Raises:
-        InputError: it is damaged or lacks one of the keys; ends with the remedy.
+        InputError: the file is damaged or lacks one of the keys; ends with the remedy.
     """
-    try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}") from None
+    content = parse_json(read_text(path), f"{path} is damaged: the file", remedy, LARGEST_FILE)
     if not isinstance(content, dict) or not keys <= content.keys():
         raise InputError(f"{path} is damaged (it should hold {', '.join(sorted(keys))}): {remedy}")
     return content
+
+
+def read_yaml(path: str | Path, noun: str = "config") -> Any:
+    """What `parse_yaml` makes of a file; raises InputError as `parse_yaml` does."""
+    return parse_yaml(read_text(path), f"{noun} {path}")
 
 
 def sha256(path: str | Path) -> str:
@@ -133,7 +136,7 @@ def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Lite
         array: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from None
-    if array.shape != shape or array.dtype.kind not in "fi":
+    if array.shape != shape or array.dtype.kind not in "fiu":
         raise InputError(f"{path} holds {array.dtype} of the shape {array.shape}, not numbers of {shape}: {remedy}")
     # not at once: opened for writing, a file that is cut off would grow to its full length, by zeros
     return np.load(path, mmap_mode=mode)
@@ -153,9 +156,9 @@ def or_without(what: str, path: Path, instead: Callable[[], Any] = lambda: None)
         yield
     except Exception as error:  # of the system, JSON, NumPy and SQLite
         instead()
-        said = f"the cache of {what}, {path}, cannot be used ({error}): the run goes on without this file"
-        if _told.setdefault(path.parent, said) is said:
-            warnings.warn(f"{said}. Delete it if it is damaged, or name another folder in MIXDPO_CACHE", stacklevel=4)
+        told = f"the cache of {what}, {path}, cannot be used ({error}): the run goes on without this file"
+        if _told.setdefault(path.parent, told) is told:
+            warnings.warn(f"{told}. Delete it if it is damaged, or name another folder in MIXDPO_CACHE", stacklevel=4)
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:

@@ -7,23 +7,22 @@ from collections.abc import Iterable, Mapping
 from os.path import isfile
 from typing import Any
 
-import yaml
 from torch import nn
 
 from mixdpo.errors import InputError
-from mixdpo.storage.files import read_text, sha256
+from mixdpo.storage.files import read_yaml, sha256
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> list[str]:
     """What two mappings say differently, key by key; None is the same as no key."""
-    found = []
+    changed = []
     for key in {**there, **here}:
         old, new = there.get(key), here.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{within}{key}.")
+            changed += differences(old, new, f"{within}{key}.")
         elif old != new:
-            found.append(f"{within}{key}: {old} there, {new} here")
-    return found
+            changed.append(f"{within}{key}: {old} there, {new} here")
+    return changed
 
 
 def refuse_other_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -48,19 +47,15 @@ def named_files(values: Iterable[str]) -> dict[str, str]:
         Name -> 16 hex digits of the content.
 
     Raises:
-        InputError: a YAML file is none.
+        InputError: a YAML file is refused by `parse_yaml`.
     """
     values = list(values)
     for config in [value for value in values if value.endswith((".yaml", ".yml")) and isfile(value)]:
-        try:
-            content = yaml.safe_load(read_text(config))  # comments name nothing
-        except yaml.YAMLError as error:
-            raise InputError(f"{config} is no YAML ({' '.join(str(error).split())}): correct it") from error
-        values.append(json.dumps(content, ensure_ascii=False, default=str))
+        values.append(json.dumps(read_yaml(config), ensure_ascii=False, default=str))  # comments name nothing
     patterns = (".+", r'(?<=")[^"]+(?=")', r'[^\s"\[\]{},]+')
     words = {word for value in values for pattern in patterns for word in re.findall(pattern, value)}
-    found = {word: path for word in words for path in (f"{word}/adapter_model.safetensors", word) if isfile(path)}
-    return {word: sha256(found[word])[:16] for word in sorted(found)}
+    files = {word: path for word in words for path in (f"{word}/adapter_model.safetensors", word) if isfile(path)}
+    return {word: sha256(files[word])[:16] for word in sorted(files)}
 
 
 def content_hash(texts: Iterable[Any]) -> str:
@@ -78,12 +73,12 @@ def hash63(text: str) -> int:
 def described(thing: Any) -> str:
     """What it is and holds, in words that another process finds as well: a class without a repr says its address
     instead, and a module without extra_repr leaves its attributes out."""
-    said = repr(thing).removeprefix("LazyInstance_")  # a default that YAML may override is a subclass of what it is for
+    text = repr(thing).removeprefix("LazyInstance_")  # a default that YAML may override is a subclass of what it is for
     is_module, kind = isinstance(thing, nn.Module), type(thing)
     if kind.__repr__ is object.__repr__ or (is_module and kind.extra_repr is nn.Module.extra_repr):
         held = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name not in vars(nn.Module())}
-        said = f"{said if is_module else kind.__qualname__}({held})"
-    return re.sub(r" at 0x[0-9a-f]+", "", said)
+        text = f"{text if is_module else kind.__qualname__}({held})"
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def refuse_changed(there: Mapping[str, str], here: Mapping[str, str], what: str) -> None:

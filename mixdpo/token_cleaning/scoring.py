@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ from mixdpo.batches.rows import sample_rows
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.model.adapters import Role, role
 from mixdpo.model.forward import evaluating, row_log_probs, without_cast_cache
-from mixdpo.storage.files import cache_root, or_without, read_array, written_whole
+from mixdpo.storage.checked_array import open_checked
+from mixdpo.storage.files import cache_root, or_without
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +29,7 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
 
     The identity names all that the losses depend on: data, tokenizer, template, lengths, model, adapter, dtype. The
     file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed. A
-    file that cannot be used is replaced by memory, with a warning. Infinite losses in a file count as not known.
+    file that cannot be used is replaced by memory, with a warning. Altered and infinite losses count as not known.
     """
     unknown = np.full(tokens, np.nan, dtype=np.float32)
     if identity is None:
@@ -37,14 +37,8 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
     text = json.dumps(dict(identity), sort_keys=True, indent=2)
     path = cache_root() / "token_losses" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
     with or_without("token losses", path):
-        if not path.exists():
-            with written_whole(path) as partial:
-                path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
-                np.save(partial, unknown)  # in full: a disk that fills later does not end who writes to the map
-        losses = read_array(path, (tokens,), "delete it", mode="r+")
-        if np.isinf(losses).any():
-            warnings.warn(f"{path} holds losses that are not finite: they are computed anew", stacklevel=2)
-            losses[np.isinf(losses)] = np.nan
+        losses = open_checked(path, tokens, "losses")
+        path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
         return losses
     return unknown
 

@@ -3,12 +3,13 @@
 import sqlite3
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bad_input.case import Case, Place
+from bad_input.case import Case, Place, cases, parts
 from mixdpo.evaluation import response_cache
 from mixdpo.evaluation.response_cache import kept_responses
 from mixdpo.model.adapters import Lora
@@ -36,7 +37,7 @@ def reference_cache(fault: Callable[[Path], Any], use: str = "open") -> Any:
     def do(place: Place) -> Any:
         cache = ReferenceCache({"fault": str(place.folder)})
         cache.add([(b"key", np.ones(3))])
-        cache._database.close()
+        cache._store.close()
         fault(cache.path)
         again = ReferenceCache({"fault": str(place.folder)})
         return again.get([(b"key", 3)]) if use == "get" else again.add([(b"other", np.ones(2))])
@@ -50,25 +51,15 @@ def overwritten(path: Path) -> None:
     path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
 
 
-def changed(path: Path, values: list[float]) -> None:
-    with sqlite3.connect(path) as database:
-        database.execute("UPDATE log_probs SET by_token = ?", (np.array(values, dtype=np.float32).tobytes(),))
-    database.close()
-
-
-def shortened(path: Path) -> None:
-    changed(path, [1.0, 1.0])
-
-
-def spoilt(path: Path) -> None:
-    changed(path, [1.0, np.nan, 1.0])
+def halved(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE entries SET value = ?", (np.full(3, 0.5, dtype=np.float32).tobytes(),))
 
 
 def other_table(path: Path) -> None:
     path.unlink()
-    with sqlite3.connect(path) as database:
+    with closing(sqlite3.connect(path)) as database, database:
         database.execute("CREATE TABLE log_probs (name TEXT)")
-    database.close()
 
 
 def into_folder(path: Path) -> None:
@@ -85,13 +76,11 @@ def losses_cache(content: Callable[[Path], Any]) -> Any:
     return do
 
 
-def responses_cache(content: str) -> Any:
+def responses_cache(fault: Callable[[Path], Any]) -> Any:
     def do(place: Place) -> Any:
-        of = {"fault": str(place.folder)}
-        kept_responses(of, list)
-        newest = max((response_cache.cache_root() / "answers").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        newest.write_text(content)
-        return kept_responses(of, list)
+        kept_responses({}, list)
+        fault(response_cache.cache_root() / "responses/responses.sqlite")
+        return kept_responses({}, list)
 
     return do
 
@@ -104,43 +93,46 @@ def file_onto_folder(place: Place) -> None:
 DELETE = "Delete it if it is damaged, or name another folder in MIXDPO_CACHE"
 
 
-def borne(entrance: str, fault: str, do: Callable[[Place], Any], says: tuple[str, ...]) -> Case:
-    return Case(f"{entrance} cache", fault, warned(do), says, tolerated=True)
+def borne(entrance: str, *rows: tuple[str, Callable[[Place], Any], str | tuple[str, ...]]) -> list[Case]:
+    return [Case(f"{entrance} cache", fault, warned(do), parts(says), tolerated=True) for fault, do, says in rows]
 
 
 CACHES = [
-    borne("reference", "text", reference_cache(lambda path: path.write_text("text " * 99)), (".sqlite", DELETE)),
-    borne("reference", "damaged pages", reference_cache(overwritten, "get"), (".sqlite", "malformed", DELETE)),
-    borne("reference", "values of another length", reference_cache(shortened, "get"), (".sqlite", "computed anew")),
-    borne("reference", "values that are not finite", reference_cache(spoilt, "get"), (".sqlite", "computed anew")),
-    borne("reference", "another table", reference_cache(other_table, "get"), ("no such column", DELETE)),
-    borne("reference", "a folder", reference_cache(into_folder), ("unable to open", DELETE)),
-    borne(
-        "token-losses",
-        "cut off",
-        losses_cache(lambda path: path.write_bytes(path.read_bytes()[:130])),
-        (".npy is damaged", DELETE),
+    *borne(
+        "reference",
+        ("text", reference_cache(lambda path: path.write_text("text " * 99)), (".sqlite", DELETE)),
+        ("damaged pages", reference_cache(overwritten, "get"), (".sqlite", "malformed", DELETE)),
+        ("halved values", reference_cache(halved, "get"), ".sqlite … computed anew"),
+        ("another table", reference_cache(other_table, "get"), ("no such table", DELETE)),
+        ("a folder", reference_cache(into_folder), ("unable to open", DELETE)),
     ),
-    borne(
+    *borne(
         "token-losses",
-        "of another length",
-        losses_cache(lambda path: np.save(path, np.zeros(4, dtype=np.float32))),
-        ("(4,)", DELETE),
+        ("cut off", losses_cache(lambda path: path.write_bytes(path.read_bytes()[:130])), (".npy is damaged", DELETE)),
+        (
+            "of another length",
+            losses_cache(lambda path: np.save(path, np.zeros(4, dtype=np.float32))),
+            ("(4,)", DELETE),
+        ),
+        (
+            "altered values",
+            losses_cache(lambda path: np.save(path, np.full(5, 0.1, dtype=np.float32))),
+            ".npy holds damaged losses … computed anew",
+        ),
     ),
-    borne(
-        "token-losses",
-        "values that are not finite",
-        losses_cache(lambda path: np.save(path, np.full(5, np.inf, dtype=np.float32))),
-        (".npy holds losses that are not finite", "computed anew"),
+    *borne(
+        "responses",
+        ("cut off", responses_cache(lambda p: p.write_bytes(p.read_bytes()[:5000])), (".sqlite", DELETE)),
+        ("altered", responses_cache(halved), ".sqlite … computed anew"),
     ),
-    borne("answers", "cut off", responses_cache('{"answers": ['), (".json is damaged", DELETE)),
-    borne("answers", "of something else", responses_cache("[1]"), ("it should hold responses", DELETE)),
-    Case("written files", "a folder in the way", file_onto_folder, ("is a folder", "give a file's name")),
-    Case(
+    *cases(
         "written files",
-        "a file in the way",
-        lambda place: write_json(Path(place.write("x", "")) / "y.json", {}),
-        ("cannot write", "Give another place"),
+        ("a folder in the way", file_onto_folder, "is a folder … give a file's name"),
+        (
+            "a file in the way",
+            lambda place: write_json(Path(place.write("x", "")) / "y.json", {}),
+            "cannot write … Give another place",
+        ),
     ),
 ]
 
@@ -175,27 +167,20 @@ def resumed(how: str = "fit", **options: Any) -> Any:
 
 LAST, BESIDE = "give a run's RUNS/NAME/checkpoints/last.ckpt", "Continue with the config.yaml beside it"
 CHECKPOINTS = [
-    Case("ckpt_path", "no such file", checkpoint(None), ("/no/last.ckpt is no file", LAST)),
-    Case("ckpt_path", "nothing", checkpoint(""), ("is not a checkpoint", LAST)),
-    Case("ckpt_path", "text", checkpoint("not a checkpoint\n"), ("is not a checkpoint", LAST)),
-    Case("ckpt_path", "cut off", half, ("or is damaged", LAST)),
-    Case("ckpt_path", "a list", saved([1, 2]), ("it holds no adapters", LAST)),
-    Case("ckpt_path", "of another program", saved({"state_dict": {}, "epoch": 1}), ("it holds no adapters", LAST)),
-    Case("ckpt_path", "holds a program", saved({"adapters": Path("x")}), ("is not a checkpoint", LAST)),
-    Case(
+    *cases(
         "ckpt_path",
-        "another batch size",
-        resumed(data={"batch_size": 8}),
-        ("belongs to another run", "batch_size", BESIDE),
-    ),
-    Case("ckpt_path", "another route", resumed(data={"routing": Routing(hard_fraction=0.5)}), ("route: ", BESIDE)),
-    Case("ckpt_path", "of pairs, for samples", resumed("fit_sft"), ("belongs to another run", "SFTDataModule", BESIDE)),
-    Case(
-        "ckpt_path",
-        "another adapter",
-        resumed(lora=Lora(targets=["q_proj"])),
-        ("lora: ", BESIDE),
-    ),
+        ("no such file", checkpoint(None), ("/no/last.ckpt is no file", LAST)),
+        ("nothing", checkpoint(""), ("is not a checkpoint", LAST)),
+        ("text", checkpoint("not a checkpoint\n"), ("is not a checkpoint", LAST)),
+        ("cut off", half, ("or is damaged", LAST)),
+        ("a list", saved([1, 2]), ("it holds no adapters", LAST)),
+        ("of another program", saved({"state_dict": {}, "epoch": 1}), ("it holds no adapters", LAST)),
+        ("holds a program", saved({"adapters": Path("x")}), ("is not a checkpoint", LAST)),
+        ("another batch size", resumed(data={"batch_size": 8}), ("belongs to another run", "batch_size", BESIDE)),
+        ("another route", resumed(data={"routing": Routing(hard_fraction=0.5)}), ("route: ", BESIDE)),
+        ("of pairs, for samples", resumed("fit_sft"), ("belongs to another run", "SFTDataModule", BESIDE)),
+        ("another adapter", resumed(lora=Lora(targets=["q_proj"])), ("lora: ", BESIDE)),
+    )
 ]
 
 CASES = [*CACHES, *CHECKPOINTS]

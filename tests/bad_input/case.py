@@ -101,5 +101,15 @@ class Case:
         return f"{self.entrance}: {self.fault}"
 
 
+def parts(says: str | tuple[str, ...]) -> tuple[str, ...]:
+    """ "a … b" is short for ("a", "b")."""
+    return tuple(says.split(" … ")) if isinstance(says, str) else says
+
+
+def cases(entrance: str, *rows: tuple[str, Callable[[Place], Any], str | tuple[str, ...]]) -> list[Case]:
+    """Cases of one entrance: fault, what is done, what is said."""
+    return [Case(entrance, fault, do, parts(says)) for fault, do, says in rows]
+
+
 def changed(row: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in (row | change).items() if value is not GONE}

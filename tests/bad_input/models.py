@@ -10,7 +10,7 @@ import torch
 from conftest import write_tiny
 from safetensors.torch import load_file, save_file
 
-from bad_input.case import Case, Place
+from bad_input.case import Case, Place, cases
 from mixdpo.model.adapters import Lora, add_adapters, add_reference, check_alike
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.model.packaged import model_folder
@@ -86,81 +86,54 @@ def shrink(folder: Path) -> None:
 
 
 MODELS = [
-    Case("model.base", "no such folder", lambda place: place.shared.base("/no/model"), ("/no/model", REMEDY)),
-    Case(
+    *cases(
         "model.base",
-        "another package",
-        lambda place: model_folder("package:gpt2"),
-        ("package:gpt2", "write that, a hub id"),
+        ("no such folder", lambda place: place.shared.base("/no/model"), ("/no/model", REMEDY)),
+        ("another package", lambda place: model_folder("package:gpt2"), "package:gpt2 … write that, a hub id"),
+        ("a hub id that cannot be reached", lambda place: place.shared.base("org/none"), ("org/none", REMEDY)),
+        ("a config cut off", copied(cut("config.json", 40)), ("model'", REMEDY)),
+        (
+            "a config without a type",
+            copied(edit_json("config.json", model_type=..., architectures=...)),
+            ("model_type", REMEDY),
+        ),
+        ("an unknown type", copied(edit_json("config.json", model_type="nothing")), ("nothing", REMEDY)),
+        ("no causal model", copied(edit_json("config.json", model_type="t5")), ("could not be loaded", REMEDY)),
+        ("no weights", copied(remove(WEIGHTS)), (WEIGHTS, REMEDY)),
+        ("weights cut off", copied(cut(WEIGHTS)), ("could not be loaded", REMEDY)),
+        (
+            "weights of another format",
+            copied(text(WEIGHTS, "version https://git-lfs")),
+            ("could not be loaded", REMEDY),
+        ),
+        (
+            "weights of another size",
+            copied(edit_json("config.json", intermediate_size=80)),
+            ("could not be loaded", REMEDY),
+        ),
+        (
+            "more layers than weights",
+            copied(edit_json("config.json", num_hidden_layers=3)),
+            "lack 9 weights … of another model",
+        ),
+        (
+            "a layer under another name",
+            copied(rewrite(WEIGHTS, rename_layer)),
+            "lack 1 weights, such as model.layers.1 … damaged",
+        ),
+        ("attention that packs nothing", unusual("bloom"), "does not know model.attention … model.attention eager"),
     ),
-    Case(
-        "model.base",
-        "a hub id that cannot be reached",
-        lambda place: place.shared.base("org/none"),
-        ("org/none", REMEDY),
-    ),
-    Case("model.base", "a config cut off", copied(cut("config.json", 40)), ("model'", REMEDY)),
-    Case(
-        "model.base",
-        "a config without a type",
-        copied(edit_json("config.json", model_type=..., architectures=...)),
-        ("model_type", REMEDY),
-    ),
-    Case("model.base", "an unknown type", copied(edit_json("config.json", model_type="nothing")), ("nothing", REMEDY)),
-    Case(
-        "model.base",
-        "no causal model",
-        copied(edit_json("config.json", model_type="t5")),
-        ("could not be loaded", REMEDY),
-    ),
-    Case("model.base", "no weights", copied(remove(WEIGHTS)), (WEIGHTS, REMEDY)),
-    Case("model.base", "weights cut off", copied(cut(WEIGHTS)), ("could not be loaded", REMEDY)),
-    Case(
-        "model.base",
-        "weights of another format",
-        copied(text(WEIGHTS, "version https://git-lfs")),
-        ("could not be loaded", REMEDY),
-    ),
-    Case(
-        "model.base",
-        "weights of another size",
-        copied(edit_json("config.json", intermediate_size=80)),
-        ("could not be loaded", REMEDY),
-    ),
-    Case(
-        "model.base",
-        "more layers than weights",
-        copied(edit_json("config.json", num_hidden_layers=3)),
-        ("lack 9 weights", "of another model"),
-    ),
-    Case(
-        "model.base",
-        "a layer under another name",
-        copied(rewrite(WEIGHTS, rename_layer)),
-        ("lack 1 weights, such as model.layers.1", "damaged"),
-    ),
-    Case(
-        "model.base",
-        "attention that packs nothing",
-        unusual("bloom"),
-        ("does not know model.attention", "model.attention eager"),
-    ),
-    Case("tokenizer", "no such folder", lambda place: load_tokenizer("/no/model"), ("tokenizer '/no/model'", REMEDY)),
-    Case(
-        "tokenizer", "none in the folder", copied(remove("tokenizer.json"), tokenizer), ("could not be loaded", REMEDY)
-    ),
-    Case("tokenizer", "no json", copied(text("tokenizer.json", "{"), tokenizer), ("could not be loaded", REMEDY)),
-    Case(
+    *cases(
         "tokenizer",
-        "json of something else",
-        copied(text("tokenizer.json", "{}"), tokenizer),
-        ("could not be loaded", REMEDY),
-    ),
-    Case(
-        "tokenizer",
-        "tokens that the model does not know",
-        copied(shrink, trained),
-        ("token id 2", "knows ids below 20", "give it its own tokenizer"),
+        ("no such folder", lambda place: load_tokenizer("/no/model"), ("tokenizer '/no/model'", REMEDY)),
+        ("none in the folder", copied(remove("tokenizer.json"), tokenizer), ("could not be loaded", REMEDY)),
+        ("no json", copied(text("tokenizer.json", "{"), tokenizer), ("could not be loaded", REMEDY)),
+        ("json of something else", copied(text("tokenizer.json", "{}"), tokenizer), ("could not be loaded", REMEDY)),
+        (
+            "tokens that the model does not know",
+            copied(shrink, trained),
+            "token id 2 … knows ids below 20 … give it its own tokenizer",
+        ),
     ),
 ]
 
@@ -215,79 +188,59 @@ def targeted(targets: Any) -> Any:
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERS = [
-    Case(
+    *cases(
         "model.adapter",
-        "no such folder",
-        lambda place: add_adapters(place.shared.base(), Lora(), "/no/adapter"),
-        ("adapter '/no/adapter'", REMEDY),
+        (
+            "no such folder",
+            lambda place: add_adapters(place.shared.base(), Lora(), "/no/adapter"),
+            ("adapter '/no/adapter'", REMEDY),
+        ),
+        (
+            "an empty folder",
+            adapted(lambda folder: (shutil.rmtree(folder), folder.mkdir())),
+            "has no adapter_model.safetensors … PEFT folder or hub id",
+        ),
+        ("a config cut off", adapted(cut(CONFIG, 30)), ("could not be loaded", REMEDY)),
+        ("no weights", adapted(remove(TENSORS)), (f"has no {TENSORS}", "save it anew with PEFT's")),
+        ("weights cut off", adapted(cut(TENSORS)), ("could not be loaded", REMEDY)),
+        (
+            "a matrix missing",
+            adapted(rewrite(TENSORS, lost)),
+            "1 weights are missing and 0 are not … Give the base it was trained on",
+        ),
+        ("weights of NaN", adapted(rewrite(TENSORS, poisoned)), "holds weights that are no numbers … give another one"),
+        ("another rank than its config", adapted(edit_json(CONFIG, r=3)), ("could not be loaded", REMEDY)),
+        (
+            "other modules than its config",
+            adapted(edit_json(CONFIG, target_modules=["q_proj"])),
+            "are not expected … another adapter",
+        ),
+        (
+            "modules that are not there",
+            adapted(edit_json(CONFIG, target_modules=["query"])),
+            ("could not be loaded", REMEDY),
+        ),
+        ("of a wider base", adapted(as_is, resized(hidden_size=32)), ("could not be loaded", REMEDY)),
+        (
+            "of a base with more layers",
+            adapted(as_is, resized(num_hidden_layers=1)),
+            "14 are not expected … Give the base",
+        ),
+        ("a bias", adapted(edit_json(CONFIG, bias="all")), "no plain LoRA … only plain LoRA can be used"),
+        ("another method", adapted(edit_json(CONFIG, peft_type="IA3")), "adapter'"),
     ),
-    Case(
-        "model.adapter",
-        "an empty folder",
-        adapted(lambda folder: (shutil.rmtree(folder), folder.mkdir())),
-        ("has no adapter_model.safetensors", "PEFT folder or hub id"),
-    ),
-    Case("model.adapter", "a config cut off", adapted(cut(CONFIG, 30)), ("could not be loaded", REMEDY)),
-    Case("model.adapter", "no weights", adapted(remove(TENSORS)), (f"has no {TENSORS}", "save it anew with PEFT's")),
-    Case("model.adapter", "weights cut off", adapted(cut(TENSORS)), ("could not be loaded", REMEDY)),
-    Case(
-        "model.adapter",
-        "a matrix missing",
-        adapted(rewrite(TENSORS, lost)),
-        ("1 weights are missing and 0 are not", "Give the base it was trained on"),
-    ),
-    Case(
-        "model.adapter",
-        "weights of NaN",
-        adapted(rewrite(TENSORS, poisoned)),
-        ("holds weights that are no numbers", "give another one"),
-    ),
-    Case(
-        "model.adapter",
-        "another rank than its config",
-        adapted(edit_json(CONFIG, r=3)),
-        ("could not be loaded", REMEDY),
-    ),
-    Case(
-        "model.adapter",
-        "other modules than its config",
-        adapted(edit_json(CONFIG, target_modules=["q_proj"])),
-        ("are not expected", "another adapter"),
-    ),
-    Case(
-        "model.adapter",
-        "modules that are not there",
-        adapted(edit_json(CONFIG, target_modules=["query"])),
-        ("could not be loaded", REMEDY),
-    ),
-    Case("model.adapter", "of a wider base", adapted(as_is, resized(hidden_size=32)), ("could not be loaded", REMEDY)),
-    Case(
-        "model.adapter",
-        "of a base with more layers",
-        adapted(as_is, resized(num_hidden_layers=1)),
-        ("14 are not expected", "Give the base"),
-    ),
-    Case(
-        "model.adapter",
-        "a bias",
-        adapted(edit_json(CONFIG, bias="all")),
-        ("no plain LoRA", "only plain LoRA can be used"),
-    ),
-    Case("model.adapter", "another method", adapted(edit_json(CONFIG, peft_type="IA3")), ("adapter'",)),
     Case(
         "model.cleaning.reference",
         "of another rank",
         differing,
         ("differ in 14 layers", "needs the shape of the policy"),
     ),
-    Case(
+    *cases(
         "model.lora",
-        "targets that are not there",
-        targeted(["query"]),
-        ("lora.targets ['query']", "do not fit this model"),
+        ("targets that are not there", targeted(["query"]), "lora.targets ['query'] … do not fit this model"),
+        ("no targets", targeted([]), "lora.targets [] … do not fit this model"),
+        ("the head", targeted(["lm_head"]), "the output head is a … lora.targets all-linear does"),
     ),
-    Case("model.lora", "no targets", targeted([]), ("lora.targets []", "do not fit this model")),
-    Case("model.lora", "the head", targeted(["lm_head"]), ("the output head is a", "lora.targets all-linear does")),
 ]
 
 CASES = [*MODELS, *ADAPTERS]

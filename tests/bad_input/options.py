@@ -47,18 +47,10 @@ OUT_OF_RANGE = {
 }
 # class, options -> what is said
 CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
-    (
-        Routing,
-        {"threshold": 0.5, "hard_fraction": 0.12},
-        ("give hard_fraction or threshold, not both (0.12 and 0.5)",),
-    ),
+    (Routing, {"threshold": 0.5, "hard_fraction": 0.12}, ("give hard_fraction or threshold, not both (0.12 and 0.5)",)),
     (Routing, {"hard_fraction": 1.2}, ("routing.hard_fraction must lie in [0, 1]", "1.2")),
     (Routing, {"hard_fraction": NAN}, ("routing.hard_fraction must lie in [0, 1]", "nan")),
-    (
-        Routing,
-        {"threshold": INF},
-        ("routing.threshold must be finite", "0 or 1 means none or all"),
-    ),
+    (Routing, {"threshold": INF}, ("routing.threshold must be finite", "0 or 1 means none or all")),
     (Routing, {"order": "easiest_first"}, ("routing.order must be one of easy_to_hard", "'easiest_first'")),
     (Routing, {"order": None}, ("routing.order must be one of easy_to_hard", "not None")),
     (Routing, {"order": "sft_frist"}, ("routing.order must be one of", "not 'sft_frist'; did you mean 'sft_first'?")),

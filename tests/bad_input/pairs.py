@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from bad_input.case import GONE, Case, Place, changed
+from bad_input.case import GONE, Case, Place, cases, changed
 from mixdpo.data.messages import split_by_prompt
 from mixdpo.data.pairs import read_pairs
 
@@ -243,43 +243,28 @@ def a_file(do: Any) -> Any:
 
 
 SOURCES = [
-    Case(
+    *cases(
         "data.source",
-        "no such path",
-        lambda place: read_pairs("/nonexistent/a.jsonl"),
-        ("/nonexistent/a.jsonl", "Check the path"),
+        ("no such path", lambda place: read_pairs("/nonexistent/a.jsonl"), "/nonexistent/a.jsonl … Check the path"),
+        ("a file of another suffix is there", unreadable, "a.jsonl' … Check the path"),
+        ("empty", lambda place: read_pairs(" "), "the source is empty … give a hub id"),
+        (
+            "a hub id that cannot be reached",
+            lambda place: read_pairs("org/nothing"),
+            "'org/nothing' … sought on the hub",
+        ),
+        ("an empty folder", empty_folder, "empty, split 'train' cannot be read"),
+        ("a folder with a broken file", broken_folder, "data, split 'train' cannot be read"),
+        ("a saved folder without its data", saved_without_its_data, "saved, split 'train' cannot be read"),
+        ("numbers in a parquet file", typed_parquet("chosen", 4), ("a.parquet, row 1", TEXT_OR_LIST)),
+        ("dates in a parquet file", typed_parquet("margin", "2020-01-01"), ("a.parquet, row 1", FINITE)),
     ),
-    Case("data.source", "a file of another suffix is there", unreadable, ("a.jsonl'", "Check the path")),
-    Case("data.source", "empty", lambda place: read_pairs(" "), ("the source is empty", "give a hub id")),
-    Case(
-        "data.source",
-        "a hub id that cannot be reached",
-        lambda place: read_pairs("org/nothing"),
-        ("'org/nothing'", "sought on the hub"),
-    ),
-    Case("data.source", "an empty folder", empty_folder, ("empty, split 'train' cannot be read",)),
-    Case("data.source", "a folder with a broken file", broken_folder, ("data, split 'train' cannot be read",)),
-    Case(
-        "data.source",
-        "a saved folder without its data",
-        saved_without_its_data,
-        ("saved, split 'train' cannot be read",),
-    ),
-    Case("data.source", "numbers in a parquet file", typed_parquet("chosen", 4), ("a.parquet, row 1", TEXT_OR_LIST)),
-    Case("data.source", "dates in a parquet file", typed_parquet("margin", "2020-01-01"), ("a.parquet, row 1", FINITE)),
     Case("data.split", "of one file", a_file(lambda path: read_pairs(path, split="test")), ("a.jsonl", "use 'train'")),
     Case("data.limit", "0", a_file(lambda path: read_pairs(path, limit=0)), ("limit", "at least 1 or absent")),
-    Case(
+    *cases(
         "data.validation",
-        "a share that leaves nothing",
-        lambda place: split_by_prompt(["a"], 0.5, 0),
-        ("0.5", "change the fraction"),
-    ),
-    Case(
-        "data.validation",
-        "a share of 1.5",
-        lambda place: split_by_prompt(["a"], 1.5, 0),
-        ("1.5", "at least 0 and below 1"),
+        ("a share that leaves nothing", lambda place: split_by_prompt(["a"], 0.5, 0), "0.5 … change the fraction"),
+        ("a share of 1.5", lambda place: split_by_prompt(["a"], 1.5, 0), "1.5 … at least 0 and below 1"),
     ),
 ]
 
@@ -290,12 +275,7 @@ CASES = [
     ids_case("a pair_id twice", "a", "a"),
     ids_case("a pair_id as number and as text", 7, "7"),
     *(file_case(*file) for file in FILES),
-    column_case(
-        "an unknown column",
-        "stars",
-        "no margin column stars",
-        "margin, a, b.",
-    ),
+    column_case("an unknown column", "stars", "no margin column stars", "margin, a, b."),
     column_case("three columns", ["a", "b", "c"], "takes one column or [chosen_column, rejected_column]"),
     column_case("no columns", [], "takes one column or [chosen_column, rejected_column]"),
     column_case("one column twice", ["a", "a"], "both a", "name two, or one"),

@@ -80,7 +80,20 @@ SFT = ("--model", "lightning_modules.sft.SFTModule", "--model.base", "x")
 RUNS = [
     Run("config file", "not there", ("--config", "/no/config.yaml"), ("/no/config.yaml",)),
     Run("config file", "a folder", ("--config", "configs"), ("configs",)),
-    Run("config file", "no YAML", config("model: [1\nb: ]"), ("bad.yaml is no YAML", "line 2", "correct it")),
+    Run("config file", "no YAML", config("model: [1\nb: ]"), ("bad.yaml is no", "YAML", "line 2", "correct it")),
+    Run(
+        "config file",
+        "a section twice",
+        config("data: {init_args: {max_length: 32}}\ntrainer: {max_steps: 1}\ndata: {init_args: {batch_size: 2}}\n"),
+        ("the key 'data' stands twice, in line 1 and again, line 3", "correct it"),
+    ),
+    Run(
+        "config file",
+        "a number of YAML 1.1",
+        config("trainer: {max_steps: 1_0}"),
+        ("1_0 is a number or", "line 1"),
+    ),
+    Run("config file", "nested deeply", config("[" * 100_000), ("nested too deeply", "line 1", "correct it")),
     Run("config file", "Latin-1", config("name: \xe9".encode("latin-1")), ("bad.yaml cannot be read", "in UTF-8")),
     Run("config file", "a list", config("[1, 2]"), ("bad.yaml should be a mapping", "not a list")),
     Run("config file", "a misspelt section", config("modle: {base: x}"), ("modle", HELP)),
@@ -146,12 +159,7 @@ RUNS = [
         ("data.margins_file is for fit", "model.output"),
         whole=True,
     ),
-    Run(
-        "data.source",
-        "not there",
-        ("--data.source", "/no/pairs.jsonl"),
-        ("/no/pairs.jsonl", "Check the path"),
-    ),
+    Run("data.source", "not there", ("--data.source", "/no/pairs.jsonl"), ("/no/pairs.jsonl", "Check the path")),
     Run("data.source", "a cut line", pairs(lambda text: text[:-9]), ("bad.jsonl, row 16", "Correct")),
     Run(
         "data.source",

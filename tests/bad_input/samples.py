@@ -8,7 +8,7 @@ from bad_input.pairs import KEYS, response, user
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.prompts import read_prompts
-from mixdpo.evaluation.generation import Generation
+from mixdpo.evaluation.generation import Response
 from mixdpo.evaluation.gold import scores_of
 from mixdpo.evaluation.make_pairs import make_pairs, pair_up
 
@@ -120,7 +120,7 @@ def scored_case(fault: str, change: dict[str, Any], says: tuple[str, ...]) -> Ca
 
 
 def scorer_case(fault: str, scorer: Any, says: tuple[str, ...]) -> Case:
-    said = [[Generation("x", 2, True)]]
+    said = [[Response("x", 2, True)]]
     return Case("scorer", fault, lambda place: pair_up([{"prompt": "Say it."}], said, scorer, 1, 0), ("Say it.", *says))
 
 

@@ -9,34 +9,33 @@ from typing import Any
 import numpy as np
 from datasets import load_from_disk
 
-from bad_input.case import Case, Place
+from bad_input.case import Case, Place, cases
 from mixdpo.signals.compare_margins import compare
-from mixdpo.signals.margins_file import MARGINS, MarginsWriter, read_margins
+from mixdpo.signals.margins_file import FORMAT, MarginsWriter, read_margins
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.report import report
 from mixdpo.token_cleaning.run_tokens import export_labels, read_cleaning
 
 # Margins files.
 
-HEAD = {"format": "mixdpo margins 1", **dict.fromkeys(sorted(MARGINS.header), "x"), "pairs": 2, "needs": "rating"}
-LINES = [HEAD, {"pair_id": 1, "text": "a", "margin": 0.5}, {"pair_id": 2, "text": "b", "margin": 1.0}]
+HEAD = {"signal": "x", "needs": "rating", "source": "x", "base": "x", "adapter": None, "pairs": 2}
+FIRST = {"format": FORMAT, **HEAD}
+LINES: list[Any] = [FIRST, {"pair_id": 1, "text": "a", "margin": 0.5}, {"pair_id": 2, "text": "b", "margin": 1.0}]
 ANEW = "compute it anew"
+DEEP = "[" * 100_000
 MARGINS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("nothing", "", ("is no margins file", ANEW)),
     ("text", "margins\n", ("is no margins file", ANEW)),
-    ("bytes", b"\x93NUMPY\xff\n", ("is no margins file", ANEW)),
-    ("another format", [LINES[0] | {"format": "2"}, *LINES[1:]], ("its format is '2'", ANEW)),
+    ("bytes", b"\x93NUMPY\xff\n", ("cannot be read", "a text file in UTF-8")),
+    ("nested deeply", DEEP, ("is no margins file", "100 levels", ANEW)),
+    ("another format", [FIRST | {"format": "2"}, *LINES[1:]], ("its format is not", ANEW)),
     ("a header of a list", [[1], *LINES[1:]], ("is no margins file", ANEW)),
-    (
-        "a header cut short",
-        [{"format": "mixdpo margins 1", "pairs": 2}, *LINES[1:]],
-        ("its first line lacks adapter", ANEW),
-    ),
+    ("a header cut short", [{"format": FORMAT, "pairs": 2}, *LINES[1:]], ("its first line lacks signal", ANEW)),
     ("a pair lost", LINES[:2], ("has 1 of its 2 pairs", ANEW)),
     ("a pair twice", [*LINES[:2], LINES[1]], ("has 1 of its 2 pairs", ANEW)),
-    ("a margin of NaN", [*LINES[:2], LINES[2] | {"margin": float("nan")}], ("pair_id 2 is no finite number", ANEW)),
-    ("a margin in words", [*LINES[:2], LINES[2] | {"margin": "high"}], ("ValueError", ANEW)),
-    ("a row without its text", [*LINES[:2], {"pair_id": 2, "margin": 1.0}], ("KeyError: 'text'", ANEW)),
+    ("a margin of NaN", [*LINES[:2], LINES[2] | {"margin": float("nan")}], ("line 3", "NaN is no finite number", ANEW)),
+    ("a margin in words", [*LINES[:2], LINES[2] | {"margin": "high"}], ("line 3", "ValueError", ANEW)),
+    ("a row without its text", [*LINES[:2], {"pair_id": 2, "margin": 1.0}], ("line 3", "KeyError: 'text'", ANEW)),
 ]
 
 
@@ -51,13 +50,12 @@ def trained_with(content: list[Any]) -> Any:
 
 
 def of_a_policy(place: Place) -> Any:
-    return place.fit(data={"margins_file": place.write("m.margins", [HEAD | {"needs": "policy"}, *LINES[1:]])})
+    return place.fit(data={"margins_file": place.write("m.margins", [FIRST | {"needs": "policy"}, *LINES[1:]])})
 
 
 def continued(place: Place) -> Any:
-    texts = {1: "a", 2: "b"}
-    place.write("m.margins.part", [HEAD | {"signal": "y"}])
-    return MarginsWriter(str(place.folder / "m.margins"), HEAD, texts)
+    MarginsWriter(str(place.folder / "m.margins"), HEAD | {"signal": "y"}, {1: "a", 2: "b"}).close()
+    return MarginsWriter(str(place.folder / "m.margins"), HEAD, {1: "a", 2: "b"})
 
 
 def not_finite(place: Place) -> Any:
@@ -66,7 +64,7 @@ def not_finite(place: Place) -> Any:
 
 
 def compared(place: Place) -> Any:
-    other = [HEAD, *({"pair_id": i, "text": "z", "margin": 1.0} for i in (1, 2))]
+    other = [FIRST, *({"pair_id": i, "text": "z", "margin": 1.0} for i in (1, 2))]
     return compare(place.write("a.margins", LINES), place.write("b.margins", other))
 
 
@@ -134,155 +132,102 @@ def backwards(folder: Path) -> None:
 
 SCORE_AGAIN, RUN_AGAIN = "or score anew", "run the cleaning again"
 CLEANING = [
-    Case(
+    *cases(
         "cleaning.masks",
-        "no such folder",
-        lambda place: place.fit_sft(cleaning=MASKS),
-        ("masks x", "give a run's folder RUN/cleaning"),
-    ),
-    Case(
-        "cleaning.masks",
-        "the run, not its cleaning",
-        lambda place: place.fit_sft(cleaning=Cleaning(masks=str(place.shared.cleaned))),
-        ("no stages.json", "RUN/cleaning"),
-    ),
-    Case("cleaning.masks", "of other data", other_data, ("data: ", SCORE_AGAIN)),
-    Case(
-        "cleaning.masks",
-        "of another length",
-        lambda place: place.fit_sft(
-            cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")), data={"max_length": 60}
+        ("no such folder", lambda place: place.fit_sft(cleaning=MASKS), "masks x … give a run's folder RUN/cleaning"),
+        (
+            "the run, not its cleaning",
+            lambda place: place.fit_sft(cleaning=Cleaning(masks=str(place.shared.cleaned))),
+            "no stages.json … RUN/cleaning",
         ),
-        ("lengths: ", SCORE_AGAIN),
+        ("of other data", other_data, ("data: ", SCORE_AGAIN)),
+        (
+            "of another length",
+            lambda place: place.fit_sft(
+                cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")), data={"max_length": 60}
+            ),
+            ("lengths: ", SCORE_AGAIN),
+        ),
+        ("stages.json cut off", cleaned(cut("stages.json", 99), masked), ("stages.json is damaged", RUN_AGAIN)),
+        (
+            "stages.json of something else",
+            cleaned(lambda f: (f / "stages.json").write_text("{}"), masked),
+            ("it should hold identity", RUN_AGAIN),
+        ),
+        ("weights cut off", cleaned(cut("weights.npy", 150), masked), ("weights.npy is damaged", RUN_AGAIN)),
+        (
+            "weights of another format",
+            cleaned(lambda f: (f / "weights.npy").write_text("1 2 3"), masked),
+            ("weights.npy is damaged", RUN_AGAIN),
+        ),
+        ("a weight too few", cleaned(array("weights.npy", lambda w: w[:-1]), masked), ("of the shape", RUN_AGAIN)),
+        (
+            "texts as weights",
+            cleaned(array("weights.npy", lambda w: w.astype(str)), masked),
+            ("not numbers of", RUN_AGAIN),
+        ),
+        (
+            "tokens never reached",
+            cleaned(array("weights.npy", holed), masked),
+            "has no weight for some tokens … that reached all",
+        ),
+        (
+            "negative weights",
+            cleaned(array("weights.npy", lambda w: -1 - w), masked),
+            "has no weight for some tokens … give the masks",
+        ),
     ),
-    Case(
-        "cleaning.masks",
-        "stages.json cut off",
-        cleaned(cut("stages.json", 99), masked),
-        ("stages.json is damaged", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "stages.json of something else",
-        cleaned(lambda f: (f / "stages.json").write_text("{}"), masked),
-        ("it should hold identity", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "weights cut off",
-        cleaned(cut("weights.npy", 150), masked),
-        ("weights.npy is damaged", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "weights of another format",
-        cleaned(lambda f: (f / "weights.npy").write_text("1 2 3"), masked),
-        ("weights.npy is damaged", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "a weight too few",
-        cleaned(array("weights.npy", lambda w: w[:-1]), masked),
-        ("of the shape", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "texts as weights",
-        cleaned(array("weights.npy", lambda w: w.astype(str)), masked),
-        ("not numbers of", RUN_AGAIN),
-    ),
-    Case(
-        "cleaning.masks",
-        "tokens never reached",
-        cleaned(array("weights.npy", holed), masked),
-        ("has no weight for some tokens", "that reached all"),
-    ),
-    Case(
-        "cleaning.masks",
-        "negative weights",
-        cleaned(array("weights.npy", lambda w: -1 - w), masked),
-        ("has no weight for some tokens", "give the masks"),
-    ),
-    Case(
+    *cases(
         "mixdpo report",
-        "no run",
-        lambda place: report(str(place.folder)),
-        ("is no token-cleaning run", "give the run's folder"),
+        ("no run", lambda place: report(str(place.folder)), "is no token-cleaning run … give the run's folder"),
+        (
+            "fewer samples than 0",
+            lambda place: report(str(place.shared.cleaned), samples=-1),
+            "samples -1 … at least 0",
+        ),
+        (
+            "out is a folder",
+            lambda place: report(str(place.shared.cleaned), out=str(place.folder)),
+            "is a folder … give a file's name",
+        ),
+        (
+            "out below /proc",
+            lambda place: report(str(place.shared.cleaned), out="/proc/x/page.html"),
+            "cannot write /proc/x/page.html … Give another place",
+        ),
     ),
-    Case(
-        "mixdpo report",
-        "fewer samples than 0",
-        lambda place: report(str(place.shared.cleaned), samples=-1),
-        ("samples -1", "at least 0"),
-    ),
-    Case(
-        "mixdpo report",
-        "out is a folder",
-        lambda place: report(str(place.shared.cleaned), out=str(place.folder)),
-        ("is a folder", "give a file's name"),
-    ),
-    Case(
-        "mixdpo report",
-        "out below /proc",
-        lambda place: report(str(place.shared.cleaned), out="/proc/x/page.html"),
-        ("cannot write /proc/x/page.html", "Give another place"),
-    ),
-    Case(
+    *cases(
         "mixdpo export-labels",
-        "scores of another length",
-        cleaned(array("scores.npy", lambda s: s[1:]), read),
-        ("scores.npy holds", RUN_AGAIN),
-    ),
-    Case(
-        "mixdpo export-labels",
-        "no samples",
-        cleaned(removed("samples"), read),
-        ("lacks samples", "give the run's folder"),
-    ),
-    Case(
-        "mixdpo export-labels",
-        "samples without their data",
-        cleaned(lambda f: next((f / "samples").glob("*.arrow")).unlink(), read),
-        ("samples is damaged", RUN_AGAIN),
-    ),
-    Case(
-        "mixdpo export-labels",
-        "samples of another run",
-        cleaned(backwards, read),
-        ("samples holds other tokens than", RUN_AGAIN),
-    ),
-    Case(
-        "mixdpo export-labels",
-        "out is there",
-        lambda place: export_labels(str(place.shared.cleaned), str(place.folder)),
-        ("exists", "--overwrite true"),
+        (
+            "scores of another length",
+            cleaned(array("scores.npy", lambda s: s[1:]), read),
+            ("scores.npy holds", RUN_AGAIN),
+        ),
+        ("no samples", cleaned(removed("samples"), read), "lacks samples … give the run's folder"),
+        (
+            "samples without their data",
+            cleaned(lambda f: next((f / "samples").glob("*.arrow")).unlink(), read),
+            ("samples is damaged", RUN_AGAIN),
+        ),
+        ("samples of another run", cleaned(backwards, read), ("samples holds other tokens than", RUN_AGAIN)),
+        (
+            "out is there",
+            lambda place: export_labels(str(place.shared.cleaned), str(place.folder)),
+            "exists … --overwrite true",
+        ),
     ),
 ]
 
 CASES = [
     *(margins_case(*row) for row in MARGINS),
-    Case(
+    *cases(
         "margins file",
-        "no such file",
-        lambda place: read_margins("/no.margins"),
-        ("/no.margins", "run.py predict makes it"),
+        ("no such file", lambda place: read_margins("/no.margins"), "/no.margins … run.py predict makes it"),
+        ("of other pairs", trained_with(LINES), ("does not fit 16 of the 16 pairs", "first: row 1", ANEW)),
+        ("of another policy", of_a_policy, "another encoding of the pairs … use the options it was made with"),
+        ("of another signal, to be continued", continued, "signal: y there, x here … give another model.output"),
+        ("a margin that is infinite", not_finite, "by pair id … Use a wider model.dtype"),
+        ("no pair in common", compared, "no pair in common … give two files of the same data"),
     ),
-    Case(
-        "margins file", "of other pairs", trained_with(LINES), ("does not fit 16 of the 16 pairs", "first: row 1", ANEW)
-    ),
-    Case(
-        "margins file",
-        "of another policy",
-        of_a_policy,
-        ("another encoding of the pairs", "use the options it was made with"),
-    ),
-    Case(
-        "margins file",
-        "of another signal, to be continued",
-        continued,
-        ("signal: y there, x here", "give another model.output"),
-    ),
-    Case("margins file", "a margin that is infinite", not_finite, ("by pair id", "Use a wider model.dtype")),
-    Case("margins file", "no pair in common", compared, ("no pair in common", "give two files of the same data")),
     *CLEANING,
 ]

@@ -58,7 +58,7 @@ STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
         study(assumed_sd={"prompts": 1.0}),
         ("assumed_sd needs exactly the keys prompts and seeds",),
     ),
-    ("no YAML", "a: [1\nb: ]", ("no YAML", "line 2", "correct it")),
+    ("no YAML", "a: [1\nb: ]", ("YAML", "line 2", "correct it")),
     ("Latin-1", b"config: \xe9\n", ("cannot be read", "in UTF-8")),
 ]
 

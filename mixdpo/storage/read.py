@@ -1,0 +1,145 @@
+"""The strict reader of every JSON and YAML text from outside: configs, studies, files of rows, bodies of a server."""
+
+import json
+import math
+import re
+from typing import Any
+
+import yaml
+
+from mixdpo.errors import InputError
+
+LARGEST = 16 * 2**20  # characters or bytes of a body or a YAML document
+LARGEST_FILE = 2**30  # of a JSON document in a file
+DEEPEST = 100  # levels of lists and mappings
+MOST_NODES = 10**6  # of a YAML document, where each alias counts as what the alias stands for
+
+
+def parse_json(text: str | bytes, where: str, remedy: str = "correct it", largest: int = LARGEST) -> Any:
+    """
+    Args:
+        where: what the text is, for the error: a file, a line of a file, a server's response.
+        remedy: what to do about a text that is refused, for the error.
+
+    Raises:
+        InputError: the text is no JSON in UTF-8, is larger than `largest` or nested too deeply, or holds a key twice, a
+            NaN or an infinite number.
+    """
+    try:
+        _check_size(text, largest)
+        content = json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
+        level = [content]
+        for _ in range(DEEPEST):
+            containers = [value for value in level if isinstance(value, dict | list)]
+            level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+        if level:
+            raise RecursionError
+    except RecursionError:
+        raise InputError(f"{where} is nested more than {DEEPEST} levels deep: {remedy}") from None
+    except ValueError as error:
+        raise InputError(f"{where} is no valid JSON ({error}): {remedy}") from None
+    return content
+
+
+def _check_size(text: str | bytes, largest: int) -> None:
+    if len(text) > largest:
+        raise ValueError(f"larger than {largest / 2**20:.0f} MB")
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(items)
+    if len(content) < len(items):
+        keys = [key for key, _ in items]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return content
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is no finite number")
+    return value
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Resolves numbers as YAML 1.2 does, and reads a date as text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        letter: [each for each in resolvers if each[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+INT, FLOAT, TEXT = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "str"))
+_DIGITS = list("-+.0123456789")
+_Loader.add_implicit_resolver(INT, re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)$"), _DIGITS)
+_FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+_Loader.add_implicit_resolver(FLOAT, re.compile(_FLOAT), _DIGITS)
+_YAML_1_1 = yaml.SafeLoader("")
+
+
+def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
+    """
+    Args:
+        where: what the text is, for the error: config FILE, study FILE.
+        finite: refuse NaN and infinite numbers.
+
+    Raises:
+        InputError: the text is no YAML, is too large, nested too deeply, or expands too far by its aliases; or it holds
+            a key twice, a key that is a list or mapping, or what YAML 1.1 and 1.2 read differently, as 1_0 and 1:30.
+    """
+    try:
+        _check_size(text, LARGEST)
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):  # a loop; the C loader's recursion has no bound of its own
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise _Refused("nested too deeply", event)
+        loader = _Loader(text)
+        if (node := loader.get_single_node()) is None:
+            return None
+        _measure(node, 1, {}, finite)
+        return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{where} is no valid YAML ({' '.join(str(error).split())}): correct it") from None
+
+
+class _Refused(ValueError):
+    def __init__(self, what: str, node: yaml.Node | yaml.Event) -> None:
+        super().__init__(f"{what}, line {node.start_mark.line + 1}")
+
+
+def _measure(node: yaml.Node, depth: int, known: dict[int, tuple[int, int]], finite: bool) -> tuple[int, int]:
+    """Nodes and levels of what stands at a node, with each alias written out."""
+    if depth > DEEPEST:
+        raise _Refused("nested too deeply", node)
+    if id(node) not in known:
+        if isinstance(node, yaml.ScalarNode):
+            _check_scalar(node, finite)
+        inner = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            inner = [each for item in node.value for each in item]
+        counts = [_measure(each, depth + 1, known, finite) for each in inner]
+        known[id(node)] = 1 + sum(nodes for nodes, _ in counts), 1 + max((levels for _, levels in counts), default=0)
+    nodes, levels = known[id(node)]
+    if nodes > MOST_NODES or depth + levels > DEEPEST + 1:
+        raise _Refused("its aliases expand too far", node)
+    return nodes, levels
+
+
+def _check_scalar(node: yaml.ScalarNode, finite: bool) -> None:
+    if finite and node.tag == FLOAT and (node.value.lower().endswith(("inf", "nan")) or math.isinf(float(node.value))):
+        raise _Refused(f"{node.value} is no finite number", node)
+    is_plain = node.tag == TEXT and not node.style
+    if is_plain and _YAML_1_1.resolve(yaml.ScalarNode, node.value, (True, False)) in (INT, FLOAT):
+        raise _Refused(f"{node.value} is a number or a text: write digits only, or put the text in quotes", node)
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _Refused("a key is a list or a mapping", key)
+        if first := lines.get((key.tag, key.value)):
+            raise _Refused(f"the key {key.value!r} stands twice, in line {first} and again", key)
+        lines[key.tag, key.value] = key.start_mark.line + 1

@@ -1,0 +1,176 @@
+"""One keyed store for what a computation keeps while it goes on: an SQLite file, headed by what its entries depend on.
+
+A product holds what the user asked for, such as verdicts: one process at a time has its file open. A cache holds what
+can be computed again: its processes take turns, and a cache's file that fails is replaced by memory, with a warning.
+"""
+
+import hashlib
+import json
+import sqlite3
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from mixdpo.errors import InputError
+from mixdpo.storage.files import or_without
+from mixdpo.storage.identity import differences
+from mixdpo.storage.read import parse_json
+
+PATIENCE = 8.0  # seconds to wait for another process that has a product's file open
+ALL = "SELECT key, value, checksum FROM entries"
+TABLES = "CREATE TABLE head (content TEXT); CREATE TABLE entries (key PRIMARY KEY, value BLOB, checksum BLOB);"
+
+Key = str | bytes | int
+
+
+class Store:
+    def __init__(
+        self, path: str | Path, head: Mapping[str, Any], *, noun: str, remedy: str = "", cache: bool = False
+    ) -> None:
+        """Opens a file of entries, or makes the file. What `add` was given is on the disk when `add` returns, whole or
+        not at all, so the same command continues after a kill.
+
+        Args:
+            head: all that the entries depend on, in JSON's types.
+            noun: what the entries are, for messages: "verdicts".
+            remedy: what to do about a file that is damaged or holds other entries, for errors.
+            cache: whether the entries can be computed again.
+
+        Raises:
+            InputError: a product's file is damaged, depends on something else, cannot be written, or is open elsewhere.
+        """
+        self.path, self.noun, self.remedy, self._is_cache = Path(path), noun, remedy, cache
+        self.head: dict[str, Any] = json.loads(json.dumps({"entries": noun, **head}))
+        with self._errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._open(self.path)
+
+    def _open(self, where: str | Path = ":memory:") -> None:
+        self._database = sqlite3.connect(where, timeout=60 if self._is_cache else PATIENCE, isolation_level=None)
+        try:
+            self._database.execute("PRAGMA synchronous = FULL")
+            if not self._is_cache:  # the lock of the first transaction stays until the file is closed
+                self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._database.execute("BEGIN EXCLUSIVE")
+            with self._database:
+                if not self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    for statement in TABLES.split(";"):
+                        self._database.execute(statement)
+                    self._database.execute("INSERT INTO head VALUES (?)", [json.dumps(self.head)])
+                changed = differences(_head(self._database), self.head)
+            if changed:
+                raise InputError(f"{self.path} holds other {self.noun} ({'; '.join(changed)}): {self.remedy}")
+        except BaseException:
+            self.close()
+            raise
+
+    def get(self, keys: Iterable[Key]) -> dict[Key, bytes]:
+        """The entries that are there. A cache's entry that was altered is removed, with a warning.
+
+        Raises:
+            InputError: a product's entry was altered.
+        """
+        keys = list(keys)
+        return self._select(f"{ALL} WHERE key IN ({', '.join('?' * len(keys))})", keys)
+
+    def items(self) -> dict[Key, bytes]:
+        """All entries; as `get`."""
+        return self._select(f"{ALL} ORDER BY rowid")
+
+    def _select(self, query: str, keys: Iterable[Key] = ()) -> dict[Key, bytes]:
+        entries: dict[Key, bytes] = {}
+        with self._errors():
+            entries, altered = _whole(self._database.execute(query, keys))
+            if altered and not self._is_cache:
+                raise _altered(self.path, altered, self.remedy)
+            if altered:
+                warnings.warn(
+                    f"{self.path} holds damaged {self.noun}: these are computed anew and replaced; nothing needs to be "
+                    "done",
+                    stacklevel=4,
+                )
+                self._database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in altered])
+        return entries
+
+    def add(self, entries: Mapping[Any, bytes]) -> None:
+        """Keep these entries, all or none; an entry replaces that of the same key.
+
+        Raises:
+            InputError: a product's file cannot be written.
+        """
+        rows = [(key, value, _checksum(key, value)) for key, value in entries.items()]
+        with self._errors():
+            self._database.execute("BEGIN IMMEDIATE")
+            with self._database:
+                self._database.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _errors(self) -> AbstractContextManager[None]:
+        if self._is_cache:
+            return or_without(self.noun, self.path, self._open)
+        return _named(self.path, self.noun, self.remedy)
+
+
+def read_store(path: str | Path, noun: str, remedy: str) -> tuple[dict[str, Any], dict[Key, bytes]]:
+    """Head and entries of a product that is there.
+
+    Raises:
+        InputError: the file holds something else, is damaged, or a process is writing to the file.
+    """
+    with _named(path, noun, remedy), closing(sqlite3.connect(path, timeout=PATIENCE)) as database:
+        head = _head(database)
+        if head.get("entries") != noun:
+            raise InputError(f"{path} holds {head.get('entries')}, not {noun}: {remedy}")
+        entries, altered = _whole(database.execute(f"{ALL} ORDER BY rowid"))
+    if altered:
+        raise _altered(path, altered, remedy)
+    return head, entries
+
+
+@contextmanager
+def _named(path: str | Path, noun: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        kind = getattr(error, "sqlite_errorname", "")
+        if kind.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            said = f"another process is writing to {path}: wait until it is done, or give another place"
+        elif kind.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_ERROR")):
+            said = f"{path} is no file of {noun}, or is damaged ({error}): {remedy}"
+        else:
+            said = f"cannot write {path} ({error}): make room there, or give another place; the same command continues"
+        raise InputError(said) from None
+
+
+def _head(database: sqlite3.Connection) -> dict[str, Any]:
+    (content,) = database.execute("SELECT content FROM head").fetchone()
+    return parse_json(content, "the head of a file of ours")
+
+
+def _whole(rows: Iterable[tuple[Key, bytes, bytes]]) -> tuple[dict[Key, bytes], list[Key]]:
+    """The entries as they were added, and the keys of those that are not."""
+    entries, altered = {}, []
+    for key, value, checksum in rows:
+        if checksum == _checksum(key, value):
+            entries[key] = value
+        else:
+            altered.append(key)
+    return entries, altered
+
+
+def _checksum(key: Key, value: bytes) -> bytes:
+    return hashlib.sha256(repr((key, value)).encode()).digest()[:16]
+
+
+def _altered(path: str | Path, keys: list[Key], remedy: str) -> InputError:
+    return InputError(f"{path} was altered or is damaged in {len(keys)} entries (first: {keys[0]!r}): {remedy}")

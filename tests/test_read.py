@@ -1,0 +1,82 @@
+"""The strict reader: what JSON and YAML from outside may not do."""
+
+from pathlib import Path
+
+import pytest
+
+from mixdpo.errors import InputError
+from mixdpo.signals.margins_file import FORMAT, read_margins
+from mixdpo.storage.files import read_yaml
+from mixdpo.storage.read import LARGEST, parse_json, parse_yaml
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+CHAIN = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' stands twice"),
+        ("[NaN]", "NaN is no finite number"),
+        ("[-Infinity]", "-Infinity is no finite number"),
+        ("[1e999]", "1e999 is no finite number"),
+        ("[" * 101 + "]" * 101, "more than 100 levels"),
+        ("[" * 100_000, "more than 100 levels"),
+        ('{"a":' * 100_000, "more than 100 levels"),
+        ("9" * 5000, "digits"),
+        (b'["\xff"]', "utf-8"),
+        ("", "Expecting value"),
+        (b" " * (LARGEST + 1), "larger than 16 MB"),
+    ],
+)
+def test_json_that_is_refused(text: str | bytes, said: str) -> None:
+    with pytest.raises(InputError, match=f"^the body .*{said}.*: ask again"):
+        parse_json(text, "the body", "ask again")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: {a: 1}\ntrainer: {}\ndata: {b: 2}\n", "the key 'data' stands twice, in line 1 and again, line 3"),
+        ("a: {b: 1, b: 1}", "'b' stands twice"),
+        ("{[1]: 2}", "a key is a list or a mapping, line 1"),
+        ("a: 1:30", "1:30 is a number or a text"),
+        ("a: 1_0", "1_0 is a number or a text"),
+        ("a: 010", "010 is a number or a text"),
+        ("a:\n  - .nan", ".nan is no finite number, line 2"),
+        ("a: -.inf", "-.inf is no finite number"),
+        ("[" * 100_000, "nested too deeply"),
+        ("- " * 100_000, "nested too deeply"),
+        ("&a [*a]", "nested too deeply"),
+        (BOMB, "aliases expand too far"),
+        (CHAIN, "aliases expand too far"),
+        ("a: !!python/name:os.system", "constructor"),
+        ("--- 1\n--- 2", "single document"),
+        ("x" * (LARGEST + 1), "larger than 16 MB"),
+    ],
+)
+def test_yaml_that_is_refused(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=f"^config c is no valid YAML .*{said}.*: correct it"):
+        parse_yaml(text, "config c")
+
+
+def test_what_is_read(tmp_path: Path) -> None:
+    text = "{a: '1:30', b: 1e-4, c: .5, d: -3, e: 2026-11-25, f: 0x1F, g: yes, h: &h [1.], i: *h, j: ~, k: 1e3x}"
+    expected = {"a": "1:30", "b": 1e-4, "c": 0.5, "d": -3, "e": "2026-11-25", "f": 31, "g": True}
+    (tmp_path / "c.yaml").write_text(text)
+    assert read_yaml(tmp_path / "c.yaml") == {**expected, "h": [1.0], "i": [1.0], "j": None, "k": "1e3x"}
+    assert parse_yaml("base: {a: 1}", "x") == {"base": {"a": 1}} and parse_yaml("# nothing", "x") is None
+    assert parse_yaml("- &b {a: 1, c: 2}\n- {<<: *b, a: 3}", "x")[1] == {"a": 3, "c": 2}
+    assert parse_json('{"a": [1, 2.5, "b", null]}', "x") == {"a": [1, 2.5, "b", None]}
+    assert parse_json("[" * 100 + "]" * 100, "x")
+    assert parse_yaml(".inf", "x", finite=False) == float("inf")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"pair_id": Infinity, "text": "a", "margin": 1}', '{"pair_id": [1]}'])
+def test_a_line_of_a_margins_file(line: str, tmp_path: Path) -> None:
+    header = '"pairs": 1, "signal": "s", "needs": "rating", "source": "d", "base": "b", "adapter": null'
+    (tmp_path / "m").write_text(f'{{"format": "{FORMAT}", {header}}}\n{line}\n')
+    with pytest.raises(InputError, match=r"m, line 2, .*: compute it anew"):
+        read_margins(tmp_path / "m")
