@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import adapter_weights, build, build_sft, collate, make_pairs, make_samples, make_trainer, write_pairs
 from lightning.pytorch.callbacks import Callback
-from test_clean_tokens import BASE_LOSS, CONSTANT, Ran, best, policy_of, same
+from test_clean_tokens import BASE_LOSS, CONSTANT, Ran, best, own_cache, policy_of, same  # noqa: F401  (a fixture)
 from test_clean_tokens import run as run_steps
 from test_scoring import fill, losses_one_by_one, one_by_one, plain_model, with_adapters
 from torch import Tensor

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,13 @@ def run(
     module = fit(model, source, folder, make=make, trainer=trainer, **more)
     with (folder / "log" / "metrics.csv").open() as file:
         return Ran(module, steps, list(csv.DictReader(file)), folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:  # runs that are shared begin before conftest's own, and stay
+        patch.setenv("MIXDPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
