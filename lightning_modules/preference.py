@@ -20,8 +20,8 @@ from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.model.reference_cache import ReferenceCache, reference_log_probs
 from mixdpo.routing.schedules import learning_rate_mass
 from mixdpo.storage.identity import described
-from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import is_online
+from mixdpo.token_cleaning.scoring import fit_adapter
 
 
 class PreferenceModule(AdapterModule):
@@ -236,14 +236,16 @@ class PreferenceModule(AdapterModule):
         """The default reference of token cleaning is an adapter fitted to the easy pairs' chosen responses (SFT)."""
         self._open_cache()
         cleaning = self.cleaning
-        if cleaning is None or cleaning.reference or "reference" not in cleaning.roles or self.trainer.global_step:
+        if self.trainer.global_step or cleaning is None or cleaning.reference:
+            return
+        if "cleaning_reference" not in cleaning.roles:
             return
         samples = self.trainer.datamodule.easy_samples()
         if not samples:
             raise InputError("there is no easy pair to fit a cleaning reference to: give model.cleaning.reference")
         options = {"learning_rate": cleaning.reference_lr, "batch_size": self.trainer.datamodule.batch_size}
         with self.trainer.precision_plugin.forward_context():  # Lightning's own is around the steps only
-            fit_adapter(self.model, "cleaning", samples, **options)
+            fit_adapter(self.model, "cleaning_reference", samples, **options)
 
     def identity(self) -> dict[str, Any]:
         weights = f"{self.sft_weight} hard, {self.easy_sft_weight} easy"

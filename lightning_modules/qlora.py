@@ -104,9 +104,9 @@ class AdapterModule(L.LightningModule):
         output_head(base)  # refuses an adapter on it
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
         if self.cleaning is not None:
-            for role, name in (("reference", "cleaning"), ("previous", "previous")):
+            for role in ("cleaning_reference", "previous"):
                 if role in self.cleaning.roles:
-                    add_reference(self.model, name, self.cleaning.reference)
+                    add_reference(self.model, role, self.cleaning.reference)
         # autocast casts a LoRA layer's input anyway: PEFT would make an fp32 copy of it for nothing
         for layer in adapter_layers(self.model):
             layer.cast_input_dtype_enabled = "mixed" not in self.trainer.precision

@@ -21,10 +21,9 @@ from mixdpo.evaluation.generation import Response, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
 from mixdpo.evaluation.responses_file import ResponsesFile, head_of_responses
 from mixdpo.model.adapters import role
-from mixdpo.model.export import generation_dtype, merged_copy
+from mixdpo.model.export import Trained, generation_dtype, merged_copy, read_trained
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import Dtype, Quantization, on_the_cpu
-from mixdpo.model.trained import Trained, read_trained
 from mixdpo.storage.files import write_json, write_rows, written_whole
 
 

@@ -23,8 +23,8 @@ VERBS = {
     "judge": ("evaluation.judge:judge", "ask a judge whether a model's responses or a baseline's are better"),
     "score": ("evaluation.score:score", "win rates from a judge's verdicts, length-controlled as well"),
     "lm-eval": ("evaluation.harness:evaluate", "the papers' benchmarks on a run's policy, by lm-eval"),
-    "export": ("model.export_run:export", "write a run's policy as an adapter or a plain model for other tools"),
-    "export-labels": ("token_cleaning.labels:export_labels", "write a run's cleaned labels as a data set"),
+    "export": ("model.export:export", "write a run's policy as an adapter or a plain model for other tools"),
+    "export-labels": ("token_cleaning.run_tokens:export_labels", "write a run's cleaned labels as a data set"),
 }
 
 

@@ -161,11 +161,11 @@ def test_token_cleaning_configs_mean_what_they_say(build):
 
     assert parse("full")[0].cleaning is None and parse("staged_full")[1].slices.count == 3
     rho = parse("rho", "--model.cleaning.reference", "somewhere/adapter")[0].cleaning
-    assert vars(rho.scorer.init_args) == {"worse": "policy", "better": "reference", "normalise": False}
+    assert vars(rho.scorer.init_args) == {"worse": "policy", "better": "cleaning_reference", "normalise": False}
     assert rho.reference == "somewhere/adapter"
     overrides = header_overrides(folder / "rho.yaml")
     history = parse("rho", *overrides["ssToken's loss term"])[0].cleaning.scorer
-    assert vars(history.init_args) == {"worse": "reference", "better": "policy", "normalise": True}
+    assert vars(history.init_args) == {"worse": "cleaning_reference", "better": "policy", "normalise": True}
     assert parse("rho", *overrides["DFT"])[0].cleaning.selection is None
     paper, data = parse("paper/llama3.2_3b")
     assert (paper.lora.rank, paper.lora.alpha, paper.lora.dropout, data.batch_size) == (64, 16, 0.1, 48)

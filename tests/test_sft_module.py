@@ -100,7 +100,7 @@ def test_an_online_scorer_resumes_in_the_middle_of_a_stage(
     stop: int, tiny_model: str, source: str, tmp_path: Path
 ) -> None:
     """The reference's losses are those of the batches that the stage began with; others round otherwise."""
-    rho = Cleaning(scorer=ExcessLoss("policy", "reference"), selection=Selection(0.6, scope="batch"))
+    rho = Cleaning(scorer=ExcessLoss("policy", "cleaning_reference"), selection=Selection(0.6, scope="batch"))
     check_resuming(stop, 3, tiny_model, source, tmp_path, **EVOLVING | {"cleaning": rho, "stage_start": "continue"})
 
 

@@ -171,8 +171,8 @@ def poisoned(weights: dict[str, torch.Tensor]) -> None:
 
 def differing(place: Place) -> Any:
     model = add_adapters(place.shared.base(), Lora(rank=4))
-    add_reference(model, "cleaning", str(place.shared.adapter))
-    return check_alike(model, "policy", "cleaning")
+    add_reference(model, "cleaning_reference", str(place.shared.adapter))
+    return check_alike(model, "policy", "cleaning_reference")
 
 
 def targeted(targets: Any) -> Any:
