@@ -76,9 +76,8 @@ class ResponseModule(L.LightningModule):
             raise InputError("model.run has its own adapter: leave out model.adapter, or give model.base for model.run")
         if server is not None and (run or adapter):
             raise InputError("model.server has its own model: give its name as model.base, and neither run nor adapter")
-        if server is not None:
-            trained = Trained(str(base), None, {}, None)  # a name on the server, not a folder here
-        else:
+        trained = Trained(str(base), None, {}, None)  # a server's: a name there, not a folder here
+        if server is None:
             trained = read_trained(run or str(base), quantization, dtype, chat_template, plain=not run, strict=False)
         self.trained = trained if adapter is None else replace(trained, adapter=Path(adapter))
         self.base = self.trained.base
