@@ -129,24 +129,23 @@ class PreferenceDataModule(PlannedDataModule):
         return self._margins.add_to(pairs, self.texts, source) if self._margins else pairs
 
     def _describe_route(self) -> str:
-        facts, why = self.route.summary(), ""
-        if facts["assignment"] != "margin":
-            why = f", by assignment {facts['assignment']}"
-        elif facts["threshold"] is not None:
-            tied = f"{facts['hard_at_threshold']} of the {facts['ties_at_threshold']} pairs tied at it"
-            why = f": margin below {facts['threshold']:.4g}, and {tied}"
+        route, why = self.route.summary(), ""
+        if route["assignment"] != "margin":
+            why = f", by assignment {route['assignment']}"
+        elif route["threshold"] is not None:
+            tied = f"{route['hard_at_threshold']} of the {route['ties_at_threshold']} pairs tied at it"
+            why = f": margin below {route['threshold']:.4g}, and {tied}"
         return (
-            f"{facts['hard']} of {facts['pairs']} pairs ({facts['hard_fraction']:.0%}) are hard{why}\n"
-            f"hard pairs: {facts['hard_action']}; easy pairs: {facts['easy_action']}; order {facts['order']}, "
+            f"{route['hard']} of {route['pairs']} pairs ({route['hard_fraction']:.0%}) are hard{why}\n"
+            f"hard pairs: {route['hard_action']}; easy pairs: {route['easy_action']}; order {route['order']}, "
             f"{len(self._steps())} steps of {self.batch_size} pairs"
         )
 
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
-        facts = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
-        if self._margins is not None:
-            facts["margins"] = {"file": self.margins_file, **self._margins.header}
-        return {**self.route.summary(), **facts}
+        source = {"margins": {"file": self.margins_file, **self._margins.header}} if self._margins else {}
+        counts = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
+        return {**self.route.summary(), **counts, **source}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)

@@ -26,7 +26,8 @@ RANDOM_ORDERS = ("shuffled", "bucketed")
 ORDERS_BY_ROUTE = ("easy_to_hard", "hard_to_easy", "preference_first", "sft_first")
 
 
-CHOSEN_SIDE, REJECTED_SIDE = 0, 1
+SFT_SIDES = {"sft": (0,), "sft_rejected": (1,), "sft_both": (0, 1)}
+"""Hard action -> the responses of a pair that SFT learns: 0 chosen, 1 rejected."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,12 @@ class Route:
     @property
     def is_sft(self) -> np.ndarray:
         """(N,) bool in data order, the pairs trained by SFT."""
-        return self.is_hard & self.routing.hard_action.startswith("sft")
+        return self.is_hard & (self.routing.hard_action in SFT_SIDES)
 
     @property
     def sft_sides(self) -> tuple[int, ...]:
-        """The completions that such a pair learns: 0 chosen, 1 rejected."""
-        by_action = {"sft_rejected": (REJECTED_SIDE,), "sft_both": (CHOSEN_SIDE, REJECTED_SIDE)}
-        return by_action.get(self.routing.hard_action, (CHOSEN_SIDE,))
+        """The responses of such a pair that SFT learns: 0 chosen, 1 rejected."""
+        return SFT_SIDES.get(self.routing.hard_action, (0,))
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """(n,) int64, the order of epoch 0, 1, …: other than `order` only where the routing says `reshuffle`."""
@@ -176,9 +176,9 @@ class Route:
     def summary(self) -> dict[str, Any]:
         """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
         pairs), the order and actions."""
-        levels = [0, 5, 25, 50, 75, 95, 100]
-        known = not np.isnan(self.margins).any()
-        quantiles = zip(levels, np.percentile(self.margins, levels).tolist(), strict=True) if known else ()
+        known, at_threshold = not np.isnan(self.margins).any(), self.margins == self.threshold
+        levels = [0, 5, 25, 50, 75, 95, 100] if known else []
+        quantiles = zip(levels, np.percentile(self.margins, levels).tolist(), strict=True)
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
         groups = {name: group for name, group in groups.items() if len(group) and known}
         return {
@@ -188,8 +188,8 @@ class Route:
             "trained": len(self.order),
             "sft": int(self.is_sft.sum()),
             "threshold": self.threshold if known else None,
-            "ties_at_threshold": int((self.margins == self.threshold).sum()),
-            "hard_at_threshold": int((self.is_hard & (self.margins == self.threshold)).sum()),
+            "ties_at_threshold": int(at_threshold.sum()),
+            "hard_at_threshold": int((self.is_hard & at_threshold).sum()),
             "margin_quantiles": {f"{level}%": quantile for level, quantile in quantiles},
             "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items()},
             **{name: getattr(self.routing, name) for name in ("order", "assignment", "hard_action", "easy_action")},
