@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from mixdpo.errors import InputError
-from mixdpo.signals.margins_file import MarginsWriter, read_margins
 from mixdpo.storage import store
 from mixdpo.storage.store import Store, read_store
 
@@ -163,17 +162,3 @@ def test_a_place_that_cannot_be_written(place: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"cannot write .*give another place"):
         open_verdicts(tmp_path / place)
-
-
-def test_margins_that_another_process_has_finished_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second writer had found no file when it began to wait: it computes nothing and overwrites nothing."""
-    path, texts = str(tmp_path / "m.margins"), {1: "a", 2: "b"}
-    header = {"signal": "s", "needs": "rating", "source": "d", "base": "b", "adapter": None}
-    first = MarginsWriter(path, header, texts)
-    first.append([1, 2], [0.5, 1.0])
-    monkeypatch.setattr(
-        "mixdpo.signals.margins_file.Store", lambda *args, **named: first.finish() and Store(*args, **named)
-    )
-    second = MarginsWriter(path, header, texts)
-    assert second.margins == {1: 0.5, 2: 1.0} and "complete already" in second.finish()
-    assert len(read_margins(path).pairs) == 2 and not list(tmp_path.glob("*.part*"))
