@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from bad_input import caches, models, options, pairs, samples, stored, studies, templates
+from bad_input import checkpoints, models, options, pairs, samples, stored, studies, templates
 from bad_input.case import Case, Place, Shared
 from bad_input.runs import BORNE, RUNS, Run
 from test_cli import in_process, in_shell
 
 from mixdpo.errors import InputError
 
-MODULES = (pairs, samples, templates, models, options, stored, caches, studies)
+MODULES = (pairs, samples, templates, models, options, stored, checkpoints, studies)
 CASES = [case for module in MODULES for case in module.CASES]
 pytestmark = pytest.mark.filterwarnings(
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",

@@ -4,8 +4,6 @@ import resource
 import sqlite3
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -50,23 +48,6 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             with pytest.raises(InputError, match=r"another process is writing to .*v: wait"):
                 use()
     open_verdicts(tmp_path / "v").close()
-
-
-def test_a_second_process_waits_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PATIENCE", 20.0)
-    open_verdicts(tmp_path / "v").close()
-
-    def hold() -> None:
-        with closing(sqlite3.connect(tmp_path / "v", isolation_level=None)) as database:
-            database.execute("BEGIN EXCLUSIVE")
-            held.set()
-            time.sleep(0.4)
-
-    held, thread = threading.Event(), threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    open_verdicts(tmp_path / "v").close()
-    thread.join()
 
 
 KILLED = """

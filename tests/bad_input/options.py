@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
-    ModelCheckpoint,
 )
 
 from bad_input.case import Case, Place
@@ -150,13 +149,6 @@ UNMONITORED: list[tuple[str, Any, tuple[str, ...], str, dict[str, Any]]] = [
     ("SFT's name", EarlyStopping("val/loss"), ("did you mean 'val/all/sft_loss'", "train/loss"), "fit", {"data": SOME}),
     ("nothing held out", EarlyStopping("val/all/sft_loss"), ("a metric of this run: rewards/accuracy",), "fit", {}),
     ("a name of pairs", EarlyStopping("val/all/sft_loss"), ("did you mean 'val/loss'",), "fit_sft", {"data": SOME}),
-    (
-        "no such source",
-        ModelCheckpoint(monitor="val/loss/ood"),
-        ("did you mean 'val/loss/odd'",),
-        "fit_sft",
-        {"data": SOME},
-    ),
 ]
 
 

@@ -4,8 +4,6 @@ import gzip
 import json
 from typing import Any
 
-import datasets
-
 from bad_input.case import GONE, Case, Place, cases, changed
 from mixdpo.data.messages import split_by_prompt
 from mixdpo.data.pairs import read_pairs
@@ -62,17 +60,11 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         {"chosen": [user("a"), response("4")], "rejected": [user("a"), response("5")]},
         ("'prompt' is no message of the conversation",),
     ),
-    (
-        "conversations with nothing in common",
-        {"prompt": GONE, "chosen": [user("a"), response("4")], "rejected": [user("b"), response("5")]},
-        ("which chosen and rejected must share",),
-    ),
     ("no margin in one row", {"margin": GONE}, ("the margin column 'margin' is missing",)),
     *((f"a margin {fault}", {"margin": value}, ("'margin'", FINITE)) for fault, value in UNREAL),
     ("a fractional pair_id", {"pair_id": 1.5}, ("'pair_id' should be text or a whole number",)),
 ]
 SCORES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-    ("a difference beyond floats", {"score_chosen": 1e308, "score_rejected": -1e308}, ("score_chosen", FINITE)),
     ("one of two scores", {"score_rejected": GONE}, ("'score_rejected' is missing",)),
 ]
 RATINGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
@@ -111,7 +103,6 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("a key twice", "a.jsonl", LINE + LINE.replace('"margin"', '"chosen"'), ("row 2: ", "names a key twice", FIX)),
     ("a number of 5000 digits", "a.jsonl", LINE.replace("1.5", "1" * 5000), ("row 1: ", "4300 digits", FIX)),
     ("a list with a cut row", "a.json", f"[{LINE},{LINE[:-9]}]", ("row 2: ", "JSONDecodeError", FIX)),
-    ("a list that does not end", "a.json", f"[{LINE}", ("row 2: ", "closing ] of the list is missing")),
     ("gzip cut off", "a.jsonl.gz", PACKED[: len(PACKED) // 2], ("cannot be read: EOFError", AGAIN)),
     ("gzip with a wrong check sum", "a.jsonl.gz", PACKED[:-8] + b"\0" * 8, ("BadGzipFile: CRC", AGAIN)),
     ("too many values", "a.csv", f"{CSV}a,b,c,1,2\n", ("row 2: ", "5 values under 4 column names", FIX)),
@@ -124,7 +115,6 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
         "prompt,chosen,rejected,stars\na,b,c,1\n",
         ("no column to take the margin", "Name yours"),
     ),
-    ("no parquet", "a.parquet", LINE, ("a.parquet cannot be read",)),
     ("an archive", "a.jsonl.zip", b"PK", ("can be .parquet, .json, .jsonl or .csv", "also with .gz")),
     (
         "every row dropped",
@@ -168,20 +158,6 @@ def broken_folder(place: Place) -> Any:
     return read_pairs(str(place.folder / "data"))
 
 
-def saved_without_its_data(place: Place) -> Any:
-    datasets.Dataset.from_list([PAIR]).save_to_disk(place.folder / "saved")
-    next((place.folder / "saved").glob("*.arrow")).unlink()
-    return read_pairs(str(place.folder / "saved"))
-
-
-def typed_parquet(column: str, value: Any) -> Any:
-    def do(place: Place) -> Any:
-        datasets.Dataset.from_list([PAIR | {column: value}]).to_parquet(place.folder / "a.parquet")
-        return read_pairs(str(place.folder / "a.parquet"))
-
-    return do
-
-
 def a_file(do: Any) -> Any:
     return lambda place: do(place.write("a.jsonl", [PAIR]))
 
@@ -196,8 +172,6 @@ SOURCES = [
             "'org/nothing' … sought on the hub",
         ),
         ("a folder with a broken file", broken_folder, "data, split 'train' cannot be read"),
-        ("a saved folder without its data", saved_without_its_data, "saved, split 'train' cannot be read"),
-        ("numbers in a parquet file", typed_parquet("chosen", 4), ("a.parquet, row 1", TEXT_OR_LIST)),
     ),
     Case("data.split", "of one file", a_file(lambda path: read_pairs(path, split="test")), ("a.jsonl", "use 'train'")),
     Case("data.limit", "0", a_file(lambda path: read_pairs(path, limit=0)), ("limit", "at least 1 or absent")),

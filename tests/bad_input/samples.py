@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from bad_input.case import GONE, Case, Place, changed
-from bad_input.pairs import KEYS, response, user
+from bad_input.pairs import response, user
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.prompts import read_prompts
@@ -19,7 +19,6 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no known columns", {"text": "a"}, ("fit 0 forms", ONE_FORM)),
     ("two forms", CHAT | ALPACA, ("fit 2 forms", ONE_FORM)),
     ("messages as text", {"messages": json.dumps(CHAT["messages"])}, ("'messages' should be a list of messages",)),
-    ("keys of ShareGPT", {"messages": [{"from": "human", "value": "a"}]}, (KEYS,)),
     ("no response", {"messages": [user("a")]}, ("no message has the role 'assistant'", "there are: user")),
     (
         "a completion of the user's",
@@ -60,7 +59,6 @@ NEED = 'need an object with "prompt", a text or a list of messages'
 PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("no prompt", {"question": "a"}, ("row 2: ", NEED)),
     ("an empty prompt", {"prompt": ""}, ("row 2: ", NEED)),
-    ("a prompt of texts", {"prompt": ["a"]}, ("row 2: ", KEYS)),
     ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "of role 'user'")),
     ("a system column", {"prompt": "a", "system": "x"}, ("row 2: ", "'system' is not read")),
     ("a part of null", {"prompt": "a", "part": None}, ("row 2: ", "'part' should be the name of a part")),
@@ -68,11 +66,9 @@ PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
 SCORED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no constraints", {"constraints": GONE}, ("no list of constraints", "name another scorer")),
     ("an unknown kind", {"constraints": [{"kind": "rhymes", "params": {}}]}, ("'rhymes'", "kind must be one of")),
-    ("a constraint without params", {"constraints": [{"kind": "quoted"}]}, ("is written",)),
     ("params of another kind", {"constraints": [{"kind": "quoted", "params": {"n": 1}}]}, ("takes the params",)),
 ]
 SCORERS: list[tuple[str, Any, tuple[str, ...]]] = [
-    ("two scores for a text", lambda row, texts: [0.0, 1.0], ("gave [0.0, 1.0] for 1 texts", "one finite number each")),
     ("a score of NaN", lambda row, texts: [float("nan")], ("gave [nan]", "one finite number each")),
 ]
 
@@ -131,7 +127,6 @@ CASES = [
         made(prompts="builtin", limit=1, temperature=0.0),
         ("temperature 0", "raise temperature"),
     ),
-    Case("make-pairs", "no such model", made(model="/no/model", limit=1), ("/no/model", "Give a hub id")),
     Case("make-pairs", "out is there", onto("there/out.jsonl"), ("out.jsonl exists", "--overwrite true")),
     Case(
         "make-pairs", "out is a folder", onto("there", overwrite=True), ("there is a folder", "name of a .jsonl file")

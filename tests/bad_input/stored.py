@@ -134,7 +134,6 @@ CLEANING = [
             ("lengths: ", SCORE_AGAIN),
         ),
         ("stages.json cut off", cleaned(cut("stages.json", 99), masked), ("stages.json is damaged", RUN_AGAIN)),
-        ("weights cut off", cleaned(cut("weights.npy", 150), masked), ("weights.npy is damaged", RUN_AGAIN)),
         ("a weight too few", cleaned(array("weights.npy", lambda w: w[:-1]), masked), ("of the shape", RUN_AGAIN)),
         (
             "tokens never reached",
@@ -145,11 +144,6 @@ CLEANING = [
     *cases(
         "mixdpo report",
         ("no run", lambda place: report(str(place.folder)), "is no token-cleaning run … give the run's folder"),
-        (
-            "out below /proc",
-            lambda place: report(str(place.shared.cleaned), out="/proc/x/page.html"),
-            "cannot write /proc/x/page.html … Give another place",
-        ),
     ),
     *cases(
         "mixdpo export-labels",
@@ -157,11 +151,6 @@ CLEANING = [
             "scores of another length",
             cleaned(array("scores.npy", lambda s: s[1:]), read),
             ("scores.npy holds", RUN_AGAIN),
-        ),
-        (
-            "samples without their data",
-            cleaned(lambda f: next((f / "samples").glob("*.arrow")).unlink(), read),
-            ("samples is damaged", RUN_AGAIN),
         ),
         ("samples of another run", cleaned(backwards, read), ("samples holds other tokens than", RUN_AGAIN)),
         (

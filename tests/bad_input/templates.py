@@ -70,7 +70,6 @@ TEMPLATES = [
         "give a `chat_template` that shows it",
         row=SYSTEM,
     ),
-    template_case("a division by zero", "{{ 1 / 0 }}" + TEMPLATE, "row 1 (pair_id", "division by zero"),
     template_case(
         "today's date", "{{ strftime_now(form) }}" + TEMPLATE, "writes today's date", "in which a date stands there"
     ),
