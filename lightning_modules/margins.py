@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_modules.callbacks.run_files import CloseFiles
+from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.batches.batch import Batch
 from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
@@ -57,14 +57,10 @@ class MarginModule(L.LightningModule):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.model: Any = None
-        self.file: MarginsWriter | None = None  # until configure_model
+        self.file: Any = None  # until configure_model
 
     def configure_callbacks(self) -> list[Any]:
-        return [CloseFiles()]
-
-    def close_files(self) -> None:
-        if self.file:
-            self.file.close()
+        return [CloseFile()]
 
     @on_the_cpu()
     def configure_model(self) -> None:
@@ -95,8 +91,8 @@ class MarginModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
         pair_ids: list[int] = batch.ids.tolist()
-        if not self.file.margins.keys() >= set(pair_ids):  # type: ignore[union-attr]
-            self.file.append(pair_ids, self.signal(self.model, batch).tolist())  # type: ignore[union-attr]
+        if not self.file.margins.keys() >= set(pair_ids):
+            self.file.append(pair_ids, self.signal(self.model, batch).tolist())
         return pair_ids  # Lightning warns of None
 
     def teardown(self, stage: str) -> None:

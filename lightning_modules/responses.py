@@ -12,7 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from lightning_modules.callbacks.run_files import CloseFiles
+from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, complete, without_secrets
@@ -93,11 +93,7 @@ class ResponseModule(L.LightningModule):
         return given if given.suffix == suffix else given.with_name(given.name + suffix)
 
     def configure_callbacks(self) -> list[Any]:
-        return [CloseFiles()]
-
-    def close_files(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        return [CloseFile()]
 
     @on_the_cpu()
     def configure_model(self) -> None:

@@ -70,11 +70,9 @@ class MarginsFile:
         """
         changed = differences({key: self.header.get(key, "not said") for key in current}, current)
         if self.of_policy and changed:
-            with_ = ", ".join(str(self.header.get(key)) for key in ("base", "adapter", "dtype", "lengths"))
             raise InputError(
                 f"{self.path} holds margins ({self.header['signal']}) that were made with another {what} "
-                f"({'; '.join(changed)}): use the options it was made with (base, adapter, dtype, lengths: {with_}), "
-                "or compute it anew"
+                f"({'; '.join(changed)}): use the options it was made with, or compute it anew"
             )
 
 
