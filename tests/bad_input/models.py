@@ -89,22 +89,14 @@ MODELS = [
         ("a config cut off", copied(cut("config.json", 40)), ("model'", REMEDY)),
         ("no weights", copied(remove(WEIGHTS)), (WEIGHTS, REMEDY)),
         ("weights cut off", copied(cut(WEIGHTS)), UNLOADED),
-        (
-            "more layers than weights",
-            copied(edit_json("config.json", num_hidden_layers=3)),
-            "lack 9 weights … of another model",
-        ),
+        ("more layers than weights", copied(edit_json("config.json", num_hidden_layers=3)), "lack 9 … of another"),
         ("attention that packs nothing", unusual("bloom"), "does not know model.attention … model.attention eager"),
     ),
     *cases(
         "tokenizer",
         ("no such folder", lambda place: load_tokenizer("/no/model"), ("tokenizer '/no/model'", REMEDY)),
         ("none in the folder", copied(remove("tokenizer.json"), tokenizer), UNLOADED),
-        (
-            "tokens that the model does not know",
-            copied(shrink, trained),
-            "token id 2 … knows ids below 20 … give it its own tokenizer",
-        ),
+        ("tokens that the model does not know", copied(shrink, trained), "token id 2 … knows ids below … give it its"),
     ),
 ]
 
@@ -152,20 +144,11 @@ ADAPTERS = [
         ("a config cut off", adapted(cut(CONFIG, 30)), UNLOADED),
         ("no weights", adapted(remove(TENSORS)), (f"has no {TENSORS}", "save it anew with PEFT's")),
         ("weights cut off", adapted(cut(TENSORS)), UNLOADED),
-        (
-            "a matrix missing",
-            adapted(rewrite(TENSORS, lost)),
-            "1 weights are missing and 0 are not … Give the base it was trained on",
-        ),
+        ("a matrix missing", adapted(rewrite(TENSORS, lost)), "1 weights are missing and … Give the base it was"),
         ("weights of NaN", adapted(rewrite(TENSORS, poisoned)), "holds weights that are no numbers … give another one"),
         ("a bias", adapted(edit_json(CONFIG, bias="all")), "no plain LoRA … only plain LoRA can be used"),
     ),
-    Case(
-        "model.cleaning.reference",
-        "of another rank",
-        differing,
-        ("differ in 14 layers", "needs the shape of the policy"),
-    ),
+    Case("model.cleaning.reference", "of another rank", differing, ("differ in 14 layers", "needs the shape of the")),
     *cases(
         "model.lora",
         ("targets that are not there", targeted(["query"]), "lora.targets ['query'] … do not fit this model"),

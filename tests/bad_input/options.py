@@ -53,31 +53,19 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"hard_action": "drop", "easy_action": "drop"}, ("are both drop", "nothing would be trained")),
     (Slices, {"count": 0}, ("slices.count (0)", "at least 1")),
     (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, in rising order",)),
-    (
-        Selection,
-        {"keep_ratio": 0.5, "threshold": 0.0},
-        ("selection: give keep_ratio or threshold, not both (0.5 and 0.0)",),
-    ),
+    (Selection, {"keep_ratio": 0.5, "threshold": 0.0}, ("selection: give keep_ratio or threshold,",)),
     (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
     (Selection, {"threshold": -INF}, ("selection.threshold must be finite",)),
     (Selection, {"scope": "samples"}, ("not 'samples'; did you mean 'sample'?",)),
     (Cleaning, {"scorer": len}, ("needs an attribute `roles`",)),
-    (
-        Cleaning,
-        {"scorer": Loss("policy"), "selection": Selection()},
-        ("scope global needs all scores before", "use scope batch"),
-    ),
+    (Cleaning, {"scorer": Loss("policy"), "selection": Selection()}, ("scope global needs all", "use scope batch")),
     (
         Cleaning,
         {"scorer": Loss("policy"), "masks": "x", "selection": Selection(scope="batch")},
         ("cleaning.masks", "give one"),
     ),
     (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
-    (
-        Cleaning,
-        {"scorer": ExcessLoss(better="reference")},
-        ("the role of a scorer must be one of base, cleaning_reference", "did you mean 'cleaning_reference'?"),
-    ),
+    (Cleaning, {"scorer": ExcessLoss(better="reference")}, ("the role of a", "did you mean 'cleaning_reference'?")),
     (Constant, {"warmup": -0.1}, ("schedule.warmup must lie in [0, 1]",)),
     (ImplicitReward, {"beta": 0}, ("signal.beta must be > 0",)),
     (Lora, {"rank": 0}, ("lora needs rank >= 1", "rank=0")),
@@ -155,9 +143,7 @@ UNMONITORED: list[tuple[str, Any, tuple[str, ...], str, dict[str, Any]]] = [
 WITH_DATA = [
     Case("data.routing", "no pair", routed([]), ("no pair to route", "the training data is empty")),
     Case("data.routing", "a margin of NaN", routed([1.0, NAN]), ("margin 1 is not finite",)),
-    Case(
-        "data.routing", "fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), ("trains 2 of 2", "needs 4")
-    ),
+    Case("data.routing", "fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), ("trains 2 of", "needs 4")),
     Case(
         "data.slices",
         "more slices than samples",
@@ -203,12 +189,7 @@ WITH_DATA = [
         ("data.batch_size 4 is less than",),
         trainer={"accumulate_grad_batches": 8},
     ),
-    fit_case(
-        "trainer.limit_train_batches",
-        "2",
-        ("cuts the curriculum", "use data.limit"),
-        trainer={"limit_train_batches": 2},
-    ),
+    fit_case("trainer.limit_train_batches", "2", ("cuts the", "use data.limit"), trainer={"limit_train_batches": 2}),
     fit_case("trainer.max_epochs", "0", ("there is nothing to train",), trainer={"max_epochs": 0}),
     fit_case(
         "data.max_prompt_length",

@@ -36,11 +36,7 @@ RATED = changed(PAIR, {"margin": GONE, "all_generated_responses": ["4", "5"], "a
 SCORED = changed(PAIR, {"margin": GONE, "score_chosen": 1.0, "score_rejected": 0.5})
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no rejected", {"rejected": GONE}, ("'rejected' is missing", "Columns present: prompt, chosen, margin")),
-    (
-        "messages saved as text",
-        {"chosen": "[{'role': 'assistant', 'content': 'x'}]"},
-        ("saved as text", "Save the data as .jsonl"),
-    ),
+    ("messages saved as text", {"chosen": "[{'role': 'assistant', 'content': 'x'}]"}, ("saved as", "Save the")),
     ("calls of tools", {"chosen": [response("4") | {"tool_calls": [1]}]}, ("tool_calls", "put it in there")),
     ("a system column", {"system": "a"}, ("'system' is not read", "put it into the prompt")),
     ("chosen is a number", {"chosen": 4}, ("'chosen'", TEXT_OR_LIST)),
@@ -50,11 +46,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("half a surrogate pair", {"chosen": "\ud83d"}, ("surrogate", "character 1", "remove it")),
     ("a dialogue that goes on", {"chosen": [response("4"), user("?"), response("5")]}, ("Cut the conversation",)),
     ("a response of the user's", {"chosen": [user("4")]}, ("of role 'assistant'",)),
-    (
-        "a prompt that ends in a response",
-        {"prompt": [user("a"), response("b")]},
-        ("should end in a message of role 'user'",),
-    ),
+    ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("should end in a message",)),
     (
         "a prompt of another conversation",
         {"chosen": [user("a"), response("4")], "rejected": [user("a"), response("5")]},
@@ -109,12 +101,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("a column twice", "a.csv", "prompt,prompt\na,b\n", ("row 1: ", "names a column twice: prompt, prompt")),
     ("no header", "a.csv", "a,b,c,1\na,b,c,1\n", ("row 1: ", "Name yours", "Columns present: a, b, c, 1")),
     ("nothing", "a.jsonl", "", ("holds no rows", "give a file or split with some")),
-    (
-        "no margin column",
-        "a.csv",
-        "prompt,chosen,rejected,stars\na,b,c,1\n",
-        ("no column to take the margin", "Name yours"),
-    ),
+    ("no margin column", "a.csv", "prompt,chosen,rejected,stars\na,b,c,1\n", ("no column to take the", "Name yours")),
     ("an archive", "a.jsonl.zip", b"PK", ("can be .parquet, .json, .jsonl or .csv", "also with .gz")),
     (
         "every row dropped",
@@ -166,11 +153,7 @@ SOURCES = [
     *cases(
         "data.source",
         ("no such path", lambda place: read_pairs("/nonexistent/a.jsonl"), "/nonexistent/a.jsonl … Check the path"),
-        (
-            "a hub id that cannot be reached",
-            lambda place: read_pairs("org/nothing"),
-            "'org/nothing' … sought on the hub",
-        ),
+        ("a hub id that cannot be reached", lambda place: read_pairs("org/nothing"), "'org/nothing' … sought on the"),
         ("a folder with a broken file", broken_folder, "data, split 'train' cannot be read"),
     ),
     Case("data.split", "of one file", a_file(lambda path: read_pairs(path, split="test")), ("a.jsonl", "use 'train'")),

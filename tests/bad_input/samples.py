@@ -20,11 +20,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("two forms", CHAT | ALPACA, ("fit 2 forms", ONE_FORM)),
     ("messages as text", {"messages": json.dumps(CHAT["messages"])}, ("'messages' should be a list of messages",)),
     ("no response", {"messages": [user("a")]}, ("no message has the role 'assistant'", "there are: user")),
-    (
-        "a completion of the user's",
-        {"prompt": "a", "completion": [user("b")]},
-        ("'completion' should begin with role",),
-    ),
+    ("a completion of the user's", {"prompt": "a", "completion": [user("b")]}, ("'completion' should begin with",)),
     ("an input of a list", ALPACA | {"input": ["x"]}, ("'input' should be text",)),
     ("a history", ALPACA | {"history": [["a", "b"]]}, ("'history' is not read", "remove the column")),
     ("an id twice", CHAT | {"id": "one"}, ("id 'one' was already given by row 1", "each row needs its own")),
@@ -128,7 +124,5 @@ CASES = [
         ("temperature 0", "raise temperature"),
     ),
     Case("make-pairs", "out is there", onto("there/out.jsonl"), ("out.jsonl exists", "--overwrite true")),
-    Case(
-        "make-pairs", "out is a folder", onto("there", overwrite=True), ("there is a folder", "name of a .jsonl file")
-    ),
+    Case("make-pairs", "out is a folder", onto("there", overwrite=True), ("there is a folder", "name of a .jsonl")),
 ]

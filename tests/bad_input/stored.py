@@ -135,11 +135,7 @@ CLEANING = [
         ),
         ("stages.json cut off", cleaned(cut("stages.json", 99), masked), ("stages.json is damaged", RUN_AGAIN)),
         ("a weight too few", cleaned(array("weights.npy", lambda w: w[:-1]), masked), ("of the shape", RUN_AGAIN)),
-        (
-            "tokens never reached",
-            cleaned(array("weights.npy", holed), masked),
-            "has no weight for some tokens … that reached all",
-        ),
+        ("tokens never reached", cleaned(array("weights.npy", holed), masked), "has no weight for … that reached all"),
     ),
     *cases(
         "mixdpo report",

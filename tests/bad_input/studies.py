@@ -28,30 +28,14 @@ STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("a key missing", study(control=...), ("arguments are required: control",)),
     ("a seed twice", study(seeds=[1, 1]), ("has a seed twice", "give each once")),
     ("no runs", study(runs={}), ("need at least one entry",)),
-    (
-        "a misspelt key of a run",
-        study(runs={"dpo": {"overlays": "x"}}),
-        ('"runs"', "Option 'overlays' is not accepted", "did you mean 'overlay'?"),
-    ),
+    ("a misspelt key of a run", study(runs={"dpo": {"overlays": "x"}}), ('"runs"', "Option 'overlays'", "did you")),
     ("an unknown control", study(control="sft"), ("runs.dpo: no run is called 'sft', its control",)),
-    (
-        "runs in a circle",
-        study(runs={"dpo": {"after": "b"}, "b": {"after": "dpo"}}),
-        ("runs.b: after must name a run listed above b, not 'dpo'",),
-    ),
+    ("runs in a circle", study(runs={"dpo": {"after": "b"}, "b": {"after": "dpo"}}), ("runs.b: after must name a",)),
     ("a share for validation", study(options={"data.validation": 0.1}), ("data.validation must be 0 or a file",)),
     ("a grid and nothing to choose by", study(grid={"lr": [1, 2]}), ("choose_by: name the part",)),
     ("an outcome that chooses", study(choose_by="main"), ("main chooses the grid point and cannot be an outcome",)),
-    (
-        "two runs of one name",
-        study(grid={"a": [1, 1]}, choose_by="part"),
-        ("would be called dpo-a1-seed0", "choose other values"),
-    ),
-    (
-        "a standard deviation missing",
-        study(assumed_sd={"prompts": 1.0}),
-        ("arguments are required: assumed_sd.seeds",),
-    ),
+    ("two runs of one name", study(grid={"a": [1, 1]}, choose_by="part"), ("would be called", "choose other values")),
+    ("a standard deviation missing", study(assumed_sd={"prompts": 1.0}), ("arguments are required: assumed_sd.seeds",)),
     ("no YAML", "a: [1\nb: ]", ("no valid YAML", "line 2", "correct it")),
 ]
 

@@ -90,12 +90,7 @@ TEMPLATES = [
         "last user message differently",
         "give another",
     ),
-    Case(
-        "chat_template",
-        "none at all",
-        encoded(change=without("chat_template")),
-        ("has no chat template", "give `chat_template`"),
-    ),
+    Case("chat_template", "none at all", encoded(change=without("chat_template")), ("has no", "give `chat_template`")),
     Case(
         "chat_template",
         "plain, with two responses",
