@@ -9,31 +9,40 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --pr
 BF16 = $(shell grep -q amx_bf16 /proc/cpuinfo 2>/dev/null && echo --trainer.precision bf16-mixed --model.dtype bfloat16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint mutants format clean
+.PHONY: help demo test test-all lint check-types mutants size format clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: .venv/.demo ## train SmolLM2-135M in 4 bits on the built-in task, on two CPU cores
 	$(BIN)/python run.py --config configs/demo.yaml $(BF16) $(ARGS)
 
-test: .venv/.test ## run the tests (ARGS="-m slow" for the long ones)
+test: .venv/.test ## run the tests, without those marked long or slow, on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: .venv/.test ## run the long tests as well (the slow ones: make test ARGS="-m slow")
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 lint: .venv/.test ## check style and imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+check-types: .venv/.test ## check the types of this project's own code
+	$(BIN)/mypy $(ARGS)
+
 mutants: .venv/.test ## break the code in small ways, one after the other: the tests must notice each
 	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+size: ## count lines of code by room, against the budget
+	@$(PYTHON) tests/size.py
 
 format: .venv/.test ## put the code into the one style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove caches and builds; keeps .venv/, runs/ and data/
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # One environment, two stamps: what the demo needs, and the tests' packages on top.

@@ -52,8 +52,8 @@ def cleaning(scorer: str, selection: str, reference: str) -> list[str]:
 def jobs(reference: str, clean: str) -> list[Job]:
     """Runs on slice 3 for each keep ratio and scorer; on slices 3 and 4 from either reference, frozen or refreshed."""
     ratio = "{keep_ratio: 0.6, scope: %s}"
-    excess = "ExcessLoss, init_args: {worse: policy, better: reference}"
-    history = "ExcessLoss, init_args: {worse: reference, better: policy, normalise: true}"
+    excess = "ExcessLoss, init_args: {worse: policy, better: cleaning_reference}"
+    history = "ExcessLoss, init_args: {worse: cleaning_reference, better: policy, normalise: true}"
     by_scorer = {
         "Rho-1": cleaning(excess, ratio % "batch", reference),
         "ssToken (loss term)": cleaning(history, ratio % "sample", reference),

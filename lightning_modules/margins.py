@@ -79,7 +79,7 @@ class MarginModule(L.LightningModule):
             return
         if self.trainer.world_size > 1:
             raise InputError("predict writes one file: use one device (--trainer.devices 1)")
-        used = {"weights": None, "adapter_weights": None, "dtype": None}
+        used: dict[str, str | None] = {"weights": None, "adapter_weights": None, "dtype": None}
         if self.needs != "rating":
             load = load_reward_model if self.needs == "reward model" else load_base
             device = self.trainer.strategy.root_device

@@ -12,18 +12,16 @@ from lightning_modules.qlora import AdapterModule
 from mixdpo.batches.batch import Batch
 from mixdpo.errors import InputError
 from mixdpo.losses import DPO
-from mixdpo.losses.functions import sft
-from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
+from mixdpo.losses.sft import sft
+from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, accuracy, by_difficulty, pair_values
 from mixdpo.model.forward import sequence_log_probs, summed
 from mixdpo.model.fused_head import SequenceLogProbs, taken
 from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.model.reference_cache import ReferenceCache, reference_log_probs
 from mixdpo.routing.schedules import learning_rate_mass
 from mixdpo.storage.identity import described
-from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import is_online
-
-PreferenceLoss = Callable[..., Any]
+from mixdpo.token_cleaning.scoring import fit_adapter
 
 
 class PreferenceModule(AdapterModule):
@@ -33,7 +31,7 @@ class PreferenceModule(AdapterModule):
     def __init__(
         self,
         base: str,
-        preference_loss: PreferenceLoss = lazy_instance(DPO),  # noqa: B008
+        preference_loss: Callable[..., Any] = lazy_instance(DPO),  # noqa: B008
         sft_weight: float | None = None,
         easy_sft_weight: float = 0.0,
         log_gradient_norms: bool = False,
@@ -57,84 +55,141 @@ class PreferenceModule(AdapterModule):
         super().__init__(base, **options)
         # sums of log-probabilities are in fp64
         self.preference_loss = preference_loss.double() if isinstance(preference_loss, nn.Module) else preference_loss
-        # at once: one's own may count or average while it trains
+        # at once: a loss of the user's may count or average while it trains
         self._loss_name = getattr(preference_loss, "describe", partial(described, preference_loss))()
         self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
         self.easy_sft_weight, self.log_gradient_norms = easy_sft_weight, log_gradient_norms
         if not (self.sft_weight >= 0 and easy_sft_weight >= 0):
             raise InputError(f"sft_weight ({sft_weight}) and easy_sft_weight ({easy_sft_weight}) must be >= 0")
         if self.cleaning is not None and self.cleaning.warm_up_stages:
-            raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices; hard pairs have no warm-up")
+            raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices: set it to 0 for pairs")
         if self.cleaning is not None and is_online(self.cleaning.scorer):
             raise InputError(
-                f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step; hard pairs are cleaned "
-                "by scores known before it: ExcessLoss(worse=base), Loss(role=base) or Random"
+                f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step, but hard pairs are "
+                "cleaned before it: give ExcessLoss(worse=base), Loss(role=base) or Random"
             )
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
-        self.reference_cache = reference_cache
-        self._kept_log_probs: ReferenceCache | None = None  # of the reference as it is now; None when it has changed
-        self._sft_gradient: list[Tensor] = []  # of the step so far, if it is asked for
+        self.reference_cache, self._kept_log_probs = reference_cache, None
+        self._sft_gradient: list[Tensor] = []  # of the step so far, where its norm is logged
         self._gradient_norms: dict[str, float] = {}
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
 
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Log-probabilities by policy and reference → a loss for each pair, by its route → the mean over the step."""
+        self.recompute_if_long(batch.rows)
+        policy, reference = self.policy_and_reference(batch)
+        losses, *of_routes = self.route_losses(batch, policy, reference)
+        self._record(batch, policy, reference, (losses, *of_routes))
+        weighted = losses * batch.weight
+        if self._gradient_norms_are_due() and len(batch.sft):
+            self._add_sft_gradient(self.mean_over_step(taken(weighted, batch.sft).sum(), batch))
+        return self.mean_over_step(weighted.sum(), batch)
+
     def policy_and_reference(self, batch: Batch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
-        """Log-probabilities of the 2B completions; no reference where every pair is routed to SFT or the loss has none.
+        """Log-probabilities of the 2B responses, chosen first. No reference where every pair is routed to SFT or the
+        loss has none.
 
         The reference runs first and without gradients: its activations are gone before the policy's are kept, and the
         policy's role is the one in force at backward.
         """
         reference = None
         if batch.reference_rows is not None and self.needs_reference:
-            reference = summed(self._reference_log_probs(batch), batch.reference_rows)
+            cache = self._open_cache()
+            log_probs = cache.log_probs(self.model, batch) if cache else reference_log_probs(self.model, batch)
+            reference = summed(log_probs, batch.reference_rows)
         return sequence_log_probs(self.model, batch.rows, batch.token_weight), reference
 
-    def _reference_log_probs(self, batch: Batch) -> Tensor:
-        """(M,) of the targets in the batch's reference rows, from the cache where it has all of them."""
-        cache = self._open_cache()
-        return cache.log_probs(self.model, batch) if cache is not None else reference_log_probs(self.model, batch)
+    def route_losses(
+        self, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of each pair (B,); the preference losses (E,) and the SFT losses (H,) of the pairs trained so,
+        unweighted."""
+        preference = self._preference_losses(batch.preference, batch, policy, reference)
+        by_preference = preference + self.easy_sft_weight * sft(policy[batch.preference])
+        by_sft = torch.stack([sft(policy[batch.sft + side * len(batch)]) for side in batch.sft_sides]).mean(0)
+        losses = policy.sums.new_zeros(len(batch)).index_copy(0, batch.preference, by_preference.to(policy.sums))
+        return losses.index_copy(0, batch.sft, self.sft_weight * by_sft), preference, by_sft
+
+    def _preference_losses(
+        self, index: Tensor, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
+    ) -> Tensor:
+        """(len(index),) of pairs of the batch, 0 for filler: batch statistics are of real pairs only. Losses with such
+        statistics wait for all ranks, so the loss is called even for no pair."""
+        real = index[: batch.count]
+        assert reference is not None or not self.needs_reference or not len(real)
+        sides = (policy, reference or policy) if self.needs_reference else (policy,)
+        losses = self.preference_loss(*(side[i] for side in sides for i in (real, real + len(batch))))
+        return torch.cat([losses, losses.new_zeros(len(index) - len(real))])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        policy, reference = self.policy_and_reference(batch)
+        values = self._pair_values(policy, reference)  # evaluation batches show every pair to the reference
+        every = torch.arange(len(batch), device=policy.sums.device)
+        values["preference_loss"] = self._preference_losses(every, batch, policy, reference)
+        values["sft_loss"] = sft(policy[every])
+        values["length_accuracy"] = accuracy(*policy.lengths.chunk(2))
+        self.val_means.update(by_difficulty(values, batch))
+
+    def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
+        """Keep what the step's row, the report of losses that are not finite, and the kept weight are made of."""
+        losses, preference, sft_losses = routed
+        self.row_losses = losses.detach()
+        weight, easy, hard = batch.weight, batch.weight[batch.preference], batch.weight[batch.sft]
+        values = {"train/loss": (losses, weight), "train/hard_fraction": (batch.is_hard.float(), weight)}
+        values |= {"train/preference_loss": (preference, easy), "train/sft_loss": (sft_losses, hard)}
+        if batch.token is not None and len(batch.sft):
+            of_hard = (batch.token >= 0).double() * (batch.count > 0)
+            values["cleaning/kept_fraction"] = (batch.token_weight, of_hard)
+            values["cleaning/empty_fraction"] = ((policy.lengths[batch.sft] == 0).double(), hard)
+        if len(batch.preference):
+            both = torch.cat([batch.preference, batch.preference + len(batch)])
+            pairwise = self._pair_values(policy[both], None if reference is None else reference[both])
+            values |= {name: (value, easy) for name, value in pairwise.items()}
+        self.train_means.update(values)
+        if self.cleaning is not None:
+            self.add_kept_weight(batch)
+
+    def _pair_values(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> dict[str, Tensor]:
+        """Rewards are β times what the loss compares; β is 1 for a loss without one."""
+        options = {"beta": float(getattr(self.preference_loss, "beta", 1.0))}
+        return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
+
+    # The reference's log-probabilities on disk.
 
     def _open_cache(self) -> ReferenceCache | None:
         """The cache of the reference as it is now. Open the cache before a step: its name is a hash of all weights."""
         if self.reference_cache and self.needs_reference and self._kept_log_probs is None:
+            computed = [*self.loading.values(), str(self.trainer.precision), self.device.type]
+            adapter = adapter_fingerprint(self.model, "reference")
+            identity = {"weights": self.base_weights(), "adapter": adapter, "computed": computed}
             dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
-            self._kept_log_probs = ReferenceCache(self._reference_identity(), dtype)
+            self._kept_log_probs = ReferenceCache(identity, dtype)
         return self._kept_log_probs
 
-    def _reference_identity(self) -> dict[str, Any]:
-        """All that decides the reference's log-probabilities of given tokens."""
-        adapter = adapter_fingerprint(self.model, "reference")
-        computed = [*self.loading.values(), str(self.trainer.precision), self.device.type]
-        return {"weights": self.base_weights(), "adapter": adapter, "computed": computed}
-
     def _write_log_probs(self) -> None:
-        """Write what was computed since the last time. It waits for the device, so steps that log nothing leave it."""
+        """Write what was computed since the last time. Writing waits for the device: do so in logged steps only."""
         if self._kept_log_probs is not None:
             self._kept_log_probs.write()
 
     def reference_changed(self) -> None:
-        """To be called by who refreshes the reference: what is kept belongs to the old one."""
+        """To be called by whatever refreshes the reference: the log-probabilities so far belong to the old one."""
         self._write_log_probs()
         self._kept_log_probs = None
         self._open_cache()  # here, not in the step: the new adapter's fingerprint waits for the device
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.recompute_if_long(batch.rows)
-        policy, reference = self.policy_and_reference(batch)
-        losses, preference, sft_losses = self.route_losses(batch, policy, reference)
-        self.row_losses = losses.detach()
-        self._record(batch, losses, preference, sft_losses, policy, reference)
-        if self.cleaning is not None:
-            kept = batch.token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
-            self._kept_weight = self._kept_weight.to(kept.device) + kept
-        # Lightning divides by the number of micro-batches and DDP by the number of ranks: this is the step's mean
-        scale = self._micro_batches_per_step() / batch.step_total
-        if self._gradient_norms_are_due() and len(batch.sft):
-            part = taken(losses * batch.weight, batch.sft).sum() * (scale / self.trainer.accumulate_grad_batches)
-            options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-            new = torch.autograd.grad(part, self.learning(), **options)
-            before = self._sft_gradient or [torch.zeros_like(g) for g in new]
-            self._sft_gradient = [a + b for a, b in zip(before, new, strict=True)]
-        return (losses * batch.weight).sum() * scale
+    # The norm of either route's gradient.
+
+    def _gradient_norms_are_due(self) -> bool:
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
+        return self.log_gradient_norms and every > 0 and (step + 1) % every == 0
+
+    def _add_sft_gradient(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's hard pairs to that of the step so far."""
+        part = loss / self.trainer.accumulate_grad_batches  # as Lightning divides the step's loss
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        new = torch.autograd.grad(part, self.learning(), **options)
+        before = self._sft_gradient or [torch.zeros_like(g) for g in new]
+        self._sft_gradient = [a + b for a, b in zip(before, new, strict=True)]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What is not the gradient of the SFT route is that of the preference route; both as means over the ranks."""
@@ -150,62 +205,7 @@ class PreferenceModule(AdapterModule):
         self._gradient_norms = {f"gradient_norm/{name}": float(norm(part)) for name, part in routes.items()}
         self._sft_gradient = []
 
-    def _gradient_norms_are_due(self) -> bool:
-        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
-        return self.log_gradient_norms and every > 0 and (step + 1) % every == 0
-
-    def route_losses(
-        self, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of each pair (B,), of the easy ones (E,) and, unweighted, of the hard ones (H,)."""
-        hard, pairs = batch.sft, len(batch)
-        preference = self._preference_losses(batch.preference, batch, policy, reference)
-        easy_losses = preference + self.easy_sft_weight * sft(policy[batch.preference])
-        sft_losses = torch.stack([sft(policy[hard + side * pairs]) for side in batch.sft_sides]).mean(0)
-        losses = policy.sums.new_zeros(pairs).index_copy(0, batch.preference, easy_losses.to(policy.sums))
-        return losses.index_copy(0, hard, self.sft_weight * sft_losses), preference, sft_losses
-
-    def _preference_losses(
-        self, index: Tensor, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
-    ) -> Tensor:
-        """(len(index),) of pairs of the batch, 0 for filler: batch statistics are of real pairs only. Losses with such
-        statistics wait for all ranks, so the loss is called even for no pair."""
-        real = index[: batch.count]
-        assert reference is not None or not self.needs_reference or not len(real)
-        sides = (policy, reference or policy) if self.needs_reference else (policy,)
-        found = self.preference_loss(*(side[i] for side in sides for i in (real, real + len(batch))))
-        return torch.cat([found, found.new_zeros(len(index) - len(real))])
-
-    def _record(
-        self,
-        batch: Batch,
-        losses: Tensor,
-        preference: Tensor,
-        sft_losses: Tensor,
-        policy: SequenceLogProbs,
-        reference: SequenceLogProbs | None,
-    ) -> None:
-        weight, easy = batch.weight, batch.weight[batch.preference]
-        values = {
-            "train/loss": (losses, weight),
-            "train/hard_fraction": (batch.is_hard.float(), weight),
-            "train/preference_loss": (preference, easy),
-            "train/sft_loss": (sft_losses, weight[batch.sft]),
-        }
-        if batch.token is not None and len(batch.sft):
-            of_hard = (batch.token >= 0).double() * (batch.count > 0)
-            values["cleaning/kept_fraction"] = (batch.token_weight, of_hard)
-            values["cleaning/empty_fraction"] = ((policy.lengths[batch.sft] == 0).double(), weight[batch.sft])
-        if len(batch.preference):
-            both = torch.cat([batch.preference, batch.preference + len(batch)])
-            pairwise = self._pair_values(policy[both], None if reference is None else reference[both])
-            values |= {name: (value, easy) for name, value in pairwise.items()}
-        self.train_means.update(values)
-
-    def _pair_values(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> dict[str, Tensor]:
-        """Rewards are β times what the loss compares; β is 1 for a loss without one."""
-        options = {"beta": float(getattr(self.preference_loss, "beta", 1.0))}
-        return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
+    # What a run logs, and what is checked before it.
 
     def metric_names(self) -> set[str]:
         has_easy = not self.trainer.datamodule.route.is_sft.all()
@@ -215,27 +215,14 @@ class PreferenceModule(AdapterModule):
         kinds = {"all", *(("easy", "hard")[hard] for hard in self.trainer.datamodule.validation_is_hard().tolist())}
         return [n for n in VALIDATION if n.split("/")[1] in kinds and (self.needs_reference or "displacement" not in n)]
 
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._write_log_probs()
-
-    def teardown(self, stage: str) -> None:
-        self._write_log_probs()
-
     def step_values(self, step: int) -> dict[str, float]:
         self._write_log_probs()
         norms, self._gradient_norms = self._gradient_norms, {}
         mass = learning_rate_mass(self._multipliers[:step], self._plan.sft_share[:step])
         return super().step_values(step) | mass | norms
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        policy, reference = self.policy_and_reference(batch)
-        values = self._pair_values(policy, reference)  # evaluation batches show every pair to the reference
-        every = torch.arange(len(batch), device=policy.sums.device)
-        values["preference_loss"] = self._preference_losses(every, batch, policy, reference)
-        values["sft_loss"] = sft(policy[every])
-        values["length_accuracy"] = length_accuracy(policy.lengths)
-        self.val_means.update(by_difficulty(values, batch))
+    def teardown(self, stage: str) -> None:
+        self._write_log_probs()
 
     def on_fit_start(self) -> None:
         together = self.trainer.datamodule.batch_size // self.trainer.accumulate_grad_batches
@@ -249,14 +236,16 @@ class PreferenceModule(AdapterModule):
         """The default reference of token cleaning is an adapter fitted to the easy pairs' chosen responses (SFT)."""
         self._open_cache()
         cleaning = self.cleaning
-        if cleaning is None or cleaning.reference or "reference" not in cleaning.roles or self.trainer.global_step:
+        if self.trainer.global_step or cleaning is None or cleaning.reference:
+            return
+        if "cleaning_reference" not in cleaning.roles:
             return
         samples = self.trainer.datamodule.easy_samples()
         if not samples:
             raise InputError("there is no easy pair to fit a cleaning reference to: give model.cleaning.reference")
         options = {"learning_rate": cleaning.reference_lr, "batch_size": self.trainer.datamodule.batch_size}
         with self.trainer.precision_plugin.forward_context():  # Lightning's own is around the steps only
-            fit_adapter(self.model, "cleaning", samples, **options)
+            fit_adapter(self.model, "cleaning_reference", samples, **options)
 
     def identity(self) -> dict[str, Any]:
         weights = f"{self.sft_weight} hard, {self.easy_sft_weight} easy"

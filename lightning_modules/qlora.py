@@ -1,6 +1,7 @@
 """What both LightningModules share: a 4-bit base with a LoRA policy, its optimizer, schedule, log rows, checkpoints."""
 
 from collections.abc import Callable
+from math import isclose
 from typing import Any, Literal
 
 import lightning as L
@@ -13,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
 from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
+from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
@@ -27,6 +29,7 @@ from mixdpo.storage.identity import refuse_other_run
 from mixdpo.token_cleaning.cleaning import Cleaning
 
 Schedule = Callable[[StepPlan], Any]
+COUNTS = ("empty_steps", "reference_version", "stage")  # attributes that a checkpoint holds
 
 
 class AdapterModule(L.LightningModule):
@@ -68,32 +71,21 @@ class AdapterModule(L.LightningModule):
             cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
         """
         super().__init__()
-        if schedule_steps is not None and schedule_steps < 1:
-            raise InputError(
-                f"model.schedule_steps must be at least 1, or null for the steps of the run, not {schedule_steps}"
-            )
-        if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
-            raise InputError(
-                "activation_checkpointing must be true, false, auto or a number of tokens, not "
-                f"{activation_checkpointing}"
-            )
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
-        self.activation_checkpointing, self._recompute_above = activation_checkpointing, 0
+        self.activation_checkpointing = activation_checkpointing
+        self._recompute_above: Any = 0 if activation_checkpointing is True else activation_checkpointing  # tokens
         self.optimizer, self.schedule, self.schedule_steps = optimizer, schedule, schedule_steps
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
-        self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
-        self.reference_version = 0  # how often the cleaning reference was refreshed
+        self.model: Any = None  # until configure_model
         self.start_fingerprint: str | None = None  # of the adapter that training starts from; None for the base
-        self.empty_steps = 0
         self._base_weights = ""
-        self._kept_weight = torch.zeros(())  # weight of the tokens that the step has trained so far
-        self.model: Any = None
-        self.train_means: NamedMeans
-        self.val_means: NamedMeans
+        self.train_means, self.val_means, self.row_losses = NamedMeans(()), NamedMeans(()), torch.zeros(0)
+        self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
+        self.empty_steps, self.reference_version, self.stage = 0, 0, 0  # version: refreshes of the cleaning reference
+        self._kept_weight = torch.zeros(())  # of the tokens that the step has trained so far
         self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
-        self._checkpoint_options: dict[str, Any] | None = None  # what a checkpoint says of its run; None in a fresh one
-        self.row_losses: torch.Tensor  # (B,) of the last micro-batch
+        self._checkpoint_options: dict[str, Any] | None = None  # of the run that is continued; None in a fresh run
 
     def configure_callbacks(self) -> list[Any]:
         return [LogRows(), *([CleanTokens(self.cleaning)] if self.cleaning is not None else [])]
@@ -102,21 +94,8 @@ class AdapterModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        data = self.trainer.datamodule
-        if getattr(data, "summary_file", self.plan_file) != self.plan_file:
-            raise InputError(
-                f"{type(self).__name__} cannot train on what {type(data).__name__} reads: change `model` "
-                "or `data`; pairs go with PreferenceModule, SFT samples with SFTModule"
-            )
-        if type(self.trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
-            raise InputError(
-                f"trainer.strategy {type(self.trainer.strategy).__name__} would shard a 4-bit base, which is refused: "
-                "use ddp, or one device (docs/troubleshooting.md)"
-            )
-        if self.trainer.state.fn == "fit":
-            refuse_missing_metrics(self.trainer, self.metric_names())
-        device = self.trainer.strategy.root_device
-        check_card(device, str(self.trainer.precision))
+        self._refuse_unfit()
+        data, device = self.trainer.datamodule, self.trainer.strategy.root_device
         base = load_base(self.base, **self.loading, device=device)
         check_vocabulary(base, self.base, largest_id(*getattr(data, "encoded", [])))
         if getattr(data, "documents", False):
@@ -125,36 +104,56 @@ class AdapterModule(L.LightningModule):
         output_head(base)  # refuses an adapter on it
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
         if self.cleaning is not None:
-            for role, name in (("reference", "cleaning"), ("previous", "previous")):
+            for role in ("cleaning_reference", "previous"):
                 if role in self.cleaning.roles:
-                    add_reference(self.model, name, self.cleaning.reference)
+                    add_reference(self.model, role, self.cleaning.reference)
         # autocast casts a LoRA layer's input anyway: PEFT would make an fp32 copy of it for nothing
         for layer in adapter_layers(self.model):
             layer.cast_input_dtype_enabled = "mixed" not in self.trainer.precision
-        if self.trainer.precision == "bf16-true":
-            self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
         self.model.train()
+        if self.activation_checkpointing == "auto":
+            with self.trainer.precision_plugin.forward_context():
+                self._recompute_above = most_tokens(self.model)
+            self.print(f"activations are recomputed for micro-batches of more than {self._recompute_above} tokens")
         if self.activation_checkpointing is not False:
-            self._recompute_above = self._most_tokens()
             base.activation_checkpointing_enable({"use_reentrant": False})
 
-    def _most_tokens(self) -> int:
-        """Tokens up to which a micro-batch is not recomputed."""
-        if isinstance(self.activation_checkpointing, int):
-            return 0 if self.activation_checkpointing is True else self.activation_checkpointing
-        with self.trainer.precision_plugin.forward_context():
-            tokens = most_tokens(self.model)
-        self.print(f"activations are recomputed for micro-batches of more than {tokens} tokens")
-        return tokens
+    def _refuse_unfit(self) -> None:
+        """Refuse, before a model is loaded, what the module cannot be trained with."""
+        data, strategy, precision = self.trainer.datamodule, self.trainer.strategy, str(self.trainer.precision)
+        if getattr(data, "summary_file", self.plan_file) != self.plan_file:
+            raise InputError(
+                f"{type(self).__name__} cannot train on what {type(data).__name__} reads: change `model` or `data`. "
+                "Pairs go with PreferenceModule, SFT samples with SFTModule"
+            )
+        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+            raise InputError(
+                f"trainer.strategy {type(strategy).__name__} would shard a 4-bit base, which is refused: use ddp, or "
+                "one device (docs/troubleshooting.md)"
+            )
+        if self.trainer.state.fn == "fit":
+            refuse_missing_metrics(self.trainer, self.metric_names())
+        check_card(strategy.root_device, precision)
+        if precision == "bf16-true":
+            self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
 
     def recompute_if_long(self, rows: TokenRows) -> None:
         """To be called before a forward pass that a backward pass follows."""
         if self.activation_checkpointing is not False:
             recompute(self.model, rows.tokens > self._recompute_above)
 
+    def mean_over_step(self, total: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """A micro-batch's part of the step's mean. Lightning divides by a rank's micro-batches, DDP by the ranks."""
+        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_total)
+
     def step_values(self, step: int) -> dict[str, float]:
         """What is added to the row of the step."""
         return {} if self.cleaning is None else {"cleaning/empty_steps": float(self.empty_steps)}
+
+    def add_kept_weight(self, batch: Batch) -> None:
+        """Add the weight of the tokens that a micro-batch trains to that of the step."""
+        kept = batch.token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
+        self._kept_weight = self._kept_weight.to(kept.device) + kept
 
     def kept_in_step(self, optimizer: torch.optim.Optimizer) -> float:
         """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps nothing
@@ -166,27 +165,27 @@ class AdapterModule(L.LightningModule):
             optimizer.zero_grad(set_to_none=True)
         return kept
 
-    def metric_names(self) -> set[str]:
-        """Names that callbacks can monitor in this run: of logged steps, and of validation if rows are held out.
+    def plan_facts(self) -> dict[str, Any]:
+        """What is added to the summary of the run's plan."""
+        return {}
 
-        The data must have been set up. metrics.csv has further names, which go to the loggers only.
-        """
+    def metric_names(self) -> set[str]:
+        """Names that callbacks can monitor in this run: of logged steps, and of validation if rows are held out. The
+        data must have been set up. metrics.csv has further names, which go to the loggers only."""
         logs = 0 < self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
         validation = self.validation_names() if self.trainer.limit_val_batches else ()
         return {*(self.progress_bar if logs else ()), *validation}
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_means.compute().items():
-            # float32 is what Lightning keeps; the state was summed in float64 over all ranks
-            self.log(name, value.float())
+            self.log(name, value.float())  # what Lightning keeps; the sums over all ranks are fp64
         self.val_means.reset()
 
     def log_row(self) -> None:
         """Log the row of the optimizer step just made."""
         step = self.trainer.global_step
-        values: dict[str, Any] = self.train_means.compute()
+        values = {**self.train_means.compute(), **self.step_values(step)}
         self.train_means.reset()
-        values |= self.step_values(step)
         values["lr"] = self._multipliers[step - 1] * self.optimizers().defaults["lr"]
         self._log_step({name: float(value) for name, value in values.items()} | self.callback_values)
         self.callback_values.clear()
@@ -209,9 +208,9 @@ class AdapterModule(L.LightningModule):
         except ValueError as error:
             raise InputError(f"model.optimizer does not take these options: {error}. Correct them") from error
         data, steps = self.trainer.datamodule, self.schedule_steps
-        self._plan, planned = data.step_plan(steps), len(data.step_plan())
-        if len(self._plan) < planned:
-            raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps")
+        if steps is not None and steps < (planned := len(data.step_plan())):
+            raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps: raise it")
+        self._plan = data.step_plan(steps)
         self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
         if self._multipliers.shape != (len(self._plan),) or not np.isfinite(self._multipliers).all():
             raise InputError(
@@ -227,27 +226,26 @@ class AdapterModule(L.LightningModule):
         """A continued run must be what the run with these options would have been from its first step on."""
         if self._checkpoint_options is None:
             return
-        used = np.array(self._checkpoint_options["multipliers"])
-        now = np.full(len(used), np.nan)  # fewer steps may be planned than were made
-        now[: len(self._multipliers)] = self._multipliers[: len(used)]
-        differs = ~np.isclose(now, used, rtol=1e-9, atol=1e-12)  # another CPU may round a cosine otherwise
-        if differs.any():
-            step = int(differs.argmax())
+        used, now = self._checkpoint_options["rates"], self._multipliers.tolist()
+        same = [isclose(*rates, rel_tol=1e-9, abs_tol=1e-12) for rates in zip(used, now, strict=False)]
+        if not all(same) or len(now) < len(used):  # another CPU may round a cosine otherwise
+            step = [*same, False].index(False)
             raise InputError(
-                f"with these options step {step} would have had another learning rate (× {used[step]:.4g} then): "
-                f"{self.schedule} is made for {len(self._plan)} steps here. max_steps and max_epochs can be raised "
-                "where model.schedule_steps had been set to the steps of the whole, or the schedule is constant"
+                f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). "
+                f"{self.schedule} depends on the planned number of steps, now {len(self._plan)}. Keep max_steps and "
+                "max_epochs, set model.schedule_steps to the steps of the whole, or start a new run from the adapter"
             )
         refuse_other_run(self._checkpoint_options["optimizer"], _describe(optimizer))
 
     def identity(self) -> dict[str, Any]:
         """What must stay for a run to be continued, besides the data."""
         trainer = self.trainer
-        parts = {"base": self.base_weights(), "lora": str(self.lora), "loading": str(self.loading)}
-        parts |= {"precision": str(trainer.precision), "gradient_clip_val": trainer.gradient_clip_val}
+        parts = {"data module": type(trainer.datamodule).__qualname__, "base": self.base_weights()}
+        parts |= {"lora": str(self.lora), "loading": str(self.loading)}
+        parts |= {"precision": str(trainer.precision), "cleaning": self.cleaning and self.cleaning.identity()}
+        parts |= {name: getattr(trainer, name) for name in ("gradient_clip_val", "gradient_clip_algorithm")}
         refreshed = {c.role: str(c) for c in trainer.callbacks if isinstance(c, RefreshReference)}
-        parts |= {"cleaning": self.cleaning and self.cleaning.identity(), "RefreshReference": refreshed or None}
-        return parts | {"gradient_clip_algorithm": trainer.gradient_clip_algorithm}
+        return parts | {"RefreshReference": refreshed or None}
 
     def base_weights(self) -> str:
         self._base_weights = self._base_weights or base_fingerprint(self.model)  # seconds in a large model
@@ -255,63 +253,45 @@ class AdapterModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self._learnt_state()
-        checkpoint["made_with"] = {
-            "options": self.identity(),
-            "multipliers": self._multipliers[: self.trainer.global_step].tolist(),
-            "optimizer": _describe(self.optimizers().optimizer),
-        }
+        options = {"options": self.identity(), "optimizer": _describe(self.optimizers().optimizer)}
+        checkpoint["checkpoint_options"] = options | {"rates": self._multipliers[: self.trainer.global_step].tolist()}
         describe_best(self.trainer, checkpoint)
-        counts = {"reference_version": self.reference_version, "empty_steps": self.empty_steps}
+        counts = {name: getattr(self, name) for name in COUNTS}
         checkpoint["adapters"] = {"stacked": dict(self.model.stacked), **counts}
         means = torch.stack([self.train_means.sums, self.train_means.counts])
         row = {"means": self.trainer.strategy.reduce(means, reduce_op="sum"), "values": dict(self.callback_values)}
         checkpoint["row"] = row | {"in_step": self.trainer.fit_loop._should_accumulate()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        fits = self.trainer.state.fn == "fit"
-        if not {"adapters", *(("made_with", "row") if fits else ())} <= set(checkpoint):
-            raise InputError(
-                "ckpt_path is no checkpoint of this version of MixDPO: start from its adapter/ folder instead"
-            )
-        saved, data = checkpoint["adapters"], self.trainer.datamodule
-        if fits:
-            if type(data).__qualname__ not in checkpoint:  # its state is under that name
-                raise InputError(
-                    f"the checkpoint belongs to another run: it has no position in what {type(data).__qualname__} "
-                    "reads. Continue with the config.yaml beside it, or start anew from its adapter/ folder"
-                )
+        if self.trainer.state.fn == "fit":
             if checkpoint["row"]["in_step"]:
                 raise InputError(
                     "the checkpoint was written in the middle of an optimizer step, whose gradient it does not hold: "
                     "continue from RUN/checkpoints/last.ckpt"
                 )
+            self._checkpoint_options = checkpoint["checkpoint_options"]
+            refuse_other_run(self._checkpoint_options["options"], self.identity())
+            keep_best(self.trainer, checkpoint)
             self.callback_values = checkpoint["row"]["values"]
             if self.global_rank == 0:  # the means are those of all
                 self.train_means.sums, self.train_means.counts = checkpoint["row"]["means"].to(self.device)
-            self._checkpoint_options = checkpoint["made_with"]
-            refuse_other_run(self._checkpoint_options["options"], self.identity())
-            keep_best(self.trainer, checkpoint)
+        saved = checkpoint["adapters"]
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:
             add_reference(self.model, "reference")  # RefreshReference had made it
-        self.model.stacked, self.reference_version = dict(saved["stacked"]), saved["reference_version"]
-        self.empty_steps = saved["empty_steps"]
-        expected, found = set(self._learnt_state()), set(checkpoint["state_dict"])
-        if expected != found:
-            some = sorted(expected ^ found)[:3]
+        self.model.stacked = dict(saved["stacked"])
+        vars(self).update({name: saved[name] for name in COUNTS})
+        if unlike := set(self._learnt_state()) ^ set(checkpoint["state_dict"]):
             raise InputError(
-                f"the checkpoint's adapter does not fit this model: {len(expected - found)} tensors are missing and "
-                f"{len(found - expected)} are not expected, such as {some}. Use the base, lora, adapter, cleaning and "
-                f"preference_loss settings in the config.yaml of the run that wrote it."
+                f"the checkpoint's adapter does not fit this model: {len(unlike)} tensors are missing or not expected, "
+                f"such as {sorted(unlike)[:3]}. Use the base, lora, adapter, cleaning and preference_loss settings in "
+                "the config.yaml of the run that wrote it"
             )
 
     def _learnt_state(self) -> dict[str, torch.Tensor]:
         """The adapters, and the buffers of a preference loss that has some."""
         return adapter_state(self) | {k: v for k, v in self.named_buffers() if k.startswith("preference_loss.")}
-
-    def _micro_batches_per_step(self) -> int:
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
 
 def _describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

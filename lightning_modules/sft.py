@@ -36,15 +36,13 @@ class SFTModule(AdapterModule):
         super().__init__(base, **options)
         self.stage_start = stage_start
         self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
-        self._stage = 0
         self._step_tokens = 0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """After the callbacks' hook: the reference is refreshed by what the policy was before the stage."""
-        stage = self.trainer.datamodule.stage_of(self.trainer.global_step)
-        if stage == self._stage:
+        before, self.stage = self.stage, self.trainer.datamodule.stage_of(self.trainer.global_step)
+        if self.stage == before:
             return
-        self._stage = stage
         if self.stage_start == "fresh_adapter":
             stack_policy(self.model)
             for weight in self.learning() if self.trainer.world_size > 1 else ():  # ranks have drawn unlike ones
@@ -53,34 +51,32 @@ class SFTModule(AdapterModule):
             self.optimizers().optimizer.state.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Log-probabilities by the policy → weighted mean over the tokens of the step."""
         self.recompute_if_long(batch.rows)
         log_probs = row_log_probs(self.model, batch.rows)
-        self.row_losses = -run_sums(log_probs.detach(), batch.rows.runs, len(batch)) / batch.rows.lengths
         # the scorer reads the policy of this very step; what is not finite has no scores, and NonFinite names its rows
         if batch.losses is not None and log_probs.isfinite().all():
             self._score(batch, log_probs.detach())
-        weight = batch.token_weight
-        self._kept_weight, self._step_tokens = (
-            self._kept_weight.to(weight.device) + weight.sum(dtype=torch.float32),
-            batch.step_total,
-        )
-        counted = torch.full_like(weight, float(batch.count > 0))
-        self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": (weight, counted)})
+        self._record(batch, log_probs.detach())
         # as if every token were kept, and no more can be known here: on_before_optimizer_step corrects it
-        return -(log_probs * weight).sum(dtype=torch.float64) * (self._micro_batches_per_step() / batch.step_total)
+        return -self.mean_over_step((log_probs * batch.token_weight).sum(dtype=torch.float64), batch)
 
     def _score(self, batch: Batch, log_probs: Tensor) -> None:
+        """Give the batch's tokens the weights that a scorer of this step's policy selects."""
         losses = {**batch.losses, "policy": -log_probs}
         batch.scores = self.cleaning.scorer(TokenStatistics(losses, batch.rows.completion, batch.token)).detach()
-        lengths = batch.rows.lengths.cpu()
-        weights, _ = weigh(
-            self.cleaning.selection,
-            batch.scores.float().cpu().numpy(),
-            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).numpy(),
-            batch=np.zeros(len(lengths), dtype=int),  # scope batch is the micro-batch: more is not known yet
-            always_keep=batch.always_keep,
-        )
+        offsets, scores = np.array([0, *batch.rows.lengths.cumsum(0).tolist()]), batch.scores.float().cpu().numpy()
+        one = np.zeros(len(batch), dtype=int)  # scope batch is the micro-batch: more is not known yet
+        weights, _ = weigh(self.cleaning.selection, scores, offsets, batch=one, always_keep=batch.always_keep)
         batch.token_weight = batch.token_weight * torch.from_numpy(weights).to(batch.token_weight)
+
+    def _record(self, batch: Batch, log_probs: Tensor) -> None:
+        """Keep what the step's row, the report of losses that are not finite, and the kept weight are made of."""
+        self.row_losses = -run_sums(log_probs, batch.rows.runs, len(batch)) / batch.rows.lengths
+        weight, counted = batch.token_weight, torch.full_like(batch.token_weight, float(batch.count > 0))
+        self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": (weight, counted)})
+        self.add_kept_weight(batch)
+        self._step_tokens = batch.step_total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise by the kept weight of the step: known only now where a scorer reads the policy."""
@@ -94,9 +90,6 @@ class SFTModule(AdapterModule):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"stage_start": self.stage_start}
 
-    def plan_facts(self) -> dict[str, Any]:
-        return {}
-
     def validation_names(self) -> tuple[str, ...]:
         sources = (f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources)
         return ("val/loss", "val/token_accuracy", "val/entropy", *sources)
@@ -106,19 +99,10 @@ class SFTModule(AdapterModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""
-        found, source = row_statistics(self.model, batch.rows), batch.source[batch.rows.completion]
-        losses, weight = -found.log_probs, batch.token_weight
-        values = {"val/loss": (losses, weight), "val/entropy": (found.entropy, weight)}
-        values["val/token_accuracy"] = (found.is_top, weight)
+        statistics, source = row_statistics(self.model, batch.rows), batch.source[batch.rows.completion]
+        values = {"loss": -statistics.log_probs, "entropy": statistics.entropy, "token_accuracy": statistics.is_top}
+        weighted = {f"val/{name}": (value, batch.token_weight) for name, value in values.items()}
         for name in self.trainer.datamodule.reported_sources:
-            is_here = source == self.trainer.datamodule.sources.index(name)
-            values[f"val/loss/{name}"] = (losses, batch.token_weight * is_here)
-        self.val_means.update(values)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["adapters"]["stage"] = self._stage
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self._stage = checkpoint["adapters"].get("stage", 0)  # a preference run, whose adapter is validated, has none
+            weight = batch.token_weight * (source == self.trainer.datamodule.sources.index(name))
+            weighted[f"val/loss/{name}"] = (values["loss"], weight)
+        self.val_means.update(weighted)

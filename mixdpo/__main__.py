@@ -1,39 +1,31 @@
-"""`mixdpo VERB`: what needs no Trainer."""
+"""`mixdpo VERB`: the verbs that need no Trainer."""
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from pathlib import Path
+from pkgutil import resolve_name
 
 from mixdpo.errors import InputError, check_one_of
 
-# verb: (module, function, what it does); the module is imported only when its verb is used.
-VERBS = {
-    "make-pairs": (
-        "mixdpo.evaluation.make_pairs",
-        "make_pairs",
-        "sample a model, score the samples, write preference pairs",
-    ),
-    "report": ("mixdpo.token_cleaning.report", "report", "show what token cleaning cut, or compare two margins files"),
-    "study": (
-        "mixdpo.evaluation.study_run",
-        "study",
-        "run a grid of runs from one file, then a table with intervals and plots",
-    ),
-    "options": ("mixdpo.options", "options", "what a class that a config names takes"),
-    "judge": ("mixdpo.evaluation.judge", "judge", "ask a judge whether a model's outputs or a baseline's are better"),
-    "score": ("mixdpo.evaluation.score", "score", "win rates from a judge's verdicts, length-controlled as well"),
-    "lm-eval": ("mixdpo.evaluation.harness", "evaluate", "the papers' benchmarks on a run's policy, by lm-eval"),
-    "export": (
-        "mixdpo.model.export_run",
-        "export",
-        "write a run's policy as an adapter or a plain model for other tools",
-    ),
-    "export-labels": ("mixdpo.token_cleaning.labels", "export_labels", "write a run's cleaned labels as a data set"),
+# The verbs of lightning_modules.cli, and what each does.
+RUN_VERBS = {
+    "fit": "train a policy",
+    "validate": "measure a checkpoint on what is held out",
+    "predict": "write a signal's margins of pairs, or a model's responses to prompts",
+    "test": "score a model's responses to prompts",
 }
-
-
-POSITIONAL = set(VERBS) - {"make-pairs"}  # verbs whose required arguments have no name on the command line
+# verb: (function, what it does). A function is imported only when its verb is used.
+VERBS = {
+    "make-pairs": ("evaluation.make_pairs:make_pairs", "sample a model, score the samples, write preference pairs"),
+    "compare-margins": ("signals.compare_margins:compare", "compare two margins files: ranks and hard sets"),
+    "report": ("token_cleaning.report:report", "show what token cleaning cut in a run"),
+    "study": ("evaluation.study_run:study", "run a grid of runs from one file, then a table with intervals and plots"),
+    "options": ("options:options", "list what a class that a config names takes"),
+    "judge": ("evaluation.judge:judge", "ask a judge whether a model's responses or a baseline's are better"),
+    "score": ("evaluation.score:score", "win rates from a judge's verdicts, length-controlled as well"),
+    "lm-eval": ("evaluation.harness:evaluate", "the papers' benchmarks on a run's policy, by lm-eval"),
+    "export": ("model.export:export", "write a run's policy as an adapter or a plain model for other tools"),
+    "export-labels": ("token_cleaning.run_tokens:export_labels", "write a run's cleaned labels as a data set"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,16 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0
     try:
-        check_one_of("the verb", verb, VERBS)
+        check_one_of("the verb", verb, (*RUN_VERBS, *VERBS))
+        if verb in RUN_VERBS:
+            raise InputError(f"this verb needs Lightning: type python run.py {verb}, or mixdpo {verb}")
         from jsonargparse import auto_cli
 
         from mixdpo.options import Parser
 
-        module, function, _ = VERBS[verb]
-        if verb == "report" and any(map(Path.is_file, map(Path, rest))) and not any(map(Path.is_dir, map(Path, rest))):
-            module, function = "mixdpo.signals.compare_margins", "compare"
-        options = {"prog": f"mixdpo {verb}", "as_positional": verb in POSITIONAL, "parser_class": Parser}
-        status = auto_cli(getattr(import_module(module), function), args=rest, **options)
+        # the required arguments of make-pairs are named on the command line, those of other verbs have a position
+        options = {"prog": f"mixdpo {verb}", "as_positional": verb != "make-pairs", "parser_class": Parser}
+        status = auto_cli(resolve_name(f"mixdpo.{VERBS[verb][0]}"), args=rest, **options)
     except InputError as error:
         print(f"mixdpo {verb}: {error}", file=sys.stderr)
         return 2
@@ -60,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    width = max(map(len, VERBS))
-    listed = "\n".join(f"  {verb:<{width}}  {what}" for verb, (_, _, what) in VERBS.items())
+    lines = RUN_VERBS | {verb: what for verb, (_, what) in VERBS.items()}
+    listed = "\n".join(f"  {verb:<15}  {what}" for verb, what in lines.items())
     return f"usage: mixdpo VERB [options]\n\nverbs:\n{listed}\n\nmixdpo VERB --help lists a verb's options."
 
 

@@ -31,10 +31,11 @@ class Stopped(Exception):
 
 def nearest(word: str, names: Collection[str]) -> str:
     """The end of a message about an unknown word: "; did you mean 'NAME'?", or nothing if no name is close."""
-    found = get_close_matches(word, names, 1) or sorted(name for name in names if word and name.startswith(word))
-    if not found or word in names:  # what is spelt right is wrong for another reason
+    longer = sorted(name for name in names if word and name.startswith(word))
+    close = get_close_matches(word, longer, 1) or get_close_matches(word, names, 1) or longer
+    if not close or word in names:  # what is spelt right is wrong for another reason
         return ""
-    return f"; did you mean {found[0]!r}?"
+    return f"; did you mean {close[0]!r}?"
 
 
 def check_one_of(what: str, value: Any, names: Collection[str]) -> None:

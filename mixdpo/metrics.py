@@ -23,9 +23,8 @@ class NamedMeans(Metric):
         self.add_state("counts", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Any, exclude_state: Any = "") -> "NamedMeans":
-        return super()._apply(
-            lambda t: fn(t).to(t.dtype), exclude_state
-        )  # `.to(bfloat16)` moves, but never rounds counts
+        # `.to(bfloat16)` moves the counts, but never rounds them
+        return super()._apply(lambda t: fn(t).to(t.dtype), exclude_state)
 
     def update(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add values (B,) with weights (B,) under their names; a value of weight 0 is not read, NaN or not."""
@@ -39,26 +38,10 @@ class NamedMeans(Metric):
         return {name: self.sums[i] / self.counts[i] for i, name in enumerate(self.names) if counts[i] > 0}
 
 
-TRAINING = (
-    "train/loss",
-    "train/preference_loss",
-    "train/sft_loss",
-    "train/hard_fraction",
-    "cleaning/kept_fraction",
-    "cleaning/empty_fraction",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margin",
-    "rewards/accuracy",
-    "log_probs/chosen",
-    "log_probs/rejected",
-    "displacement/chosen",
-)
-
-
-PAIRWISE = TRAINING[6:]
-
-
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy")
+PAIRWISE = (*REWARDS, "log_probs/chosen", "log_probs/rejected", "displacement/chosen")
+LOSSES = ("train/loss", "train/preference_loss", "train/sft_loss", "train/hard_fraction")
+TRAINING = (*LOSSES, "cleaning/kept_fraction", "cleaning/empty_fraction", *PAIRWISE)
 VALIDATION = tuple(
     f"val/{group}/{name}"
     for group in ("all", "easy", "hard")
@@ -69,12 +52,12 @@ VALIDATION = tuple(
 def pair_values(
     policy: SequenceLogProbs, reference: SequenceLogProbs | None, *, beta: float, averaged: bool = False
 ) -> dict[str, Tensor]:
-    """(E,) values of E pairs whose 2E completions stand chosen first, then rejected.
+    """(E,) values of E pairs whose 2E responses stand chosen first, then rejected.
 
-    rewards: β (s − r) in nats, or β s without a reference, per token if `averaged`; accuracy: 1 where the chosen reward
-    is the larger, ½ where both are equal; log_probs: mean per token, so that lengths do not hide in them; displacement,
-    with a reference only: chosen log-prob minus the reference's, summed over the response, in nats (negative = the
-    chosen response became less likely).
+    rewards: β (s − r) in nats, or β s without a reference, per token if `averaged`. accuracy: `accuracy` of the
+    rewards. log_probs: mean per token, so that lengths do not hide in them. displacement, with a reference only: the
+    chosen response's log-probability minus the reference's, summed over the response, in nats; negative means that the
+    chosen response became less likely.
     """
     sums = policy.sums.detach()
     ratios = sums if reference is None else sums - reference.sums.detach()
@@ -84,21 +67,21 @@ def pair_values(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margin": chosen - rejected,
-        "rewards/accuracy": ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()),
+        "rewards/accuracy": accuracy(chosen, rejected),
         "log_probs/chosen": log_prob_chosen,
         "log_probs/rejected": log_prob_rejected,
     }
     return values if reference is None else values | {"displacement/chosen": ratios.chunk(2)[0]}
 
 
-def length_accuracy(lengths: Tensor) -> Tensor:
-    """(B,) what "the longer response wins" would score: the baseline of any accuracy on length-biased pairs."""
-    chosen, rejected = lengths.chunk(2)
+def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 where the chosen response's value is the larger, ½ where both are equal. Of lengths: what "the longer response
+    wins" would score, the baseline of any accuracy on length-biased pairs."""
     return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
 
 
 def by_difficulty(values: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-    """The same values three times, for all, easy and hard pairs: name -> (values (B,), weights (B,))."""
+    """The same values three times, for all, easy and hard pairs: name → (values (B,), weights (B,))."""
     easy, weight = (~batch.is_hard).double(), batch.weight.double()
     groups = {"all": weight, "easy": weight * easy, "hard": weight * (1 - easy)}
     return {f"val/{group}/{name}": (value, w) for group, w in groups.items() for name, value in values.items()}

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from pkgutil import iter_modules
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
@@ -22,7 +22,7 @@ UNKNOWN_OPTION = re.compile(
 BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # no path is needed for these
 
 
-PACKAGES = ("mixdpo", "lightning_modules", "datamodules")
+ROOMS = ("mixdpo", "lightning_modules", "datamodules")
 
 
 def strict(load: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -60,21 +60,24 @@ class Parser(ArgumentParser):
         super().error(message, ex)
 
 
-def nearest_path(message: str) -> str:
-    """For a message about a class path that leads nowhere: the nearest name that is there."""
-    found = re.findall(r"(?:module '|named '|path string: )([\w.]+)(?:' has no attribute '(\w+))?", message) or [()]
-    parent, _, name = ".".join(filter(None, found[0])).rpartition(".")
-    if parent:
-        module = sys.modules.get(parent)
-        return nearest(name, [*dir(module), *(each.name for each in iter_modules(getattr(module, "__path__", ())))])
-    if "No module named" in message:
-        return nearest(name, PACKAGES)
-    known: dict[str, str | None] = {
-        key: None for place in BY_NAME for key, kind in vars(import_module(place)).items() if inspect.isclass(kind)
-    }
-    for module, content in [(key, vars(value)) for key, value in sys.modules.items() if key.startswith(PACKAGES)]:
-        known |= {key: f"{module}.{key}" for key, kind in content.items() if getattr(kind, "__module__", "") == module}
-    return re.sub(r"'(\w+)'", lambda found: repr(known[found[1]] or found[1]), nearest(name, known))
+def nearest_path(path: str) -> str:
+    """The end of a message about a class path that leads nowhere: "; did you mean 'PATH'?", or nothing."""
+    parent, _, name = path.rpartition(".")
+    if parent.partition(".")[0] not in ROOMS and (module := sys.modules.get(parent)):
+        return nearest(name, dir(module))
+    root, known = Path(__file__).parents[1], {}
+    for file in (file for room in ROOMS for file in sorted((root / room).rglob("*.py"))):
+        home = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        # a room may hand its class on, and its path is the shorter one then
+        for kind in re.findall(r"^(?:class )?([A-Z]\w+)(?=\(|:| = objective)", file.read_text("utf-8"), re.MULTILINE):
+            room = import_module(home.rpartition(".")[0] or home)
+            known[f"{room.__name__ if kind in dir(room) else home}.{kind}"] = kind
+    if not parent:
+        names = {kind: place for place, kind in known.items()} | {
+            key: key for place in BY_NAME for key, kind in vars(import_module(place)).items() if inspect.isclass(kind)
+        }
+        return re.sub(r"'(\w+)'", lambda match: repr(names[match[1]]), nearest(name, names))
+    return nearest(path, [place for place, kind in known.items() if kind == name] or known)
 
 
 def options(name: str) -> None:
@@ -90,7 +93,7 @@ def options(name: str) -> None:
     try:
         kind = getattr(import_module(module), attribute)
     except (ImportError, ValueError, AttributeError) as error:
-        raise InputError(f"there is no class {name} ({error}): give its whole path{nearest_path(str(error))}") from None
+        raise InputError(f"there is no class {name} ({error}): give its whole path{nearest_path(name)}") from None
     if not inspect.isclass(kind):
         raise InputError(f"{name} is no class: give the path of one, as configs do")
     described = [inspect.getdoc(documented) for documented in (kind, kind.__init__) if documented.__doc__]

@@ -1,9 +1,8 @@
 """Shared by the tests: a tiny random model with a real tokenizer and chat template, pairs, and one short fit."""
 
-import json
 import os
-import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from tiny import TEMPLATE, WORDS, make_pairs, make_samples, write_llama, write_pairs
 
 from datamodules.preference import PreferenceDataModule
 from datamodules.sft import SFTDataModule
@@ -26,18 +26,14 @@ from mixdpo.batches.rows import TokenRows
 from mixdpo.model.adapters import Lora
 from mixdpo.routing.route import Routing
 
+__all__ = ["TEMPLATE", "WORDS", "make_pairs", "make_samples", "write_pairs"]  # of `tiny`, for the tests
+
 # A slow machine is no fault of the code, and a run fails again as it has failed.
 checks = [HealthCheck.too_slow]
 settings.register_profile("any_machine", deadline=None, derandomize=True, database=None, suppress_health_check=checks)
 settings.load_profile("any_machine")
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
-_WORDS = "red blue green tea sun moon cat dog tree sea hill road book song rain wind salt snow bird fish"
-WORDS = _WORDS.split()
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,38 +66,7 @@ def _no_responses_kept_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: py
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a 2-layer Llama with random weights (fp32, 64 wide) and a word-level tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    special = ["<unk>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate([*special, "user", "assistant", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=TEMPLATE,
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=3,
-        pad_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    return write_llama(tmp_path_factory.mktemp("tiny"))
 
 
 def collate(pairs: Sequence[Any], is_hard: Sequence[bool], weight: float = 1.0, **options: Any) -> Batch:
@@ -144,45 +109,6 @@ def sources(rows: TokenRows) -> list[int]:
     return [position for start, end in rows.source for position in range(start, end)]
 
 
-def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs of random words of many lengths, with distinct margins 0.5, 1.0, … shuffled."""
-    draw = random.Random(seed)
-    margins = [0.5 * (i + 1) for i in range(count)]
-    draw.shuffle(margins)
-
-    def text(longest: int) -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(2, longest)))
-
-    return [
-        {"pair_id": f"p{i}", "prompt": f"{text(6)} {i % 7}", "chosen": text(12), "rejected": text(9), "margin": margin}
-        for i, margin in enumerate(margins)
-    ]
-
-
-def make_samples(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """SFT rows of two sources, of random words of many lengths; every third one has two turns."""
-    draw = random.Random(seed)
-
-    def message(role: str, longest: int) -> dict[str, str]:
-        return {"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(2, longest)))}
-
-    return [
-        {
-            "id": f"s{i}",
-            "source": "odd" if i % 2 else "even",
-            "messages": [
-                m for _ in range(2 if i % 3 == 0 else 1) for m in (message("user", 6), message("assistant", 12))
-            ],
-        }
-        for i in range(count)
-    ]
-
-
-def write_pairs(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def build(
     model: str,
     source: str,
@@ -192,36 +118,23 @@ def build(
     lr: float = 0.1,
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
     data: dict[str, Any] | None = None,
+    sft: bool = False,
     **module: Any,
-) -> tuple[L.Trainer, PreferenceModule, PreferenceDataModule]:
+) -> tuple[L.Trainer, Any, Any]:
     """Trainer, module and data module of a short CPU run; full precision and no dropout unless asked for."""
     L.seed_everything(0, verbose=False)
     module = {"lora": Lora(rank=4, alpha=8), "quantization": "none", "dtype": "float32", **module}
-    preference = PreferenceModule(model, optimizer=lambda p: optimizer(p, lr=lr), **module)
-    options = {"routing": Routing(hard_fraction=0.25), "validation": 0.0, "batch_size": 4, "max_length": 64}
-    pairs = PreferenceDataModule(source, tokenizer=model, **{**options, "max_prompt_length": 32, **(data or {})})
-    return make_trainer(folder, **(trainer or {})), preference, pairs
+    module["optimizer"] = partial(optimizer, lr=lr)
+    common = {"tokenizer": model, "validation": 0.0, "batch_size": 4, "max_length": 64}
+    if sft:
+        parts = SFTModule(model, **module), SFTDataModule(source, **{**common, **(data or {})})
+    else:
+        common |= {"routing": Routing(hard_fraction=0.25), "max_prompt_length": 32}
+        parts = PreferenceModule(model, **module), PreferenceDataModule(source, **{**common, **(data or {})})
+    return make_trainer(folder, **(trainer or {})), *parts
 
 
-def build_sft(
-    model: str,
-    source: str,
-    folder: Path,
-    *,
-    trainer: dict[str, Any] | None = None,
-    lr: float = 0.1,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
-    data: dict[str, Any] | None = None,
-    **module: Any,
-) -> tuple[L.Trainer, SFTModule, SFTDataModule]:
-    """As `build`, for SFT."""
-    L.seed_everything(0, verbose=False)
-    module = {"lora": Lora(rank=4, alpha=8), "quantization": "none", "dtype": "float32", **module}
-    sft = SFTModule(model, optimizer=lambda p: optimizer(p, lr=lr), **module)
-    samples = SFTDataModule(
-        source, tokenizer=model, **{"validation": 0.0, "batch_size": 4, "max_length": 64, **(data or {})}
-    )
-    return make_trainer(folder, **(trainer or {})), sft, samples
+build_sft = partial(build, sft=True)
 
 
 def fit_sft_source(folder: Path) -> tuple[Any, dict[str, Any]]:

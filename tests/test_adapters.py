@@ -6,21 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_sft, make_samples, write_pairs
-from lightning.pytorch.callbacks import Callback
-from test_token_losses import SCALE, fill, one_by_one, plain_model, with_adapters
+from test_scoring import fill, one_by_one, plain_model, with_adapters
 from torch import Tensor
 
-from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.batches.rows import sample_rows
-from mixdpo.batches.steps import Slices
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import (
     Lora,
     adapter_state,
     add_adapters,
     add_reference,
-    add_stage,
     copy_adapter,
     role,
     stack_policy,
@@ -29,10 +24,6 @@ from mixdpo.model.export import merged_copy, save_adapter
 from mixdpo.model.forward import row_log_probs
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import load_base
-from mixdpo.routing.schedules import Constant
-from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.scorers import ExcessLoss
-from mixdpo.token_cleaning.selection import Selection
 
 SAMPLES = [
     {"input_ids": [2, 4, 6, 7, 3, 2, 5, 8, 9, 3, 2, 4, 11, 3, 2, 5, 12, 13, 3], "spans": [7, 10, 16, 19]},
@@ -64,6 +55,16 @@ def alone(plain: Any, weights: dict[str, Tensor] | None = None) -> Tensor:
         return torch.cat([one_by_one(plain, sample, weights) for sample in SAMPLES])
 
 
+def saved_adapter(base: str, folder: Path, **lora: Any) -> str:
+    """A PEFT folder whose adapter changes the base."""
+    model = add_adapters(load_base(base, quantization="none", dtype="float32"), Lora(**lora))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    save_adapter(model, folder)
+    return str(folder)
+
+
 def close(found: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
 
@@ -73,11 +74,11 @@ def trainable(model: Any) -> set[str]:
 
 
 def test_each_role_is_its_own_function(model: Any, plain: Any) -> None:
-    for seed, name in enumerate(("reference", "cleaning", "previous")):
+    for seed, name in enumerate(("reference", "cleaning_reference", "previous")):
         add_reference(model, name)
         fill(model, name, 10 + seed)
     seen = []
-    for name in ("policy", "reference", "cleaning", "previous", "base"):
+    for name in ("policy", "reference", "cleaning_reference", "previous", "base"):
         names = [] if name == "base" else [name]
         close(as_role(model, name), alone(plain, with_adapters(plain, adapter_state(model), *names)))
         seen.append(as_role(model, name))
@@ -85,26 +86,17 @@ def test_each_role_is_its_own_function(model: Any, plain: Any) -> None:
     assert trainable(model) == {name for name, _ in model.named_parameters() if ".policy." in name}
 
 
-def test_roles_nest_and_end(model: Any) -> None:
-    policy, base = as_role(model), as_role(model, "base")
-    with role(model, "base"):
-        assert torch.equal(as_role(model), policy)
-        with torch.no_grad():
-            assert torch.equal(row_log_probs(model, sample_rows(SAMPLES)), base)
-    assert torch.equal(row_log_probs(model, sample_rows(SAMPLES)).detach(), policy)
-
-
 def test_references_are_copies_that_stay_and_have_no_dropout(tiny_model: str) -> None:
     base = load_base(tiny_model, quantization="none", dtype="float32")
     model = add_adapters(base, Lora(rank=4, alpha=8, dropout=0.5)).train()
     fill(model, "policy", 1)
     random = torch.get_rng_state()
-    add_reference(model, "cleaning")
+    add_reference(model, "cleaning_reference")
     assert torch.equal(random, torch.get_rng_state())
     assert not torch.equal(as_role(model), as_role(model))  # train mode: the policy drops out
-    reference = as_role(model, "cleaning")
+    reference = as_role(model, "cleaning_reference")
     fill(model, "policy", 2)
-    assert torch.equal(as_role(model, "cleaning"), reference)
+    assert torch.equal(as_role(model, "cleaning_reference"), reference)
     fill(model, "policy", 1)
     close(as_role(model.eval()), reference, 1e-6)
 
@@ -114,30 +106,22 @@ def test_a_saved_reference_is_what_was_saved(model: Any, tmp_path: Path) -> None
     save_adapter(model, tmp_path / "adapter")
     fill(model, "policy", 2)
     random = torch.get_rng_state()
-    add_reference(model, "cleaning", str(tmp_path / "adapter"))
+    add_reference(model, "cleaning_reference", str(tmp_path / "adapter"))
     assert torch.equal(random, torch.get_rng_state()), "a reference must not shift the run's random numbers"
-    close(as_role(model, "cleaning"), wanted, 1e-6)
+    close(as_role(model, "cleaning_reference"), wanted, 1e-6)
     assert (as_role(model) - wanted).abs().max() > 0.01
     assert all(".policy." in name for name in trainable(model))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 def test_copy_is_an_average_of_matrices(decay: float, model: Any) -> None:
-    add_reference(model, "cleaning")
-    fill(model, "cleaning", 2)
+    add_reference(model, "cleaning_reference")
+    fill(model, "cleaning_reference", 2)
     before = {key: value.clone() for key, value in adapter_state(model).items()}
-    copy_adapter(model, "policy", "cleaning", decay=decay)
+    copy_adapter(model, "policy", "cleaning_reference", decay=decay)
     for key, value in adapter_state(model).items():
-        new = before[key.replace(".cleaning.", ".policy.")]
-        close(value, decay * before[key] + (1 - decay) * new if ".cleaning." in key else before[key], 1e-7)
-
-
-def test_copy_between_other_ranks_is_refused(model: Any, tiny_model: str, tmp_path: Path) -> None:
-    other = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2, alpha=8))
-    save_adapter(other, tmp_path / "adapter")
-    add_reference(model, "cleaning", str(tmp_path / "adapter"))
-    with pytest.raises(InputError, match=r"rank, alpha or target modules.*model\.lora"):
-        copy_adapter(model, "policy", "cleaning")
+        new = before[key.replace(".cleaning_reference.", ".policy.")]
+        close(value, decay * before[key] + (1 - decay) * new if ".cleaning_reference." in key else before[key], 1e-7)
 
 
 def test_stacking_changes_weights_but_not_the_function(model: Any, plain: Any, tmp_path: Path) -> None:
@@ -167,133 +151,63 @@ def test_stacking_changes_weights_but_not_the_function(model: Any, plain: Any, t
     close(alone(merged_copy(model)), as_role(model))
 
 
-def test_merged_copies_of_each_role_draw_no_random_numbers(model: Any) -> None:
-    add_reference(model, "cleaning")
-    fill(model, "cleaning", 2)
+def test_merged_copies_of_each_role_draw_no_random_numbers(model: Any, tiny_model: str) -> None:
+    add_reference(model, "cleaning_reference")
+    fill(model, "cleaning_reference", 2)
     random = torch.get_rng_state()
-    for name in ("policy", "cleaning", "base"):
+    for name in ("policy", "cleaning_reference", "base"):
         close(alone(merged_copy(model, name)), as_role(model, name))
     assert torch.equal(random, torch.get_rng_state())
-
-
-def test_a_merged_copy_dequantises_layers_without_an_adapter_too(tiny_model: str) -> None:
-    base = load_base(tiny_model, quantization="nf4", dtype="float32")
-    model = add_adapters(base, Lora(rank=4, targets=["q_proj"]))
+    quantised = load_base(tiny_model, quantization="nf4", dtype="float32")
+    model = add_adapters(quantised, Lora(rank=4, targets=["q_proj"]))  # layers without an adapter are dequantised too
     fill(model, "policy", 1)
     close(alone(merged_copy(model)), as_role(model))
 
 
 def test_reference_of_a_stacked_policy_is_the_whole_stack(model: Any) -> None:
-    add_reference(model, "cleaning")
+    add_reference(model, "cleaning_reference")
     stack_policy(model)
     with pytest.raises(InputError, match="ema"):
-        copy_adapter(model, "policy", "cleaning", decay=0.5)
+        copy_adapter(model, "policy", "cleaning_reference", decay=0.5)
     fill(model, "policy", 2)
     whole = as_role(model)
-    copy_adapter(model, "policy", "cleaning")
-    close(as_role(model, "cleaning"), whole, 1e-6)
+    copy_adapter(model, "policy", "cleaning_reference")
+    close(as_role(model, "cleaning_reference"), whole, 1e-6)
     stack_policy(model)
     fill(model, "policy", 3)
-    close(as_role(model, "cleaning"), whole, 1e-6)
+    close(as_role(model, "cleaning_reference"), whole, 1e-6)
     assert (as_role(model) - whole).abs().max() > 0.01
 
 
-def test_a_stage_can_be_filled_from_a_checkpoint(model: Any, tiny_model: str) -> None:
-    stack_policy(model)
-    fill(model, "policy", 2)
-    torch.manual_seed(5)
-    fresh = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
-    add_stage(fresh)
-    assert set(adapter_state(fresh)) == set(adapter_state(model)) and trainable(fresh) == trainable(model)
-    fresh.load_state_dict(adapter_state(model), strict=False)
-    assert torch.equal(as_role(fresh), as_role(model))
-
-
-def test_fingerprints_change_with_what_they_are_of(model: Any, tiny_model: str) -> None:
-    add_reference(model, "cleaning")
+def test_fingerprints_change_with_what_they_are_of(model: Any) -> None:
+    add_reference(model, "cleaning_reference")
     base, policy = base_fingerprint(model), adapter_fingerprint(model, "policy")
-    assert adapter_fingerprint(model, "base") == "none" and adapter_fingerprint(model, "cleaning") == policy
+    assert adapter_fingerprint(model, "base") == "none" and adapter_fingerprint(model, "cleaning_reference") == policy
     fill(model, "policy", 2)
-    assert adapter_fingerprint(model, "policy") != policy == adapter_fingerprint(model, "cleaning")
     now = adapter_fingerprint(model, "policy")
+    assert now != policy == adapter_fingerprint(model, "cleaning_reference")
     stack_policy(model)
     assert adapter_fingerprint(model, "policy") not in (now, policy)
     assert base_fingerprint(model) == base
-    other = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2, alpha=1))
-    assert base_fingerprint(other) == base
-    weight = other.get_base_model().model.norm.weight
-    weight.data[5] = torch.nextafter(weight.data[5], torch.tensor(9.0))
-    assert base_fingerprint(other) != base
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
-def test_impossible_lora_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="lora needs"):
-        Lora(**wrong)
+CHANGES: dict[str, Any] = {
+    "a bit": lambda base: base.model.norm.weight[5].mul_(1 + 2**-23),
+    "a layer": lambda base: base.model.layers[1].mlp.up_proj.weight.mul_(2),
+    "the order": lambda base: base.model.embed_tokens.weight.copy_(base.model.embed_tokens.weight.flip(0)),
+    "a setting": lambda base: setattr(base.config, "rms_norm_eps", 1e-3),
+    "nf4 offset": lambda base: base.model.layers[1].mlp.up_proj.weight.quant_state.offset.mul_(2),
+    "nf4 scale of scales": lambda base: base.model.layers[1].mlp.up_proj.weight.quant_state.state2.absmax.mul_(2),
+    "int8 scale": lambda base: base.model.layers[1].mlp.up_proj.state.SCB.mul_(2),
+}
 
 
-class Watch(Callback):
-    """After every optimizer step: how many steps the optimizer remembers, and the policy's log-probabilities."""
-
-    def __init__(self) -> None:
-        self.counts: list[set[float]] = []
-        self.forgetful: list[bool] = []
-        self.log_probs: list[Tensor] = []
-        self.adapters: list[dict[str, Tensor]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step > len(self.counts):
-            states = list(trainer.optimizers[0].state.values())
-            self.counts.append({float(state["step"]) for state in states})
-            self.forgetful.append(  # after one AdamW step m is 0.1 g and v is 0.001 g²; with a past they are not
-                all(torch.allclose(state["exp_avg_sq"], 0.1 * state["exp_avg"] ** 2, rtol=1e-4) for state in states)
-            )
-            self.log_probs.append(as_role(pl_module.model))
-            self.adapters.append({key: value.clone() for key, value in adapter_state(pl_module).items()})
-
-
-@pytest.mark.parametrize("stage_start", ["continue", "restart", "fresh_adapter"])
-def test_what_a_stage_starts_with(stage_start: Any, tiny_model: str, plain: Any, tmp_path: Path) -> None:
-    """Three stages of two steps."""
-    from peft import PeftModel
-
-    watch = Watch()
-    trainer, module, data = build_sft(
-        tiny_model,
-        write_pairs(tmp_path / "samples.jsonl", make_samples(12)),
-        tmp_path / "run",
-        stage_start=stage_start,
-        data={"slices": Slices(3), "batch_size": 2},
-        trainer={"first": (RefreshReference(), watch), "accumulate_grad_batches": 2},
-        optimizer=torch.optim.AdamW,
-        lr=0.05,
-        schedule=Constant(warmup=0.0),
-        cleaning=Cleaning(scorer=ExcessLoss(), selection=Selection(0.6), warm_up_stages=1),
-    )
-    ready: list[Tensor] = []
-    start = module.on_train_batch_start
-
-    def started(*arguments: Any) -> None:
-        start(*arguments)
-        ready.append(as_role(module.model))
-
-    module.on_train_batch_start = started
-    trainer.fit(module, data)
-    assert watch.counts == [{float(step)} for step in ([1, 2, 3, 4, 5, 6] if stage_start == "continue" else [1, 2] * 3)]
-    assert watch.forgetful == [count == {1.0} for count in watch.counts]
-    for step in (2, 4):  # a step is two micro-batches: stages begin at micro-batches 4 and 8
-        close(ready[2 * step], watch.log_probs[step - 1], 1e-6)
-        assert (watch.log_probs[step] - ready[2 * step]).abs().max() > 1e-3
-    state = adapter_state(module)
-    if stage_start == "fresh_adapter":
-        for stage, end in ((1, 1), (2, 3)):
-            for key, value in watch.adapters[end].items():
-                if ".policy." in key:
-                    assert torch.equal(state[key.replace(".policy.", f".stage_{stage}.")], value)
-        assert all(".policy." in name for name in trainable(module.model))
-    else:
-        assert not any(".stage_" in key for key in state)
-    saved = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "run" / "adapter")).eval()
-    close(alone(saved.get_base_model()), as_role(module.model))
-    assert (as_role(module.model) - alone(plain)).abs().max() > 0.1
-    assert module.lora.alpha / module.lora.rank == SCALE
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_base_is_its_weights_their_scales_and_its_configuration(name: str, tiny_model: str) -> None:
+    quantization = name.split()[0] if name.startswith(("nf4", "int8")) else "none"
+    prints = []
+    for change in (lambda base: None, lambda base: None, CHANGES[name]):
+        base = load_base(tiny_model, quantization=quantization, dtype="float32")
+        change(base)
+        prints.append(base_fingerprint(add_adapters(base, Lora(rank=2))))
+    assert prints[0] == prints[1] != prints[2]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies.strategy import Strategy
-from test_cleaning_guards import adapter
+from test_adapters import saved_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.preference import PreferenceDataModule
@@ -33,8 +34,8 @@ from mixdpo.routing.route import Routing
 from mixdpo.signals.margins_file import read_margins
 from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.reference import fit_adapter
 from mixdpo.token_cleaning.scorers import ExcessLoss
+from mixdpo.token_cleaning.scoring import fit_adapter
 from mixdpo.token_cleaning.selection import Selection
 
 DROPOUT: dict[str, Any] = {"lora": Lora(rank=4, alpha=8, dropout=0.3), "optimizer": torch.optim.AdamW, "lr": 1e-2}
@@ -70,19 +71,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-def with_a_second_adapter(model: str, folder: Path) -> dict[str, Any]:
-    """Cleaning against an adapter that was given: it is added beside the policy, and draws initial weights."""
-    reference = adapter(model, folder / "given", rank=4)
-    return {"cleaning": Cleaning(ExcessLoss(), Selection(0.6), reference=reference)}
-
-
 @pytest.mark.parametrize("kind", ["pairs", "samples"])
-def test_the_default_device_changes_nothing(
-    kind: str, tiny_model: str, pairs: str, samples: str, other_device: Any, tmp_path: Path
-) -> None:
+def test_the_default_device_changes_nothing(kind, tiny_model, pairs, samples, other_device, tmp_path):
     """Rows of the probes are made on the CPU, adapters drawn by its generator; dropout is on, so a draw would show."""
     make, source = (build, pairs) if kind == "pairs" else (build_sft, samples)
-    options = with_a_second_adapter(tiny_model, tmp_path) | {"make": make, "trainer": {"max_steps": 2}} | DROPOUT
+    given = saved_adapter(tiny_model, tmp_path / "given", rank=4)  # a second adapter draws initial weights as well
+    cleaning = Cleaning(ExcessLoss(), Selection(0.6), reference=given)
+    options = {"cleaning": cleaning, "make": make, "trainer": {"max_steps": 2}} | DROPOUT
     expected = adapter_weights(fit(tiny_model, source, tmp_path / "cpu", **options))
     other_device()
     same(expected, adapter_weights(fit(tiny_model, source, tmp_path / "other", **options)))
@@ -95,25 +90,7 @@ def margins_of(model: str, source: str, folder: Path, signal: Any, adapter: str 
     return dict(read_margins(folder / "a.margins").pairs)
 
 
-def test_signals_on_another_default_device(tiny_model: str, pairs: str, other_device: Any, tmp_path: Path) -> None:
-    expected = margins_of(tiny_model, pairs, tmp_path / "cpu", CHES())
-    other_device()
-    assert margins_of(tiny_model, pairs, tmp_path / "other", CHES()) == expected
-
-
-def test_a_second_adapter_shifts_no_random_number(tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    """The state of the CPU's generator when training starts: with a second adapter as without one."""
-    found = []
-    for name, options in (("alone", {}), ("two", with_a_second_adapter(tiny_model, tmp_path))):
-        trainer, module, data = build(tiny_model, pairs, tmp_path / name, trainer={"max_steps": 1}, **options)
-        module.on_fit_start = lambda: found.append(torch.get_rng_state())  # type: ignore[method-assign]
-        trainer.fit(module, data)
-    assert torch.equal(*found)
-
-
-def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(
-    tiny_model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(tiny_model, monkeypatch):
     """A tensor on `meta` draws nothing from the CPU's generator itself."""
     monkeypatch.setattr("mixdpo.model.adapters.copy_adapter", lambda *_: None)  # there is nothing to copy
     states = []
@@ -128,15 +105,12 @@ def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(
 def test_only_what_lies_on_the_cpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [4]}
     rows, pinned = build_rows([pair], [True], [True]), []
+    tensors = {name: part for name, part in vars(rows).items() if isinstance(part, torch.Tensor)}
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.device.type) or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
     rows.to(torch.device("cuda"))
-    assert pinned == ["cpu"] * 5
-    on_device = rows.__class__(
-        **{k: v.data.new_empty(1, device="meta") if isinstance(v, torch.Tensor) else v for k, v in vars(rows).items()}
-    )
-    on_device.to(torch.device("cuda"))
-    assert pinned == ["cpu"] * 5
+    replace(rows, **{name: part.new_empty(1, device="meta") for name, part in tensors.items()}).to(torch.device("cuda"))
+    assert pinned == ["cpu"] * len(tensors) == ["cpu"] * 5
 
 
 # Sums that have one order.
@@ -162,11 +136,11 @@ class Ordered(TorchDispatchMode):
 ONLINE = Cleaning(ExcessLoss("policy", "base"), Selection(0.6, scope="batch"))
 RUNS: dict[str, dict[str, Any]] = {
     "pairs, mixed, packed": {"data": MIXED, "trainer": {"accumulate_grad_batches": 2}},
-    "pairs in rows of their own, recomputed": {
+    "gradient norms of both routes, recomputed": {
         "data": MIXED | {"pack": 0, "share_prompt": False},
         "activation_checkpointing": True,
+        "log_gradient_norms": True,
     },
-    "gradient norms of both routes": {"data": MIXED, "log_gradient_norms": True},
     "hard pairs cleaned": {"data": MIXED, "cleaning": Cleaning(selection=Selection(0.6), reference_lr=0.01)},
     "samples, weighed in the step": {"make": build_sft, "data": {"validation": 0.3}, "cleaning": ONLINE},
     "samples in slices": {"make": build_sft, "data": {"slices": Slices(2)}, "stage_start": "fresh_adapter"},
@@ -185,23 +159,10 @@ def test_a_run_adds_in_a_fixed_order(name: str, tiny_model: str, pairs: str, sam
 
 @pytest.mark.parametrize("signal", [CHES(), CHES(normalised=True), PolicyLogProb(), ImplicitReward()], ids=repr)
 def test_a_signal_adds_in_a_fixed_order(signal: Any, tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    given = adapter(tiny_model, tmp_path / "given", rank=4) if signal.needs == "adapter" else None
+    given = saved_adapter(tiny_model, tmp_path / "given", rank=4) if signal.needs == "adapter" else None
     with Ordered():
         found = margins_of(tiny_model, pairs, tmp_path / "m", signal, given)
     assert len(found) == 20 and len(set(found.values())) == 20
-
-
-def test_the_order_is_looked_at() -> None:
-    values, index = torch.randn(4, requires_grad=True), torch.tensor([0, 1, 1])
-    for adds in (
-        lambda: values[index].sum().backward(),
-        lambda: values.index_select(0, index).sum().backward(),
-        lambda: values.gather(0, index).sum().backward(),
-        lambda: torch.zeros(4).index_add(0, index, values[:3]),
-        lambda: values.cumsum(0),
-    ):
-        with Ordered(), pytest.raises(AssertionError, match="aten"):
-            adds()
 
 
 runs = st.lists(st.integers(0, 6), min_size=1, max_size=6)
@@ -216,6 +177,7 @@ def test_sums_of_runs_against_exact_ones(sizes: list[int], missing: int, draw: A
     values = [draw.uniform(-1e4, 1e4) for _ in range(sum(sizes))]
     tensor = torch.tensor(values, dtype=torch.float64, requires_grad=True)
     found = run_sums(tensor, given_runs, len(numbers))
+    assert run_sums(torch.tensor([1e8, 1.0, -1e8]), ((0, 3),), 1).tolist() == [1.0]  # wide: what CHES is made of
     expected, weights, start = [0.0] * len(numbers), [0.0] * len(values), 0
     for number, size in given_runs:
         expected[number] = math.fsum(values[start : start + size])
@@ -224,12 +186,6 @@ def test_sums_of_runs_against_exact_ones(sizes: list[int], missing: int, draw: A
     torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
     (found * torch.arange(1.0, len(numbers) + 1)).sum().backward()
     assert tensor.grad.tolist() == weights
-
-
-def test_sums_are_wide() -> None:
-    """1e8 + 1 − 1e8: what CHES is a difference of."""
-    values = torch.tensor([1e8, 1.0, -1e8], dtype=torch.float32)
-    assert run_sums(values, ((0, 3),), 1).tolist() == [1.0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 4)), min_size=1, max_size=6))
@@ -247,9 +203,8 @@ def test_gathered_spans_and_their_gradient_are_those_of_an_index(spans: list[tup
 
 def test_taken_has_the_gradient_of_an_index() -> None:
     values, index = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.tensor([3, 0, 4])
-    gradients = [
-        torch.autograd.grad((each.exp() * 2).sum(), values)[0] for each in (taken(values, index), values[index])
-    ]
+    both = taken(values, index), values[index]
+    gradients = [torch.autograd.grad((each.exp() * 2).sum(), values)[0] for each in both]
     assert torch.equal(*gradients) and not gradients[0][[1, 2]].any()
     assert torch.autograd.gradcheck(lambda v: taken(v, index), values)
     assert taken(values, index[:0]).shape == (0,)
@@ -263,24 +218,12 @@ def test_the_order_of_the_rows_changes_no_bit(tiny_model: str, tmp_path: Path) -
     cleaning = Cleaning(selection=Selection(0.6), reference_lr=0.01)
     trainer = {"accumulate_grad_batches": 2}
     data = {"routing": Routing(hard_fraction=0.5, order="interleaved"), "batch_size": 6}
-    found = []
-    for name, order in (
-        ("as they lie", rows),
-        ("shuffled", [rows[i] for i in np.random.default_rng(0).permutation(24)]),
-    ):
+    found, shuffled = [], [rows[i] for i in np.random.default_rng(0).permutation(24)]
+    for name, order in (("as they lie", rows), ("shuffled", shuffled)):
         source = write_pairs(tmp_path / f"{name}.jsonl", order)
         options = {"trainer": trainer, "data": data, "cleaning": cleaning} | DROPOUT
         found.append(adapter_weights(fit(tiny_model, source, tmp_path / name, **options)))
     same(*found)
-
-
-def test_margins_follow_no_order_of_rows(tiny_model: str, tmp_path: Path) -> None:
-    rows = make_pairs(20)
-    found = [
-        margins_of(tiny_model, write_pairs(tmp_path / f"{name}.jsonl", order), tmp_path / name, PolicyLogProb())
-        for name, order in (("one", rows), ("other", rows[::-1]))
-    ]
-    assert found[0] == found[1]
 
 
 # Autocast, memory, cards.
@@ -292,29 +235,40 @@ def test_a_reference_is_fitted_the_same_where_casts_are_kept(tiny_model: str) ->
     for keeps in (False, True):
         torch.manual_seed(0)
         model = add_adapters(load_base(tiny_model, quantization="none", dtype="bfloat16"), Lora(rank=2))
-        add_reference(model, "cleaning")
+        add_reference(model, "cleaning_reference")
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps):
-            fit_adapter(model, "cleaning", [sample] * 6, learning_rate=0.05, batch_size=1)
+            fit_adapter(model, "cleaning_reference", [sample] * 6, learning_rate=0.05, batch_size=1)
             assert torch.is_autocast_cache_enabled() == keeps
-        found.append({name: value.clone() for name, value in model.named_parameters() if ".cleaning." in name})
+        named = {name: value.clone() for name, value in model.named_parameters()}
+        found.append({name: value for name, value in named.items() if ".cleaning_reference." in name})
     assert any(value.any() for name, value in found[0].items() if "lora_B" in name)
     same(*found)
 
 
-@pytest.mark.parametrize(
-    ("error", "is_one"),
-    [
+def test_how_a_device_says_that_it_is_out_of_memory() -> None:
+    for error, expected in (
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (torch.AcceleratorError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (MemoryError(), True),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
-    ],
-    ids=str,
-)
-def test_how_a_device_says_that_it_is_out_of_memory(error: Exception, is_one: bool) -> None:
-    assert is_out_of_memory(error) == is_one
+    ):
+        assert is_out_of_memory(error) == expected, error
+
+
+def test_a_card_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_it = False
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    for asked in ("bfloat16", "bf16-mixed", "bf16-true"):
+        check_card("cpu", asked)
+        with pytest.raises(InputError, match=rf"Tesla T4 .* {asked}: give --model.dtype float16 --trainer.precision 1"):
+            check_card(torch.device("cuda", 0), asked)
+    for asked in ("float16", "16-mixed"):
+        check_card("cuda", asked)
+    has_it = True
+    check_card("cuda", "bfloat16")
 
 
 def test_what_generates(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,13 +294,6 @@ def test_what_generates(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert generation_dtype(model, True) == torch.float32
 
 
-def test_a_model_that_cannot_be_copied_generates_itself(tiny_model: str) -> None:
-    """As mixtures of experts with a buffer in their files."""
-    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=2))
-    model.get_base_model().model.register_buffer("correction", torch.ones(2))
-    assert generation_dtype(model, None) is None
-
-
 class NoDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = func.overloadpacket.__name__ in ("normal_", "uniform_", "randn", "rand", "random_", "trunc_normal_")
@@ -365,20 +312,6 @@ def test_a_merged_copy_draws_no_model_first(tiny_model: str) -> None:
     assert shared.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
-@pytest.mark.parametrize(("asked", "has_it", "refused"), [
-    ("bfloat16", False, True), ("bf16-mixed", False, True), ("bf16-true", False, True),
-    ("float16", False, False), ("16-mixed", False, False), ("bfloat16", True, False),
-])  # fmt: skip
-def test_a_card_without_bfloat16(asked: str, has_it: bool, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    check_card("cpu", asked)
-    if not refused:
-        return check_card("cuda", asked)
-    with pytest.raises(InputError, match=rf"Tesla T4 .* {asked}: give --model.dtype float16 --trainer.precision 16-m"):
-        check_card(torch.device("cuda", 0), asked)
-
-
 def test_float16_with_a_gradient_scaler(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """`16-mixed`, which Lightning turns into bf16-mixed on a CPU: the adapter stays in fp32 and learns as in fp32."""
     found = {}
@@ -391,9 +324,7 @@ def test_float16_with_a_gradient_scaler(tiny_model: str, pairs: str, tmp_path: P
     assert 0 < (half - full).norm() < 0.02 * full.norm()
 
 
-def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(
-    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(tiny_model, pairs, tmp_path, monkeypatch):
     trainer = {"max_steps": 4}
     fit(tiny_model, pairs, tmp_path / "begun", trainer={"max_steps": 2}, schedule_steps=4)
     checkpoint = str(tmp_path / "begun/checkpoints/last.ckpt")
@@ -438,9 +369,7 @@ def test_one_seed_draws_one_adapter_on_every_device(tiny_model: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["pairs", "samples"])
-def test_a_continued_run_is_exact_on_a_gpu(
-    kind: str, tiny_model: str, pairs: str, samples: str, tmp_path: Path
-) -> None:
+def test_a_continued_run_is_exact_on_a_gpu(kind, tiny_model, pairs, samples, tmp_path):
     """With deterministic kernels, which attention's backward needs; all else adds in a fixed order anyway."""
     make, source = (build, pairs) if kind == "pairs" else (build_sft, samples)
     trainer = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "deterministic": True, "max_steps": 4}

@@ -9,7 +9,6 @@ from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
 from subprocess import CompletedProcess
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,11 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(BENCHMARKS)
-
-    def load(name: str) -> ModuleType:
-        return import_module(name)
-
-    return load
+    return import_module
 
 
 @pytest.fixture
@@ -93,13 +88,11 @@ def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Pa
     assert asked == ["prompt 4", "prompt 5"]
 
 
-@pytest.mark.parametrize("option", ["--data.source", "--data.limit=3", "--data.init_args.source", "--name"])
-def test_prompts_and_pairs_come_from_the_same_rows(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch, option: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["compare_methods.py", "configs/demo.yaml", option, "x"])
-    with pytest.raises(SystemExit, match="change source and limit in the config"):
-        benchmark("compare_methods").main()
+def test_prompts_and_pairs_come_from_the_same_rows(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in ("--data.source", "--data.limit=3", "--data.init_args.source", "--name"):
+        monkeypatch.setattr(sys, "argv", ["compare_methods.py", "configs/demo.yaml", option, "x"])
+        with pytest.raises(SystemExit, match="change source and limit in the config"):
+            benchmark("compare_methods").main()
 
 
 def test_a_killed_process_loses_no_other_run(
@@ -125,10 +118,14 @@ def test_a_killed_process_loses_no_other_run(
 
 def test_what_was_measured_is_kept_without_trl(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     measuring = benchmark("measuring")
-    found = lambda name: () if name == "trl" else distributions(name=name)  # noqa: E731
-    monkeypatch.setattr(measuring, "distributions", found)
+    installed = lambda name: () if name == "trl" else distributions(name=name)  # noqa: E731
+    monkeypatch.setattr(measuring, "distributions", installed)
     versions = measuring.about()["versions"]
     assert versions["trl"] is None and versions["torch"]
+    rows = [["a", 0.5, None], ["b", 2, True]]
+    assert measuring.table(["", "x", "y"], rows) == (
+        "|  | x | y |\n| --- | --- | --- |\n| a | 0.500 | – |\n| b | 2 | True |\n"
+    )
 
 
 CLOCK = """
@@ -148,10 +145,3 @@ def test_the_clock_measures_what_a_block_takes() -> None:
     costs = json.loads(done.stdout)
     assert 40 < costs["peak_mb"] - costs["resident_before_mb"] < 100
     assert costs["cpu_seconds"] > 0 and 0 < costs["seconds"] < 60
-
-
-def test_a_table(benchmark: Any) -> None:
-    rows = [["a", 0.5, None], ["b", 2, True]]
-    assert benchmark("measuring").table(["", "x", "y"], rows) == (
-        "|  | x | y |\n| --- | --- | --- |\n| a | 0.500 | – |\n| b | 2 | True |\n"
-    )

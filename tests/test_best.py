@@ -19,8 +19,8 @@ from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.run_files import RunFiles
 from mixdpo.errors import OutOfSpaceError
 from mixdpo.routing.route import Routing
-from mixdpo.storage.files import sha256
 
+Train, Whole = Callable[..., ModelCheckpoint], tuple[Path, Any]
 FIRST = "epoch=0-step=5.ckpt"
 """The best one where the greatest value counts of what falls: that of the first of three validations."""
 
@@ -31,7 +31,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def train(tiny_model: str, source: str) -> Callable[..., ModelCheckpoint]:
+def train(tiny_model: str, source: str) -> Train:
     def run(
         folder: Path, *callbacks: Any, ckpt_path: Path | None = None, lr: float = 1e-3, **options: Any
     ) -> ModelCheckpoint:
@@ -48,22 +48,28 @@ def train(tiny_model: str, source: str) -> Callable[..., ModelCheckpoint]:
 
 
 @pytest.fixture(scope="module")
-def whole(train: Callable[..., ModelCheckpoint], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     return folder, train(folder)
 
 
 @pytest.fixture
-def moved(train: Callable[..., ModelCheckpoint], tmp_path: Path) -> Path:
+def moved(train: Train, tmp_path: Path) -> Path:
     """What is left of tmp_path/run, killed two steps after its first validation: its folder has another name now."""
     with pytest.raises(Crash):
         train(tmp_path / "run", At(7, crash))
     return (tmp_path / "run").rename(tmp_path / "moved")
 
 
-def test_a_moved_run_goes_on_with_its_own_best(
-    whole: tuple[Path, Any], train: Callable[..., ModelCheckpoint], moved: Path, tmp_path: Path
-) -> None:
+def assert_policy(folder: Path, path: Path) -> None:
+    """The run's adapter/ is the policy of this checkpoint."""
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    state = {key.replace(".policy.", ".").removeprefix("model."): value for key, value in state.items()}
+    assert saved.keys() == state.keys() and all(torch.equal(saved[key], state[key]) for key in saved)
+
+
+def test_a_moved_run_goes_on_with_its_own_best(whole: Whole, train: Train, moved: Path, tmp_path: Path) -> None:
     """Another run of its name has ended in between, with a best file of the same name and another policy."""
     other = train(tmp_path / "run", lr=2e-3)
     assert Path(other.best_model_path).name == FIRST and adapter(tmp_path / "run") != adapter(whole[0])
@@ -75,17 +81,7 @@ def test_a_moved_run_goes_on_with_its_own_best(
     assert [contents(folder) for folder in (moved, tmp_path / "run")] == before
 
 
-def test_a_checkpoint_names_its_files_from_the_run_and_by_content(moved: Path) -> None:
-    states = torch.load(moved / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
-    (files,) = [state["files"] for name, state in states.items() if name.startswith("ModelCheckpoint")]
-    (found,) = files.values()
-    path = moved / "checkpoints" / FIRST
-    assert found == (f"checkpoints/{FIRST}", str(moved.with_name("run") / "checkpoints" / FIRST), sha256(path))
-
-
-def test_the_best_of_another_run_is_not_taken(
-    train: Callable[..., ModelCheckpoint], moved: Path, tmp_path: Path
-) -> None:
+def test_the_best_of_another_run_is_not_taken(train: Train, moved: Path, tmp_path: Path) -> None:
     """Where the run's own is gone, and another one lies where it was."""
     train(tmp_path / "run", lr=2e-3)
     (moved / "checkpoints" / FIRST).unlink()
@@ -95,13 +91,7 @@ def test_the_best_of_another_run_is_not_taken(
 
 
 @pytest.mark.parametrize("place", ["where it was", "in one folder with last.ckpt"])
-def test_the_best_is_found(
-    place: str,
-    whole: tuple[Path, Any],
-    train: Callable[..., ModelCheckpoint],
-    moved: Path,
-    tmp_path: Path,
-) -> None:
+def test_the_best_is_found(place: str, whole: Whole, train: Train, moved: Path, tmp_path: Path) -> None:
     path = moved / "checkpoints" / "last.ckpt"
     if place == "where it was":
         moved.rename(tmp_path / "run")
@@ -113,9 +103,7 @@ def test_the_best_is_found(
     assert adapter(tmp_path / "rest") == adapter(whole[0])
 
 
-def test_what_a_better_one_replaces_is_deleted_in_the_continued_run_only(
-    train: Callable[..., ModelCheckpoint], tmp_path: Path
-) -> None:
+def test_what_a_better_one_replaces_is_deleted_in_the_continued_run_only(train: Train, tmp_path: Path) -> None:
     with pytest.raises(Crash):
         train(tmp_path / "run", At(7, crash), mode="min")
     before = contents(tmp_path / "run")
@@ -123,17 +111,12 @@ def test_what_a_better_one_replaces_is_deleted_in_the_continued_run_only(
     look = At(7, lambda: seen.extend((tmp_path / "rest" / "checkpoints").iterdir()))
     train(tmp_path / "rest", look, ckpt_path=Path(checkpoint(tmp_path / "run")), mode="min")
     assert FIRST in {path.name for path in seen}
-    assert {path.name for path in (tmp_path / "rest" / "checkpoints").iterdir()} == {
-        "epoch=2-step=15.ckpt",
-        "last.ckpt",
-    }
+    assert {path.name for path in (tmp_path / "rest/checkpoints").iterdir()} == {"epoch=2-step=15.ckpt", "last.ckpt"}
     assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_folder_that_runs_share_keeps_the_best_of_each(
-    whole: tuple[Path, Any], train: Callable[..., ModelCheckpoint], tmp_path: Path
-) -> None:
+def test_a_folder_that_runs_share_keeps_the_best_of_each(whole: Whole, train: Train, tmp_path: Path) -> None:
     """Of `dirpath`: the earlier run's file lies there already, or another run has taken its name since."""
     shared = tmp_path / "shared"
     with pytest.raises(Crash):
@@ -148,9 +131,7 @@ def test_a_folder_that_runs_share_keeps_the_best_of_each(
 
 
 @pytest.mark.parametrize("damage", ["cut off", "gone", "of another program"])
-def test_a_best_file_that_cannot_be_loaded_leaves_the_last_policy(
-    damage: str, train: Callable[..., ModelCheckpoint], tmp_path: Path
-) -> None:
+def test_a_best_file_that_cannot_be_loaded_leaves_the_last_policy(damage: str, train: Train, tmp_path: Path) -> None:
     class Damage(Callback):
         def on_train_end(self, *_: Any) -> None:
             path = tmp_path / "run" / "checkpoints" / FIRST
@@ -163,17 +144,14 @@ def test_a_best_file_that_cannot_be_loaded_leaves_the_last_policy(
 
     with pytest.warns(UserWarning, match=rf"run/checkpoints/{FIRST} cannot be loaded .*: adapter/ holds the last"):
         train(tmp_path / "run", Damage())
-    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    last = torch.load(checkpoint(tmp_path / "run"), weights_only=True)["state_dict"]
-    last = {key.replace(".policy", "").removeprefix("model."): value for key, value in last.items()}
-    assert saved.keys() == last.keys() and all(torch.equal(saved[key], last[key]) for key in saved)
+    assert_policy(tmp_path / "run", Path(checkpoint(tmp_path / "run")))
 
 
 # How checkpoints are written.
 
 
 def test_no_checkpoint_goes_through_the_systems_temporary_folder(
-    train: Callable[..., ModelCheckpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
     train(tmp_path / "run")
@@ -182,7 +160,7 @@ def test_no_checkpoint_goes_through_the_systems_temporary_folder(
 
 @pytest.mark.parametrize("name", [FIRST, "last.ckpt"])
 def test_a_checkpoint_that_is_not_whole_has_no_name(
-    name: str, train: Callable[..., ModelCheckpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as where the disk is full."""
     write = Path.write_bytes
@@ -213,9 +191,7 @@ def test_a_plugin_of_ones_own_stays(tiny_model: str, source: str, tmp_path: Path
     assert Own.saved > 0 and (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_another_file_in_the_best_ones_place_is_not_loaded(
-    train: Callable[..., ModelCheckpoint], whole: tuple[Path, Any], tmp_path: Path
-) -> None:
+def test_another_file_in_the_best_ones_place_is_not_loaded(train: Train, whole: Whole, tmp_path: Path) -> None:
     """Two runs that share a folder of checkpoints: the other one writes a file of the same name."""
     other = train(tmp_path / "other", lr=2e-3)
     place = tmp_path / "run" / "checkpoints" / FIRST
@@ -225,17 +201,12 @@ def test_another_file_in_the_best_ones_place_is_not_loaded(
     assert adapter(tmp_path / "run") not in (adapter(whole[0]), adapter(tmp_path / "other"))
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"filename": "{epoch}-{val/all/sft_loss:.3f}"},
-        {"filename": "best", "enable_version_counter": False, "mode": "min"},
-    ],
-    ids=["in a folder of its own", "one name for every best"],
-)
-def test_a_run_that_goes_on_from_its_best(
-    how: dict[str, Any], train: Callable[..., ModelCheckpoint], tmp_path: Path
-) -> None:
+OWN_FOLDER = {"filename": "{epoch}-{val/all/sft_loss:.3f}"}
+ONE_NAME = {"filename": "best", "enable_version_counter": False, "mode": "min"}
+
+
+@pytest.mark.parametrize("how", [OWN_FOLDER, ONE_NAME], ids=str)
+def test_a_run_that_goes_on_from_its_best(how: dict[str, Any], train: Train, tmp_path: Path) -> None:
     expected = train(tmp_path / "whole", **how)
     with pytest.raises(Crash):
         train(tmp_path / "run", At(12, crash), **how)
@@ -246,7 +217,7 @@ def test_a_run_that_goes_on_from_its_best(
     assert adapter(tmp_path / "rest") == adapter(tmp_path / "whole")
 
 
-def test_the_second_best_counts_where_the_best_is_gone(train: Callable[..., ModelCheckpoint], tmp_path: Path) -> None:
+def test_the_second_best_counts_where_the_best_is_gone(train: Train, tmp_path: Path) -> None:
     """Its file was written when another one was the best."""
     with pytest.raises(Crash):
         train(tmp_path / "run", At(12, crash), save_top_k=2)
@@ -255,7 +226,4 @@ def test_the_second_best_counts_where_the_best_is_gone(train: Callable[..., Mode
     with pytest.warns(UserWarning, match="is not there any more, or is another file now"):
         best = train(tmp_path / "rest", ckpt_path=folder / "last.ckpt", save_top_k=2)
     assert Path(best.best_model_path).name == second
-    found = load_file(tmp_path / "rest" / "adapter" / "adapter_model.safetensors")
-    kept = torch.load(folder / second, weights_only=True)["state_dict"]
-    policy = {key.replace(".policy.", ".").removeprefix("model."): value for key, value in kept.items()}
-    assert found.keys() == policy.keys() and all(torch.equal(value, policy[key]) for key, value in found.items())
+    assert_policy(tmp_path / "rest", folder / second)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, build, build_sft, fit, make_pairs, make_samples, write_pairs
-from test_cleaning_guards import adapter
+from test_adapters import saved_adapter
 
 from lightning_modules.callbacks.checkpoint import ExactResume
 from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
@@ -36,7 +36,7 @@ def scores(make: Any, model: str, source: str, folder: Path, **options: Any) -> 
 
 def test_scores_of_a_given_reference(tiny_model: str, tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "samples.jsonl", make_samples(12))
-    cleaning = Cleaning(reference=adapter(tiny_model, tmp_path / "reference", rank=4))
+    cleaning = Cleaning(reference=saved_adapter(tiny_model, tmp_path / "reference", rank=4))
     mixed, full = scores(build_sft, tiny_model, source, tmp_path, cleaning=cleaning)
     assert np.abs(full).max() > 0.5 and 0 < np.abs(mixed - full).max() < 0.1
 
@@ -54,7 +54,7 @@ def test_responses_of_the_model_as_it_is_trained(tiny_model: str, tmp_path: Path
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
     evaluation = GoldEvaluation(prompts, scorer=None, max_new_tokens=4, batch_size=2, dequantise=False)
     trainer = {"callbacks": [RunFiles(), ExactResume(), Throughput(), evaluation], **MIXED["trainer"]}
-    start = adapter(tiny_model, tmp_path / "start", rank=4)
+    start = saved_adapter(tiny_model, tmp_path / "start", rank=4)
     fit(tiny_model, source, tmp_path / "run", **MIXED | {"trainer": trainer}, adapter=start, lr=1.0)
     rows = json.loads((tmp_path / "run/responses.json").read_text())
     assert any(row["before"]["text"] != row["after"]["text"] for row in rows)

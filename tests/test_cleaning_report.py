@@ -2,7 +2,8 @@
 
 import json
 import re
-from html.parser import HTMLParser
+import sys
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
-from mixdpo.token_cleaning.report import report, visible_units
-from mixdpo.token_cleaning.run_tokens import read_cleaning
+from mixdpo.pages.charts import histogram
+from mixdpo.token_cleaning.report import _colour, report, visible_units
+from mixdpo.token_cleaning.run_tokens import ScoredStage, read_cleaning
 
 NAN = float("nan")
 PROMPT = "<|im_start|> user red blue <|im_end|> <|im_start|> assistant"
@@ -27,15 +29,16 @@ STAGES = [(0, 2, None), (1, 2, 0.5), (2, 1, -0.25)]  # stage, samples, threshold
 
 def stage_entry(stage: int, tokens: int, samples: int, threshold: float | None) -> dict[str, Any]:
     scored = threshold is not None
-    entry = {
+    entry: dict[str, Any] = {
         **{"stage": stage, "step": 10 * stage, "samples": samples, "tokens": tokens, "threshold": threshold},
         **{"scorer": "ExcessLoss(worse='base')" if scored else None, "selection": "Selection()" if scored else None},
         **{"kept_tokens": tokens, "kept_share": 0.625 if scored else 1.0, "ties": 1, "ties_kept": 1},
         **{"samples_keeping_nothing": 0, "mean_abs_score": 0.4321 if scored else None},
         **{"by_source": {"gsm": {"tokens": tokens, "kept_share": 0.375}}, "by_position": [None, *([0.5] * 9)]},
     }
-    facts = {"share": 0.125, "auc": 0.875, "precision": 0.75, "recall": None, "kept_noise_rate": 0.0}
-    return entry | ({"planted": facts} if scored else {})
+    if scored:
+        entry["planted"] = {"share": 0.125, "auc": 0.875, "precision": 0.75, "recall": None, "kept_noise_rate": 0.0}
+    return entry
 
 
 def write_run(
@@ -46,84 +49,47 @@ def write_run(
     Responses repeat `words` and end with the end token; in the file the samples lie in `order`.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
-    prompt = tokenizer(PROMPT)["input_ids"]
-    word_ids = tokenizer(words)["input_ids"]
-    samples, scores, weights = [], [], []
-    threshold_of = [threshold for _, count, threshold in STAGES for _ in range(count)]
-    for n, length in enumerate(LENGTHS):
+    prompt, word_ids = (tokenizer(text)["input_ids"] for text in (PROMPT, words))
+    rows, scores, weights = [], [], []
+    stage_of = [stage for stage, count, _ in STAGES for _ in range(count)] + [-1]
+    for n in order or range(len(LENGTHS)):
+        length, threshold = LENGTHS[n], STAGES[stage_of[n]][2] if stage_of[n] >= 0 else None
         response = [*(word_ids[i % len(word_ids)] for i in range(length - 1)), tokenizer.eos_token_id]
         ids, spans = prompt + response, [len(prompt), len(prompt) + length]
         if n == TWO_TURNS:
             ids, spans = prompt + response[:1] + prompt + response[1:], [len(prompt), len(prompt) + 1]
             spans += [2 * len(prompt) + 1, len(ids)]
-        samples.append({"input_ids": ids, "spans": spans, "planted": [0] * (length - 1) + [1]})
-        reached, threshold = n < len(threshold_of), [*threshold_of, None][n]
+        row = {"sample_id": n, "row": n, "source": SOURCES[n], "truncated": False, "input_ids": ids, "spans": spans}
+        rows.append(row | {"planted": [0] * (length - 1) + [1]})
         signs = [1 if i % 2 == 0 else -1 for i in range(length)]
-        scores.append([NAN if threshold is None else threshold + 0.1 * sign for sign in signs])
-        weights.append([float(threshold is None or sign > 0) if reached else NAN for sign in signs])
-    order = order or list(range(len(LENGTHS)))
-    rows = [samples[n] | {"sample_id": n, "row": n, "source": SOURCES[n], "truncated": False} for n in order]
-    cleaning = folder / "cleaning"
-    cleaning.mkdir(parents=True)
+        scores += [NAN if threshold is None else threshold + 0.1 * sign for sign in signs]
+        weights += [float(threshold is None or sign > 0) if stage_of[n] >= 0 else NAN for sign in signs]
     number, ids = Value("int64"), [Value("int32")]
     features = {"sample_id": number, "row": number, "source": Value("string"), "truncated": Value("bool")}
     features |= {"input_ids": ids, "spans": ids, "planted": [Value("int8")]}
-    dataset = Dataset.from_list(rows, features=Features(features))
+    dataset, cleaning = Dataset.from_list(rows, features=Features(features)), folder / "cleaning"
     dataset.save_to_disk(str(cleaning / "samples"))
-    for name, values in (("scores", scores), ("weights", weights)):
-        flat = np.concatenate([values[n] for n in order]).astype(np.float32)
-        np.save(cleaning / f"{name}.npy", flat)
+    np.save(cleaning / "scores.npy", np.array(scores, dtype=np.float32))
+    np.save(cleaning / "weights.npy", np.array(weights, dtype=np.float32))
+    np.save(cleaning / "decided.npy", np.array([stage_of[row["sample_id"]] for row in rows], dtype=np.int16))
     first = np.cumsum([0, *(count for _, count, _ in STAGES)])
-    decided = [next((i for i in range(len(STAGES)) if first[i] <= n < first[i + 1]), -1) for n in order]
-    np.save(cleaning / "decided.npy", np.array(decided, dtype=np.int16))
-    stages = [
-        stage_entry(stage, sum(LENGTHS[first[i] : first[i + 1]]), count, threshold)
-        for i, (stage, count, threshold) in enumerate(STAGES)
-    ]
-    record = {
-        "identity": TokenPool.of(dataset, {"data": "d&1"}).identity,
-        "tokenizer": tokenizer_folder,
-        "stages": stages,
-    }
-    (cleaning / "stages.json").write_text(json.dumps(record))
+    stages = [stage_entry(s, sum(LENGTHS[first[s] : first[s + 1]]), count, cut) for s, count, cut in STAGES]
+    record = {"identity": TokenPool.of(dataset, {"data": "d&1"}).identity, "tokenizer": tokenizer_folder}
+    (cleaning / "stages.json").write_text(json.dumps(record | {"stages": stages}))
     return str(folder)
 
 
-class Page(HTMLParser):
-    """Spans of tokens, texts of cells and cards, and whether every tag is closed."""
-
-    VOID = ("meta", "br")
+class Page:
+    """Spans of tokens and texts of cells; nothing is loaded from outside."""
 
     def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tokens: list[dict[str, str]] = []
-        self.cells: list[str] = []
-        self.bars: list[tuple[str, float, float]] = []
-        self.outside: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attributes}
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.outside += [tag] * (tag in ("script", "link", "img", "iframe") or bool({"src", "href"} & set(found)))
-        if tag == "span" and "token" in found.get("class", "").split():
-            self.tokens.append(found | {"text": ""})
-        if tag in ("td", "th", "h3"):
-            self.cells.append("")
-        if tag == "rect":
-            self.bars.append((found["class"], float(found["x"]), float(found["height"])))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "span" and self.tokens:
-            self.tokens[-1]["text"] += data
-        if {"td", "th", "h3"} & set(self.open):
-            self.cells[-1] += data
+        spans = re.findall(r'<span class="(token[^"]*)" style="([^"]*)" title="([^"]*)">([^<]*)</span>', text)
+        keys = ("class", "style", "title", "text")
+        self.tokens = [dict(zip(keys, map(unescape, span), strict=True)) for span in spans]
+        self.cells = [
+            unescape(re.sub("<.*", "", cell)) for cell in re.findall(r"<(?:td|th|h3)>(.*?)</(?:td|th|h3)>", text)
+        ]
+        assert not re.search(r"<(script|link|img|iframe)|\s(src|href)=", text)
 
 
 @pytest.fixture
@@ -141,20 +107,14 @@ def test_the_whole_page(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     page, text = page_of(run)
     assert f"wrote {run}/report.html" in capsys.readouterr().out
     assert "<h1>Token cleaning: a &amp; b</h1>" in text and "data: d&amp;1" in text
-    assert page.outside == [] and "http" not in text
     assert "<b>dolly" not in text and "&lt;b&gt;dolly&lt;/b&gt;" in text
-    assert [cell for cell in page.cells if cell.startswith("Stage ")] == [
-        *("Stage 1, from step 10", "Stage 2, from step 20")
-    ]
+    titles = [cell for cell in page.cells if cell.startswith("Stage ")]
+    assert titles == ["Stage 1, from step 10", "Stage 2, from step 20"]
     assert {"0: all tokens", "62.5%", "0.432", "0.875", "12.5%", "37.5%", "–"} <= set(page.cells)
     # 3 + 5 warm-up tokens, 40 / 2 + 4 / 2 + 2 / 2 kept, 3 of 57 never reached
     assert "6 samples with 57 response tokens; training has reached 54 of these and kept 31 (57.4%)" in text
     assert sorted(path.name for path in Path(run).iterdir()) == ["cleaning", "report.html"]
-
-
-def test_a_token_shows_its_text_score_weight_and_colour(run: str) -> None:
-    """Samples 3 and 4 are short, 2 has 40 tokens; each alternates 0.1 above and below its stage's threshold."""
-    page, text = page_of(run)
+    # samples 3 and 4 are short, 2 has 40 tokens; each alternates 0.1 above and below its stage's threshold
     assert len(page.tokens) == 40 + 4 + 2 and text.count("response tokens, 50% kept") == 3
     high, low = page.tokens[0], page.tokens[1]
     assert high["text"] == " tea" and low["text"] == " sun"
@@ -167,46 +127,52 @@ def test_a_token_shows_its_text_score_weight_and_colour(run: str) -> None:
     assert last["class"] == "token dropped planted" and last["title"].endswith("weight 0, planted noise")
     assert page.tokens[-2]["title"].endswith("score -0.15, weight 1")
     turns = [(token["text"], token["title"].splitlines()[1]) for token in page.tokens[40:44]]
-    facts = ["score 0.6, weight 1", "score 0.4, weight 0", "score 0.6, weight 1", "score 0.4, weight 0, planted noise"]
-    assert turns == list(zip([" tea", " sun", " moon", " <|im_end|>"], facts, strict=True))
+    labels = ["score 0.6, weight 1", "score 0.4, weight 0", "score 0.6, weight 1", "score 0.4, weight 0, planted noise"]
+    assert turns == list(zip([" tea", " sun", " moon", " <|im_end|>"], labels, strict=True))
     assert text.count("red blue") == 4  # the two turns have a prompt each
 
 
-def test_a_score_at_the_threshold_is_white_and_half_way_is_pale(run: str) -> None:
-    scores = np.load(Path(run, "cleaning", "scores.npy"))
-    scores[8:48] = 0.5
-    scores[8:28] = 0.7  # the 95 % quantile of the distances: 0.2
-    scores[28] = 0.6
-    np.save(Path(run, "cleaning", "scores.npy"), scores)
-    page, _ = page_of(run)
-    styles = [token["style"].removeprefix("background:") for token in page.tokens[:40]]
+def test_whatever_a_file_holds_is_escaped(run: str) -> None:
+    path, script = Path(run, "cleaning", "stages.json"), "<script>alert(1)</script>"
+    text = re.sub(r"ExcessLoss[^\"]*|Selection\(\)|gsm", script, path.read_text())
+    path.write_text(text.replace('"stage": 1', f'"stage": "{script}"'))
+    assert page_of(run)[1].count("&lt;script&gt;") >= 9
+
+
+def test_a_score_at_the_threshold_is_white_and_half_way_is_pale() -> None:
+    stage = ScoredStage({}, np.array([]), centre=0.5, reach=0.2)
+    assert (_colour(0.5, stage), _colour(0.9, stage), _colour(-9, stage)) == ("#ffffff", "#4292de", "#f68c32")
     # white (255, 255, 255) to blue (66, 146, 222): the middle is (160.5, 200.5, 238.5), rounded to even
-    assert styles[0] == "#4292de" and styles[20] in ("#a0c8ee", "#a1c9ef") and styles[21] == "#ffffff"
+    assert _colour(0.6, stage) in ("#a0c8ee", "#a1c9ef") and _colour(NAN, stage) == "none"
 
 
-def test_the_histogram_stacks_kept_on_cut(run: str) -> None:
-    """Half of stage 1's tokens lie at 0.4 (first bar, cut), half at 0.6 (last bar, kept): equal and full height."""
-    page, _ = page_of(run)
-    assert [(kind, height) for kind, _, height in page.bars] == [("cut", 122), ("kept", 122)] * 2
-    (_, first, _), (_, last, _) = page.bars[:2]
-    assert first == 5 and last == pytest.approx(5 + 350 * 59 / 60, abs=0.06)
+def test_the_histogram_stacks_kept_on_cut() -> None:
+    """One cut score in the first of 60 bars; one cut and two kept ones in the last, with what lies beyond the ends."""
+    svg = histogram(np.array([-9.0, 6.0]), np.array([5.95, 9.0]), (0.0, 6.0), threshold=3.0)
+    corners: dict[str, np.ndarray] = {}
+    for kind in ("cut", "kept"):
+        path = re.search(rf'<g id="{kind}">\s*<path d="([^"]*)"', svg)
+        corners[kind] = np.array(re.findall(r"[ML] (\S+) (\S+)", path[1] if path else ""), dtype=float)
+    left, bottom = corners["cut"].min(0)[0], corners["cut"].max(0)[1]  # y grows downwards
+    bar, one = np.ptp(corners["cut"][:, 0]) / 60, np.ptp(corners["cut"][:, 1])
+    places = {
+        kind: {tuple(corner) for corner in ((xy - [left, bottom]) / [bar, -one]).round(2)}
+        for kind, xy in corners.items()
+    }
+    assert {(0, 1), (1, 1), (59, 1), (60, 1)} <= places["cut"] and {(59, 3), (60, 3)} <= places["kept"]
+    assert max(y for _, y in places["kept"]) == 3 and "threshold 3" in svg
 
 
 def test_samples_of_a_stage_may_lie_anywhere(tmp_path: Path, tiny_model: str) -> None:
-    page, text = page_of(write_run(tmp_path / "run", tiny_model, order=[4, 2, 5, 0, 3, 1]))
-    titles = [cell for cell in page.cells if cell.startswith("Stage ")]
-    assert titles == ["Stage 1, from step 10", "Stage 2, from step 20"]
-    assert "threshold -0.25" in text and "threshold 0.5" in text and text.count('class="mark"') == 2
-    assert len(page.tokens) == 40 + 4 + 2
-
-
-def test_examples_are_spread_and_prefer_moderate_lengths(tmp_path: Path, tiny_model: str) -> None:
-    cleaning = read_cleaning(write_run(tmp_path / "run", tiny_model, order=[4, 2, 5, 0, 3, 1]))
+    run = write_run(tmp_path / "run", tiny_model, order=[4, 2, 5, 0, 3, 1])
+    page, text = page_of(run)
+    assert "threshold -0.25" in text and "threshold 0.5" in text and len(page.tokens) == 40 + 4 + 2
+    cleaning = read_cleaning(run)
     stages = cleaning.scored_stages()
     assert [stage.samples.tolist() for stage in stages] == [[1, 4], [0]]
     assert [(stage.centre, stage.reach) for stage in stages] == [(0.5, pytest.approx(0.1)), (-0.25, pytest.approx(0.1))]
-    found = [(index, stage.facts["stage"]) for index, stage in cleaning.examples(9, seed=0)]
-    assert found == [(0, 2), (1, 1), (4, 1)]
+    examples = [(index, stage.facts["stage"]) for index, stage in cleaning.examples(9, seed=0)]
+    assert examples == [(0, 2), (1, 1), (4, 1)]
     for seed in range(5):  # a stage and source in turn: stage 1 has two sources, of gsm the sample of 40 tokens
         chosen = [index for index, _ in cleaning.examples(2, seed)]
         assert {cleaning.pool.samples[index]["sample_id"] for index in chosen} == {2, 3}
@@ -215,32 +181,29 @@ def test_examples_are_spread_and_prefer_moderate_lengths(tmp_path: Path, tiny_mo
 def test_options(run: str, tmp_path: Path) -> None:
     out = tmp_path / "new" / "page.html"
     assert main(["report", run, "--samples", "1", "--out", str(out), "--seed", "3"]) == 0
-    assert out.read_text("utf-8").count("response tokens, ") == 1
-    assert not Path(run, "report.html").exists()
-    report(run, samples=0)
-    assert "No scored sample is shown" in Path(run, "report.html").read_text("utf-8")
+    assert out.read_text("utf-8").count("response tokens, ") == 1 and not Path(run, "report.html").exists()
 
 
-def test_a_run_of_warm_up_only(run: str) -> None:
-    path = Path(run, "cleaning", "stages.json")
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"stages": record["stages"][:1]}))
-    np.save(Path(run, "cleaning", "scores.npy"), np.full(57, np.nan, dtype=np.float32))
-    page, text = page_of(run)
-    assert not page.tokens and not page.bars and "No scored sample is shown" in text
-
-
-def test_weights_from_an_earlier_run_come_without_scores(run: str) -> None:
+def test_without_scores(run: str) -> None:
+    """As with weights from an earlier run; and where there was a warm-up only."""
     np.save(Path(run, "cleaning", "scores.npy"), np.full(57, np.nan, dtype=np.float32))
     page, text = page_of(run)
     assert not page.tokens and text.count("No token is scored") == 2
+    path = Path(run, "cleaning", "stages.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"stages": record["stages"][:1]}))
+    page, text = page_of(run)
+    assert not page.tokens and "<svg" not in text and "No scored sample is shown" in text
 
 
-def test_what_it_refuses(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_refuses(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is no token-cleaning run" in capsys.readouterr().err
-    with pytest.raises(InputError, match="samples -1"):
-        report(run, samples=-1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="pip install matplotlib"):
+        report(run)
     np.save(Path(run, "cleaning", "weights.npy"), np.ones(58, dtype=np.float32))
     with pytest.raises(InputError, match=r"\(58,\).* \(57,\).*again"):
         report(run)

@@ -32,15 +32,8 @@ def test_by_hand():
     assert (quantiles["0%"], quantiles["50%"], quantiles["100%"]) == (-3.0, 0.5, 4.0)
     assert list(quantiles) == ["0%", "5%", "25%", "50%", "75%", "95%", "100%"]
     assert facts == {
-        "tokens": 8,
-        "kept_tokens": 4,
-        "kept_share": 3.5 / 8,
-        "threshold": 1.0,
-        "ties": 2,
-        "ties_kept": 1,
-        "samples": 4,
-        "samples_keeping_nothing": 2,
-        "mean_abs_score": 2.0,
+        **{"tokens": 8, "kept_tokens": 4, "kept_share": 3.5 / 8, "threshold": 1.0, "ties": 2, "ties_kept": 1},
+        **{"samples": 4, "samples_keeping_nothing": 2, "mean_abs_score": 2.0},
         "by_source": {
             "a": {"tokens": 6, "kept_share": 2.5 / 6},
             "b": {"tokens": 0, "kept_share": None},
@@ -59,20 +52,17 @@ def test_by_hand():
 
 
 def test_a_long_response_fills_every_tenth():
-    weights = np.repeat([1, 0], [30, 70])
-    facts = summary(weights, np.zeros(100), np.array([0, 100]), ["a"])
+    facts = summary(np.repeat([1, 0], [30, 70]), np.zeros(100), np.array([0, 100]), ["a"])
     assert facts["by_position"] == [1.0] * 3 + [0.0] * 7
-    assert facts["threshold"] is facts["ties"] is facts["ties_kept"] is None
-    assert "planted" not in facts
+    assert facts["threshold"] is facts["ties"] is facts["ties_kept"] is None and "planted" not in facts
 
 
 def test_tokens_without_scores_count_but_have_no_score():
-    scores = np.array([np.nan, 1.0, np.nan, -3.0])
-    facts = summary(np.ones(4), scores, np.array([0, 4]), ["a"], planted=np.array([1, 1, 0, 0]))
-    assert facts["kept_share"] == 1.0
-    assert facts["mean_abs_score"] == 2.0
+    scores, planted = np.array([np.nan, 1.0, np.nan, -3.0]), np.array([1, 1, 0, 0])
+    facts = summary(np.ones(4), scores, np.array([0, 4]), ["a"], planted=planted)
+    assert (facts["kept_share"], facts["mean_abs_score"]) == (1.0, 2.0)
     assert facts["planted"]["auc"] == 0.0  # -3 (clean) is below 1 (planted)
-    facts = summary(np.ones(4), np.full(4, np.nan), np.array([0, 4]), ["a"], planted=np.array([1, 1, 0, 0]))
+    facts = summary(np.ones(4), np.full(4, np.nan), np.array([0, 4]), ["a"], planted=planted)
     assert facts["mean_abs_score"] is facts["score_quantiles"]["50%"] is facts["planted"]["auc"] is None
     assert facts["planted"]["kept_noise_rate"] == 0.5
 
@@ -80,10 +70,8 @@ def test_tokens_without_scores_count_but_have_no_score():
 def test_nothing_kept_nothing_planted_nothing_there():
     facts = summary(np.zeros(2), np.ones(2), np.array([0, 2]), ["a"], planted=np.zeros(2))
     assert facts["planted"] == {"share": 0.0, "auc": None, "precision": 0.0, "recall": None, "kept_noise_rate": None}
-    nothing = np.zeros(0)
-    facts = summary(nothing, nothing, np.array([0]), [], planted=nothing)
-    assert facts["kept_share"] is facts["planted"]["share"] is None
-    assert facts["by_source"] == {}
+    facts = summary(np.zeros(0), np.zeros(0), np.array([0]), [], planted=np.zeros(0))
+    assert facts["kept_share"] is facts["planted"]["share"] is None and facts["by_source"] == {}
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=40))

@@ -4,11 +4,11 @@ import re
 import shlex
 import subprocess
 import sys
+from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
 
-import run
 from datamodules.preference import PreferenceDataModule
 from datamodules.prompts import PromptDataModule
 from datamodules.sft import SFTDataModule
@@ -17,6 +17,7 @@ from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.responses import ResponseModule
 from lightning_modules.sft import SFTModule
+from lightning_modules.verbs import run_cli
 from mixdpo.batches.steps import Slices
 from mixdpo.losses import DPO
 from mixdpo.routing.route import Routing
@@ -42,8 +43,8 @@ def stopped(patch, folder):
     """`run.py` ends before training and before the run's folder. Weights come in `configure_model`, data in `setup`."""
     patch.chdir(ROOT)
     patch.setattr(sys, "argv", ["run.py"])
-    patch.setattr(run, "new_run_folder", lambda runs, name: folder / name)
-    patch.setattr(run.RunCLI, "_run_subcommand", lambda self, subcommand: None)
+    patch.setattr(run_cli, "new_run_folder", lambda runs, name: folder / name)
+    patch.setattr(run_cli.RunCLI, "_run_subcommand", lambda self, subcommand: None)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +52,7 @@ def cli(tmp_path_factory):
     """The command line for a CPU: its parser is most of the time, and is built once."""
     with pytest.MonkeyPatch.context() as patch:
         stopped(patch, tmp_path_factory.mktemp("runs"))
-        return run.main(["--config", "configs/demo.yaml", "--trainer.accelerator", "cpu"])
+        return run_cli.start(["--config", "configs/demo.yaml", "--trainer.accelerator", "cpu"])
 
 
 @pytest.fixture
@@ -59,9 +60,9 @@ def build(cli, monkeypatch, tmp_path):
     """`run.py --config FILE OPTIONS`, parsed and built for a CPU."""
     stopped(monkeypatch, tmp_path)
     parsers = {name: getattr(cli, name) for name in ("parser", "_subcommand_parsers")}
-    monkeypatch.setattr(run.RunCLI, "setup_parser", lambda self, *_, **__: vars(self).update(parsers))
+    monkeypatch.setattr(run_cli.RunCLI, "setup_parser", lambda self, *_, **__: vars(self).update(parsers))
     cpu = ["--trainer.accelerator", "cpu"]
-    return lambda config, *options: run.main([verb_of(config), "--config", str(config), *cpu, *options])
+    return lambda config, *options: run_cli.start([verb_of(config), "--config", str(config), *cpu, *options])
 
 
 def verb_of(config: Path) -> str:
@@ -160,11 +161,11 @@ def test_token_cleaning_configs_mean_what_they_say(build):
 
     assert parse("full")[0].cleaning is None and parse("staged_full")[1].slices.count == 3
     rho = parse("rho", "--model.cleaning.reference", "somewhere/adapter")[0].cleaning
-    assert vars(rho.scorer.init_args) == {"worse": "policy", "better": "reference", "normalise": False}
+    assert vars(rho.scorer.init_args) == {"worse": "policy", "better": "cleaning_reference", "normalise": False}
     assert rho.reference == "somewhere/adapter"
     overrides = header_overrides(folder / "rho.yaml")
     history = parse("rho", *overrides["ssToken's loss term"])[0].cleaning.scorer
-    assert vars(history.init_args) == {"worse": "reference", "better": "policy", "normalise": True}
+    assert vars(history.init_args) == {"worse": "cleaning_reference", "better": "policy", "normalise": True}
     assert parse("rho", *overrides["DFT"])[0].cleaning.selection is None
     paper, data = parse("paper/llama3.2_3b")
     assert (paper.lora.rank, paper.lora.alpha, paper.lora.dropout, data.batch_size) == (64, 16, 0.1, 48)
@@ -205,7 +206,7 @@ def test_paper_choices_and_overrides_arrive(build):
     ["model.sft_wieght", "model.preference_loss.betta", "data.routing.hard_fractoin", "trainer.max_stepz"],
 )
 def test_misspelt_option_is_named(build, option):
-    with pytest.raises(run.ArgumentError, match=option.rsplit(".")[-1]):
+    with pytest.raises(ArgumentError, match=option.rsplit(".")[-1]):
         build(ROOT / "configs/demo.yaml", f"--{option}", "0.3")
 
 

@@ -62,21 +62,16 @@ def test_compare_by_hand() -> None:
     assert (rows["ended by itself"]["low"], rows["ended by itself"]["high"]) == (0.0, 0.75)
 
 
-def test_the_same_responses_give_the_same_table() -> None:
-    assert compare(BEFORE, AFTER, PARTS) == compare(BEFORE, AFTER, PARTS)
-
-
-def test_parts_keep_their_order_and_a_single_one_repeats_the_whole() -> None:
+def test_compare_with_other_parts_and_without_scores() -> None:
+    rows = compare(BEFORE, AFTER, PARTS)
+    assert rows == compare(BEFORE, AFTER, PARTS)
     assert list(compare(BEFORE, AFTER, ["b", "a", "b", "a"]))[1:3] == ["gold score, b", "gold score, a"]
-    rows = compare(BEFORE, AFTER, ["all"] * 4)
-    assert rows["gold score, all"] == rows["gold score, all prompts"]
-
-
-def test_without_a_scorer_only_lengths_and_ends_are_compared() -> None:
-    nothing = [float("nan")] * 4
-    before, after = (Responses(one.given, np.array(nothing)) for one in (BEFORE, AFTER))
-    expected = compare(BEFORE, AFTER, PARTS)
-    assert compare(before, after, PARTS) == {n: expected[n] for n in ("response length, tokens", "ended by itself")}
+    whole = compare(BEFORE, AFTER, ["all"] * 4)
+    assert whole["gold score, all"] == whole["gold score, all prompts"]
+    before, after = (Responses(one.given, np.full(4, np.nan)) for one in (BEFORE, AFTER))
+    assert compare(before, after, PARTS) == {
+        name: rows[name] for name in ("response length, tokens", "ended by itself")
+    }
 
 
 def test_markdown_by_hand() -> None:
@@ -103,12 +98,16 @@ class CountsWord:
         return [float(text.split().count(row["word"])) for text in texts]
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> str:
+def write_prompts(folder: Path) -> str:
     rows = [
         {"prompt": f"{WORDS[i]} {WORDS[-i]} 7", "word": WORDS[0], "part": "odd" if i % 2 else "even"} for i in range(6)
     ]
-    return write_pairs(tmp_path / "prompts.jsonl", rows)
+    return write_pairs(folder / "prompts.jsonl", rows)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    return write_prompts(tmp_path)
 
 
 def run(
@@ -128,90 +127,69 @@ def evaluation(prompts: str, **options: Any) -> GoldEvaluation:
     return GoldEvaluation(prompts, **{"scorer": CountsWord(), "max_new_tokens": 4, "batch_size": 2, **options})
 
 
-def test_files_of_the_run(tiny_model: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "run"
-    module, _ = run(tiny_model, folder, evaluation(prompts, limit=5))
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Weights]]:
+    """Runs that start from the adapter of the run `start`: alone, and watched with a dequantised copy and without."""
+    folder, weights = tmp_path_factory.mktemp("watched"), {}
+    held_out, adapter = write_prompts(folder), str(folder / "start/adapter")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(response_cache, "cache_root", lambda: folder / "cache")
+        run(tiny_model, folder / "start", None)
+        _, weights["alone"] = run(tiny_model, folder / "alone", None, adapter=adapter)
+        for name, dequantise in (("copy", True), ("as_trained", False)):
+            callback = evaluation(held_out, dequantise=dequantise)
+            module, weights[name] = run(tiny_model, folder / name, callback, adapter=adapter)
+            policy = {name: p.requires_grad for name, p in module.model.named_parameters()}
+            assert module.model.training and policy == {name: ".policy." in name for name in policy}
+    return folder, weights
+
+
+def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
+    folder = watched[0] / "copy"
     results, rows = (json.loads((folder / name).read_text()) for name in ("results.json", "responses.json"))
-    table = (folder / "results.md").read_text()
-    assert table.strip() in capsys.readouterr().out
-    assert results["steps"] == module.trainer.global_step
-    assert table == markdown(results["heldout_prompts"], results["facts"]) + "\n"
-    assert len(rows) == 5 and [row["part"] for row in rows] == ["even", "odd", "even", "odd", "even"]
+    assert (folder / "results.md").read_text() == markdown(results["heldout_prompts"], results["summary"]) + "\n"
+    assert [row["part"] for row in rows] == ["even", "odd"] * 3
     for row in rows:
         for when in ("before", "after"):
             assert row[when]["score"] == row[when]["text"].split().count(row["word"])
             assert 1 <= row[when]["tokens"] <= 4 and row[when]["ended"] in (True, False)
     for name, chosen in (("all prompts", rows), ("even", rows[::2]), ("odd", rows[1::2])):
-        found = results["heldout_prompts"][f"gold score, {name}"]
+        means = results["heldout_prompts"][f"gold score, {name}"]
         for when in ("before", "after"):
-            assert found[when] == pytest.approx(sum(row[when]["score"] for row in chosen) / len(chosen))
-    assert any(row["before"]["text"] != row["after"]["text"] for row in rows), (
-        "training changed no response: the table shows nothing"
-    )
-    assert results["facts"]["optimizer steps"] == str(results["steps"])
-    assert "reward accuracy, 1 easy pairs (longer response wins)" in results["facts"]
+            assert means[when] == pytest.approx(sum(row[when]["score"] for row in chosen) / len(chosen))
+    assert results["summary"]["optimizer steps"] == str(results["steps"]) != "0"
+    assert "reward accuracy, 1 easy pairs (longer response wins)" in results["summary"]
 
 
-def plain_responses(model: Any, prompts: str, **options: Any) -> list[str]:
-    rows = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
-    return [each.text for each in greedy(model, options["tokenizer"], rows, max_new_tokens=4, batch_size=2)]
-
-
-@pytest.mark.parametrize("dequantise", [True, False])
+@pytest.mark.parametrize("name", ["copy", "as_trained"])
 def test_before_is_the_start_and_after_is_the_policy(
-    dequantise: bool, tiny_model: str, prompts: str, tmp_path: Path
+    name: str, tiny_model: str, watched: tuple[Path, dict[str, Weights]]
 ) -> None:
-    """Training that starts from an adapter: before is that adapter, neither the bare base nor the trained policy."""
+    """Before is the adapter that training starts from, neither the bare base nor the trained policy. The run is the one
+    without the callback."""
     from transformers import AutoModelForCausalLM
 
-    run(tiny_model, tmp_path / "start", None)
-    run(
-        tiny_model,
-        tmp_path / "run",
-        evaluation(prompts, dequantise=dequantise),
-        adapter=str(tmp_path / "start/adapter"),
-    )
-    found = json.loads((tmp_path / "run" / "responses.json").read_text())
-    tokenizer = load_tokenizer(tiny_model)
-    expected = {"base": plain_responses(plain(AutoModelForCausalLM, tiny_model), prompts, tokenizer=tokenizer)}
-    for name in ("start", "run"):
-        expected[name] = responses_of(tiny_model, tmp_path / name / "adapter", prompts)
-    assert len({tuple(texts) for texts in expected.values()}) == 3, "the three models answer alike: nothing could fail"
-    assert [row["before"]["text"] for row in found] == expected["start"]
-    assert [row["after"]["text"] for row in found] == expected["run"]
+    folder, weights = watched
+    prompts = str(folder / "prompts.jsonl")
+    expected = {"base": plain_responses(plain(AutoModelForCausalLM, tiny_model), prompts, load_tokenizer(tiny_model))}
+    expected |= {each: responses_of(tiny_model, folder / each / "adapter", prompts) for each in ("start", name)}
+    assert len({tuple(texts) for texts in expected.values()}) == 3, "the three models respond alike: nothing could fail"
+    rows = json.loads((folder / name / "responses.json").read_text())
+    assert [row["before"]["text"] for row in rows] == expected["start"]
+    assert [row["after"]["text"] for row in rows] == expected[name]
+    assert all(torch.equal(value, weights[name][key]) for key, value in weights["alone"].items())
+
+
+def plain_responses(model: Any, prompts: str, tokenizer: Any) -> list[str]:
+    rows = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
+    return [each.text for each in greedy(model, tokenizer, rows, max_new_tokens=4, batch_size=2)]
 
 
 def plain(cls: Any, folder: str) -> Any:
     return cls.from_pretrained(folder, dtype=torch.float32)
-
-
-def test_dequantising_changes_no_response(tiny_model: str, prompts: str, tmp_path: Path) -> None:
-    texts = []
-    for dequantise in (True, False):
-        folder = tmp_path / str(dequantise)
-        run(tiny_model, folder, evaluation(prompts, dequantise=dequantise), lora=Lora(rank=4, alpha=8))
-        texts.append([(r["before"], r["after"]) for r in json.loads((folder / "responses.json").read_text())])
-    assert texts[0] == texts[1]
-
-
-@pytest.mark.parametrize("dequantise", [True, False])
-def test_the_run_is_the_one_without_it(dequantise: bool, tiny_model: str, prompts: str, tmp_path: Path) -> None:
-    _, alone = run(tiny_model, tmp_path / "alone", None)
-    module, watched = run(tiny_model, tmp_path / "watched", evaluation(prompts, dequantise=dequantise))
-    assert all(torch.equal(value, watched[key]) for key, value in alone.items())
-    assert module.model.training and all(
-        p.requires_grad == (".policy." in n) for n, p in module.model.named_parameters()
-    )
-
-
-def test_evaluation_leaves_the_random_state(tiny_model: str, prompts: str, tmp_path: Path) -> None:
-    callback = evaluation(prompts)
-    module, _ = run(tiny_model, tmp_path / "run", None)
-    module.trainer.callbacks.append(callback)
-    state = torch.get_rng_state()
-    callback.on_fit_start(module.trainer, module)
-    callback.on_train_end(module.trainer, module)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def responses_of(model: str, adapter: Path, prompts: str) -> list[str]:
@@ -219,7 +197,7 @@ def responses_of(model: str, adapter: Path, prompts: str) -> list[str]:
     from transformers import AutoModelForCausalLM
 
     policy = PeftModel.from_pretrained(plain(AutoModelForCausalLM, model), str(adapter))
-    return plain_responses(policy, prompts, tokenizer=load_tokenizer(model))
+    return plain_responses(policy, prompts, load_tokenizer(model))
 
 
 def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Path) -> None:
@@ -229,14 +207,12 @@ def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Pa
     data = {"validation": 0.3, "routing": Routing(hard_fraction=1.0)}
     run(tiny_model, tmp_path / "run", None, data=data, lr=0.5, trainer={"callbacks": callbacks, "max_epochs": 3})
     assert "epoch=0" in best.best_model_path
-    found = json.loads((tmp_path / "run/responses.json").read_text())
-    assert [row["after"]["text"] for row in found] == responses_of(tiny_model, tmp_path / "run/adapter", prompts)
-    said = f"| answers after training | of the best val/all/sft_loss, {best.best_model_score:.4f} |"
+    rows = json.loads((tmp_path / "run/responses.json").read_text())
+    assert [row["after"]["text"] for row in rows] == responses_of(tiny_model, tmp_path / "run/adapter", prompts)
     results = (tmp_path / "run/results.md").read_text()
-    assert said in results
-    assert (
-        "reward accuracy" not in results and "displacement" not in results
-    )  # the last validation's, of another policy
+    assert f"| responses after training | of the best val/all/sft_loss, {best.best_model_score:.4f} |" in results
+    # the last validation's, of another policy
+    assert "reward accuracy" not in results and "displacement" not in results
 
 
 def test_before_is_the_start_of_a_continued_run(
@@ -257,22 +233,17 @@ def test_before_is_the_start_of_a_continued_run(
     checkpoint = str(tmp_path / "cut/checkpoints/last.ckpt")
     rest = trained("rest", checkpoint, {"batch_size": 2, "dequantise": False})  # what memory allows may change
     assert cut.before is not None and rest.before is not None and rest.before.rows() == cut.before.rows()
-    found = [json.loads((tmp_path / name / "results.json").read_text())["steps"] for name in ("cut", "rest")]
-    assert found[0] == 3 < found[1]
+    steps = [json.loads((tmp_path / name / "results.json").read_text())["steps"] for name in ("cut", "rest")]
+    assert steps[0] == 3 < steps[1]
     state = torch.load(checkpoint, weights_only=True)["callbacks"]["GoldEvaluation"]
     assert rest.seconds["training"] > state["seconds"]["training"] > 0
-    answered = json.loads((tmp_path / "cut/responses.json").read_text())
-    assert any(row["before"]["text"] != row["after"]["text"] for row in answered), "refreshing changed no response"
+    rows = json.loads((tmp_path / "cut/responses.json").read_text())
+    assert any(row["before"]["text"] != row["after"]["text"] for row in rows), "refreshing changed no response"
     write_pairs(Path(prompts), [{"prompt": "other", "word": "red"}])
     with pytest.raises(InputError, match=r"another run.*GoldEvaluation\.prompts: "):
         trained("other", checkpoint)
     with pytest.raises(InputError, match=r"another run.*GoldEvaluation\.max_new_tokens: "):
         trained("longer", checkpoint, {"max_new_tokens": 3})
-
-
-def test_prompts_that_are_not_there(tiny_model: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"/no/such\.jsonl"):
-        run(tiny_model, tmp_path / "run", evaluation("/no/such.jsonl"))
 
 
 class TwiceThat(CountsWord):
@@ -286,43 +257,31 @@ def test_responses_of_the_start_are_kept(
     """Generated once for runs from the same start; again for whatever they depend on. Scores are never kept."""
     from transformers import AutoModelForCausalLM
 
-    from lightning_modules.callbacks import gold_evaluation
-
     generated: list[int] = []
+    count = iter(range(99))
 
     def greedy(*arguments: Any, **options: Any) -> Any:
         generated.append(1)
         return gold.greedy(*arguments, **options)
 
-    monkeypatch.setattr(gold_evaluation, "greedy", greedy)
-    count = 0
-
     def times(callback: GoldEvaluation, **options: Any) -> int:
-        """How often a run generates."""
-        nonlocal count
+        """How often a run of one step generates."""
         generated.clear()
-        count += 1
-        run(options.pop("model", tiny_model), tmp_path / f"run{count}", callback, **options)
+        callbacks = {"callbacks": [RunFiles(), ExactResume(), Throughput(), callback], "max_steps": 1}
+        run(options.pop("model", tiny_model), tmp_path / f"run{next(count)}", None, trainer=callbacks, **options)
         return len(generated)
 
-    first = evaluation(prompts)
+    monkeypatch.setattr("lightning_modules.callbacks.gold_evaluation.greedy", greedy)
+    first, second, third = evaluation(prompts), evaluation(prompts), evaluation(prompts, scorer=TwiceThat())
     assert times(first) == 2 and "the responses are kept in" not in capsys.readouterr().out
-    second = evaluation(prompts)
     assert times(second, lr=1.0, lora=Lora(rank=2)) == 1 and "the responses are kept in" in capsys.readouterr().out
-    assert first.before is not None and second.before is not None
-    assert first.before.rows() == second.before.rows()
-    third = GoldEvaluation(prompts, scorer=TwiceThat(), max_new_tokens=4, batch_size=2)
     assert times(third) == 1
-    assert third.before is not None and third.before.scores.tolist() == (2 * first.before.scores).tolist()
-    assert third.before.given == first.before.given
-    others = {
-        "limit": evaluation(prompts, limit=5),
-        "dequantise": evaluation(prompts, dequantise=False),
-        "length": GoldEvaluation(prompts, scorer=CountsWord(), max_new_tokens=3, batch_size=2),
-        "batch": GoldEvaluation(prompts, scorer=CountsWord(), max_new_tokens=4, batch_size=3),
-    }
-    assert {name: times(callback) for name, callback in others.items()} == dict.fromkeys(others, 2)
-    assert times(evaluation(prompts), adapter=str(tmp_path / "run1/adapter")) == 2
+    assert first.before is not None and second.before is not None and third.before is not None
+    assert first.before.rows() == second.before.rows() and third.before.given == first.before.given
+    assert third.before.scores.tolist() == (2 * first.before.scores).tolist()
+    for name, other in {"limit": 5, "dequantise": False, "max_new_tokens": 3}.items():
+        assert times(evaluation(prompts, **{name: other})) == 2, name
+    assert times(evaluation(prompts), adapter=str(tmp_path / "run0/adapter")) == 2
     template = tmp_path / "template"
     template.write_text(TEMPLATE.replace("<|im_start|>{{", "<|im_start|>red {{"))
     assert times(evaluation(prompts), data={"validation": 0.2, "chat_template": str(template)}) == 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_export_run import write_run
+from test_export import write_run
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.harness import PAPERS, SHOTS, evaluate

@@ -41,6 +41,7 @@ def loss_and_gradient(module: Any, data: Any, layout: dict[str, Any], accumulate
     return total, torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("full_precision_norms")
 def test_a_step_is_the_same_however_it_is_computed(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

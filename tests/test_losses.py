@@ -1,141 +1,402 @@
+"""Every loss against its equation, one pair and one token at a time, in Python floats; and over two processes."""
+
+import inspect
+import itertools
 import math
-from dataclasses import FrozenInstanceError
+import random
+import textwrap
+from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.testing import assert_close
 
-from mixdpo.errors import InputError
-from mixdpo.losses import DPO
-from mixdpo.losses.functions import Pairs, cdpo, dpo, sft
+from mixdpo import losses
+from mixdpo.losses.preference_loss import Pairs, PreferenceLoss
+from mixdpo.losses.sft import sft
 from mixdpo.model.fused_head import SequenceLogProbs
+from mixdpo.options import options
 
 
-def sequences(*sums, lengths=None, dtype=torch.float32):
-    return SequenceLogProbs(torch.tensor(sums, dtype=dtype), torch.tensor(lengths or [1] * len(sums)))
+def log_sigma(x):
+    return -math.log1p(math.exp(-x)) if x > -30 else x
 
 
-# Δ = h_w − h_l, pair by pair: (0 − 0, .1 + 9.9, −.9 + 20.9) = (0, 10, 20)
-POLICY = sequences(-0.5, -10.0, -1.0), sequences(-0.1, -30.0, -21.0)
-REFERENCE = sequences(-0.5, -10.1, -0.1), sequences(-0.1, -20.1, -0.1)
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
 
 
-def pairs_of(delta):
-    """Pairs of this Δ, the chosen response's log-ratio."""
-    chosen, zero = (SequenceLogProbs(sums, torch.ones(len(delta))) for sums in (delta, torch.zeros_like(delta)))
-    return Pairs(chosen, zero, zero, zero)
+def log_odds(m):
+    return m - math.log(1 - math.exp(m))
 
 
-def scalar_cdpo(delta, beta, epsilon):
-    """The equation of METHOD §3, one pair at a time, by its definition through σ."""
-    probability = 1 / (1 + math.exp(-beta * delta))
-    return -(1 - epsilon) * math.log(probability) - epsilon * math.log(1 - probability)
+def smoothed(x, eps, sign):
+    return -(1 - eps) * log_sigma(x) + sign * eps * log_sigma(-x)
 
 
-def test_closed_form():
-    losses = DPO(beta=0.1)(*POLICY, *REFERENCE)
-    assert_close(losses, torch.tensor([0.6931, 0.3133, 0.1269]), atol=5e-5, rtol=0)
+def orpo(p, lam):
+    return -p.m_w - lam * log_sigma(log_odds(p.m_w) - log_odds(p.m_l))
 
 
-def test_log_ratio_difference():
-    assert_close(Pairs(*POLICY, *REFERENCE).delta, torch.tensor([0.0, 10.0, 20.0]))
+def ld(p, beta, alpha):
+    """DPO with tokens past min(L_w, L_l) weighted α, token by token."""
+    shared = min(p.L_w, p.L_l)
+
+    def total(tokens):
+        return sum(value if i < shared else alpha * value for i, value in enumerate(tokens))
+
+    return -log_sigma(beta * ((total(p.w) - total(p.ref_w)) - (total(p.l) - total(p.ref_l))))
 
 
-def test_the_defaults_are_those_of_the_table():
-    assert (DPO().beta, DPO().label_smoothing) == (0.1, 0.0)
+def squares(p, beta):
+    return (p.h_w - 1 / (2 * beta)) ** 2 + (p.h_l + 1 / (2 * beta)) ** 2
 
 
-@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
-@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.3])
-def test_label_smoothing_follows_the_equation(beta, epsilon):
-    deltas = [-20.0, -3.0, -0.1, 0.0, 0.5, 7.0, 20.0]
-    expected = torch.tensor([scalar_cdpo(delta, beta, epsilon) for delta in deltas], dtype=torch.float64)
-    delta = torch.tensor(deltas, dtype=torch.float64)
-    assert_close(cdpo(pairs_of(delta), beta=beta, label_smoothing=epsilon), expected, rtol=1e-7, atol=1e-10)
-    chosen, zero = SequenceLogProbs(delta, torch.ones(7)), SequenceLogProbs(0 * delta, torch.ones(7))
-    assert_close(DPO(beta, epsilon)(chosen, zero, zero, zero), expected, rtol=1e-7, atol=1e-10)
+# class, its hyper-parameters in the equation's order and the table's defaults, others to try, needs reference, equation
+TABLE = {
+    "dpo": ("DPO", {"beta": 0.1}, {"beta": 0.01}, True, lambda p, b: -log_sigma(b * p.delta)),
+    "cdpo": ("CDPO", {"beta": 0.1, "label_smoothing": 0.1}, {"label_smoothing": 0.3}, True,
+             lambda p, b, e: smoothed(b * p.delta, e, -1)),
+    "robust": ("Robust", {"beta": 0.1, "label_smoothing": 0.1}, {"label_smoothing": 0.4}, True,
+               lambda p, b, e: smoothed(b * p.delta, e, +1) / (1 - 2 * e)),
+    "ipo": ("IPO", {"beta": 0.1}, {"beta": 0.4}, True, lambda p, b: (p.h_w / p.L_w - p.h_l / p.L_l - 1 / (2 * b)) ** 2),
+    "hinge": ("Hinge", {"beta": 0.05}, {"beta": 1.0}, True, lambda p, b: max(0, 1 - b * p.delta)),
+    "slic": ("SLiC", {"delta": 1.0, "nll_weight": 0.1}, {"delta": 7.0, "nll_weight": 0.3}, False,
+             lambda p, d, lam: max(0, d - p.s_w + p.s_l) - lam * p.s_w),
+    "simpo": ("SimPO", {"beta": 2.0, "gamma_ratio": 0.5}, {"beta": 2.5, "gamma_ratio": 0.3}, False,
+              lambda p, b, ratio: -log_sigma(b * (p.m_w - p.m_l) - ratio * b)),
+    "orpo": ("ORPO", {"odds_weight": 0.1}, {"odds_weight": 1.0}, False, orpo),
+    "cpo": ("CPO", {"beta": 0.1, "nll_weight": 1.0}, {"nll_weight": 0.2}, False,
+            lambda p, b, lam: -log_sigma(b * (p.s_w - p.s_l)) - lam * p.m_w),
+    "irpo": ("IRPO", {"beta": 0.1, "nll_weight": 1.0}, {"nll_weight": 0.2}, True,
+             lambda p, b, a: -log_sigma(b * p.delta) - a * p.m_w),
+    "rdpo": ("RDPO", {"beta": 0.1, "length_penalty": 0.05}, {"length_penalty": 0.5}, True,
+             lambda p, b, a: -log_sigma(b * p.delta + a * (p.L_w - p.L_l))),
+    "dpop": ("DPOP", {"beta": 0.3, "drop_penalty": 50.0}, {"drop_penalty": 5.0}, True,
+             lambda p, b, lam: -log_sigma(b * (p.delta - lam * max(0, -p.h_w)))),
+    "kto_pair": ("KTOPair", {"beta": 0.1}, {"beta": 0.7}, True,
+                 lambda p, b: 0.5 * (1 - sigma(b * (p.h_w - p.K_l)) + 1 - sigma(b * (p.K_w - p.h_l)))),
+    "apo_zero": ("APOZero", {"beta": 0.1}, {"beta": 0.7}, True, lambda p, b: 1 - sigma(b * p.h_w) + sigma(b * p.h_l)),
+    "apo_down": ("APODown", {"beta": 0.1}, {"beta": 0.7}, True,
+                 lambda p, b: sigma(b * p.h_w) + 1 - sigma(b * p.delta)),
+    "sppo": ("SPPO", {"beta": 0.001}, {"beta": 0.1}, True, squares),
+    "dpo_norm": ("DPONorm", {"beta": 5.0}, {"beta": 1.0}, True,
+                 lambda p, b: -log_sigma(b * (p.h_w / p.L_w - p.h_l / p.L_l))),
+    "ld_dpo": ("LDDPO", {"beta": 0.1, "tail_weight": 0.5}, {"tail_weight": 0.1}, True, ld),
+    "beta_dpo": ("BetaDPO", {"beta": 0.1, "sensitivity": 0.6}, {"beta": 0.2}, True,  # in validation, where β is β₀
+                 lambda p, b, a: -log_sigma(b * p.delta)),
+    "cal_dpo": ("CalDPO", {"beta": 0.001}, {"beta": 0.1}, True, lambda p, b: -log_sigma(p.delta) + squares(p, b)),
+}  # fmt: skip
+NAMES = list(TABLE)
 
 
-def test_no_smoothing_is_dpo_bit_for_bit():
-    delta = pairs_of(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 100)
-    assert torch.equal(cdpo(delta, beta=0.07, label_smoothing=0.0), dpo(delta, beta=0.07))
+def make(name, training=False, **options):
+    loss = getattr(losses, TABLE[name][0])(**options)
+    return loss.train(training) if isinstance(loss, torch.nn.Module) else loss
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.1])
-def test_gradient_at_zero(epsilon):
-    """d/ds_w −log σ(βΔ) = −β σ(−βΔ) = −β/2 at Δ = 0; smoothing scales it by (1 − ε) − ε. s_l gets the opposite."""
-    beta = 0.03
-    sums = [torch.full((2,), -7.0, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    policy = [SequenceLogProbs(s, torch.tensor([3, 4])) for s in sums]
-    reference = [SequenceLogProbs(s.detach(), torch.tensor([3, 4])) for s in sums]
-    DPO(beta, epsilon)(*policy, *reference).sum().backward()
-    expected = torch.full((2,), -beta / 2 * (1 - 2 * epsilon), dtype=torch.float64)
-    assert_close(sums[0].grad, expected)
-    assert_close(sums[1].grad, -expected)
+def draw_pairs(longest=9, count=7):
+    """Pairs of token log-probs of lengths 1 to 9 whose chosen responses gain and whose rejected ones lose, mostly."""
+    random_ = random.Random(0)
+    pairs = []
+    for _ in range(count):
+        p = SimpleNamespace(L_w=random_.randint(1, longest), L_l=random_.randint(1, longest))
+        for side in "wl":
+            reference = [-random_.uniform(0.1, 6) for _ in range(getattr(p, f"L_{side}"))]
+            policy = [min(value + random_.uniform(-2, 3), -0.05) for value in reference]
+            s, r = sum(policy), sum(reference)
+            values = {side: policy, f"ref_{side}": reference, f"s_{side}": s, f"m_{side}": s / len(policy)}
+            vars(p).update(values | {f"h_{side}": s - r})
+        p.delta = p.h_w - p.h_l
+        pairs.append(p)
+    for p in pairs:
+        p.K_w, p.K_l = (max(0, sum(getattr(q, h) for q in pairs) / count) for h in ("h_w", "h_l"))
+    return pairs
 
 
-def test_gradients_are_those_of_the_values():
-    generator = torch.Generator().manual_seed(1)
-    delta = (torch.randn(6, dtype=torch.float64, generator=generator) * 5).requires_grad_()
-    assert torch.autograd.gradcheck(lambda d: dpo(pairs_of(d), beta=0.3), delta)
-    assert torch.autograd.gradcheck(lambda d: cdpo(pairs_of(d), beta=0.3, label_smoothing=0.1), delta)
-    assert torch.autograd.gradcheck(lambda s: sft(SequenceLogProbs(s, torch.arange(1, 7))), delta)
+def sequences(pairs, needs_reference):
+    """The four arguments of a loss: a naive sum, length and shared sum of each response."""
+    sides = []
+    for tokens in ("w", "l", "ref_w", "ref_l") if needs_reference else ("w", "l"):
+        rows = [(getattr(p, tokens), min(p.L_w, p.L_l)) for p in pairs]
+        sums = [[sum(row) for row, _ in rows], [sum(row[:shared]) for row, shared in rows]]
+        whole, shared = torch.tensor(sums, dtype=torch.float64)
+        sides.append(SequenceLogProbs(whole, torch.tensor([len(row) for row, _ in rows]), shared))
+    return sides
 
 
-@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
-@pytest.mark.parametrize("epsilon", [0.0, 0.1])
-def test_extreme_log_ratios_stay_finite(beta, epsilon):
-    """For large |x|, −log σ(x) is 0 or |x|: the loss is ε·β|Δ| on the right side and (1 − ε)·β|Δ| on the wrong."""
-    delta = torch.tensor([1e4, -1e4], requires_grad=True)
-    loss = cdpo(pairs_of(delta), beta=beta, label_smoothing=epsilon)
-    loss.sum().backward()
-    assert_close(loss.detach(), torch.tensor([epsilon, 1 - epsilon]) * beta * 1e4, rtol=1e-5, atol=1e-4)
-    assert_close(delta.grad, torch.tensor([epsilon, epsilon - 1]) * beta, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("changed", [False, True])
+def test_equation(name, changed):
+    """With the table's defaults and with other hyper-parameters. Plain tensors are responses of one token."""
+    _, defaults, others, needs_reference, equation = TABLE[name]
+    options = {**defaults, **(others if changed else {})}
+    loss = make(name, **(others if changed else {}))
+    assert {option: getattr(loss, option) for option in options} == options
+    assert loss.needs_reference == needs_reference
+    for longest in (9, 1):
+        pairs = draw_pairs(longest)
+        assert any(p.K_w > 0 for p in pairs) and (longest == 1 or {p.L_w > p.L_l for p in pairs} == {True, False})
+        expected = torch.tensor([equation(p, *options.values()) for p in pairs], dtype=torch.float64)
+        responses = sequences(pairs, needs_reference)
+        assert_close(loss(*responses), expected, rtol=1e-12, atol=1e-12)
+        if longest == 1:
+            assert torch.equal(loss(*(response.sums for response in responses)), loss(*responses))
 
 
-def test_swapping_the_sides_flips_the_preference():
-    """−log σ(−x) + log σ(x) = x, so the loss of the swapped pair is larger by βΔ."""
-    (chosen, rejected), (reference_chosen, reference_rejected) = POLICY, REFERENCE
-    objective = DPO(beta=0.1)
-    right = objective(chosen, rejected, reference_chosen, reference_rejected)
-    wrong = objective(rejected, chosen, reference_rejected, reference_chosen)
-    assert_close(wrong - right, torch.tensor([0.0, 1.0, 2.0]))
-    delta = torch.tensor([-3.0, 0.0, 5.0])
-    assert_close(
-        cdpo(pairs_of(-delta), beta=0.5, label_smoothing=0.2),
-        0.8 * dpo(pairs_of(-delta), beta=0.5) + 0.2 * dpo(pairs_of(delta), beta=0.5),
+def as_arguments(sums, lengths, needs_reference, shared):
+    """sums: (4, B) of chosen, rejected, and the reference's."""
+    return [
+        SequenceLogProbs(s, n, s * shared)
+        for s, n in zip(sums[: 4 if needs_reference else 2], lengths * 2, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_the_values(name):
+    generator = torch.Generator().manual_seed(3)
+    lengths = [torch.arange(1, 7), torch.arange(6, 0, -1)]
+    policy = -torch.rand(2, 6, dtype=torch.float64, generator=generator) * 4 - 0.3
+    # all log-ratios negative where K is detached: its value is then 0 on both sides of the finite difference
+    reference = policy + torch.rand(2, 6, dtype=torch.float64, generator=generator) * (
+        0.25 if name == "kto_pair" else 1
     )
 
+    def loss_of(*policy_sums):
+        sums = [*policy_sums, *reference]
+        return make(name)(*as_arguments(sums, lengths, TABLE[name][3], shared=0.7))
 
-@pytest.mark.parametrize("objective", [DPO(), DPO(0.01, 0.1), DPO(2.0, 0.4)])
-def test_first_step_is_ln_2(objective):
-    losses = objective(*POLICY, *POLICY)
-    assert_close(losses, torch.full((3,), math.log(2)))
+    assert torch.autograd.gradcheck(loss_of, [side.clone().requires_grad_() for side in policy])
+
+
+def test_k_is_detached():
+    """d/dh_w ½ σ(β(K_l − h_w)) = −½ β σ(1 − σ), with K a number."""
+    beta, h = 0.7, torch.tensor([[2.0, 1.0, -0.5], [0.5, 3.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    zero = SequenceLogProbs(torch.zeros(3), torch.ones(3))
+    losses.KTOPair(beta)(*(SequenceLogProbs(side, torch.ones(3)) for side in h), zero, zero).sum().backward()
+    (h_w, h_l), k_w, k_l = h.detach(), 2.5 / 3, 4.5 / 3
+    for side, x in ((h.grad[0], beta * (k_l - h_w)), (-h.grad[1], beta * (h_l - k_w))):
+        assert_close(side, -beta / 2 * torch.sigmoid(x) * torch.sigmoid(-x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [False, True])
+def test_extreme_values_stay_finite(name, training):
+    """fp32, length 1: all log-probs in {0, −1e-8, −1, −1e4} under policy and reference, log-ratios up to 1e4."""
+    sums = torch.tensor(list(itertools.product([0.0, -1e-8, -1.0, -1e4], repeat=4))).T.clone().requires_grad_()
+    loss = make(name, training=training)
+    for batch in (sums, *sums.split(1, dim=1)[::37]):
+        one = torch.ones(batch.shape[1], dtype=torch.int64)
+        result = loss(*as_arguments(batch, [one, one], TABLE[name][3], shared=1.0))
+        (gradient,) = torch.autograd.grad(result.sum(), sums, retain_graph=True)
+        assert result.isfinite().all() and gradient.isfinite().all()
+        assert result.shape == batch.shape[1:] and result.dtype == torch.float32
+
+
+def test_the_clamp_of_orpo():
+    """Below −1e-6 nothing is clamped; at and above it the odds stand still, and the log-likelihood does not."""
+    m = torch.tensor([-1e-4, -1e-9, 0.0], dtype=torch.float64, requires_grad=True)
+    rejected = SequenceLogProbs(torch.full((3,), -1.0, dtype=torch.float64), torch.ones(3))
+    losses.ORPO(odds_weight=0.0)(SequenceLogProbs(m, torch.ones(3)), rejected).sum().backward()
+    assert_close(m.grad, torch.full((3,), -1.0, dtype=torch.float64))
+    m.grad = None
+    result = losses.ORPO(odds_weight=1.0)(SequenceLogProbs(m, torch.ones(3)), rejected)
+    result.sum().backward()
+    assert m.grad[0] < -1 and torch.equal(m.grad[1:], torch.full((2,), -1.0, dtype=torch.float64))
+    expected = orpo(SimpleNamespace(m_w=-1e-4, m_l=-1.0), 1.0)
+    assert result[0].item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [False, True])
+def test_no_pair(name, training):
+    """An empty subset has an empty loss, no NaN in any state, and a gradient of 0."""
+    sums = torch.ones(4, 5, requires_grad=True)
+    loss = make(name, training=training)
+    state = getattr(loss, "state_dict", dict)
+    before = {key: value.clone() for key, value in state().items()}
+    nothing = torch.zeros(0, dtype=torch.int64)
+    result = loss(*as_arguments(sums[:, nothing], [nothing, nothing], TABLE[name][3], shared=1.0))
+    assert result.shape == (0,)
+    result.sum().backward()
+    assert torch.equal(sums.grad[:2], torch.zeros(2, 5))
+    assert all(torch.equal(value, before[key]) for key, value in state().items())
+
+
+def test_beta_dpo_by_hand():
+    """Two batches: moving averages first, then a draw of 80 % (4 of 5), then β_b from what is drawn."""
+    torch.manual_seed(5)
+    loss, mean, deviation, sizes = losses.BetaDPO(beta=0.3, sensitivity=0.8), 0.0, 1.0, []
+    for deltas in ([4.0, -1.0, 2.5, 0.5, 9.0], [1.0, 2.0, -6.0]):
+        average = sum(deltas) / len(deltas)
+        spread = math.sqrt(sum((d - average) ** 2 for d in deltas) / len(deltas))
+        mean, deviation = 0.9 * mean + 0.1 * average, 0.9 * deviation + 0.1 * spread
+        sums = torch.tensor(deltas, dtype=torch.float64, requires_grad=True)
+        zero = SequenceLogProbs(torch.zeros(len(deltas), dtype=torch.float64), torch.ones(len(deltas)))
+        result = loss(SequenceLogProbs(sums, zero.lengths), zero, zero, zero)
+        drawn = [d for d, value in zip(deltas, result.tolist(), strict=True) if value > 0]
+        sizes.append(len(drawn))
+        beta = max(1e-3, 0.3 * (1 + 0.8 * (sum(drawn) / len(drawn) - mean)))
+        expected = [-log_sigma(beta * d) if d in drawn else 0.0 for d in deltas]
+        assert result.tolist() == pytest.approx(expected, rel=1e-6)
+        result.sum().backward()
+        gradient = [-beta * sigma(-beta * d) if d in drawn else 0.0 for d in deltas]  # β_b is detached
+        assert sums.grad.tolist() == pytest.approx(gradient, rel=1e-6)
+    assert sizes == [4, 2]
+    assert (loss.mean.item(), loss.deviation.item()) == pytest.approx((mean, deviation), rel=1e-6)
+    bad = SequenceLogProbs(torch.tensor([math.nan, 1.0]), zero.lengths[:2])
+    loss(bad, *[SequenceLogProbs(torch.zeros(2), zero.lengths[:2])] * 3)  # a step that is not finite may be skipped
+    assert (loss.mean.item(), loss.deviation.item()) == pytest.approx((mean, deviation), rel=1e-6)
+
+
+def test_beta_dpo_draws_by_weight():
+    """Of three pairs two are drawn, one after the other without replacement: how often each is left out."""
+    loss, deltas = losses.BetaDPO(), torch.tensor([0.0, 1.0, 2.5])
+    loss.mean, loss.deviation = torch.tensor(0.3), torch.tensor(1.2)
+    weights = [math.exp(-0.5 * ((d - 0.3) / 1.2) ** 2) for d in deltas.tolist()]
+    total = sum(weights)
+    expected = [
+        sum(
+            weights[i] / total * weights[j] / (total - weights[i])
+            for i, j in itertools.permutations(range(3), 2)
+            if left not in (i, j)
+        )
+        for left in range(3)
+    ]
+    noise = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
+    left_out = [3 - sum(loss.draw(deltas, n).tolist()) for n in noise]
+    assert [left_out.count(i) / 2000 for i in range(3)] == pytest.approx(expected, abs=0.03)
+    assert min(expected) < 0.2 < 0.5 < max(expected)
+
+
+def test_sft_weights_keep_the_papers_balance():
+    """The pull on s_w at h = 0, per token of 280, over that of DPO at β = 0.01: what the docstring derives."""
+    for name in ("ipo", "slic", "sppo", "cal_dpo"):
+        s_w = torch.full((1,), -280.0, dtype=torch.float64, requires_grad=True)
+        start = SequenceLogProbs(s_w.detach(), torch.tensor([280]))
+        sides = [SequenceLogProbs(s_w, start.lengths), *([start] * (3 if TABLE[name][3] else 1))]
+        make(name)(*sides).sum().backward()
+        assert make(name).sft_weight == pytest.approx(-s_w.grad.item() / 0.005, rel=0.03)
+    assert all(make(name).sft_weight == 1 for name in NAMES if name not in ("ipo", "slic", "sppo", "cal_dpo"))
+
+
+def test_dpo_by_hand():
+    """Δ = h_w − h_l, pair by pair: (0 − 0, .1 + 9.9, −.9 + 20.9) = (0, 10, 20); −log σ(0.1 Δ) = ln(1 + e^(−0.1 Δ))."""
+    policy = torch.tensor([-0.5, -10.0, -1.0]), torch.tensor([-0.1, -30.0, -21.0])
+    reference = torch.tensor([-0.5, -10.1, -0.1]), torch.tensor([-0.1, -20.1, -0.1])
+    assert_close(Pairs(*policy, *reference).delta, torch.tensor([0.0, 10.0, 20.0]))
+    right = losses.DPO(beta=0.1)(*policy, *reference)
+    assert_close(right, torch.tensor([0.6931, 0.3133, 0.1269]), atol=5e-5, rtol=0)
+    wrong = losses.DPO(beta=0.1)(*policy[::-1], *reference[::-1])  # the sides swapped: −log σ(−x) + log σ(x) = x
+    assert_close(wrong - right, torch.tensor([0.0, 1.0, 2.0]))
+    for loss in (losses.DPO(), losses.DPO(0.01, 0.1), losses.DPO(2.0, 0.4)):
+        assert_close(loss(*policy, *policy), torch.full((3,), math.log(2)))
+
+
+def test_smoothing_bends_dpo():
+    """For large |x|, −log σ(x) is 0 or |x|: ε·β|Δ| on the right side, (1 − ε)·β|Δ| on the wrong one; none is ε = 0."""
+    delta, zero = torch.tensor([1e4, -1e4], requires_grad=True), torch.zeros(2)
+    for epsilon in (0.0, 0.1):
+        loss = losses.CDPO(0.5, epsilon)(delta, zero, zero, zero)
+        assert_close(loss, torch.tensor([epsilon, 1 - epsilon]) * 5e3, rtol=1e-5, atol=1e-4)
+        (gradient,) = torch.autograd.grad(loss.sum(), delta)
+        assert_close(gradient, torch.tensor([epsilon, epsilon - 1]) * 0.5, rtol=1e-5, atol=1e-6)
 
 
 def test_sft_is_a_mean_per_sequence():
-    chosen = sequences(-12.0, -1.0, -30.0, lengths=[4, 1, 60])
+    chosen = SequenceLogProbs(torch.tensor([-12.0, -1.0, -30.0]), torch.tensor([4, 1, 60]))
     assert_close(sft(chosen), torch.tensor([3.0, 1.0, 0.5]))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"beta": 0.0},
-        {"beta": -0.1},
-        {"beta": math.nan},
-        {"label_smoothing": -0.01},
-        {"label_smoothing": 0.5},
-        {"label_smoothing": 1.0},
-        {"label_smoothing": math.nan},
-    ],
-)
-def test_options_out_of_range_are_refused(options):
-    with pytest.raises(InputError, match=next(iter(options))):
-        DPO(**options)
+# What users see and write.
 
 
-def test_the_objective_cannot_change_during_a_run():
-    objective = DPO()
+def test_a_loss_is_two_hops_from_the_config():
+    """configs/demo.yaml names the class; the class's own `__call__` is the equation."""
+    config = yaml.safe_load((Path(__file__).parents[1] / "configs/demo.yaml").read_text("utf-8"))
+    path = config["model"]["init_args"]["preference_loss"]["class_path"]
+    source = inspect.getsource(getattr(losses, path.removeprefix("mixdpo.losses.")))
+    assert source.startswith("class DPO(") and "−log σ(βΔ)" in source
+    assert "-logsigmoid(self.beta * delta)" in source.partition("def __call__")[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_class_documents_itself(name, capsys):
+    options(f"mixdpo.losses.{TABLE[name][0]}")
+    printed = capsys.readouterr().out
+    assert inspect.cleandoc(getattr(losses, TABLE[name][0]).__doc__) in printed
+    assert "arXiv" in printed or name == "cdpo"
+    assert ("2305.18290" in printed) == (name == "dpo") and ("Mitchell" in printed) == (name == "cdpo")
+    for option, value in TABLE[name][1].items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"    {option}: ")]
+        assert line.endswith((f" {value} if null.", f" {value:g} if null."))
+
+
+def test_a_loss_of_ones_own():
+    """The class that the base class's docstring shows."""
+    code = textwrap.dedent(
+        inspect.cleandoc(PreferenceLoss.__doc__).partition("class path:\n\n")[2].partition("Attributes")[0]
+    )
+    names = {
+        **vars(inspect.getmodule(PreferenceLoss)),
+        "dataclass": dataclass,
+        "logsigmoid": torch.nn.functional.logsigmoid,
+    }
+    exec(code, names)
+    assert len(code.strip().splitlines()) <= 10
+    loss, sides = names["Mine"](slope=0.3), torch.tensor([[-1.0], [-3.0], [-2.0], [-1.0]])
+    assert_close(loss(*sides), losses.DPO(0.3)(*sides))
+    assert (loss.needs_reference, loss.averaged, loss.batch_statistics, loss.sft_weight) == (True, False, False, 1.0)
+
+
+def test_a_loss_cannot_change_during_a_run():
     with pytest.raises(FrozenInstanceError):
-        objective.beta = 1.0
+        losses.DPO().beta = 1.0
+
+
+# Two processes with a part of the pairs each compute what one computes with all.
+
+BATCHES = [(3, 4), (5, 0), (0, 0), (0, 2), (1, 1)]  # pairs of rank 0 and rank 1; every rank calls the loss every time
+
+
+def losses_of(batches: list[torch.Tensor]) -> dict[str, Any]:
+    """KTOPair and BetaDPO over batches of h (2, B), their gradients and the state at the end."""
+    torch.manual_seed(0)
+    beta_dpo, results = losses.BetaDPO(), []
+    for h in batches:
+        h.requires_grad_()
+        sides = [*h, *torch.zeros_like(h)]
+        both = torch.stack([losses.KTOPair()(*sides), beta_dpo(*sides)])
+        results.append((both.detach(), torch.autograd.grad(both.sum(), h)[0]))
+    return {"batches": results, "state": beta_dpo.state_dict()}
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [3 * torch.randn(2, sum(parts), dtype=torch.float64, generator=generator) + 1 for parts in BATCHES]
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    mine = [h.split(parts, dim=1)[rank].clone() for h, parts in zip(batches(), BATCHES, strict=True)]
+    torch.save(losses_of(mine), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    one = losses_of(batches())
+    assert one["state"]["batches"] == 4  # the batch without a pair is none
+    for rank in ranks:
+        assert_close(rank["state"], one["state"], rtol=1e-6, atol=0)
+    for number, (values, gradient) in enumerate(one["batches"]):
+        joined = [torch.cat([rank["batches"][number][i] for rank in ranks], dim=1) for i in range(2)]
+        assert_close(joined, [values, gradient], rtol=1e-6, atol=1e-12)
+    apart = losses_of([h[:, :3].detach() for h in batches()[:1]])["batches"][0][0]
+    assert not torch.allclose(apart[0], one["batches"][0][0][0, :3])  # the other rank's pairs do count

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mixdpo.__main__ import VERBS, main
 from mixdpo.constraints.scoring import ConstraintScorer
+from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation import make_pairs as subject
 from mixdpo.evaluation.generation import Response
@@ -22,12 +23,8 @@ BRIEF = {
 }
 
 
-def said(*texts, ended=True):
+def responses(*texts, ended=True):
     return [Response(text, len(text.split()), ended) for text in texts]
-
-
-def by_length(prompt_row, texts):
-    return [len(text) for text in texts]
 
 
 class Shortest:
@@ -40,65 +37,52 @@ class Shortest:
         return [-self.weight * len(text) for text in texts]
 
 
+def selected(texts, scores, limit, seed=0):
+    return subject.select_pairs(texts, scores, limit, random.Random(seed))
+
+
 def test_best_against_worst_first():
-    ranked = subject.select_pairs(["aa", "a", "aaaa", "aaa"], [2, 1, 4, 3], 5, random.Random(0))
+    ranked = selected(["aa", "a", "aaaa", "aaa"], [2, 1, 4, 3], 5)
     assert ranked == [(("aaaa", 4), ("a", 1)), (("aaa", 3), ("aa", 2))]
-    assert subject.select_pairs(["aa", "a", "aaaa", "aaa"], [2, 1, 4, 3], 1, random.Random(0)) == ranked[:1]
-
-
-def test_equal_scores_and_equal_texts_make_no_pair():
-    assert subject.select_pairs(["a", "b", "c"], [1, 1, 1], 3, random.Random(0)) == []
-    assert subject.select_pairs(["a", "a", "a"], [1, 1, 1], 3, random.Random(0)) == []
-    assert subject.select_pairs(["a"], [1], 3, random.Random(0)) == []
-
-
-def test_ties_are_broken_by_the_seed():
-    def chosen(seed):
-        return subject.select_pairs(["a", "b", "c"], [1, 1, 0], 1, random.Random(seed))[0][0][0]
-
-    assert {chosen(seed) for seed in range(20)} == {"a", "b"}
-    assert chosen(3) == chosen(3)
+    assert selected(["aa", "a", "aaaa", "aaa"], [2, 1, 4, 3], 1) == ranked[:1]
+    for equal in ("abc", "aaa", "a"):  # equal scores, equal texts, one text
+        assert selected(list(equal), [1] * len(equal), 3) == []
+    ties = [selected(["a", "b", "c"], [1, 1, 0], 1, seed)[0][0][0] for seed in range(20)]
+    assert set(ties) == {"a", "b"} and ties[3] == selected(["a", "b", "c"], [1, 1, 0], 1, 3)[0][0][0]
 
 
 @given(st.lists(st.tuples(st.text(max_size=3), st.integers(0, 3))), st.integers(1, 4), st.integers())
 def test_selected_pairs_are_apart_and_ordered(scored, limit, seed):
     scored = list(dict(scored).items())
-    pairs = subject.select_pairs([t for t, _ in scored], [s for _, s in scored], limit, random.Random(seed))
+    pairs = selected([t for t, _ in scored], [s for _, s in scored], limit, seed)
     used = [text for pair in pairs for text, _ in pair]
     margins = [chosen[1] - rejected[1] for chosen, rejected in pairs]
-    assert len(pairs) <= limit
-    assert len(used) == len(set(used))
-    assert all(margin > 0 for margin in margins)
-    assert margins == sorted(margins, reverse=True)
+    assert len(pairs) <= limit and len(used) == len(set(used))
+    assert all(margin > 0 for margin in margins) and margins == sorted(margins, reverse=True)
     spread = max((s for _, s in scored), default=0) - min((s for _, s in scored), default=0)
     assert max(margins, default=0) == spread
 
 
 def test_cut_and_empty_samples_are_left_out_and_counted():
-    completions = [[*said(" green tea\n", "Green Tea Or Black"), *said("", " "), *said("tea", ended=False)]]
-    pairs, counts = subject.pair_up([BRIEF], completions, ConstraintScorer(), 2, seed=0)
-    # "green tea": lower case and two words, 2/2. "Green Tea Or Black": neither, 0/2.
-    assert pairs == [
-        {
-            "prompt": "Tea?",
-            "chosen": "green tea",
-            "rejected": "Green Tea Or Black",
-            "score_chosen": 1.0,
-            "score_rejected": 0.0,
-            "margin": 1.0,
-            "constraints": BRIEF["constraints"],
-        }
+    sampled = [
+        *responses(" green tea\n", "Green Tea Or Black"),
+        *responses("", " "),
+        *responses("tea", ended=False),
     ]
+    pairs, counts = subject.pair_up([BRIEF], [sampled], ConstraintScorer(), 2, seed=0)
+    # "green tea": lower case and two words, 2/2. "Green Tea Or Black": neither, 0/2.
+    pair = {"prompt": "Tea?", "chosen": "green tea", "rejected": "Green Tea Or Black", "margin": 1.0}
+    assert pairs == [pair | {"score_chosen": 1.0, "score_rejected": 0.0, "constraints": BRIEF["constraints"]}]
     assert (counts.prompts, counts.samples, counts.ended, counts.tokens) == (1, 5, 4, 7)
     assert (counts.scores, counts.margins) == ([1.0, 0.0], [1.0])
-    assert "mean score of the 2 kept: 0.500" in str(counts)
-    assert "1 pairs; margins 1.00: 1" in str(counts)
+    assert "mean score of the 2 kept: 0.500\n1 pairs; margins 1.00 to 1.00, median 1.00" in str(counts)
+    assert "0 pairs; margins 0.00" in str(subject.Counts(3))
 
 
 def test_any_scorer_serves_and_ids_are_left_to_the_content():
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
-    completions = [said("a", "aa", "aaa", "aaaa"), said("b", "b"), said("c", "cc")]
-    pairs, _ = subject.pair_up(rows, completions, by_length, 2, seed=0)
+    sampled = [responses("a", "aa", "aaa", "aaaa"), responses("b", "b"), responses("c", "cc")]
+    pairs, _ = subject.pair_up(rows, sampled, lambda row, texts: [len(text) for text in texts], 2, seed=0)
     assert [(pair["chosen"], pair["rejected"], pair["margin"]) for pair in pairs] == [
         ("aaaa", "a", 3),
         ("aaa", "aa", 1),
@@ -107,74 +91,29 @@ def test_any_scorer_serves_and_ids_are_left_to_the_content():
     assert not {"constraints", "pair_id"} & pairs[0].keys()  # numbers would repeat in the next file
 
 
-@pytest.mark.parametrize("scores", [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")]])
-def test_bad_scores_are_refused(scores):
-    with pytest.raises(InputError, match="2 texts"):
-        subject.pair_up([{"prompt": "a"}], [said("a", "b")], lambda row, texts: scores, 1, seed=0)
-
-
 def test_equal_margins_compare_equal():
     thirds = [{"a": 1.0, "b": 2 / 3}, {"a": 2 / 3, "b": 1 / 3}, {"a": 1 / 3, "b": 0.0}]
     rows = [{"prompt": str(index), "scores": scores} for index, scores in enumerate(thirds)]
     scorer = lambda row, texts: [row["scores"][text] for text in texts]  # noqa: E731
-    pairs, _ = subject.pair_up(rows, [said("a", "b")] * 3, scorer, 1, seed=0)
+    pairs, _ = subject.pair_up(rows, [responses("a", "b")] * 3, scorer, 1, seed=0)
     assert len({pair["margin"] for pair in pairs}) == 1
-
-
-def test_histogram_bins_many_values():
-    assert subject._histogram([0.5, 1.0, 0.5]) == [(0.5, 2), (1.0, 1)]
-    binned = subject._histogram([float(value) for value in range(17)])  # bins of width 2; the last holds 14, 15 and 16
-    assert binned == [(0.0, 2), (2.0, 2), (4.0, 2), (6.0, 2), (8.0, 2), (10.0, 2), (12.0, 2), (14.0, 3)]
 
 
 def test_prompts_are_read_up_to_the_limit(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": [{"role": "user", "content": "b"}]}\n{"prompt": "c"}\n')
-    assert [row["prompt"] for row in subject.read_prompts(str(path))][::2] == ["a", "c"]
-    assert len(subject.read_prompts(str(path), limit=2)) == 2
-    assert len(subject.read_prompts("builtin", limit=7)) == 7
-    assert len(subject.read_prompts("heldout")) == 210
-
-
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"prompt": ""}', '{"prompt": 3}'])
-def test_malformed_prompts_name_their_row(tmp_path, line):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n' + line + "\n")
-    with pytest.raises(InputError, match="row 2"):
-        subject.read_prompts(str(path))
-
-
-def test_missing_and_empty_prompt_files_are_refused(tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(InputError, match="empty"):
-        subject.read_prompts(str(tmp_path / "empty.jsonl"))
-    with pytest.raises(InputError, match="Check the path"):
-        subject.read_prompts(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(InputError, match="limit"):
-        subject.read_prompts("builtin", limit=0)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    subject.write_rows(path, [{"text": "tea ☕"}])
-    with pytest.raises(TypeError):
-        subject.write_rows(path, [{"text": "new"}, {"text": object()}])
-    assert path.read_text(encoding="utf-8") == '{"text": "tea ☕"}\n'
-    assert list(tmp_path.iterdir()) == [path]
+    assert [row["prompt"] for row in read_prompts(str(path))][::2] == ["a", "c"]
+    assert len(read_prompts(str(path), limit=2)) == 2
+    assert len(read_prompts("builtin", limit=7)) == 7
+    assert len(read_prompts("heldout")) == 210
 
 
 @pytest.fixture
 def canned(monkeypatch):
-    """Stand-in for the model: two completions per prompt."""
-    monkeypatch.setattr(subject, "_sample", lambda model, rows, **options: [said("tea", "TEA AND MORE")] * len(rows))
-
-
-def test_no_sample_that_ended_is_named_as_the_cause(tmp_path, capsys, monkeypatch):
-    cut = [Response("tea and", 3, False)] * 2
-    monkeypatch.setattr(subject, "_sample", lambda model, rows, **options: [cut] * len(rows))
-    command = ["make-pairs", "--model", "any", "--limit", "5", "--out", str(tmp_path / "pairs.jsonl")]
-    assert main([*command, "--max_new_tokens", "3"]) == 2
-    assert "no sample ended by itself with a text (max_new_tokens 3): allow more tokens" in capsys.readouterr().err
+    """Stand-in for the model: two responses per prompt."""
+    monkeypatch.setattr(
+        subject, "_sample", lambda model, rows, **options: [responses("tea", "TEA AND MORE")] * len(rows)
+    )
 
 
 def test_command_writes_pairs_and_does_not_overwrite(tmp_path, capsys, canned):
@@ -190,14 +129,15 @@ def test_command_writes_pairs_and_does_not_overwrite(tmp_path, capsys, canned):
     assert json.loads(out.read_text().splitlines()[0])["margin"] <= 1
 
 
-def test_command_refuses_bad_input(tmp_path, capsys, canned):
-    command = ["make-pairs", "--model", "any", "--out", str(tmp_path / "pairs.jsonl")]
-    assert main([*command, "--samples", "1"]) == 2
-    assert "samples 1" in capsys.readouterr().err
+def test_no_pair_has_its_cause_named(tmp_path, capsys, canned, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a", "constraints": [{"kind": "no_commas", "params": {}}]}\n')
-    assert main([*command, "--prompts", str(prompts)]) == 2
-    assert "no pair" in capsys.readouterr().err
+    command = ["make-pairs", "--model", "any", "--prompts", str(prompts), "--out", str(tmp_path / "pairs.jsonl")]
+    assert main(command) == 2
+    assert "no pair among 1 prompts: all samples of a prompt score the same" in capsys.readouterr().err
+    monkeypatch.setattr(subject, "_sample", lambda *_, **__: [responses("tea and", "tea", ended=False)])
+    assert main([*command, "--max_new_tokens", "3"]) == 2
+    assert "no sample ended by itself with a text (max_new_tokens 3): allow more tokens" in capsys.readouterr().err
     assert not (tmp_path / "pairs.jsonl").exists()
 
 

@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning_modules.callbacks.logging import Throughput
 from mixdpo.errors import InputError
 from mixdpo.losses import DPO, SimPO
-from mixdpo.metrics import PAIRWISE, VALIDATION, NamedMeans, by_difficulty, length_accuracy, pair_values
+from mixdpo.metrics import PAIRWISE, VALIDATION, NamedMeans, accuracy, by_difficulty, pair_values
 from mixdpo.model.fused_head import SequenceLogProbs
 from mixdpo.routing.route import Routing
 
@@ -19,21 +20,20 @@ def weighted(values, weights):
     return torch.tensor(values, dtype=torch.float32), torch.tensor(weights, dtype=torch.float32)
 
 
+def of(means):
+    return {name: value.item() for name, value in means.compute().items()}
+
+
 def test_means_over_batches_of_any_size():
-    """a: (1·1 + 3·2 + 10·1) / 4; b has one value of weight ½; c has none."""
+    """a: (1·1 + 3·2 + 10·1) / 4; b has one value of weight ½; c has none. Reset forgets all of them."""
     means = NamedMeans(("a", "b", "c"))
     means.update({"a": weighted([1.0, 3.0], [1.0, 2.0])})
     means.update({"a": weighted([10.0], [1.0]), "b": weighted([5.0], [0.5])})
     means.update({})
-    assert {name: value.item() for name, value in means.compute().items()} == {"a": 4.25, "b": 5.0}
-
-
-def test_means_of_a_mean_are_not_taken():
-    """A batch of 1 and a batch of 99 weigh 1 to 99."""
-    means = NamedMeans(("a",))
-    means.update({"a": weighted([1.0], [1.0])})
-    means.update({"a": weighted([0.0] * 99, [1.0] * 99)})
-    assert means.compute()["a"].item() == pytest.approx(0.01)
+    assert of(means) == {"a": 4.25, "b": 5.0}
+    means.reset()
+    means.update({"b": weighted([2.0], [1.0])})
+    assert of(means) == {"b": 2.0}
 
 
 def test_many_batches_against_a_loop():
@@ -54,24 +54,20 @@ def test_many_batches_against_a_loop():
 
 
 @pytest.mark.parametrize("hole", [math.nan, math.inf, -math.inf])
-def test_a_value_of_weight_zero_is_not_read(hole):
+def test_a_value_that_is_not_finite_is_seen_only_where_it_counts(hole):
     means = NamedMeans(("a", "b"))
     means.update({"a": weighted([2.0, hole, 4.0], [1.0, 0.0, 1.0]), "b": weighted([hole], [0.0])})
-    assert {name: value.item() for name, value in means.compute().items()} == {"a": 3.0}
+    assert of(means) == {"a": 3.0}
+    means.update({"b": weighted([2.0, hole], [1.0, 1.0])})
+    assert not math.isfinite(of(means)["b"])
 
 
-def test_a_nan_that_counts_is_seen():
-    means = NamedMeans(("a",))
-    means.update({"a": weighted([2.0, math.nan], [1.0, 1.0])})
-    assert means.compute()["a"].isnan()
-
-
-def test_reset_forgets():
-    means = NamedMeans(("a", "b"))
-    means.update({"a": weighted([7.0], [1.0])})
-    means.reset()
-    means.update({"b": weighted([2.0], [1.0])})
-    assert {name: value.item() for name, value in means.compute().items()} == {"b": 2.0}
+def test_means_are_not_rounded_by_a_move_to_bfloat16():
+    """Counts in bfloat16 stop growing at 256."""
+    means = NamedMeans(("a",)).to(torch.bfloat16)
+    for _ in range(300):
+        means.update({"a": (torch.ones(1), torch.ones(1))})
+    assert means.counts.item() == 300 and means.counts.dtype == torch.float64
 
 
 # two pairs and a tie; chosen first, then rejected
@@ -101,59 +97,51 @@ def test_a_policy_that_is_its_reference_knows_nothing():
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margin", "displacement/chosen"):
         assert values[name].tolist() == [0.0, 0.0, 0.0]
     assert values["rewards/accuracy"].tolist() == [0.5, 0.5, 0.5]
-
-
-def test_pair_values_of_no_pairs():
     nothing = SequenceLogProbs(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     assert {value.shape for value in pair_values(nothing, nothing, beta=0.1).values()} == {(0,)}
 
 
-def test_length_accuracy_counts_ties_half():
-    assert length_accuracy(torch.tensor([5, 2, 3, 4, 2, 9])).tolist() == [1.0, 0.5, 0.0]
+def test_accuracy_counts_ties_half():
+    assert accuracy(*torch.tensor([5, 2, 3, 4, 2, 9]).chunk(2)).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_values_by_difficulty():
+    """Means over all, easy and hard pairs, filler not counted; a group without pairs is left out."""
     pairs = [
         {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": margin, "pair_id": index}
         for index, margin in enumerate([3.0, 0.0, 2.0])
     ]
-    batch = collate(pairs, [False, True, False], evaluation=True)
-    means = NamedMeans(VALIDATION)
+    batch, means = collate(pairs, [False, True, False], evaluation=True), NamedMeans(VALIDATION)
     means.update(by_difficulty({"rewards/margin": torch.tensor([1.0, 4.0, 10.0])}, batch))
     filler = collate(pairs[:2], [False, True], weight=0.0, evaluation=True)
     means.update(by_difficulty({"rewards/margin": torch.tensor([math.nan, 100.0])}, filler))
-    assert {name: value.item() for name, value in means.compute().items()} == {
-        "val/all/rewards/margin": 5.0,
-        "val/easy/rewards/margin": 5.5,
-        "val/hard/rewards/margin": 4.0,
-    }
-    means.update(by_difficulty({"sft_loss": torch.tensor([1.0, 4.0, 4.0])}, batch))
-    result = means.compute()
-    assert [result[f"val/{group}/sft_loss"].item() for group in ("all", "easy", "hard")] == [3.0, 2.5, 4.0]
+    assert of(means) == {f"val/{group}/rewards/margin": v for group, v in (("all", 5.0), ("easy", 5.5), ("hard", 4.0))}
+    means.reset()
+    means.update(by_difficulty({"sft_loss": torch.tensor([2.0])}, collate(pairs[:1], [False], evaluation=True)))
+    assert of(means) == {"val/all/sft_loss": 2.0, "val/easy/sft_loss": 2.0}
 
 
-def test_a_group_without_pairs_is_left_out():
-    pair = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": 1.0, "pair_id": 0}
-    means = NamedMeans(VALIDATION)
-    means.update(by_difficulty({"sft_loss": torch.tensor([2.0])}, collate([pair], [False], evaluation=True)))
-    assert set(means.compute()) == {"val/all/sft_loss", "val/easy/sft_loss"}
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(12))
 
 
-@pytest.mark.parametrize("has_reference", [True, False])
-@pytest.mark.parametrize("threshold", [-1.0, 4.0, None])
-@pytest.mark.parametrize("validation", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("loss", "threshold", "validation"),
+    [(DPO(), None, 0.4), (DPO(), None, 0.0), (DPO(), -1.0, 0.4), (DPO(), 4.0, 0.4), (SimPO(), None, 0.4)],
+    ids=str,
+)
 def test_the_names_that_can_be_monitored_are_those_that_a_run_has(
-    has_reference: bool, threshold: float | None, validation: float, tiny_model: str, tmp_path: Path
+    loss: Any, threshold: float | None, validation: float, tiny_model: str, source: str, tmp_path: Path
 ) -> None:
     """Held-out pairs are all easy, of both kinds, or as the route says; and so for SFT, by source."""
-    source, more = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12)), {"first": (Throughput(),)}
+    more: dict[str, Any] = {"first": (Throughput(),)}
     data = {"validation": validation, "validation_threshold": threshold}
-    loss = DPO() if has_reference else SimPO()
     trainer, module, pairs = build(tiny_model, source, tmp_path, trainer=more, data=data, preference_loss=loss)
     trainer.fit(module, pairs)
     assert module.metric_names() == set(trainer.callback_metrics)
     assert any(name.startswith("val/easy/") for name in module.metric_names()) == (validation > 0)
-    if has_reference and threshold is None:
+    if loss == DPO() and threshold is None:
         samples = write_pairs(tmp_path / "samples.jsonl", make_samples(12))
         trainer, module, data = build_sft(tiny_model, samples, tmp_path, trainer=more, data={"validation": validation})
         trainer.fit(module, data)
@@ -166,22 +154,17 @@ class Logs(Callback):
         pl_module.log("own", 1.0)
 
 
-def test_no_step_is_logged_with_0(tiny_model: str, tmp_path: Path) -> None:
-    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
+def test_no_step_is_logged_with_0(tiny_model: str, source: str, tmp_path: Path) -> None:
     trainer = {"log_every_n_steps": 0, "first": (Throughput(),)}
     module = fit(tiny_model, source, tmp_path / "run", trainer=trainer, log_gradient_norms=True)
-    assert module.trainer.global_step == 2 and module.metric_names() == set(module.trainer.callback_metrics) == set()
+    assert module.trainer.global_step == 3 and module.metric_names() == set(module.trainer.callback_metrics) == set()
 
 
-def test_a_run_without_an_easy_pair_has_no_rewards_to_monitor(tiny_model: str, tmp_path: Path) -> None:
-    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
+def test_what_can_be_monitored(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """A run without an easy pair has no rewards. Lightning may log what a callback of the user's monitors."""
     early, data = EarlyStopping("rewards/accuracy"), {"routing": Routing(hard_fraction=1.0)}
     with pytest.raises(InputError, match="cannot monitor 'rewards/accuracy'"):
         fit(tiny_model, source, tmp_path / "run", trainer={"first": (Throughput(), early)}, data=data)
-
-
-def test_what_ones_own_callback_logs_can_be_monitored(tiny_model: str, tmp_path: Path) -> None:
-    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
     best = ModelCheckpoint(monitor="own", dirpath=tmp_path / "best", save_on_train_epoch_end=True)
     fit(tiny_model, source, tmp_path / "a", trainer={"first": (Logs(), best)})
     assert float(best.best_model_score) == 1.0

@@ -103,14 +103,13 @@ def test_swapped_tokens_come_from_responses(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["swap", "boilerplate", "shuffle"])
-@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5])
-def test_the_rate_is_met_on_average(tokenizer, kind, rate):
-    after = plant(
-        encoded(random_conversations(40, 100)), PlantedNoise(rate=rate, kinds=[kind], phrases=SENTENCES), tokenizer
-    )
-    shares = [sum(marks) / len(marks) for marks in after["planted"]]
-    assert sum(shares) / len(shares) == pytest.approx(rate, abs=0.03)
-    assert max(abs(share - rate) for share in shares) < 0.07
+def test_the_rate_is_met_on_average(tokenizer, kind):
+    samples = encoded(random_conversations(40, 100))
+    for rate in (0.1, 0.5):
+        after = plant(samples, PlantedNoise(rate=rate, kinds=[kind], phrases=SENTENCES), tokenizer)
+        shares = [sum(marks) / len(marks) for marks in after["planted"]]
+        assert sum(shares) / len(shares) == pytest.approx(rate, abs=0.03)
+        assert max(abs(share - rate) for share in shares) < 0.07
 
 
 def test_the_order_of_the_rows_decides_nothing(tokenizer):
@@ -132,59 +131,37 @@ def test_the_cache_key_tells_noise_apart(tokenizer):
     assert keys[0] == keys[1] and len(set(keys)) == 4
 
 
-def test_special_tokens_inside_a_response_stay(tokenizer):
-    response = [8, 9, 10, PROMPT, END, 11, 12, 13]
-    for kind in ("swap", "shuffle"):
-        after = plant(encoded([[([7], response)]] * 20), PlantedNoise(rate=0.5, kinds=[kind]), tokenizer)
-        for row in after:
-            ((_, new, _),) = turns_of(row)
-            assert [new[3], new[4], new[8]] == [PROMPT, END, END]
-            assert not {PROMPT, END} & {*new[:3], *new[5:8]}
-
-
 @pytest.mark.parametrize("kind", ["swap", "boilerplate", "shuffle"])
-def test_the_last_token_of_a_truncated_response_stays(tokenizer, kind):
-    """It is a word here, not an end token."""
+def test_special_tokens_and_the_last_token_stay(tokenizer, kind):
+    """The last token of a truncated response is a word, not an end token."""
+    noise = PlantedNoise(rate=0.5, kinds=[kind], phrases=SENTENCES, span=8)
+    if kind != "boilerplate":
+        for row in plant(encoded([[([7], [8, 9, 10, PROMPT, END, 11, 12, 13])]] * 20), noise, tokenizer):
+            ((_, new, _),) = turns_of(row)
+            assert [new[3], new[4], new[8]] == [PROMPT, END, END] and not {PROMPT, END} & {*new[:3], *new[5:8]}
     samples = encoded([[([7], [8, 9, 10, 11, 12, 13, 14, 15])]] * 30)
     cut = samples.map(lambda row: {"input_ids": row["input_ids"][:-1], "spans": [2, 10], "truncated": True})
-    after = plant(cut, PlantedNoise(rate=0.5, kinds=[kind], phrases=SENTENCES, span=8), tokenizer)
-    assert {row["input_ids"][-1] for row in after} == {15}
-    assert {row["planted"][-1] for row in after} == {0}
+    after = plant(cut, noise, tokenizer)
+    assert {(row["input_ids"][-1], row["planted"][-1]) for row in after} == {(15, 0)}
 
 
-def test_a_span_of_equal_tokens_cannot_be_shuffled(tokenizer):
+def test_data_that_cannot_be_planted(tokenizer):
+    """A span of equal tokens stays as it is where it would be shuffled; other noise is refused."""
     samples = encoded([[([7], [8] * 20)]])
     (row,) = plant(samples, PlantedNoise(kinds=["shuffle"]), tokenizer)
     assert row["planted"] == [0] * 21
-
-
-def test_data_that_cannot_be_planted_is_refused(tokenizer):
     with pytest.raises(InputError, match="two different tokens"):
-        plant(encoded([[([7], [8] * 20)]]), PlantedNoise(kinds=["swap"]), tokenizer)
+        plant(samples, PlantedNoise(kinds=["swap"]), tokenizer)
     with pytest.raises(InputError, match="no tokens"):
-        plant(encoded([[([7], [8] * 20)]]), PlantedNoise(kinds=["boilerplate"], phrases=["red", " "]), tokenizer)
+        plant(samples, PlantedNoise(kinds=["boilerplate"], phrases=["red", " "]), tokenizer)
 
 
-def test_the_shipped_phrases():
+def test_bad_options_are_refused():
     assert len(set(PHRASES)) == len(PHRASES) >= 6
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rate": 0.0},
-        {"rate": 0.51},
-        {"rate": float("nan")},
-        {"kinds": ()},
-        {"kinds": ("swap", "typo")},
-        {"span": 1},
-        {"phrases": ()},
-        {"phrases": "fine"},
-    ],
-)
-def test_bad_options_are_refused(options):
-    with pytest.raises(InputError, match=f"noise.{next(iter(options))}"):
-        PlantedNoise(**options)
+    wrong = [("rate", 0.0), ("rate", 0.51), ("rate", float("nan")), ("kinds", ()), ("kinds", ("swap", "typo"))]
+    for option, value in [*wrong, ("span", 1), ("phrases", ()), ("phrases", "fine")]:
+        with pytest.raises(InputError, match=f"noise.{option}"):
+            PlantedNoise(**{option: value})
 
 
 def test_a_run_on_noisy_samples(tiny_model, tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from jsonargparse import ArgumentParser
 
 from lightning_modules import preference as preference_module
 from lightning_modules.preference import PreferenceModule
@@ -19,9 +20,9 @@ from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(12))
 
 
 def first_batch(trainer: Any, module: PreferenceModule, data: Any) -> Batch:
@@ -101,9 +102,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 CUTS = [
-    {"accumulate": 1},
     {"accumulate": 1, "reference_cache": False},
-    {"accumulate": 2},
     {"accumulate": 4},
     {"accumulate": 2, "share_prompt": False},
     {"accumulate": 2, "attention": "eager"},
@@ -136,34 +135,25 @@ def test_update_is_the_mean_over_the_step_whatever_the_cut(
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=close)
 
 
-@pytest.mark.usefixtures("full_precision_norms")
-def test_order_inside_a_step_does_not_matter(tiny_model: str, source: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"dtype": "float64", "trainer": {"precision": "64-true"}, "data": {"batch_size": 12}}
-    straight = fit(tiny_model, source, tmp_path / "a", **options)
-    options["data"] = {"batch_size": 12, "routing": Routing(hard_fraction=0.25, order="shuffled"), "seed": 3}
-    shuffled = fit(tiny_model, source, tmp_path / "b", **options)
-    for key, value in adapter_weights(straight).items():
-        torch.testing.assert_close(value, adapter_weights(shuffled)[key], rtol=1e-10, atol=1e-13)
-
-
 def test_first_step_is_ln2_with_margin_zero(tiny_model: str, source: str, tmp_path: Path) -> None:
-    batch = first_batch(
-        *(run := build(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0)}))
-    )
-    module = run[1]
+    run = build(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0)})
+    batch, module = first_batch(*run), run[1]
     policy, reference = module.policy_and_reference(batch)
     loss, preference, _ = module.route_losses(batch, policy, reference)
     torch.testing.assert_close(preference, torch.full((4,), 0.6931472, dtype=torch.float64))
-    assert torch.equal(policy.sums, reference.sums)
-    assert len(loss) == 4
+    assert torch.equal(policy.sums, reference.sums) and len(loss) == 4
 
 
 def test_only_the_policy_gets_a_gradient_and_nothing_else_moves(tiny_model: str, source: str, tmp_path: Path) -> None:
-    trained = fit(tiny_model, source, tmp_path / "first")
-    folder = tmp_path / "first" / "adapter"
-    run = build(tiny_model, source, tmp_path / "second", adapter=str(folder))
-    first_batch(*run)
-    module = run[1]
+    """The reference is the frozen start, not the base."""
+    trained = fit(tiny_model, source, tmp_path / "first", lr=1.0)
+    run = build(tiny_model, source, tmp_path / "second", adapter=str(tmp_path / "first" / "adapter"))
+    rows, module, sums = first_batch(*run).rows, run[1], {}
+    for name in ("reference", "base"):
+        with torch.no_grad(), role(module.model, name):
+            sums[name] = sequence_log_probs(module.model, rows).sums
+    assert torch.equal(sums["reference"], sequence_log_probs(trained.model, rows).sums.detach())
+    assert (sums["reference"] - sums["base"]).abs().max() > 1e-3
     before = {key: value.clone() for key, value in module.state_dict().items()}
     for key, value in adapter_weights(trained).items():  # starts from the trained adapter, which is its reference
         assert torch.equal(value, before[key])
@@ -175,21 +165,6 @@ def test_only_the_policy_gets_a_gradient_and_nothing_else_moves(tiny_model: str,
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(".policy." in key for key in changed)
     assert {key for key in before if ".policy." in key} == changed
-
-
-def test_reference_is_the_frozen_start_not_the_base(tiny_model: str, source: str, tmp_path: Path) -> None:
-    first = fit(tiny_model, source, tmp_path / "first", lr=1.0)
-    run = build(tiny_model, source, tmp_path / "second", adapter=str(tmp_path / "first" / "adapter"))
-    batch = first_batch(*run)
-    module = run[1]
-    with torch.no_grad():
-        with role(module.model, "reference"):
-            reference = sequence_log_probs(module.model, batch.rows).sums
-        with role(module.model, "base"):
-            base = sequence_log_probs(module.model, batch.rows).sums
-        expected = sequence_log_probs(first.model, batch.rows).sums
-    assert torch.equal(reference, expected)
-    assert (reference - base).abs().max() > 1e-3
 
 
 def test_roles_restore_what_was_even_after_an_error(tiny_model: str, source: str, tmp_path: Path) -> None:
@@ -219,34 +194,17 @@ def with_random_rejected(rows: list[dict[str, Any]], hard: bool, threshold: floa
     return changed
 
 
-@pytest.mark.parametrize(("hard", "same"), [(True, True), (False, False)])
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_hard_pairs_rejected_text_is_not_there(
-    hard: bool, same: bool, accumulate: int, tiny_model: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("hard", "accumulate"), [(True, 1), (True, 4), (False, 4)])
+def test_hard_pairs_rejected_text_is_not_there(hard: bool, accumulate: int, tiny_model: str, tmp_path: Path) -> None:
     """12 pairs in three steps of which the middle one mixes both routes (5 hard)."""
     rows = make_pairs(12)
-    options: dict[str, Any] = {
-        "trainer": {"accumulate_grad_batches": accumulate},
-        "data": {"routing": Routing(threshold=3.0)},
-    }
+    options: dict[str, Any] = {"trainer": {"accumulate_grad_batches": accumulate}}
+    options["data"] = {"routing": Routing(threshold=3.0)}
     a = fit(tiny_model, write_pairs(tmp_path / "a.jsonl", rows), tmp_path / "a", **options)
     other = write_pairs(tmp_path / "b.jsonl", with_random_rejected(rows, hard, 3.0))
     b = fit(tiny_model, other, tmp_path / "b", **options)
     equal = [torch.equal(value, adapter_weights(b)[key]) for key, value in adapter_weights(a).items()]
-    assert all(equal) if same else not all(equal)
-
-
-def test_flipping_a_flag_changes_the_loss(tiny_model: str, source: str, tmp_path: Path) -> None:
-    results = []
-    for fraction in (0.0, 0.25, 1.0):
-        run = build(tiny_model, source, tmp_path / str(fraction), data={"routing": Routing(hard_fraction=fraction)})
-        batch = first_batch(*run)
-        if fraction == 0.25:
-            assert not batch.is_hard.any()  # the easiest come first
-        policy, reference = run[1].policy_and_reference(batch)
-        results.append(run[1].route_losses(batch, policy, reference)[0].mean().item())
-    assert results[0] == results[1] != results[2]
+    assert all(equal) == hard
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 3), (1 / 3, 2), (1.0, 0)])
@@ -270,38 +228,31 @@ def test_saved_adapter_gives_the_policys_logits_in_a_fresh_model(tiny_model: str
         ours, theirs = module.model.get_base_model()(ids).logits, fresh(ids).logits
     assert torch.equal(ours, theirs)
     save_adapter(module.model, tmp_path / "run" / "adapter")  # writing again replaces the folder
-    assert sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    names = sorted(path.name for path in (tmp_path / "run" / "adapter").iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW"])
-def test_optimizers_of_bitsandbytes_are_a_choice_of_yaml(
-    name: str, tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_optimizers_of_bitsandbytes_are_a_choice_of_yaml(tiny_model: str) -> None:
     """Paged ones need CUDA to run: that they are understood is all that can be tried here."""
     import bitsandbytes
-    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PreferenceModule, "model", fail_untyped=False)  # as Lightning does
-    choice = {"class_path": f"bitsandbytes.optim.{name}", "init_args": {"lr": 0.01}}
-    config = {"class_path": "PreferenceModule", "init_args": {"base": tiny_model, "optimizer": choice}}
-    module = parser.instantiate(parser.parse_object({"model": config})).model
+    made = {}
+    for name in ("PagedAdamW8bit", "PagedAdamW", "AdamW8bit"):
+        choice = {"class_path": f"bitsandbytes.optim.{name}", "init_args": {"lr": 0.01}}
+        config = {"class_path": "PreferenceModule", "init_args": {"base": tiny_model, "optimizer": choice}}
+        made[name] = parser.instantiate(parser.parse_object({"model": config})).model.optimizer
     parameter = torch.nn.Parameter(torch.ones(8192))
-    made = None if "Paged" in name else module.optimizer([parameter])
-    assert made is None or isinstance(made, bitsandbytes.optim.AdamW8bit)
-    if made is not None:
-        parameter.grad = torch.ones_like(parameter)
-        made.step()
-        assert made.state[parameter]["state1"].dtype == torch.uint8
-        torch.testing.assert_close(parameter.detach(), torch.full((8192,), 0.99), atol=2e-4, rtol=0)
+    optimizer = made["AdamW8bit"]([parameter])
+    assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.state[parameter]["state1"].dtype == torch.uint8
+    torch.testing.assert_close(parameter.detach(), torch.full((8192,), 0.99), atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype", "cast"), [("32-true", "float32", True), ("bf16-mixed", "bfloat16", False)]
-)
+@pytest.mark.parametrize("precision,dtype,cast", [("32-true", "float32", True), ("bf16-mixed", "bfloat16", False)])
 def test_autocast_makes_no_wide_copy_of_an_adapters_input(
     precision: str, dtype: str, cast: bool, tiny_model: str, source: str, tmp_path: Path
 ) -> None:

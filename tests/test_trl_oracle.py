@@ -20,9 +20,7 @@ from mixdpo.routing.schedules import Constant
 
 STEPS, BATCH, RATE, BETA = 10, 2, 1.0, 0.1
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning", "DeprecationWarning")
 ]
 
 
@@ -50,37 +48,18 @@ def trl_trainer(model_folder: str, folder: Path, batch: int) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
+    sides = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     rows = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "chosen": [{"role": "assistant", "content": row["chosen"]}],
-            "rejected": [{"role": "assistant", "content": row["rejected"]}],
-        }
-        for row in pairs_in_training_order()
+        {key: [{"role": role, "content": row[key]}] for key, role in sides.items()} for row in pairs_in_training_order()
     ]
-    options = DPOConfig(
-        output_dir=str(folder),
-        beta=BETA,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        max_steps=STEPS,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=BATCH // batch,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    batches = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": BATCH // batch}
+    rate = {"learning_rate": RATE, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0}
+    plain = dict.fromkeys(("bf16", "fp16", "gradient_checkpointing"), False) | {"use_cpu": True, "disable_tqdm": True}
+    logs = {"output_dir": str(folder), "logging_steps": 1, "save_strategy": "no", "report_to": []}
+    steps = {"beta": BETA, "max_steps": STEPS, "train_sampling_strategy": "sequential"}
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
-        args=options,
+        args=DPOConfig(**batches, **rate, **plain, **logs, **steps),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -91,17 +70,10 @@ def trl_trainer(model_folder: str, folder: Path, batch: int) -> Any:
 
 def our_run(model_folder: str, folder: Path, trl_model: Any, accumulate: int) -> tuple[Any, PreferenceModule, Any]:
     source = write_pairs(folder / "pairs.jsonl", pairs_in_training_order())
-    run = build(
-        model_folder,
-        source,
-        folder / "ours",
-        lr=RATE,
-        schedule=Constant(warmup=0.0),
-        preference_loss=DPO(beta=BETA),
-        lora=Lora(rank=4, alpha=8),
-        trainer={"accumulate_grad_batches": accumulate},
-        data={"batch_size": BATCH, "routing": Routing(hard_fraction=0.0)},
-    )
+    options = {"lr": RATE, "schedule": Constant(warmup=0.0), "preference_loss": DPO(beta=BETA)}
+    options |= {"lora": Lora(rank=4, alpha=8), "trainer": {"accumulate_grad_batches": accumulate}}
+    data = {"batch_size": BATCH, "routing": Routing(hard_fraction=0.0)}
+    run = build(model_folder, source, folder / "ours", data=data, **options)
     trainer, module, data = run
     trainer.strategy._lightning_module = module
     module.trainer = data.trainer = trainer

@@ -1,20 +1,9 @@
-"""Callbacks of a run: those that configs and Python name, imported when they are asked for."""
+"""Callbacks that configs name, imported when they are asked for."""
 
 from importlib import import_module
 from typing import Any
 
-_HOME = {
-    "ExactResume": "checkpoint",
-    "LastCheckpoint": "checkpoint",
-    "CleanTokens": "clean_tokens",
-    "RefreshReference": "clean_tokens",
-    "NonFinite": "faults",
-    "OutOfMemory": "faults",
-    "GoldEvaluation": "gold_evaluation",
-    "Throughput": "logging",
-    "ValidateAtMaxSteps": "logging",
-    "RunFiles": "run_files",
-}
+_HOME = {"GoldEvaluation": "gold_evaluation", "RefreshReference": "clean_tokens"}
 
 
 def __getattr__(name: str) -> Any:

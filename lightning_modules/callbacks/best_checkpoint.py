@@ -1,4 +1,4 @@
-"""The best checkpoint of a run: loaded at its end, held by its content, and taken along by a run that goes on."""
+"""The best checkpoint of a run: known by its content, copied by the run that continues, loaded at the end."""
 
 import os
 import shutil
@@ -17,10 +17,10 @@ _sha256 = cache(lambda path, changed: sha256(path))
 
 
 def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
-    """Give the module its best policy, where a ModelCheckpoint monitors a metric.
+    """Give the module the best policy, where a ModelCheckpoint monitors a metric.
 
     Returns:
-        That callback; None without one, or where its file cannot be loaded: then the last policy stays, with a warning.
+        The ModelCheckpoint. None without one, or with a warning if its file cannot be loaded: the last policy stays.
     """
     best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "") and c.monitor), None)
     try:
@@ -34,19 +34,17 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
             pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
         return best
     except Exception as error:  # of pickle, zipfile and torch: an open list
-        said = (
-            f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__}: {str(error)[:99]})"
-        )
         rank_zero_warn(
-            f"{said}: adapter/ holds the last policy. To get the best policy, continue from a checkpoint that is older "
-            "than the damaged file, or train again"
+            f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__}: {str(error)[:99]}): "
+            "adapter/ holds the last policy. To get the best policy, continue from a checkpoint that is older than the "
+            "damaged file, or train again"
         )
         return None
 
 
 def describe_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Add to a ModelCheckpoint's state the path of each of its files from the run's folder, the path on this machine,
-    and the SHA-256 (False for the file that the checkpoint is about to be written to)."""
+    """Add to each ModelCheckpoint's state what finds its files again: the path from the run's folder, the path on this
+    machine, and the SHA-256 (False for the file that the checkpoint is about to be written to)."""
     for state in checkpoint.get("callbacks", {}).values() if trainer.is_global_zero else ():
         for path in {*state.get("best_k_models", ()), state.get("best_model_path", "")} - {""}:
             place, root = Path(path).resolve(), Path(trainer.default_root_dir).resolve()
@@ -55,38 +53,38 @@ def describe_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Let ModelCheckpoints go on from their best score, with files in the continued run's own folder. (Lightning
+    """Let ModelCheckpoints continue from their best score, with copies in the continued run's own folder. (Lightning
     forgets both in another folder.) Best-checkpoint files that no longer exist are skipped. Usually a better one
     replaced them after this checkpoint was written, and the continued run makes the better one again."""
     for callback in trainer.checkpoint_callbacks:
         state = checkpoint.get("callbacks", {}).get(callback.state_key, {})
         if "best_k_models" in state:
-            own = _own_files(trainer.ckpt_path, callback.dirpath, state) if trainer.is_global_zero else {}
-            own, best = trainer.strategy.broadcast(own), state["best_model_path"]
-            state |= {"dirpath": callback.dirpath, "last_model_path": "", "best_model_path": own.get(best, "")}
-            state["kth_best_model_path"] = own.get(state["kth_best_model_path"], "")
-            state["best_k_models"] = {own[path]: score for path, score in state["best_k_models"].items() if path in own}
-            if callback.monitor and best and best not in own:
+            copies = _copies(trainer.ckpt_path, callback.dirpath, state) if trainer.is_global_zero else {}
+            copies, best = trainer.strategy.broadcast(copies), state["best_model_path"]
+            scores = {copies[path]: score for path, score in state["best_k_models"].items() if path in copies}
+            state |= {"dirpath": callback.dirpath, "last_model_path": "", "best_k_models": scores}
+            state |= {name: copies.get(state[name], "") for name in ("best_model_path", "kth_best_model_path")}
+            if callback.monitor and best and best not in copies:
                 state["best_model_score"] = None
-                said = f"the best checkpoint so far, {best}, is not there any more, or is another file now"
                 rank_zero_warn(
-                    f"{said}: only checkpoints of the continued run count as best. Nothing is lost if the first run "
-                    "had replaced the file by a better one. Otherwise put the file back, and continue again"
+                    f"the best checkpoint so far, {best}, is not there any more, or is another file now: only "
+                    "checkpoints of the continued run count as best. Nothing is lost if the first run had replaced the "
+                    "file by a better one. Otherwise put the file back, and continue again"
                 )
 
 
-def _own_files(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
-    """Copy the files of a ModelCheckpoint's state into its new folder. Old path -> new path, without what is gone."""
-    own, beside = {}, Path(ckpt_path).absolute().parent
+def _copies(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
+    """Copy the files of a ModelCheckpoint's state into its new folder: {old path: new path}, without what is gone."""
+    copies, beside = {}, Path(ckpt_path).absolute().parent
     for path, (inside, absolute, content) in state.get("files", {}).items():
         name = os.path.relpath(path, state["dirpath"])
         for place in (beside.parent / inside, beside / name, Path(ckpt_path), Path(absolute)):
             # the checkpoint that is continued may be the file itself: its own hash is not in it
             itself = place.name == Path(path).name and place.exists() and place.samefile(ckpt_path)
             if itself or (content and place.is_file() and sha256(place) == content):
-                own[path] = str(_copied(place, Path(dirpath, name)))
+                copies[path] = str(_copied(place, Path(dirpath, name)))
                 break
-    return own
+    return copies
 
 
 def _copied(place: Path, target: Path) -> Path:

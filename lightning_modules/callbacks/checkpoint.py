@@ -1,4 +1,4 @@
-"""The last checkpoint, exact resume, and files that appear whole or not at all."""
+"""The last checkpoint, exact resume, and checkpoint files that appear whole or not at all."""
 
 import io
 import os
@@ -15,67 +15,62 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mixdpo.errors import InputError, OutOfSpaceError, Stopped
+from mixdpo.errors import OutOfSpaceError, Stopped
 from mixdpo.storage.files import written_whole
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file beside the checkpoint, which takes its place once its content is on the disk. (Lightning
-    renames one from the system's temporary folder, which copies where that is another disk.)"""
+    """Writes a temporary file beside the checkpoint, and renames the file once its content is on the disk. (Lightning's
+    temporary file is in the system's temporary folder, and a rename from another disk is a copy.)"""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """
         Raises:
-            OutOfSpaceError: the file cannot be written; says how much is free.
+            OutOfSpaceError: the file cannot be written.
         """
         if storage_options is not None or "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         content, folder = io.BytesIO(), Path(path).parent
-        torch.save(checkpoint, content)  # not to the file: on a full disk torch raises what names no reason
+        torch.save(checkpoint, content)  # not to the file: on a full disk torch's error names no reason
         try:
             with written_whole(path) as partial:
                 partial.write_bytes(content.getbuffer())
         except OSError as error:
-            said = f"the checkpoint of step {checkpoint.get('global_step')} cannot be written to {folder}"
-            free = shutil.disk_usage(folder).free / 1e6
-            raise OutOfSpaceError(f"{said}: {os.strerror(error.errno or 0)}; {free:.0f} MB are free") from error
+            raise OutOfSpaceError(
+                f"the checkpoint of step {checkpoint.get('global_step')} cannot be written to {folder}: "
+                f"{os.strerror(error.errno or 0)}; {shutil.disk_usage(folder).free / 1e6:.0f} MB are free"
+            ) from error
 
 
 class ExactResume(Callback):
-    """A resumed run draws the random numbers that it would have drawn; validation draws none of them."""
+    """A resumed run draws the random numbers of a run that never stopped. Validation leaves the random state alone."""
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
         self._aside: dict[str, Any] = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of every process: they share a seed, but dropout draws as many numbers as a process has tokens."""
-        states: list[Any] = [_random_state()]
-        if dist.is_available() and dist.is_initialized():
-            states *= dist.get_world_size()
-            dist.all_gather_object(states, states[0])
-        return {"ranks": states}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._restored = state_dict["ranks"][min(rank, len(state_dict["ranks"]) - 1)]  # validation may use fewer
-
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["computed_on"] = _processor(trainer.strategy.root_device)
+        """Add the random state of every process: dropout draws as many numbers as a process has tokens."""
+        states: list[Any] = [_random_state()] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(states, states[0])
+        checkpoint |= {"random_states": states, "computed_on": _processor(trainer.strategy.root_device)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        was, now = checkpoint.get("computed_on"), _processor(trainer.strategy.root_device)
-        if trainer.state.fn == "fit" and was not in (None, now):
+        if trainer.state.fn != "fit" or "random_states" not in checkpoint:
+            return
+        self._restored = checkpoint["random_states"][trainer.global_rank]
+        was, now = checkpoint["computed_on"], _processor(trainer.strategy.root_device)
+        if was != now:
             rank_zero_warn(
-                f"the checkpoint was computed on {was}, but the run continues on {now}, which rounds differently and "
-                "draws other dropout masks: the adapter will not be bit-identical to that of an uninterrupted run. If "
-                f"it must be, continue on {was}"
+                f"the checkpoint was computed on {was}, and the run continues on {now}, which rounds differently and "
+                "draws other dropout masks: the adapter will not be bit-identical to that of an uninterrupted run. For "
+                f"the same bits, continue on {was}"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -109,30 +104,27 @@ def _random_state() -> dict[str, Any]:
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():  # else it was saved on another machine
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
 class LastCheckpoint(Checkpoint):
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: PositiveInt = 50) -> None:  # type: ignore[valid-type]
         """Keeps the latest state of the run as `checkpoints/last.ckpt`: adapters, optimizer, schedule, RNG, position.
 
-        Written as well before a validation, after the last step, and where SIGINT or SIGTERM ends the run: after the
-        step in progress; a second signal ends it at once.
+        Also written before a validation and after the last step. SIGINT or SIGTERM ends the run with a checkpoint after
+        the step in progress. A second signal ends the run at once.
 
         Args:
             every_n_steps: Optimizer steps between two checkpoints.
         """
-        if every_n_steps < 1:
-            raise InputError(f"checkpoint.every_n_steps must be at least 1, not {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._signal = 0
         self._validated = False  # since the last batch
-        self._stops = False  # something has told Lightning to stop in the middle of a step
+        self._stops = False  # Lightning was told to stop in the middle of a step
         self._owed_validation, self._epoch = "no", 0  # whether a validation was to follow the checkpoint, and its epoch
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -142,7 +134,7 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         due = not self._validated and _validates(trainer)
         stops, trainer.should_stop = trainer.should_stop, False
-        # that of a run that stops here is none of one that goes on
+        # a run that stops here validates at its end, and a longer run does not
         checkpoint["owes_validation"] = "no" if not due else "always" if _validates(trainer) else "at the end"
         trainer.should_stop = stops
 
@@ -151,26 +143,16 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a disk that the run would fill; listen to signals; make up for a validation that was cut off."""
-        learning = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
-        adapters = sum(p.numel() * p.element_size() for n, p in pl_module.named_parameters() if "lora_" in n)
-        # the old and the new checkpoint (adapters, two moments) and adapter/
-        need, folder = 2 * (adapters + 2 * learning) + learning, Path(trainer.default_root_dir)
-        free = shutil.disk_usage(folder).free
-        if free < need:
-            raise OutOfSpaceError(
-                f"{folder} has {free / 1e6:.0f} MB free, and checkpoints and adapter of this run take {need / 1e6:.0f} "
-                "MB: free some, or give another folder with --runs"
-            )
-        if threading.current_thread() is threading.main_thread() and not trainer.fit_loop.done:
-            for each in SIGNALS:  # Lightning restores its own when it ends
-                signal.signal(each, self._stop)
+        _check_disk(Path(trainer.default_root_dir), pl_module)
+        if not trainer.fit_loop.done:
+            _handle_signals(self._stop, self._stop)  # Lightning restores its own when it ends
         if trainer.enable_validation and (
             self._owed_validation == "always" or (self._owed_validation != "no" and trainer.fit_loop.done)
         ):
             self._make_up(trainer, pl_module)
 
     def _make_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The validation that Lightning takes for done, as its loops do it, so that callbacks see one of that epoch."""
+        """Run the validation that Lightning takes for done, as Lightning's loops do, in the epoch of the checkpoint."""
         progress, connector = trainer.fit_loop.epoch_progress.current, trainer._logger_connector
         epoch, progress.completed = progress.completed, self._epoch
         first, connector._first_loop_iter = connector._first_loop_iter, None
@@ -178,7 +160,7 @@ class LastCheckpoint(Checkpoint):
         loop.restarting = False
         loop.run()
         trainer.training, connector._first_loop_iter = True, first
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # many look at the score there only
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # ModelCheckpoint and EarlyStopping act there
             for callback in trainer.callbacks:
                 if isinstance(callback, ModelCheckpoint | EarlyStopping):
                     callback.on_train_epoch_end(trainer, pl_module)
@@ -190,10 +172,10 @@ class LastCheckpoint(Checkpoint):
     def _stop(self, number: int, frame: Any) -> None:
         self._signal = number
         print(f"{signal.Signals(number).name}: stopping after this step; once more to stop at once", file=sys.stderr)
-        _default_handlers()
+        _handle_signals()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Only where an optimizer step is complete: in the middle of one, its accumulated gradient would be lost."""
+        """Act only where an optimizer step is complete: in its middle, the accumulated gradient would be lost."""
         if trainer.fit_loop._should_accumulate():
             return self._hold(trainer)
         trainer.should_stop |= self._stops
@@ -204,19 +186,19 @@ class LastCheckpoint(Checkpoint):
             stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
         if ends or stops or _validates(trainer) or trainer.global_step % self.every_n_steps == 0:
             # weights_only=False: the whole state
-            trainer.save_checkpoint(Path(trainer.default_root_dir, "checkpoints", "last.ckpt"), weights_only=False)
+            trainer.save_checkpoint(_last_checkpoint(trainer), weights_only=False)
         if ends:
-            _default_handlers()  # what follows the last step can be done again from its checkpoint
+            _handle_signals()  # all that follows the last step can be done again from its checkpoint
         elif stops:
             raise Stopped(self._signal or signal.SIGTERM)
 
     def _hold(self, trainer: L.Trainer) -> None:
-        """Let the step end first, as by a signal: such as that max_time is over."""
+        """Let the step end before the run stops, where max_time or a callback has told Lightning to stop."""
         self._stops |= trainer.should_stop
         trainer.should_stop = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # in the middle of a step there is no checkpoint of what came before it
+        # in the middle of a step there is no checkpoint of the batches before
         if self._signal and trainer.world_size == 1 and not trainer.fit_loop._should_accumulate():
             raise Stopped(self._signal)
 
@@ -229,21 +211,34 @@ class LastCheckpoint(Checkpoint):
         if trainer.fit_loop._should_accumulate():
             self._hold(trainer)
         if trainer.should_stop and trainer.fit_loop._can_stop_early:  # early stopping, after the last step
-            _default_handlers()
+            _handle_signals()
 
     on_train_epoch_end = on_validation_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        own = Path(trainer.default_root_dir, "checkpoints", "last.ckpt").exists() or isinstance(exception, Stopped)
-        if trainer.is_global_zero and trainer.state.fn == "fit" and own:
-            step = "" if isinstance(exception, Stopped) else "the last checkpoint is whole; "
-            print(f"{step}continue with:\n  {resume_command(trainer)}", file=sys.stderr)
+        stopped = isinstance(exception, Stopped)
+        if trainer.is_global_zero and trainer.state.fn == "fit" and (stopped or _last_checkpoint(trainer).exists()):
+            whole = "" if stopped else "the last checkpoint is whole; "
+            print(f"{whole}continue with:\n  {resume_command(trainer)}", file=sys.stderr)
 
 
-def _default_handlers() -> None:
+def _check_disk(folder: Path, module: L.LightningModule) -> None:
+    """Refuse a folder without room for the old and the new checkpoint (adapters, two moments) and adapter/."""
+    learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    adapters = sum(p.numel() * p.element_size() for name, p in module.named_parameters() if "lora_" in name)
+    need = 2 * (adapters + 2 * learning) + learning
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise OutOfSpaceError(
+            f"{folder} has {free / 1e6:.0f} MB free, and checkpoints and adapter of this run take {need / 1e6:.0f} MB: "
+            "free some space, or give another folder with --runs"
+        )
+
+
+def _handle_signals(interrupt: Any = signal.default_int_handler, terminate: Any = signal.SIG_DFL) -> None:
+    """Without arguments: as Python does."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def _validates(trainer: L.Trainer) -> bool:
@@ -252,14 +247,16 @@ def _validates(trainer: L.Trainer) -> bool:
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
-def last_checkpoint(trainer: L.Trainer) -> str | None:
-    """Of this run, or before it has one the one that it continues."""
-    path = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
-    return str(path) if path.exists() else trainer.ckpt_path
+def _last_checkpoint(trainer: L.Trainer) -> Path:
+    return Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
 
 
 def resume_command(trainer: L.Trainer) -> str:
-    words = ["--config", str(Path(trainer.default_root_dir, "config.yaml"))]
-    if (path := last_checkpoint(trainer)) is not None:
-        words += ["--ckpt_path", path]
-    return f"python run.py {shlex.join(words)}"
+    """From the last checkpoint of this run; without one, from the checkpoint that the run continues, if any."""
+    path = _last_checkpoint(trainer) if _last_checkpoint(trainer).exists() else trainer.ckpt_path
+    words = [
+        "--config",
+        str(Path(trainer.default_root_dir, "config.yaml")),
+        *(["--ckpt_path", str(path)] if path else []),
+    ]
+    return f"{'mixdpo fit' if Path(sys.argv[0]).name == 'mixdpo' else 'python run.py'} {shlex.join(words)}"

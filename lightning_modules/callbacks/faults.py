@@ -1,4 +1,4 @@
-"""Callbacks for what goes wrong in a run: numbers that are not finite, memory that runs out."""
+"""Callbacks for two faults of a run: numbers that are not finite, and memory that runs out."""
 
 import math
 import sys
@@ -22,14 +22,14 @@ class NonFinite(Callback):
         their texts and losses, and the command that comes to the same step again.
 
         Args:
-            action: stop: looked for where steps are logged and before every checkpoint, so that nothing waits for the
-                device in between. skip: leave such a step out; that takes a look, and waits, in every step.
+            action: stop: check where steps are logged and before every checkpoint, without waiting for the device in
+                between. skip: check every step, which waits for the device, and leave out a step that is not finite.
         """
         self.action = action
         self.skipped = 0
         self._ids: Any = None
         self._losses: list[tuple[Any, Tensor]] = []  # ids and losses of the micro-batches since the last step
-        self._steps: list[tuple[int, Tensor, list[tuple[Any, Tensor]]]] = []  # not looked at yet
+        self._steps: list[tuple[int, Tensor, list[tuple[Any, Tensor]]]] = []  # not checked yet: number, norm, losses
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._ids = batch.ids[: batch.count]
@@ -38,24 +38,23 @@ class NonFinite(Callback):
         self._losses.append((self._ids, pl_module.row_losses[: len(self._ids)]))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if trainer.precision == "16-mixed":  # its scaler tries too large factors and steps over what overflows
+        norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+        if trainer.precision == "16-mixed":  # its scaler tries too large factors and steps over an overflow
             norm = torch.zeros_like(norm)
         self._steps.append((trainer.global_step, norm, self._losses))
         self._losses = []
-        if self.action == "skip" and (found := self._found(trainer)) is not None:
+        if self.action == "skip" and (message := self._check(trainer)):
             optimizer.zero_grad(set_to_none=True)  # zeros would move Adam, which remembers earlier gradients
             self.skipped += 1
             pl_module.callback_values["skipped_steps"] = self.skipped
-            self._report(trainer, *found)
+            print(f"warning: the step is left out: {message}", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if logs_step(trainer):
-            self._look(trainer)
+            self._stop_if_not_finite(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._look(trainer)  # what is not finite never gets into one
+        self._stop_if_not_finite(trainer)  # no checkpoint ever holds a number that is not finite
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
@@ -63,67 +62,67 @@ class NonFinite(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped = state_dict["skipped"]
 
-    def _look(self, trainer: L.Trainer) -> None:
-        if (found := self._found(trainer)) is not None:
-            raise NonFiniteError(self._report(trainer, *found))
+    def _stop_if_not_finite(self, trainer: L.Trainer) -> None:
+        if message := self._check(trainer):
+            raise NonFiniteError(
+                f"{message}. Look at these rows, lower the learning rate, set trainer.gradient_clip_val or a wider "
+                "model.dtype, or leave such steps out (--non_finite.action skip). To see the step again: "
+                f"{_command_again(trainer)}"
+            )
 
-    def _found(self, trainer: L.Trainer) -> tuple[int, float, list[tuple[Any, Tensor]]] | None:
-        """The first step with a number that is not finite: number, gradient norm, ids and losses of its rows."""
+    def _check(self, trainer: L.Trainer) -> str | None:
+        """Report the first step since the last check with a number that is not finite; the message, None without."""
         steps, self._steps = self._steps, []
-        if not steps:
-            return None
-        values = [
-            torch.stack([norm.float(), *(losses.sum().float() for _, losses in each)]).sum() for _, norm, each in steps
+        sums = [
+            torch.stack([norm.float(), *(values.sum().float() for _, values in losses)]).sum()
+            for _, norm, losses in steps
         ]
-        bad = [not math.isfinite(value) for value in torch.stack(values).tolist()]
+        bad = [not math.isfinite(value) for value in torch.stack(sums).tolist()] if sums else []
         if trainer.world_size > 1:  # one rank's losses may be finite, and all must stop or skip
             bad = [trainer.strategy.reduce_boolean_decision(each, all=False) for each in bad]
-        first = next((step for step, is_bad in zip(steps, bad, strict=True) if is_bad), None)
-        return None if first is None else (first[0], float(first[1]), first[2])
+        return next((_report(trainer, *step) for step, is_bad in zip(steps, bad, strict=True) if is_bad), None)
 
-    def _report(self, trainer: L.Trainer, step: int, norm: float, losses: list[tuple[Any, Tensor]]) -> str:
-        data, rows = trainer.datamodule, []
-        for ids, values in losses:
-            found = zip(data.rows_of(ids.tolist()), values.tolist(), strict=True)
-            rows += [row | {"loss": loss} for row, loss in found]
-        bad = [row for row in rows if not math.isfinite(row["loss"])]
-        for row in bad:
-            row["loss"] = str(row["loss"])  # JSON has no NaN
-        path = Path(trainer.default_root_dir) / "non_finite.json"
-        again = f"{resume_command(trainer)} --trainer.log_every_n_steps 1"
-        content = {"step": step, "gradient_norm": str(norm), "again": again, "source": data.source, "rows": rows}
-        if trainer.is_global_zero:
-            write_json(path, content)
-        which = f"of row {', '.join(str(row['row']) for row in bad[:5])} of {data.source}" if bad else "gradient"
-        said = (
-            f"step {step} has a {'loss' if bad else ''} {which} that is not finite (gradient norm {norm:.3g}; "
-            f"{len(bad)} of its {len(rows)} rows)"
-        )
-        if self.action == "skip":
-            print(f"warning: {said}: left out; {path}", file=sys.stderr)
-        return (
-            f"{said}: rows, texts and losses are in {path}. Look at these rows, lower the learning rate, set "
-            f"trainer.gradient_clip_val or a wider model.dtype, or leave such steps out (--non_finite.action skip). To "
-            f"see it again: {again}"
-        )
+
+def _report(trainer: L.Trainer, step: int, norm: Tensor, losses: list[tuple[Any, Tensor]]) -> str:
+    """Write non_finite.json; what the file says, in a sentence."""
+    data, path = trainer.datamodule, Path(trainer.default_root_dir) / "non_finite.json"
+    values = [value for _, each in losses for value in each.tolist()]
+    rows = data.rows_of([number for ids, _ in losses for number in ids.tolist()])
+    # JSON has no NaN
+    rows = [row | {"loss": v if math.isfinite(v) else str(v)} for row, v in zip(rows, values, strict=True)]
+    content = {"step": step, "gradient_norm": str(float(norm)), "again": _command_again(trainer)}
+    if trainer.is_global_zero:
+        write_json(path, content | {"source": data.source, "rows": rows})
+    bad = [str(row["row"]) for row in rows if isinstance(row["loss"], str)]
+    what = f"loss of row {', '.join(bad[:5])} of {data.source}" if bad else "gradient"
+    return (
+        f"step {step} has a {what} that is not finite (gradient norm {float(norm):.3g}; {len(bad)} of its {len(rows)} "
+        f"rows): rows, texts and losses are in {path}"
+    )
+
+
+def _command_again(trainer: L.Trainer) -> str:
+    return f"{resume_command(trainer)} --trainer.log_every_n_steps 1"
 
 
 class OutOfMemory(Callback):
-    """Says with numbers what to change where the memory was not enough."""
+    """Adds to an error of memory what to change, with numbers."""
+
+    _batch: tuple[int, str, int] | None = None  # rows, unit and tokens of the micro-batch in progress
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
-        self._batch = batch.count, batch.rows.tokens, batch.unit
+        self._batch = batch.count, batch.unit, batch.rows.tokens
 
     on_validation_batch_start = on_train_batch_start
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        self.__dict__.pop("_batch", None)  # what follows is no micro-batch
+        self._batch = None  # no micro-batch follows
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        if not is_out_of_memory(exception) or not hasattr(self, "_batch"):
+        if self._batch is None or not is_out_of_memory(exception):
             return
-        rows, tokens, unit = self._batch
-        data, now = trainer.datamodule, trainer.accumulate_grad_batches
+        (rows, unit, tokens), data = self._batch, trainer.datamodule
+        now, length = trainer.accumulate_grad_batches, data.encoding["max_length"]
         most = data.batch_size // trainer.world_size
         advice = []
         if trainer.validating or trainer.sanity_checking:
@@ -132,13 +131,11 @@ class OutOfMemory(Callback):
             advice.append(f"trainer.accumulate_grad_batches {min(2 * now, most)} (now {now}, at most {most})")
         if pl_module.activation_checkpointing is not True:
             advice.append(f"model.activation_checkpointing true (now {pl_module.activation_checkpointing})")
-        longest = data.encoding["max_length"]
-        advice.append(f"data.max_length {longest // 2} (now {longest})")
-        advice.append("model.optimizer bitsandbytes.optim.PagedAdamW8bit")
+        advice += [f"data.max_length {length // 2} (now {length})", "model.optimizer bitsandbytes.optim.PagedAdamW8bit"]
         exception.add_note(
             f"out of memory: a micro-batch of {rows} {unit} with {tokens} tokens took more than the "
-            f"{peak_memory_gb(pl_module.device):.1f} GB reached. What to change, the first alone may do: "
-            f"{'; '.join(advice)}"
+            f"{peak_memory_gb(pl_module.device):.1f} GB reached. Change the first of these options, then "
+            f"also the next ones, until the memory is enough: {'; '.join(advice)}"
         )
 
 
@@ -147,5 +144,5 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_S
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in said for words in OUT_OF_MEMORY)
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in message for words in OUT_OF_MEMORY)

@@ -39,16 +39,17 @@ class GoldEvaluation(Callback):
         limit: int | None = None,
         dequantise: bool | None = None,
     ) -> None:
-        """Answers held-out prompts greedily as the policy before training and as the one in adapter/ after it; prints a
-        table and writes results.json, results.md and responses.json to the run's folder. Those before training are kept
-        under ~/.cache/mixdpo for the next run that starts from the same weights; they are scored anew.
+        """Generates greedy responses to held-out prompts, of the policy before training and of the one in adapter/
+        after it. Prints a table and writes results.json, results.md and responses.json to the run's folder. Responses
+        before training are kept under ~/.cache/mixdpo for the next run that starts from the same weights; they are
+        scored anew.
 
         Args:
             prompts: File of prompt rows (jsonl), or `heldout` for the built-in ones of the task `constraints`.
             scorer: Class path of what scores responses: (prompt row, responses) -> scores, larger is better. Null:
                 lengths and end tokens only.
             max_new_tokens: Longest response, in tokens.
-            batch_size: Prompts answered at a time.
+            batch_size: Responses decoded together.
             limit: Use the first so many prompts only.
             dequantise: Generate with a dequantised copy that the adapter is merged into. A copy is faster, but is a
                 second model in memory. True makes a copy in fp32. False makes none. Null makes a copy in fp32 on a CPU.
@@ -69,8 +70,12 @@ class GoldEvaluation(Callback):
         """The responses before training too: a reference that was refreshed could not give them again."""
         training = self.seconds["training"] + time.perf_counter() - self._started
         given = [asdict(response) for response in self.before.given] if self.before else []
-        seconds = self.seconds | {"training": training}
-        return {"asked": self._asked(), "given": given, "seconds": seconds, "copy": self._copy}
+        return {
+            "asked": self._asked(),
+            "given": given,
+            "seconds": {**self.seconds, "training": training},
+            "copy": self._copy,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored, self.seconds = state_dict, state_dict["seconds"]
@@ -78,56 +83,47 @@ class GoldEvaluation(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self._copy = generation_dtype(pl_module.model, self.dequantise)
-            if self._restored is not None and self.dequantise is None:
-                self._copy = self._restored["copy"]
             self._rows = read_prompts(self.prompts, self.limit)
             if self._restored is not None:
                 refuse_other_run(self._restored["asked"], self._asked())
+                self._copy = self._restored["copy"] if self.dequantise is None else self._copy
             elif trainer.ckpt_path and any(getattr(c, "role", None) == "reference" for c in trainer.callbacks):
                 raise InputError(
                     "the checkpoint holds no responses of GoldEvaluation, and the reference that gave them may have "
                     "been refreshed since: leave GoldEvaluation out, and compare with run.py test"
                 )
-            self.before = self._response(pl_module, "reference", "before training")
+            self.before = self._responses(pl_module, "reference", "before training")
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds["training"] += time.perf_counter() - self._started
-        if not trainer.is_global_zero or self.before is None:
+        if self.before is None:  # another process evaluates
             return
         best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
-        after = self._response(pl_module, "policy", "after training")
+        after = self._responses(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
         if best is None:
-            facts = self._validation_facts(trainer) | self._facts(trainer)
+            summary = _validation_summary(trainer)
         else:  # the last validation was of another policy
-            of_best = f"of the best {best.monitor}, {best.best_model_score:.4f}"
-            facts = {"answers after training": of_best} | self._facts(trainer)
-        folder = Path(trainer.default_root_dir)
-        write_json(folder / "results.json", {"heldout_prompts": rows, "facts": facts, "steps": trainer.global_step})
-        write_json(
-            folder / "responses.json",
-            [
-                {**row, "before": before, "after": after}
-                for row, before, after in zip(self._rows, self.before.rows(), after.rows(), strict=True)
-            ],
-        )
-        table = markdown(rows, facts)
+            summary = {"responses after training": f"of the best {best.monitor}, {best.best_model_score:.4f}"}
+        summary |= self._run_summary(trainer)
+        table, folder = markdown(rows, summary), Path(trainer.default_root_dir)
+        pairs = zip(self._rows, self.before.rows(), after.rows(), strict=True)
+        responses = [{**row, "before": before, "after": after} for row, before, after in pairs]
+        write_json(folder / "results.json", {"heldout_prompts": rows, "summary": summary, "steps": trainer.global_step})
+        write_json(folder / "responses.json", responses)
         (folder / "results.md").write_text(table + "\n")
         print(f"\n{table}\n\nrun folder: {folder}")
 
-    def _response(self, pl_module: Any, name: Role, when: str) -> Responses:
+    def _responses(self, pl_module: Any, name: Role, when: str) -> Responses:
         started = time.perf_counter()
-        print(f"answering {len(self._rows)} held-out prompts {when}")
+        print(f"responses to {len(self._rows)} held-out prompts, {when}")
         tokenizer = load_tokenizer(pl_module.base)
-        template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
-        if template == PLAIN:
-            raise InputError(
-                "GoldEvaluation asks by a chat template, and data.chat_template is plain: give one, or leave it out"
-            )
-        tokenizer.chat_template = template
+        tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
+        if tokenizer.chat_template == PLAIN:
+            raise InputError("GoldEvaluation needs a chat template, and data.chat_template is plain: give a template")
 
-        def generations() -> list[Response]:
+        def generated() -> list[Response]:
             if self._copy is not None:
                 copied = merged_copy(pl_module.model, name, self._copy)
                 return greedy(copied, tokenizer, self._rows, **self.options)
@@ -136,19 +132,18 @@ class GoldEvaluation(Callback):
                 return greedy(pl_module.model, tokenizer, self._rows, **self.options)
 
         if name == "policy":
-            found = generations()
+            given = generated()
         elif self._restored is not None:
-            found = [Response(**response) for response in self._restored["given"]]
+            given = [Response(**response) for response in self._restored["given"]]
         else:
-            found = kept_responses(self._depends_on(pl_module, tokenizer), generations)
-        responses = scored(self._rows, found, self.scorer)
+            given = kept_responses(self._depends_on(pl_module, tokenizer), generated)
+        responses = scored(self._rows, given, self.scorer)
         self.seconds["evaluation"] += time.perf_counter() - started
         return responses
 
     def _asked(self) -> dict[str, Any]:
         """What the responses before and after training must share; how they are computed may change with the memory."""
-        prompts = json.dumps([row["prompt"] for row in self._rows])
-        digest = hashlib.sha256(prompts.encode()).hexdigest()[:16]
+        digest = _digest(json.dumps([row["prompt"] for row in self._rows]))
         return {"GoldEvaluation.prompts": digest, "GoldEvaluation.max_new_tokens": self.options["max_new_tokens"]}
 
     def _depends_on(self, pl_module: Any, tokenizer: Any) -> dict[str, Any]:
@@ -158,35 +153,36 @@ class GoldEvaluation(Callback):
             "weights": base_fingerprint(model),
             "adapter": adapter_fingerprint(model, "reference"),
             "ends": repr(model.get_base_model().generation_config.eos_token_id),
-            "tokenizer": hashlib.sha256(tokenizer_state(tokenizer).encode()).hexdigest()[:16],
+            "tokenizer": _digest(tokenizer_state(tokenizer)),
             "template": tokenizer.chat_template,
             "asked": self._asked() | {**self.options, "copy": str(self._copy)},
             "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
         }
 
-    def _validation_facts(self, trainer: L.Trainer) -> dict[str, str]:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        facts: dict[str, str] = {}
-        for group in ("easy", "hard"):
-            if f"val/{group}/rewards/accuracy" in metrics:
-                pairs = int((trainer.datamodule.validation_is_hard() == (group == "hard")).sum())
-                value = {name: metrics[f"val/{group}/{name}"] for name in ("rewards/accuracy", "length_accuracy")}
-                facts[f"reward accuracy, {pairs} {group} pairs (longer response wins)"] = (
-                    f"{value['rewards/accuracy']:.3f} ({value['length_accuracy']:.3f})"
-                )
-        if "val/all/displacement/chosen" in metrics:
-            facts["displacement of the chosen log-prob, nats"] = f"{metrics['val/all/displacement/chosen']:+.2f}"
-        return facts
-
-    def _facts(self, trainer: L.Trainer) -> dict[str, str]:
+    def _run_summary(self, trainer: L.Trainer) -> dict[str, str]:
         throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
         copied = f"a dequantised copy in {str(self._copy).removeprefix('torch.')}, adapter merged"
-        precision = copied if self._copy else "the model as trained"
         return {
             "optimizer steps": str(trainer.global_step),
             "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",
             "training and validation, s": f"{self.seconds['training']:.0f}",
             "generation and scoring, s": f"{self.seconds['evaluation']:.0f}",
             "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",
-            "responses generated with": precision,
+            "responses generated with": copied if self._copy else "the model as trained",
         }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _validation_summary(trainer: L.Trainer) -> dict[str, str]:
+    metrics, summary = {name: float(value) for name, value in trainer.callback_metrics.items()}, {}
+    for group in ("easy", "hard"):
+        if (accuracy := metrics.get(f"val/{group}/rewards/accuracy")) is not None:
+            pairs = int((trainer.datamodule.validation_is_hard() == (group == "hard")).sum())
+            value = f"{accuracy:.3f} ({metrics[f'val/{group}/length_accuracy']:.3f})"
+            summary[f"reward accuracy, {pairs} {group} pairs (longer response wins)"] = value
+    if (nats := metrics.get("val/all/displacement/chosen")) is not None:
+        summary["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}"
+    return summary

@@ -1,4 +1,4 @@
-"""Files that a run writes around its steps: the plan of the data and the adapter."""
+"""Files that a run writes around its steps: its options, the plan of the data, the adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from mixdpo.storage.files import write_json
 
 
 class CloseFiles(Callback):
-    """Lets the module close what it writes to where Lightning ends without a teardown, after an error or interrupt."""
+    """Lets the module close its files after an error or an interrupt, where Lightning calls no teardown."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         pl_module.close_files()
 
 
 class RunConfig(SaveConfigCallback):
-    """config.yaml lies in the run's folder, whatever loggers there are."""
+    """Writes config.yaml to the run's folder, whatever loggers there are."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         path = Path(trainer.default_root_dir, self.config_filename)
@@ -28,14 +28,13 @@ class RunConfig(SaveConfigCallback):
 
 
 class RunFiles(Callback):
-    """The plan of the data (route.json or plan.json) before training, the policy as a PEFT folder `adapter/` after
-    it: the last one, or the best one where a ModelCheckpoint monitors a metric."""
+    """Writes the plan of the data (route.json or plan.json) before training, and the policy as a PEFT folder
+    `adapter/` after training: the last policy, or the best one where a ModelCheckpoint monitors a metric."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        facts = pl_module.plan_facts()
+        data, plan = trainer.datamodule, pl_module.plan_facts()  # every process takes part in the plan
         if trainer.is_global_zero:
-            data = trainer.datamodule
-            write_json(Path(trainer.default_root_dir) / data.summary_file, data.summary() | facts)
+            write_json(Path(trainer.default_root_dir) / data.summary_file, data.summary() | plan)
             trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             print(f"policy: {trainable / 1e6:.2f}M trainable parameters; run folder: {trainer.default_root_dir}")
 

@@ -7,16 +7,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from mixdpo.constraints.checks import (
-    count_bullets,
-    is_json_object,
-    is_numbered_list,
-    is_quoted,
-    is_sentences,
-    occurrences,
-    starts_with,
-    words,
-)
+from mixdpo.constraints import checks
 
 
 @dataclass(frozen=True)
@@ -26,7 +17,7 @@ class Kind:
     Args:
         check: (stripped text with at least one word, **params) -> whether the constraint holds.
         phrasings: ways to ask for it; `{name}` stands for a parameter.
-        aspects: what of an answer it fixes; two kinds that share an aspect are never asked for together.
+        aspects: what of a response it fixes; two kinds that share an aspect are never asked for together.
         choices: the values that prompts draw each parameter from.
         weight: how often prompts ask for it, relative to others; low where a small model hardly ever succeeds.
         trained: whether training prompts use it; the others measure transfer to kinds never seen.
@@ -41,27 +32,27 @@ class Kind:
 
 
 CHECKS: dict[str, Callable[..., bool]] = {
-    "max_words": lambda text, n: len(words(text)) <= n,
-    "min_words": lambda text, n: len(words(text)) >= n,
+    "max_words": lambda text, n: len(checks.words(text)) <= n,
+    "min_words": lambda text, n: len(checks.words(text)) >= n,
     "lowercase": lambda text: any(map(str.isalpha, text)) and text == text.lower(),
     "uppercase": lambda text: any(map(str.isalpha, text)) and text == text.upper(),
     "no_commas": lambda text: "," not in text,
-    "bullets": lambda text, n: count_bullets(text) == n,
-    "include_word": lambda text, word: occurrences(text, word) > 0,
-    "avoid_word": lambda text, word: occurrences(text, word) == 0,
-    "starts_with": starts_with,
+    "bullets": lambda text, n: checks.count_bullets(text) == n,
+    "include_word": lambda text, word: checks.occurrences(text, word) > 0,
+    "avoid_word": lambda text, word: checks.occurrences(text, word) == 0,
+    "starts_with": checks.starts_with,
     "ends_with": lambda text, phrase: text.endswith(phrase),
-    "one_sentence": lambda text: "\n" not in text and is_sentences(text, 1),
-    "two_sentences": lambda text: is_sentences(text, 2),
+    "one_sentence": lambda text: "\n" not in text and checks.is_sentences(text, 1),
+    "two_sentences": lambda text: checks.is_sentences(text, 2),
     "ends_question": lambda text: text.endswith("?"),
     "has_number": lambda text: re.search(r"\d", text) is not None,
     "no_digits": lambda text: re.search(r"\d", text) is None,
-    "quoted": is_quoted,
-    "json_object": is_json_object,
-    "numbered_list": is_numbered_list,
+    "quoted": checks.is_quoted,
+    "json_object": checks.is_json_object,
+    "numbered_list": checks.is_numbered_list,
     "parentheses": lambda text: re.search(r"\([^()]*\w[^()]*\)", text) is not None,
     "ends_exclamation": lambda text: text.endswith("!"),
-    "repeat_word": lambda text, word, n: occurrences(text, word) >= n,
+    "repeat_word": lambda text, word, n: checks.occurrences(text, word) >= n,
     "titled": lambda text: re.match(r"<<[^<>\n]*\w[^<>\n]*>>", text) is not None,
 }
 

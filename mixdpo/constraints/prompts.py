@@ -5,6 +5,7 @@ Held-out prompts share no subject with the training prompts, and a part of them 
 
 import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mixdpo.constraints.kinds import KINDS, TASK
@@ -39,14 +40,14 @@ def _draw_prompts(
         constraints = _draw_constraints(rng, kinds, rng.choice((1, 2, 2, 3, 3, 3)))
         request = rng.choice(REQUESTS).format(rng.choice(subjects))
         prompt = " ".join([request, *(_ask(rng, constraint) for constraint in constraints)])
-        listed = [constraint.to_dict() for constraint in constraints]
+        listed = [asdict(constraint) for constraint in constraints]
         name = f"{part}-{len(rows):05d}"
         rows.setdefault(prompt, {"prompt_id": name, "prompt": prompt, "constraints": listed, "part": part})
     return list(rows.values())
 
 
 def _draw_constraints(rng: random.Random, kinds: Sequence[str], count: int) -> list[Constraint]:
-    """Up to `count` constraints of different kinds, no two of which fix the same aspect of an answer."""
+    """Up to `count` constraints of different kinds, no two of which fix the same aspect of a response."""
     drawn: list[Constraint] = []
     fixed: set[str] = set()
     weights = [KINDS[name].weight for name in kinds]

@@ -1,7 +1,7 @@
-"""The built-in preference task's gold score: which of a prompt's constraints an answer satisfies.
+"""The built-in preference task's gold score: the share of a prompt's constraints that a response satisfies.
 
-The score of an answer is the share of constraints that hold, so a preference needs no judge, and the gain from training
-is measured exactly. White space around an answer is ignored; an answer without a letter or a digit satisfies nothing.
+A preference then needs no judge, and the gain from training is measured exactly. White space around a response is
+ignored. A response without a letter or a digit satisfies nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,46 +40,32 @@ class Constraint:
         text = text.strip()
         return bool(words(text)) and self.rule.check(text, **self.params)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The form it has in files: `{"kind": …, "params": {…}}`."""
-        return {"kind": self.kind, "params": dict(self.params)}
-
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> "Constraint":
-        """The inverse of `to_dict`.
+        """The inverse of `dataclasses.asdict`.
 
         Raises:
             InputError: not of that form, or not a valid constraint.
         """
         if not isinstance(row, Mapping) or set(row) != {"kind", "params"}:
             raise InputError(f'a constraint is written {{"kind": …, "params": {{…}}}}, not {row!r}')
-        return cls(row["kind"], row["params"])
-
-
-def score(text: str, constraints: Sequence[Constraint]) -> float:
-    """Share of `constraints` that `text` satisfies, 0 to 1.
-
-    Raises:
-        InputError: no constraints, hence no share.
-    """
-    if not constraints:
-        raise InputError("an answer cannot be scored without constraints: give its prompt one at least")
-    return sum(constraint.holds(text) for constraint in constraints) / len(constraints)
+        return cls(**row)
 
 
 class ConstraintScorer:
-    """Scores answers by the share of satisfied constraints; each prompt row needs a `constraints` column."""
+    """Scores responses by the share of satisfied constraints; each prompt row needs a `constraints` column."""
 
     def __call__(self, prompt_row: Mapping[str, Any], texts: Sequence[str]) -> list[float]:
-        """Scores of `texts`, answers to the one prompt of `prompt_row`.
+        """Scores of `texts`, from 0 to 1: responses to the one prompt of `prompt_row`.
 
         Raises:
             InputError: the row has no constraints, or malformed ones.
         """
-        if not isinstance(prompt_row.get("constraints"), list):
+        rows = prompt_row.get("constraints")
+        if not isinstance(rows, list) or not rows:
             raise InputError(
                 f"prompt_id {prompt_row.get('prompt_id')!r} has no list of constraints to score by: give it one, or "
                 "name another scorer"
             )
-        constraints = [Constraint.from_dict(row) for row in prompt_row["constraints"]]
-        return [score(text, constraints) for text in texts]
+        constraints = [Constraint.from_dict(row) for row in rows]
+        return [sum(constraint.holds(text) for constraint in constraints) / len(constraints) for text in texts]

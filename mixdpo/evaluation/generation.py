@@ -1,5 +1,5 @@
-"""Complete prompts in batches: what prompts begin with alike is computed once, samples of one prompt share its prefill,
-and a row that has ended costs nothing more."""
+"""Responses to prompts in batches: what prompts begin with alike is computed once, samples of one prompt share its
+prefill, and a row that has ended costs nothing more."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ from mixdpo.model.forward import evaluating
 
 @dataclass(frozen=True)
 class Response:
-    """One completion.
+    """One text of a model.
 
     Args:
-        text: the completion, special tokens left out.
+        text: without special tokens.
         tokens: number of tokens produced, the end token included.
         ended: whether the model ended by itself, rather than being cut at `max_new_tokens`.
     """
@@ -46,7 +46,7 @@ def generate(
     progress: bool = True,
     names: Sequence[str] | None = None,
 ) -> list[list[Response]]:
-    """Complete each prompt `samples` times; entry i belongs to prompt i.
+    """`samples` responses to each prompt; entry i belongs to prompt i.
 
     The model is put in eval mode and given back as it was; the global random state is untouched.
 
@@ -54,17 +54,17 @@ def generate(
         model: a Hugging Face causal language model, plain or wrapped by PEFT; its active adapters count.
         tokenizer: its tokenizer, with a chat template.
         prompts: a user's text, or messages that end with the user's.
-        max_new_tokens: a completion is cut there.
-        batch_size: completions decoded together (prompts in a batch = batch_size // samples, at least one).
+        max_new_tokens: a response is cut there.
+        batch_size: responses decoded together (prompts in a batch = batch_size // samples, at least one).
         temperature: 0 takes the likeliest token.
         top_p: sample among the likeliest tokens that hold this much probability.
-        samples: completions per prompt.
-        seed: same seed, same batch_size, same machine: same completions.
+        samples: responses per prompt.
+        seed: same seed, same batch_size, same machine: same responses.
         progress: show a progress bar.
         names: what errors call the prompts; their numbers, if not given.
 
     Raises:
-        InputError: an option out of range, no chat template, or a prompt that leaves the model no room to answer.
+        InputError: an option out of range, no chat template, or a prompt that leaves the model no room to respond.
     """
     _check(temperature, top_p, samples, max_new_tokens, batch_size)
     if not prompts:
@@ -72,14 +72,9 @@ def generate(
     device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
     _check_room(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer, device)
-    generator = torch.Generator(device).manual_seed(seed)
-    options = {
-        "pick": partial(_pick, temperature=temperature, top_p=top_p, generator=generator),
-        "pad": tokenizer.pad_token_id or 0,  # padding is masked, so any id serves where a tokenizer has none
-        "ends": ends,
-        "samples": samples,
-        "max_new_tokens": max_new_tokens,
-    }
+    pick = partial(_pick, temperature=temperature, top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
+    pad = tokenizer.pad_token_id or 0  # padding is masked, so any id serves where a tokenizer has none
+    options = {"pick": pick, "pad": pad, "ends": ends, "samples": samples, "max_new_tokens": max_new_tokens}
     # Longest first: the first batch is the peak of memory, so what fits there fits.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     width = max(1, batch_size // samples)
@@ -90,8 +85,7 @@ def generate(
             completions = _complete(model, [encoded[index] for index in batch], **options)
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
-                response = Response(text, len(ids), bool(ids) and ids[-1] in ends.tolist())
-                results[batch[row // samples]].append(response)
+                results[batch[row // samples]].append(Response(text, len(ids), ids[-1] in ends.tolist()))
             bar.update(len(batch))
     return results
 
@@ -143,15 +137,8 @@ def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT model names no argument
     # transformers 5.24 renamed the argument
     name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,
-        logits_to_keep=1,
-        **{name: cache},
-    )
-    return output.logits[:, -1]
+    options = {name: cache, "use_cache": True, "logits_to_keep": 1}
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
 
 
 def _shared_start(prompts: list[list[int]]) -> int:
@@ -188,18 +175,15 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
 def _encode(
     tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], names: Sequence[str] | None = None
 ) -> list[list[int]]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError("the tokenizer has no chat template: use an instruct model, or set tokenizer.chat_template")
-    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    named = zip(names or range(1, len(chats) + 1), chats, strict=True)
-    return [_encode_chat(tokenizer, name, chat) for name, chat in named]
-
-
-def _encode_chat(tokenizer: Any, name: str | int, chat: list[dict[str, str]]) -> list[int]:
-    try:
-        return encode_responses(tokenizer, load_template(tokenizer, None), chat)[0]
-    except InputError as error:
-        raise InputError(f"prompt {name}: {error}") from error
+    template, numbered = load_template(tokenizer, None), names or [str(i + 1) for i in range(len(prompts))]
+    encoded: list[list[int]] = []
+    for name, prompt in zip(numbered, prompts, strict=True):
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            encoded += encode_responses(tokenizer, template, chat)
+        except InputError as error:
+            raise InputError(f"prompt {name}: {error}") from error
+    return encoded
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tensor:
@@ -209,7 +193,7 @@ def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tenso
 
 
 def _check_room(model: nn.Module, encoded: list[list[int]], max_new_tokens: int) -> None:
-    """Beyond its positions a model says something, but nothing of worth."""
+    """Beyond its positions a model writes text of no worth."""
     longest = max(map(len, encoded))
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
@@ -220,13 +204,9 @@ def _check_room(model: nn.Module, encoded: list[list[int]], max_new_tokens: int)
 
 
 def _check(temperature: float, top_p: float, samples: int, max_new_tokens: int, batch_size: int) -> None:
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise InputError(f"temperature {temperature}, top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
-    if min(samples, max_new_tokens, batch_size) < 1:
-        raise InputError(
-            f"samples {samples}, max_new_tokens {max_new_tokens}, batch_size {batch_size}: each must be at least 1"
-        )
+    given = f"temperature {temperature}, top_p {top_p}, samples {samples}"
+    counts = f"max_new_tokens {max_new_tokens}, batch_size {batch_size}"
+    if not (temperature >= 0 and 0 < top_p <= 1 and min(samples, max_new_tokens, batch_size) >= 1):
+        raise InputError(f"{given}, {counts}: need temperature >= 0, 0 < top_p <= 1; the others must be at least 1")
     if samples > 1 and temperature == 0:
-        raise InputError(
-            f"samples {samples} at temperature 0 would all be the same: raise temperature or take 1 sample"
-        )
+        raise InputError(f"{given}: at temperature 0 all samples are the same; raise temperature or take 1 sample")

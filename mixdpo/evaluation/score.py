@@ -54,12 +54,11 @@ def score(
         verdicts: file of `mixdpo judge`.
         against: verdicts file of another model, by the same judge against the same baseline: scores both and their
             paired differences over the prompts that both have.
-        difficulty: CSV with the columns index and instruction_difficulty; index is the prompt's position, from 0, in
-            the judged outputs, which must therefore be in AlpacaEval's order. Without it the length-controlled win
-            rate has no such term, says so, and is not the leaderboard's. AlpacaEval's is not part of this package: `hf
-            download tatsu-lab/alpaca_eval df_gamed.csv --repo-type dataset` (or instruction_difficulty.csv there).
+        difficulty: CSV with the columns index and instruction_difficulty. The index is the prompt's position, from 0,
+            in the judged responses, which must therefore be in AlpacaEval's order. Get AlpacaEval's file by `hf
+            download tatsu-lab/alpaca_eval df_gamed.csv --repo-type dataset` (or instruction_difficulty.csv).
         gamed: CSV with the columns preference (0 to 1), std_delta_len, instruction_difficulty and not_gamed_baseline:
-            AlpacaEval's df_gamed.csv. Without it the length-controlled win rate says so and is not the leaderboard's.
+            AlpacaEval's df_gamed.csv.
         samples: resamples of the prompts.
         seed: of the resampling.
         out: the .json file to write as well, replaced if it exists.
@@ -105,7 +104,7 @@ def _difference(one: Rates, other: Rates) -> Rates:
 def _table(scores: Sequence[Scores], difference: Rates, prompts: int) -> str:
     """Markdown: of each model the rates and what could explain them, then the difference, then notes."""
     baseline, names = scores[0].judged.file.header["baseline"], _names([each.judged for each in scores])
-    rows = [(f"against {baseline}, {prompts} prompts", "", "standard error", "95 % interval")]
+    rows: list[tuple[str, ...]] = [(f"against {baseline}, {prompts} prompts", "", "standard error", "95 % interval")]
     rows.append(("---", "---:", "---:", "---"))
     for name, each in zip(names, scores, strict=True):
         rows += [(name, "", "", ""), *_rate_rows(each.rates)]
@@ -124,7 +123,7 @@ def _names(judged: Sequence[Judged]) -> list[str]:
 
 
 def _rate_rows(rates: Rates, sign: str = "") -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, rate in rates.items():
         cells = ("n/a",) * 3
         if rate is not None:

@@ -1,8 +1,10 @@
 """One set of weights, several roles: LoRA adapters on one frozen base, switched by flags.
 
-*policy* is the adapter that learns. *reference* is what a preference loss is held against: a frozen copy of the adapter
-that training started from, or the base when it started from none. *cleaning* is the reference of token cleaning and
-*previous* what it was before its last refresh. *base* is the model with its adapters off.
+- `policy`: the adapter that learns.
+- `reference`: what a preference loss compares the policy with. It is a frozen copy of the adapter that training started
+  from, or the base if training started from the base.
+- `base`: the model with all adapters off.
+- `cleaning_reference`: the adapter that scores tokens. `previous`: the cleaning_reference before its last refresh.
 
 A policy may be stacked: after `stack_policy` it is the sum of the frozen adapters `stage_1`, `stage_2`, … and the
 adapter `policy` that learns on top of them.
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Role = Literal["policy", "reference", "cleaning", "previous", "base"]
+Role = Literal["policy", "reference", "base", "cleaning_reference", "previous"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,8 @@ def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is None:
-        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
+        shape = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+        config = LoraConfig(**shape, target_modules=lora.targets, task_type="CAUSAL_LM")
         try:
             model = get_peft_model(base, config, adapter_name="policy")
         except ValueError as error:
@@ -79,8 +75,7 @@ def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None
     model.stacked = {}  # adapter -> how many of the stage adapters stand under it
     if adapter is not None:
         add_reference(model, "reference", adapter)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".policy." in name)
+    _freeze_all_but_policy(model)
     return model
 
 
@@ -93,17 +88,13 @@ def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) ->
     # initial weights are drawn before the saved ones replace them, and must not shift the run's random numbers
     with torch.random.fork_rng(devices=[]), readable(adapter, "adapter"):
         _check_safetensors(adapter)
-        model.load_adapter(adapter, adapter_name=name, is_trainable=False)
+        model.load_adapter(adapter, adapter_name=name)
     _check_adapter(adapter, model, name)
     _freeze_all_but_policy(model, name)
 
 
 def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float = 0.0) -> None:
-    """target := decay · target + (1 − decay) · source, matrix by matrix; decay 0 is a copy.
-
-    Raises:
-        InputError: the two adapters differ in shape, or a moving average is asked for while the policy is stacked.
-    """
+    """target := decay · target + (1 − decay) · source, matrix by matrix; decay 0 is a copy."""
     check_alike(model, source, target)
     if decay and model.stacked.get(source, 0) != model.stacked.get(target, 0):
         raise InputError("ema: the moving average of stacked adapters is not defined: use 0, or stage_start restart")
@@ -119,12 +110,12 @@ def check_alike(model: "PeftModel", source: str, target: str) -> None:
     """Refuse to copy between adapters of other shapes, layers or scale."""
 
     def shape(layer: Any, name: str) -> Any:
-        return name in layer.lora_A and (tuple(layer.lora_A[name].weight.shape), layer.scaling[name])
+        return name in layer.lora_A and (layer.lora_A[name].weight.shape, layer.scaling[name])
 
     unlike = [layer for layer in adapter_layers(model) if shape(layer, source) != shape(layer, target)]
     if unlike:
         raise InputError(
-            f"the adapters '{source}' and '{target}' differ in {len(unlike)} layers (rank, alpha or target modules): a "
+            f"the adapters {source} and {target} differ in {len(unlike)} layers (rank, alpha or target modules): a "
             "reference that is refreshed needs the shape of the policy (model.lora)"
         )
 
@@ -135,8 +126,7 @@ def stack_policy(model: "PeftModel") -> None:
     if config.use_rslora or config.rank_pattern or config.alpha_pattern:
         raise InputError("stage_start fresh_adapter needs one rank and scale in all layers: the adapter has several")
     add_stage(model)
-    stage = model.stacked["policy"]
-    copy_adapter(model, "policy", f"stage_{stage}")
+    copy_adapter(model, "policy", f"stage_{model.stacked['policy']}")
     for layer in adapter_layers(model):
         weight = layer.lora_A["policy"].weight  # PEFT would draw by the generator of its device
         drawn = nn.init.kaiming_uniform_(torch.empty_like(weight, device="cpu"), a=5**0.5)
@@ -181,10 +171,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 def adds_nothing(model: "PeftModel", name: Role) -> bool:
     """Whether the role is the base: a fresh adapter's B is 0."""
-    used = [
-        layer.lora_B[a].weight for layer in adapter_layers(model) for a in adapters_of(model, name) if a in layer.lora_B
-    ]
-    return not any(bool(weight.any()) for weight in used)
+    matrices = [layer.lora_B for layer in adapter_layers(model)]
+    return not any(b[adapter].weight.any() for adapter in adapters_of(model, name) for b in matrices if adapter in b)
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
@@ -205,9 +193,9 @@ def _add_like_policy(model: "PeftModel", name: str) -> None:
     _freeze_all_but_policy(model, name)
 
 
-def _freeze_all_but_policy(model: "PeftModel", added: str) -> None:
+def _freeze_all_but_policy(model: "PeftModel", *added: str) -> None:
     for layer in adapter_layers(model):
-        layer.lora_dropout[added] = nn.Identity()
+        layer.lora_dropout.update({name: nn.Identity() for name in added})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".policy." in name)
 
@@ -220,28 +208,33 @@ def _check_safetensors(adapter: str) -> None:
         hf_hub_download(adapter, "adapter_model.safetensors")
     elif not Path(adapter, "adapter_model.safetensors").is_file():
         raise InputError(
-            f"the adapter '{adapter}' has no adapter_model.safetensors, and other formats can run code: save it anew "
-            "with PEFT's save_pretrained, or give the PEFT folder or hub id of another one"
+            f"the adapter '{adapter}' has no adapter_model.safetensors. Other formats can run code: save it anew with "
+            "PEFT's save_pretrained, or give another PEFT folder or hub id"
         )
 
 
 def _check_adapter(name: str, model: "PeftModel", adapter: str) -> None:
-    """Refuse what the roles cannot switch (they flip LoRA layers, and nothing else), and files that hold other or
-    unusable weights: PEFT starts what it does not find at random, and passes over what it does not know."""
+    """Refuse what a role cannot switch (only LoRA layers can be), and files with missing, unknown or unusable weights.
+
+    PEFT draws missing weights at random and passes over unknown ones.
+    """
     from peft import get_peft_model_state_dict, load_peft_weights
 
     config = model.peft_config[adapter]
-    others = {"modules_to_save": config.modules_to_save, "use_dora": config.use_dora, "bias": config.bias != "none"}
-    if config.peft_type != "LORA" or any(others.values()):
-        extra = [key for key, value in others.items() if value]
+    extra = [
+        key
+        for key in ("modules_to_save", "use_dora", "bias")
+        if getattr(config, key, None) not in (None, False, "none")
+    ]
+    if config.peft_type != "LORA" or extra:
         raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): only plain LoRA can be used")
     with readable(name, "adapter"):
-        saved, here = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)
-    if unlike := sorted(saved.keys() ^ here.keys()):
+        saved, needed = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)
+    if unlike := sorted(saved.keys() ^ needed.keys()):
         raise InputError(
-            f"adapter '{name}' does not fit this base: {len(here.keys() - saved.keys())} weights are missing and "
-            f"{len(saved.keys() - here.keys())} are not expected, such as {unlike[0]}. Give the base it was trained on "
-            f"({config.base_model_name_or_path}), or another adapter"
+            f"adapter '{name}' does not fit this base: {len(needed.keys() - saved.keys())} weights are missing and "
+            f"{len(saved.keys() - needed.keys())} are not expected, such as {unlike[0]}. Give the base it was trained "
+            f"on ({config.base_model_name_or_path}), or another adapter"
         )
     if broken := [key for key, weight in saved.items() if not torch.isfinite(weight).all()]:
         raise InputError(f"adapter '{name}' holds weights that are no numbers, such as {broken[0]}: give another one")

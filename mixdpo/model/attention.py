@@ -47,13 +47,12 @@ def by_segment(
                 size = (end - begin, seen[0].shape[2])
                 mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(first - start)
                 block = (*seen, mask[None, None])
-            found, _ = sdpa_attention_forward(module, q[:, :, begin:end], *block, is_causal=block[2] is None, **options)
-            rows[row].append(found)
+            part, _ = sdpa_attention_forward(module, q[:, :, begin:end], *block, is_causal=block[2] is None, **options)
+            rows[row].append(part)
             begin = end
     for parts in rows:
         padding = query.shape[2] - sum(part.shape[1] for part in parts)
-        if padding:
-            parts.append(parts[0].new_zeros(1, padding, *parts[0].shape[2:]))
+        parts.append(parts[0].new_zeros(1, padding, *parts[0].shape[2:]))
     return torch.cat([torch.cat(parts, 1) for parts in rows]), None
 
 

@@ -67,12 +67,9 @@ class SequenceLogProbs:
     lengths: Tensor
     shared_sums: Tensor | None = None
 
-    def __getitem__(self, index: Tensor | slice) -> "SequenceLogProbs":
-        def pick(values: Tensor) -> Tensor:
-            return taken(values, index) if isinstance(index, Tensor) else values[index]
-
-        shared = None if self.shared_sums is None else pick(self.shared_sums)
-        return SequenceLogProbs(pick(self.sums), self.lengths[index], shared)
+    def __getitem__(self, index: Tensor) -> "SequenceLogProbs":
+        shared = None if self.shared_sums is None else taken(self.shared_sums, index)
+        return SequenceLogProbs(taken(self.sums, index), self.lengths[index], shared)
 
     @property
     def means(self) -> Tensor:

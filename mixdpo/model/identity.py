@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mixdpo.model.adapters import Role, adapter_layers, adapters_of
+from mixdpo.model.forward import causal_lm_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,9 +28,11 @@ def adapter_fingerprint(model: "PeftModel", name: Role) -> str:
 
 
 def base_fingerprint(model: "PeftModel | PreTrainedModel") -> str:
-    """Changes whenever the base's weights or configuration do, quantised as they are: a name or path would not tell.
-    Reads all weights once: about a second per GB. Adapters on it, if any, and where they are change nothing."""
-    model = getattr(model, "get_base_model", lambda: model)()
+    """Changes whenever the base's weights (quantised as they are) or its configuration do. Adapters change nothing.
+
+    Reads all weights once: about a second per GB.
+    """
+    model = causal_lm_of(model)
     config = model.config.to_dict()
     digest = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if not k.startswith("_"))).encode())
     named = ((name.replace(".base_layer.", "."), name, parameter) for name, parameter in model.named_parameters())
@@ -42,7 +45,7 @@ def base_fingerprint(model: "PeftModel | PreTrainedModel") -> str:
 
 
 def _scales(layer: nn.Module, weight: nn.Parameter) -> list[Tensor]:
-    """What bitsandbytes multiplies a weight by that it holds in 4 bits or 8."""
+    """What bitsandbytes multiplies a weight by that is held in 4 or 8 bits."""
     if (state := getattr(weight, "quant_state", None)) is not None:
         return [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
     # the first forward moves those of 8 bits to the layer

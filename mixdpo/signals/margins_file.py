@@ -65,12 +65,12 @@ class MarginsFile:
             )
         return pairs.remove_columns("margin").add_column("margin", [margin for _, margin in kept])
 
-    def refuse_other(self, here: Mapping[str, str | None], what: str) -> None:
+    def refuse_other(self, current: Mapping[str, str | None], what: str) -> None:
         """
         Raises:
-            InputError: the margins are of a policy, and one of these parts of the header is another one here.
+            InputError: the margins are of a policy, and one of these parts differs from the header.
         """
-        changed = differences({key: self.header.get(key, "not said") for key in here}, here)
+        changed = differences({key: self.header.get(key, "not said") for key in current}, current)
         if self.of_policy and changed:
             with_ = ", ".join(str(self.header.get(key)) for key in ("base", "adapter", "dtype", "lengths"))
             raise InputError(

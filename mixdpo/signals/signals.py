@@ -1,7 +1,7 @@
 """Difficulty signals: a model and a batch of pairs -> margins (B,), oriented so that small = hard.
 
-A signal is a frozen dataclass that a YAML file names. `needs` says what it is computed with: the "policy" (a base, with
-an adapter or without), an "adapter" and its base, a "reward model", or only the "rating" that the data has.
+A signal is a frozen dataclass that a YAML file names. `needs` says what the signal is computed with: the "policy" (a
+base, with an adapter or without), an "adapter" and its base, a "reward model", or only the "rating" in the data.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import role
-from mixdpo.model.forward import output_head, predicting_states, sequence_log_probs, summed
-from mixdpo.model.fused_head import exact_token_log_probs, run_sums
+from mixdpo.model.forward import predicting_states, sequence_log_probs
+from mixdpo.model.fused_head import run_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,19 +34,10 @@ def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
     return ((rejected - chosen) * chosen).sum(-1)
 
 
-def policy_states(model: Any, rows: TokenRows) -> Tensor:
-    """`predicting_states` of the policy, computed once where several signals look at the same rows."""
-    if not hasattr(rows, "policy_states"):
-        rows.policy_states = predicting_states(model, rows)  # type: ignore[attr-defined]
-    return rows.policy_states  # type: ignore[attr-defined]
-
-
 def rewards(model: "PreTrainedModel", rows: TokenRows) -> list[Tensor]:
     """A reward model's scores of prompt + completion: chosen (B,) and rejected (B,).
 
-    Each goes alone and unpadded through the model's own forward, so attention and pooling are the model's, whatever its
-    pad token. (A causal classifier scores the last token that is not its pad token: a completion's last, its end
-    token, unless the model was made with its end token as pad token.)
+    Each goes alone and unpadded through the model's own forward, so attention and pooling are the model's own.
     """
     scores = [model(input_ids=ids[None]).logits.double().reshape(()) for ids in rows.sequences()]
     return [torch.stack(scores[side::2]) for side in (0, 1)]
@@ -54,14 +45,12 @@ def rewards(model: "PreTrainedModel", rows: TokenRows) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class PolicyLogProb:
-    """0.1 (s_w − s_l), in nats, without a reference. METHOD's loss −log σ of it puts pairs in the same order."""
+    """0.1 (s_w − s_l), in nats, without a reference. The loss −log σ of this margin puts pairs in the same order."""
 
     needs: ClassVar[Needs] = "policy"
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        head, rows = output_head(model.get_base_model()), batch.rows
-        values = exact_token_log_probs(policy_states(model, rows), head, rows.target)
-        chosen, rejected = summed(values, rows).sums.double().chunk(2)
+        chosen, rejected = sequence_log_probs(model, batch.rows, exact=True).sums.chunk(2)
         return 0.1 * (chosen - rejected)
 
 
@@ -81,7 +70,7 @@ class ImplicitReward:
             raise InputError(f"signal.beta must be > 0, not {self.beta}")
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        policy = sequence_log_probs(model, batch.rows, exact=True).sums.double()
+        policy = sequence_log_probs(model, batch.rows, exact=True).sums
         with role(model, "base"):
             chosen, rejected = (policy - sequence_log_probs(model, batch.rows, exact=True).sums).chunk(2)
         return self.beta * (chosen - rejected)
@@ -89,7 +78,7 @@ class ImplicitReward:
 
 @dataclass(frozen=True)
 class CHES:
-    """−CHES: its sign is turned, since alike responses (large CHES) are the hard ones and small means hard here.
+    """−CHES. Similar responses have a large CHES and are hard; a small margin means hard, so the sign is turned.
 
     Args:
         normalised: Means of hidden states instead of sums: the terms are divided by L_w·L_l and L_w².
@@ -99,7 +88,7 @@ class CHES:
     needs: ClassVar[Needs] = "policy"
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        states, rows = policy_states(model, batch.rows), batch.rows
+        states, rows = predicting_states(model, batch.rows), batch.rows
         sums = run_sums(states, rows.runs, len(rows.lengths))
         chosen, rejected = (sums / rows.lengths[:, None] if self.normalised else sums).chunk(2)
         return -ches(chosen, rejected)
@@ -118,7 +107,7 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class Rating:
-    """The margin that the data brings along, as a file to compare others with. No model is loaded."""
+    """The margin in the data, as a file to compare others with. No model is loaded."""
 
     needs: ClassVar[Needs] = "rating"
 

@@ -13,11 +13,11 @@ from mixdpo.errors import InputError
 from mixdpo.storage.files import read_yaml, sha256
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> list[str]:
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any], within: str = "") -> list[str]:
     """What two mappings say differently, key by key; None is the same as no key."""
     changed = []
-    for key in {**there, **here}:
-        old, new = there.get(key), here.get(key)
+    for key in {**recorded, **current}:
+        old, new = recorded.get(key), current.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             changed += differences(old, new, f"{within}{key}.")
         elif old != new:
@@ -25,12 +25,12 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], within: str =
     return changed
 
 
-def refuse_other_run(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def refuse_other_run(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """
     Raises:
         InputError: what a checkpoint was made with differs from what there is now; names each part that does.
     """
-    if changed := differences(there, here):
+    if changed := differences(recorded, current):
         raise InputError(
             f"the checkpoint belongs to another run ({'; '.join(changed)}). Continue with the config.yaml beside it, "
             "or start anew from its adapter/ folder (model.adapter)"
@@ -81,9 +81,9 @@ def described(thing: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def refuse_changed(there: Mapping[str, str], here: Mapping[str, str], what: str) -> None:
+def refuse_changed(recorded: Mapping[str, str], current: Mapping[str, str], what: str) -> None:
     # other ids follow from what else has changed
-    changed = differences({**there, "ids": None}, {**here, "ids": None}) or differences(there, here)
+    changed = differences({**recorded, "ids": None}, {**current, "ids": None}) or differences(recorded, current)
     if changed:
         raise InputError(
             f"{what} was made with other options or data ({'; '.join(changed)}): its weights would fall on other "

@@ -8,10 +8,10 @@ import hashlib
 import json
 import sqlite3
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mixdpo.errors import InputError
 from mixdpo.storage.files import or_without
@@ -79,7 +79,7 @@ class Store:
         """All entries; as `get`."""
         return self._select(f"{ALL} ORDER BY rowid")
 
-    def _select(self, query: str, keys: Iterable[Key] = ()) -> dict[Key, bytes]:
+    def _select(self, query: str, keys: Sequence[Key] = ()) -> dict[Key, bytes]:
         entries: dict[Key, bytes] = {}
         with self._errors():
             entries, altered = _whole(self._database.execute(query, keys))
@@ -109,7 +109,7 @@ class Store:
     def close(self) -> None:
         self._database.close()
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,12 +144,12 @@ def _named(path: str | Path, noun: str, remedy: str) -> Iterator[None]:
     except (OSError, sqlite3.Error) as error:
         kind = getattr(error, "sqlite_errorname", "")
         if kind.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            said = f"another process is writing to {path}: wait until it is done, or give another place"
+            message = f"another process is writing to {path}: wait until it is done, or give another place"
         elif kind.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_ERROR")):
-            said = f"{path} is no file of {noun}, or is damaged ({error}): {remedy}"
+            message = f"{path} is no file of {noun}, or is damaged ({error}): {remedy}"
         else:
-            said = f"cannot write {path} ({error}): make room there, or give another place; the same command continues"
-        raise InputError(said) from None
+            message = f"cannot write {path} ({error}): make room or give another place; the same command continues"
+        raise InputError(message) from None
 
 
 def _head(database: sqlite3.Connection) -> dict[str, Any]:

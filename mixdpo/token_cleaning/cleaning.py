@@ -1,4 +1,4 @@
-"""What a YAML file says of token cleaning: how tokens are scored, which are kept, against which reference."""
+"""What a YAML file says about token cleaning: how tokens are scored, which are kept, against which reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import numpy as np
 from jsonargparse import lazy_instance
 
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.storage.identity import described
-from mixdpo.token_cleaning.scorers import ExcessLoss, TokenStatistics, is_online
+from mixdpo.token_cleaning.scorers import READABLE, ExcessLoss, TokenStatistics, is_online
 from mixdpo.token_cleaning.selection import Kept, Selection, select
 
 Scorer = Callable[[TokenStatistics], Any]
@@ -24,15 +24,15 @@ class Cleaning:
     Args:
         scorer: Class path of what scores tokens, high = keep: ExcessLoss, Loss, Probability, Random of
             mixdpo.token_cleaning.scorers, or your own with the attribute `roles`.
-        selection: Which scores are kept: the best keep_ratio, or those above threshold; scope says
-            what is ranked together: global (all tokens scored at one time), sample, or batch (an optimizer step; for a
-            scorer that reads the policy, a micro-batch); each sample keeps at least min_keep tokens; tokens in the list
-            always_keep are kept whatever their score. Null makes the score itself the token's weight.
-        reference: PEFT folder or hub id of the reference adapter that scores tokens. Null starts it as a copy of the
-            policy: give warm_up_stages and the callback RefreshReference then, or it knows no more than the base.
+        selection: Which scores are kept: the best keep_ratio, or those above threshold. scope says what is ranked
+            together: global (all tokens scored at one time), sample, or batch (an optimizer step; for a scorer that
+            reads the policy, a micro-batch). Each sample keeps at least min_keep tokens. Tokens in the list always_keep
+            are kept whatever their score. Null makes the score itself the token's weight.
+        reference: PEFT folder or hub id of the cleaning_reference, the adapter that scores tokens. Null starts with a
+            copy of the policy: give warm_up_stages and the callback RefreshReference then.
         reference_lr: Preference training without a `reference` fits one to the easy pairs' chosen responses, in one
             pass of AdamW at this learning rate.
-        warm_up_stages: So many first stages (slices) are trained on every response token.
+        warm_up_stages: Number of first stages (slices) that are trained on every response token.
         masks: Folder RUN/cleaning of an earlier run on the same data and model: its weights instead of new scores.
     """
 
@@ -44,16 +44,16 @@ class Cleaning:
     masks: str | None = None
 
     def __post_init__(self) -> None:
-        if self.warm_up_stages < 0:
-            raise InputError(f"cleaning.warm_up_stages must be >= 0, not {self.warm_up_stages}")
         if not hasattr(self.scorer, "roles"):
             raise InputError(f"cleaning.scorer {self.scorer} needs an attribute `roles`: whose losses it reads")
+        for role in self.scorer.roles:
+            check_one_of("the role of a scorer", role, READABLE)
         if is_online(self.scorer) and self.masks is not None:
             raise InputError(f"cleaning.masks replaces scores, which {self.scorer} makes in each step: give one")
         ranks_all = self.selection is not None and self.selection.keep_ratio and self.selection.scope == "global"
         if is_online(self.scorer) and ranks_all:
             raise InputError(
-                f"cleaning.selection.scope global needs all scores before training, and {self.scorer} reads the "
+                f"cleaning.selection: scope global needs all scores before training, and {self.scorer} reads the "
                 "policy of each step: use scope batch (the tokens of a micro-batch) or sample"
             )
 
@@ -66,24 +66,19 @@ class Cleaning:
         """Scorer and selection as stages.json names them."""
         if self.masks is not None:
             return {"scorer": f"masks of {self.masks}", "selection": None}
-        values = {"scorer": self.scorer, "selection": self.selection}
-        return {name: value and described(value) for name, value in values.items()}
+        return {"scorer": described(self.scorer), "selection": self.selection and described(self.selection)}
 
     def identity(self) -> dict[str, Any]:
         """What must stay for a run to be continued."""
-        names = ("warm_up_stages", "reference", "reference_lr")
-        return self.describe() | {name: getattr(self, name) for name in names}
+        values = {"warm_up_stages": self.warm_up_stages, "reference": self.reference, "reference_lr": self.reference_lr}
+        return self.describe() | values
 
 
-def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) -> np.ndarray | None:
-    """(M,) bool, the pool's tokens that are kept whatever their score; None where the selection names none.
-
-    Raises:
-        InputError: the tokenizer does not have one of them.
-    """
+def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) -> np.ndarray:
+    """(M,) bool, the pool's tokens that are kept whatever their score."""
     names = list(selection.always_keep) if selection else []
     if not names:
-        return None
+        return np.zeros(len(pool), dtype=bool)
     known = load_tokenizer(tokenizer).get_vocab()
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"cleaning.selection.always_keep: the tokenizer has no token {', '.join(map(repr, unknown))}")
@@ -98,11 +93,7 @@ def weigh(
     batch: np.ndarray | None = None,
     always_keep: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Kept | None]:
-    """Scores -> weights (M,) float32 in the loss: 1 kept and 0 cut, or without a selection the score itself.
-
-    Raises:
-        InputError: a score that is to be a weight is negative or no number.
-    """
+    """Scores -> weights (M,) float32 in the loss: 1 kept and 0 cut, or without a selection the score itself."""
     if selection is not None:
         kept = select(scores, offsets, selection, batch=batch, always_keep=always_keep)
         return kept.mask.astype(np.float32), kept

@@ -1,32 +1,31 @@
-"""Scores, weights and stages of one run over its token pool: in memory, in checkpoints, and in the run's folder."""
+"""What a run decided about its tokens: in memory, in checkpoints, in the run's folder, and as a labelled data set."""
 
 import json
 import random
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mixdpo.batches.token_pool import TokenPool
+from mixdpo.batches.token_pool import TokenPool, turns
 from mixdpo.errors import InputError
 from mixdpo.storage.files import read_array, read_json, write_json, written_whole
 from mixdpo.storage.identity import refuse_changed
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 ARRAYS = ("scores", "weights", "decided")
-
-
 FILES = ("samples", *(f"{name}.npy" for name in ARRAYS), "stages.json")
-
-
 AGAIN = "the files are damaged or of different runs, so run the cleaning again"
-
-
 MODERATE = range(30, 301)  # response tokens of a sample that is pleasant to read
+IGNORED = -100  # the label that cross-entropy skips
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,7 @@ class RunTokens:
         return {**arrays, "identity": dict(self.identity), "stages": json.loads(json.dumps(self.stages))}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            InputError: the state is of other data, another tokenizer, template or model; says which.
-        """
+        """Take the state of a checkpoint; refuse one of other data, another tokenizer, template or model."""
         refuse_changed(state["identity"], self.identity, "the checkpoint")
         for name in ARRAYS:
             setattr(self, name, state[name].numpy().copy())
@@ -116,18 +112,16 @@ class RunTokens:
         return self.scores[tokens][is_scored], self.weights[tokens][is_scored]
 
     def scored_stages(self) -> list[ScoredStage]:
-        entries = enumerate(self.stages)
-        return [
-            self._stage(facts, np.flatnonzero(self.decided == entry)) for entry, facts in entries if facts["scorer"]
-        ]
-
-    def _stage(self, facts: dict[str, Any], samples: np.ndarray) -> ScoredStage:
-        scores, _ = self.scored_tokens(samples)
-        centre = facts["threshold"]
-        if centre is None:
-            centre = float(np.median(scores)) if len(scores) else 0.0
-        reach = float(np.quantile(np.abs(scores - centre), 0.95)) if len(scores) else 0.0
-        return ScoredStage(facts, samples, centre, reach)
+        stages = []
+        for number, entry in enumerate(self.stages):
+            if entry["scorer"]:
+                samples = np.flatnonzero(self.decided == number)
+                scores, _ = self.scored_tokens(samples)
+                scores = scores if len(scores) else np.zeros(1)
+                centre = np.median(scores) if entry["threshold"] is None else entry["threshold"]
+                reach = np.quantile(np.abs(scores - centre), 0.95)
+                stages.append(ScoredStage(entry, samples, float(centre), float(reach)))
+        return stages
 
     def examples(self, count: int, seed: int) -> list[tuple[int, ScoredStage]]:
         """`count` scored samples, each stage and source in turn, those of moderate length first."""
@@ -144,11 +138,7 @@ class RunTokens:
 
 
 def read_cleaning(run: str) -> RunTokens:
-    """Read the folder `run`/cleaning; its arrays are memory-mapped.
-
-    Raises:
-        InputError: a file is missing, or scores and weights do not fit the samples.
-    """
+    """Read the folder `run`/cleaning; its arrays are memory-mapped."""
     from datasets import load_from_disk
 
     folder = Path(run) / "cleaning"
@@ -168,16 +158,68 @@ def read_cleaning(run: str) -> RunTokens:
 
 
 def read_masks(folder: Path, identity: Mapping[str, str], tokens: int) -> np.ndarray:
-    """(M,) weights of an earlier run's folder `cleaning`, NaN where it never came.
-
-    Raises:
-        InputError: nothing is there, or it was made for other data, another tokenizer, template or model; says which.
-    """
-    paths = folder / "stages.json", folder / "weights.npy"
-    if not all(path.is_file() for path in paths):
-        raise InputError(
-            f"cleaning.masks {folder}: no stages.json and weights.npy there; give a run's folder RUN/cleaning"
-        )
-    record = read_json(paths[0], {"identity"}, AGAIN)
+    """(M,) weights of an earlier run's folder `cleaning`, NaN where training never came; of the same data and model."""
+    if not (folder / "stages.json").is_file():
+        raise InputError(f"cleaning.masks {folder}: no stages.json there; give a run's folder RUN/cleaning")
+    record = read_json(folder / "stages.json", {"identity"}, AGAIN)
     refuse_changed(record["identity"], identity, f"cleaning.masks {folder}")
-    return read_array(paths[1], (tokens,), AGAIN)
+    return read_array(folder / "weights.npy", (tokens,), AGAIN)
+
+
+def export_labels(run: str, out: str, overwrite: bool = False) -> None:
+    """Write a run's cleaned labels as a data set for any trainer that takes input_ids and labels.
+
+    Columns: sample_id, source, input_ids, labels, weights. A label is the token where its weight is above 0, else -100
+    (prompt, cut tokens, tokens that training never reached). Weights are 0 wherever the label is -100. Samples that
+    training never reached are left out. identity.json in the same folder says what the labels depend on.
+
+    Args:
+        run: folder of a run with token cleaning.
+        out: folder to write; read it with datasets.load_from_disk.
+        overwrite: replace `out` if it is such a folder.
+    """
+    target = Path(out)
+    if target.exists() and not (overwrite and (target / "identity.json").is_file()):
+        raise InputError(f"{out} exists: give another folder, or --overwrite true where it holds exported labels")
+    cleaning = read_cleaning(run)
+    reached = cleaning.samples_with(cleaning.weights)
+    left_out, labels = len(cleaning.pool.samples) - len(reached), int((cleaning.weights > 0).sum())
+    if not len(reached):
+        raise InputError(f"{run}: training has reached none of the {left_out} samples: nothing to export")
+    counts = {"samples": len(reached), "left_out": left_out, "labels": labels}
+    origin = {"identity": cleaning.identity, "tokenizer": cleaning.tokenizer, "run": str(run)}
+    with written_whole(target) as unfinished, tempfile.TemporaryDirectory(prefix=".map-", dir=target.parent) as cache:
+        _labelled(cleaning, reached, f"{cache}/map.arrow").save_to_disk(str(unfinished))
+        write_json(unfinished / "identity.json", origin | counts)
+    print(
+        f"wrote {out}: {len(reached)} samples, {labels} of {len(cleaning.pool)} response tokens have a label; "
+        f"left out {left_out} samples that training never reached"
+    )
+
+
+def _labelled(cleaning: RunTokens, reached: np.ndarray, cache_file: str) -> "Dataset":
+    """On disk from the first row on: memory holds one batch."""
+    from datasets import Features, Value
+
+    number, columns = Value("int64"), {"sample_id", "source", "input_ids"}
+    lists = {"input_ids": [Value("int32")], "labels": [number], "weights": [Value("float32")]}
+    return cleaning.pool.samples.select(reached, keep_in_memory=True).map(
+        _label,
+        with_indices=True,
+        fn_kwargs={"weights": cleaning.weights, "starts": cleaning.pool.offsets[reached]},
+        remove_columns=[name for name in cleaning.pool.samples.column_names if name not in columns],
+        features=Features({"sample_id": number, "source": Value("string")} | lists),
+        cache_file_name=cache_file,
+        new_fingerprint="labels",  # it would hash, so read, all weights; and the file is never looked for again
+        desc="Labels",
+    )
+
+
+def _label(row: dict[str, Any], index: int, weights: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
+    ids = np.array(row["input_ids"])
+    spread, start = np.zeros(len(ids), dtype=np.float32), starts[index]
+    for first, end in turns(row["spans"]):
+        spread[first:end] = weights[start : start + end - first]
+        start += end - first
+    spread[~(spread > 0)] = 0  # NaN: never reached
+    return {"labels": np.where(spread > 0, ids, IGNORED), "weights": spread}

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixdpo.errors import InputError, check_one_of
+from mixdpo.errors import InputError
+from mixdpo.model.adapters import Role
 
-Role = Literal["base", "reference", "previous", "policy"]
+READABLE: tuple[Role, ...] = ("base", "cleaning_reference", "previous", "policy")
+"""The roles that a scorer may read. The `reference` of a preference loss is none of them."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,26 @@ class TokenStatistics:
 class ExcessLoss:
     """ℓ_worse − ℓ_better: how much better one model predicts the token than another.
 
-    | method                                          | worse     | better    | normalise |
-    |-------------------------------------------------|-----------|-----------|-----------|
-    | Token Cleaning (arXiv 2502.01968)               | base      | reference | no        |
-    | the same with a moving base                     | previous  | reference | no        |
-    | Rho-1 (Lin et al. 2024), online                 | policy    | reference | no        |
-    | ssToken's loss term; reference = the own history | reference | policy    | yes       |
+    | method                                       | worse              | better             | normalise |
+    |----------------------------------------------|--------------------|--------------------|-----------|
+    | Token Cleaning (arXiv 2502.01968)            | base               | cleaning_reference | no        |
+    | the same with a moving base                  | previous           | cleaning_reference | no        |
+    | Rho-1 (Lin et al. 2024), online              | policy             | cleaning_reference | no        |
+    | ssToken's loss term, with its own history    | cleaning_reference | policy             | yes       |
 
     Args:
-        worse: Role whose loss counts for keeping a token: base, reference, previous or policy.
-        better: Role whose loss counts against it.
+        worse: Role whose loss counts for keeping a token: base, cleaning_reference, previous or policy.
+        better: Role whose loss counts against keeping it.
         normalise: Map each sample's scores to [0, 1] by their smallest and largest; equal scores become 0.
     """
 
     worse: Role = "base"
-    better: Role = "reference"
+    better: Role = "cleaning_reference"
     normalise: bool = False
 
     def __post_init__(self) -> None:
-        _check_roles(*self.roles)
         if self.worse == self.better:
-            raise InputError(
-                f"ExcessLoss: worse and better are both {self.worse!r}, so every score is 0: name two roles"
-            )
+            raise InputError(f"ExcessLoss: worse and better are both {self.worse}: every score is 0, so name two roles")
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -71,13 +70,10 @@ class Loss:
     """ℓ: keeps what the model finds hard.
 
     Args:
-        role: Whose loss: base, reference, previous or policy.
+        role: Whose loss: base, cleaning_reference, previous or policy.
     """
 
     role: Role = "policy"
-
-    def __post_init__(self) -> None:
-        _check_roles(self.role)
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -95,7 +91,7 @@ class Probability(Loss):
     ProFit keeps p > τ: a selection with threshold τ and keep_ratio null. DFT weighs each token by p: no selection.
 
     Args:
-        role: Whose probability: base, reference, previous or policy.
+        role: Whose probability: base, cleaning_reference, previous or policy.
     """
 
     def __call__(self, statistics: TokenStatistics) -> Tensor:
@@ -113,10 +109,6 @@ class Random:
 
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise InputError(f"Random: seed must be at least 0, not {self.seed}")
-
     @property
     def roles(self) -> tuple[Role, ...]:
         return ()
@@ -131,11 +123,6 @@ class Random:
 def is_online(scorer: Any) -> bool:
     """Whether scores need the model in training, so cannot be computed before a step."""
     return "policy" in scorer.roles
-
-
-def _check_roles(*roles: str) -> None:
-    for role in roles:
-        check_one_of("the role of a scorer", role, get_args(Role))
 
 
 def _min_max(scores: Tensor, sample: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Losses of every response token under one role of the model: computed once, kept in a flat memory-mapped file."""
+"""Losses of every response token under one role, kept in a flat memory-mapped file; the adapter that scores, fitted."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,16 +31,16 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
     file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed. A
     file that cannot be used is replaced by memory, with a warning. Altered and infinite losses count as not known.
     """
-    nothing = np.full(tokens, np.nan, dtype=np.float32)
+    unknown = np.full(tokens, np.nan, dtype=np.float32)
     if identity is None:
-        return nothing
+        return unknown
     text = json.dumps(dict(identity), sort_keys=True, indent=2)
     path = cache_root() / "token_losses" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
     with or_without("token losses", path):
         losses = open_checked(path, tokens, "losses")
         path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
         return losses
-    return nothing
+    return unknown
 
 
 def add_losses(
@@ -54,8 +54,7 @@ def add_losses(
 ) -> None:
     """Compute what is still NaN in `losses` for these samples: −log p of each response token under the role, in nats.
 
-    Samples are batched by length, so that nearly nothing is padding; the head sees response positions only and
-    computes in fp32.
+    Samples are batched by length, so that nearly nothing is padding. The head computes in fp32, for response positions.
 
     Args:
         batch_tokens: most positions in a batch, padding included (a longer sample is a batch of its own).
@@ -75,16 +74,18 @@ def add_losses(
     ):
         for batch in batches:
             rows = sample_rows([pool.samples[i] for i in batch]).to(device)
-            found = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
-            found[~np.isfinite(found)] = np.nan  # not known, for whoever reads the file
-            is_new = np.concatenate([np.full(pool.offsets[i + 1] - pool.offsets[i], i in missing) for i in batch])
-            losses[pool.tokens(batch)[is_new]] = found[is_new]
+            computed = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
+            computed[~np.isfinite(computed)] = np.nan  # not known, for whoever reads the file
+            is_new = np.repeat([i in missing for i in batch], np.diff(pool.offsets)[batch])
+            losses[pool.tokens(batch)[is_new]] = computed[is_new]
             bar.update(len(missing.intersection(batch)))
 
 
 def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Samples sorted by length, cut where the padded batch would exceed the tokens; the longest first, so that a run
-    that has not memory enough fails at once."""
+    """Samples sorted by length, cut where the padded batch would exceed the tokens.
+
+    The longest come first: a run without enough memory fails at once.
+    """
     order = sorted(range(len(samples)), key=lambda k: (-lengths[k], samples[k]))
     batches: list[list[int]] = []
     width = 0
@@ -94,3 +95,33 @@ def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int
             width = lengths[k]
         batches[-1].append(samples[k])
     return batches
+
+
+def fit_adapter(
+    model: "PeftModel", name: Role, samples: Sequence[Mapping[str, Any]], *, learning_rate: float, batch_size: int
+) -> None:
+    """Fit a frozen adapter: one pass of SFT over the samples in their order, by AdamW (no weight decay, constant rate).
+
+    The loss of a step is the mean over its response tokens; one sample is computed at a time. Only the adapter `name`
+    changes, and it requires no gradient afterwards.
+    """
+    parameters = [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with role(model, name), without_cast_cache(device):  # at backward as well
+            for start in tqdm(range(0, len(samples), batch_size), desc=f"fitting {name}", unit="step"):
+                step = [sample_rows([sample]).to(device) for sample in samples[start : start + batch_size]]
+                tokens = sum(len(rows.target) for rows in step)
+                for rows in step:
+                    # a sum: in half precision the parts of a mean over thousands of tokens would be too small to hold
+                    (-row_log_probs(model, rows).sum()).backward()
+                torch._foreach_div_([p.grad for p in parameters if p.grad is not None], tokens)
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None

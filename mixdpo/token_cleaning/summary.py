@@ -1,4 +1,4 @@
-"""What a selection did, in numbers: how much is kept, from where, and of planted noise what was found."""
+"""A selection in numbers: how much is kept, from which sources, and how much of the planted noise is cut."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +16,11 @@ def summarise(
     kept: Kept | None = None,
     planted: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Facts of M tokens of N samples, fit for JSON; a share of nothing is None.
+    """Numbers on M tokens of N samples, fit for JSON; a share of nothing is None.
 
     Args:
         weights: (M,) >= 0, weight of each token in the loss; 0 = cut.
-        scores: (M,); tokens that were not scored are NaN and left out of what is said of scores.
+        scores: (M,); NaN for tokens that were not scored, which are left out of the numbers on scores.
         offsets: (N+1,) int64; the tokens of sample n are offsets[n] to offsets[n+1].
         sources: (N,) str, where each sample is from.
         kept: threshold and ties of the selection that made the weights.
@@ -35,7 +35,7 @@ def summarise(
     lengths = np.diff(offsets)
     sample = np.repeat(np.arange(len(lengths)), lengths)
     scored = scores[~np.isnan(scores)]
-    facts = {
+    summary: dict[str, Any] = {
         "tokens": len(weights),
         "kept_tokens": int(np.count_nonzero(weights)),
         "kept_share": _ratio(weights.sum(), len(weights)),
@@ -50,8 +50,8 @@ def summarise(
         "by_position": _by_position(weights, sample, offsets),
     }
     if planted is not None:
-        facts["planted"] = _find_planted(weights, scores, np.asarray(planted, dtype=bool))
-    return facts
+        summary["planted"] = _find_planted(weights, scores, np.asarray(planted, dtype=bool))
+    return summary
 
 
 def describe(stage: dict[str, Any]) -> str:
@@ -63,11 +63,10 @@ def describe(stage: dict[str, Any]) -> str:
         line += f", mean |score| {stage['mean_abs_score']:.3f}"
     if stage["threshold"] is not None:
         line += f", threshold {stage['threshold']:.4g} ({stage['ties']} ties)"
-    found = stage.get("planted", {})
+    planted = stage.get("planted", {})
     names = {"auc": "AUC", "share": "share before", "kept_noise_rate": "among the kept"}
-    if facts := [f"{name} {found[key]:.3f}" for key, name in names.items() if found.get(key) is not None]:
-        line += "; planted noise: " + ", ".join(facts)
-    return line
+    known = [f"{name} {planted[key]:.3f}" for key, name in names.items() if planted.get(key) is not None]
+    return line + ("; planted noise: " + ", ".join(known) if known else "")
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -82,8 +81,8 @@ def _quantiles(scores: np.ndarray) -> dict[str, float | None]:
 
 def _by_source(weights: np.ndarray, sample: np.ndarray, sources: Sequence[str] | np.ndarray) -> dict[str, Any]:
     names, source = np.unique(np.asarray(sources, dtype=str), return_inverse=True)
-    found = zip(names.tolist(), *_kept_shares(weights, source[sample], len(names)), strict=True)
-    return {name: {"tokens": count, "kept_share": share} for name, count, share in found}
+    rows = zip(names.tolist(), *_kept_shares(weights, source[sample], len(names)), strict=True)
+    return {name: {"tokens": count, "kept_share": share} for name, count, share in rows}
 
 
 def _by_position(weights: np.ndarray, sample: np.ndarray, offsets: np.ndarray) -> list[float | None]:
@@ -101,13 +100,12 @@ def _kept_shares(weights: np.ndarray, group: np.ndarray, groups: int) -> tuple[l
 def _find_planted(weights: np.ndarray, scores: np.ndarray, planted: np.ndarray) -> dict[str, float | None]:
     """Cutting as a detector of planted tokens: `share` of them before and weighted share after (`kept_noise_rate`),
     precision and recall, and the threshold-free `auc`."""
-    found = np.count_nonzero(planted & (weights == 0))
-    is_scored = ~np.isnan(scores)
+    cut, is_scored = np.count_nonzero(planted & (weights == 0)), ~np.isnan(scores)
     return {
         "share": _ratio(np.count_nonzero(planted), len(planted)),
         "auc": _auc(scores[is_scored & ~planted], scores[is_scored & planted]),
-        "precision": _ratio(found, np.count_nonzero(weights == 0)),
-        "recall": _ratio(found, np.count_nonzero(planted)),
+        "precision": _ratio(cut, np.count_nonzero(weights == 0)),
+        "recall": _ratio(cut, np.count_nonzero(planted)),
         "kept_noise_rate": _ratio(weights[planted].sum(), weights.sum()),
     }
 

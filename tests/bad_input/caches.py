@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bad_input.case import Case, Place, cases, parts
+from lightning_modules.verbs.run_cli import check_checkpoint
 from mixdpo.evaluation import response_cache
 from mixdpo.evaluation.response_cache import kept_responses
 from mixdpo.model.adapters import Lora
@@ -17,7 +18,6 @@ from mixdpo.model.reference_cache import ReferenceCache
 from mixdpo.routing.route import Routing
 from mixdpo.storage.files import write_json, written_whole
 from mixdpo.token_cleaning.scoring import open_losses
-from run import check_checkpoint
 
 # Caches: sqlite, npy, json. None is needed: each fault ends in a warning that names the file.
 
@@ -169,7 +169,7 @@ LAST, BESIDE = "give a run's RUNS/NAME/checkpoints/last.ckpt", "Continue with th
 CHECKPOINTS = [
     *cases(
         "ckpt_path",
-        ("no such file", checkpoint(None), ("/no/last.ckpt is no file", LAST)),
+        ("no such file", checkpoint(None), ("/no/last.ckpt is not a checkpoint", "No such file", LAST)),
         ("nothing", checkpoint(""), ("is not a checkpoint", LAST)),
         ("text", checkpoint("not a checkpoint\n"), ("is not a checkpoint", LAST)),
         ("cut off", half, ("or is damaged", LAST)),

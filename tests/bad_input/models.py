@@ -76,6 +76,7 @@ def unusual(name: str) -> Any:
 
 
 WEIGHTS, REMEDY = "model.safetensors", "Give a hub id you can reach"
+UNLOADED = ("could not be loaded", REMEDY)
 
 
 def shrink(folder: Path) -> None:
@@ -98,19 +99,11 @@ MODELS = [
             ("model_type", REMEDY),
         ),
         ("an unknown type", copied(edit_json("config.json", model_type="nothing")), ("nothing", REMEDY)),
-        ("no causal model", copied(edit_json("config.json", model_type="t5")), ("could not be loaded", REMEDY)),
+        ("no causal model", copied(edit_json("config.json", model_type="t5")), UNLOADED),
         ("no weights", copied(remove(WEIGHTS)), (WEIGHTS, REMEDY)),
-        ("weights cut off", copied(cut(WEIGHTS)), ("could not be loaded", REMEDY)),
-        (
-            "weights of another format",
-            copied(text(WEIGHTS, "version https://git-lfs")),
-            ("could not be loaded", REMEDY),
-        ),
-        (
-            "weights of another size",
-            copied(edit_json("config.json", intermediate_size=80)),
-            ("could not be loaded", REMEDY),
-        ),
+        ("weights cut off", copied(cut(WEIGHTS)), UNLOADED),
+        ("weights of another format", copied(text(WEIGHTS, "version https://git-lfs")), UNLOADED),
+        ("weights of another size", copied(edit_json("config.json", intermediate_size=80)), UNLOADED),
         (
             "more layers than weights",
             copied(edit_json("config.json", num_hidden_layers=3)),
@@ -126,9 +119,9 @@ MODELS = [
     *cases(
         "tokenizer",
         ("no such folder", lambda place: load_tokenizer("/no/model"), ("tokenizer '/no/model'", REMEDY)),
-        ("none in the folder", copied(remove("tokenizer.json"), tokenizer), ("could not be loaded", REMEDY)),
-        ("no json", copied(text("tokenizer.json", "{"), tokenizer), ("could not be loaded", REMEDY)),
-        ("json of something else", copied(text("tokenizer.json", "{}"), tokenizer), ("could not be loaded", REMEDY)),
+        ("none in the folder", copied(remove("tokenizer.json"), tokenizer), UNLOADED),
+        ("no json", copied(text("tokenizer.json", "{"), tokenizer), UNLOADED),
+        ("json of something else", copied(text("tokenizer.json", "{}"), tokenizer), UNLOADED),
         (
             "tokens that the model does not know",
             copied(shrink, trained),
@@ -178,8 +171,8 @@ def poisoned(weights: dict[str, torch.Tensor]) -> None:
 
 def differing(place: Place) -> Any:
     model = add_adapters(place.shared.base(), Lora(rank=4))
-    add_reference(model, "cleaning", str(place.shared.adapter))
-    return check_alike(model, "policy", "cleaning")
+    add_reference(model, "cleaning_reference", str(place.shared.adapter))
+    return check_alike(model, "policy", "cleaning_reference")
 
 
 def targeted(targets: Any) -> Any:
@@ -200,27 +193,23 @@ ADAPTERS = [
             adapted(lambda folder: (shutil.rmtree(folder), folder.mkdir())),
             "has no adapter_model.safetensors … PEFT folder or hub id",
         ),
-        ("a config cut off", adapted(cut(CONFIG, 30)), ("could not be loaded", REMEDY)),
+        ("a config cut off", adapted(cut(CONFIG, 30)), UNLOADED),
         ("no weights", adapted(remove(TENSORS)), (f"has no {TENSORS}", "save it anew with PEFT's")),
-        ("weights cut off", adapted(cut(TENSORS)), ("could not be loaded", REMEDY)),
+        ("weights cut off", adapted(cut(TENSORS)), UNLOADED),
         (
             "a matrix missing",
             adapted(rewrite(TENSORS, lost)),
             "1 weights are missing and 0 are not … Give the base it was trained on",
         ),
         ("weights of NaN", adapted(rewrite(TENSORS, poisoned)), "holds weights that are no numbers … give another one"),
-        ("another rank than its config", adapted(edit_json(CONFIG, r=3)), ("could not be loaded", REMEDY)),
+        ("another rank than its config", adapted(edit_json(CONFIG, r=3)), UNLOADED),
         (
             "other modules than its config",
             adapted(edit_json(CONFIG, target_modules=["q_proj"])),
             "are not expected … another adapter",
         ),
-        (
-            "modules that are not there",
-            adapted(edit_json(CONFIG, target_modules=["query"])),
-            ("could not be loaded", REMEDY),
-        ),
-        ("of a wider base", adapted(as_is, resized(hidden_size=32)), ("could not be loaded", REMEDY)),
+        ("modules that are not there", adapted(edit_json(CONFIG, target_modules=["query"])), UNLOADED),
+        ("of a wider base", adapted(as_is, resized(hidden_size=32)), UNLOADED),
         (
             "of a base with more layers",
             adapted(as_is, resized(num_hidden_layers=1)),

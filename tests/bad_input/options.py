@@ -13,15 +13,14 @@ from lightning.pytorch.callbacks import (
 
 from bad_input.case import Case, Place
 from datamodules.preference import PreferenceDataModule
-from lightning_modules.callbacks.checkpoint import LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
-from lightning_modules.sft import SFTModule
 from mixdpo import losses
 from mixdpo.batches.steps import Slices, plan_stages
 from mixdpo.data.sources import open_source
 from mixdpo.evaluation.generation import generate
+from mixdpo.losses.preference_loss import HYPER_PARAMETERS
 from mixdpo.model.adapters import Lora
 from mixdpo.options import options
 from mixdpo.routing.route import Routing
@@ -75,9 +74,6 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Selection, {"threshold": -INF}, ("selection.threshold must be finite",)),
     (Selection, {"scope": "sentence"}, ("selection.scope must be one of global, sample, batch",)),
     (Selection, {"scope": "samples"}, ("not 'samples'; did you mean 'sample'?",)),
-    (Selection, {"min_keep": -1}, ("selection.min_keep must be >= 0",)),
-    (Selection, {"always_keep": "<|im_end|>"}, ("must be a list of tokens", "write ['<|im_end|>']")),
-    (Cleaning, {"warm_up_stages": -1}, ("cleaning.warm_up_stages must be >= 0",)),
     (Cleaning, {"scorer": len}, ("needs an attribute `roles`",)),
     (
         Cleaning,
@@ -90,9 +86,12 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
         ("cleaning.masks", "give one"),
     ),
     (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
-    (ExcessLoss, {"worse": "teacher"}, ("the role of a scorer must be one of base, reference", "not 'teacher'")),
-    (Loss, {"role": ""}, ("the role of a scorer must be one of base", "not ''")),
-    (Random, {"seed": -1}, ("seed must be at least 0",)),
+    (
+        Cleaning,
+        {"scorer": ExcessLoss(better="reference")},
+        ("the role of a scorer must be one of base, cleaning_reference", "did you mean 'cleaning_reference'?"),
+    ),
+    (Cleaning, {"scorer": Loss("")}, ("the role of a scorer must be one of base", "not ''")),
     (Constant, {"warmup": -0.1}, ("schedule.warmup must lie in [0, 1]",)),
     (Cosine, {"floor": 2.0}, ("schedule.floor must lie in [0, 1]",)),
     (StagedLinear, {"warmup": NAN}, ("schedule.warmup must lie in [0, 1]", "nan")),
@@ -100,9 +99,8 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Lora, {"rank": 0}, ("lora needs rank >= 1", "rank=0")),
     (Lora, {"alpha": -1}, ("alpha > 0", "alpha=-1")),
     (Lora, {"dropout": 1.0}, ("dropout in [0, 1)", "dropout=1.0")),
-    (RefreshReference, {"every": 0}, ("RefreshReference.every must be 'stage' or a number",)),
-    (RefreshReference, {"ema": 1.0}, ("RefreshReference.ema must lie in [0, 1)",)),
-    (LastCheckpoint, {"every_n_steps": 0}, ("checkpoint.every_n_steps must be at least 1",)),
+    (RefreshReference, {"every": 0}, ("RefreshReference needs every 'stage' or a number of steps", "not 0 and")),
+    (RefreshReference, {"ema": 1.0}, ("RefreshReference needs", "ema in [0, 1), not stage and 1.0")),
     (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
     (losses.BetaDPO, {"beta": INF}, ("preference_loss.beta must be > 0", "inf")),
 ]
@@ -115,7 +113,6 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
         {"cleaning": Cleaning(scorer=Loss("policy"), selection=Selection(scope="batch"))},
         ("reads the policy of each step", "ExcessLoss(worse=base)"),
     ),
-    (SFTModule, {"activation_checkpointing": -1}, ("activation_checkpointing must be", "-1")),
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
     (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
     (MarginModule, {"signal": Rating(), "also": {"r": RewardModel()}}, ("model.also: r cannot be computed with",)),
@@ -136,7 +133,7 @@ def loss_case(option: str, value: float) -> Case:
         kind for kind in vars(losses).values() if option in getattr(kind, "__dataclass_fields__", {"sensitivity"})
     )
     kind = losses.BetaDPO if option == "sensitivity" else kind
-    says = (f"preference_loss.{option} must be", losses.OPTIONS[option][0])
+    says = (f"preference_loss.{option} must be", HYPER_PARAMETERS[option][0])
     return Case("model.preference_loss", f"{option} {value}", lambda place: kind(**{option: value}), says)
 
 
@@ -244,12 +241,6 @@ WITH_DATA = [
     ),
     Case(
         "model.cleaning.selection",
-        "scores of other data",
-        lambda place: select(SCORES, np.array([0, 2]), Selection()),
-        ("2 tokens", "3 scores"),
-    ),
-    Case(
-        "model.cleaning.selection",
         "scope batch without batches",
         lambda place: select(SCORES[:1], np.array([0, 1]), Selection(scope="batch")),
         ("needs the batch of each", "scope global and sample need none"),
@@ -271,7 +262,7 @@ WITH_DATA = [
     Case(
         "mixdpo options",
         "a function",
-        lambda place: options("mixdpo.losses.check_options"),
+        lambda place: options("mixdpo.losses.preference_loss.check_range"),
         ("is no class", "give the path of one"),
     ),
     Case(

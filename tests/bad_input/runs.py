@@ -190,6 +190,7 @@ RUNS = [
     Run("seed_everything", "-1", ("--seed_everything", "-1"), ("seed_everything must lie in",)),
     Run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), ("abacus",)),
     Run("trainer.precision", "unknown", ("--trainer.precision", "8-bit"), ("8-bit", HELP)),
+    Run("checkpoint.every_n_steps", "0", ("--checkpoint.every_n_steps", "0"), ("every_n_steps", HELP)),
     Run("trainer.devices", "none", ("--trainer.devices", "0"), ("devices",)),
     Run("trainer.max_epochs", "none", ("--trainer.max_epochs", "0"), ("nothing to train",)),
     Run(

@@ -91,7 +91,7 @@ PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
 SCORED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no constraints", {"constraints": GONE}, ("no list of constraints", "name another scorer")),
     ("constraints as text", {"constraints": "be brief"}, ("no list of constraints", "give it one")),
-    ("an empty list of constraints", {"constraints": []}, ("without constraints", "give its prompt one")),
+    ("an empty list of constraints", {"constraints": []}, ("no list of constraints", "give it one")),
     ("an unknown kind", {"constraints": [{"kind": "rhymes", "params": {}}]}, ("'rhymes'", "kind must be one of")),
     ("a constraint without params", {"constraints": [{"kind": "quoted"}]}, ("is written",)),
     ("params of another kind", {"constraints": [{"kind": "quoted", "params": {"n": 1}}]}, ("takes the params",)),

@@ -13,9 +13,8 @@ from bad_input.case import Case, Place, cases
 from mixdpo.signals.compare_margins import compare
 from mixdpo.signals.margins_file import FORMAT, MarginsWriter, read_margins
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.labels import export_labels
 from mixdpo.token_cleaning.report import report
-from mixdpo.token_cleaning.run_tokens import read_cleaning
+from mixdpo.token_cleaning.run_tokens import export_labels, read_cleaning
 
 # Margins files.
 
@@ -170,7 +169,7 @@ CLEANING = [
         (
             "tokens never reached",
             cleaned(array("weights.npy", holed), masked),
-            "has no weight for some tokens … that reached all of them",
+            "has no weight for some tokens … that reached all",
         ),
         (
             "negative weights",
@@ -181,11 +180,6 @@ CLEANING = [
     *cases(
         "mixdpo report",
         ("no run", lambda place: report(str(place.folder)), "is no token-cleaning run … give the run's folder"),
-        (
-            "fewer samples than 0",
-            lambda place: report(str(place.shared.cleaned), samples=-1),
-            "samples -1 … at least 0",
-        ),
         (
             "out is a folder",
             lambda place: report(str(place.shared.cleaned), out=str(place.folder)),

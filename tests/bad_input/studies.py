@@ -24,29 +24,29 @@ def study(**changes: Any) -> dict[str, Any]:
 
 
 STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
-    ("no mapping", [1], ("the file: need a mapping of Study's keys",)),
-    ("a misspelt key", study(seed=[0]), ("seed: the key must be one of config, folder", "did you mean 'seeds'?")),
-    ("a key missing", study(control=...), ("control is missing",)),
-    ("seeds as a number", study(seeds=3), ("seeds: expected list[int]", "not 3")),
-    ("a seed of true", study(seeds=[True]), ("seeds: expected list[int]", "[True]")),
-    ("a seed twice", study(seeds=[1, 1]), ("a seed must come once",)),
-    ("no runs", study(runs={}), ("must not be empty",)),
-    ("a run of null", study(runs={"dpo": None}), ("runs.dpo: need a mapping of Plan's keys",)),
+    ("no mapping", [1], ("expected a mapping of a study's keys",)),
+    ("a misspelt key", study(seed=[0]), ("Option 'seed' is not accepted", "did you mean 'seeds'?")),
+    ("a key missing", study(control=...), ("arguments are required: control",)),
+    ("seeds as a number", study(seeds=3), ('"seeds"', "Expected a <class 'list'>", "3")),
+    ("a seed of true", study(seeds=[True]), ('"seeds"', "Expected a <class 'int'>", "True")),
+    ("a seed twice", study(seeds=[1, 1]), ("has a seed twice", "give each once")),
+    ("no runs", study(runs={}), ("need at least one entry",)),
+    ("a run of null", study(runs={"dpo": None}), ('"runs"', "Plan", "Got value: None", "expect one of")),
     (
         "a misspelt key of a run",
         study(runs={"dpo": {"overlays": "x"}}),
-        ("runs.dpo.overlays: the key must be one of", "did you mean 'overlay'?"),
+        ('"runs"', "Option 'overlays' is not accepted", "did you mean 'overlay'?"),
     ),
-    ("an unknown control", study(control="sft"), ("runs.dpo: control 'sft': no such run; there are dpo, mixdpo",)),
+    ("an unknown control", study(control="sft"), ("runs.dpo: no run is called 'sft', its control",)),
     (
         "runs in a circle",
         study(runs={"dpo": {"after": "b"}, "b": {"after": "dpo"}}),
-        ("goes round in a circle: b → dpo → b",),
+        ("runs.b: after must name a run listed above b, not 'dpo'",),
     ),
-    ("none at once", study(at_once=0), ("at_once must be at least 1",)),
+    ("none at once", study(at_once=0), ('"at_once"', "PositiveInt")),
     ("a share for validation", study(options={"data.validation": 0.1}), ("data.validation must be 0 or a file",)),
     ("a grid and nothing to choose by", study(grid={"lr": [1, 2]}), ("choose_by: name the part",)),
-    ("an empty list in the grid", study(grid={"lr": []}), ("grid.lr: give at least one value",)),
+    ("an empty list in the grid", study(grid={"lr": []}), ("each list of the grid need at least one entry",)),
     ("an outcome that chooses", study(choose_by="main"), ("main chooses the grid point and cannot be an outcome",)),
     (
         "two runs of one name",
@@ -56,9 +56,9 @@ STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
     (
         "a standard deviation missing",
         study(assumed_sd={"prompts": 1.0}),
-        ("assumed_sd needs exactly the keys prompts and seeds",),
+        ("arguments are required: assumed_sd.seeds",),
     ),
-    ("no YAML", "a: [1\nb: ]", ("YAML", "line 2", "correct it")),
+    ("no YAML", "a: [1\nb: ]", ("no valid YAML", "line 2", "correct it")),
     ("Latin-1", b"config: \xe9\n", ("cannot be read", "in UTF-8")),
 ]
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.labels import _label, export_labels
-from mixdpo.token_cleaning.run_tokens import read_cleaning
+from mixdpo.token_cleaning.run_tokens import _label, export_labels
 
 NAN = float("nan")
 SAMPLES = [
@@ -51,42 +50,27 @@ def test_labels_by_hand(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     out = tmp_path / "deep" / "labels"
     assert main(["export-labels", run, str(out)]) == 0
     exported = load_from_disk(str(out))
-    assert exported.to_list() == [
-        {
-            "sample_id": 100,
-            "source": "gsm",
-            "input_ids": [6, 7, 8, 9, 3],
-            "labels": [-100, -100, 8, -100, 3],
-            "weights": [0, 0, 1, 0, 1],
-        },
-        {
-            "sample_id": 102,
-            "source": "gsm",
-            "input_ids": [6, 13, 3, 7, 14, 15, 3],
-            "labels": [-100, 13, -100, -100, -100, 15, -100],
-            "weights": [0, 0.5, 0, 0, 0, 2, 0],
-        },
-    ]
+    columns = {name: exported[name][:] for name in exported.column_names}
+    assert columns == {
+        "sample_id": [100, 102],
+        "source": ["gsm", "gsm"],
+        "input_ids": [[6, 7, 8, 9, 3], [6, 13, 3, 7, 14, 15, 3]],
+        "labels": [[-100, -100, 8, -100, 3], [-100, 13, -100, -100, -100, 15, -100]],
+        "weights": [[0, 0, 1, 0, 1], [0, 0.5, 0, 0, 0, 2, 0]],
+    }
     types = {name: feature.feature.dtype for name, feature in exported.features.items() if hasattr(feature, "feature")}
     assert types == {"input_ids": "int32", "labels": "int64", "weights": "float32"}
-    assert json.loads((out / "identity.json").read_text()) == {
-        "identity": IDENTITY,
-        "tokenizer": "any",
-        "run": run,
-        "samples": 2,
-        "left_out": 1,
-        "labels": 4,
-    }
+    origin = {"identity": IDENTITY, "tokenizer": "any", "run": run}
+    counts = {"samples": 2, "left_out": 1, "labels": 4}
+    assert json.loads((out / "identity.json").read_text()) == origin | counts
     printed = capsys.readouterr().out
     assert "2 samples, 4 of 11 response tokens have a label; left out 1 samples" in printed
 
 
-def test_nothing_else_is_left_behind(run: str, tmp_path: Path) -> None:
-    before = sorted(path for path in Path(run).rglob("*"))
-    export_labels(run, str(tmp_path / "labels"))
-    assert sorted(path for path in Path(run).rglob("*")) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels", "run"]
-    assert not list((tmp_path / "labels").glob("*map*"))
+def test_a_run_that_trained_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of the 3 samples"):
+        export_labels(write_run(tmp_path / "run", [NAN] * 11), str(tmp_path / "labels"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_what_exists_is_replaced_only_when_asked(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,37 +79,12 @@ def test_what_exists_is_replaced_only_when_asked(run: str, tmp_path: Path, capsy
     np.save(Path(run, "cleaning", "weights.npy"), np.ones(11, dtype=np.float32))
     assert main(["export-labels", run, str(out)]) == 2
     assert "exists" in capsys.readouterr().err and len(load_from_disk(str(out))) == 2
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="exists"):  # it holds no labels
+        export_labels(run, run, overwrite=True)
     assert main(["export-labels", run, str(out), "--overwrite", "true"]) == 0
     assert len(load_from_disk(str(out))) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels", "run"]
-
-
-def test_a_folder_that_holds_no_labels_is_never_replaced(run: str, tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="exists"):
-        export_labels(run, str(precious), overwrite=True)
-    assert (precious / "thesis.txt").exists()
-
-
-def test_a_run_without_cleaning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export-labels", str(tmp_path), str(tmp_path / "labels")]) == 2
-    assert "samples, scores.npy, weights.npy, decided.npy, stages.json" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_run_that_trained_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none of the 3 samples"):
-        export_labels(write_run(tmp_path / "run", [NAN] * 11), str(tmp_path / "labels"))
-    assert not (tmp_path / "labels").exists()
-
-
-@pytest.mark.parametrize("name", ["scores.npy", "weights.npy"])
-def test_arrays_that_do_not_fit_the_samples(name: str, run: str) -> None:
-    np.save(Path(run, "cleaning", name), np.ones(10, dtype=np.float32))
-    with pytest.raises(InputError, match=rf"{name} holds float32 of the shape \(10,\).* \(11,\).*again"):
-        read_cleaning(run)
 
 
 @given(

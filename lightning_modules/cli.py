@@ -1,0 +1,40 @@
+"""The command line: `mixdpo VERB …` and `python run.py …`. Lightning is imported only where a verb needs a Trainer."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+from mixdpo import __main__ as verbs
+from mixdpo.errors import Stopped
+
+THIRD_PARTY_NOISE = ("`is_gradient_checkpointing`", ".*isinstance.treespec", ".*does not have many workers")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`mixdpo VERB …`; returns the exit status of a verb that needs no Trainer."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] and arguments[0] in verbs.RUN_VERBS:
+        run(arguments)
+        return 0
+    return verbs.main(arguments)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """`run.py …`: a user's mistake is one message on stderr and exit status 1, and leaves no empty run folder."""
+    for message in THIRD_PARTY_NOISE:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+    # on CPUs with AVX-512 BF16 it misses a kernel that only inference would use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from lightning_modules.verbs import messages, run_cli
+
+    try:
+        run_cli.start(arguments)
+    except Stopped as stop:
+        sys.exit(128 + stop.signal)  # LastCheckpoint has printed the command that continues
+    except Exception as error:
+        if (message := messages.message_for_user(error)) is None:
+            raise
+        sys.exit(f"error: {message}")

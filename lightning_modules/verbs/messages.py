@@ -1,0 +1,64 @@
+"""One message for the user out of the chain of errors that a mistake ends in."""
+
+import errno
+import os
+import re
+from argparse import ArgumentError
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_modules.callbacks.faults import is_out_of_memory
+from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, nearest
+from mixdpo.options import UNKNOWN_OPTION, nearest_path
+
+HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# how lines of jsonargparse begin that say nothing to a user
+NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value type:", "Problem with given class_path")
+NOISE += ("Expected a path but", "Expected a <class 'NoneType'>")
+NOT_FOUND = re.compile("has no attribute|No module named|path string: |given class_path")
+
+
+def message_for_user(error: BaseException | None) -> str | None:
+    """The message of a user's mistake, or of a machine that is too small; None for a fault of the program.
+
+    jsonargparse wraps an `InputError` of a constructor in another error.
+    """
+    while error is not None:
+        if is_out_of_memory(error):
+            return "\n".join(getattr(error, "__notes__", [f"out of memory: {error}"]))
+        if isinstance(error, NonFiniteError | OutOfSpaceError):
+            return str(error)
+        rust = re.search(r"os error (\d+)", str(error))  # of safetensors, whose error has no errno
+        number = getattr(error, "errno", None) or (rust and int(rust[1]))
+        if number in CANNOT_WRITE:
+            where = getattr(error, "filename", None) or "the run's files"
+            return f"cannot write {where}: {os.strerror(number)}. Free some space, or give another folder with --runs"
+        if isinstance(error, ModuleNotFoundError) and "HINT: " in str(error):  # of Lightning, about an optional package
+            return f"{' '.join(str(error).split())}, or leave out the option that needs it"
+        if isinstance(error, InputError | ArgumentError | MisconfigurationException):
+            return _innermost(str(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _innermost(message: str) -> str:
+    """The one line that matters of the many that jsonargparse prints around it."""
+    if unknown := UNKNOWN_OPTION.search(message):
+        return f"{unknown[0]} ({HELP})"
+    _, nested, leaf = message.rpartition('Parser key "')
+    if not nested:
+        return message
+    key, _, reason = leaf.partition('":')
+    reason, *given = re.split(r"(?:Got|Given) value: ", reason)
+    value = given[0].splitlines()[0] if given else ""
+    if value in ("None", "True", "False"):
+        return f"{key} needs a value, not null, true or false: give one (text in quotes), or leave it out ({HELP})"
+    lines = dict.fromkeys(line.strip(" -.") for line in reason.splitlines())
+    reason = " or ".join(line for line in lines if line and not line.startswith(NOISE))
+    path = re.search(r"(?:class_path'?[=: ]+'|val='|^(?=[\w.]+$))([\w.]+)", value)
+    if path and NOT_FOUND.search(reason):
+        meant = nearest_path(path[1])
+    else:
+        meant = nearest(value, re.findall(r"'([\w.-]+)'(?=[^][]*\])", reason))
+    return f"{key}: {reason}{value and f', not {value}'}{meant} ({HELP})"

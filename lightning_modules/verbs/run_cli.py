@@ -1,0 +1,180 @@
+"""`fit`, `validate`, `predict` and `test`: Lightning's CLI with a folder for each run."""
+
+import os
+import shutil
+import sys
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
+from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
+from lightning_modules.callbacks.logging import Throughput, ValidateAtMaxSteps
+from lightning_modules.callbacks.run_files import RunConfig, RunFiles
+from lightning_modules.verbs.messages import HELP
+from lightning_modules.verbs.places import keep_latest, last_places
+from mixdpo.__main__ import RUN_VERBS
+from mixdpo.errors import InputError, check_one_of
+from mixdpo.options import Parser
+
+
+class RunCLI(LightningCLI):
+    """Lightning's CLI with one folder a run: config.yaml, metrics.csv, the data's plan, checkpoints/, adapter/."""
+
+    made: Path | None = None  # the run folder, if this process made one
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super().__init__(*arguments, **options)
+        finally:
+            kept = ("metrics.csv", "checkpoints", "adapter", "non_finite.json")
+            if self.made is not None and not any((self.made / name).exists() for name in kept):
+                shutil.rmtree(self.made, ignore_errors=True)  # nothing was trained
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: LightningCLI.subcommands()[name] for name in RUN_VERBS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        named = "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict and test write files RUNS/NAME.…"
+        parser.add_argument("--name", type=str | int | float, default="run", help=named)
+        parser.add_argument("--runs", type=str, default="runs", help="Where the folders of runs are.")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(NonFinite, "non_finite")
+        parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse what Lightning would take now and fail on later."""
+        places = last_places(sys.argv[1:] if args is None else args)
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        keep_latest(config, places)
+        if config.trainer.default_root_dir is not None:
+            raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
+        if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:
+            raise InputError(f"seed_everything must lie in [0, 2^32), not {config.seed_everything}")
+        if config.ckpt_path:
+            check_checkpoint(config.ckpt_path)
+
+    def before_instantiate_classes(self) -> None:
+        config, writes = self.config[self.subcommand], self.subcommand in ("predict", "test")
+        options = config.model.init_args
+        if writes != ("output" in options) or (self.subcommand == "test" and "signal" in options):
+            raise InputError(
+                f"{config.model.class_path} does not {self.subcommand}: configs/signals are for predict only, "
+                "configs/evaluation for predict and test, the others for fit and validate"
+            )
+        if writes:
+            suffix = ".margins" if "signal" in options else ""
+            options.output = options.output or str(Path(config.runs) / f"{config.name}{suffix}")
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are in the file
+        config.weights_only = True  # never unpickle what a checkpoint may hold besides tensors
+
+    def instantiate_trainer(self, **options: Any) -> L.Trainer:
+        if self.subcommand == "fit":
+            config = self.config[self.subcommand]
+            folder = folder_of_first_process(Path(config.runs), str(config.name))
+            if folder is None:
+                folder = self.made = new_run_folder(Path(config.runs), str(config.name))
+            options["default_root_dir"] = str(folder)
+            if config.trainer.logger in (None, True):
+                options["logger"] = [kind(str(folder), name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
+        else:
+            options["logger"] = False
+        try:
+            return super().instantiate_trainer(**options)
+        except ValueError as error:
+            raise InputError(f"trainer: {error}; {HELP}") from error
+
+    def after_fit(self) -> None:
+        """A run that had made all its max_steps may lack what follows the last one: Lightning calls no hook then."""
+        if not Path(
+            self.trainer.default_root_dir, self.datamodule.summary_file
+        ).exists():  # the plan, as training starts
+            print("the run of ckpt_path is complete: nothing is trained, only what follows the last step is done again")
+            self.model.to(self.trainer.strategy.root_device)
+            for name in ("on_train_start", "on_train_end"):
+                for callback in self.trainer.callbacks:
+                    getattr(callback, name)(self.trainer, self.model)
+
+
+def check_checkpoint(path: str) -> None:
+    """
+    Raises:
+        InputError: the file is no checkpoint of a run.
+    """
+    try:
+        content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        if not {"adapters", "state_dict"} <= set(content):
+            raise ValueError("it holds no adapters")
+    except Exception as error:  # of pickle, zipfile and torch: an open list
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"ckpt_path {path} is not a checkpoint of a run, or is damaged ({type(error).__name__}: {reason}); give a "
+            "run's RUNS/NAME/checkpoints/last.ckpt"
+        ) from error
+
+
+def folder_of_first_process(runs: Path, name: str) -> Path | None:
+    """The run folder, in a process that works for another one's run; None in the first process of a run.
+
+    A process that Lightning has started for a further device takes the folder from the environment. Every other
+    process ignores an inherited MIXDPO_RUN_FOLDER. Under torchrun all processes use RUNS/NAME.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return runs / name if os.environ.get("RANK", "0") != "0" else None
+    folder = os.environ.pop("MIXDPO_RUN_FOLDER", "")  # of one call of `start` only
+    return Path(folder) if folder and os.environ.get("LOCAL_RANK", "0") != "0" else None
+
+
+def new_run_folder(runs: Path, name: str) -> Path:
+    """Make RUNS/NAME, or the first free NAME-2, NAME-3, …: no run is ever overwritten.
+
+    Raises:
+        InputError: the folder cannot be made, or exists under torchrun, where no other process would learn its name.
+    """
+    if not name.strip("./"):
+        raise InputError(f"--name {name!r} names no folder: give a name, such as run")
+    for number in count(1):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except OSError as error:
+            if not os.path.lexists(folder):
+                raise InputError(
+                    f"cannot write the run folder {folder}: {error.strerror}. Give another with --runs"
+                ) from None
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                raise InputError(f"{folder} exists: under torchrun give a --name that is free") from None
+    os.environ["MIXDPO_RUN_FOLDER"] = str(folder)
+    return folder
+
+
+def start(arguments: list[str] | None = None) -> RunCLI:
+    """Parse, build and run; `--config X` means `fit --config X`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
+        arguments = ["fit", *arguments]
+    first, known = (arguments or ["-h"])[0], (*RUN_VERBS, "-h", "--help")
+    check_one_of("the first word (a config file needs --config before it)", first, known)
+    sys.argv[1:] = arguments  # Lightning starts further processes with it
+    return RunCLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=42,
+        trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), ValidateAtMaxSteps(), OutOfMemory()]},
+        parser_class=type("RunParser", (Parser, LightningArgumentParser), {}),
+        parser_kwargs={"exit_on_error": False},
+        save_config_kwargs={"save_to_log_dir": False},
+        save_config_callback=RunConfig if first == "fit" else None,
+    )

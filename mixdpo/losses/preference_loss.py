@@ -1,0 +1,114 @@
+"""What a preference loss is called with, and what the losses share.
+
+The letters are those of the papers: s summed log-probability under the policy, r under the reference, h = s − r, L
+length in tokens, m = s / L, Δ = h_w − h_l; _w of the chosen response, _l of the rejected one. All in nats.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import cleandoc
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixdpo.errors import InputError
+from mixdpo.model.fused_head import SequenceLogProbs
+from mixdpo.storage.identity import described
+
+Response = SequenceLogProbs | Tensor
+
+HYPER_PARAMETERS: dict[str, tuple[str, Callable[[float], bool], str]] = {
+    "beta": ("> 0", lambda x: x > 0, "β; most losses: pull towards the reference, per nat. MixDPO's: 0.01 to 0.05."),
+    "label_smoothing": ("in [0, 0.5)", lambda x: 0 <= x < 0.5, "ε, the assumed probability of a flipped label."),
+    "gamma_ratio": (">= 0", lambda x: x >= 0, "γ/β, the margin aimed at, in nats per token."),
+    "delta": (">= 0", lambda x: x >= 0, "δ, the margin aimed at, in nats."),
+    "nll_weight": (">= 0", lambda x: x >= 0, "weight of the chosen response's log-likelihood (λ; IRPO's α)."),
+    "odds_weight": (">= 0", lambda x: x >= 0, "λ, weight of the odds ratio against the log-likelihood."),
+    "length_penalty": (">= 0", lambda x: x >= 0, "α, what a token of difference in length counts."),
+    "drop_penalty": (">= 0", lambda x: x >= 0, "λ, what a chosen response below its reference costs."),
+    "tail_weight": ("in [0, 1]", lambda x: 0 <= x <= 1, "α, of the tokens past the shorter response's length."),
+    "sensitivity": (">= 0", lambda x: x >= 0, "α, how much β follows the batch's mean log-ratio difference."),
+}
+"""Every hyper-parameter: its range in words and as a test, and its line of `--help`."""
+
+
+class PreferenceLoss:
+    """The loss of pairs that are trained by preference.
+
+    A loss is called on (chosen, rejected, reference_chosen, reference_rejected), each of B responses, and returns the
+    losses (B,) of B pairs; B may be 0. Each argument is a `SequenceLogProbs`: sums (B,) in nats, fp64, lengths (B,) in
+    tokens, means (B,). Gradients go through chosen and rejected; the reference has none. A plain tensor (B,) counts as
+    the log-probabilities of one-token responses: sum and mean are the same.
+
+    A loss of your own is any callable with that call, such as a torch module, which is converted to fp64. Attributes
+    that it lacks are as here. A class of ten lines, which YAML names by its class path:
+
+        @dataclass(frozen=True)
+        class Mine(PreferenceLoss):
+            slope: float = 0.1
+
+            def __call__(self, *responses: Response) -> Tensor:
+                return -logsigmoid(self.slope * Pairs(*responses).delta)
+
+    Attributes:
+        needs_reference: False for a loss that is called on (chosen, rejected) only. No reference is then computed.
+        averaged: The loss compares log-probabilities per token, and so does the logged reward.
+        batch_statistics: The loss takes means over the pairs of a call. Micro-batches of one pair are refused.
+        sft_weight: Weight of a hard pair's SFT loss where `model.sft_weight` is null. 1 keeps the balance of the MixDPO
+            paper, DPO at β = 0.01: at the start (h = 0) an easy pair pulls s_w with β/2 = 0.005, a hard one with 1/L.
+            A loss of another size has the weight that keeps this balance, its pull at the start (default
+            hyper-parameters, L = 280) over 0.005: IPO 1/(βL) → 7, SLiC 1 + λ → 220, SPPO and CalDPO 1/β → 2e5.
+    """
+
+    needs_reference, averaged, batch_statistics, sft_weight = True, False, False, 1.0
+    own: dict[str, float] = {}  # noqa: RUF012  # every subclass has its own
+    """Hyper-parameters and what each is where YAML gives none, or null."""
+
+    def __init_subclass__(cls, **own: float) -> None:
+        """`class X(PreferenceLoss, beta=0.1)` is a frozen dataclass with a field `beta` that is None in the signature.
+        (jsonargparse would hand a number on to another loss that a command line names: SPPO would train with DPO's β.)
+        """
+        if own:
+            cls.own, cls.__annotations__ = cls.own | own, dict.fromkeys(own, float | None)
+            lines = [f"    {name}: {HYPER_PARAMETERS[name][2]} {value} if null." for name, value in cls.own.items()]
+            cls.__doc__ = "\n".join([cleandoc(cls.__doc__ or ""), "\nArgs:", *lines])
+            for name in own:
+                setattr(cls, name, None)
+            dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        for name, value in self.own.items():
+            given = getattr(self, name)
+            object.__setattr__(self, name, check_range(name, value if given is None else given))  # it is frozen
+
+    def describe(self) -> str:
+        """Name and hyper-parameters, also of a default that jsonargparse builds when a method is called."""
+        return described(self)
+
+
+def check_range(name: str, value: float) -> float:
+    words, holds, _ = HYPER_PARAMETERS[name]
+    if not (holds(value) and isfinite(value)):
+        raise InputError(f"preference_loss.{name} must be {words}, not {value}")
+    return value
+
+
+class Pairs:
+    """B pairs in the letters of the equations, each (B,): sums s, means m, lengths, log-ratios h and their difference.
+
+    Args:
+        responses: what a loss is called on. Without a reference there are no log-ratios.
+    """
+
+    def __init__(self, *responses: Response) -> None:
+        sides = [SequenceLogProbs(x, torch.ones_like(x), x) if isinstance(x, Tensor) else x for x in responses]
+        chosen, rejected, *reference = sides
+        self.s_w, self.s_l, self.m_w, self.m_l = chosen.sums, rejected.sums, chosen.means, rejected.means
+        self.length_w, self.length_l = chosen.lengths.to(self.s_w), rejected.lengths.to(self.s_l)
+        if reference:
+            self.h_w, self.h_l = self.s_w - reference[0].sums, self.s_l - reference[1].sums
+            self.delta = self.h_w - self.h_l
+            self.mean_delta = self.h_w / self.length_w - self.h_l / self.length_l
+            self.shared_sums: Any = [side.shared_sums for side in sides]
