@@ -18,23 +18,20 @@ VOCABULARY_TILE = 16_384
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen output head: logits cap · tanh(x / cap) of x = scale · (hidden Wᵀ + b).
+    """The frozen output head: logits cap · tanh(x / cap) of x = hidden Wᵀ + b.
 
     Args:
         weight: (V, H).
         bias: (V,) or None.
-        scale: what some models multiply their logits by (Cohere, Granite).
         cap: where some models cap them softly (Gemma 2); None does not.
     """
 
     weight: Tensor
     bias: Tensor | None = None
-    scale: float = 1.0
     cap: float | None = None
 
     def shaped(self, x: Tensor) -> Tensor:
         """Logits of what the linear layer says."""
-        x = x if self.scale == 1 else x * self.scale
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
 
 
@@ -172,7 +169,6 @@ class _TokenLogProbs(torch.autograd.Function):
                 of_logits = logits.sub_(normaliser).exp_().neg_()
                 of_logits.scatter_(-1, target, of_logits.gather(-1, target) + 1)
                 of_logits = of_logits if slope is None else of_logits.mul_(slope)
-                of_logits = of_logits if head.scale == 1 else of_logits.mul_(head.scale)
                 gradient[at] = of_logits.to(head.weight.dtype) @ head.weight
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy, is_top)

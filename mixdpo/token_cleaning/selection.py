@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from mixdpo.errors import InputError, check_one_of, choose_one
+from mixdpo.errors import InputError, choose_one
 
 Scope = Literal["global", "sample", "batch"]
 
@@ -40,7 +40,6 @@ class Selection:
             raise InputError(f"selection.keep_ratio must lie in (0, 1], not {self.keep_ratio}; 1 keeps every token")
         if self.threshold is not None and not np.isfinite(self.threshold):
             raise InputError(f"selection.threshold must be finite, not {self.threshold}: keep_ratio 1 keeps all tokens")
-        check_one_of("selection.scope", self.scope, get_args(Scope))
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,9 @@ def select(
 
     """
     scores = np.asarray(scores)
-    _check(scores, offsets, selection, batch)
+    if not np.isfinite(scores).all():
+        token = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise InputError(f"the score of token {token} is {scores[token]}; selection needs numbers: check its losses")
     if always_keep is not None:
         scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
     if selection.threshold is not None:
@@ -139,14 +140,3 @@ def _top_up(mask: np.ndarray, scores: np.ndarray, offsets: np.ndarray, least: in
     for sample in np.flatnonzero(kept < least):
         tokens = slice(offsets[sample], offsets[sample + 1])
         mask[tokens], _ = _best(scores[tokens], least[sample])
-
-
-def _check(scores: np.ndarray, offsets: np.ndarray, selection: Selection, batch: np.ndarray | None) -> None:
-    if not np.isfinite(scores).all():
-        token = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise InputError(f"the score of token {token} is {scores[token]}; selection needs numbers: check its losses")
-    if selection.scope == "batch" and selection.keep_ratio is not None and np.shape(batch) != (len(offsets) - 1,):
-        raise InputError(
-            f"selection.scope batch needs the batch of each of the {len(offsets) - 1} samples, not {np.shape(batch)}; "
-            "scope global and sample need none"
-        )
