@@ -6,6 +6,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -22,8 +23,8 @@ from mixdpo.token_cleaning.summary import describe, summarise
 class RefreshReference(Callback):
     def __init__(
         self,
-        every: int | Literal["stage"] = "stage",
-        ema: float = 0.0,
+        every: PositiveInt | Literal["stage"] = "stage",
+        ema: ClosedUnitInterval = 0.0,
         role: Literal["cleaning_reference", "reference"] = "cleaning_reference",
     ) -> None:
         """Makes the policy a reference, again and again: self-evolving token cleaning, or a moving reference of DPO.
@@ -38,10 +39,6 @@ class RefreshReference(Callback):
             role: cleaning_reference scores tokens. reference belongs to the preference loss; until the first refresh
                 it is the base, or `model.adapter`.
         """
-        if not 0 <= ema < 1 or (every != "stage" and every < 1):
-            raise InputError(
-                f"RefreshReference needs every 'stage' or a number of steps, and ema in [0, 1), not {every} and {ema}"
-            )
         self.every, self.ema, self.role = every, ema, role
         self._refreshed_at = 0
 
@@ -54,12 +51,10 @@ class RefreshReference(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         exists = self.role in pl_module.model.peft_config
-        if self.role == "cleaning_reference" and not exists:
+        if not (exists if self.role == "cleaning_reference" else getattr(pl_module, "needs_reference", False)):
             raise InputError(
-                "RefreshReference: nothing to refresh, model.cleaning has no scorer that reads a reference"
+                f"RefreshReference: neither the scorer nor the preference loss of this run has a {self.role}"
             )
-        if self.role == "reference" and not getattr(pl_module, "needs_reference", False):
-            raise InputError("RefreshReference: role reference belongs to a preference loss that has a reference")
         if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:
             raise InputError("RefreshReference: the run has one stage: set data.slices, data.routing.order or `every`")
         if self.ema and (not exists or getattr(pl_module, "stage_start", None) == "fresh_adapter"):
@@ -111,8 +106,7 @@ class CleanTokens(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._check(trainer, pl_module)
-        data, cleaning = trainer.datamodule, self.cleaning
-        pool = data.cleaning_pool()
+        data, cleaning, pool = trainer.datamodule, self.cleaning, trainer.datamodule.cleaning_pool()
         dtype = f"{pl_module.loading['dtype']}, {trainer.precision}"
         identity = {**pool.identity, "model": pl_module.base_weights(), "dtype": dtype}
         self._tokens = RunTokens.undecided(pool, identity, data.tokenizer)
@@ -132,13 +126,11 @@ class CleanTokens(Callback):
             raise InputError(f"{cleaning.scorer} scores tokens in each step, of one device only: train on one device")
         if cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
-        refreshed = {c.role for c in trainer.callbacks if isinstance(c, RefreshReference)}
-        is_given = cleaning.reference is not None or pl_module.adapter is not None
-        missing = {"cleaning_reference"}.intersection(cleaning.roles) - refreshed
-        if missing and cleaning.warm_up_stages and not is_given:
-            raise InputError(
-                "nothing makes the warmed-up policy the reference: add RefreshReference to trainer.callbacks"
-            )
+        made = (
+            cleaning.reference or pl_module.adapter or any(isinstance(c, RefreshReference) for c in trainer.callbacks)
+        )
+        if cleaning.warm_up_stages and "cleaning_reference" in cleaning.roles and not made:
+            raise InputError("nothing makes the warmed-up policy the reference: add RefreshReference to the callbacks")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         token = batch.token.cpu().numpy()
@@ -211,9 +203,7 @@ class CleanTokens(Callback):
         if not (warm_up or online) and self._masks is not None:
             run.weights[tokens] = self._masks[tokens]
             if not ((run.weights[tokens] >= 0) & np.isfinite(run.weights[tokens])).all():
-                raise InputError(
-                    "cleaning.masks has no weight for some tokens: give the masks of a run that reached all"
-                )
+                raise InputError("cleaning.masks has no weight for some tokens: give the masks of one that reached all")
         elif not (warm_up or online) and len(tokens):
             losses = {role: torch.from_numpy(values[tokens]) for role, values in self._losses.items()}
             sample = torch.from_numpy(np.repeat(samples, np.diff(offsets)))
@@ -233,14 +223,8 @@ class CleanTokens(Callback):
         stage, self._open_stage = self._open_stage, None
         samples = samples[~np.isnan(run.weights[run.pool.offsets[samples]])]  # max_steps may end a stage early
         tokens, planted, sources = run.pool.tokens(samples), run.pool.planted(), run.pool.samples["source"][:]
-        summary = summarise(
-            run.weights[tokens],
-            run.scores[tokens],
-            run.pool.offsets_of(samples),
-            [sources[i] for i in samples],
-            stage["kept"],
-            None if planted is None else planted[tokens],
-        )
+        parts = run.weights[tokens], run.scores[tokens], run.pool.offsets_of(samples), [sources[i] for i in samples]
+        summary = summarise(*parts, stage["kept"], None if planted is None else planted[tokens])
         how = {"scorer": None, "selection": None} if stage["warm_up"] else self.cleaning.describe()
         run.stages.append({"stage": stage["stage"], "step": stage["step"], **how, **summary})
         self._write(trainer)

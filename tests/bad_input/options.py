@@ -92,8 +92,6 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Constant, {"warmup": -0.1}, ("schedule.warmup must lie in [0, 1]",)),
     (Cosine, {"floor": 2.0}, ("schedule.floor must lie in [0, 1]",)),
     (StagedLinear, {"warmup": NAN}, ("schedule.warmup must lie in [0, 1]", "nan")),
-    (RefreshReference, {"every": 0}, ("RefreshReference needs every 'stage' or a number of steps", "not 0 and")),
-    (RefreshReference, {"ema": 1.0}, ("RefreshReference needs", "ema in [0, 1), not stage and 1.0")),
     (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
     (losses.BetaDPO, {"beta": INF}, ("preference_loss.beta must be > 0", "inf")),
 ]
@@ -339,7 +337,7 @@ WITH_DATA = [
     ),
     fit_case(
         "RefreshReference",
-        "nothing to refresh",
+        "neither the scorer",
         ("has no scorer that reads a reference",),
         "fit_sft",
         trainer={"first": (RefreshReference(),)},

@@ -208,7 +208,7 @@ CLEANING = [
         (
             "out is there",
             lambda place: export_labels(str(place.shared.cleaned), str(place.folder)),
-            "exists … --overwrite true",
+            "exists: give another folder",
         ),
     ),
 ]
