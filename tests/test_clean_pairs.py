@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, build_sft, collate, make_pairs, make_samples, make_trainer, write_pairs
+from conftest import adapter_weights, build, build_sft, make_pairs, make_samples, make_trainer, write_pairs
 from lightning.pytorch.callbacks import Callback
 from test_clean_tokens import BASE_LOSS, CONSTANT, Ran, best, own_cache, policy_of, same  # noqa: F401  (a fixture)
 from test_clean_tokens import run as run_steps
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import Lora, adapter_state, add_adapters, add_reference, role
-from mixdpo.model.forward import row_log_probs, sequence_log_probs
+from mixdpo.model.adapters import Lora, adapter_state, add_adapters, add_reference
+from mixdpo.model.forward import row_log_probs
 from mixdpo.model.loading import load_base
 from mixdpo.routing.route import Routing
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -248,23 +248,6 @@ def test_the_default_reference_has_learned_the_easy_chosen_responses(cleaned: Ra
     assert (losses_one_by_one(plain, samples) - losses_one_by_one(plain, samples, fitted)).mean() > 0.01
     for key, value in start.items():  # it never changes again
         assert torch.equal(value, end[key]) or ".policy." in key
-
-
-def test_weighted_sums_and_lengths_of_completions(tiny_model: str) -> None:
-    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
-    pairs = [
-        {"prompt_ids": [2, 4, 6, 3], "chosen_ids": [7, 8, 3], "rejected_ids": [9, 3], "margin": 1.0, "pair_id": 1},
-        {"prompt_ids": [2, 4, 3], "chosen_ids": [10, 3], "rejected_ids": [11, 12, 3], "margin": 0.1, "pair_id": 2},
-    ]
-    rows = collate(pairs, [False, True]).rows
-    weight = torch.linspace(0, 2, len(rows.target))
-    with torch.no_grad(), role(model, "policy"):
-        values, found = row_log_probs(model, rows), sequence_log_probs(model, rows, weight)
-    for completion in range(4):
-        mine = [m for m in range(len(rows.target)) if rows.completion[m] == completion]
-        assert float(found.sums[completion]) == pytest.approx(sum(float(weight[m] * values[m]) for m in mine), abs=1e-5)
-        assert float(found.lengths[completion]) == pytest.approx(sum(float(weight[m]) for m in mine), abs=1e-6)
-    assert (found.sums[3], found.lengths[3]) == (0, 0)  # a hard pair's rejected response is not there
 
 
 # What belongs to a run of pairs, and what is refused.

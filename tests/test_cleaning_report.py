@@ -198,7 +198,7 @@ def test_what_it_refuses(
     run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no token-cleaning run" in capsys.readouterr().err
+    assert "of a token-cleaning run" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match="pip install matplotlib"):
         report(run)

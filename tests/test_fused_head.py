@@ -12,7 +12,6 @@ from mixdpo.model.fused_head import (
     TILE,
     VOCABULARY_TILE,
     Head,
-    SequenceLogProbs,
     exact_token_log_probs,
     target_statistics,
     token_log_probs,
@@ -169,10 +168,3 @@ def test_no_tensor_is_larger_than_a_tile_of_logits_or_the_hidden_states(statisti
     assert seen.numel == 200 * H < 200 * V
     assert seen.positions == 200, "the head is applied once: nothing is computed again in backward"
     assert [tuple(x.shape) for x in saved] == [(200, H)]
-
-
-@pytest.mark.parametrize("index", [torch.tensor([2, 0]), torch.tensor([], dtype=torch.int64)])
-def test_indexing_keeps_sums_and_lengths_together(index):
-    rows = SequenceLogProbs(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([10, 20, 30]))[index]
-    assert (rows.lengths.float() * -0.1).tolist() == pytest.approx(rows.sums.tolist())
-    assert rows.sums.shape == index.shape

@@ -45,10 +45,6 @@ class RefreshReference(Callback):
     def __str__(self) -> str:
         return f"every {self.every}, ema {self.ema}"
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(role=self.role)  # a run may have one of each
-
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         exists = self.role in pl_module.model.peft_config
         if not (exists if self.role == "cleaning_reference" else getattr(pl_module, "needs_reference", False)):
@@ -79,12 +75,6 @@ class RefreshReference(Callback):
         copy_adapter(model, "policy", self.role, decay=self.ema)
         if self.role == "reference":
             pl_module.reference_changed()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"refreshed_at": self._refreshed_at}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._refreshed_at = state_dict["refreshed_at"]
 
 
 class CleanTokens(Callback):

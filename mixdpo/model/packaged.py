@@ -4,8 +4,6 @@
 there on nothing knows that the model was ever packaged.
 """
 
-import io
-from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,12 +47,10 @@ def _packaged_file() -> Path:
 
 
 def _convert(source: Path, out: Path) -> None:
-    # Imported before stderr is redirected: transformers' log handler keeps the stderr it finds when imported.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # stderr gets a progress bar per tensor. Initial weights are drawn, and must not shift the run's random numbers.
-    with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ARRAYS = ("scores", "weights", "decided")
-FILES = ("samples", *(f"{name}.npy" for name in ARRAYS), "stages.json")
 AGAIN = "the files are damaged or of different runs, so run the cleaning again"
 IGNORED = -100  # the label that cross-entropy skips
 
@@ -133,10 +132,7 @@ def read_cleaning(run: str) -> RunTokens:
     from datasets import load_from_disk
 
     folder = Path(run) / "cleaning"
-    missing = [name for name in FILES if not (folder / name).exists()]
-    if missing:
-        raise InputError(f"{run} is no token-cleaning run: {folder} lacks {', '.join(missing)}; give the run's folder")
-    record = read_json(folder / "stages.json", {"identity", "tokenizer", "stages"}, AGAIN)
+    record = _read_record(folder)
     try:
         pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
     except Exception as error:  # of datasets and pyarrow: an open list
@@ -148,12 +144,15 @@ def read_cleaning(run: str) -> RunTokens:
     return RunTokens(pool, record["identity"], record["tokenizer"], **arrays, stages=record["stages"])
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    if not (folder / "stages.json").is_file():
+        raise InputError(f"{folder} is no folder `cleaning` of a token-cleaning run: it has no stages.json")
+    return read_json(folder / "stages.json", {"identity", "tokenizer", "stages"}, AGAIN)
+
+
 def read_masks(folder: Path, identity: Mapping[str, str], tokens: int) -> np.ndarray:
     """(M,) weights of an earlier run's folder `cleaning`, NaN where training never came; of the same data and model."""
-    if not (folder / "stages.json").is_file():
-        raise InputError(f"cleaning.masks {folder}: no stages.json there; give a run's folder RUN/cleaning")
-    record = read_json(folder / "stages.json", {"identity"}, AGAIN)
-    refuse_changed(record["identity"], identity, f"cleaning.masks {folder}")
+    refuse_changed(_read_record(folder)["identity"], identity, f"cleaning.masks {folder}")
     return read_array(folder / "weights.npy", (tokens,), AGAIN)
 
 

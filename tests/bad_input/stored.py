@@ -179,7 +179,7 @@ CLEANING = [
     ),
     *cases(
         "mixdpo report",
-        ("no run", lambda place: report(str(place.folder)), "is no token-cleaning run … give the run's folder"),
+        ("no run", lambda place: report(str(place.folder)), "is no folder `cleaning` of a token-cleaning run"),
         (
             "out is a folder",
             lambda place: report(str(place.shared.cleaned), out=str(place.folder)),
@@ -198,7 +198,7 @@ CLEANING = [
             cleaned(array("scores.npy", lambda s: s[1:]), read),
             ("scores.npy holds", RUN_AGAIN),
         ),
-        ("no samples", cleaned(removed("samples"), read), "lacks samples … give the run's folder"),
+        ("no samples", cleaned(removed("samples"), read), ("samples is damaged", RUN_AGAIN)),
         (
             "samples without their data",
             cleaned(lambda f: next((f / "samples").glob("*.arrow")).unlink(), read),
