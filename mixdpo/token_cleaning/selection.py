@@ -23,15 +23,12 @@ class Selection:
             the reverse.
         scope: What keep_ratio ranks over: all tokens scored together (the paper's method), each sample by itself (its
             RHO baseline), or the samples of a batch.
-        min_keep: Every sample keeps at least this many of its best tokens, or all it has: more than keep_ratio if need
-            be.
         always_keep: Tokens that are kept whatever their score, such as <|im_end|>; they are part of keep_ratio.
     """
 
     keep_ratio: float | None = None
     threshold: float | None = None
     scope: Scope = "global"
-    min_keep: int = 0
     always_keep: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
@@ -72,7 +69,7 @@ def select(
 
     keep_ratio k keeps exactly round(k·m) of a group's m tokens; of equal scores the earlier token goes first, as in a
     stable descending sort. Tokens to be kept always come before all others and use up the budget, but are all kept
-    where it is too small. min_keep then adds tokens.
+    where it is too small.
 
     Args:
         scores: (M,) finite, any float type, may be memory-mapped; high = keep.
@@ -89,11 +86,8 @@ def select(
         scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
     if selection.threshold is not None:
         ties = np.count_nonzero(scores == selection.threshold)
-        kept = Kept(scores > selection.threshold, selection.threshold, ties, 0)
-    else:
-        kept = _keep_share(scores, offsets, selection, batch)
-    _top_up(kept.mask, scores, offsets, selection.min_keep)
-    return kept
+        return Kept(scores > selection.threshold, selection.threshold, ties, 0)
+    return _keep_share(scores, offsets, selection, batch)
 
 
 def _keep_share(scores: np.ndarray, offsets: np.ndarray, selection: Selection, batch: np.ndarray | None) -> Kept:
@@ -131,12 +125,3 @@ def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.floating]:
     mask = scores > cut
     mask[np.flatnonzero(scores == cut)[: count - np.count_nonzero(mask)]] = True
     return mask, cut
-
-
-def _top_up(mask: np.ndarray, scores: np.ndarray, offsets: np.ndarray, least: int) -> None:
-    """What is kept of a sample is always its best: so its `least` best contain it where it is too little."""
-    least = np.minimum(least, np.diff(offsets))
-    kept = np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
-    for sample in np.flatnonzero(kept < least):
-        tokens = slice(offsets[sample], offsets[sample + 1])
-        mask[tokens], _ = _best(scores[tokens], least[sample])
