@@ -146,7 +146,7 @@ def read_cleaning(run: str) -> RunTokens:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     if not (folder / "stages.json").is_file():
-        raise InputError(f"{folder} is no folder `cleaning` of a token-cleaning run: it has no stages.json")
+        raise InputError(f"{folder} has no stages.json: it is no folder RUN/cleaning of a token-cleaning run")
     return read_json(folder / "stages.json", {"identity", "tokenizer", "stages"}, AGAIN)
 
 

@@ -232,12 +232,6 @@ WITH_DATA = [
     ),
     Case(
         "model.cleaning.selection",
-        "scope batch without batches",
-        lambda place: select(SCORES[:1], np.array([0, 1]), Selection(scope="batch")),
-        ("needs the batch of each", "scope global and sample need none"),
-    ),
-    Case(
-        "model.cleaning.selection",
         "null, with negative scores",
         lambda place: weigh(None, np.array([-1.0]), OFFSETS[:2]),
         ("scores are weights",),
@@ -337,15 +331,15 @@ WITH_DATA = [
     ),
     fit_case(
         "RefreshReference",
-        "neither the scorer",
-        ("has no scorer that reads a reference",),
+        "nothing to refresh",
+        ("neither the scorer nor",),
         "fit_sft",
         trainer={"first": (RefreshReference(),)},
     ),
     fit_case(
         "RefreshReference",
         "of SFT's reference",
-        ("belongs to a preference loss",),
+        ("neither the scorer nor",),
         "fit_sft",
         trainer={"first": (RefreshReference(role="reference"),)},
     ),

@@ -134,7 +134,7 @@ SCORE_AGAIN, RUN_AGAIN = "or score anew", "run the cleaning again"
 CLEANING = [
     *cases(
         "cleaning.masks",
-        ("no such folder", lambda place: place.fit_sft(cleaning=MASKS), "masks x … give a run's folder RUN/cleaning"),
+        ("no such folder", lambda place: place.fit_sft(cleaning=MASKS), "x has no stages.json … RUN/cleaning"),
         (
             "the run, not its cleaning",
             lambda place: place.fit_sft(cleaning=Cleaning(masks=str(place.shared.cleaned))),
@@ -179,7 +179,7 @@ CLEANING = [
     ),
     *cases(
         "mixdpo report",
-        ("no run", lambda place: report(str(place.folder)), "is no folder `cleaning` of a token-cleaning run"),
+        ("no run", lambda place: report(str(place.folder)), "no folder RUN/cleaning of a token-cleaning run"),
         (
             "out is a folder",
             lambda place: report(str(place.shared.cleaned), out=str(place.folder)),
