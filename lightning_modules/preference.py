@@ -15,7 +15,7 @@ from mixdpo.losses import DPO
 from mixdpo.losses.sft import sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, accuracy, by_difficulty, pair_values
 from mixdpo.model.forward import sequence_log_probs, summed
-from mixdpo.model.fused_head import SequenceLogProbs, taken
+from mixdpo.model.fused_head import SequenceLogProbs
 from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.model.reference_cache import ReferenceCache, reference_log_probs
 from mixdpo.routing.schedules import learning_rate_mass
@@ -83,7 +83,7 @@ class PreferenceModule(AdapterModule):
         self._record(batch, policy, reference, (losses, *of_routes))
         weighted = losses * batch.weight
         if self._gradient_norms_are_due() and len(batch.sft):
-            self._add_sft_gradient(self.mean_over_step(taken(weighted, batch.sft).sum(), batch))
+            self._add_sft_gradient(self.mean_over_step(weighted[batch.sft].sum(), batch))
         return self.mean_over_step(weighted.sum(), batch)
 
     def policy_and_reference(self, batch: Batch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:

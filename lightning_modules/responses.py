@@ -74,7 +74,7 @@ class ResponseModule(L.LightningModule):
             raise InputError("give one model: model.run, or model.base, alone or with model.adapter or model.server")
         trained = Trained(str(base), None, {}, None)  # a server's: a name there, not a folder here
         if server is None:
-            trained = read_trained(run or str(base), quantization, dtype, chat_template, plain=not run, strict=False)
+            trained = read_trained(run or str(base), quantization, dtype, chat_template)
         self.trained = trained if adapter is None else replace(trained, adapter=Path(adapter))
         self.base = self.trained.base
         self.output, self.dequantise, self.against = output, dequantise, against

@@ -93,8 +93,6 @@ def write_tiny(name: str, folder: Path, **options: Any) -> Path:
     shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128, "head_dim": 8}
     more: dict[str, dict[str, Any]] = {
         "gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "sliding_window": 64},
-        "cohere": {"logit_scale": 0.25},
-        "granite": {"logits_scaling": 4.0},
         "bloom": {"n_head": 4, "n_layer": 2},
     }
     config = transformers.AutoConfig.for_model(name, **shape, **more.get(name, {}), **options)

@@ -27,7 +27,7 @@ from mixdpo.batches.steps import Slices
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, add_adapters, add_reference, stack_policy
 from mixdpo.model.export import generation_dtype, merged_copy
-from mixdpo.model.fused_head import gathered, run_sums, taken
+from mixdpo.model.fused_head import gathered, run_sums
 from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.model.loading import check_card, load_base
 from mixdpo.routing.route import Routing
@@ -126,7 +126,8 @@ class Ordered(TorchDispatchMode):
         given = [value for value in args if isinstance(value, torch.Tensor)]
         floating = any(value.is_floating_point() for value in given[:1])
         adds = name in ("index_add", "scatter_add", "cumsum", "embedding_dense_backward", "segment_reduce")
-        adds |= name in ("index_put", "index_put_impl", "put") and bool([*args[3:4], kwargs.get("accumulate")][0])
+        if name in ("index_put", "index_put_impl") and bool([*args[3:4], kwargs.get("accumulate")][0]):
+            adds |= any(len(index.unique()) < len(index) for index in args[1] if index is not None)
         adds |= name == "scatter_reduce" and args[4] in ("sum", "mean", "prod")
         assert not (adds and floating), f"{func} of {[tuple(value.shape) for value in given]}"
         Ordered.calls += 1
@@ -199,15 +200,6 @@ def test_gathered_spans_and_their_gradient_are_those_of_an_index(spans: list[tup
     assert torch.equal(found, expected)
     gradients = [torch.autograd.grad((each * weights).sum(), hidden)[0] for each in (found, expected)]
     assert torch.equal(*gradients)
-
-
-def test_taken_has_the_gradient_of_an_index() -> None:
-    values, index = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.tensor([3, 0, 4])
-    both = taken(values, index), values[index]
-    gradients = [torch.autograd.grad((each.exp() * 2).sum(), values)[0] for each in both]
-    assert torch.equal(*gradients) and not gradients[0][[1, 2]].any()
-    assert torch.autograd.gradcheck(lambda v: taken(v, index), values)
-    assert taken(values, index[:0]).shape == (0,)
 
 
 def test_the_order_of_the_rows_changes_no_bit(tiny_model: str, tmp_path: Path) -> None:

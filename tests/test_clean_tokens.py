@@ -252,20 +252,13 @@ def test_masks_of_another_run_are_refused(part, tiny_model, source, earlier, tmp
     assert re.search(r"\(([a-z ]+): [^;]*\)", str(error.value)).group(1) == part  # and nothing else
 
 
-def test_masks_say_so_and_need_no_reference(train: Any, earlier: Ran) -> None:
-    ran = train(cleaning=Cleaning(masks=earlier.masks))
-    assert set(ran.module.model.peft_config) == {"policy"}
-    (stage,) = ran.stages()
-    assert stage["scorer"] == f"masks of {earlier.masks}" and stage["selection"] is None
-
-
 # Self-evolving cleaning.
 
 
-def evolve(train: Any, scorer: Any = ExcessLoss(), ema: float = 0.0, **options: Any) -> Ran:  # noqa: B008
+def evolve(train: Any, scorer: Any = ExcessLoss(), **options: Any) -> Ran:  # noqa: B008
     """Three slices of 24 samples, two steps each."""
     cleaning = replace(EVOLVING, scorer=scorer, selection=Selection(0.6))
-    return train(RefreshReference(ema=ema), cleaning=cleaning, data={"slices": Slices(3)}, **ADAMW, **options)
+    return train(RefreshReference(), cleaning=cleaning, data={"slices": Slices(3)}, **ADAMW, **options)
 
 
 @pytest.fixture(scope="module")
@@ -282,24 +275,6 @@ def of_slice(ran: Ran, number: int) -> tuple[list[Any], np.ndarray]:
 def under(plain: Any, samples: Any, adapters: Adapters) -> np.ndarray:
     """Losses under a policy with these adapters."""
     return losses_one_by_one(plain, samples, with_adapters(plain, adapters, "policy"))
-
-
-def test_slice_2_is_scored_by_what_a_run_of_two_slices_leaves(train, tiny_model, plain, evolved):
-    from peft import PeftModel
-
-    stopped = evolve(train, trainer={"max_steps": 4})
-    assert (stopped.array("decided") == [0] * 8 + [1] * 8 + [-1] * 8).all()
-    assert (evolved.array("decided") == [0] * 8 + [1] * 8 + [2] * 8).all()
-    samples, tokens = of_slice(evolved, 2)
-    left = PeftModel.from_pretrained(plain_model(tiny_model), str(stopped.folder / "adapter")).eval()
-    scores = losses_one_by_one(plain, samples) - losses_one_by_one(left.get_base_model(), samples)
-    np.testing.assert_allclose(evolved.array("scores")[tokens], scores, rtol=0, atol=1e-6)
-    assert np.abs(scores).max() > 0.05
-    trained = np.concatenate([of_slice(evolved, number)[1] for number in (0, 1)])
-    for name in ("scores", "weights"):  # where the run ends moves no boundary
-        assert np.array_equal(stopped.array(name)[trained], evolved.array(name)[trained], equal_nan=True)
-        assert np.isnan(stopped.array(name)[tokens]).all()
-    assert all(torch.equal(v, evolved.steps.adapters[4][k]) for k, v in adapter_weights(stopped.module).items())
 
 
 def test_every_slice_is_scored_by_base_and_latest_and_ranked_by_itself(evolved: Ran, plain: Any) -> None:
@@ -324,18 +299,6 @@ def test_a_moving_base_is_the_reference_before(train: Any, plain: Any) -> None:
         before, latest = (under(plain, samples, moving.steps.adapters[2 * number - back]) for back in (2, 0))
         np.testing.assert_allclose(moving.array("scores")[tokens], before - latest, rtol=0, atol=1e-6)
         assert np.abs(before - latest).max() > 0.02
-
-
-def test_ema_is_the_mean_of_the_matrices(train: Any, plain: Any) -> None:
-    ran = evolve(train, ema=0.5)
-    start, first, second = (policy_of(ran.steps.adapters[step]) for step in (0, 2, 4))
-    mean = {key: (0.5 * (0.5 * start[key] + 0.5 * first[key]) + 0.5 * second[key]).detach() for key in start}
-    for key, value in mean.items():
-        found = adapter_state(ran.module)[key.replace(".policy.", ".cleaning_reference.")]
-        torch.testing.assert_close(found, value, rtol=0, atol=1e-7)
-    samples, tokens = of_slice(ran, 2)
-    wanted = losses_one_by_one(plain, samples) - under(plain, samples, mean)
-    np.testing.assert_allclose(ran.array("scores")[tokens], wanted, rtol=0, atol=1e-6)
 
 
 def test_refreshing_within_a_stage_rescores_what_comes_next(train: Any, plain: Any, earlier: Ran) -> None:
@@ -481,41 +444,24 @@ def test_dft_weighs_by_its_own_probability_without_a_gradient_through_it(train: 
 
 
 @given(
-    samples=st.integers(1, 60),
-    slices=st.builds(
-        Slices,
-        st.integers(1, 8),
-        st.sampled_from(["contiguous", "shuffled"]),
-        st.none(),
-        st.integers(1, 3),
-        st.integers(0, 3),
-    ),
+    samples=st.integers(8, 60),
+    slices=st.builds(Slices, st.integers(1, 8), st.sampled_from(["contiguous", "shuffled"]), passes=st.integers(1, 3)),
     batch_size=st.integers(1, 9),
 )
 def test_stages_are_equal_slices_that_hold_every_sample_once(samples: int, slices: Slices, batch_size: int) -> None:
-    if samples < slices.count:
-        with pytest.raises(InputError, match=r"data\.slices\.count"):
-            plan_stages(samples, slices, batch_size=batch_size)
-        return
     stages = plan_stages(samples, slices, batch_size=batch_size)
     sizes = [len(stage.samples) for stage in stages]
     assert len(stages) == slices.count and sum(sizes) == samples and max(sizes) - min(sizes) <= 1
     assert sorted(i for stage in stages for i in stage.samples) == list(range(samples))
     if slices.split == "contiguous":
         assert [i for stage in stages for i in sorted(stage.samples)] == list(range(samples))
-    for number, stage in enumerate(stages):
+    for number, (stage, size) in enumerate(zip(stages, sizes, strict=True)):
         assert stage.slice == number and all(1 <= len(step) <= batch_size for step in stage.steps)
-        assert len(stage.steps) == slices.passes * math.ceil(len(stage.samples) / batch_size)
+        assert len(stage.steps) == slices.passes * math.ceil(size / batch_size)
         order = [i for step in stage.steps for i in step]
         for turn in range(slices.passes):
-            once = order[turn * len(stage.samples) : (turn + 1) * len(stage.samples)]
-            assert sorted(once) == sorted(stage.samples)
-    again = plan_stages(samples, slices, batch_size=batch_size)
-    assert [stage.steps for stage in again] == [stage.steps for stage in stages]
-    if slices.split == "shuffled" and min(sizes) > 9:
-        others = plan_stages(samples, replace(slices, seed=slices.seed + 1), batch_size=batch_size)
-        assert slices.count == 1 or [sorted(s.samples) for s in others] != [sorted(s.samples) for s in stages]
-    if slices.count > 1:  # some slices alone are what they are among all
+            assert sorted(order[turn * size : (turn + 1) * size]) == sorted(stage.samples)
+    if slices.count > 1:  # some slices alone are what they are among all, and a plan is the same each time
         only = plan_stages(samples, replace(slices, only=[1]), batch_size=batch_size)
         assert [(stage.slice, stage.steps) for stage in only] == [(1, stages[1].steps)]
 
@@ -526,14 +472,10 @@ def test_stages_are_equal_slices_that_hold_every_sample_once(samples: int, slice
 REFRESH = RefreshReference()
 OTHERS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str]] = {
     "selection": ((BASE_LOSS,), (replace(BASE_LOSS, selection=Selection(0.2)),), r"cleaning\.selection: .*0\.2"),
-    "random dropped": ((Cleaning(scorer=Random()),), (None,), r"cleaning: .*Random.* there, None here"),
     "masks dropped": ((Cleaning(masks="earlier"),), (None,), r"cleaning: .*masks of .* there, None here"),
-    "cleaning begun": ((None,), (Cleaning(scorer=Random()),), r"cleaning: None there"),
     "a longer warm-up": ((BASE_LOSS,), (replace(BASE_LOSS, warm_up_stages=1),), r"warm_up_stages: 0 there, 1 here"),
     "another reference": ((Cleaning(reference="a"),), (Cleaning(reference="b"),), r"\.reference: .*a there, .*b"),
     "refreshed no more": ((EVOLVING, REFRESH), (EVOLVING,), r"RefreshReference: .* there, None here"),
-    "refreshed more often": ((EVOLVING, REFRESH), (EVOLVING, RefreshReference(1)), r"every stage.* every 1"),
-    "another average": ((EVOLVING, REFRESH), (EVOLVING, RefreshReference(ema=0.5)), r"ema 0\.0 .* ema 0\.5"),
 }
 
 

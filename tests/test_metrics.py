@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning_modules.callbacks.logging import Throughput
 from mixdpo.errors import InputError
 from mixdpo.losses import DPO, SimPO
-from mixdpo.metrics import PAIRWISE, VALIDATION, NamedMeans, accuracy, by_difficulty, pair_values
+from mixdpo.metrics import PAIRWISE, VALIDATION, NamedMeans, by_difficulty, pair_values
 from mixdpo.model.fused_head import SequenceLogProbs
 from mixdpo.routing.route import Routing
 
@@ -34,23 +34,6 @@ def test_means_over_batches_of_any_size():
     means.reset()
     means.update({"b": weighted([2.0], [1.0])})
     assert of(means) == {"b": 2.0}
-
-
-def test_many_batches_against_a_loop():
-    generator = torch.Generator().manual_seed(0)
-    means = NamedMeans(("x", "y"))
-    totals = {"x": [0.0, 0.0], "y": [0.0, 0.0]}
-    for size in (3, 0, 1, 8, 5):
-        batch = {}
-        for name, total in totals.items():
-            values, weights = torch.randn(size, generator=generator), torch.rand(size, generator=generator)
-            batch[name] = values, weights
-            for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
-                total[0] += value * weight
-                total[1] += weight
-        means.update(batch)
-    for name, value in means.compute().items():
-        assert value.item() == pytest.approx(totals[name][0] / totals[name][1], rel=1e-5)
 
 
 @pytest.mark.parametrize("hole", [math.nan, math.inf, -math.inf])
@@ -90,19 +73,6 @@ def test_pair_values_by_hand():
     assert set(values) == set(expected) == set(PAIRWISE)
     for name, numbers in expected.items():
         assert values[name].tolist() == pytest.approx(numbers), name
-
-
-def test_a_policy_that_is_its_reference_knows_nothing():
-    values = pair_values(POLICY, POLICY, beta=0.1)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margin", "displacement/chosen"):
-        assert values[name].tolist() == [0.0, 0.0, 0.0]
-    assert values["rewards/accuracy"].tolist() == [0.5, 0.5, 0.5]
-    nothing = SequenceLogProbs(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    assert {value.shape for value in pair_values(nothing, nothing, beta=0.1).values()} == {(0,)}
-
-
-def test_accuracy_counts_ties_half():
-    assert accuracy(*torch.tensor([5, 2, 3, 4, 2, 9]).chunk(2)).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_values_by_difficulty():

@@ -58,13 +58,10 @@ def test_what_a_scorer_is_called_in_every_process():
     class Own:
         roles = ("base",)
 
-        def __init__(self, power, function=len):
-            self.power, self.function = power, function
+        def __init__(self, function):
+            self.function = function
 
-    name = f"{Own.__qualname__}({{'power': 2, 'function': <function "
-    assert described(Own(2, lambda: 0)).startswith(name) and " at 0x" not in described(Own(2, lambda: 0))
-    for scorer in (ExcessLoss(normalise=True), Loss("base"), Random(3)):
-        assert described(scorer) == repr(scorer)
+    assert " at 0x" not in described(Own(lambda: 0))
     assert described(Cleaning().scorer) == "ExcessLoss(worse='base', better='cleaning_reference', normalise=False)"
     assert described(BetaDPO(beta=0.2)) == "BetaDPO(beta=0.2, sensitivity=0.6)"
 
@@ -75,13 +72,3 @@ def test_a_tokens_random_score_depends_on_its_number_and_the_seed_only():
 
     assert scores(7, 0, 12_345).tolist() == [scores(token).item() for token in (7, 0, 12_345)]
     assert scores(7).item() != scores(7, seed=4).item() and len(scores()) == 0
-
-
-def test_random_scores_are_uniform_and_differ_by_seed():
-    token = torch.arange(100_000)
-    scores = [Random(seed)(TokenStatistics({}, token, token)) for seed in (1, 2)]
-    for score in scores:
-        counts = torch.histc(score, 10, 0, 1)
-        assert (counts - 10_000).abs().max() < 600  # 6 standard deviations of √(10⁵ · 0.1 · 0.9) = 95
-        assert score.min() >= 0 and score.max() < 1
-    assert torch.corrcoef(torch.stack(scores))[0, 1].abs() < 0.02  # 6 standard deviations

@@ -164,7 +164,7 @@ def test_stored_losses_belong_to_their_identity(model: Any, pool: TokenPool, cac
     assert np.isnan(open_losses(len(pool))).all()
 
 
-def test_a_full_disk_is_met_where_the_file_is_made(cache: Path) -> None:
+def test_a_file_that_cannot_be_made_is_replaced_by_memory(cache: Path) -> None:
     """The kernel refuses files of more than 20 kB. A map of a file with holes would end the process later (SIGBUS)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -174,10 +174,6 @@ def test_a_full_disk_is_met_where_the_file_is_made(cache: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert losses.shape == (10_000,) and not list(cache.glob("*.npy"))
-    kept = open_losses(100_000, {"model": "b"})
-    assert isinstance(kept, np.memmap)
-    status = Path(kept.filename).stat()
-    assert status.st_blocks * 512 >= status.st_size  # no holes
 
 
 def test_a_kept_loss_that_is_damaged_is_computed_anew(model, pool, expected, cache, monkeypatch):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import Lora, add_adapters, role
+from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.loading import load_base, load_reward_model, load_tokenizer
 from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel, ches
 
@@ -113,24 +113,12 @@ def test_ches_by_hand():
     assert ches(same, same).tolist() == [0.0] * 3
 
 
-@pytest.mark.parametrize("signal", [PolicyLogProb(), ImplicitReward(), CHES(), CHES(True)], ids=str)
+@pytest.mark.parametrize("signal", [PolicyLogProb(), ImplicitReward(), CHES()], ids=str)
 def test_batches_do_not_matter(tiny_model, adapter, pairs, signal):
     model = ours(tiny_model, adapter)
     expected = margins(signal, model, pairs, size=1)
     for size, share in ((4, True), (9, True), (3, False)):
         torch.testing.assert_close(margins(signal, model, pairs, size, share), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_ches_of_a_bf16_model_is_summed_in_fp32(tiny_model, pairs):
-    model = add_adapters(load_base(tiny_model, quantization="none", dtype="bfloat16"), Lora(rank=1)).eval()
-    with role(model, "base"):
-        found = margins(CHES(), model, pairs, size=1)
-    reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
-    for pair, margin in zip(pairs, found, strict=True):
-        sides = (states(reference, pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids"))
-        w, lost = (side.double().sum(0) for side in sides)
-        # the states themselves differ by bf16 roundings of the two ways to compute attention
-        assert margin.item() == pytest.approx(-(w @ lost - w @ w).item(), rel=0.05, abs=5)
 
 
 def classifier(folder: Path, tiny_model: str, kind: str, pad: int | None, labels: int = 1) -> str:
@@ -146,10 +134,9 @@ def classifier(folder: Path, tiny_model: str, kind: str, pad: int | None, labels
     return str(folder)
 
 
-@pytest.mark.parametrize(("kind", "pad"), [("llama", None), ("llama", 1), ("llama", 3), ("llama", 0), ("bert", 1)])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("kind", "pad", "share"), [("llama", None, True), ("llama", 3, False), ("bert", 1, True)])
 def test_reward_model(tiny_model, tmp_path, pairs, kind, pad, share):
-    """Whatever the pad token (none, its own, the end token 3, the unknown token in the data) and the pooling."""
+    """Whatever the pad token (none, its own, the end token 3) and the pooling."""
     name = classifier(tmp_path, tiny_model, kind, pad)
     reference, expected = AutoModelForSequenceClassification.from_pretrained(name).eval(), []
     for pair in pairs:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -22,8 +23,7 @@ from mixdpo.token_cleaning.summary import describe, summarise
 class RefreshReference(Callback):
     def __init__(
         self,
-        every: int | Literal["stage"] = "stage",
-        ema: float = 0.0,
+        every: PositiveInt | Literal["stage"] = "stage",
         role: Literal["cleaning_reference", "reference"] = "cleaning_reference",
     ) -> None:
         """Makes the policy a reference, again and again: self-evolving token cleaning, or a moving reference of DPO.
@@ -34,36 +34,23 @@ class RefreshReference(Callback):
 
         Args:
             every: At the start of each stage but the first, or every so many optimizer steps.
-            ema: New reference = ema · old + (1 − ema) · policy, matrix by matrix; 0 is a copy.
             role: cleaning_reference scores tokens. reference belongs to the preference loss; until the first refresh
                 it is the base, or `model.adapter`.
         """
-        if not 0 <= ema < 1 or (every != "stage" and every < 1):
-            raise InputError(
-                f"RefreshReference needs every 'stage' or a number of steps, and ema in [0, 1), not {every} and {ema}"
-            )
-        self.every, self.ema, self.role = every, ema, role
+        self.every, self.role = every, role
         self._refreshed_at = 0
 
     def __str__(self) -> str:
-        return f"every {self.every}, ema {self.ema}"
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(role=self.role)  # a run may have one of each
+        return f"every {self.every}"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         exists = self.role in pl_module.model.peft_config
-        if self.role == "cleaning_reference" and not exists:
+        if not (exists if self.role == "cleaning_reference" else getattr(pl_module, "needs_reference", False)):
             raise InputError(
-                "RefreshReference: nothing to refresh, model.cleaning has no scorer that reads a reference"
+                f"RefreshReference: neither the scorer nor the preference loss of this run has a {self.role}"
             )
-        if self.role == "reference" and not getattr(pl_module, "needs_reference", False):
-            raise InputError("RefreshReference: role reference belongs to a preference loss that has a reference")
         if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:
             raise InputError("RefreshReference: the run has one stage: set data.slices, data.routing.order or `every`")
-        if self.ema and (not exists or getattr(pl_module, "stage_start", None) == "fresh_adapter"):
-            raise InputError("RefreshReference: no moving average of the base or of stacked adapters: set ema to 0")
         if exists:
             check_alike(pl_module.model, "policy", self.role)
 
@@ -81,15 +68,9 @@ class RefreshReference(Callback):
             if "previous" in model.peft_config:
                 copy_adapter(model, "cleaning_reference", "previous")
             pl_module.reference_version += 1
-        copy_adapter(model, "policy", self.role, decay=self.ema)
+        copy_adapter(model, "policy", self.role)
         if self.role == "reference":
             pl_module.reference_changed()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"refreshed_at": self._refreshed_at}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._refreshed_at = state_dict["refreshed_at"]
 
 
 class CleanTokens(Callback):
@@ -111,8 +92,7 @@ class CleanTokens(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._check(trainer, pl_module)
-        data, cleaning = trainer.datamodule, self.cleaning
-        pool = data.cleaning_pool()
+        data, cleaning, pool = trainer.datamodule, self.cleaning, trainer.datamodule.cleaning_pool()
         dtype = f"{pl_module.loading['dtype']}, {trainer.precision}"
         identity = {**pool.identity, "model": pl_module.base_weights(), "dtype": dtype}
         self._tokens = RunTokens.undecided(pool, identity, data.tokenizer)
@@ -132,13 +112,10 @@ class CleanTokens(Callback):
             raise InputError(f"{cleaning.scorer} scores tokens in each step, of one device only: train on one device")
         if cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
-        refreshed = {c.role for c in trainer.callbacks if isinstance(c, RefreshReference)}
-        is_given = cleaning.reference is not None or pl_module.adapter is not None
-        missing = {"cleaning_reference"}.intersection(cleaning.roles) - refreshed
-        if missing and cleaning.warm_up_stages and not is_given:
-            raise InputError(
-                "nothing makes the warmed-up policy the reference: add RefreshReference to trainer.callbacks"
-            )
+        refreshed = any(isinstance(callback, RefreshReference) for callback in trainer.callbacks)
+        made = refreshed or cleaning.reference or pl_module.adapter
+        if cleaning.warm_up_stages and "cleaning_reference" in cleaning.roles and not made:
+            raise InputError("nothing makes the warmed-up policy the reference: add RefreshReference to the callbacks")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         token = batch.token.cpu().numpy()
@@ -211,9 +188,7 @@ class CleanTokens(Callback):
         if not (warm_up or online) and self._masks is not None:
             run.weights[tokens] = self._masks[tokens]
             if not ((run.weights[tokens] >= 0) & np.isfinite(run.weights[tokens])).all():
-                raise InputError(
-                    "cleaning.masks has no weight for some tokens: give the masks of a run that reached all"
-                )
+                raise InputError("cleaning.masks has no weight for some tokens: give the masks of one that reached all")
         elif not (warm_up or online) and len(tokens):
             losses = {role: torch.from_numpy(values[tokens]) for role, values in self._losses.items()}
             sample = torch.from_numpy(np.repeat(samples, np.diff(offsets)))
@@ -233,14 +208,8 @@ class CleanTokens(Callback):
         stage, self._open_stage = self._open_stage, None
         samples = samples[~np.isnan(run.weights[run.pool.offsets[samples]])]  # max_steps may end a stage early
         tokens, planted, sources = run.pool.tokens(samples), run.pool.planted(), run.pool.samples["source"][:]
-        summary = summarise(
-            run.weights[tokens],
-            run.scores[tokens],
-            run.pool.offsets_of(samples),
-            [sources[i] for i in samples],
-            stage["kept"],
-            None if planted is None else planted[tokens],
-        )
+        parts = run.weights[tokens], run.scores[tokens], run.pool.offsets_of(samples), [sources[i] for i in samples]
+        summary = summarise(*parts, stage["kept"], None if planted is None else planted[tokens])
         how = {"scorer": None, "selection": None} if stage["warm_up"] else self.cleaning.describe()
         run.stages.append({"stage": stage["stage"], "step": stage["step"], **how, **summary})
         self._write(trainer)

@@ -60,7 +60,7 @@ def evaluate(
     """
     names = [name.strip() for name in PAPERS.get(tasks, tasks).split(",")]
     loaded = _load_tasks(names, include_path)
-    trained = read_trained(model, quantization, dtype, plain=True)
+    trained = read_trained(model, quantization, dtype)
     tokenizer = load_tokenizer(trained.base)
     if apply_chat_template:
         tokenizer, template = trained.tokenizer()

@@ -2,8 +2,7 @@
 
 from mixdpo.losses.batch_statistics import BetaDPO, KTOPair
 from mixdpo.losses.dpo import CDPO, DPO, DPOP, IRPO, LDDPO, RDPO, DPONorm, Robust
-from mixdpo.losses.log_ratios import IPO, SPPO, APODown, APOZero, CalDPO, Hinge
-from mixdpo.losses.reference_free import CPO, ORPO, SimPO, SLiC
+from mixdpo.losses.other_shapes import CPO, IPO, ORPO, SPPO, APODown, APOZero, CalDPO, Hinge, SimPO, SLiC
 
 __all__ = ["CDPO", "CPO", "DPO", "DPOP", "IPO", "IRPO", "LDDPO", "ORPO", "RDPO", "SPPO"]
 __all__ += ["APODown", "APOZero", "BetaDPO", "CalDPO", "DPONorm", "Hinge", "KTOPair", "Robust", "SLiC", "SimPO"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
 
 from mixdpo.errors import InputError
@@ -42,14 +43,10 @@ class Lora:
         targets: "all-linear" (every linear layer but the head) or module names such as ["q_proj", "v_proj"].
     """
 
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: ClosedUnitInterval = 0.0
     targets: str | list[str] = "all-linear"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise InputError(f"lora needs rank >= 1, alpha > 0 and dropout in [0, 1), not {self}")
 
 
 def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None) -> "PeftModel":
@@ -93,16 +90,13 @@ def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) ->
     _freeze_all_but_policy(model, name)
 
 
-def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float = 0.0) -> None:
-    """target := decay · target + (1 − decay) · source, matrix by matrix; decay 0 is a copy."""
+def copy_adapter(model: "PeftModel", source: str, target: str) -> None:
+    """target := source, matrix by matrix."""
     check_alike(model, source, target)
-    if decay and model.stacked.get(source, 0) != model.stacked.get(target, 0):
-        raise InputError("ema: the moving average of stacked adapters is not defined: use 0, or stage_start restart")
     with torch.no_grad():
         for layer in adapter_layers(model):
             for matrices in (layer.lora_A, layer.lora_B):
-                new, old = matrices[source].weight, matrices[target].weight
-                old.copy_(old.lerp(new, 1 - decay) if decay else new)
+                matrices[target].weight.copy_(matrices[source].weight)
     model.stacked[target] = model.stacked.get(source, 0)
 
 
@@ -221,11 +215,8 @@ def _check_adapter(name: str, model: "PeftModel", adapter: str) -> None:
     from peft import get_peft_model_state_dict, load_peft_weights
 
     config = model.peft_config[adapter]
-    extra = [
-        key
-        for key in ("modules_to_save", "use_dora", "bias")
-        if getattr(config, key, None) not in (None, False, "none")
-    ]
+    options = {key: getattr(config, key, None) for key in ("modules_to_save", "use_dora", "bias")}
+    extra = [key for key, value in options.items() if value not in (None, False, "none")]
     if config.peft_type != "LORA" or extra:
         raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): only plain LoRA can be used")
     with readable(name, "adapter"):

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
-BASE = "base_model_name_or_path"
 CONFIG, WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # mean and largest difference in nats per token that rounding explains: SmolLM2-135M-Instruct showed a quarter or less
@@ -47,10 +46,7 @@ def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = 
     weights = {key: weight.detach().to(dtype) for key, weight in merged if key not in tied}
     missing, unexpected = plain.load_state_dict(weights, strict=False, assign=True)
     if unlike := sorted(set(missing) - set(tied)) or unexpected:
-        raise InputError(
-            f"no plain copy of a {causal_lm.config.model_type} model can be made ({unlike[0]} would be missing): "
-            "generate with the model itself (dequantise false)"
-        )
+        raise InputError(f"no plain copy of the model can be made ({unlike[0]}): give dequantise false")
     plain.tie_weights()
     plain.generation_config = causal_lm.generation_config
     return plain.to(next(causal_lm.parameters()).device).eval().requires_grad_(False)
@@ -132,10 +128,6 @@ class Trained:
 
     def load(self, device: Device = "cpu", **loading: Any) -> "PeftModel":
         """The base as in training, but for what `loading` says, with the adapter on it; in eval mode."""
-        if self.loading["quantization"] is None:
-            raise InputError(f"how {self.adapter} was trained is not known: give --quantization nf4, int8 or none")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device cuda: there is no CUDA device here; give --device cpu")
         base = load_base(self.base, **self.loading | loading, device=device)
         return add_adapters(base, Lora(rank=1), str(self.adapter) if self.adapter else None).eval()
 
@@ -148,40 +140,24 @@ class Trained:
 
 
 def read_trained(
-    name: str | Path,
-    quantization: Quantization | None = None,
-    dtype: str = "bfloat16",
-    chat_template: str | None = None,
-    *,
-    plain: bool = False,
-    strict: bool = True,
+    name: str, quantization: Quantization | None = None, dtype: str = "bfloat16", chat_template: str | None = None
 ) -> Trained:
-    """What a run's folder (or its adapter/) holds, or another PEFT folder, whose options have to be given.
-
-    With `plain` any other name is that of a model without an adapter, by default unquantised. With `strict` an option
-    that a run's folder contradicts is refused; else the run's counts.
-    """
+    """What a run's folder (or its adapter/) says, whatever the options; else a PEFT folder, or a model without an
+    adapter, as the options say."""
     folder = Path(name)
     run = folder.parent if folder.name == "adapter" else folder
     if (run / "config.yaml").is_file():
-        trained = _of_run(run)
-        given = {"quantization": quantization, "chat_template": chat_template}
-        used = {"quantization": trained.loading["quantization"], "chat_template": trained.chat_template}
-        for option in used if strict else ():
-            if given[option] not in (None, used[option]):
-                raise InputError(f"{run} was trained with {option} {used[option]}: leave --{option} out")
-        return trained
-    loading = {"quantization": quantization, "dtype": dtype, "attention": "sdpa"}
-    if plain and not (folder / CONFIG).is_file():
-        return Trained(str(name), None, loading | {"quantization": quantization or "none"}, chat_template)
-    _check_files(folder, "give a run's folder or a PEFT folder")
-    base = read_json(folder / CONFIG, {BASE}, "give another adapter")[BASE]
-    if not isinstance(base, str):
-        raise InputError(f"{folder / CONFIG} names no base: write its hub id or folder there as {BASE}")
-    return Trained(base, folder, loading, chat_template)
+        return read_run(run)
+    loading = {"quantization": quantization or "none", "dtype": dtype, "attention": "sdpa"}
+    if not (folder / CONFIG).is_file():
+        return Trained(name, None, loading, chat_template)
+    if quantization is None:
+        raise InputError(f"how {folder} was trained is not known: give --quantization nf4 or none")
+    base = read_json(folder / CONFIG, {"base_model_name_or_path"}, "give another adapter")["base_model_name_or_path"]
+    return Trained(str(base), folder, loading, chat_template)
 
 
-def _of_run(run: Path) -> Trained:
+def read_run(run: Path) -> Trained:
     path = run / "config.yaml"
     try:
         config = yaml.safe_load(read_text(path))
@@ -190,25 +166,16 @@ def _of_run(run: Path) -> Trained:
         trained = Trained(model["base"], run / "adapter", loading, data["chat_template"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{path} is no config of a run ({reason}): give a run's folder, or a PEFT folder") from error
-    _check_files(run / "adapter", f"training has not ended there; continue it with --ckpt_path {run}/checkpoints/…")
+        raise InputError(f"{path} is no config of a run ({reason}): give a run's folder") from error
+    if missing := [name for name in ADAPTER_FILES if not (run / "adapter" / name).is_file()]:
+        raise InputError(
+            f"{run}/adapter lacks {' and '.join(missing)}: training has not ended; continue it with "
+            f"--ckpt_path {run}/checkpoints/…"
+        )
     return trained
 
 
-def _check_files(adapter: Path, remedy: str) -> None:
-    if missing := [name for name in ADAPTER_FILES if not (adapter / name).is_file()]:
-        raise InputError(f"{adapter} is no adapter, it lacks {' and '.join(missing)}: {remedy}")
-
-
-def export(
-    run: str,
-    out: str,
-    merge: bool = False,
-    dtype: ExportDtype = "bfloat16",
-    device: Device = "cpu",
-    quantization: Quantization | None = None,
-    chat_template: str | None = None,
-) -> None:
+def export(run: str, out: str, merge: bool = False, dtype: ExportDtype = "bfloat16", device: Device = "cpu") -> None:
     """Write a run's policy as a folder that other tools load, with its tokenizer and chat template.
 
     Without --merge: the PEFT adapter. With --merge: a plain model in safetensors, which needs neither PEFT nor
@@ -217,19 +184,16 @@ def export(
     differs by more than rounding is not kept. An 8B model in bfloat16 takes about 22 GB of memory and 16 GB on disk.
 
     Args:
-        run: folder of a run, or a PEFT folder that names its base in adapter_config.json.
+        run: folder of a run.
         out: folder to write: a new one, or an empty one.
         merge: write a plain model instead of the adapter.
         dtype: of the plain model's weights.
         device: where to merge and to compare.
-        quantization: for a PEFT folder only: how its base was held in training. A run's folder says it.
-        chat_template: for a PEFT folder only, if it was trained with another template than the tokenizer's: a file
-            with a Jinja template, or `plain`. A run's folder says it.
     """
     target = Path(out)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder: give another one")
-    trained = read_trained(run, quantization, chat_template=chat_template)
+    trained = read_run(Path(run))
     tokenizer, template = trained.tokenizer()
     with written_whole(target) as partial:
         partial.mkdir()
@@ -238,7 +202,7 @@ def export(
         else:
             summary = f"the adapter, for the base {trained.base}"
             for name in ADAPTER_FILES:
-                shutil.copyfile(trained.adapter / name, partial / name)
+                shutil.copyfile(Path(run) / "adapter" / name, partial / name)
         tokenizer.save_pretrained(partial)
     print(f"wrote {out}: {summary}")
     if template == PLAIN:
@@ -259,7 +223,7 @@ def _write_merged(trained: Trained, folder: Path, dtype: ExportDtype, device: De
         weights.chmod(0o644)  # safetensors keeps files from everyone else
     del policy  # the comparison takes no more memory than the merge
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
-    log_probs = row_log_probs(merged.to(device).eval().requires_grad_(False), rows, exact=True).cpu()
+    log_probs = row_log_probs(merged.to(device).requires_grad_(False), rows, exact=True).cpu()
     summary = compared(expected, base, log_probs, trained.loading["dtype"], dtype)
     return f"{trained.base} with the adapter, as a plain model in {dtype}\n{summary}"
 
@@ -285,8 +249,6 @@ def compared(expected: Tensor, base: Tensor, merged: Tensor, trained_in: str, dt
         wrong = abs(kept - 1) > 0.1 + 4 * noise  # 0.99 to 1.04 were seen in bfloat16
     if wrong:
         raise InputError(f"the merged model is not the policy: {summary}. Try --dtype float32; nothing is kept")
-    if mean > moved / 2:
-        summary += "\nwarning: rounding is about as large as what the adapter changes; --dtype float32 has less of it"
     return summary
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,8 +115,7 @@ def output_head(causal_lm: "PreTrainedModel") -> Head:
             f"the output head is a {type(layer).__name__}, not a plain linear layer: keep adapters and quantisation "
             "off it (lora.targets all-linear does)"
         )
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
 def sequence_log_probs(
@@ -162,20 +160,14 @@ def check_head(model: "PreTrainedModel") -> None:
 
 
 def _check_window(config: Any, rows: TokenRows) -> None:
-    """Refuse packed responses that reach further back than the model's sliding window: they would see all of it."""
+    """Refuse packed documents that are longer than the model's sliding window: their tokens would see all of it."""
     config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    longest = max(
-        first - start + end - begin
-        for _, start, first, *ends in rows.documents
-        for begin, end in pairwise([first, first, *ends])
-    )
-    if (columns := getattr(config, "window_size", None)) is not None:  # GPT-Neo's counts a response between as well
-        window, longest = columns, max(ends[-1] - start for _, start, *ends in rows.documents)
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # GPT-Neo's
+    longest = max(ends[-1] - start for _, start, *ends in rows.documents)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
         raise InputError(
-            f"a sequence of {longest} tokens is longer than the model's sliding window of {window}: lower "
-            f"data.max_length to {window}, or set data.pack 0 and data.share_prompt false"
+            f"a prompt and its responses have {longest} tokens, more than the model's sliding window of {window}: "
+            "lower data.max_length, or set data.pack 0 and data.share_prompt false"
         )
 
 

@@ -18,23 +18,20 @@ VOCABULARY_TILE = 16_384
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen output head: logits cap · tanh(x / cap) of x = scale · (hidden Wᵀ + b).
+    """The frozen output head: logits cap · tanh(x / cap) of x = hidden Wᵀ + b.
 
     Args:
         weight: (V, H).
         bias: (V,) or None.
-        scale: what some models multiply their logits by (Cohere, Granite).
         cap: where some models cap them softly (Gemma 2); None does not.
     """
 
     weight: Tensor
     bias: Tensor | None = None
-    scale: float = 1.0
     cap: float | None = None
 
     def shaped(self, x: Tensor) -> Tensor:
         """Logits of what the linear layer says."""
-        x = x if self.scale == 1 else x * self.scale
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
 
 
@@ -68,33 +65,14 @@ class SequenceLogProbs:
     shared_sums: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> "SequenceLogProbs":
-        shared = None if self.shared_sums is None else taken(self.shared_sums, index)
-        return SequenceLogProbs(taken(self.sums, index), self.lengths[index], shared)
+        """Of the pairs that `index` names, each once: so that no gradients are added, in whatever order."""
+        shared = None if self.shared_sums is None else self.shared_sums[index]
+        return SequenceLogProbs(self.sums[index], self.lengths[index], shared)
 
     @property
     def means(self) -> Tensor:
         """(B,) per token; 0 of no token."""
         return self.sums / torch.where(self.lengths > 0, self.lengths, 1)
-
-
-class _Taken(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.size = len(values)
-        return values[index]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.new_zeros(ctx.size).index_copy(0, *ctx.saved_tensors, gradient), None
-
-
-def taken(values: Tensor, index: Tensor) -> Tensor:
-    """values[index] of values (B,) and an index (E,) that names none twice.
-
-    The gradient is copied into place. Plain indexing would add gradients, on CUDA in an order that varies.
-    """
-    return _Taken.apply(values, index)
 
 
 def gathered(hidden: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -133,18 +111,12 @@ def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TIL
         head: frozen.
         targets: (M,) token ids.
     """
-    return _apply(hidden, head, targets, tile, False)[0]
+    return _TokenLogProbs.apply(hidden, head, targets, tile, False)[0]
 
 
 def target_statistics(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> TargetStatistics:
     """`token_log_probs`, with entropy and top-1 accuracy from the same logits."""
-    return TargetStatistics(*_apply(hidden, head, targets, tile, True))
-
-
-def _apply(hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: bool) -> Any:
-    if head.weight.requires_grad:
-        raise ValueError("the output head must be frozen: it gets no gradient here")
-    return _TokenLogProbs.apply(hidden, head, targets, tile, statistics)
+    return TargetStatistics(*_TokenLogProbs.apply(hidden, head, targets, tile, True))
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -152,6 +124,8 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: bool) -> Any:
+        if head.weight.requires_grad:
+            raise ValueError("the output head must be frozen: it gets no gradient here")
         positions, wide = len(targets), _wide(hidden.dtype)
         log_probs = hidden.new_empty(positions, dtype=wide)
         entropy = hidden.new_empty(positions if statistics else 0, dtype=wide)
@@ -172,7 +146,6 @@ class _TokenLogProbs(torch.autograd.Function):
                 of_logits = logits.sub_(normaliser).exp_().neg_()
                 of_logits.scatter_(-1, target, of_logits.gather(-1, target) + 1)
                 of_logits = of_logits if slope is None else of_logits.mul_(slope)
-                of_logits = of_logits if head.scale == 1 else of_logits.mul_(head.scale)
                 gradient[at] = of_logits.to(head.weight.dtype) @ head.weight
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy, is_top)

@@ -4,8 +4,6 @@
 there on nothing knows that the model was ever packaged.
 """
 
-import io
-from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,14 +29,10 @@ def model_folder(name: str) -> str:
     folder = cache_root() / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
         source = _packaged_file()
-        print(f"Converting {source.name} to {folder} (once, about half a minute) ...", flush=True)
-        try:
-            with written_whole(folder) as partial:
-                partial.mkdir()
-                _convert(source, partial)
-        except Exception as error:  # of the system or of safetensors, where the disk is full or cannot be written
-            reason = f"{name}: cannot convert the model into {folder} ({error})"
-            raise InputError(f"{reason}. Set MIXDPO_CACHE to a folder that can be written") from error
+        print(f"Converting {source.name} to {folder} in $MIXDPO_CACHE (once, about half a minute) ...", flush=True)
+        with written_whole(folder) as partial:
+            partial.mkdir()
+            _convert(source, partial)
     return str(folder)
 
 
@@ -53,12 +47,10 @@ def _packaged_file() -> Path:
 
 
 def _convert(source: Path, out: Path) -> None:
-    # Imported before stderr is redirected: transformers' log handler keeps the stderr it finds when imported.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # stderr gets a progress bar per tensor. Initial weights are drawn, and must not shift the run's random numbers.
-    with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
-from mixdpo.errors import InputError
 from mixdpo.model.adapters import role
 from mixdpo.model.forward import predicting_states, sequence_log_probs
 from mixdpo.model.fused_head import run_sums
@@ -62,12 +62,8 @@ class ImplicitReward:
         beta: Scale of the margin, per nat of log-ratio.
     """
 
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     needs: ClassVar[Needs] = "adapter"
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise InputError(f"signal.beta must be > 0, not {self.beta}")
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         policy = sequence_log_probs(model, batch.rows, exact=True).sums

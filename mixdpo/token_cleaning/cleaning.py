@@ -27,7 +27,7 @@ class Cleaning:
             mixdpo.token_cleaning.scorers, or your own with the attribute `roles`.
         selection: Which scores are kept: the best keep_ratio, or those above threshold. scope says what is ranked
             together: global (all tokens scored at one time), sample, or batch (an optimizer step; for a scorer that
-            reads the policy, a micro-batch). Each sample keeps at least min_keep tokens. Tokens in the list always_keep
+            reads the policy, a micro-batch). Tokens in the list always_keep
             are kept whatever their score. Null makes the score itself the token's weight.
         reference: PEFT folder or hub id of the cleaning_reference, the adapter that scores tokens. Null starts with a
             copy of the policy: give warm_up_stages and the callback RefreshReference then.
@@ -45,17 +45,13 @@ class Cleaning:
     masks: str | None = None
 
     def __post_init__(self) -> None:
-        if not hasattr(self.scorer, "roles"):
-            raise InputError(f"cleaning.scorer {self.scorer} needs an attribute `roles`: whose losses it reads")
-        for role in self.scorer.roles:
-            check_one_of("the role of a scorer", role, READABLE)
-        if is_online(self.scorer) and self.masks is not None:
-            raise InputError(f"cleaning.masks replaces scores, which {self.scorer} makes in each step: give one")
+        for role in getattr(self.scorer, "roles", [None]):
+            check_one_of(f"a role in `roles` of {self.scorer}", role, READABLE)
         ranks_all = self.selection is not None and self.selection.keep_ratio and self.selection.scope == "global"
-        if is_online(self.scorer) and ranks_all:
+        if is_online(self.scorer) and (ranks_all or self.masks is not None):
             raise InputError(
-                f"cleaning.selection: scope global needs all scores before training, and {self.scorer} reads the "
-                "policy of each step: use scope batch (the tokens of a micro-batch) or sample"
+                f"{self.scorer} scores with the policy of each step: leave out cleaning.masks, and give "
+                "cleaning.selection.scope batch (the tokens of a micro-batch) or sample"
             )
 
     @property

@@ -3,10 +3,8 @@
 import json
 import random
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ARRAYS = ("scores", "weights", "decided")
-FILES = ("samples", *(f"{name}.npy" for name in ARRAYS), "stages.json")
 AGAIN = "the files are damaged or of different runs, so run the cleaning again"
-MODERATE = range(30, 301)  # response tokens of a sample that is pleasant to read
 IGNORED = -100  # the label that cross-entropy skips
 
 
@@ -124,17 +120,11 @@ class RunTokens:
         return stages
 
     def examples(self, count: int, seed: int) -> list[tuple[int, ScoredStage]]:
-        """`count` scored samples, each stage and source in turn, those of moderate length first."""
-        draw, buckets, stages = random.Random(seed), defaultdict(list), self.scored_stages()
-        lengths, sources = np.diff(self.pool.offsets), self.pool.samples["source"][:]
+        """`count` scored samples, drawn at random."""
         scored = set(self.samples_with(self.scores).tolist())
-        for number, stage in enumerate(stages):
-            for index in (sample for sample in stage.samples.tolist() if sample in scored):
-                rank = (lengths[index] not in MODERATE, draw.random(), index)
-                buckets[number, sources[index]].append((*rank, stage))
-        turns = zip_longest(*(sorted(buckets[key], key=lambda choice: choice[:3]) for key in sorted(buckets)))
-        in_turn = [choice[2:] for turn in turns for choice in turn if choice]
-        return sorted(in_turn[:count], key=lambda choice: choice[0])
+        among = [(i, stage) for stage in self.scored_stages() for i in stage.samples.tolist() if i in scored]
+        drawn = random.Random(seed).sample(range(len(among)), min(count, len(among)))
+        return [among[place] for place in sorted(drawn)]
 
 
 def read_cleaning(run: str) -> RunTokens:
@@ -142,10 +132,7 @@ def read_cleaning(run: str) -> RunTokens:
     from datasets import load_from_disk
 
     folder = Path(run) / "cleaning"
-    missing = [name for name in FILES if not (folder / name).exists()]
-    if missing:
-        raise InputError(f"{run} is no token-cleaning run: {folder} lacks {', '.join(missing)}; give the run's folder")
-    record = read_json(folder / "stages.json", {"identity", "tokenizer", "stages"}, AGAIN)
+    record = _read_record(folder)
     try:
         pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
     except Exception as error:  # of datasets and pyarrow: an open list
@@ -157,16 +144,19 @@ def read_cleaning(run: str) -> RunTokens:
     return RunTokens(pool, record["identity"], record["tokenizer"], **arrays, stages=record["stages"])
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    if not (folder / "stages.json").is_file():
+        raise InputError(f"{folder} has no stages.json: it is no folder RUN/cleaning of a token-cleaning run")
+    return read_json(folder / "stages.json", {"identity", "tokenizer", "stages"}, AGAIN)
+
+
 def read_masks(folder: Path, identity: Mapping[str, str], tokens: int) -> np.ndarray:
     """(M,) weights of an earlier run's folder `cleaning`, NaN where training never came; of the same data and model."""
-    if not (folder / "stages.json").is_file():
-        raise InputError(f"cleaning.masks {folder}: no stages.json there; give a run's folder RUN/cleaning")
-    record = read_json(folder / "stages.json", {"identity"}, AGAIN)
-    refuse_changed(record["identity"], identity, f"cleaning.masks {folder}")
+    refuse_changed(_read_record(folder)["identity"], identity, f"cleaning.masks {folder}")
     return read_array(folder / "weights.npy", (tokens,), AGAIN)
 
 
-def export_labels(run: str, out: str, overwrite: bool = False) -> None:
+def export_labels(run: str, out: str) -> None:
     """Write a run's cleaned labels as a data set for any trainer that takes input_ids and labels.
 
     Columns: sample_id, source, input_ids, labels, weights. A label is the token where its weight is above 0, else -100
@@ -175,22 +165,20 @@ def export_labels(run: str, out: str, overwrite: bool = False) -> None:
 
     Args:
         run: folder of a run with token cleaning.
-        out: folder to write; read it with datasets.load_from_disk.
-        overwrite: replace `out` if it is such a folder.
+        out: folder to write, which does not exist; read it with datasets.load_from_disk.
     """
     target = Path(out)
-    if target.exists() and not (overwrite and (target / "identity.json").is_file()):
-        raise InputError(f"{out} exists: give another folder, or --overwrite true where it holds exported labels")
+    if target.exists():
+        raise InputError(f"{out} exists: give another folder, or remove this one")
     cleaning = read_cleaning(run)
     reached = cleaning.samples_with(cleaning.weights)
     left_out, labels = len(cleaning.pool.samples) - len(reached), int((cleaning.weights > 0).sum())
     if not len(reached):
         raise InputError(f"{run}: training has reached none of the {left_out} samples: nothing to export")
-    counts = {"samples": len(reached), "left_out": left_out, "labels": labels}
     origin = {"identity": cleaning.identity, "tokenizer": cleaning.tokenizer, "run": str(run)}
     with written_whole(target) as unfinished, tempfile.TemporaryDirectory(prefix=".map-", dir=target.parent) as cache:
         _labelled(cleaning, reached, f"{cache}/map.arrow").save_to_disk(str(unfinished))
-        write_json(unfinished / "identity.json", origin | counts)
+        write_json(unfinished / "identity.json", origin)
     print(
         f"wrote {out}: {len(reached)} samples, {labels} of {len(cleaning.pool)} response tokens have a label; "
         f"left out {left_out} samples that training never reached"

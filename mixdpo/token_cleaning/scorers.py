@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -108,10 +108,7 @@ class Random:
     """
 
     seed: int = 0
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return ()
+    roles: ClassVar[tuple[Role, ...]] = ()
 
     def __call__(self, statistics: TokenStatistics) -> Tensor:
         """(M,) float32 in [0, 1)."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from mixdpo.errors import InputError, check_one_of, choose_one
+from mixdpo.errors import InputError, choose_one
 
 Scope = Literal["global", "sample", "batch"]
 
@@ -23,15 +23,12 @@ class Selection:
             the reverse.
         scope: What keep_ratio ranks over: all tokens scored together (the paper's method), each sample by itself (its
             RHO baseline), or the samples of a batch.
-        min_keep: Every sample keeps at least this many of its best tokens, or all it has: more than keep_ratio if need
-            be.
         always_keep: Tokens that are kept whatever their score, such as <|im_end|>; they are part of keep_ratio.
     """
 
     keep_ratio: float | None = None
     threshold: float | None = None
     scope: Scope = "global"
-    min_keep: int = 0
     always_keep: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
@@ -40,7 +37,6 @@ class Selection:
             raise InputError(f"selection.keep_ratio must lie in (0, 1], not {self.keep_ratio}; 1 keeps every token")
         if self.threshold is not None and not np.isfinite(self.threshold):
             raise InputError(f"selection.threshold must be finite, not {self.threshold}: keep_ratio 1 keeps all tokens")
-        check_one_of("selection.scope", self.scope, get_args(Scope))
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def select(
 
     keep_ratio k keeps exactly round(k·m) of a group's m tokens; of equal scores the earlier token goes first, as in a
     stable descending sort. Tokens to be kept always come before all others and use up the budget, but are all kept
-    where it is too small. min_keep then adds tokens.
+    where it is too small.
 
     Args:
         scores: (M,) finite, any float type, may be memory-mapped; high = keep.
@@ -83,16 +79,15 @@ def select(
 
     """
     scores = np.asarray(scores)
-    _check(scores, offsets, selection, batch)
+    if not np.isfinite(scores).all():
+        token = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise InputError(f"the score of token {token} is {scores[token]}; selection needs numbers: check its losses")
     if always_keep is not None:
         scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
     if selection.threshold is not None:
         ties = np.count_nonzero(scores == selection.threshold)
-        kept = Kept(scores > selection.threshold, selection.threshold, ties, 0)
-    else:
-        kept = _keep_share(scores, offsets, selection, batch)
-    _top_up(kept.mask, scores, offsets, selection.min_keep)
-    return kept
+        return Kept(scores > selection.threshold, selection.threshold, ties, 0)
+    return _keep_share(scores, offsets, selection, batch)
 
 
 def _keep_share(scores: np.ndarray, offsets: np.ndarray, selection: Selection, batch: np.ndarray | None) -> Kept:
@@ -130,23 +125,3 @@ def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.floating]:
     mask = scores > cut
     mask[np.flatnonzero(scores == cut)[: count - np.count_nonzero(mask)]] = True
     return mask, cut
-
-
-def _top_up(mask: np.ndarray, scores: np.ndarray, offsets: np.ndarray, least: int) -> None:
-    """What is kept of a sample is always its best: so its `least` best contain it where it is too little."""
-    wanted = np.minimum(least, np.diff(offsets))
-    kept = np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
-    for sample in np.flatnonzero(kept < wanted):
-        tokens = slice(offsets[sample], offsets[sample + 1])
-        mask[tokens], _ = _best(scores[tokens], wanted[sample])
-
-
-def _check(scores: np.ndarray, offsets: np.ndarray, selection: Selection, batch: np.ndarray | None) -> None:
-    if not np.isfinite(scores).all():
-        token = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise InputError(f"the score of token {token} is {scores[token]}; selection needs numbers: check its losses")
-    if selection.scope == "batch" and selection.keep_ratio is not None and np.shape(batch) != (len(offsets) - 1,):
-        raise InputError(
-            f"selection.scope batch needs the batch of each of the {len(offsets) - 1} samples, not {np.shape(batch)}; "
-            "scope global and sample need none"
-        )

@@ -20,7 +20,6 @@ from mixdpo.batches.steps import Slices, plan_stages
 from mixdpo.data.sources import open_source
 from mixdpo.evaluation.generation import generate
 from mixdpo.losses.preference_loss import HYPER_PARAMETERS
-from mixdpo.model.adapters import Lora
 from mixdpo.options import options
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
@@ -56,20 +55,20 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Selection, {"keep_ratio": 0.5, "threshold": 0.0}, ("selection: give keep_ratio or threshold,",)),
     (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
     (Selection, {"threshold": -INF}, ("selection.threshold must be finite",)),
-    (Selection, {"scope": "samples"}, ("not 'samples'; did you mean 'sample'?",)),
-    (Cleaning, {"scorer": len}, ("needs an attribute `roles`",)),
-    (Cleaning, {"scorer": Loss("policy"), "selection": Selection()}, ("scope global needs all", "use scope batch")),
+    (Cleaning, {"scorer": len}, ("a role in `roles` of", "not None")),
+    (Cleaning, {"scorer": Loss("policy"), "selection": Selection()}, ("scores with the policy", "scope batch")),
     (
         Cleaning,
         {"scorer": Loss("policy"), "masks": "x", "selection": Selection(scope="batch")},
-        ("cleaning.masks", "give one"),
+        ("leave out cleaning.masks",),
     ),
     (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
-    (Cleaning, {"scorer": ExcessLoss(better="reference")}, ("the role of a", "did you mean 'cleaning_reference'?")),
+    (
+        Cleaning,
+        {"scorer": ExcessLoss(better="reference")},
+        ("must be one of base", "did you mean 'cleaning_reference'?"),
+    ),
     (Constant, {"warmup": -0.1}, ("schedule.warmup must lie in [0, 1]",)),
-    (ImplicitReward, {"beta": 0}, ("signal.beta must be > 0",)),
-    (Lora, {"rank": 0}, ("lora needs rank >= 1", "rank=0")),
-    (RefreshReference, {"every": 0}, ("RefreshReference needs every 'stage' or a number of steps", "not 0 and")),
     (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
 ]
 MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
@@ -158,12 +157,6 @@ WITH_DATA = [
     ),
     Case(
         "model.cleaning.selection",
-        "scope batch without batches",
-        lambda place: select(SCORES[:1], np.array([0, 1]), Selection(scope="batch")),
-        ("needs the batch of each", "scope global and sample need none"),
-    ),
-    Case(
-        "model.cleaning.selection",
         "null, with negative scores",
         lambda place: weigh(None, np.array([-1.0]), OFFSETS[:2]),
         ("scores are weights",),
@@ -243,7 +236,7 @@ WITH_DATA = [
     fit_case(
         "RefreshReference",
         "nothing to refresh",
-        ("has no scorer that reads a reference",),
+        ("neither the scorer nor",),
         "fit_sft",
         trainer={"first": (RefreshReference(),)},
     ),

@@ -124,7 +124,7 @@ SCORE_AGAIN, RUN_AGAIN = "or score anew", "run the cleaning again"
 CLEANING = [
     *cases(
         "cleaning.masks",
-        ("no such folder", lambda place: place.fit_sft(cleaning=MASKS), "masks x … give a run's folder RUN/cleaning"),
+        ("no such folder", lambda place: place.fit_sft(cleaning=MASKS), "x has no stages.json … RUN/cleaning"),
         ("of other data", other_data, ("data: ", SCORE_AGAIN)),
         (
             "of another length",
@@ -139,7 +139,7 @@ CLEANING = [
     ),
     *cases(
         "mixdpo report",
-        ("no run", lambda place: report(str(place.folder)), "is no token-cleaning run … give the run's folder"),
+        ("no run", lambda place: report(str(place.folder)), "no folder RUN/cleaning of a token-cleaning run"),
     ),
     *cases(
         "mixdpo export-labels",
@@ -152,7 +152,7 @@ CLEANING = [
         (
             "out is there",
             lambda place: export_labels(str(place.shared.cleaned), str(place.folder)),
-            "exists … --overwrite true",
+            "exists: give another folder",
         ),
     ),
 ]

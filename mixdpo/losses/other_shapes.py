@@ -1,8 +1,9 @@
-"""Losses of log-ratios that have another shape than DPO.
+"""Losses of another shape than DPO: first of log-ratios, then without a reference.
 
 Letters and arguments: `preference_loss`.
 """
 
+import torch
 from torch import Tensor, sigmoid
 from torch.nn.functional import logsigmoid, relu
 
@@ -60,3 +61,47 @@ class CalDPO(PreferenceLoss, beta=0.001):
     def __call__(self, *responses: Response) -> Tensor:
         pairs, target = Pairs(*responses), 1 / (2 * self.beta)
         return -logsigmoid(pairs.delta) + ((pairs.h_w - target) ** 2 + (pairs.h_l + target) ** 2)
+
+
+class SLiC(PreferenceLoss, delta=1.0, nll_weight=0.1):
+    """max(0, δ − s_w + s_l) − λ s_w: SLiC-HF. Zhao et al. 2023 (arXiv 2305.10425)."""
+
+    needs_reference, sft_weight = False, 220.0
+
+    def __call__(self, *responses: Response) -> Tensor:
+        pairs = Pairs(*responses)
+        return relu(self.delta - pairs.s_w + pairs.s_l) - self.nll_weight * pairs.s_w
+
+
+class SimPO(PreferenceLoss, beta=2.0, gamma_ratio=0.5):
+    """−log σ(β (m_w − m_l) − γ), in terms of γ/β. Meng et al. 2024 (arXiv 2405.14734), eq. 6."""
+
+    needs_reference, averaged = False, True
+
+    def __call__(self, *responses: Response) -> Tensor:
+        pairs = Pairs(*responses)
+        return -logsigmoid(self.beta * (pairs.m_w - pairs.m_l - self.gamma_ratio))
+
+
+class ORPO(PreferenceLoss, odds_weight=0.1):
+    """−m_w − λ log σ(o_w − o_l), o = m − log(1 − e^m) the log-odds. Hong et al. 2024 (arXiv 2403.07691), eq. 6 and 7.
+
+    In o, m is clamped to at most −1e-6, where the odds would leave fp32. Beyond, their gradient is 0."""
+
+    needs_reference, averaged = False, True
+
+    def __call__(self, *responses: Response) -> Tensor:
+        pairs = Pairs(*responses)
+        m_w, m_l = pairs.m_w.clamp(max=-1e-6), pairs.m_l.clamp(max=-1e-6)
+        log_odds = m_w - m_l - torch.log(torch.expm1(m_w) / torch.expm1(m_l))
+        return -pairs.m_w - self.odds_weight * logsigmoid(log_odds)
+
+
+class CPO(PreferenceLoss, beta=0.1, nll_weight=1.0):
+    """−log σ(β (s_w − s_l)) − λ m_w. Xu et al. 2024 (arXiv 2401.08417), where the λ term is a sum, not a mean."""
+
+    needs_reference = False
+
+    def __call__(self, *responses: Response) -> Tensor:
+        pairs = Pairs(*responses)
+        return -logsigmoid(self.beta * (pairs.s_w - pairs.s_l)) - self.nll_weight * pairs.m_w
