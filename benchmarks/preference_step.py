@@ -26,7 +26,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from floor import floor_flops, linear_sizes, matrix_rate
 from lightning.pytorch.callbacks import LambdaCallback
 from measuring import Clock, about, in_fresh_process, table
 
@@ -99,6 +98,7 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
     from datamodules.preference import PreferenceDataModule
     from lightning_modules.preference import PreferenceModule
     from mixdpo.model.fused_head import token_log_probs
+    from mixdpo.model.memory import floor_flops, linear_sizes, matrix_rate
     from mixdpo.routing.route import Routing
     from mixdpo.routing.schedules import Constant
 

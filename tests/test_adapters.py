@@ -10,6 +10,7 @@ from test_scoring import fill, one_by_one, plain_model, with_adapters
 from torch import Tensor
 
 from mixdpo.batches.rows import sample_rows
+from mixdpo.errors import InputError
 from mixdpo.model.adapters import (
     Lora,
     adapter_state,
@@ -100,14 +101,27 @@ def test_references_are_copies_that_stay_and_have_no_dropout(tiny_model: str) ->
     close(as_role(model.eval()), reference, 1e-6)
 
 
-def test_a_copy_is_one_of_matrices(model: Any) -> None:
+def test_a_saved_reference_is_what_was_saved(model: Any, tmp_path: Path) -> None:
+    wanted = as_role(model)
+    save_adapter(model, tmp_path / "adapter")
+    fill(model, "policy", 2)
+    random = torch.get_rng_state()
+    add_reference(model, "cleaning_reference", str(tmp_path / "adapter"))
+    assert torch.equal(random, torch.get_rng_state()), "a reference must not shift the run's random numbers"
+    close(as_role(model, "cleaning_reference"), wanted, 1e-6)
+    assert (as_role(model) - wanted).abs().max() > 0.01
+    assert all(".policy." in name for name in trainable(model))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_copy_is_an_average_of_matrices(decay: float, model: Any) -> None:
     add_reference(model, "cleaning_reference")
     fill(model, "cleaning_reference", 2)
     before = {key: value.clone() for key, value in adapter_state(model).items()}
-    copy_adapter(model, "policy", "cleaning_reference")
+    copy_adapter(model, "policy", "cleaning_reference", decay=decay)
     for key, value in adapter_state(model).items():
         new = before[key.replace(".cleaning_reference.", ".policy.")]
-        assert torch.equal(value, new)
+        close(value, decay * before[key] + (1 - decay) * new if ".cleaning_reference." in key else before[key], 1e-7)
 
 
 def test_stacking_changes_weights_but_not_the_function(model: Any, plain: Any, tmp_path: Path) -> None:
@@ -153,6 +167,8 @@ def test_merged_copies_of_each_role_draw_no_random_numbers(model: Any, tiny_mode
 def test_reference_of_a_stacked_policy_is_the_whole_stack(model: Any) -> None:
     add_reference(model, "cleaning_reference")
     stack_policy(model)
+    with pytest.raises(InputError, match="ema"):
+        copy_adapter(model, "policy", "cleaning_reference", decay=0.5)
     fill(model, "policy", 2)
     whole = as_role(model)
     copy_adapter(model, "policy", "cleaning_reference")
@@ -182,12 +198,13 @@ CHANGES: dict[str, Any] = {
     "a setting": lambda base: setattr(base.config, "rms_norm_eps", 1e-3),
     "nf4 offset": lambda base: base.model.layers[1].mlp.up_proj.weight.quant_state.offset.mul_(2),
     "nf4 scale of scales": lambda base: base.model.layers[1].mlp.up_proj.weight.quant_state.state2.absmax.mul_(2),
+    "int8 scale": lambda base: base.model.layers[1].mlp.up_proj.state.SCB.mul_(2),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_base_is_its_weights_their_scales_and_its_configuration(name: str, tiny_model: str) -> None:
-    quantization = "nf4" if name.startswith("nf4") else "none"
+    quantization = name.split()[0] if name.startswith(("nf4", "int8")) else "none"
     prints = []
     for change in (lambda base: None, lambda base: None, CHANGES[name]):
         base = load_base(tiny_model, quantization=quantization, dtype="float32")

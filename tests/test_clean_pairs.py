@@ -16,6 +16,7 @@ from test_clean_tokens import run as run_steps
 from test_scoring import fill, losses_one_by_one, one_by_one, plain_model, with_adapters
 from torch import Tensor
 
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, adapter_state, add_adapters, add_reference
 from mixdpo.model.forward import row_log_probs
@@ -142,6 +143,15 @@ def test_a_hard_pairs_loss_is_the_mean_over_its_kept_tokens(cleaned: Ran, unclea
     assert max(abs(a - b) for a, b in zip(losses, full, strict=True)) > 1e-2
 
 
+def test_kept_fraction_is_logged(cleaned: Ran) -> None:
+    weights, (_, places) = cleaned.array("weights"), hard_pairs(cleaned)
+    assert cleaned.rows[0]["cleaning/kept_fraction"] == ""  # a step without hard pairs
+    for step, batch, _, _ in cleaned.seen[1:]:
+        tokens = np.concatenate([weights[places[pair]] for pair in batch.ids[batch.sft].tolist()])
+        assert float(cleaned.rows[step]["cleaning/kept_fraction"]) == pytest.approx(tokens.mean())
+        assert float(cleaned.rows[step]["cleaning/empty_fraction"]) == 0
+
+
 def test_easy_pairs_notice_nothing(cleaned: Ran, uncleaned: Ran) -> None:
     """To the bit, up to and with the first step that has a hard pair; after it the policies differ."""
     for (_, ours, easy, _), (_, theirs, alike, _) in zip(cleaned.seen[:2], uncleaned.seen[:2], strict=True):
@@ -263,9 +273,24 @@ def test_pairs_with_other_texts_and_the_same_ids_are_other_pairs(train: Any, tmp
         train(cleaning=Cleaning(masks=old.masks), data=hard(0.25))
 
 
+def test_the_last_epoch_of_reshuffled_pairs_is_cleaned_in_its_own_order(train: Any) -> None:
+    """6 steps × 2 epochs, refreshes at steps 5 and 10."""
+    data = hard(order="shuffled", reshuffle=True) | {"batch_size": 2}
+    ran = train(RefreshReference(every=5), cleaning=Cleaning(), trainer={"max_epochs": 2}, data=data)
+    first, second = (ran.data.pool_steps(epoch) for epoch in (0, 1))
+    assert first != second
+    again = {sample for step in second[4:] for sample in step}
+    assert set(np.flatnonzero(ran.array("decided") == 2)) == again != set()
+
+
 def test_no_easy_pair_to_learn_from(train: Any) -> None:
     with pytest.raises(InputError, match="no easy pair"):
         train(cleaning=Cleaning(), data=hard(1.0))
+
+
+def test_hard_pairs_are_scored_when_the_first_of_them_comes(train: Any) -> None:
+    (stage,) = train(cleaning=BASE_LOSS, data=hard(1 / 3)).stages()
+    assert (stage["step"], stage["samples"]) == (2, 4)
 
 
 def test_modules_and_data_that_do_not_belong_together(tiny_model: str, source: str, tmp_path: Path) -> None:

@@ -277,6 +277,24 @@ def under(plain: Any, samples: Any, adapters: Adapters) -> np.ndarray:
     return losses_one_by_one(plain, samples, with_adapters(plain, adapters, "policy"))
 
 
+def test_slice_2_is_scored_by_what_a_run_of_two_slices_leaves(train, tiny_model, plain, evolved):
+    from peft import PeftModel
+
+    stopped = evolve(train, trainer={"max_steps": 4})
+    assert (stopped.array("decided") == [0] * 8 + [1] * 8 + [-1] * 8).all()
+    assert (evolved.array("decided") == [0] * 8 + [1] * 8 + [2] * 8).all()
+    samples, tokens = of_slice(evolved, 2)
+    left = PeftModel.from_pretrained(plain_model(tiny_model), str(stopped.folder / "adapter")).eval()
+    scores = losses_one_by_one(plain, samples) - losses_one_by_one(left.get_base_model(), samples)
+    np.testing.assert_allclose(evolved.array("scores")[tokens], scores, rtol=0, atol=1e-6)
+    assert np.abs(scores).max() > 0.05
+    trained = np.concatenate([of_slice(evolved, number)[1] for number in (0, 1)])
+    for name in ("scores", "weights"):  # where the run ends moves no boundary
+        assert np.array_equal(stopped.array(name)[trained], evolved.array(name)[trained], equal_nan=True)
+        assert np.isnan(stopped.array(name)[tokens]).all()
+    assert all(torch.equal(v, evolved.steps.adapters[4][k]) for k, v in adapter_weights(stopped.module).items())
+
+
 def test_every_slice_is_scored_by_base_and_latest_and_ranked_by_itself(evolved: Ran, plain: Any) -> None:
     scores, weights = evolved.array("scores"), evolved.array("weights")
     _, warm_up = of_slice(evolved, 0)

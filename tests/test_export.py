@@ -143,7 +143,7 @@ def test_the_adapter_with_the_template_of_the_training(kind, tiny_model, tmp_pat
 
 def test_a_bare_adapter_needs_to_be_told_the_quantization(handmade: Path, tiny_model: str) -> None:
     (handmade / "config.yaml").unlink()
-    with pytest.raises(InputError, match="--quantization nf4 or none"):
+    with pytest.raises(InputError, match="--quantization nf4, int8 or none"):
         read_trained(str(handmade / "adapter"))
     assert read_trained(str(handmade / "adapter"), "none").loading["quantization"] == "none"
 

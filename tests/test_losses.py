@@ -4,6 +4,8 @@ import inspect
 import itertools
 import math
 import random
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import yaml
 from torch.testing import assert_close
 
 from mixdpo import losses
-from mixdpo.losses.preference_loss import Pairs
+from mixdpo.losses.preference_loss import Pairs, PreferenceLoss
 from mixdpo.losses.sft import sft
 from mixdpo.model.fused_head import SequenceLogProbs
 from mixdpo.options import options
@@ -322,6 +324,23 @@ def test_every_class_documents_itself(name, capsys):
     for option, value in TABLE[name][1].items():
         (line,) = [line for line in printed.splitlines() if line.startswith(f"    {option}: ")]
         assert line.endswith((f" {value} if null.", f" {value:g} if null."))
+
+
+def test_a_loss_of_ones_own():
+    """The class that the base class's docstring shows."""
+    code = textwrap.dedent(
+        inspect.cleandoc(PreferenceLoss.__doc__).partition("class path:\n\n")[2].partition("Attributes")[0]
+    )
+    names = {
+        **vars(inspect.getmodule(PreferenceLoss)),
+        "dataclass": dataclass,
+        "logsigmoid": torch.nn.functional.logsigmoid,
+    }
+    exec(code, names)
+    assert len(code.strip().splitlines()) <= 10
+    loss, sides = names["Mine"](slope=0.3), torch.tensor([[-1.0], [-3.0], [-2.0], [-1.0]])
+    assert_close(loss(*sides), losses.DPO(0.3)(*sides))
+    assert (loss.needs_reference, loss.averaged, loss.batch_statistics, loss.sft_weight) == (True, False, False, 1.0)
 
 
 # Two processes with a part of the pairs each compute what one computes with all.

@@ -8,12 +8,11 @@ import torch
 from conftest import build, fit, fit_sft_source, make_pairs, write_pairs
 from test_preference_module import first_batch
 
-from lightning_modules.callbacks.logging import Throughput
 from mixdpo.batches.rows import build_rows
 from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.model.loading import load_base
-from mixdpo.model.memory import RESERVED, activation_bytes
+from mixdpo.model.memory import RESERVED, activation_bytes, floor_flops, linear_sizes
 from mixdpo.routing.route import Routing
 
 
@@ -31,11 +30,8 @@ def pair(prompt: int, chosen: int, rejected: int) -> dict[str, list[int]]:
     return {"prompt_ids": [5] * prompt, "chosen_ids": [6] * chosen, "rejected_ids": [7] * rejected}
 
 
-def test_the_floor_by_hand(tiny_model: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_floor_by_hand(tiny_model: str, model: Any) -> None:
     """Llama-3.1-8B has 6.98e9 weights in its layers and 0.525e9 in its head: 20.4 TFLOP a pair, attention included."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    from floor import floor_flops, linear_sizes
-
     rows = build_rows([pair(121, 288, 288)], [True], [True])
     assert 0.97 < floor_flops((6_979_321_856, 525_336_576), rows) / 20.4e12 < 1.03
     layer, head = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3, 64 * model.get_base_model().config.vocab_size
@@ -96,14 +92,20 @@ def test_auto_recomputes_what_does_not_fit(tiny_model, source, tmp_path, monkeyp
         assert torch.equal(value, dict(little.model.named_parameters())[name])
 
 
-def test_a_run_logs_its_speed_and_memory(tiny_model, source, tmp_path):
+def test_a_run_logs_its_share_of_the_floor(tiny_model, source, tmp_path, monkeypatch):
+    from lightning_modules.callbacks.logging import Throughput
+
+    monkeypatch.setattr("lightning_modules.callbacks.logging.matrix_rate", lambda *_: 1e9)
     rows: list[dict[str, float]] = []
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", trainer={"first": (Throughput(),)})
     module._log_step = rows.append  # type: ignore[method-assign]
     trainer.fit(module, pairs)
-    assert [min(row["tokens_per_second"], row["pairs_per_second"], row["memory/peak_gb"]) > 0.1 for row in rows] == [
-        True
-    ] * 3
+    assert len(rows) == 3
+    for row in rows:
+        assert row["floor_share"] > 0 and row["memory/peak_gb"] > 0.1
+        per_token = row["floor_share"] * 1e9 / row["tokens_per_second"]
+        body, head = linear_sizes(module.model.get_base_model())
+        assert 4 * body < per_token <= 4 * (body + head)
 
 
 class Syncs(torch.utils._python_dispatch.TorchDispatchMode):

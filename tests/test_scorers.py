@@ -58,10 +58,13 @@ def test_what_a_scorer_is_called_in_every_process():
     class Own:
         roles = ("base",)
 
-        def __init__(self, function):
-            self.function = function
+        def __init__(self, power, function=len):
+            self.power, self.function = power, function
 
-    assert " at 0x" not in described(Own(lambda: 0))
+    name = f"{Own.__qualname__}({{'power': 2, 'function': <function "
+    assert described(Own(2, lambda: 0)).startswith(name) and " at 0x" not in described(Own(2, lambda: 0))
+    for scorer in (ExcessLoss(normalise=True), Loss("base"), Random(3)):
+        assert described(scorer) == repr(scorer)
     assert described(Cleaning().scorer) == "ExcessLoss(worse='base', better='cleaning_reference', normalise=False)"
     assert described(BetaDPO(beta=0.2)) == "BetaDPO(beta=0.2, sensitivity=0.6)"
 

@@ -1,4 +1,4 @@
-"""Selection: equal to a stable sort per group, for every scope, with ties and tokens kept always."""
+"""Selection: equal to a stable sort per group, for every scope, with ties, least counts and tokens kept always."""
 
 from itertools import pairwise
 
@@ -49,15 +49,17 @@ def kept_by_sorting(scores, offsets, batch, always, selection):
     else:
         for group in groups:
             kept |= set(best(group)[: round(selection.keep_ratio * len(group))])
+    for sample in samples:
+        kept |= set(best(sample)[: selection.min_keep])
     return kept
 
 
-@given(pools(), RULES, SCOPES, st.sampled_from([np.float16, np.float32]))
+@given(pools(), RULES, SCOPES, st.integers(0, 4), st.sampled_from([np.float16, np.float32]))
 @fast
-def test_equal_to_a_stable_sort(pool, rule, scope, precision):
+def test_equal_to_a_stable_sort(pool, rule, scope, min_keep, precision):
     scores, offsets, batch, always = pool
     scores = scores.astype(precision)
-    selection = Selection(**rule, scope=scope)
+    selection = Selection(**rule, scope=scope, min_keep=min_keep)
     kept = select(scores, offsets, selection, batch=batch, always_keep=always)
     assert kept.mask.dtype == bool and kept.mask.shape == scores.shape
     assert set(np.flatnonzero(kept.mask)) == kept_by_sorting(scores, offsets, batch, always, selection)
@@ -71,13 +73,15 @@ OFFSETS = np.array([0, 4, 5, 10])  # samples (3 1 1 1) (0) (2 1 0 0 -1)
     ("options", "kept", "threshold", "ties", "ties_kept"),
     [
         ({"keep_ratio": 0.4}, [0, 1, 2, 5], 1.0, 4, 2),
+        ({"keep_ratio": 0.4, "min_keep": 1}, [0, 1, 2, 4, 5], 1.0, 4, 2),
         ({"keep_ratio": 0.25}, [0, 5], 2.0, 1, 1),  # round(2.5) is 2
         ({"keep_ratio": 0.04}, [], None, 0, 0),  # round(0.4) is 0
         ({"keep_ratio": 1.0}, list(range(10)), -1.0, 1, 1),
         ({"keep_ratio": 0.5, "scope": "sample"}, [0, 1, 5, 6], None, 4, 2),  # round(2), round(0.5), round(2.5)
+        ({"keep_ratio": 0.5, "scope": "sample", "min_keep": 3}, [0, 1, 2, 4, 5, 6, 7], None, 4, 2),
         ({"keep_ratio": 0.5, "scope": "batch"}, [0, 1, 2, 5], None, 4, 2),  # samples 0 and 2: round(4.5); 1: round(0.5)
         ({"threshold": 1.0}, [0, 5], 1.0, 4, 0),
-        ({"threshold": 0.0}, [0, 1, 2, 3, 5, 6], 0.0, 3, 0),
+        ({"threshold": 0.0, "min_keep": 1}, [0, 1, 2, 3, 4, 5, 6], 0.0, 3, 0),
     ],
 )
 def test_by_hand(options, kept, threshold, ties, ties_kept):

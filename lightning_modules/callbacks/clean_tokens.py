@@ -6,7 +6,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -24,6 +24,7 @@ class RefreshReference(Callback):
     def __init__(
         self,
         every: PositiveInt | Literal["stage"] = "stage",
+        ema: ClosedUnitInterval = 0.0,
         role: Literal["cleaning_reference", "reference"] = "cleaning_reference",
     ) -> None:
         """Makes the policy a reference, again and again: self-evolving token cleaning, or a moving reference of DPO.
@@ -34,14 +35,15 @@ class RefreshReference(Callback):
 
         Args:
             every: At the start of each stage but the first, or every so many optimizer steps.
+            ema: New reference = ema · old + (1 − ema) · policy, matrix by matrix; 0 is a copy.
             role: cleaning_reference scores tokens. reference belongs to the preference loss; until the first refresh
                 it is the base, or `model.adapter`.
         """
-        self.every, self.role = every, role
+        self.every, self.ema, self.role = every, ema, role
         self._refreshed_at = 0
 
     def __str__(self) -> str:
-        return f"every {self.every}"
+        return f"every {self.every}, ema {self.ema}"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         exists = self.role in pl_module.model.peft_config
@@ -51,6 +53,8 @@ class RefreshReference(Callback):
             )
         if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:
             raise InputError("RefreshReference: the run has one stage: set data.slices, data.routing.order or `every`")
+        if self.ema and (not exists or getattr(pl_module, "stage_start", None) == "fresh_adapter"):
+            raise InputError("RefreshReference: no moving average of the base or of stacked adapters: set ema to 0")
         if exists:
             check_alike(pl_module.model, "policy", self.role)
 
@@ -68,7 +72,7 @@ class RefreshReference(Callback):
             if "previous" in model.peft_config:
                 copy_adapter(model, "cleaning_reference", "previous")
             pl_module.reference_version += 1
-        copy_adapter(model, "policy", self.role)
+        copy_adapter(model, "policy", self.role, decay=self.ema)
         if self.role == "reference":
             pl_module.reference_changed()
 
@@ -112,8 +116,9 @@ class CleanTokens(Callback):
             raise InputError(f"{cleaning.scorer} scores tokens in each step, of one device only: train on one device")
         if cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
-        refreshed = any(isinstance(callback, RefreshReference) for callback in trainer.callbacks)
-        made = refreshed or cleaning.reference or pl_module.adapter
+        made = (
+            cleaning.reference or pl_module.adapter or any(isinstance(c, RefreshReference) for c in trainer.callbacks)
+        )
         if cleaning.warm_up_stages and "cleaning_reference" in cleaning.roles and not made:
             raise InputError("nothing makes the warmed-up policy the reference: add RefreshReference to the callbacks")
 

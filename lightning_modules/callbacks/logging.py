@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback, LearningRateMonitor
 
 from mixdpo.errors import InputError, nearest
+from mixdpo.model.memory import floor_flops, linear_sizes, matrix_rate
 
 
 def logs_step(trainer: L.Trainer) -> bool:
@@ -61,11 +62,21 @@ class ValidateAtMaxSteps(Callback):
 
 
 class Throughput(Callback):
-    """Logs tokens_per_second (of the policy, without padding), pairs_ or samples_per_second, and memory/peak_gb."""
+    """Logs tokens_per_second (of the policy, without padding), pairs_ or samples_per_second, memory/peak_gb and
+    floor_share: the time of the step's necessary operations at the rate of a matrix product, over the step's time."""
 
     def __init__(self) -> None:
-        self._sums, self._totals = np.zeros(3), np.zeros(3)  # tokens, rows, seconds: since the last row, all
-        self._started = 0.0
+        self._sums, self._totals = (
+            np.zeros(4),
+            np.zeros(4),
+        )  # tokens, rows, operations, seconds: since the last row, all
+        self._started, self._sizes, self._rate = 0.0, (0, 0), 1.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        base = pl_module.model.get_base_model()
+        dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else base.get_output_embeddings().weight.dtype
+        self._sizes = linear_sizes(base)
+        self._rate = matrix_rate(base.get_output_embeddings().weight.shape[1], pl_module.device, dtype)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._started = self._started or time.perf_counter()
@@ -77,20 +88,21 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         now = time.perf_counter()
-        self._sums += (batch.rows.tokens, batch.count, now - self._started)
+        self._sums += (batch.rows.tokens, batch.count, floor_flops(self._sizes, batch.rows), now - self._started)
         self._started = now
         if not logs_step(trainer):
             return
         self._totals += self._sums
-        tokens, rows, seconds = self._sums.tolist()
+        tokens, rows, flops, seconds = self._sums.tolist()
         rates = {"tokens_per_second": tokens / seconds, f"{batch.unit}_per_second": rows / seconds}
-        pl_module.callback_values.update(rates | {"memory/peak_gb": peak_memory_gb(pl_module.device)})
-        self._sums = np.zeros(3)
+        rates |= {"floor_share": flops / self._rate / seconds, "memory/peak_gb": peak_memory_gb(pl_module.device)}
+        pl_module.callback_values.update(rates)
+        self._sums = np.zeros(4)
 
     @property
     def mean_rows_per_second(self) -> float:
         """Over the whole run up to the last logged step."""
-        _, rows, seconds = self._totals
+        _, rows, _, seconds = self._totals
         return rows / seconds if seconds else float("nan")
 
 

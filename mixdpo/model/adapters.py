@@ -90,13 +90,16 @@ def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) ->
     _freeze_all_but_policy(model, name)
 
 
-def copy_adapter(model: "PeftModel", source: str, target: str) -> None:
-    """target := source, matrix by matrix."""
+def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float = 0.0) -> None:
+    """target := decay · target + (1 − decay) · source, matrix by matrix; decay 0 is a copy."""
     check_alike(model, source, target)
+    if decay and model.stacked.get(source, 0) != model.stacked.get(target, 0):
+        raise InputError("ema: the moving average of stacked adapters is not defined: use 0, or stage_start restart")
     with torch.no_grad():
         for layer in adapter_layers(model):
             for matrices in (layer.lora_A, layer.lora_B):
-                matrices[target].weight.copy_(matrices[source].weight)
+                new, old = matrices[source].weight, matrices[target].weight
+                old.copy_(old.lerp(new, 1 - decay) if decay else new)
     model.stacked[target] = model.stacked.get(source, 0)
 
 

@@ -152,7 +152,7 @@ def read_trained(
     if not (folder / CONFIG).is_file():
         return Trained(name, None, loading, chat_template)
     if quantization is None:
-        raise InputError(f"how {folder} was trained is not known: give --quantization nf4 or none")
+        raise InputError(f"how {folder} was trained is not known: give --quantization nf4, int8 or none")
     base = read_json(folder / CONFIG, {"base_model_name_or_path"}, "give another adapter")["base_model_name_or_path"]
     return Trained(str(base), folder, loading, chat_template)
 

@@ -35,16 +35,19 @@ def base_fingerprint(model: "PeftModel | PreTrainedModel") -> str:
     model = causal_lm_of(model)
     config = model.config.to_dict()
     digest = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if not k.startswith("_"))).encode())
-    named = ((name.replace(".base_layer.", "."), parameter) for name, parameter in model.named_parameters())
-    for name, parameter in sorted(named, key=lambda item: item[0]):
+    named = ((name.replace(".base_layer.", "."), name, parameter) for name, parameter in model.named_parameters())
+    for name, path, parameter in sorted(named, key=lambda item: item[0]):
         if "lora_" not in name:
-            for tensor in (parameter, *_scales(parameter)):
+            for tensor in (parameter, *_scales(model.get_submodule(path.rpartition(".")[0]), parameter)):
                 digest.update(name.encode())
                 digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()[:16]
 
 
-def _scales(weight: nn.Parameter) -> list[Tensor]:
-    """What bitsandbytes multiplies a weight by that is held in 4 bits."""
-    state = getattr(weight, "quant_state", None)
-    return [] if state is None else [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
+def _scales(layer: nn.Module, weight: nn.Parameter) -> list[Tensor]:
+    """What bitsandbytes multiplies a weight by that is held in 4 or 8 bits."""
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        return [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
+    # the first forward moves those of 8 bits to the layer
+    holders = (weight, getattr(layer, "state", None)) if weight is getattr(layer, "weight", None) else ()
+    return [holder.SCB for holder in holders if getattr(holder, "SCB", None) is not None]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Quantization = Literal["nf4", "none"]
+Quantization = Literal["nf4", "int8", "none"]
 
 
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
@@ -131,7 +131,8 @@ def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    return BitsAndBytesConfig(load_in_4bit=True, **nf4) if quantization == "nf4" else None
+    options = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
+    return BitsAndBytesConfig(**options[quantization]) if quantization in options else None
 
 
 def _keep_weights_in_place(model: "PreTrainedModel") -> None:

@@ -1,11 +1,12 @@
-"""What the activations of a run take, and which micro-batches are recomputed because of that."""
+"""The least that a run could cost, and what its activations take: floating-point operations, matrix rate, bytes."""
 
+import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixdpo.batches.rows import Piece, token_rows
+from mixdpo.batches.rows import Piece, TokenRows, token_rows
 from mixdpo.model.forward import predicting_states
 
 PROBED_TOKENS = 64
@@ -13,6 +14,38 @@ PROBED_TOKENS = 64
 
 RESERVED = 0.25
 """Of the free memory, for what the probe does not see: gradients in flight, a layer's working set, fragmentation."""
+
+
+def linear_sizes(causal_lm: nn.Module) -> tuple[int, int]:
+    """Weights of the linear layers of the body, and of the output head; tied or quantised, they multiply alike."""
+    head = causal_lm.get_output_embeddings()  # type: ignore[operator]
+    layers = [m for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
+    return sum(m.in_features * m.out_features for m in layers if m is not head), head.weight.numel()
+
+
+def floor_flops(sizes: tuple[int, int], rows: TokenRows) -> float:
+    """Operations that no exact training of these rows on a frozen base can do without: forward and gradient to the
+    inputs, 4 per weight and token, in the head for predicted tokens only.
+
+    The prompt is counted once, padding and the reference not at all, so this is the floor with a cached reference
+    (20.4 TFLOP a pair in an 8B model, prompt 121, completions 288 each). Attention and adapters are left out.
+    """
+    body, head = sizes
+    return 4.0 * (body * rows.tokens + head * len(rows.target))
+
+
+def matrix_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Operations per second of (512 × width) · (width × 4 width) products: the best of those that fit into the time."""
+    left, right = (torch.ones(*size, device=device, dtype=dtype) for size in ((512, width), (width, 4 * width)))
+    best, until, repeats = 0.0, time.perf_counter() + seconds, 20 if device.type == "cuda" else 1
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, repeats * 2 * left.numel() * right.shape[1] / (time.perf_counter() - started))
+    return best
 
 
 def activation_bytes(model: Any) -> float:

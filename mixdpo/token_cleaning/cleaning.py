@@ -27,7 +27,7 @@ class Cleaning:
             mixdpo.token_cleaning.scorers, or your own with the attribute `roles`.
         selection: Which scores are kept: the best keep_ratio, or those above threshold. scope says what is ranked
             together: global (all tokens scored at one time), sample, or batch (an optimizer step; for a scorer that
-            reads the policy, a micro-batch). Tokens in the list always_keep
+            reads the policy, a micro-batch). Each sample keeps at least min_keep tokens. Tokens in the list always_keep
             are kept whatever their score. Null makes the score itself the token's weight.
         reference: PEFT folder or hub id of the cleaning_reference, the adapter that scores tokens. Null starts with a
             copy of the policy: give warm_up_stages and the callback RefreshReference then.

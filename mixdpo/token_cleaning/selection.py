@@ -23,12 +23,15 @@ class Selection:
             the reverse.
         scope: What keep_ratio ranks over: all tokens scored together (the paper's method), each sample by itself (its
             RHO baseline), or the samples of a batch.
+        min_keep: Every sample keeps at least this many of its best tokens, or all it has: more than keep_ratio if need
+            be.
         always_keep: Tokens that are kept whatever their score, such as <|im_end|>; they are part of keep_ratio.
     """
 
     keep_ratio: float | None = None
     threshold: float | None = None
     scope: Scope = "global"
+    min_keep: int = 0
     always_keep: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
@@ -69,7 +72,7 @@ def select(
 
     keep_ratio k keeps exactly round(k·m) of a group's m tokens; of equal scores the earlier token goes first, as in a
     stable descending sort. Tokens to be kept always come before all others and use up the budget, but are all kept
-    where it is too small.
+    where it is too small. min_keep then adds tokens.
 
     Args:
         scores: (M,) finite, any float type, may be memory-mapped; high = keep.
@@ -86,8 +89,11 @@ def select(
         scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
     if selection.threshold is not None:
         ties = np.count_nonzero(scores == selection.threshold)
-        return Kept(scores > selection.threshold, selection.threshold, ties, 0)
-    return _keep_share(scores, offsets, selection, batch)
+        kept = Kept(scores > selection.threshold, selection.threshold, ties, 0)
+    else:
+        kept = _keep_share(scores, offsets, selection, batch)
+    _top_up(kept.mask, scores, offsets, selection.min_keep)
+    return kept
 
 
 def _keep_share(scores: np.ndarray, offsets: np.ndarray, selection: Selection, batch: np.ndarray | None) -> Kept:
@@ -125,3 +131,12 @@ def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.floating]:
     mask = scores > cut
     mask[np.flatnonzero(scores == cut)[: count - np.count_nonzero(mask)]] = True
     return mask, cut
+
+
+def _top_up(mask: np.ndarray, scores: np.ndarray, offsets: np.ndarray, least: int) -> None:
+    """What is kept of a sample is always its best: so its `least` best contain it where it is too little."""
+    least = np.minimum(least, np.diff(offsets))
+    kept = np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
+    for sample in np.flatnonzero(kept < least):
+        tokens = slice(offsets[sample], offsets[sample + 1])
+        mask[tokens], _ = _best(scores[tokens], least[sample])
