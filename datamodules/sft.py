@@ -92,6 +92,8 @@ class SFTDataModule(PlannedDataModule):
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return [step for stage in self.stages for step in stage.steps]
 
+    pool_steps = _steps
+
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         starts = np.cumsum([0, *(len(stage.steps) for stage in self.stages)])
         return StepPlan(np.zeros(starts[-1]), tuple(int(start) for start in starts[:-1]))

@@ -53,7 +53,7 @@ def test_the_table_its_columns_and_ids(tmp_path):
     expected = [int(hashlib.sha256(name).hexdigest()[:16], 16) >> 1 for name in (b"p0", b"7")]
     assert samples.dataset["sample_id"][:] == expected
     assert samples.dataset["source"][:] == ["sums", ""] and samples.dataset["row"][:] == [1, 2]
-    assert samples.dropped == {} and samples.source == path
+    assert samples.dropped == {}
 
 
 def test_ids_from_content_ignore_the_form_and_stay_apart_when_a_row_repeats(tmp_path):

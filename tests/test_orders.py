@@ -149,8 +149,8 @@ def test_actions_train_what_they_say(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"hard_action": "sft_both"}, "hard_action must be sft, not sft_both"),
-        ({"order": "shuffled", "reshuffle": True}, "scope batch needs steps that stay"),
+        ({"hard_action": "sft_both"}, r"hard_action must be sft \(it is sft_both"),
+        ({"order": "shuffled", "reshuffle": True}, "reshuffle must be false where selection.scope is batch"),
     ],
 )
 def test_cleaning_wants_sft_and_steps_that_stay(

@@ -82,17 +82,13 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, name):
     assert pairs.dataset["row"][:] == [1, 2]
     # first 8 bytes of sha256("p0") and sha256("p1"), big-endian, shifted right by one
     assert pairs.dataset["pair_id"][:] == [int(f, 16) >> 1 for f in ("169b5b823c62b64c", "f64551fcd6f07823")]
-    assert pairs.dropped == {} and pairs.source == source
+    assert pairs.dropped == {}
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_folders(tmp_path, saved):
+def test_folders(tmp_path):
     folder = tmp_path / "folder"
-    if saved:
-        datasets.DatasetDict({"test": datasets.Dataset.from_list([PAIR])}).save_to_disk(folder)
-    else:
-        folder.mkdir()
-        write(folder / "test.jsonl", [PAIR])
+    folder.mkdir()
+    write(folder / "test.jsonl", [PAIR])
     assert read_pairs(str(folder), split="test").dataset["chosen"][:] == ["4"]
     with pytest.raises(InputError, match=r"folder, split 'train' cannot be read.*test"):
         read_pairs(str(folder))
@@ -101,10 +97,10 @@ def test_folders(tmp_path, saved):
 def test_a_changed_file_or_folder_is_read_anew_and_the_options_count(tmp_path):
     path = tmp_path / "folder" / "train.jsonl"
     path.parent.mkdir()
-    # of a file the same size and modification time, of a folder another size
-    for text, source in (("4", path), ("6", path), ("seven", path.parent), ("eight!", path.parent)):
+    # of a file the same size and modification time, of a folder another time
+    for text, source, time in (("4", path, 1), ("6", path, 1), ("7", path.parent, 1), ("8", path.parent, 2)):
         write(path, [PAIR | {"chosen": text, "gap": 3.0}, PAIR | {"gap": 4.0}])
-        os.utime(path, (1, 1))
+        os.utime(path, (time, time))
         assert read_pairs(str(source)).dataset["chosen"][0] == text
     first, again = read_pairs(str(path)), read_pairs(str(path))
     assert first.dataset._fingerprint == again.dataset._fingerprint
@@ -129,7 +125,7 @@ def test_a_hub_id_is_fetched_with_its_split_and_configuration(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     pairs = read_pairs("org/name", split="train_prefs")
-    assert pairs.dataset.num_rows == 1 and pairs.source == "'org/name', split 'train_prefs'"
+    assert pairs.dataset.num_rows == 1
     assert read_pairs("org/name:a-b.1").dataset.num_rows == 1
     assert asked == [("org/name", "train_prefs"), ("org/name", "a-b.1", "train")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
@@ -160,9 +156,6 @@ def test_a_list_may_follow_blank_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"\n \n[" + LINE + b"," + LINE + b"]")
     assert read_pairs(str(path)).dataset["row"][:] == [1, 2]
-    path.write_bytes(b"\n\n[" + LINE[:-4])
-    with pytest.raises(InputError, match=r"row 1: .*JSONDecodeError"):
-        read_pairs(str(path))
 
 
 def test_null_in_a_column_of_mixed_rows_counts_as_absent(tmp_path):

@@ -176,8 +176,7 @@ def test_the_fingerprint_tells_routes_orders_and_actions_apart():
         ([1.0], {"assignment": "hash"}, r"routing\.assignment must be one of margin"),
         ([1.0], {"hard_action": "dpo"}, r"routing\.hard_action must be one of sft"),
         ([1.0], {"easy_action": "sft"}, r"routing\.easy_action must be one of preference"),
-        ([1.0], {"buckets": 1}, r"routing\.buckets must be at least 2"),
-        ([1.0], {"hard_action": "drop", "easy_action": "drop"}, "nothing would be trained"),
+        ([1.0], {"hard_action": "drop", "easy_action": "drop"}, "trains 0 of 1 pairs"),
     ],
 )
 def test_bad_input_is_refused(margins, option, message):

@@ -17,9 +17,8 @@ class OnDevice:
     """A dataclass whose tensors go to another device together."""
 
     def to(self, device: torch.device) -> Self:
-        moved: dict[
-            int, Any
-        ] = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
+        # by identity: rows that are the policy's and the reference's are moved, and held, once
+        moved: dict[int, Any] = {}
         for part in vars(self).values():
             if isinstance(part, OnDevice) and id(part) not in moved:
                 moved[id(part)] = part.to(device)
@@ -102,9 +101,8 @@ def build_rows(
         prompt = Piece(pair["prompt_ids"])
         sides = ((with_chosen, b, "chosen_ids"), (with_rejected, len(pairs) + b, "rejected_ids"))
         parts = [Piece(pair[ids], number, (0, len(pair[ids]))) for wanted, number, ids in sides if wanted[b]]
-        documents += [
-            [prompt, *pieces] for pieces in ([parts] if share_prompt else [[part] for part in parts]) if pieces
-        ]
+        groups = [parts] if share_prompt and parts else [[part] for part in parts]
+        documents += [[prompt, *pieces] for pieces in groups]
     return token_rows(documents, 2 * len(pairs), pack)
 
 

@@ -16,7 +16,7 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
     `instruction`, `input` (may be absent) and `output`. Its id is taken from `sample_id` or `id`, else its content.
 
     Args:
-        source: hub id; folder of data files or from `save_to_disk`; .parquet, .json, .jsonl, .csv (the last three also
+        source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
             with .gz).
         split: split of a hub data set or folder; a single file has only `train`.
         limit: stop after this many usable samples.

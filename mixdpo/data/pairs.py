@@ -21,7 +21,7 @@ def read_pairs(
     """Read preference pairs from a hub id, a local folder or file, or the built-in task `constraints`.
 
     Args:
-        source: hub id; folder of data files or from `save_to_disk`; .parquet, .json, .jsonl, .csv (the last three also
+        source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
             with .gz); or `constraints`.
         split: split of a hub data set or folder; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.

@@ -74,13 +74,13 @@ def dropped_case(fault: str, row: dict[str, Any], count: str) -> Case:
     return Case("row of samples", fault, do, (count,), tolerated=True)
 
 
-NEED = 'need an object with "prompt", a text or a list of messages'
+NEED = "'prompt' should be a text, or messages that end in one of role 'user', and not blank."
 PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
-    ("no prompt", {"question": "a"}, ("row 2: ", NEED)),
-    ("a prompt of a number", {"prompt": 3}, ("row 2: ", NEED)),
+    ("no prompt", {"question": "a"}, ("row 2: ", "'prompt' is missing")),
+    ("a prompt of a number", {"prompt": 3}, ("row 2: ", "text or a list of messages")),
     ("an empty prompt", {"prompt": ""}, ("row 2: ", NEED)),
     ("a blank prompt", {"prompt": " \n"}, ("row 2: ", NEED)),
-    ("a prompt of an empty list", {"prompt": []}, ("row 2: ", NEED)),
+    ("a prompt of an empty list", {"prompt": []}, ("row 2: ", "text or a list of messages")),
     ("a prompt of texts", {"prompt": ["a"]}, ("row 2: ", KEYS)),
     ("a message without a role", {"prompt": [{"content": "a"}]}, ("row 2: ", KEYS)),
     ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "of role 'user'")),
