@@ -154,24 +154,6 @@ def test_a_table_of_samples_and_what_it_drops(tokenizer):
     assert encoded["row"][:] == [4]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_length": 1}, r"max_length \(1\) must be at least 2"),
-        ({"max_length": 8, "overlong": "keep"}, "one of truncate, drop, not 'keep'"),
-        ({"max_length": 7}, r"no sample is left of 1 .*'dropped_overlong': 1.*max_length \(7\)"),
-    ],
-)
-def test_impossible_limits(tokenizer, options, message):
-    with pytest.raises(InputError, match=message):
-        encode(tokenizer, TWO_TURNS, **options)
-
-
-def test_a_sample_that_cannot_be_encoded_is_named(tokenizer):
-    with pytest.raises(InputError, match=r"row 2 \(sample_id 11\): there are 2 responses"):
-        encode(tokenizer, TWO_TURNS[:2], TWO_TURNS, chat_template="plain")
-
-
 def test_the_identity_names_the_part_that_differs(tiny_model):
     def identity(tokenizer=None, chat_template=None, **lengths):
         lengths = {"max_length": 1024, "overlong": "truncate"} | lengths

@@ -51,11 +51,6 @@ def test_warm_up_rises_linearly(schedule):
     assert 0 <= rise[0] <= 0.1 + 1e-9
 
 
-def test_constant_stays_at_the_peak():
-    assert Constant(warmup=0.1)(StepPlan(np.zeros(100)))[10:].tolist() == [1.0] * 90
-    assert Constant(warmup=0.0)(StepPlan(np.zeros(5), stage_starts=(0, 3))).tolist() == [1.0] * 5
-
-
 @pytest.mark.parametrize("floor", [0.0, 0.1, 0.5, 1.0])
 def test_cosine_decays_to_its_floor(floor):
     """Half-way down, cos(π/2) = 0 leaves floor + (1 − floor) / 2; one step there is π/2/344 = 0.005."""

@@ -135,7 +135,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("a key twice", "a.jsonl", LINE + LINE.replace('"margin"', '"chosen"'), ("row 2: ", "names a key twice", FIX)),
     ("a number of 5000 digits", "a.jsonl", LINE.replace("1.5", "1" * 5000), ("row 1: ", "4300 digits", FIX)),
     ("nested too deeply", "a.jsonl", LINE + "[" * 10**6 + "\n", ("row 2: ", "RecursionError", FIX)),
-    ("a list with a cut row", "a.json", f"[{LINE},{LINE[:-9]}]", ("JSONDecodeError", "line 3 column", FIX)),
+    ("a list with a cut row", "a.json", f"[{LINE},{LINE[:-9]}]", ("JSONDecodeError", "line 2 column", FIX)),
     ("text after the list", "a.json", f"[{LINE}] x", ("JSONDecodeError: Extra data", FIX)),
     ("one object over several lines", "a.json", json.dumps(PAIR, indent=1), ("row 1: ", "JSONDecodeError", FIX)),
     ("columns instead of rows", "a.json", json.dumps({k: [v] for k, v in PAIR.items()}), ("row 1: ", KEYS)),
@@ -266,7 +266,7 @@ CASES = [
     column_case("an unknown column", "stars", "no margin column stars", "margin, a, b."),
     column_case("three columns", ["a", "b", "c"], "takes one column or [chosen_column, rejected_column]"),
     column_case("no columns", [], "takes one column or [chosen_column, rejected_column]"),
-    column_case("one column twice", ["a", "a"], "both a", "name two, or one"),
+    column_case("one column twice", ["a", "a"], "takes one column or [chosen_column, rejected_column]"),
     *(dropped_case(*row) for row in DROPPED),
     *SOURCES,
 ]

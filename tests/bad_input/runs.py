@@ -109,7 +109,12 @@ RUNS = [
     Run("command line", "a fraction of a step", ("--trainer.max_steps", "2.5"), ("max_steps", "2.5", HELP)),
     Run("command line", "half a mapping", ("--data.routing", "{order: shuffled"), ("routing", HELP)),
     Run("data.routing", "a misspelt order", ("--data.routing.order", "easiest"), ("order", "easiest", HELP)),
-    Run("data.routing", "a share of 2", ("--data.routing.hard_fraction", "2"), ("hard_fraction must lie in [0, 1]",)),
+    Run(
+        "data.routing",
+        "a share of 2",
+        ("--data.routing.hard_fraction", "2"),
+        ("hard_fraction (2.0) must lie in [0, 1]",),
+    ),
     Run(
         "model.preference_loss",
         "no such class",
@@ -192,7 +197,7 @@ RUNS = [
     Run("trainer.precision", "unknown", ("--trainer.precision", "8-bit"), ("8-bit", HELP)),
     Run("checkpoint.every_n_steps", "0", ("--checkpoint.every_n_steps", "0"), ("every_n_steps", HELP)),
     Run("trainer.devices", "none", ("--trainer.devices", "0"), ("devices",)),
-    Run("trainer.max_epochs", "none", ("--trainer.max_epochs", "0"), ("nothing to train",)),
+    Run("trainer.max_epochs", "none", ("--trainer.max_epochs", "0"), ("a schedule needs steps",)),
     Run(
         "runs",
         "a file",
