@@ -146,27 +146,6 @@ def check_rows(rows, pairs, has_chosen, has_rejected):
     assert rows.lengths.tolist() == lengths
 
 
-def row_contents(rows):
-    """(token, position, segment) of each row, padding left out."""
-    contents = []
-    for ids, positions, segments in zip(rows.input_ids, rows.position_ids, segments_of(rows), strict=True):
-        real = segments != -1
-        contents.append(list(zip(ids[real].tolist(), positions[real].tolist(), segments[real].tolist(), strict=True)))
-    return contents
-
-
-def expected_row(pair, sides):
-    """prompt at 0…P−1, and each completion restarts at P."""
-    prompt = pair["prompt_ids"]
-    row = [(token, position, 0) for position, token in enumerate(prompt)]
-    for side, segment in sides:
-        row += [(token, len(prompt) + k, segment) for k, token in enumerate(pair[side])]
-    return row
-
-
-BOTH = [("chosen_ids", 1), ("rejected_ids", 2)]
-
-
 @given(batches(), ANY, ANY)
 @fast
 def test_targets_and_sources(batch, evaluation, share_prompt):
@@ -178,21 +157,6 @@ def test_targets_and_sources(batch, evaluation, share_prompt):
         check_rows(result.reference_rows, pairs, easy, easy)
     else:
         assert result.reference_rows is None
-
-
-@given(batches(), ANY, ANY)
-@fast
-def test_rows_hold_pairs_or_completions_and_restart_positions_after_the_prompt(batch, evaluation, share_prompt):
-    pairs, is_hard = batch
-    rows = collate(pairs, is_hard, evaluation=evaluation, share_prompt=share_prompt).rows
-    sides = [BOTH if evaluation or not hard else BOTH[:1] for hard in is_hard]
-    expected = [
-        expected_row(pair, part)
-        for pair, both in zip(pairs, sides, strict=True)
-        for part in ([both] if share_prompt else [[side] for side in both])
-    ]
-    assert sorted(row_contents(rows)) == sorted(expected)
-    assert rows.tokens == sum(map(len, expected))
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])

@@ -246,13 +246,6 @@ def test_a_table_truncates_and_counts():
     assert encoded["rejected_ids"][:] == [[TWO, END], [IS, TWO, END], [IS, END]]
 
 
-def test_a_table_drops_and_counts():
-    data = table(("two plus two", "four", "two"), ("two plus two", "four", "is two"), ("two", " ", "two"))
-    encoded, counts = encode_rows(data, word_tokenizer(), **LIMITS, overlong="drop")
-    assert counts == {"dropped_overlong": 1, "dropped_empty": 1, "truncated": 0}
-    assert encoded["row"][:] == [1]
-
-
 def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():
     def key(tokenizer=None, **options):
         return encode_rows(three_pairs(), tokenizer or word_tokenizer(), **(LIMITS | options))[0]._fingerprint

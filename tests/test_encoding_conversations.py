@@ -92,11 +92,6 @@ def test_a_blank_response_before_another_has_its_end_token(tokenizer):
     assert [sample.input_ids[at] for at in eligible(vars(sample))] == [END, BLUE, END]
 
 
-def test_responses_one_after_the_other(tokenizer):
-    messages = chat(("user", "red"), ("assistant", "blue"), ("assistant", "tea"))
-    assert encode_sample(tokenizer, messages, TEMPLATE).spans == [6, 8, 10, 12]
-
-
 def test_plain_takes_one_response(tokenizer):
     sample = encode_sample(tokenizer, chat(("system", "blue"), ("user", "tea"), ("assistant", " red")), "plain")
     assert sample == EncodedSample([BLUE, TEA, RED, END], [2, 4])

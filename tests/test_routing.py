@@ -87,17 +87,6 @@ def test_ties_are_split_evenly_over_seeds():
     assert counts.min() >= 60 and counts.max() <= 140
 
 
-@pytest.mark.parametrize(
-    ("option", "hard"),
-    [({"hard_fraction": 1.0}, 4), ({"threshold": 3.0}, 4), ({"hard_fraction": 0.0}, 0), ({"threshold": -1.0}, 0)],
-)
-def test_all_hard_and_none_hard(option, hard):
-    margins = np.array([0.0, 2.5, -1.0, 2.5])
-    route = plan_route(margins, np.arange(4), **option)
-    assert route.is_hard.sum() == (margins < route.threshold).sum() == hard
-    assert json.loads(json.dumps(route.summary(), allow_nan=False))["hard"] == hard
-
-
 @given(pairs(st.floats(-1e6, 1e6), unique_margins=True), st.floats(0, 1))
 @fast
 def test_without_a_split_tie_the_threshold_repeats_the_cut(data, fraction):
@@ -106,13 +95,6 @@ def test_without_a_split_tie_the_threshold_repeats_the_cut(data, fraction):
     assert (margins < route.threshold).tolist() == route.is_hard.tolist()
     if not route.is_hard.all():
         assert route.threshold == margins[~route.is_hard].min()
-
-
-def test_new_pairs_in_a_split_block_of_ties_are_easy():
-    margins = np.array([3.0, 1.0, 1.0, 1.0, 0.0])
-    route = plan_route(margins, np.arange(5), hard_fraction=0.4)
-    assert route.is_hard.sum() == 2
-    assert route.threshold == 1.0
 
 
 def test_summary_by_hand():
