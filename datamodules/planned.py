@@ -99,6 +99,7 @@ class PlannedDataModule(L.LightningDataModule):
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
         self.validation, self.validation_split = validation, validation_split
         self.batch_size, self.eval_batch_size, self.pack = batch_size, eval_batch_size, pack
+        self.documents = pack > 0  # whether sequences are computed beside others that they must not see
         self.chat_template = chat_template
         self.encoding: dict[str, Any] = {"overlong": overlong, "special_tokens_in_text": special_tokens_in_text}
         self.workers, self.processes, self.seed = workers, processes, seed
@@ -106,11 +107,6 @@ class PlannedDataModule(L.LightningDataModule):
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
         self._loader: ResumableLoader | None = None
         self._consumed = 0
-
-    @property
-    def documents(self) -> bool:
-        """Whether sequences are computed beside others that they must not see."""
-        return self.pack > 0
 
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
         """Rows to train on, and those held out or None."""
@@ -173,13 +169,12 @@ class PlannedDataModule(L.LightningDataModule):
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         """One epoch as this rank computes it: every step in exactly accumulate × world pieces."""
         trainer, (tokens, counted) = self.trainer, self.sizes()
-        parts = {"accumulate": trainer.accumulate_grad_batches, "world": trainer.world_size}
+        ranks = {"world": trainer.world_size, "rank": trainer.global_rank}
+        parts = {"accumulate": trainer.accumulate_grad_batches, **ranks}
         plan: list[MicroBatch] = []
         for step in self._steps(epoch):
             total = int(sum(counted[row] for row in step))
-            plan += [
-                (rows, weight, total) for rows, weight, _ in cut_step(step, tokens, rank=trainer.global_rank, **parts)
-            ]
+            plan += [(rows, weight, total) for rows, weight, _ in cut_step(step, tokens, **parts)]
         return plan
 
     def upcoming_samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:

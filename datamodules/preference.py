@@ -57,6 +57,7 @@ class PreferenceDataModule(PlannedDataModule):
         self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
         self.encoding |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.share_prompt = share_prompt
+        self.documents = self.documents or share_prompt
         self._margins: MarginsFile | None = None
         self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route = None  # type: ignore[assignment]  # until setup
@@ -103,10 +104,6 @@ class PreferenceDataModule(PlannedDataModule):
         self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
         self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
         rank_zero_info("\n".join(self.describe_counts()))
-
-    @property
-    def documents(self) -> bool:
-        return self.pack > 0 or self.share_prompt
 
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)

@@ -54,7 +54,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("keys of ShareGPT", {"chosen": [{"from": "gpt", "value": "4"}]}, ("'chosen' holds", KEYS)),
     ("content of parts", {"chosen": [response([{"type": "text"}])]}, ("'chosen.content' should be text",)),
     ("role is a number", {"rejected": [{"role": 1, "content": "5"}]}, ("'rejected.role' should be text",)),
-    ("prompt is null", {"prompt": None}, ("there is no 'prompt', or it is null", "Give a 'prompt' column")),
+    ("prompt is null", {"prompt": None}, ("should end in a message of role 'user'", "Give a 'prompt' column")),
     ("half a surrogate pair", {"chosen": "\ud83d"}, ("surrogate", "character 1", "remove it")),
     ("a dialogue that goes on", {"chosen": [response("4"), user("?"), response("5")]}, ("Cut the conversation",)),
     ("a response of the user's", {"chosen": [user("4")]}, ("of role 'assistant'",)),
@@ -71,7 +71,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     (
         "conversations with nothing in common",
         {"prompt": GONE, "chosen": [user("a"), response("4")], "rejected": [user("b"), response("5")]},
-        ("which chosen and rejected must share",),
+        ("should end in a message of role 'user'",),
     ),
     ("no margin in one row", {"margin": GONE}, ("the margin column 'margin' is missing",)),
     *((f"a margin {fault}", {"margin": value}, ("'margin'", FINITE)) for fault, value in UNREAL),

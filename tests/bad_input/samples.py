@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from bad_input.case import GONE, Case, Place, changed
-from bad_input.pairs import KEYS, response, user
+from bad_input.pairs import response, user
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.prompts import read_prompts
