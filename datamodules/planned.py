@@ -98,7 +98,8 @@ class PlannedDataModule(L.LightningDataModule):
         super().__init__()
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
         self.validation, self.validation_split = validation, validation_split
-        self.batch_size, self.eval_batch_size, self.pack = batch_size, eval_batch_size, pack
+        # plain numbers: a checkpoint that holds jsonargparse's own kind of number could not be read again
+        self.batch_size, self.eval_batch_size, self.pack = int(batch_size), int(eval_batch_size), int(pack)
         self.documents = pack > 0  # whether sequences are computed beside others that they must not see
         self.chat_template = chat_template
         self.encoding: dict[str, Any] = {"overlong": overlong, "special_tokens_in_text": special_tokens_in_text}
@@ -191,8 +192,8 @@ class PlannedDataModule(L.LightningDataModule):
             coming += list(enumerate(self.pool_steps(epoch + 1)))[:left]
         # of a sample that comes twice, the first time counts
         comes = {sample: number for number, samples in reversed(coming) for sample in samples}
-        samples = sorted(comes)
-        return np.array(samples, dtype=np.int64), np.array([comes[sample] for sample in samples], dtype=np.int64)
+        in_order = sorted(comes)
+        return np.array(in_order, dtype=np.int64), np.array([comes[sample] for sample in in_order], dtype=np.int64)
 
     @cached_property
     def epoch(self) -> StepPlan:
