@@ -1,8 +1,7 @@
 """Shared by both data modules: rows read, split and encoded; steps planned before training, continued exactly."""
 
-from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,28 +15,46 @@ from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.encoding import IDS, Overlong, encode_rows
 from mixdpo.data.messages import prompt_texts, split_by_prompt
-from mixdpo.data.sources import is_one_file
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
 from mixdpo.storage.identity import hash63, refuse_other_run
 
-# callbacks that would change the steps which were planned, and what to do instead
-REFUSED: dict[type, str] = {
-    GradientAccumulationScheduler: "would shift the steps: set trainer.accumulate_grad_batches",
-    LearningRateFinder: "would train steps that are not planned: compare a few --model.optimizer.lr in short runs",
-    BatchSizeFinder: "would change the steps: set data.batch_size, and trainer.accumulate_grad_batches to what fits",
-}
+REFUSED = (GradientAccumulationScheduler, LearningRateFinder, BatchSizeFinder)
+"""Callbacks that would change the steps which were planned."""
 
 
-class PlannedDataModule(L.LightningDataModule, ABC):
-    """A data module whose optimizer steps are all known before training."""
+class PlannedDataModule(L.LightningDataModule):
+    """A data module whose optimizer steps are all known before training.
+
+    Attributes of a subclass, beside what is read and planned:
+        noun: what a row is, "pair" or "sample".
+        cleans_by_stage: whether the tokens of a stage are scored and ranked when it begins, or those of the whole epoch
+            at once.
+        read: a source and its split -> the rows as a data set; counts what is dropped.
+        prompts: rows -> what stands before the first response of each. Rows that share it land on one side of the
+            validation split.
+        epoch_plan: an epoch -> its steps and stages. As many, and starting at the same steps, in all epochs.
+        _steps: an epoch -> the rows of each optimizer step.
+        sizes: () -> of each row the tokens that training it computes, and what it adds to `Batch.step_total`.
+        loader: a plan -> its micro-batches as tensors.
+        plan_identity: () -> part by part, all that must stay for a position in the epoch to mean the same rows.
+        cleaning_pool: () -> the response tokens that token cleaning may cut.
+        pool_steps: an epoch -> the samples of the cleaning pool in each step.
+    """
 
     noun: str
-    """What a row is, "pair" or "sample"."""
     summary_file: str
     cleans_by_stage: bool
-    """Whether the tokens of a stage are scored and ranked when it begins, or those of the whole epoch at once."""
+    read: Callable[[str, str], Any]
+    prompts: Callable[[Any], Iterable[Any]]
+    epoch_plan: Callable[..., StepPlan]
+    _steps: Callable[..., list[tuple[int, ...]]]
+    pool_steps: Callable[..., list[tuple[int, ...]]]
+    sizes: Callable[[], tuple[list[int], Sequence[int]]]
+    loader: Callable[[list[MicroBatch]], ResumableLoader]
+    plan_identity: Callable[[], dict[str, str]]
+    cleaning_pool: Callable[[], TokenPool]
 
     def __init__(
         self,
@@ -45,7 +62,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         tokenizer: str,
         split: str = "train",
         validation: float | str = 0.1,
-        validation_split: str | None = None,
+        validation_split: str = "train",
         limit: PositiveInt | None = None,
         batch_size: PositiveInt = 32,
         eval_batch_size: PositiveInt = 8,
@@ -63,8 +80,7 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             tokenizer: Hub id or folder; linked to model.base.
             split: Split of a hub data set or folder to train on.
             validation: Share of the prompts (not rows) held out, or another source; 0 for none.
-            validation_split: Split of `validation`, where that is a source with several, as a file is not; `split` if
-                not given.
+            validation_split: Split of `validation`, where that is a hub data set or folder.
             limit: Stop reading after so many usable rows.
             batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches. How
                 many of them run at once is batch_size / trainer.accumulate_grad_batches / devices.
@@ -80,13 +96,11 @@ class PlannedDataModule(L.LightningDataModule, ABC):
             seed: For the validation split; of pairs also for ties at the cut, shuffled orders and random assignment.
         """
         super().__init__()
-        if isinstance(validation, float) and not 0 <= validation < 1:
-            raise InputError(f"validation must be a share in [0, 1) or another source, not {validation}")
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
-        whole = isinstance(validation, str) and is_one_file(validation)
-        self.validation, self.validation_split = validation, validation_split or ("train" if whole else split)
+        self.validation, self.validation_split = validation, validation_split
         # plain numbers: a checkpoint that holds jsonargparse's own kind of number could not be read again
         self.batch_size, self.eval_batch_size, self.pack = int(batch_size), int(eval_batch_size), int(pack)
+        self.documents = pack > 0  # whether sequences are computed beside others that they must not see
         self.chat_template = chat_template
         self.encoding: dict[str, Any] = {"overlong": overlong, "special_tokens_in_text": special_tokens_in_text}
         self.workers, self.processes, self.seed = workers, processes, seed
@@ -95,28 +109,13 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         self._loader: ResumableLoader | None = None
         self._consumed = 0
 
-    @property
-    def documents(self) -> bool:
-        """Whether sequences are computed beside others that they must not see."""
-        return self.pack > 0
-
-    @property
-    def encoded(self) -> list[Any]:
-        """The tables of token ids after setup."""
-        return list(self.tables.values())
-
-    @abstractmethod
-    def read(self, source: str, split: str) -> Any:
-        """The rows of a source as a data set; counts what is dropped."""
-
-    @abstractmethod
-    def prompts(self, rows: Any) -> Iterable[Any]:
-        """What stands before the first response of each row: rows that share it land on one side of the split."""
-
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
         """Rows to train on, and those held out or None."""
-        for kind in [kind for kind in REFUSED if any(isinstance(each, kind) for each in self.trainer.callbacks)]:
-            raise InputError(f"remove the callback {kind.__name__}: it {REFUSED[kind]}")
+        if refused := [type(each).__name__ for each in self.trainer.callbacks if isinstance(each, REFUSED)]:
+            raise InputError(
+                f"remove the callback {refused[0]}, which changes the steps that are planned: set data.batch_size and "
+                "trainer.accumulate_grad_batches; compare a few --model.optimizer.lr in short runs"
+            )
         if not self.validation and stage == "validate":
             raise InputError("there is nothing to validate on: data.validation is 0")
         train = self.read(self.source, self.split)
@@ -136,9 +135,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     def encode(self, rows: Any, name: str) -> Any:
         """The rows as token ids, kept as the table of this name; counts what is cut or dropped."""
-        encoded, counts = encode_rows(
-            rows, self.encoder, **self.encoding, chat_template=self.chat_template, num_proc=self.processes
-        )
+        options = {"chat_template": self.chat_template, "num_proc": self.processes}
+        encoded, counts = encode_rows(rows, self.encoder, **self.encoding, **options)
         self.counts[name] = {f"{self.noun}s": len(encoded), **counts}
         self.tables[name] = encoded
         return encoded
@@ -169,47 +167,16 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         batches += [((by_length[-1],), 0.0, 1)] * (-len(batches) % self.trainer.world_size)
         return batches[self.trainer.global_rank :: self.trainer.world_size]
 
-    @abstractmethod
-    def epoch_plan(self, epoch: int = 0) -> StepPlan:
-        """The steps and stages of one epoch. As many, and starting at the same steps, in all epochs."""
-
-    @abstractmethod
-    def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
-        """The rows of each optimizer step of one epoch."""
-
-    @abstractmethod
-    def sizes(self) -> tuple[list[int], Sequence[int]]:
-        """Of each row: the tokens that training it computes, and what it adds to `Batch.step_total`."""
-
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         """One epoch as this rank computes it: every step in exactly accumulate × world pieces."""
         trainer, (tokens, counted) = self.trainer, self.sizes()
-        parts = {
-            "accumulate": trainer.accumulate_grad_batches,
-            "world": trainer.world_size,
-            "rank": trainer.global_rank,
-        }
+        ranks = {"world": trainer.world_size, "rank": trainer.global_rank}
+        parts = {"accumulate": trainer.accumulate_grad_batches, **ranks}
         plan: list[MicroBatch] = []
         for step in self._steps(epoch):
             total = int(sum(counted[row] for row in step))
             plan += [(rows, weight, total) for rows, weight, _ in cut_step(step, tokens, **parts)]
         return plan
-
-    @abstractmethod
-    def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
-        """The micro-batches of the plan as tensors."""
-
-    @abstractmethod
-    def plan_identity(self) -> dict[str, str]:
-        """Part by part, all that must stay for a position in the epoch to mean the same rows and tokens."""
-
-    @abstractmethod
-    def cleaning_pool(self) -> TokenPool:
-        """The response tokens that token cleaning may cut."""
-
-    def pool_steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
-        """The samples of the cleaning pool in each step of one epoch."""
-        return self._steps(epoch)
 
     def upcoming_samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """What the stage (or the epoch) of optimizer step `step` trains from this step on, and the run's next epoch if
@@ -223,10 +190,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         total = self._steps_of_run(self.trainer.lightning_module.schedule_steps or self.trainer.max_steps)
         if (left := total - (epoch + 1) * length) > 0:  # a third epoch comes after all of the second
             coming += list(enumerate(self.pool_steps(epoch + 1)))[:left]
-        comes: dict[int, int] = {}
-        for number, samples in coming:
-            for sample in samples:
-                comes.setdefault(sample, number)
+        # of a sample that comes twice, the first time counts
+        comes = {sample: number for number, samples in reversed(coming) for sample in samples}
         in_order = sorted(comes)
         return np.array(in_order, dtype=np.int64), np.array([comes[sample] for sample in in_order], dtype=np.int64)
 
@@ -241,29 +206,20 @@ class PlannedDataModule(L.LightningDataModule, ABC):
 
     def _steps_of_run(self, max_steps: int) -> int:
         max_epochs = -1 if self.trainer.max_epochs is None else self.trainer.max_epochs
-        if max_steps < 0 and max_epochs < 0:
-            raise InputError("give trainer.max_epochs or trainer.max_steps: a schedule needs an end")
-        if max_steps == 0 or max_epochs == 0:
-            raise InputError("trainer.max_steps or trainer.max_epochs is 0: there is nothing to train")
-        return min(steps for steps in (max_steps, len(self.epoch) * max_epochs) if steps >= 0)
+        total = min((steps for steps in (max_steps, len(self.epoch) * max_epochs) if steps >= 0), default=0)
+        if not total:
+            raise InputError("give trainer.max_epochs or trainer.max_steps, above 0: a schedule needs steps and an end")
+        return total
 
     def stage_of(self, step: int) -> int:
         """Number, from 0, of the stage that optimizer step `step` of the run belongs to."""
         starts = self.epoch.stage_starts
-        if len(starts) == 1:
-            return 0
         number, step = divmod(step, len(self.epoch))
-        return number * len(starts) + bisect_right(starts, step) - 1
+        return number * len(starts) + bisect_right(starts, step) - 1 if len(starts) > 1 else 0
 
     def train_dataloader(self) -> ResumableLoader:
         if self.trainer.limit_train_batches != 1.0 and not self.trainer.fast_dev_run:
             raise InputError("trainer.limit_train_batches cuts the curriculum: use data.limit or trainer.max_steps")
-        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        if self.batch_size < micro_batches:
-            raise InputError(
-                f"data.batch_size {self.batch_size} is less than trainer.accumulate_grad_batches × devices "
-                f"{micro_batches}: there would be micro-batches without a row"
-            )
         self._loader = self.loader(self.micro_batches())
         self._loader.load_state_dict({"consumed": self._consumed})
         self._consumed = 0

@@ -18,7 +18,6 @@ from mixdpo.routing.route import Route, Routing
 from mixdpo.routing.schedules import StepPlan
 from mixdpo.signals.margins_file import MarginsFile, read_margins, text_hash
 from mixdpo.storage.identity import content_hash
-from mixdpo.token_cleaning.cleaning import Cleaning
 
 
 class PreferenceDataModule(PlannedDataModule):
@@ -54,12 +53,11 @@ class PreferenceDataModule(PlannedDataModule):
             share_prompt: Compute the prompt once for both responses; false gives each its own copy, same numbers.
         """
         super().__init__(source, **options)
-        if validation_threshold is not None and not np.isfinite(validation_threshold):
-            raise InputError(f"validation_threshold must be a finite margin or null, not {validation_threshold}")
         self.margins_file = margins_file
         self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
         self.encoding |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.share_prompt = share_prompt
+        self.documents = self.documents or share_prompt
         self._margins: MarginsFile | None = None
         self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route = None  # type: ignore[assignment]  # until setup
@@ -89,7 +87,14 @@ class PreferenceDataModule(PlannedDataModule):
         self.route = self.routing.plan(margins, ids, seed=self.seed)
         rank_zero_info("\n".join([*self.describe_counts(), self._describe_route()]))
         if (cleaning := getattr(self.trainer.lightning_module, "cleaning", None)) is not None:
-            self._check_cleaning(cleaning)
+            by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"
+            routing, is_hard = self.routing, self.route.is_hard
+            if routing.hard_action != "sft" or not is_hard.any() or (routing.reshuffle and by_batch):
+                raise InputError(
+                    f"model.cleaning cuts tokens of hard pairs' chosen responses: {is_hard.sum()} pairs are hard, "
+                    f"data.routing.hard_action must be sft (it is {routing.hard_action}), and data.routing.reshuffle "
+                    "must be false where selection.scope is batch"
+                )
             self.cleaning_pool()
 
     def _set_up_predict(self) -> None:
@@ -99,10 +104,6 @@ class PreferenceDataModule(PlannedDataModule):
         self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
         self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
         rank_zero_info("\n".join(self.describe_counts()))
-
-    @property
-    def documents(self) -> bool:
-        return self.pack > 0 or self.share_prompt
 
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
@@ -175,19 +176,6 @@ class PreferenceDataModule(PlannedDataModule):
 
     def plan_identity(self) -> dict[str, str]:
         return {"data": self._data, **self.identity, "route": self.route.fingerprint()}
-
-    def _check_cleaning(self, cleaning: Cleaning) -> None:
-        if not self.route.is_hard.any():
-            raise InputError("model.cleaning has nothing to clean, since no pair is hard: set it to null")
-        if self.routing.hard_action != "sft":
-            raise InputError(
-                "model.cleaning cuts tokens of chosen responses that hard pairs learn: data.routing.hard_action must "
-                f"be sft, not {self.routing.hard_action}"
-            )
-        if self.routing.reshuffle and cleaning.selection is not None and cleaning.selection.scope == "batch":
-            raise InputError(
-                "cleaning.selection.scope batch needs steps that stay: data.routing.reshuffle must be false"
-            )
 
     def cleaning_pool(self) -> TokenPool:
         """The chosen responses of the hard pairs."""

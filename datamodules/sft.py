@@ -84,13 +84,13 @@ class SFTDataModule(PlannedDataModule):
 
     def summary(self) -> dict[str, Any]:
         """What `plan.json` holds: the stages, and the counts of what was read, dropped and truncated."""
-        stages = [
-            {"slice": stage.slice, "samples": len(stage.samples), "steps": len(stage.steps)} for stage in self.stages
-        ]
+        stages = [{"slice": s.slice, "samples": len(s.samples), "steps": len(s.steps)} for s in self.stages]
         return {"stages": stages, "counts": self.counts, "batch_size": self.batch_size, "seed": self.slices.seed}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return [step for stage in self.stages for step in stage.steps]
+
+    pool_steps = _steps
 
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         starts = np.cumsum([0, *(len(stage.steps) for stage in self.stages)])
@@ -98,9 +98,6 @@ class SFTDataModule(PlannedDataModule):
 
     def sizes(self) -> tuple[list[int], np.ndarray]:
         return [len(ids) for ids in self.pool.samples["input_ids"]], np.diff(self.pool.offsets)
-
-    def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
-        return self._make_loader(plan, self.pool)
 
     def plan_identity(self) -> dict[str, str]:
         return {**self.pool.identity, "steps": content_hash(self._steps())}
@@ -111,11 +108,13 @@ class SFTDataModule(PlannedDataModule):
     def val_dataloader(self) -> ResumableLoader:
         samples = self.validation_pool.samples
         plan = self.validation_batches([len(ids) for ids in samples["input_ids"]], samples["sample_id"][:])
-        return self._make_loader(plan, self.validation_pool)
+        return self.loader(plan, self.validation_pool)
 
-    def _make_loader(self, plan: list[MicroBatch], pool: TokenPool) -> ResumableLoader:
+    def loader(self, plan: list[MicroBatch], pool: TokenPool | None = None) -> ResumableLoader:
         sources = {name: index for index, name in enumerate(self.sources)}
-        return ResumableLoader(plan, SampleCollator(pool, sources, pack=self.pack), workers=self.workers)
+        return ResumableLoader(
+            plan, SampleCollator(self.pool if pool is None else pool, sources, pack=self.pack), workers=self.workers
+        )
 
 
 def _prompt(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -74,7 +74,7 @@ class MarginModule(L.LightningModule):
             device = self.trainer.strategy.root_device
             check_card(device, str(self.trainer.precision))
             self.model = load(self.base, **self.loading, device=device)
-            check_vocabulary(self.model, self.base, largest_id(*self.trainer.datamodule.encoded))
+            check_vocabulary(self.model, self.base, largest_id(*self.trainer.datamodule.tables.values()))
             used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):

@@ -97,7 +97,7 @@ class AdapterModule(L.LightningModule):
         self._refuse_unfit()
         data, device = self.trainer.datamodule, self.trainer.strategy.root_device
         base = load_base(self.base, **self.loading, device=device)
-        check_vocabulary(base, self.base, largest_id(*getattr(data, "encoded", [])))
+        check_vocabulary(base, self.base, largest_id(*getattr(data, "tables", {}).values()))
         if getattr(data, "documents", False):
             check_documents(base)
         self.model = add_adapters(base, self.lora, self.adapter)

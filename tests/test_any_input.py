@@ -15,7 +15,7 @@ from test_pairs import PAIR
 from mixdpo.batches.rows import Piece, token_rows
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.pairs import read_pairs
-from mixdpo.data.sources import text_rows
+from mixdpo.data.sources import file_rows
 from mixdpo.errors import InputError
 
 Row = dict[str, object]
@@ -105,7 +105,7 @@ def test_damaged_files_give_rows_or_name_one(
     path = folder / name
     path.write_bytes(content)
     try:
-        rows = list(text_rows(path))
+        rows = list(file_rows(path))
     except InputError as error:
         assert re.match(rf"{re.escape(str(path))}, row [1-9]\d*: cannot be read: ", str(error))
         assert str(error).endswith(".") and str(error).count(". ") >= 1

@@ -1,6 +1,5 @@
 """Steps cut into micro-batches, pairs as packed rows, masks, and a loader that continues where it stopped."""
 
-import pickle
 from collections import Counter
 from itertools import pairwise
 
@@ -13,14 +12,10 @@ from hypothesis import strategies as st
 from mixdpo.batches.batch import PairCollator
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.rows import TokenRows
-from mixdpo.batches.steps import cut_step, plan_steps
+from mixdpo.batches.steps import cut_step
 
 fast = settings(max_examples=40)
 ANY = st.sampled_from([True, False])
-
-
-def test_steps_by_hand():
-    assert plan_steps([4, 0, 3, 1, 2], 2) == [(4, 0), (3, 1), (2,)] and plan_steps([], 2) == []
 
 
 @st.composite
@@ -151,27 +146,6 @@ def check_rows(rows, pairs, has_chosen, has_rejected):
     assert rows.lengths.tolist() == lengths
 
 
-def row_contents(rows):
-    """(token, position, segment) of each row, padding left out."""
-    contents = []
-    for ids, positions, segments in zip(rows.input_ids, rows.position_ids, segments_of(rows), strict=True):
-        real = segments != -1
-        contents.append(list(zip(ids[real].tolist(), positions[real].tolist(), segments[real].tolist(), strict=True)))
-    return contents
-
-
-def expected_row(pair, sides):
-    """prompt at 0…P−1, and each completion restarts at P."""
-    prompt = pair["prompt_ids"]
-    row = [(token, position, 0) for position, token in enumerate(prompt)]
-    for side, segment in sides:
-        row += [(token, len(prompt) + k, segment) for k, token in enumerate(pair[side])]
-    return row
-
-
-BOTH = [("chosen_ids", 1), ("rejected_ids", 2)]
-
-
 @given(batches(), ANY, ANY)
 @fast
 def test_targets_and_sources(batch, evaluation, share_prompt):
@@ -183,21 +157,6 @@ def test_targets_and_sources(batch, evaluation, share_prompt):
         check_rows(result.reference_rows, pairs, easy, easy)
     else:
         assert result.reference_rows is None
-
-
-@given(batches(), ANY, ANY)
-@fast
-def test_rows_hold_pairs_or_completions_and_restart_positions_after_the_prompt(batch, evaluation, share_prompt):
-    pairs, is_hard = batch
-    rows = collate(pairs, is_hard, evaluation=evaluation, share_prompt=share_prompt).rows
-    sides = [BOTH if evaluation or not hard else BOTH[:1] for hard in is_hard]
-    expected = [
-        expected_row(pair, part)
-        for pair, both in zip(pairs, sides, strict=True)
-        for part in ([both] if share_prompt else [[side] for side in both])
-    ]
-    assert sorted(row_contents(rows)) == sorted(expected)
-    assert rows.tokens == sum(map(len, expected))
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -215,13 +174,6 @@ def test_a_hard_pairs_rejected_response_is_nowhere(share_prompt):
     for row, ids in enumerate(batch.rows.input_ids.tolist()):
         if hard_prompts & set(ids):
             assert 2 not in segments_of(batch.rows)[row].tolist()
-
-
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_the_reference_sees_easy_pairs_only(share_prompt):
-    rows = collate(PAIRS, IS_HARD, share_prompt=share_prompt).reference_rows
-    easy = {token for pair in EASY for side in ("prompt_ids", "chosen_ids", "rejected_ids") for token in pair[side]}
-    assert set(rows.input_ids[segments_of(rows) != -1].tolist()) == easy
 
 
 def test_a_batch_of_hard_pairs_has_no_reference_but_in_evaluation():
@@ -249,13 +201,6 @@ def test_the_flags_of_a_batch():
             assert getattr(rows, name).dtype == torch.int64, name
     filler = collate(PAIRS[:1], [False], weight=0.0, step_total=8)
     assert (filler.weight.tolist(), filler.step_total, filler.count) == ([0.0], 8, 0)
-
-
-@pytest.mark.parametrize("missing", ["margin", "pair_id", "rejected_ids"])
-def test_a_column_that_was_dropped_is_an_error_and_never_a_default(missing):
-    pair = {name: value for name, value in PAIRS[0].items() if name != missing}
-    with pytest.raises(KeyError, match=missing):
-        collate([pair], [False])
 
 
 def test_moving_a_batch_moves_its_rows():
@@ -307,18 +252,6 @@ def seen(batch):
     return tuple((i - 2**40) // 7 for i in batch.ids.tolist()), batch.weight[0].item(), batch.step_total
 
 
-def test_the_collator_survives_a_worker():
-    collator = PairCollator(PAIRS, IS_HARD, evaluation=True, share_prompt=False)
-    batch = pickle.loads(pickle.dumps(collator))(((3, 0), 0.0, 9))
-    expected = collate(
-        [PAIRS[3], PAIRS[0]], [True, False], weight=0.0, step_total=9, evaluation=True, share_prompt=False
-    )
-    assert seen(batch) == ((3, 0), 0.0, 9)
-    assert batch.is_hard.tolist() == [True, False]
-    assert torch.equal(batch.rows.input_ids, expected.rows.input_ids)
-    assert batch.reference_rows.source == expected.reference_rows.source
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_new_loader_continues_and_then_starts_over(workers):
     first = make_loader(workers)
@@ -364,12 +297,6 @@ def test_sft_computes_the_sides_it_learns_and_no_other(sides, segments):
     assert mine and mine[0] - {-1} == segments
     assert batch.reference_rows.lengths.tolist()[1] == batch.reference_rows.lengths.tolist()[5] == 0
     assert batch.reference_rows.lengths.tolist()[3] == len(PAIRS[3]["chosen_ids"])
-
-
-def test_hard_pairs_by_the_preference_loss_have_a_reference():
-    batch = collate(PAIRS, [True] * 4, is_sft=[False] * 4)
-    assert batch.reference_rows is batch.rows
-    assert (batch.preference.tolist(), batch.sft.tolist(), batch.is_hard.tolist()) == ([0, 1, 2, 3], [], [True] * 4)
 
 
 def test_epochs_that_differ_are_continued_in_the_right_one():

@@ -53,7 +53,7 @@ def test_the_table_its_columns_and_ids(tmp_path):
     expected = [int(hashlib.sha256(name).hexdigest()[:16], 16) >> 1 for name in (b"p0", b"7")]
     assert samples.dataset["sample_id"][:] == expected
     assert samples.dataset["source"][:] == ["sums", ""] and samples.dataset["row"][:] == [1, 2]
-    assert samples.dropped == {} and samples.source == path
+    assert samples.dropped == {}
 
 
 def test_ids_from_content_ignore_the_form_and_stay_apart_when_a_row_repeats(tmp_path):
@@ -61,11 +61,6 @@ def test_ids_from_content_ignore_the_form_and_stay_apart_when_a_row_repeats(tmp_
     ids = read_samples(write_pairs(tmp_path / "a.jsonl", [QUESTION, other, same])).dataset["sample_id"][:]
     moved = read_samples(write_pairs(tmp_path / "b.jsonl", [other, same, QUESTION])).dataset["sample_id"][:]
     assert moved == [ids[1], ids[0], ids[2]] and len(set(ids)) == 3 and min(ids) >= 0
-
-
-def test_a_repeated_id_names_both_rows(tmp_path):
-    with pytest.raises(InputError, match="row 3: id 'a' was already given by row 1"):
-        read_samples(write_pairs(tmp_path / "a.jsonl", [QUESTION | {"id": name} for name in ("a", "b", "a")]))
 
 
 def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
@@ -86,27 +81,6 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
     assert read_samples(path, limit=2).dataset["row"][:] == [1, 6]
     with pytest.raises(InputError, match=r"no usable sample \(1 rows read, kept out: .'empty_prompt': 1"):
         read_samples(write_pairs(tmp_path / "b.jsonl", [{"prompt": "", "completion": "4"}]))
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "a", "output": "b"}, f"fit 0 forms.*{FORMS}"),
-        ({"prompt": "a", "completion": None}, "fit 0 forms.*null counts as absent"),
-        (QUESTION | {"messages": ONE_TURN}, f"fit 2 forms.*{FORMS}"),
-        (QUESTION | {"instruction": "a", "input": "", "output": "b"}, "fit 2 forms"),
-        ({"messages": [user("a"), {"role": "gpt", "content": "b"}]}, r"role 'assistant' \(there are: user, gpt\)"),
-        ({"prompt": ONE_TURN, "completion": "b"}, "'prompt' holds a response.*as 'messages'"),
-        ({"prompt": "a", "completion": [user("b"), response("c")]}, "'completion' should begin.*not 'user'"),
-        ({"messages": [user("a"), response("b") | {"reasoning_content": "c"}]}, "'messages' has reasoning_content"),
-    ],
-)
-def test_bad_rows_are_named_with_file_row_and_columns(tmp_path, row, message):
-    path = write_pairs(tmp_path / "a.jsonl", [QUESTION, row])
-    with pytest.raises(InputError, match=message) as raised:
-        read_samples(path)
-    assert f"{path}, row 2: " in str(raised.value)
-    assert str(raised.value).endswith(f"Columns present: {', '.join(row)}.")
 
 
 roles = st.sampled_from(["user", "assistant"])

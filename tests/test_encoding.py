@@ -112,15 +112,6 @@ def test_a_generation_prompt_that_responses_lack_is_not_in_the_prompt():
     assert pair == EncodedPair(PROMPT_IDS, [FOUR, END], [TWO, END])
 
 
-@pytest.mark.parametrize("content", ["m.content.split('plus')[-1]", "'' if m.content == 'is plus four' else m.content"])
-def test_a_template_that_leaves_out_part_of_a_response_is_refused(content):
-    # As DeepSeek-R1 does, whose template keeps what follows the last </think>.
-    tokenizer = word_tokenizer(CHATML.replace("m.content", f"({content}) if m.role == 'assistant' else m.content"))
-    assert encoded_pair(tokenizer, PROMPT, "four", "two").chosen_ids == [FOUR, END]
-    with pytest.raises(InputError, match=r"leaves out part of a response .*give a `chat_template` that shows it"):
-        encoded_pair(tokenizer, PROMPT, "two", "is plus four")
-
-
 def test_a_template_may_trim_a_response_and_set_its_reasoning_apart():
     # As Qwen3 does.
     shown = "m.content | trim | replace('plus', '\nplus\n\n')"
@@ -172,24 +163,6 @@ def test_a_template_may_be_given_as_text_or_as_a_path(tmp_path):
         assert encoded_pair(word_tokenizer(None), PROMPT, "four", "two", chat_template=given_template) == expected
 
 
-@pytest.mark.parametrize(
-    ("template", "given_template", "message"),
-    [
-        (None, "no-eos", "no eos token"),
-        (None, None, "no chat template: give `chat_template`.*'plain'"),
-        (None, "no/such.jinja", "is no file, no Jinja template"),
-        (CHATML, "{{ raise_exception('no system role') }}", r"refuses messages of the roles \(user\): no system role"),
-        (CHATML, "{% for", "refuses"),
-        (CHATML, CHATML.replace("<|im_end|>", ""), "no special token"),
-        (CHATML, "{{ messages | length }}{{ messages[-1].content }}<|im_end|>", "last user message differently"),
-    ],
-)
-def test_templates_that_do_not_serve(template, given_template, message):
-    special, given_template = ({"eos_token": None}, "plain") if given_template == "no-eos" else ({}, given_template)
-    with pytest.raises(InputError, match=message):
-        encoded_pair(word_tokenizer(template, **special), PROMPT, "four", "two", chat_template=given_template)
-
-
 def test_a_template_writes_the_same_date_on_all_days():
     today = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + CHATML
     fixed = today.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
@@ -198,12 +171,6 @@ def test_a_template_writes_the_same_date_on_all_days():
     assert load_template(word_tokenizer(), spaced) == fixed.replace("26 Jul 2024", "2024-07-26")
     with pytest.raises(InputError, match=r"by 'strftime_now\(form\)', and no text says in which form"):
         load_template(word_tokenizer(today.replace("'%d %b %Y'", "form")), None)
-
-
-def test_named_templates_use_the_default_one():
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ 1 }}"}
-    assert load_template(tokenizer, None) == CHATML
 
 
 # Lengths.
@@ -233,20 +200,6 @@ def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
     encoded, counts = encode_rows(data, word_tokenizer(), max_length=12, max_prompt_length=11)
     assert counts == {"dropped_overlong": 1, "dropped_empty": 0, "truncated": 1}
     assert (encoded["row"][:], encoded["chosen_ids"][:], encoded["rejected_ids"][:]) == ([2], [[FOUR]], [[IS]])
-
-
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [
-        ({"max_length": 5, "max_prompt_length": 5}, r"max_length \(5\) must .* above max_prompt"),
-        ({"max_length": 5, "max_prompt_length": 0}, r"\(0\), which must be at least 1"),
-        ({"max_length": 5, "max_prompt_length": 4, "overlong": "keep"}, "one of truncate, drop, not 'keep'"),
-        ({"max_length": 4, "max_prompt_length": 2, "overlong": "drop"}, "no pair is left of 3 .*'dropped_overlong': 3"),
-    ],
-)
-def test_impossible_limits(limits, message):
-    with pytest.raises(InputError, match=message):
-        encode_rows(three_pairs(), word_tokenizer(), **limits)
 
 
 token_ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -291,19 +244,6 @@ def test_a_table_truncates_and_counts():
     )
     assert encoded["prompt_ids"][:] == [PROMPT_IDS, PROMPT_IDS[-9:], PROMPT_IDS]
     assert encoded["rejected_ids"][:] == [[TWO, END], [IS, TWO, END], [IS, END]]
-
-
-def test_a_table_drops_and_counts():
-    data = table(("two plus two", "four", "two"), ("two plus two", "four", "is two"), ("two", " ", "two"))
-    encoded, counts = encode_rows(data, word_tokenizer(), **LIMITS, overlong="drop")
-    assert counts == {"dropped_overlong": 1, "dropped_empty": 1, "truncated": 0}
-    assert encoded["row"][:] == [1]
-
-
-def test_a_pair_that_cannot_be_encoded_is_named_by_its_row():
-    template = CHATML + "{% if messages[-1].content == 'is' %}{{ raise_exception('no') }}{% endif %}"
-    with pytest.raises(InputError, match=r"row 3 .pair_id 12.*no"):
-        encode_rows(three_pairs(), word_tokenizer(template), **LIMITS)
 
 
 def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():

@@ -92,11 +92,6 @@ def test_a_blank_response_before_another_has_its_end_token(tokenizer):
     assert [sample.input_ids[at] for at in eligible(vars(sample))] == [END, BLUE, END]
 
 
-def test_responses_one_after_the_other(tokenizer):
-    messages = chat(("user", "red"), ("assistant", "blue"), ("assistant", "tea"))
-    assert encode_sample(tokenizer, messages, TEMPLATE).spans == [6, 8, 10, 12]
-
-
 def test_plain_takes_one_response(tokenizer):
     sample = encode_sample(tokenizer, chat(("system", "blue"), ("user", "tea"), ("assistant", " red")), "plain")
     assert sample == EncodedSample([BLUE, TEA, RED, END], [2, 4])
@@ -152,24 +147,6 @@ def test_a_table_of_samples_and_what_it_drops(tokenizer):
     encoded, counts = encode(tokenizer, *rows, max_length=14, overlong="drop")
     assert counts == {"dropped_overlong": 2, "dropped_empty": 1, "truncated": 0}
     assert encoded["row"][:] == [4]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_length": 1}, r"max_length \(1\) must be at least 2"),
-        ({"max_length": 8, "overlong": "keep"}, "one of truncate, drop, not 'keep'"),
-        ({"max_length": 7}, r"no sample is left of 1 .*'dropped_overlong': 1.*max_length \(7\)"),
-    ],
-)
-def test_impossible_limits(tokenizer, options, message):
-    with pytest.raises(InputError, match=message):
-        encode(tokenizer, TWO_TURNS, **options)
-
-
-def test_a_sample_that_cannot_be_encoded_is_named(tokenizer):
-    with pytest.raises(InputError, match=r"row 2 \(sample_id 11\): there are 2 responses"):
-        encode(tokenizer, TWO_TURNS[:2], TWO_TURNS, chat_template="plain")
 
 
 def test_the_identity_names_the_part_that_differs(tiny_model):

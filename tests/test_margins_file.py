@@ -197,7 +197,9 @@ def test_ids_that_both_files_number_alike_are_refused(tiny_model, tmp_path, comp
 
 def test_validation_of_another_split_or_of_a_file_without_any(tiny_model, tmp_path):
     tables = {name: datasets.Dataset.from_list(make_pairs(9 + i, seed=i)) for i, name in enumerate(("prefs", "held"))}
-    datasets.DatasetDict(tables).save_to_disk(folder := str(tmp_path / "saved"))
+    folder = str(tmp_path / "saved")
+    for name, table in tables.items():
+        table.to_json(f"{folder}/data/{name}-00000-of-00001.jsonl")
     counts = read(tiny_model, folder, tmp_path, split="prefs", validation=folder, validation_split="held").counts
     assert counts[f"read/{folder}, split prefs"] == {"pairs": 9}
     assert counts[f"read/{folder}, split held"] == {"pairs": 10}

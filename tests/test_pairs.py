@@ -82,17 +82,13 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, name):
     assert pairs.dataset["row"][:] == [1, 2]
     # first 8 bytes of sha256("p0") and sha256("p1"), big-endian, shifted right by one
     assert pairs.dataset["pair_id"][:] == [int(f, 16) >> 1 for f in ("169b5b823c62b64c", "f64551fcd6f07823")]
-    assert pairs.dropped == {} and pairs.source == source
+    assert pairs.dropped == {}
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_folders(tmp_path, saved):
+def test_folders(tmp_path):
     folder = tmp_path / "folder"
-    if saved:
-        datasets.DatasetDict({"test": datasets.Dataset.from_list([PAIR])}).save_to_disk(folder)
-    else:
-        folder.mkdir()
-        write(folder / "test.jsonl", [PAIR])
+    folder.mkdir()
+    write(folder / "test.jsonl", [PAIR])
     assert read_pairs(str(folder), split="test").dataset["chosen"][:] == ["4"]
     with pytest.raises(InputError, match=r"folder, split 'train' cannot be read.*test"):
         read_pairs(str(folder))
@@ -101,10 +97,10 @@ def test_folders(tmp_path, saved):
 def test_a_changed_file_or_folder_is_read_anew_and_the_options_count(tmp_path):
     path = tmp_path / "folder" / "train.jsonl"
     path.parent.mkdir()
-    # of a file the same size and modification time, of a folder another size
-    for text, source in (("4", path), ("6", path), ("seven", path.parent), ("eight!", path.parent)):
+    # of a file the same size and modification time, of a folder another time
+    for text, source, time in (("4", path, 1), ("6", path, 1), ("7", path.parent, 1), ("8", path.parent, 2)):
         write(path, [PAIR | {"chosen": text, "gap": 3.0}, PAIR | {"gap": 4.0}])
-        os.utime(path, (1, 1))
+        os.utime(path, (time, time))
         assert read_pairs(str(source)).dataset["chosen"][0] == text
     first, again = read_pairs(str(path)), read_pairs(str(path))
     assert first.dataset._fingerprint == again.dataset._fingerprint
@@ -129,7 +125,7 @@ def test_a_hub_id_is_fetched_with_its_split_and_configuration(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     pairs = read_pairs("org/name", split="train_prefs")
-    assert pairs.dataset.num_rows == 1 and pairs.source == "'org/name', split 'train_prefs'"
+    assert pairs.dataset.num_rows == 1
     assert read_pairs("org/name:a-b.1").dataset.num_rows == 1
     assert asked == [("org/name", "train_prefs"), ("org/name", "a-b.1", "train")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
@@ -139,30 +135,10 @@ def test_a_hub_id_is_fetched_with_its_split_and_configuration(monkeypatch):
         read_pairs("org/name")
 
 
-def test_of_several_configurations_the_error_says_how_to_name_one(tmp_path):
-    folder = tmp_path / "folder"
-    for name in ("one", "two"):
-        (folder / name).mkdir(parents=True)
-        write(folder / name / "train.jsonl", [PAIR])
-    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*\n" for name in ("one", "two"))
-    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    with pytest.raises(InputError, match=r"(?s)one.*two.*name the folder or the file of one"):
-        read_pairs(str(folder))
-    assert read_pairs(str(folder / "one")).dataset.num_rows == 1
-
-
-def test_a_table_of_pandas_has_its_index_first(tmp_path):
-    (tmp_path / "a.csv").write_text(",prompt,chosen,rejected,margin\n0,2+2?,4,5,1.5\n")
-    assert read_pairs(str(tmp_path / "a.csv")).dataset["chosen"][:] == ["4"]
-
-
 def test_a_list_may_follow_blank_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"\n \n[" + LINE + b"," + LINE + b"]")
     assert read_pairs(str(path)).dataset["row"][:] == [1, 2]
-    path.write_bytes(b"\n\n[" + LINE[:-4])
-    with pytest.raises(InputError, match=r"row 1: .*JSONDecodeError"):
-        read_pairs(str(path))
 
 
 def test_null_in_a_column_of_mixed_rows_counts_as_absent(tmp_path):
@@ -176,32 +152,6 @@ def test_null_in_a_column_of_mixed_rows_counts_as_absent(tmp_path):
 # Faults, each named by file, row and columns.
 
 LINE = json.dumps(PAIR).encode() + b"\n"
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "a", "chosen": "b", "margin": 1}, "'rejected' is missing"),
-        (PAIR | {"chosen": 10**99}, r"not 10{79}\. Columns"),
-        (PAIR | {"margin": "m" * 99}, r"not 'm{79}\. Columns"),
-        (PAIR | {"pair_id": [1] * 99}, r"whole number, not \[1(, 1){26}\. Columns"),
-        (PAIR | {"prompt": f" [{user('2+2?')}]"}, "'prompt' is a list of messages that was saved as text"),
-        (PAIR | {"rejected": json.dumps([response("5")])}, "'rejected' is a list of messages that was saved as text"),
-        (PAIR | {"prompt": [user("a") | {"reasoning_content": "b"}]}, "'prompt' has reasoning_content, .*put it in"),
-        (PAIR | {"history": [["a", "b"]]}, "'history' is not read, and here it holds"),
-        (
-            PAIR | {"chosen": [response("b"), user("and?"), response("d")]},
-            r"'chosen' has the messages \(assistant, user, as",
-        ),
-        ({"chosen": [response("b")], "rejected": [response("c")], "margin": 1}, "end in a message of role 'user'"),
-    ],
-)
-def test_bad_rows_are_named_with_file_row_and_columns(tmp_path, row, message):
-    source = write(tmp_path / "a.jsonl", [PAIR, row])
-    with pytest.raises(InputError, match=message) as raised:
-        read_pairs(source)
-    assert f"{source}, row 2: " in str(raised.value)
-    assert str(raised.value).endswith(f"Columns present: {', '.join(row)}.")
 
 
 # Row forms.
@@ -270,23 +220,12 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
 # Pair ids.
 
 
-def test_a_repeated_pair_id_names_both_rows(tmp_path):
-    rows = [PAIR | {"pair_id": name} for name in ("a", "b", "a")]
-    with pytest.raises(InputError, match=r"row 3: pair_id 'a' was already given by row 1"):
-        read_pairs(write(tmp_path / "a.jsonl", rows))
-
-
 def test_ids_from_content_follow_it_and_stay_apart_when_a_row_repeats(tmp_path):
     other = PAIR | {"chosen": "four"}
     ids = read_pairs(write(tmp_path / "a.jsonl", [PAIR, other, PAIR])).dataset["pair_id"][:]
     moved = read_pairs(write(tmp_path / "b.jsonl", [other, PAIR, PAIR])).dataset["pair_id"][:]
     assert moved == [ids[1], ids[0], ids[2]] and len(set(ids)) == 3
     assert all(0 <= pair_id < 2**63 for pair_id in ids)
-
-
-def test_number_ids_agree_between_json_and_csv(tmp_path):
-    files = [write(tmp_path / name, [PAIR | {"pair_id": 7}]) for name in ("a.json", "a.csv")]
-    assert len({read_pairs(file).dataset["pair_id"][0] for file in files}) == 1
 
 
 # Split.
@@ -317,11 +256,6 @@ def test_split_follows_seed_fraction_and_form():
     assert split_by_prompt(prompts, 0.1, 1)[1] != validation
     assert split_by_prompt([[user(prompt)] for prompt in prompts], 0.1, 0)[1] == validation
     assert split_by_prompt(prompts, 0, 0) == (list(range(2000)), [])
-
-
-def test_a_split_that_leaves_a_side_empty_is_refused():
-    with pytest.raises(InputError, match="validation fraction"):
-        split_by_prompt(["the only prompt"], 0.5, 0)
 
 
 # Real data: the counts and histograms in shared/data/README.md.

@@ -102,9 +102,8 @@ def build_rows(
         prompt = Piece(pair["prompt_ids"])
         sides = ((with_chosen, b, "chosen_ids"), (with_rejected, len(pairs) + b, "rejected_ids"))
         parts = [Piece(pair[ids], number, (0, len(pair[ids]))) for wanted, number, ids in sides if wanted[b]]
-        documents += [
-            [prompt, *pieces] for pieces in ([parts] if share_prompt else [[part] for part in parts]) if pieces
-        ]
+        groups = [parts] if share_prompt and parts else [[part] for part in parts]
+        documents += [[prompt, *pieces] for pieces in groups]
     return token_rows(documents, 2 * len(pairs), pack)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from mixdpo.errors import InputError
 
@@ -56,21 +57,14 @@ class Slices:
         seed: Of the order of the samples within a slice and, when shuffled, of the slices.
     """
 
-    count: int = 1
+    count: PositiveInt = 1
     split: Split = "contiguous"
     only: list[int] | None = None
-    passes: int = 1
-    seed: int = 0
+    passes: PositiveInt = 1
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.passes < 1 or self.seed < 0:
-            raise InputError(
-                f"slices.count ({self.count}) and slices.passes ({self.passes}) must be at least 1, and slices.seed "
-                f"({self.seed}) at least 0"
-            )
-        if self.only is not None and (
-            not self.only or list(self.only) != sorted(set(self.only) & set(range(self.count)))
-        ):
+        if self.only is not None and (not self.only or self.only != sorted(set(self.only) & set(range(self.count)))):
             raise InputError(
                 f"slices.only must name slices once, in rising order, from 0 to {self.count - 1}, not {self.only}"
             )

@@ -16,7 +16,7 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
     `instruction`, `input` (may be absent) and `output`. Its id is taken from `sample_id` or `id`, else its content.
 
     Args:
-        source: hub id; folder of data files or from `save_to_disk`; .parquet, .json, .jsonl, .csv (the last three also
+        source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
             with .gz).
         split: split of a hub data set or folder; a single file has only `train`.
         limit: stop after this many usable samples.
@@ -58,7 +58,7 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
 
 def _prompt(row: dict[str, Any]) -> list[Message]:
     if isinstance(row["prompt"], str):
-        return _user(plain_text(row["prompt"], "prompt"))
+        return [{"role": "user", "content": plain_text(row["prompt"], "prompt")}]
     prompt = parse_messages(row, "prompt")
     if any(message["role"] == "assistant" for message in prompt):
         raise InputError(
@@ -79,11 +79,8 @@ def _alpaca(row: dict[str, Any]) -> list[Message]:
     question, context = checked_text(row["instruction"], "instruction"), checked_text(row.get("input", ""), "input")
     if context.strip():
         question += f"\n\n{context}"
-    return [*_user(question), {"role": "assistant", "content": checked_text(row["output"], "output")}]
-
-
-def _user(text: str) -> list[Message]:
-    return [{"role": "user", "content": text}]
+    response = checked_text(row["output"], "output")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
 
 
 def _record(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:

@@ -12,9 +12,7 @@ Message = dict[str, str]
 
 
 LIST_AS_TEXT = re.compile(
-    r"""\s*\[\s*\{\s*['"](role['"]\s*:\s*['"](user|assistant|system)['"]\s*,\s*['"]content|"""
-    r"""content['"]\s*:.*['"]role['"]\s*:\s*['"](user|assistant|system)['"]\s*\})""",
-    re.DOTALL,
+    r"""\s*\[\s*\{(?=.*['"]content['"]\s*:).*['"]role['"]\s*:\s*['"](user|assistant|system)['"]""", re.DOTALL
 )
 
 

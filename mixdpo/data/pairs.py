@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from mixdpo.data.messages import Message, parse_messages, plain_text, refuse_ignored
@@ -21,7 +22,7 @@ def read_pairs(
     """Read preference pairs from a hub id, a local folder or file, or the built-in task `constraints`.
 
     Args:
-        source: hub id; folder of data files or from `save_to_disk`; .parquet, .json, .jsonl, .csv (the last three also
+        source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
             with .gz); or `constraints`.
         split: split of a hub data set or folder; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
@@ -56,12 +57,6 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     """
     chosen, rejected = parse_messages(row, "chosen"), parse_messages(row, "rejected")
     if "prompt" not in row:
-        if isinstance(row["chosen"], str):
-            raise InputError(
-                "there is no 'prompt', or it is null, and 'chosen' is one string. Give a 'prompt' column, or message "
-                "lists [{'role': …, 'content': …}, …] in 'chosen' and 'rejected' (dialogues as in hh-rlhf must be cut "
-                "first)."
-            )
         prompt = _shared_messages(chosen, rejected)
     elif isinstance(row["prompt"], str):
         text = plain_text(row["prompt"], "prompt")
@@ -71,19 +66,18 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     else:
         prompt = parse_messages(row, "prompt")
     if not prompt or prompt[-1]["role"] != "user":
-        raise InputError("the prompt, which chosen and rejected must share, should end in a message of role 'user'.")
+        raise InputError(
+            "the prompt, the column 'prompt' or else the messages that 'chosen' and 'rejected' share, should end in a "
+            "message of role 'user'. Give a 'prompt' column, or cut dialogues in one text into messages."
+        )
     refuse_ignored(row, prompt)
     return prompt, _response(chosen, prompt, "chosen"), _response(rejected, prompt, "rejected")
 
 
 def _shared_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
     """Longest common prefix of two conversations, short of the last message of each."""
-    shared = []
-    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
-        if one != other:
-            break
-        shared.append(one)
-    return shared
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def _response(conversation: list[Message], prompt: list[Message], column: str) -> str:

@@ -36,12 +36,9 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
 
 
 def _check_prompt(row: Row) -> None:
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str | list) or not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise InputError('need an object with "prompt", a text or a list of messages')
     messages = parse_messages(row, "prompt")
     refuse_ignored(row, messages)
-    if isinstance(prompt, list) and messages[-1]["role"] != "user":
-        raise InputError(f"'prompt' should end in a message of role 'user', not {messages[-1]['role']!r}.")
+    if not messages[-1]["content"].strip() or (isinstance(row["prompt"], list) and messages[-1]["role"] != "user"):
+        raise InputError("'prompt' should be a text, or messages that end in one of role 'user', and not blank.")
     if not isinstance(row.get("part", ""), str):
         raise InputError(f"'part' should be the name of a part of the prompts, not {row['part']!r}.")

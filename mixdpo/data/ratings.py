@@ -50,10 +50,8 @@ def find_margin_columns(
         )
     names = (named,) if isinstance(named, str) else tuple(named)
     names = REWARD_MODEL_COLUMNS if names == REWARD_MODEL_COLUMNS[:1] else names
-    if len(names) not in (1, 2):
+    if len(names) not in (1, 2) or len(set(names)) < len(names):
         raise InputError(f"the margin takes one column or [chosen_column, rejected_column], not {list(names)}.")
-    if len(set(names)) < len(names):
-        raise InputError(f"the margin columns are both {names[0]}, so every margin is 0: name two, or one.")
     if absent := [name for name in names if name not in present]:
         raise InputError(f"no margin column {', '.join(absent)}.")
     return names
@@ -65,18 +63,14 @@ def row_margin(row: dict[str, Any], columns: MarginColumns) -> float:
     Raises:
         InputError: a column is absent or its value is no finite number; the reader adds file and row.
     """
-    values = [_value(row, column) for column in columns]
+    if absent := [column for column in columns if column not in row]:
+        raise InputError(f"the margin column {absent[0]!r} is missing.")
+    values = [row[column] for column in columns]
     if columns == REWARD_MODEL_COLUMNS:
         # a response that was generated twice can carry two scores: the pair is best against worst
         return max(_scores_of(row, "chosen", *values)) - min(_scores_of(row, "rejected", *values))
     numbers = [_number(value, column) for value, column in zip(values, columns, strict=True)]
     return numbers[0] if len(numbers) == 1 else _number(numbers[0] - numbers[1], " - ".join(columns))
-
-
-def _value(row: dict[str, Any], column: str) -> Any:
-    if column not in row:
-        raise InputError(f"the margin column {column!r} is missing.")
-    return row[column]
 
 
 def _number(value: Any, column: str) -> float:
@@ -94,9 +88,7 @@ def _scores_of(row: dict[str, Any], side: str, scores: Any, responses: Any) -> l
     """The reward model's scores of the chosen or the rejected text, matched by text among all responses."""
     if not isinstance(scores, list) or not isinstance(responses, list) or len(scores) != len(responses):
         raise InputError(f"{' and '.join(REWARD_MODEL_COLUMNS)} should be two lists of one length.")
-    text = _value(row, side)
-    if isinstance(text, list) and text and isinstance(text[-1], dict):
-        text = text[-1].get("content")
+    text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]  # `parse_row` has checked it
     own = [score for score, response in zip(scores, responses, strict=True) if response == text]
     if not own:
         raise InputError(

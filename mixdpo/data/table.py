@@ -4,10 +4,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixdpo.data.messages import checked_text
 from mixdpo.data.sources import Source, open_source
@@ -21,14 +20,12 @@ if TYPE_CHECKING:
 Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """The usable rows of one source, memory-mapped: `row` (int64, from 1) is the line of a json-lines file, else the
     record. `dropped` counts rows kept out by cause."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
-    source: str
 
 
 def read_table(
@@ -48,8 +45,6 @@ def read_table(
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
 
-    if limit is not None and limit < 1:
-        raise InputError(f"limit should be at least 1 or absent, not {limit}.")
     opened, text = open_source(source, split), Value("string")
     messages = [{"role": text, "content": text}]
     columns = columns | {"row": "int64", "drop": "string"}
@@ -60,12 +55,10 @@ def read_table(
     try:
         table = Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise InputError(
-            f"{opened.name} cannot be kept as a table: {error.__cause__ or error}. Check the values of its columns and "
-            "the room that is left in HF_DATASETS_CACHE"
-        ) from error
+        cause = error.__cause__ or error  # the disk may be full
+        raise (
+            cause if isinstance(cause, InputError) else InputError(f"{opened.name}, kept as a table: {cause}")
+        ) from None
     causes = table["drop"]  # a cached table tells as well what it kept out
     kept = [index for index, cause in enumerate(causes) if not cause]
     dropped = dict(Counter(cause for cause in causes if cause))
@@ -74,7 +67,7 @@ def read_table(
             f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}): give other data."
         )
     table = table.remove_columns("drop")
-    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, opened.name)
+    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped)
 
 
 def room_code() -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.messages import checked_text
-from mixdpo.data.sources import text_rows
+from mixdpo.data.sources import file_rows
 from mixdpo.errors import InputError
 
 if TYPE_CHECKING:  # a judge reads responses, and needs no transformers
@@ -219,7 +219,7 @@ def read_responses(path: str | Path) -> Rows:
         InputError: there is no such file, a row is malformed, or the responses are of several models.
     """
     rows: Rows = []
-    for number, row in text_rows(Path(path)):
+    for number, row in file_rows(Path(path)):
         where = f"{path}, row {number}"
         try:
             for column in ("instruction", "output", "generator"):

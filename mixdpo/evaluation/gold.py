@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mixdpo.data.sources import text_rows
+from mixdpo.data.sources import file_rows
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
 from mixdpo.evaluation.formats import SCORED, Prompt, PromptResponses
@@ -122,7 +122,7 @@ def other_scores(path: str | None, prompts: Sequence[Prompt]) -> np.ndarray | No
         return None
     if not Path(path).is_file():
         raise InputError(f"model.against: no file {path}; give the .json that another run.py test has written")
-    rows: list[Row] = [row for _, row in text_rows(Path(path))]
+    rows: list[Row] = [row for _, row in file_rows(Path(path))]
     if not all(isinstance(row.get("score"), int | float) for row in rows):
         raise InputError(f"model.against: {path} has rows without a score: give the .json of run.py test")
     if len(rows) != len(prompts):

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import linprog, minimize
 from scipy.special import expit
 
-from mixdpo.data.sources import text_rows
+from mixdpo.data.sources import file_rows
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
 
@@ -234,7 +234,7 @@ def read_gamed(path: str) -> GamedBaselines:
 def _numbers(path: str, names: Sequence[str]) -> Iterator[tuple[int, list[float]]]:
     """Row number, and these columns as numbers: True is 1, False 0, an empty cell NaN."""
     words = {"True": 1.0, "False": 0.0, "": np.nan}
-    for number, row in text_rows(Path(path)):
+    for number, row in file_rows(Path(path)):
         if lacking := [name for name in names if name not in row]:
             raise InputError(f"{path} lacks the column {', '.join(lacking)}; it has {', '.join(row)}. {_HUB}")
         try:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 
 from mixdpo.errors import InputError, check_one_of, choose_one
 
@@ -18,6 +19,9 @@ HardAction = Literal["sft", "sft_rejected", "sft_both", "preference", "drop"]
 
 
 EasyAction = Literal["preference", "drop"]
+
+
+KINDS = {"order": Order, "assignment": Assignment, "hard_action": HardAction, "easy_action": EasyAction}
 
 
 RANDOM_ORDERS = ("shuffled", "bucketed")
@@ -55,7 +59,7 @@ class Routing:
     threshold: float | None = None
     hard_fraction: float | None = None
     order: Order = "easy_to_hard"
-    buckets: int = 4
+    buckets: PositiveInt = 4
     reshuffle: bool = False
     assignment: Assignment = "margin"
     hard_action: HardAction = "sft"
@@ -63,24 +67,18 @@ class Routing:
 
     def __post_init__(self) -> None:
         choose_one(self, "routing", "hard_fraction", 0.12, "threshold")
-        if self.hard_fraction is not None and not 0 <= self.hard_fraction <= 1:
-            raise InputError(f"routing.hard_fraction must lie in [0, 1], not {self.hard_fraction}")
-        if self.threshold is not None and not np.isfinite(self.threshold):
+        if not 0 <= (self.hard_fraction or 0) <= 1 or not np.isfinite(self.threshold or 0):
             raise InputError(
-                f"routing.threshold must be finite, not {self.threshold}; hard_fraction 0 or 1 means none or all"
+                f"routing.hard_fraction ({self.hard_fraction}) must lie in [0, 1] (0 is no pair, 1 all), and "
+                f"routing.threshold ({self.threshold}) must be finite"
             )
-        kinds = {"order": Order, "assignment": Assignment, "hard_action": HardAction, "easy_action": EasyAction}
-        for name, kind in kinds.items():
+        for name, kind in KINDS.items():
             check_one_of(f"routing.{name}", getattr(self, name), get_args(kind))
-        if self.buckets < 2:
-            raise InputError(f"routing.buckets must be at least 2, not {self.buckets}")
         if self.reshuffle and self.order not in RANDOM_ORDERS:
             raise InputError(
                 f"routing.reshuffle: order {self.order} has nothing to shuffle: set it to false, or the order to "
                 f"{' or '.join(RANDOM_ORDERS)}"
             )
-        if self.hard_action == self.easy_action == "drop":
-            raise InputError("routing: hard_action and easy_action are both drop: nothing would be trained")
 
     @property
     def by_margin(self) -> bool:
@@ -107,17 +105,18 @@ class Routing:
         if not len(margins):
             raise InputError("there is no pair to route: the training data is empty")
         if not np.isfinite(margins).all() and (self.by_margin or not np.isnan(margins).all()):
-            raise InputError(
-                f"margin {int(np.flatnonzero(~np.isfinite(margins))[0])} is not finite; routing needs numbers"
-            )
+            raise InputError(f"margin {np.flatnonzero(~np.isfinite(margins))[0]} is not finite; routing needs numbers")
         easy_to_hard = np.lexsort((_hashes(pair_ids, seed), -margins))
         if self.threshold is not None:
             threshold, count = self.threshold, int((margins < self.threshold).sum())
         else:
             count = round(self.hard_fraction * len(margins))
             threshold = _threshold_at(margins[easy_to_hard], len(margins) - count)
+        hard_last = easy_to_hard[::-1] if self.assignment == "inverted" else easy_to_hard
+        if self.assignment == "random":
+            hard_last = np.lexsort((pair_ids, _hashes(pair_ids, seed, "assignment")))
         is_hard = np.zeros(len(margins), dtype=bool)
-        is_hard[_hard_last(self.assignment, easy_to_hard, pair_ids, seed)[len(margins) - count :]] = True
+        is_hard[hard_last[len(margins) - count :]] = True
         dropped = (self.hard_action == "drop") & is_hard | (self.easy_action == "drop") & ~is_hard
         trained = easy_to_hard[~dropped[easy_to_hard]]
         least = self.buckets if self.order == "bucketed" else 1
@@ -192,7 +191,7 @@ class Route:
             "hard_at_threshold": int((self.is_hard & at_threshold).sum()),
             "margin_quantiles": {f"{level}%": quantile for level, quantile in quantiles},
             "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items()},
-            **{name: getattr(self.routing, name) for name in ("order", "assignment", "hard_action", "easy_action")},
+            **{name: getattr(self.routing, name) for name in KINDS},
         }
 
     def fingerprint(self) -> str:
@@ -235,12 +234,6 @@ def _threshold_at(descending: np.ndarray, cut: int) -> float:
     """τ is the smallest easy margin, so that `< τ` repeats the cut on new pairs; if the cut splits a block of ties, the
     block's margin is τ and new pairs in it count as easy."""
     return float(descending[cut - 1] if cut else np.nextafter(descending[0], np.inf))
-
-
-def _hard_last(assignment: Assignment, easy_to_hard: np.ndarray, pair_ids: np.ndarray, seed: int) -> np.ndarray:
-    if assignment == "random":
-        return np.lexsort((pair_ids, _hashes(pair_ids, seed, "assignment")))
-    return easy_to_hard if assignment == "margin" else easy_to_hard[::-1]
 
 
 def _shuffled(order: np.ndarray, stages: np.ndarray, pair_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -6,11 +6,10 @@ dataclass maps a `StepPlan` to one multiplier of the peak learning rate per opti
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
-
-from mixdpo.errors import InputError
+from jsonargparse.typing import ClosedUnitInterval
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,7 @@ class Constant:
         warmup: share of the run's steps over which the rate rises linearly.
     """
 
-    warmup: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check_shares(self)
+    warmup: ClosedUnitInterval = 0.1
 
     def __call__(self, plan: StepPlan) -> np.ndarray:
         rise = _rise(len(plan), self.warmup)
@@ -67,11 +63,8 @@ class Cosine:
         floor: multiplier that the decay ends at, 0 to 1.
     """
 
-    warmup: float = 0.1
-    floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_shares(self)
+    warmup: ClosedUnitInterval = 0.1
+    floor: ClosedUnitInterval = 0.0
 
     def __call__(self, plan: StepPlan) -> np.ndarray:
         return self.decayed(len(plan))
@@ -138,9 +131,3 @@ def _rise(steps: int, warmup: float) -> np.ndarray:
     risen = min(int(np.ceil(warmup * steps)), max(steps - 1, 0))
     # from 1/(n+1), not 0: a first step at rate 0 is a step wasted, and stages here can be a handful of steps
     return np.arange(1, risen + 1) / (risen + 1)
-
-
-def _check_shares(schedule: "Constant | Cosine") -> None:
-    for field in fields(schedule):
-        if not 0 <= (value := getattr(schedule, field.name)) <= 1:
-            raise InputError(f"schedule.{field.name} must lie in [0, 1], not {value}")

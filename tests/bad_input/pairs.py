@@ -85,7 +85,7 @@ def ids_case(fault: str, *ids: Any) -> Case:
 
 # Files: (name, content) -> where and what to do.
 
-AGAIN, UTF8, FIX = "copy or make it again", "Save the file as UTF-8", "Correct or remove it"
+AGAIN, UTF8, FIX = "make a damaged file again", "save the file as UTF-8", "Correct or remove the row"
 PACKED = gzip.compress((LINE * 400).encode())
 FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("a cut line", "a.jsonl", LINE + LINE[:-9], ("row 2: ", "JSONDecodeError", FIX)),
@@ -94,7 +94,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("a number as a row", "a.jsonl", LINE + "3\n", ("row 2: ", "an object of named columns, not a int")),
     ("a key twice", "a.jsonl", LINE + LINE.replace('"margin"', '"chosen"'), ("row 2: ", "names a key twice", FIX)),
     ("a number of 5000 digits", "a.jsonl", LINE.replace("1.5", "1" * 5000), ("row 1: ", "4300 digits", FIX)),
-    ("a list with a cut row", "a.json", f"[{LINE},{LINE[:-9]}]", ("row 2: ", "JSONDecodeError", FIX)),
+    ("a list with a cut row", "a.json", f"[{LINE},{LINE[:-9]}]", ("JSONDecodeError", FIX)),
     ("gzip cut off", "a.jsonl.gz", PACKED[: len(PACKED) // 2], ("cannot be read: EOFError", AGAIN)),
     ("gzip with a wrong check sum", "a.jsonl.gz", PACKED[:-8] + b"\0" * 8, ("BadGzipFile: CRC", AGAIN)),
     ("too many values", "a.csv", f"{CSV}a,b,c,1,2\n", ("row 2: ", "5 values under 4 column names", FIX)),
@@ -157,7 +157,6 @@ SOURCES = [
         ("a folder with a broken file", broken_folder, "data, split 'train' cannot be read"),
     ),
     Case("data.split", "of one file", a_file(lambda path: read_pairs(path, split="test")), ("a.jsonl", "use 'train'")),
-    Case("data.limit", "0", a_file(lambda path: read_pairs(path, limit=0)), ("limit", "at least 1 or absent")),
     *cases(
         "data.validation",
         ("a share that leaves nothing", lambda place: split_by_prompt(["a"], 0.5, 0), "0.5 … change the fraction"),
@@ -174,7 +173,7 @@ CASES = [
     column_case("an unknown column", "stars", "no margin column stars", "margin, a, b."),
     column_case("three columns", ["a", "b", "c"], "takes one column or [chosen_column, rejected_column]"),
     column_case("no columns", [], "takes one column or [chosen_column, rejected_column]"),
-    column_case("one column twice", ["a", "a"], "both a", "name two, or one"),
+    column_case("one column twice", ["a", "a"], "takes one column or [chosen_column, rejected_column]"),
     *(dropped_case(*row) for row in DROPPED),
     *SOURCES,
 ]

@@ -51,9 +51,9 @@ def dropped_case(fault: str, row: dict[str, Any], count: str) -> Case:
     return Case("row of samples", fault, do, (count,), tolerated=True)
 
 
-NEED = 'need an object with "prompt", a text or a list of messages'
+NEED = "'prompt' should be a text, or messages that end in one of role 'user', and not blank."
 PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
-    ("no prompt", {"question": "a"}, ("row 2: ", NEED)),
+    ("no prompt", {"question": "a"}, ("row 2: ", "'prompt' is missing")),
     ("an empty prompt", {"prompt": ""}, ("row 2: ", NEED)),
     ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "of role 'user'")),
     ("a system column", {"prompt": "a", "system": "x"}, ("row 2: ", "'system' is not read")),
