@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, make_trainer, write_pairs
 from lightning.pytorch.callbacks import Callback
 
 from datamodules.preference import PreferenceDataModule
