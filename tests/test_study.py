@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import write_pairs
-from test_configs import build  # noqa: F401
+from test_configs import build, cli  # noqa: F401
 
 from mixdpo.__main__ import main
 from mixdpo.evaluation.compare_runs import chosen_point
