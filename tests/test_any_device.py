@@ -323,7 +323,7 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(tiny_model, pairs, 
     fit(tiny_model, pairs, tmp_path / "here", trainer=trainer, schedule_steps=4, ckpt_path=checkpoint)
     monkeypatch.setattr("lightning_modules.callbacks.checkpoint._processor", lambda _: "NVIDIA GeForce RTX 4090")
     assert ExactResume in {type(c) for c in make_trainer(tmp_path / "x").callbacks}
-    with pytest.warns(UserWarning, match=r"computed on cpu with \w+, but the run continues on NVIDIA GeForce RTX 4090"):
+    with pytest.warns(UserWarning, match=r"computed on cpu with \w+, and the run continues on NVIDIA GeForce RTX 4090"):
         fit(tiny_model, pairs, tmp_path / "there", trainer=trainer, schedule_steps=4, ckpt_path=checkpoint)
 
 

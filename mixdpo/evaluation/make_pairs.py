@@ -171,7 +171,7 @@ def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Respon
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = gpu_dtype() if device == "cuda" else "float32"  # bfloat16 is slower than float32 on most CPUs
     options |= {"tokenizer": load_tokenizer(model), "prompts": [row["prompt"] for row in rows]}
-    loading = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
+    loading = {"dtype": getattr(torch, dtype), "use_safetensors": True}
     with readable(model, "model"):
-        policy = AutoModelForCausalLM.from_pretrained(model_folder(model), **loading)
+        policy = AutoModelForCausalLM.from_pretrained(model_folder(model), trust_remote_code=False, **loading)
     return generate(policy.to(device), **options)

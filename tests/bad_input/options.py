@@ -167,7 +167,7 @@ WITH_DATA = [
     fit_case("model.schedule", "too few multipliers", ("must give 4 finite numbers",), schedule=rising),
     fit_case("model.optimizer", "a negative rate", ("model.optimizer", "learning rate"), lr=-1.0),
     fit_case("trainer.limit_train_batches", "2", ("cuts the", "use data.limit"), trainer={"limit_train_batches": 2}),
-    fit_case("trainer.max_epochs", "0", ("there is a schedule needs steps",), trainer={"max_epochs": 0}),
+    fit_case("trainer.max_epochs", "0", ("a schedule needs steps",), trainer={"max_epochs": 0}),
     fit_case(
         "data.max_prompt_length",
         "as max_length",
