@@ -92,9 +92,7 @@ def test_a_local_task_by_hand(
     error = math.sqrt(accuracy * (1 - accuracy) / 4)  # of a mean of five
     for task, metric, *numbers in (("choice", "acc ", accuracy, error), ("likelihood", "perplexity", perplexity)):
         line = next(line for line in printed.splitlines() if line.startswith(f"|tiny_{task}") and f"|{metric}" in line)
-        cells = [float(cell) for cell in line.split("|") if re.fullmatch(r" *[\d.]+ *", cell)][
-            1:
-        ]  # without n-shot
+        cells = [float(cell) for cell in line.split("|") if re.fullmatch(r" *[\d.]+ *", cell)][1:]  # without n-shot
         assert cells[: len(numbers)] == pytest.approx(numbers, rel=1e-3)
 
 
