@@ -15,6 +15,7 @@ from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.encoding import IDS, Overlong, encode_rows
 from mixdpo.data.messages import prompt_texts, split_by_prompt
+from mixdpo.data.sources import is_one_file
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
@@ -62,7 +63,7 @@ class PlannedDataModule(L.LightningDataModule):
         tokenizer: str,
         split: str = "train",
         validation: float | str = 0.1,
-        validation_split: str = "train",
+        validation_split: str | None = None,
         limit: PositiveInt | None = None,
         batch_size: PositiveInt = 32,
         eval_batch_size: PositiveInt = 8,
@@ -80,7 +81,7 @@ class PlannedDataModule(L.LightningDataModule):
             tokenizer: Hub id or folder; linked to model.base.
             split: Split of a hub data set or folder to train on.
             validation: Share of the prompts (not rows) held out, or another source; 0 for none.
-            validation_split: Split of `validation`, where that is a hub data set or folder.
+            validation_split: Split of `validation`, where that is a source with several; `split` if null.
             limit: Stop reading after so many usable rows.
             batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches. How
                 many of them run at once is batch_size / trainer.accumulate_grad_batches / devices.
@@ -97,7 +98,8 @@ class PlannedDataModule(L.LightningDataModule):
         """
         super().__init__()
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
-        self.validation, self.validation_split = validation, validation_split
+        whole = isinstance(validation, str) and is_one_file(validation)
+        self.validation, self.validation_split = validation, validation_split or ("train" if whole else split)
         # plain numbers: a checkpoint that holds jsonargparse's own kind of number could not be read again
         self.batch_size, self.eval_batch_size, self.pack = int(batch_size), int(eval_batch_size), int(pack)
         self.documents = pack > 0  # whether sequences are computed beside others that they must not see

@@ -111,10 +111,12 @@ def test_the_chat_template_and_the_limit(tiny_model: str, tasks: str, tmp_path: 
 
 
 def test_what_is_refused(tiny_model: str, tasks: str, tmp_path: Path) -> None:
+    run = str(write_run(tmp_path / "run", tiny_model))
     (tmp_path / "tasks" / "broken.yaml").write_text(TASK.format(name="broken", data=tmp_path / "none.jsonl") + CHOICE)
     for given, match in (
         ({"tasks": "broken"}, "'broken' could not be loaded.*none.jsonl"),
         ({"tasks": "tiny_choice", "model": str(tmp_path)}, "could not be loaded"),
+        ({"tasks": "tiny_choice", "model": run, "quantization": "nf4"}, "with quantization none: leave --quantization"),
     ):
         with pytest.raises(InputError, match=match):
             evaluate(**{"model": tiny_model, "include_path": tasks, **given})

@@ -254,9 +254,6 @@ def _last_checkpoint(trainer: L.Trainer) -> Path:
 def resume_command(trainer: L.Trainer) -> str:
     """From the last checkpoint of this run; without one, from the checkpoint that the run continues, if any."""
     path = _last_checkpoint(trainer) if _last_checkpoint(trainer).exists() else trainer.ckpt_path
-    words = [
-        "--config",
-        str(Path(trainer.default_root_dir, "config.yaml")),
-        *(["--ckpt_path", str(path)] if path else []),
-    ]
+    words = ["--config", str(Path(trainer.default_root_dir, "config.yaml"))]
+    words += ["--ckpt_path", str(path)] if path else []
     return f"{'mixdpo fit' if Path(sys.argv[0]).name == 'mixdpo' else 'python run.py'} {shlex.join(words)}"

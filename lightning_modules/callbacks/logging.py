@@ -66,10 +66,8 @@ class Throughput(Callback):
     floor_share: the time of the step's necessary operations at the rate of a matrix product, over the step's time."""
 
     def __init__(self) -> None:
-        self._sums, self._totals = (
-            np.zeros(4),
-            np.zeros(4),
-        )  # tokens, rows, operations, seconds: since the last row, all
+        # tokens, rows, operations, seconds: since the last row, and all
+        self._sums, self._totals = np.zeros(4), np.zeros(4)
         self._started, self._sizes, self._rate = 0.0, (0, 0), 1.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -94,9 +94,8 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """A run that had made all its max_steps may lack what follows the last one: Lightning calls no hook then."""
-        if not Path(
-            self.trainer.default_root_dir, self.datamodule.summary_file
-        ).exists():  # the plan, as training starts
+        # the plan is written as training starts
+        if not Path(self.trainer.default_root_dir, self.datamodule.summary_file).exists():
             print("the run of ckpt_path is complete: nothing is trained, only what follows the last step is done again")
             self.model.to(self.trainer.strategy.root_device)
             for name in ("on_train_start", "on_train_end"):

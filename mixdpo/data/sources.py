@@ -47,6 +47,11 @@ def open_source(source: str, split: str) -> Source:
     return _through_datasets(source, path, split)
 
 
+def is_one_file(source: str) -> bool:
+    """Whether the source has no splits."""
+    return source in BUILT_IN or source.startswith(HUB_FILE) or bool(DATA_FILE.search(source))
+
+
 def _from_hub(source: str) -> Path:
     """One file of a data set: some are no data set that `datasets` would load (AlpacaEval's is a script)."""
     from huggingface_hub import hf_hub_download

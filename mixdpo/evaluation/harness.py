@@ -61,6 +61,8 @@ def evaluate(
     names = [name.strip() for name in PAPERS.get(tasks, tasks).split(",")]
     loaded = _load_tasks(names, include_path)
     trained = read_trained(model, quantization, dtype)
+    if quantization not in (None, used := trained.loading["quantization"]):
+        raise InputError(f"{model} was trained with quantization {used}: leave --quantization out")
     tokenizer = load_tokenizer(trained.base)
     if apply_chat_template:
         tokenizer, template = trained.tokenizer()
