@@ -20,6 +20,7 @@ from typing import Any
 
 from cleaning_runs import gold_scores, held_out, run, run_all, stages, write
 from measuring import about, table
+from noise import stages_with_noise
 
 NOISE = "{rate: 0.2, seed: 0}"
 METHODS = ("full", "fixed", "self_evolving", "staged_random")
@@ -49,7 +50,7 @@ def noise_found(folder: Path, seed: int) -> dict[str, Any]:
     options = ["--model.cleaning.reference", str(folder / f"warm_up-{seed}/adapter")]
     options += ["--data", "noise.NoisySFTDataModule", "--data.noise", NOISE]
     options += ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", *seeded(seed, "[1]")]
-    (stage,) = stages(run(folder, (f"planted-{seed}", "fixed", options)))
+    (stage,) = stages_with_noise(run(folder, (f"planted-{seed}", "fixed", options)))
     return {"auc": stage["planted"]["auc"], "mean |score|": stage["mean_abs_score"], "tokens": stage["tokens"]}
 
 

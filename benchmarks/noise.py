@@ -1,4 +1,4 @@
-"""A data module that plants known-bad tokens into training responses, to measure whether cleaning finds them.
+"""A data module that plants known-bad tokens into training responses, and how well token cleaning finds them.
 
     PYTHONPATH=benchmarks python run.py --config configs/token_cleaning/fixed.yaml --data noise.NoisySFTDataModule \
         --data.noise.rate 0.2
@@ -14,10 +14,13 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from datamodules.sft import SFTDataModule
 from mixdpo.batches.token_pool import TokenPool, turns
 from mixdpo.errors import InputError
 from mixdpo.storage.identity import content_hash
+from mixdpo.token_cleaning.run_tokens import RunTokens, read_cleaning
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -231,3 +234,51 @@ class NoisySFTDataModule(SFTDataModule):
         noisy = TokenPool.of(plant(pool.samples, self.noise, self.encoder), {**pool.identity, "noise": said})
         self.counts[name]["response tokens"] = len(noisy)
         return noisy
+
+
+# Whether cleaning finds it.
+
+
+def planted_tokens(pool: TokenPool) -> np.ndarray:
+    """(M,) bool, which of the pool's tokens are planted."""
+    return np.concatenate([np.asarray(marks, dtype=bool) for marks in pool.samples["planted"]])
+
+
+def stages_with_noise(run: Path) -> list[dict[str, Any]]:
+    """Summaries of the stages of a run that were cleaned, each with `planted` (see `detection`)."""
+    cleaning = read_cleaning(str(run))
+    return [
+        stage.facts | {"planted": detection(*labelled(cleaning, stage.samples))} for stage in cleaning.scored_stages()
+    ]
+
+
+def labelled(cleaning: RunTokens, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights, scores and marks of the tokens of these samples that training has reached."""
+    tokens = cleaning.pool.tokens(samples)
+    tokens = tokens[~np.isnan(cleaning.weights[tokens])]
+    return cleaning.weights[tokens], cleaning.scores[tokens], planted_tokens(cleaning.pool)[tokens]
+
+
+def detection(weights: np.ndarray, scores: np.ndarray, planted: np.ndarray) -> dict[str, float | None]:
+    """Cutting as a detector of planted tokens: `share` of them before and weighted share after (`kept_noise_rate`),
+    precision and recall, and the threshold-free `auc`. A share of nothing is None."""
+    weights, planted = weights.astype(np.float64), planted.astype(bool)
+    cut, is_scored = np.count_nonzero(planted & (weights == 0)), ~np.isnan(scores)
+    return {
+        "share": _ratio(np.count_nonzero(planted), len(planted)),
+        "auc": _auc(scores[is_scored & ~planted], scores[is_scored & planted]),
+        "precision": _ratio(cut, np.count_nonzero(weights == 0)),
+        "recall": _ratio(cut, np.count_nonzero(planted)),
+        "kept_noise_rate": _ratio(weights[planted].sum(), weights.sum()),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _auc(clean: np.ndarray, noise: np.ndarray) -> float | None:
+    """Probability that a clean token's score is above a planted one's, ties ½; exact."""
+    noise = np.sort(noise)
+    wins = np.searchsorted(noise, clean, "left").sum() + np.searchsorted(noise, clean, "right").sum()
+    return _ratio(wins, 2 * len(clean) * len(noise))

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cleaning_runs import Job, gold_scores, held_out, run_all, stages, write
+from cleaning_runs import Job, gold_scores, held_out, run_all, write
 from measuring import about, table
-from noise import PlantedNoise, kind_of
+from noise import PlantedNoise, detection, kind_of, labelled, stages_with_noise
 
 from mixdpo.errors import InputError
 from mixdpo.token_cleaning.run_tokens import read_cleaning
-from mixdpo.token_cleaning.summary import summarise
 
 SPLIT = ["--data.validation", "0.06"]
 PLANTED = PlantedNoise(rate=0.2, seed=0)
@@ -79,16 +78,12 @@ def jobs(reference: str, clean: str) -> list[Job]:
 
 def by_kind(path: Path) -> dict[str, float]:
     """AUC on the samples of each kind of noise, over all that was scored."""
-    found = read_cleaning(str(path))
-    ids, scored = found.pool.samples["sample_id"][:], found.samples_with(found.scores)
-    planted = found.pool.planted()
+    cleaning = read_cleaning(str(path))
+    ids, scored = cleaning.pool.samples["sample_id"][:], cleaning.samples_with(cleaning.scores)
     aucs = {}
     for kind in PLANTED.kinds:
         samples = np.array([i for i in scored if kind_of(ids[i], PLANTED)[0] == kind])
-        tokens, offsets = found.pool.tokens(samples), found.pool.offsets_of(samples)
-        sources = [""] * len(samples)
-        facts = summarise(found.weights[tokens], found.scores[tokens], offsets, sources, planted=planted[tokens])
-        aucs[kind] = facts["planted"]["auc"]
+        aucs[kind] = detection(*labelled(cleaning, samples))["auc"]
     return aucs
 
 
@@ -137,7 +132,7 @@ def main() -> None:
     warm_ups = [("warm_up", "full", [*NOISE, *options]), ("clean_warm_up", "full", [*SPLIT, *options])]
     paths = run_all(folder, jobs(*(str(path / "adapter") for path in run_all(folder, warm_ups).values())))
     losses = {name: held_out(path) for name, path in paths.items()}
-    found, kinds = ({name: read(path) for name, path in paths.items()} for read in (stages, by_kind))
+    found, kinds = ({name: read(path) for name, path in paths.items()} for read in (stages_with_noise, by_kind))
     gold = gold_scores({name: paths[name] for name in GOLD})
     rows = [finding("Token Cleaning", found["keep-0.6"][0], losses["keep-0.6"]["loss"])]
     of_slice_3 = [name for name in paths if len(found[name]) == 1 and not name.startswith("keep")]

@@ -1,6 +1,5 @@
 """Planted noise: marks that are true, turns and prompts left alone, the same whatever the order of the rows."""
 
-import json
 from collections import Counter
 
 import pytest
@@ -8,7 +7,7 @@ from conftest import WORDS, build_sft, make_samples, write_pairs
 from datasets import Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from noise import PHRASES, NoisySFTDataModule, PlantedNoise, plant
+from noise import PHRASES, NoisySFTDataModule, PlantedNoise, plant, planted_tokens, stages_with_noise
 
 from mixdpo.errors import InputError
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -165,18 +164,17 @@ def test_bad_options_are_refused():
 
 
 def test_a_run_on_noisy_samples(tiny_model, tmp_path):
-    """Training responses hold marked noise, held-out ones none; what cleaning finds of it is in stages.json."""
+    """Training responses hold marked noise, held-out ones none; what cleaning finds of it is read from its files."""
     source = write_pairs(tmp_path / "samples.jsonl", make_samples(24))
     cleaning = Cleaning(scorer=Random())
     trainer, module, _ = build_sft(tiny_model, source, tmp_path / "run", cleaning=cleaning)
     options = {"tokenizer": tiny_model, "validation": 0.25, "batch_size": 4, "max_length": 64}
     noisy = NoisySFTDataModule(source, PlantedNoise(phrases=SENTENCES, rate=0.3), **options)
     trainer.fit(module, noisy)
-    planted = noisy.pool.planted()
+    planted = planted_tokens(noisy.pool)
     assert 0 < planted.sum() < len(planted) == len(noisy.pool) == noisy.counts["train"]["response tokens"]
     assert "planted" not in noisy.validation_pool.samples.column_names
-    assert (
-        noisy.pool.identity["noise"].startswith("rate 0.3, seed 0, ") and "noise" not in noisy.validation_pool.identity
-    )
-    (stage,) = json.loads((tmp_path / "run/cleaning/stages.json").read_text())["stages"]
+    assert noisy.pool.identity["noise"].startswith("rate 0.3, seed 0, ")
+    assert "noise" not in noisy.validation_pool.identity
+    (stage,) = stages_with_noise(tmp_path / "run")
     assert stage["planted"]["share"] == pytest.approx(planted.mean())

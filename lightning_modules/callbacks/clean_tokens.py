@@ -48,9 +48,7 @@ class RefreshReference(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         exists = self.role in pl_module.model.peft_config
         if not (exists if self.role == "cleaning_reference" else getattr(pl_module, "needs_reference", False)):
-            raise InputError(
-                f"RefreshReference: neither the scorer nor the preference loss of this run has a {self.role}"
-            )
+            raise InputError(f"RefreshReference: neither the scorer nor the preference loss reads a {self.role}")
         if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:
             raise InputError("RefreshReference: the run has one stage: set data.slices, data.routing.order or `every`")
         if self.ema and (not exists or getattr(pl_module, "stage_start", None) == "fresh_adapter"):
@@ -116,10 +114,9 @@ class CleanTokens(Callback):
             raise InputError(f"{cleaning.scorer} scores tokens in each step, of one device only: train on one device")
         if cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
-        made = (
-            cleaning.reference or pl_module.adapter or any(isinstance(c, RefreshReference) for c in trainer.callbacks)
-        )
-        if cleaning.warm_up_stages and "cleaning_reference" in cleaning.roles and not made:
+        refreshed = any(isinstance(callback, RefreshReference) for callback in trainer.callbacks)
+        is_made = cleaning.reference or pl_module.adapter or refreshed
+        if cleaning.warm_up_stages and "cleaning_reference" in cleaning.roles and not is_made:
             raise InputError("nothing makes the warmed-up policy the reference: add RefreshReference to the callbacks")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -170,9 +167,9 @@ class CleanTokens(Callback):
         roles = [role for role in self.cleaning.roles if role != "policy"]
         adapters = {role: "none" if adds_nothing(model, role) else adapter_fingerprint(model, role) for role in roles}
         if isinstance(self.cleaning.scorer, ExcessLoss) and len(roles) > 1 and len(set(adapters.values())) == 1:
+            names = " and ".join(roles)
             raise InputError(
-                f"every score would be 0: {' and '.join(roles)} are the same model. Give model.cleaning.reference, or "
-                "warm_up_stages of at least 1 and the callback RefreshReference (with `previous` always the latter)"
+                f"every score would be 0: {names} are one model. Give model.cleaning.reference or a warm-up"
             )
         computed = {"attention": pl_module.loading["attention"], "device": pl_module.device.type}
         for role, adapter in adapters.items():
@@ -186,7 +183,7 @@ class CleanTokens(Callback):
 
     def _clean(self, trainer: L.Trainer, samples: np.ndarray, steps: np.ndarray, warm_up: bool, online: bool) -> None:
         """Decide the weights of these samples' tokens; those of an online scorer are decided in each step instead."""
-        run, step, kept = self._tokens, trainer.global_step, None
+        run, step, threshold = self._tokens, trainer.global_step, None
         tokens, offsets = run.pool.tokens(samples), run.pool.offsets_of(samples)
         run.scores[tokens], run.weights[tokens] = np.nan, 1 if warm_up else np.nan
         run.decided[samples] = len(run.stages)
@@ -199,9 +196,10 @@ class CleanTokens(Callback):
             sample = torch.from_numpy(np.repeat(samples, np.diff(offsets)))
             scores = self.cleaning.scorer(TokenStatistics(losses, sample, torch.from_numpy(tokens))).numpy()
             options = {"batch": steps, "always_keep": self._always_keep[tokens]}
-            weights, kept = weigh(self.cleaning.selection, scores, offsets, **options)
-            run.scores[tokens], run.weights[tokens] = scores, weights
-        self._open_stage = {"stage": trainer.datamodule.stage_of(step), "step": step, "warm_up": warm_up, "kept": kept}
+            run.scores[tokens] = scores
+            run.weights[tokens], threshold = weigh(self.cleaning.selection, scores, offsets, **options)
+        stage = {"stage": trainer.datamodule.stage_of(step), "step": step}
+        self._open_stage = {**stage, "warm_up": warm_up, "threshold": threshold}
         if not online:
             self._finish_stage(trainer)
 
@@ -212,9 +210,9 @@ class CleanTokens(Callback):
             return
         stage, self._open_stage = self._open_stage, None
         samples = samples[~np.isnan(run.weights[run.pool.offsets[samples]])]  # max_steps may end a stage early
-        tokens, planted, sources = run.pool.tokens(samples), run.pool.planted(), run.pool.samples["source"][:]
-        parts = run.weights[tokens], run.scores[tokens], run.pool.offsets_of(samples), [sources[i] for i in samples]
-        summary = summarise(*parts, stage["kept"], None if planted is None else planted[tokens])
+        tokens, sources = run.pool.tokens(samples), np.array(run.pool.samples["source"][:])[samples]
+        offsets = run.pool.offsets_of(samples)
+        summary = summarise(run.weights[tokens], run.scores[tokens], offsets, sources, stage["threshold"])
         how = {"scorer": None, "selection": None} if stage["warm_up"] else self.cleaning.describe()
         run.stages.append({"stage": stage["stage"], "step": stage["step"], **how, **summary})
         self._write(trainer)

@@ -52,12 +52,6 @@ class TokenPool:
         ]
         return np.concatenate(pieces).astype(np.int32)
 
-    def planted(self) -> np.ndarray | None:
-        """(M,) bool, which tokens are noise that was planted; None where none was."""
-        if "planted" not in self.samples.column_names:
-            return None
-        return np.concatenate([np.asarray(marks, dtype=bool) for marks in self.samples["planted"]])
-
 
 def turns(spans: Sequence[int]) -> list[tuple[int, int]]:
     """[start, end, …] -> (start, end) of each response."""

@@ -13,7 +13,7 @@ from mixdpo.model.adapters import Role
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.storage.identity import described
 from mixdpo.token_cleaning.scorers import READABLE, ExcessLoss, TokenStatistics, is_online
-from mixdpo.token_cleaning.selection import Kept, Selection, select
+from mixdpo.token_cleaning.selection import Selection, select
 
 Scorer = Callable[[TokenStatistics], Any]
 
@@ -49,10 +49,7 @@ class Cleaning:
             check_one_of(f"a role in `roles` of {self.scorer}", role, READABLE)
         ranks_all = self.selection is not None and self.selection.keep_ratio and self.selection.scope == "global"
         if is_online(self.scorer) and (ranks_all or self.masks is not None):
-            raise InputError(
-                f"{self.scorer} scores with the policy of each step: leave out cleaning.masks, and give "
-                "cleaning.selection.scope batch (the tokens of a micro-batch) or sample"
-            )
+            raise InputError(f"{self.scorer} reads the policy: give selection.scope batch or sample, no cleaning.masks")
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -84,17 +81,13 @@ def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) ->
 
 
 def weigh(
-    selection: Selection | None,
-    scores: np.ndarray,
-    offsets: np.ndarray,
-    *,
-    batch: np.ndarray | None = None,
-    always_keep: np.ndarray | None = None,
-) -> tuple[np.ndarray, Kept | None]:
-    """Scores -> weights (M,) float32 in the loss: 1 kept and 0 cut, or without a selection the score itself."""
+    selection: Selection | None, scores: np.ndarray, offsets: np.ndarray, *, batch: np.ndarray, always_keep: np.ndarray
+) -> tuple[np.ndarray, float | None]:
+    """Scores -> weights (M,) float32 in the loss, and the threshold of `select`: weights are 1 for kept and 0 for cut
+    tokens, or without a selection the scores themselves."""
     if selection is not None:
-        kept = select(scores, offsets, selection, batch=batch, always_keep=always_keep)
-        return kept.mask.astype(np.float32), kept
+        mask, threshold = select(scores, offsets, selection, batch=batch, always_keep=always_keep)
+        return mask.astype(np.float32), threshold
     if not (scores >= 0).all():
         raise InputError("cleaning.selection is null, so scores are weights, but some are negative or no numbers")
     return np.asarray(scores, dtype=np.float32), None

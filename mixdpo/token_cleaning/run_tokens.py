@@ -2,11 +2,10 @@
 
 import json
 import random
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,6 @@ from mixdpo.batches.token_pool import TokenPool, turns
 from mixdpo.errors import InputError
 from mixdpo.storage.files import read_array, read_json, write_json, written_whole
 from mixdpo.storage.identity import refuse_changed
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 ARRAYS = ("scores", "weights", "decided")
 AGAIN = "the files are damaged or of different runs, so run the cleaning again"
@@ -133,15 +129,12 @@ def read_cleaning(run: str) -> RunTokens:
 
     folder = Path(run) / "cleaning"
     record = _read_record(folder)
-    try:
-        pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
-    except Exception as error:  # of datasets and pyarrow: an open list
-        raise InputError(f"{folder / 'samples'} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
+    pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
     if pool.identity != record["identity"]:
         raise InputError(f"{folder / 'samples'} holds other tokens than stages.json is of: {AGAIN}")
-    shapes = {"scores": len(pool), "weights": len(pool), "decided": len(pool.samples)}
-    arrays = {name: read_array(folder / f"{name}.npy", (shapes[name],), AGAIN) for name in ARRAYS}
-    return RunTokens(pool, record["identity"], record["tokenizer"], **arrays, stages=record["stages"])
+    sizes = (len(pool), len(pool), len(pool.samples))
+    arrays = [read_array(folder / f"{name}.npy", (n,), AGAIN) for name, n in zip(ARRAYS, sizes, strict=True)]
+    return RunTokens(pool, record["identity"], record["tokenizer"], *arrays, record["stages"])
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -167,39 +160,27 @@ def export_labels(run: str, out: str) -> None:
         run: folder of a run with token cleaning.
         out: folder to write, which does not exist; read it with datasets.load_from_disk.
     """
-    target = Path(out)
-    if target.exists():
+    if Path(out).exists():
         raise InputError(f"{out} exists: give another folder, or remove this one")
     cleaning = read_cleaning(run)
-    reached = cleaning.samples_with(cleaning.weights)
-    left_out, labels = len(cleaning.pool.samples) - len(reached), int((cleaning.weights > 0).sum())
+    reached, samples = cleaning.samples_with(cleaning.weights), cleaning.pool.samples
     if not len(reached):
-        raise InputError(f"{run}: training has reached none of the {left_out} samples: nothing to export")
-    origin = {"identity": cleaning.identity, "tokenizer": cleaning.tokenizer, "run": str(run)}
-    with written_whole(target) as unfinished, tempfile.TemporaryDirectory(prefix=".map-", dir=target.parent) as cache:
-        _labelled(cleaning, reached, f"{cache}/map.arrow").save_to_disk(str(unfinished))
-        write_json(unfinished / "identity.json", origin)
-    print(
-        f"wrote {out}: {len(reached)} samples, {labels} of {len(cleaning.pool)} response tokens have a label; "
-        f"left out {left_out} samples that training never reached"
-    )
-
-
-def _labelled(cleaning: RunTokens, reached: np.ndarray, cache_file: str) -> "Dataset":
-    """On disk from the first row on: memory holds one batch."""
-    from datasets import Features, Value
-
-    number, columns = Value("int64"), {"sample_id", "source", "input_ids"}
-    lists = {"input_ids": [Value("int32")], "labels": [number], "weights": [Value("float32")]}
-    return cleaning.pool.samples.select(reached, keep_in_memory=True).map(
+        raise InputError(f"{run}: training has reached none of the {len(samples)} samples: nothing to export")
+    labelled = samples.select(reached, keep_in_memory=True).map(
         _label,
         with_indices=True,
         fn_kwargs={"weights": cleaning.weights, "starts": cleaning.pool.offsets[reached]},
-        remove_columns=[name for name in cleaning.pool.samples.column_names if name not in columns],
-        features=Features({"sample_id": number, "source": Value("string")} | lists),
-        cache_file_name=cache_file,
-        new_fingerprint="labels",  # it would hash, so read, all weights; and the file is never looked for again
+        remove_columns=list(set(samples.column_names) - {"sample_id", "source", "input_ids"}),
+        keep_in_memory=True,
         desc="Labels",
+    )
+    with written_whole(Path(out)) as unfinished:
+        labelled.save_to_disk(str(unfinished))
+        origin = {"identity": cleaning.identity, "tokenizer": cleaning.tokenizer, "run": str(run)}
+        write_json(unfinished / "identity.json", origin)
+    print(
+        f"wrote {out}: {len(reached)} samples, {int((cleaning.weights > 0).sum())} of {len(cleaning.pool)} response "
+        f"tokens have a label; left out {len(samples) - len(reached)} samples that training never reached"
     )
 
 

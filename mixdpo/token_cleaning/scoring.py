@@ -18,7 +18,7 @@ from mixdpo.storage.files import cache_root, open_checked, or_without
 if TYPE_CHECKING:
     from peft import PeftModel
 
-
+Indices = Sequence[int] | np.ndarray
 MOST_PADDING = 0.15
 """Share of a row: a batch ends where the next sample would be padded by more."""
 
@@ -43,13 +43,7 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
 
 
 def add_losses(
-    losses: np.ndarray,
-    model: "PeftModel",
-    name: Role,
-    pool: TokenPool,
-    samples: Sequence[int] | np.ndarray,
-    *,
-    batch_tokens: int = 4096,
+    losses: np.ndarray, model: "PeftModel", name: Role, pool: TokenPool, samples: Indices, batch_tokens: int = 4096
 ) -> None:
     """Compute what is still NaN in `losses` for these samples: −log p of each response token under the role, in nats.
 
@@ -64,20 +58,13 @@ def add_losses(
     # with the same rounding
     batches = _by_length(samples, [len(pool.samples[i]["input_ids"]) for i in samples], batch_tokens) if missing else []
     batches = [batch for batch in batches if missing.intersection(batch)]
-    with (
-        evaluating(model),
-        torch.no_grad(),
-        role(model, name),
-        without_cast_cache(device),
-        tqdm(total=len(missing), desc=f"scoring with {name}", disable=not batches) as bar,
-    ):
-        for batch in batches:
+    with evaluating(model), torch.no_grad(), role(model, name), without_cast_cache(device):
+        for batch in tqdm(batches, desc=f"scoring with {name}", unit="batch", disable=not batches):
             rows = sample_rows([pool.samples[i] for i in batch]).to(device)
             computed = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
             computed[~np.isfinite(computed)] = np.nan  # not known, for whoever reads the file
             is_new = np.repeat([i in missing for i in batch], np.diff(pool.offsets)[batch])
             losses[pool.tokens(batch)[is_new]] = computed[is_new]
-            bar.update(len(missing.intersection(batch)))
 
 
 def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -109,18 +96,15 @@ def fit_adapter(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    try:
-        with role(model, name), without_cast_cache(device):  # at backward as well
-            for start in tqdm(range(0, len(samples), batch_size), desc=f"fitting {name}", unit="step"):
-                step = [sample_rows([sample]).to(device) for sample in samples[start : start + batch_size]]
-                tokens = sum(len(rows.target) for rows in step)
-                for rows in step:
-                    # a sum: in half precision the parts of a mean over thousands of tokens would be too small to hold
-                    (-row_log_probs(model, rows).sum()).backward()
-                torch._foreach_div_([p.grad for p in parameters if p.grad is not None], tokens)
-                optimizer.step()
-                optimizer.zero_grad()
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+    with role(model, name), without_cast_cache(device):  # at backward as well
+        for start in tqdm(range(0, len(samples), batch_size), desc=f"fitting {name}", unit="step"):
+            step = [sample_rows([sample]).to(device) for sample in samples[start : start + batch_size]]
+            tokens = sum(len(rows.target) for rows in step)
+            for rows in step:
+                # a sum: in half precision the parts of a mean over thousands of tokens would be too small to hold
+                (-row_log_probs(model, rows).sum()).backward()
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], tokens)
+            optimizer.step()
+            optimizer.zero_grad()
+    for parameter in parameters:
+        parameter.requires_grad_(False)

@@ -42,24 +42,6 @@ class Selection:
             raise InputError(f"selection.threshold must be finite, not {self.threshold}: keep_ratio 1 keeps all tokens")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a selection keeps of M tokens.
-
-    Attributes:
-        mask: (M,) bool, True = kept.
-        threshold: the selection's own threshold; else, under scope global, the lowest score that the ranking keeps.
-            None for other scopes, and where tokens that are kept always use up the budget.
-        ties: tokens whose score equals the lowest that their group keeps (or the threshold), kept or not.
-        ties_kept: those of them that the ranking keeps (none under a threshold, which is strict).
-    """
-
-    mask: np.ndarray
-    threshold: float | None
-    ties: int
-    ties_kept: int
-
-
 def select(
     scores: np.ndarray,
     offsets: np.ndarray,
@@ -67,7 +49,7 @@ def select(
     *,
     batch: np.ndarray | None = None,
     always_keep: np.ndarray | None = None,
-) -> Kept:
+) -> tuple[np.ndarray, float | None]:
     """Decide for each of M tokens whether it is kept.
 
     keep_ratio k keeps exactly round(k·m) of a group's m tokens; of equal scores the earlier token goes first, as in a
@@ -80,6 +62,9 @@ def select(
         batch: (N,) int, which batch each sample is in; needed for scope batch only.
         always_keep: (M,) bool, tokens that are kept whatever their score.
 
+    Returns:
+        (M,) bool, True = kept; and the threshold: the selection's own or, under scope global, the lowest score that
+        the ranking keeps. None for other scopes, and where tokens that are kept always use up the budget.
     """
     scores = np.asarray(scores)
     if not np.isfinite(scores).all():
@@ -87,29 +72,18 @@ def select(
         raise InputError(f"the score of token {token} is {scores[token]}; selection needs numbers: check its losses")
     if always_keep is not None:
         scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
-    if selection.threshold is not None:
-        ties = np.count_nonzero(scores == selection.threshold)
-        kept = Kept(scores > selection.threshold, selection.threshold, ties, 0)
+    threshold = selection.threshold
+    if threshold is not None:
+        mask = scores > threshold
     else:
-        kept = _keep_share(scores, offsets, selection, batch)
-    _top_up(kept.mask, scores, offsets, selection.min_keep)
-    return kept
-
-
-def _keep_share(scores: np.ndarray, offsets: np.ndarray, selection: Selection, batch: np.ndarray | None) -> Kept:
-    mask, threshold, ties, ties_kept = np.zeros(len(scores), dtype=bool), None, 0, 0
-    for tokens in _groups(offsets, selection.scope, batch):
-        group = scores[tokens]
-        count = max(round(selection.keep_ratio * len(group)), np.count_nonzero(group == np.inf))
-        if not count:
-            continue
-        mask[tokens], cut = _best(group, count)
-        if cut < np.inf:
-            is_tie = group == cut
-            ties += np.count_nonzero(is_tie)
-            ties_kept += np.count_nonzero(is_tie & mask[tokens])
-            threshold = float(cut) if selection.scope == "global" else None
-    return Kept(mask, threshold, ties, ties_kept)
+        mask = np.zeros(len(scores), dtype=bool)
+        for tokens in _groups(offsets, selection.scope, batch):
+            group = scores[tokens]
+            if count := max(round(selection.keep_ratio * len(group)), np.count_nonzero(group == np.inf)):
+                mask[tokens], cut = _best(group, count)
+                threshold = float(cut) if selection.scope == "global" and cut < np.inf else None
+    _top_up(mask, scores, offsets, selection.min_keep)
+    return mask, threshold
 
 
 def _groups(offsets: np.ndarray, scope: Scope, batch: np.ndarray | None) -> Iterator[slice | np.ndarray]:

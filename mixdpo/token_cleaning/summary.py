@@ -1,20 +1,13 @@
-"""A selection in numbers: how much is kept, from which sources, and how much of the planted noise is cut."""
+"""A selection in numbers: how much is kept, and from which sources."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mixdpo.token_cleaning.selection import Kept
-
 
 def summarise(
-    weights: np.ndarray,
-    scores: np.ndarray,
-    offsets: np.ndarray,
-    sources: Sequence[str] | np.ndarray,
-    kept: Kept | None = None,
-    planted: np.ndarray | None = None,
+    weights: np.ndarray, scores: np.ndarray, offsets: np.ndarray, sources: Sequence[str], threshold: float | None = None
 ) -> dict[str, Any]:
     """Numbers on M tokens of N samples, fit for JSON; a share of nothing is None.
 
@@ -23,35 +16,30 @@ def summarise(
         scores: (M,); NaN for tokens that were not scored, which are left out of the numbers on scores.
         offsets: (N+1,) int64; the tokens of sample n are offsets[n] to offsets[n+1].
         sources: (N,) str, where each sample is from.
-        kept: threshold and ties of the selection that made the weights.
-        planted: (M,) bool, the tokens that are planted noise.
+        threshold: above which the selection kept tokens.
 
     Returns:
-        tokens, kept_tokens (weight > 0), kept_share (of the weight), threshold, ties, ties_kept, samples,
-        samples_keeping_nothing, mean_abs_score, score_quantiles, by_source {source: tokens, kept_share}, by_position
-        (kept shares of the ten tenths of the responses) and with `planted` also planted (see `_find_planted`).
+        tokens, kept_tokens (weight > 0), kept_share (of the weight), threshold, samples, samples_keeping_nothing,
+        mean_abs_score, by_source {source: tokens, kept_share}.
     """
     weights, scores = np.asarray(weights, dtype=np.float64), np.asarray(scores, dtype=np.float64)
-    lengths = np.diff(offsets)
-    sample = np.repeat(np.arange(len(lengths)), lengths)
+    sample = np.repeat(np.arange(len(sources)), np.diff(offsets))
     scored = scores[~np.isnan(scores)]
-    summary: dict[str, Any] = {
+    names, source = np.unique(np.asarray(sources, dtype=str), return_inverse=True)
+    tokens, kept_weight = (np.bincount(source[sample], each, len(names)) for each in (None, weights))
+    by_source = zip(names.tolist(), tokens.tolist(), kept_weight, strict=True)
+    return {
         "tokens": len(weights),
         "kept_tokens": int(np.count_nonzero(weights)),
         "kept_share": _ratio(weights.sum(), len(weights)),
-        "threshold": kept.threshold if kept else None,
-        "ties": int(kept.ties) if kept else None,
-        "ties_kept": int(kept.ties_kept) if kept else None,
-        "samples": len(lengths),
-        "samples_keeping_nothing": int(len(lengths) - len(np.unique(sample[weights > 0]))),
+        "threshold": threshold,
+        "samples": len(sources),
+        "samples_keeping_nothing": len(sources) - len(np.unique(sample[weights > 0])),
         "mean_abs_score": _ratio(np.abs(scored).sum(), len(scored)),
-        "score_quantiles": _quantiles(scored),
-        "by_source": _by_source(weights, sample, sources),
-        "by_position": _by_position(weights, sample, offsets),
+        "by_source": {
+            name: {"tokens": count, "kept_share": _ratio(weight, count)} for name, count, weight in by_source
+        },
     }
-    if planted is not None:
-        summary["planted"] = _find_planted(weights, scores, np.asarray(planted, dtype=bool))
-    return summary
 
 
 def describe(stage: dict[str, Any]) -> str:
@@ -62,56 +50,9 @@ def describe(stage: dict[str, Any]) -> str:
     if stage["mean_abs_score"] is not None:
         line += f", mean |score| {stage['mean_abs_score']:.3f}"
     if stage["threshold"] is not None:
-        line += f", threshold {stage['threshold']:.4g} ({stage['ties']} ties)"
-    planted = stage.get("planted", {})
-    names = {"auc": "AUC", "share": "share before", "kept_noise_rate": "among the kept"}
-    known = [f"{name} {planted[key]:.3f}" for key, name in names.items() if planted.get(key) is not None]
-    return line + ("; planted noise: " + ", ".join(known) if known else "")
+        line += f", threshold {stage['threshold']:.4g}"
+    return line
 
 
 def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
-
-
-def _quantiles(scores: np.ndarray) -> dict[str, float | None]:
-    levels = [0, 5, 25, 50, 75, 95, 100]
-    values = np.percentile(scores, levels).tolist() if len(scores) else [None] * len(levels)
-    return {f"{level}%": value for level, value in zip(levels, values, strict=True)}
-
-
-def _by_source(weights: np.ndarray, sample: np.ndarray, sources: Sequence[str] | np.ndarray) -> dict[str, Any]:
-    names, source = np.unique(np.asarray(sources, dtype=str), return_inverse=True)
-    rows = zip(names.tolist(), *_kept_shares(weights, source[sample], len(names)), strict=True)
-    return {name: {"tokens": count, "kept_share": share} for name, count, share in rows}
-
-
-def _by_position(weights: np.ndarray, sample: np.ndarray, offsets: np.ndarray) -> list[float | None]:
-    """Token i of a sample's m is in tenth ⌊10 i / m⌋."""
-    tenth = 10 * (np.arange(len(weights)) - offsets[sample]) // np.diff(offsets)[sample]
-    return _kept_shares(weights, tenth, 10)[1]
-
-
-def _kept_shares(weights: np.ndarray, group: np.ndarray, groups: int) -> tuple[list[int], list[float | None]]:
-    """Tokens of each group, and the share of their weight that is kept."""
-    tokens, kept = np.bincount(group, minlength=groups).tolist(), np.bincount(group, weights, minlength=groups)
-    return tokens, list(map(_ratio, kept, tokens))
-
-
-def _find_planted(weights: np.ndarray, scores: np.ndarray, planted: np.ndarray) -> dict[str, float | None]:
-    """Cutting as a detector of planted tokens: `share` of them before and weighted share after (`kept_noise_rate`),
-    precision and recall, and the threshold-free `auc`."""
-    cut, is_scored = np.count_nonzero(planted & (weights == 0)), ~np.isnan(scores)
-    return {
-        "share": _ratio(np.count_nonzero(planted), len(planted)),
-        "auc": _auc(scores[is_scored & ~planted], scores[is_scored & planted]),
-        "precision": _ratio(cut, np.count_nonzero(weights == 0)),
-        "recall": _ratio(cut, np.count_nonzero(planted)),
-        "kept_noise_rate": _ratio(weights[planted].sum(), weights.sum()),
-    }
-
-
-def _auc(clean: np.ndarray, noise: np.ndarray) -> float | None:
-    """Probability that a clean token's score is above a planted one's, ties ½; exact."""
-    noise = np.sort(noise)
-    wins = np.searchsorted(noise, clean, "left").sum() + np.searchsorted(noise, clean, "right").sum()
-    return _ratio(wins, 2 * len(clean) * len(noise))

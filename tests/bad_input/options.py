@@ -51,11 +51,11 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
     (Selection, {"threshold": -INF}, ("selection.threshold must be finite",)),
     (Cleaning, {"scorer": len}, ("a role in `roles` of", "not None")),
-    (Cleaning, {"scorer": Loss("policy"), "selection": Selection()}, ("scores with the policy", "scope batch")),
+    (Cleaning, {"scorer": Loss("policy"), "selection": Selection()}, ("reads the policy", "scope batch")),
     (
         Cleaning,
         {"scorer": Loss("policy"), "masks": "x", "selection": Selection(scope="batch")},
-        ("leave out cleaning.masks",),
+        ("no cleaning.masks",),
     ),
     (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
     (
@@ -148,7 +148,7 @@ WITH_DATA = [
     Case(
         "model.cleaning.selection",
         "null, with negative scores",
-        lambda place: weigh(None, np.array([-1.0]), OFFSETS[:2]),
+        lambda place: weigh(None, np.array([-1.0]), OFFSETS[:2], batch=OFFSETS[:1], always_keep=OFFSETS[:1]),
         ("scores are weights",),
     ),
     Case("GoldEvaluation", "no new tokens", generated(max_new_tokens=0), ("max_new_tokens 0", "must be at least 1")),
