@@ -3,14 +3,9 @@
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-)
+from lightning.pytorch import callbacks
 
-from bad_input.case import Case, Place
+from bad_input.case import Case, cases, parts
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
@@ -27,6 +22,7 @@ from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Random
 from mixdpo.token_cleaning.selection import Selection, select
 
 NAN, INF = float("nan"), float("inf")
+BATCH = Selection(scope="batch")
 OUT_OF_RANGE = {
     "beta": 0,
     "label_smoothing": 0.5,
@@ -52,27 +48,15 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Selection, {"threshold": -INF}, ("selection.threshold must be finite",)),
     (Cleaning, {"scorer": len}, ("a role in `roles` of", "not None")),
     (Cleaning, {"scorer": Loss("policy"), "selection": Selection()}, ("reads the policy", "scope batch")),
-    (
-        Cleaning,
-        {"scorer": Loss("policy"), "masks": "x", "selection": Selection(scope="batch")},
-        ("no cleaning.masks",),
-    ),
+    (Cleaning, {"scorer": Loss("policy"), "masks": "x", "selection": BATCH}, ("no cleaning.masks",)),
     (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
-    (
-        Cleaning,
-        {"scorer": ExcessLoss(better="reference")},
-        ("must be one of base", "did you mean 'cleaning_reference'?"),
-    ),
+    (Cleaning, {"scorer": ExcessLoss(better="reference")}, ("must be one of base", "mean 'cleaning_reference'?")),
     (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
 ]
 MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (PreferenceModule, {"sft_weight": -1.0}, ("sft_weight (-1.0)", "must be >= 0")),
     (PreferenceModule, {"cleaning": Cleaning(warm_up_stages=1)}, ("warm_up_stages belongs to SFT",)),
-    (
-        PreferenceModule,
-        {"cleaning": Cleaning(scorer=Loss("policy"), selection=Selection(scope="batch"))},
-        ("reads the policy of each step", "ExcessLoss(worse=base)"),
-    ),
+    (PreferenceModule, {"cleaning": Cleaning(Loss("policy"), BATCH)}, ("reads the policy", "ExcessLoss(worse=base)")),
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
     (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
 ]
@@ -108,155 +92,95 @@ def generated(**chosen: Any) -> Any:
 
 
 SCORES, OFFSETS = np.array([0.5, NAN, 1.0]), np.array([0, 1, 3])
+UNWEIGHED = {"batch": OFFSETS[:1], "always_keep": OFFSETS[:1]}
+WITH_DATA = [
+    *cases(
+        "data.routing",
+        ("no pair", routed([]), "no pair to route … the training data is empty"),
+        ("a margin of NaN", routed([1.0, NAN]), "margin 1 is not finite"),
+        ("fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), "trains 2 of … needs 4"),
+    ),
+    *cases(
+        "other options",
+        (
+            "more slices than samples",
+            lambda _: plan_stages(2, Slices(3), batch_size=1),
+            "2 samples … data.slices.count",
+        ),
+        ("a score of NaN", lambda _: select(SCORES, OFFSETS, Selection()), "token 1 is nan … check its losses"),
+        ("a negative weight", lambda _: weigh(None, -SCORES[2:], OFFSETS[:2], **UNWEIGHED), "scores are weights"),
+        ("no new tokens", generated(max_new_tokens=0), "max_new_tokens 0 … must be at least 1"),
+        ("no such class", lambda _: options("mixdpo.losses.Nothing"), "mixdpo.losses.Nothing … give its whole path"),
+        ("no such folder", lambda _: open_source("./no/folder", "train"), "no/folder … Check the path"),
+    ),
+]
 
+# Decided only by a run: entrance, fault, what is said, options of a fit.
 
-def fit_case(entrance: str, fault: str, says: tuple[str, ...], how: str = "fit", **chosen: Any) -> Case:
-    def do(place: Place) -> Any:
-        return getattr(place, how)(**chosen)
-
-    return Case(entrance, fault, do, says)
+VALIDATED: dict[str, Any] = {"data": {"validation": 0.3}}
 
 
 def rising(plan: Any) -> Any:
     return [1.0]
 
 
-SOME: dict[str, Any] = {"validation": 0.3}
-UNMONITORED: list[tuple[str, Any, tuple[str, ...], str, dict[str, Any]]] = [
-    ("SFT's name", EarlyStopping("val/loss"), ("did you mean 'val/all/sft_loss'", "train/loss"), "fit", {"data": SOME}),
-    ("nothing held out", EarlyStopping("val/all/sft_loss"), ("a metric of this run: rewards/accuracy",), "fit", {}),
-    ("a name of pairs", EarlyStopping("val/all/sft_loss"), ("did you mean 'val/loss'",), "fit_sft", {"data": SOME}),
+def data(**chosen: Any) -> dict[str, Any]:
+    return {"data": chosen}
+
+
+def trainer(*first: Any, **chosen: Any) -> dict[str, Any]:
+    return {"trainer": {"first": first, **chosen}}
+
+
+def cleaned(*scorer: Any, **chosen: Any) -> dict[str, Any]:
+    return {"cleaning": Cleaning(*scorer, **chosen)}
+
+
+def hard(fraction: float, **chosen: Any) -> dict[str, Any]:
+    return data(routing=Routing(hard_fraction=fraction, **chosen))
+
+
+MOVING, NOTHING = RefreshReference(role="reference"), Selection(always_keep=["nothing"])
+LOSS, SFT_LOSS = callbacks.EarlyStopping("val/loss"), callbacks.EarlyStopping("val/all/sft_loss")
+ONE_PAIR = {"preference_loss": losses.KTOPair()} | data(batch_size=2) | trainer(accumulate_grad_batches=2)
+OF_THEIR_OWN = [  # callbacks that would move the planned steps
+    (callbacks.GradientAccumulationScheduler({0: 2}), "trainer.accumulate_grad_batches"),
+    (callbacks.LearningRateFinder(), "compare a few --model.optimizer.lr"),
+    (callbacks.BatchSizeFinder(), "set data.batch_size"),
+]
+FITS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("model.schedule", "too few multipliers", "must give 4 finite numbers", {"schedule": rising}),
+    ("model.optimizer", "a negative rate", "model.optimizer … learning rate", {"lr": -1.0}),
+    ("trainer.limit_train_batches", "2", "cuts the … use data.limit", trainer(limit_train_batches=2)),
+    ("trainer.max_epochs", "0", "a schedule needs steps", trainer(max_epochs=0)),
+    ("data.max_prompt_length", "as max_length", "max_length (64) must be … (64)", data(max_prompt_length=64)),
+    ("model.cleaning", "no pair is hard", "0 pairs are hard", cleaned() | hard(0.0)),
+    ("model.cleaning", "of rejected responses", "(it is sft_both)", cleaned() | hard(0.5, hard_action="sft_both")),
+    ("RefreshReference", "one stage", "the run has one stage … data.routing.order", trainer(MOVING) | hard(0.0)),
+    *(("trainer.callbacks", f"{i}", says, trainer(callback)) for i, (callback, says) in enumerate(OF_THEIR_OWN)),
+    ("EarlyStopping", "SFT's name", "did you mean 'val/all/sft_loss' … train/loss", trainer(LOSS) | VALIDATED),
+    ("EarlyStopping", "nothing held out", "a metric of this run: rewards/accuracy", trainer(SFT_LOSS)),
+    ("model.preference_loss", "means over one pair", "set trainer.accumulate_grad_batches", ONE_PAIR),
+]
+SFT_FITS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("data.slices", "two epochs", "set trainer.max_epochs 1", data(slices=Slices(2)) | trainer(max_epochs=2)),
+    ("model.cleaning", "no stage left", "leaves no stage to clean", cleaned(Random(), warm_up_stages=1)),
+    ("model.cleaning", "a reference that is the base", "every score would be 0 … Give model.cleaning.", cleaned()),
+    ("model.cleaning", "a token that is none", "has no token 'nothing'", cleaned(Random(), NOTHING)),
+    ("RefreshReference", "nothing to refresh", "neither the scorer nor", trainer(RefreshReference())),
+    ("EarlyStopping", "a name of pairs", "'val/all/sft_loss' … did you mean 'val/loss'", trainer(SFT_LOSS) | VALIDATED),
 ]
 
 
-WITH_DATA = [
-    Case("data.routing", "no pair", routed([]), ("no pair to route", "the training data is empty")),
-    Case("data.routing", "a margin of NaN", routed([1.0, NAN]), ("margin 1 is not finite",)),
-    Case("data.routing", "fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), ("trains 2 of", "needs 4")),
-    Case(
-        "data.slices",
-        "more slices than samples",
-        lambda place: plan_stages(2, Slices(3), batch_size=1),
-        ("2 samples", "data.slices.count"),
-    ),
-    Case(
-        "model.cleaning.selection",
-        "a score of NaN",
-        lambda place: select(SCORES, OFFSETS, Selection()),
-        ("token 1 is nan", "check its losses"),
-    ),
-    Case(
-        "model.cleaning.selection",
-        "null, with negative scores",
-        lambda place: weigh(None, np.array([-1.0]), OFFSETS[:2], batch=OFFSETS[:1], always_keep=OFFSETS[:1]),
-        ("scores are weights",),
-    ),
-    Case("GoldEvaluation", "no new tokens", generated(max_new_tokens=0), ("max_new_tokens 0", "must be at least 1")),
-    Case(
-        "mixdpo options",
-        "no such class",
-        lambda place: options("mixdpo.losses.Nothing"),
-        ("mixdpo.losses.Nothing", "give its whole path"),
-    ),
-    Case(
-        "data.source",
-        "a folder that is not there",
-        lambda place: open_source("./no/folder", "train"),
-        ("no/folder", "Check the path"),
-    ),
-    fit_case("model.schedule", "too few multipliers", ("must give 4 finite numbers",), schedule=rising),
-    fit_case("model.optimizer", "a negative rate", ("model.optimizer", "learning rate"), lr=-1.0),
-    fit_case("trainer.limit_train_batches", "2", ("cuts the", "use data.limit"), trainer={"limit_train_batches": 2}),
-    fit_case("trainer.max_epochs", "0", ("a schedule needs steps",), trainer={"max_epochs": 0}),
-    fit_case(
-        "data.max_prompt_length",
-        "as max_length",
-        ("max_length (64) must be", "above max_prompt_length (64)"),
-        data={"max_prompt_length": 64},
-    ),
-    fit_case(
-        "data.slices",
-        "two epochs",
-        ("set trainer.max_epochs 1",),
-        "fit_sft",
-        data={"slices": Slices(2)},
-        trainer={"max_epochs": 2},
-    ),
-    fit_case(
-        "model.cleaning",
-        "no pair is hard",
-        ("0 pairs are hard",),
-        cleaning=Cleaning(),
-        data={"routing": Routing(hard_fraction=0.0)},
-    ),
-    fit_case(
-        "model.cleaning",
-        "of rejected responses",
-        ("hard_action must be sft (it is sft_both)",),
-        cleaning=Cleaning(),
-        data={"routing": Routing(hard_action="sft_both", hard_fraction=0.5)},
-    ),
-    fit_case(
-        "model.cleaning",
-        "no stage left",
-        ("leaves no stage to clean",),
-        "fit_sft",
-        cleaning=Cleaning(scorer=Random(), warm_up_stages=1),
-    ),
-    fit_case(
-        "model.cleaning",
-        "a reference that is the base",
-        ("every score would be 0", "Give model.cleaning.reference"),
-        "fit_sft",
-        cleaning=Cleaning(),
-    ),
-    fit_case(
-        "model.cleaning.selection",
-        "a token that is none",
-        ("has no token 'nothing'",),
-        "fit_sft",
-        cleaning=Cleaning(scorer=Random(), selection=Selection(always_keep=["nothing"])),
-    ),
-    fit_case(
-        "RefreshReference",
-        "nothing to refresh",
-        ("neither the scorer nor",),
-        "fit_sft",
-        trainer={"first": (RefreshReference(),)},
-    ),
-    fit_case(
-        "RefreshReference",
-        "one stage",
-        ("the run has one stage", "data.routing.order"),
-        trainer={"first": (RefreshReference(role="reference"),)},
-        data={"routing": Routing(hard_fraction=0.0)},
-    ),
-    *(
-        fit_case(type(kind).__name__, "in a planned run", (type(kind).__name__, says), trainer={"first": (kind,)})
-        for kind, says in (
-            (GradientAccumulationScheduler({0: 2}), "trainer.accumulate_grad_batches"),
-            (LearningRateFinder(), "compare a few --model.optimizer.lr"),
-            (BatchSizeFinder(), "set data.batch_size"),
-        )
-    ),
-    *(
-        fit_case(type(callback).__name__, fault, (f"cannot monitor '{callback.monitor}'", *says), how, **chosen)
-        for fault, callback, says, how, chosen in UNMONITORED
-        if chosen.setdefault("trainer", {}).setdefault("first", (callback,))
-    ),
-    fit_case(
-        "model.preference_loss",
-        "means over one pair",
-        ("set trainer.accumulate_grad_batches",),
-        preference_loss=losses.KTOPair(),
-        data={"batch_size": 2},
-        trainer={"accumulate_grad_batches": 2},
-    ),
-]
+def fit_case(how: str, entrance: str, fault: str, says: str, chosen: dict[str, Any]) -> Case:
+    return Case(entrance, fault, lambda place: getattr(place, how)(**chosen), parts(says))
+
 
 CASES = [
     *(loss_case(*option) for option in OUT_OF_RANGE.items()),
     *(constructed("options")(*row) for row in CONSTRUCTED),
     *(constructed("module", ("unread",))(*row) for row in MODULES),
     *WITH_DATA,
+    *(fit_case("fit", *row) for row in FITS),
+    *(fit_case("fit_sft", *row) for row in SFT_FITS),
 ]
