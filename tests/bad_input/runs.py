@@ -8,7 +8,7 @@ from typing import Any
 
 from test_cli import options
 
-from bad_input.case import Place
+from bad_input.case import Place, parts
 
 Arguments = tuple[str, ...] | Callable[[Place], tuple[str, ...]]
 HELP = "see run.py fit --help"
@@ -64,84 +64,61 @@ def prompts(place: Place) -> tuple[str, ...]:
     return callback("lightning_modules.callbacks.GoldEvaluation", prompts=path, max_new_tokens=2)
 
 
-def long_rows(text: str) -> str:
-    return text.replace('"chosen": "', '"chosen": "' + "tea " * 80, 1)
+def chosen(start: str, rows: int) -> Callable[[str], str]:
+    """Another start of the chosen responses of the first rows."""
+    return lambda text: text.replace('"chosen": "', f'"chosen": "{start}', rows)
 
 
-SFT = ("--model", "lightning_modules.sft.SFTModule", "--model.base", "x")
+DEMO, RATING = ("--config", "configs/demo.yaml"), ("--config", "configs/signals/rating.yaml")
+TWICE = "data: {init_args: {max_length: 32}}\ntrainer: {max_steps: 1}\ndata: {init_args: {batch_size: 2}}\n"
+GOLD = callback("lightning_modules.callbacks.GoldEvaluation")
+EMPTY = '{"prompt": "red", "chosen": "", "rejected": "tea", "pair_id": "e"}\n'
+
+
+def run(entrance: str, fault: str, given: Arguments, says: str, whole: bool = False) -> Run:
+    return Run(entrance, fault, given, parts(says), whole)
+
+
 RUNS = [
-    Run("config file", "not there", ("--config", "/no/config.yaml"), ("/no/config.yaml",)),
-    Run("config file", "a folder", ("--config", "configs"), ("configs",)),
-    Run("config file", "no YAML", config("model: [1\nb: ]"), ("bad.yaml is no", "YAML", "line 2", "correct it")),
-    Run(
-        "config file",
-        "a section twice",
-        config("data: {init_args: {max_length: 32}}\ntrainer: {max_steps: 1}\ndata: {init_args: {batch_size: 2}}\n"),
-        ("the key 'data' stands twice, in line 1 and again, line 3", "correct it"),
-    ),
-    Run("config file", "nested deeply", config("[" * 100_000), ("nested too deeply", "line 1", "correct it")),
-    Run("config file", "a misspelt option", config("data: {init_args: {batchsize: 2}}"), ("batchsize", HELP)),
-    Run("command line", "nothing", (), ("subcommand", "fit,validate,predict"), whole=True),
-    Run("command line", "a misspelt command", ("trian", "--config", "configs/demo.yaml"), ("trian",), whole=True),
-    Run("command line", "a misspelt option", ("--data.batchsize", "2"), ("batchsize", HELP)),
-    Run("command line", "a word for a number", ("--data.batch_size", "many"), ("batch_size", "many", HELP)),
-    Run(
-        "model.preference_loss",
-        "no such class",
-        ("--model.preference_loss", "mixdpo.losses.None"),
-        ("mixdpo.losses.None", HELP),
-    ),
-    Run("model", "for predict only", ("--config", "configs/signals/rating.yaml"), ("does not fit", "for predict only")),
-    Run(
-        "model",
-        "for fit only",
-        lambda place: ("predict", "--config", "configs/demo.yaml", "--data.source", place.shared.pairs),
-        ("does not predict", "configs/signals"),
-        whole=True,
-    ),
-    Run(
+    run("config file", "not there", ("--config", "/no/config.yaml"), "/no/config.yaml"),
+    run("config file", "a folder", ("--config", "configs"), "configs"),
+    run("config file", "no YAML", config("model: [1\nb: ]"), "bad.yaml is no … YAML … line 2 … correct it"),
+    run("config file", "a section twice", config(TWICE), "the key 'data' stands twice, in line 1 and again, line 3"),
+    run("config file", "nested deeply", config("[" * 100_000), "nested too deeply … line 1 … correct it"),
+    run("config file", "a misspelt option", config("data: {init_args: {batchsize: 2}}"), f"batchsize … {HELP}"),
+    run("command line", "nothing", (), "subcommand … fit,validate,predict", whole=True),
+    run("command line", "a misspelt command", ("trian", *DEMO), "trian", whole=True),
+    run("command line", "a misspelt option", ("--data.batchsize", "2"), f"batchsize … {HELP}"),
+    run("command line", "a word for a number", ("--data.batch_size", "many"), f"batch_size … many … {HELP}"),
+    run("model.preference_loss", "no such class", ("--model.preference_loss", "no.Loss"), f"no.Loss … {HELP}"),
+    run("model", "for predict only", RATING, "does not fit … for predict only"),
+    run("model", "for fit only", ("predict", *DEMO), "does not predict … configs/signals", whole=True),
+    run(
         "predict",
         "data.margins_file",
         predicted("--data.margins_file", "x"),
-        ("data.margins_file is for fit", "model.output"),
+        "data.margins_file is for fit … model.output",
         whole=True,
     ),
-    Run("data.source", "not there", ("--data.source", "/no/pairs.jsonl"), ("/no/pairs.jsonl", "Check the path")),
-    Run(
+    run("data.source", "not there", ("--data.source", "/no/pairs.jsonl"), "/no/pairs.jsonl … Check the path"),
+    run(
         "data.validation",
         "the training pairs",
         lambda place: ("--data.validation", place.shared.pairs),
-        ("have a prompt that is trained on", "give another"),
+        "have a prompt that is trained on … give another",
     ),
-    Run(
-        "trainer.callbacks", "no such class", callback("lightning_modules.Nothing"), ("lightning_modules.Nothing", HELP)
-    ),
-    Run("GoldEvaluation", "an unknown constraint", prompts, ("red tea", "'rhymes'", "kind must be one of")),
-    Run(
-        "GoldEvaluation",
-        "plain text instead of a template",
-        ("--data.chat_template", "plain", *callback("lightning_modules.callbacks.GoldEvaluation")),
-        ("data.chat_template is plain", "give a template"),
-    ),
-    Run("name", "empty", ("--name", ""), ("names no folder", "give a name")),
-    Run("seed_everything", "-1", ("--seed_everything", "-1"), ("seed_everything must lie in",)),
-    Run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), ("abacus",)),
-    Run("runs", "a file", lambda place: ("--runs", place.write("file", "")), ("file/tiny: Not a", "Give another with")),
+    run("trainer.callbacks", "no such class", callback("no.Callback"), f"no.Callback … {HELP}"),
+    run("GoldEvaluation", "an unknown constraint", prompts, "red tea … 'rhymes' … kind must be one of"),
+    run("GoldEvaluation", "no template", ("--data.chat_template", "plain", *GOLD), "is plain … give a template"),
+    run("name", "empty", ("--name", ""), "names no folder … give a name"),
+    run("seed_everything", "-1", ("--seed_everything", "-1"), "seed_everything must lie in"),
+    run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), "abacus"),
+    run("runs", "a file", lambda place: ("--runs", place.write("file", "")), "file/tiny: Not a … Give another with"),
 ]
 
 # What a run bears, and says how often.
 BORNE = [
-    Run("data.source", "a response longer than max_length", pairs(long_rows), ("truncated 1",)),
-    Run(
-        "data.source",
-        "an end token in a text",
-        pairs(lambda text: text.replace('"chosen": "', '"chosen": "<|im_end|> ', 2)),
-        ("special_tokens_in_text 2",),
-    ),
-    Run(
-        "data.source",
-        "an empty response",
-        pairs(lambda text: text + '{"prompt": "red", "chosen": "", "rejected": "tea", "pair_id": "e"}\n'),
-        ("empty_completion 1",),
-    ),
+    run("data.source", "a response longer than max_length", pairs(chosen("tea " * 80, 1)), "truncated 1"),
+    run("data.source", "an end token in a text", pairs(chosen("<|im_end|> ", 2)), "special_tokens_in_text 2"),
+    run("data.source", "an empty response", pairs(lambda text: text + EMPTY), "empty_completion 1"),
 ]
