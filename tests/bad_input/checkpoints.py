@@ -15,17 +15,15 @@ def file_onto_folder(place: Place) -> None:
         partial.write_text("x")
 
 
-WRITTEN = [
-    *cases(
-        "written files",
-        ("a folder in the way", file_onto_folder, "is a folder … give a file's name"),
-        (
-            "a file in the way",
-            lambda place: write_json(Path(place.write("x", "")) / "y.json", {}),
-            "cannot write … Give another place",
-        ),
-    ),
-]
+def file_into_file(place: Place) -> None:
+    write_json(Path(place.write("x", "")) / "y.json", {})
+
+
+WRITTEN = cases(
+    "written files",
+    ("a folder in the way", file_onto_folder, "is a folder … give a file's name"),
+    ("a file in the way", file_into_file, "cannot write … Give another place"),
+)
 
 # Checkpoints.
 

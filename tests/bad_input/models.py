@@ -50,10 +50,6 @@ def cut(name: str, keep: int = 200) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
 
 
-def text(name: str, content: str) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_text(content)
-
-
 def remove(name: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).unlink()
 
@@ -76,9 +72,8 @@ UNLOADED = ("could not be loaded", REMEDY)
 
 def shrink(folder: Path) -> None:
     edit_json("config.json", vocab_size=20)(folder)
-    rewrite(
-        WEIGHTS, lambda weights: weights.update({k: w[:20].clone() for k, w in weights.items() if w.shape[0] == 26})
-    )(folder)
+    known = lambda weights: {name: w[:20].clone() for name, w in weights.items() if w.shape[0] == 26}  # noqa: E731
+    rewrite(WEIGHTS, lambda weights: weights.update(known(weights)))(folder)
 
 
 MODELS = [
@@ -136,11 +131,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERS = [
     *cases(
         "model.adapter",
-        (
-            "no such folder",
-            lambda place: add_adapters(place.shared.base(), Lora(), "/no/adapter"),
-            ("adapter '/no/adapter'", REMEDY),
-        ),
+        ("no such folder", lambda place: place.fit(adapter="/no/adapter"), f"adapter '/no/adapter' … {REMEDY}"),
         ("a config cut off", adapted(cut(CONFIG, 30)), UNLOADED),
         ("no weights", adapted(remove(TENSORS)), (f"has no {TENSORS}", "save it anew with PEFT's")),
         ("weights cut off", adapted(cut(TENSORS)), UNLOADED),

@@ -26,14 +26,10 @@ def response(text: Any) -> dict[str, Any]:
 TEXT_OR_LIST = "should be text or a list of messages"
 KEYS = "a message has the keys 'role' and 'content'"
 FINITE = "should be a finite number"
-UNREAL = [
-    ("in words", "high"),
-    ("NaN", float("nan")),
-    ("beyond floats", 10**400),
-    ("true", True),
-]
+UNREAL = [("in words", "high"), ("NaN", float("nan")), ("beyond floats", 10**400), ("true", True)]
 RATED = changed(PAIR, {"margin": GONE, "all_generated_responses": ["4", "5"], "all_rm_scores": [1.0, 0.0]})
 SCORED = changed(PAIR, {"margin": GONE, "score_chosen": 1.0, "score_rejected": 0.5})
+OTHER = {"chosen": [user("a"), response("4")], "rejected": [user("a"), response("5")]}
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no rejected", {"rejected": GONE}, ("'rejected' is missing", "Columns present: prompt, chosen, margin")),
     ("messages saved as text", {"chosen": "[{'role': 'assistant', 'content': 'x'}]"}, ("saved as", "Save the")),
@@ -47,17 +43,10 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("a dialogue that goes on", {"chosen": [response("4"), user("?"), response("5")]}, ("Cut the conversation",)),
     ("a response of the user's", {"chosen": [user("4")]}, ("of role 'assistant'",)),
     ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("should end in a message",)),
-    (
-        "a prompt of another conversation",
-        {"chosen": [user("a"), response("4")], "rejected": [user("a"), response("5")]},
-        ("'prompt' is no message of the conversation",),
-    ),
+    ("a prompt of another conversation", OTHER, ("'prompt' is no message of the conversation",)),
     ("no margin in one row", {"margin": GONE}, ("the margin column 'margin' is missing",)),
     *((f"a margin {fault}", {"margin": value}, ("'margin'", FINITE)) for fault, value in UNREAL),
     ("a fractional pair_id", {"pair_id": 1.5}, ("'pair_id' should be text or a whole number",)),
-]
-SCORES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-    ("one of two scores", {"score_rejected": GONE}, ("'score_rejected' is missing",)),
 ]
 RATINGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("scores of fewer responses", {"all_rm_scores": [1.0]}, ("should be two lists of one length",)),
@@ -74,13 +63,11 @@ def row_case(fault: str, change: dict[str, Any], says: tuple[str, ...], row: dic
 
 
 def ids_case(fault: str, *ids: Any) -> Case:
+    def do(place: Place) -> Any:
+        return read_pairs(place.write("rows.jsonl", [PAIR | {"pair_id": name} for name in ids]))
+
     says = ("rows.jsonl, row 2: ", "was already given by row 1", "each row needs its own")
-    return Case(
-        "row of pairs",
-        fault,
-        lambda place: read_pairs(place.write("rows.jsonl", [PAIR | {"pair_id": name} for name in ids])),
-        says,
-    )
+    return Case("row of pairs", fault, do, says)
 
 
 # Files: (name, content) -> where and what to do.
@@ -106,7 +93,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     (
         "every row dropped",
         "a.jsonl",
-        json.dumps(PAIR | {"chosen": " "}),
+        LINE.replace('"4"', '" "'),
         ("no usable pair", "'empty_completion': 1", "give other"),
     ),
 ]
@@ -145,8 +132,8 @@ def broken_folder(place: Place) -> Any:
     return read_pairs(str(place.folder / "data"))
 
 
-def a_file(do: Any) -> Any:
-    return lambda place: do(place.write("a.jsonl", [PAIR]))
+def of_one_file(place: Place) -> Any:
+    return read_pairs(place.write("a.jsonl", [PAIR]), split="test")
 
 
 SOURCES = [
@@ -156,24 +143,22 @@ SOURCES = [
         ("a hub id that cannot be reached", lambda place: read_pairs("org/nothing"), "'org/nothing' … sought on the"),
         ("a folder with a broken file", broken_folder, "data, split 'train' cannot be read"),
     ),
-    Case("data.split", "of one file", a_file(lambda path: read_pairs(path, split="test")), ("a.jsonl", "use 'train'")),
     *cases(
-        "data.validation",
-        ("a share that leaves nothing", lambda place: split_by_prompt(["a"], 0.5, 0), "0.5 … change the fraction"),
+        "data",
+        ("a split of one file", of_one_file, "a.jsonl … use 'train'"),
+        ("a validation share of nothing", lambda place: split_by_prompt(["a"], 0.5, 0), "0.5 … change the fraction"),
     ),
 ]
 
 CASES = [
     *(row_case(*row) for row in ROWS),
-    *(row_case(*row, SCORED) for row in SCORES),
+    row_case("one of two scores", {"score_rejected": GONE}, ("'score_rejected' is missing",), SCORED),
     *(row_case(*row, RATED) for row in RATINGS),
     ids_case("a pair_id twice", "a", "a"),
     ids_case("a pair_id as number and as text", 7, "7"),
     *(file_case(*file) for file in FILES),
     column_case("an unknown column", "stars", "no margin column stars", "margin, a, b."),
-    column_case("three columns", ["a", "b", "c"], "takes one column or [chosen_column, rejected_column]"),
-    column_case("no columns", [], "takes one column or [chosen_column, rejected_column]"),
-    column_case("one column twice", ["a", "a"], "takes one column or [chosen_column, rejected_column]"),
+    *(column_case(str(names), names, "one column or [chosen_column, rejected") for names in (["a"] * 2, [], [*"abc"])),
     *(dropped_case(*row) for row in DROPPED),
     *SOURCES,
 ]

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from bad_input.case import GONE, Case, Place, changed
+from bad_input.case import GONE, Case, Place, cases, changed
 from bad_input.pairs import response, user
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.conversations import read_samples
@@ -29,11 +29,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 DROPPED: list[tuple[str, dict[str, Any], str]] = [
     ("a blank question", {"messages": [user(" "), response("b")]}, "'empty_prompt': 1"),
     ("a response before any question", {"messages": [response("b")]}, "'empty_prompt': 1"),
-    (
-        "blank responses only",
-        {"messages": [user("a"), response(""), user("c"), response("\n")]},
-        "'empty_completion': 1",
-    ),
+    ("blank responses", {"messages": [user("a"), response(""), user("c"), response("\n")]}, "'empty_completion': 1"),
 ]
 
 
@@ -64,30 +60,24 @@ SCORED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("an unknown kind", {"constraints": [{"kind": "rhymes", "params": {}}]}, ("'rhymes'", "kind must be one of")),
     ("params of another kind", {"constraints": [{"kind": "quoted", "params": {"n": 1}}]}, ("takes the params",)),
 ]
-SCORERS: list[tuple[str, Any, tuple[str, ...]]] = [
-    ("a score of NaN", lambda row, texts: [float("nan")], ("gave [nan]", "one finite number each")),
-]
 
 
 def prompt_case(fault: str, row: Any, says: tuple[str, ...]) -> Case:
-    return Case(
-        "row of prompts",
-        fault,
-        lambda place: read_prompts(place.write("prompts.jsonl", [{"prompt": "a"}, row])),
-        ("prompts.jsonl", *says),
-    )
+    def do(place: Place) -> Any:
+        return read_prompts(place.write("prompts.jsonl", [{"prompt": "a"}, row]))
+
+    return Case("row of prompts", fault, do, ("prompts.jsonl", *says))
 
 
 def scored_case(fault: str, change: dict[str, Any], says: tuple[str, ...]) -> Case:
     row = changed({"prompt": "Say it.", "constraints": []}, change)
-    return Case(
-        "constraints of a prompt", fault, lambda place: scores_of(ConstraintScorer(), row, ["x"]), ("Say it.", *says)
-    )
+    do = lambda place: scores_of(ConstraintScorer(), row, ["x"])  # noqa: E731
+    return Case("constraints of a prompt", fault, do, ("Say it.", *says))
 
 
-def scorer_case(fault: str, scorer: Any, says: tuple[str, ...]) -> Case:
-    said = [[Response("x", 2, True)]]
-    return Case("scorer", fault, lambda place: pair_up([{"prompt": "Say it."}], said, scorer, 1, 0), ("Say it.", *says))
+def unscored(place: Place) -> Any:
+    responses = [[Response("x", 2, True)]]
+    return pair_up([{"prompt": "Say it."}], responses, lambda row, texts: [float("nan")], 1, 0)
 
 
 def made(**options: Any) -> Any:
@@ -102,27 +92,24 @@ def onto(name: str, **options: Any) -> Any:
     return do
 
 
+COLD = {"prompts": "builtin", "limit": 1, "temperature": 0.0}
 CASES = [
     *(row_case(*row) for row in ROWS),
     *(dropped_case(*row) for row in DROPPED),
     *(prompt_case(*row) for row in PROMPTS),
-    Case("file of prompts", "no such file", lambda place: read_prompts("/no.jsonl"), ("/no.jsonl", "Check the path")),
-    Case(
-        "file of prompts",
-        "nothing in it",
-        lambda place: read_prompts(place.write("p.jsonl", "\n")),
-        ("p.jsonl", "give one with"),
-    ),
-    Case("file of prompts", "a limit of 0", lambda place: read_prompts("builtin", 0), ("limit 0", "at least 1")),
     *(scored_case(*row) for row in SCORED),
-    *(scorer_case(*row) for row in SCORERS),
-    Case("make-pairs", "one sample a prompt", made(samples=1), ("samples 1", "need at least 2")),
-    Case(
-        "make-pairs",
-        "temperature 0",
-        made(prompts="builtin", limit=1, temperature=0.0),
-        ("temperature 0", "raise temperature"),
+    *cases(
+        "file of prompts",
+        ("no such file", lambda place: read_prompts("/no.jsonl"), "/no.jsonl … Check the path"),
+        ("nothing in it", lambda place: read_prompts(place.write("p.jsonl", "\n")), "p.jsonl … give one with"),
+        ("a limit of 0", lambda place: read_prompts("builtin", 0), "limit 0 … at least 1"),
     ),
-    Case("make-pairs", "out is there", onto("there/out.jsonl"), ("out.jsonl exists", "--overwrite true")),
-    Case("make-pairs", "out is a folder", onto("there", overwrite=True), ("there is a folder", "name of a .jsonl")),
+    *cases(
+        "make-pairs",
+        ("a score of NaN", unscored, "Say it. … gave [nan] … one finite number each"),
+        ("one sample a prompt", made(samples=1), "samples 1 … need at least 2"),
+        ("temperature 0", made(**COLD), "temperature 0 … raise temperature"),
+        ("out is there", onto("there/out.jsonl"), "out.jsonl exists … --overwrite true"),
+        ("out is a folder", onto("there", overwrite=True), "there is a folder … name of a .jsonl"),
+    ),
 ]

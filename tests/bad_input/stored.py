@@ -13,16 +13,15 @@ from bad_input.case import Case, Place, cases
 from mixdpo.signals.compare_margins import compare
 from mixdpo.signals.margins_file import FORMAT, MarginsWriter, read_margins
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.report import report
-from mixdpo.token_cleaning.run_tokens import export_labels, read_cleaning
+from mixdpo.token_cleaning.run_tokens import read_cleaning
 
 # Margins files.
 
 HEAD = {"signal": "x", "needs": "rating", "source": "x", "base": "x", "adapter": None, "pairs": 2}
 FIRST = {"format": FORMAT, **HEAD}
 LINES: list[Any] = [FIRST, {"pair_id": 1, "text": "a", "margin": 0.5}, {"pair_id": 2, "text": "b", "margin": 1.0}]
+OF_A_POLICY = FIRST | {"needs": "policy"}
 ANEW = "compute it anew"
-DEEP = "[" * 100_000
 MARGINS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("nothing", "", ("is no margins file", ANEW)),
     ("bytes", b"\x93NUMPY\xff\n", ("cannot be read", "a text file in UTF-8")),
@@ -34,17 +33,12 @@ MARGINS: list[tuple[str, Any, tuple[str, ...]]] = [
 
 
 def margins_case(fault: str, content: Any, says: tuple[str, ...]) -> Case:
-    return Case(
-        "margins file", fault, lambda place: read_margins(place.write("m.margins", content)), ("m.margins", *says)
-    )
+    do = lambda place: read_margins(place.write("m.margins", content))  # noqa: E731
+    return Case("margins file", fault, do, ("m.margins", *says))
 
 
-def trained_with(content: list[Any]) -> Any:
-    return lambda place: place.fit(data={"margins_file": place.write("m.margins", content)})
-
-
-def of_a_policy(place: Place) -> Any:
-    return place.fit(data={"margins_file": place.write("m.margins", [FIRST | {"needs": "policy"}, *LINES[1:]])})
+def trained_with(*content: Any) -> Any:
+    return lambda place: place.fit(data={"margins_file": place.write("m.margins", list(content))})
 
 
 def continued(place: Place) -> Any:
@@ -77,16 +71,12 @@ def cleaned(fault: Callable[[Path], Any], use: Callable[[Place, Path], Any]) -> 
     return do
 
 
-def edited(name: str, **values: Any) -> Callable[[Path], Any]:
-    def fault(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(content | values))
-
-    return fault
-
-
 def array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], Any]:
     return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+
+
+def masks_of(run: Path) -> Cleaning:
+    return Cleaning(masks=str(run / "cleaning"))
 
 
 def cut(name: str, keep: int) -> Callable[[Path], Any]:
@@ -94,7 +84,7 @@ def cut(name: str, keep: int) -> Callable[[Path], Any]:
 
 
 def masked(place: Place, run: Path) -> Any:
-    return place.fit_sft(cleaning=Cleaning(masks=str(run / "cleaning")))
+    return place.fit_sft(cleaning=masks_of(run))
 
 
 def read(place: Place, run: Path) -> Any:
@@ -108,8 +98,11 @@ def holed(weights: np.ndarray) -> np.ndarray:
 
 def other_data(place: Place) -> Any:
     rows = [json.loads(line) for line in Path(place.shared.samples).read_text().splitlines()]
-    source = place.write("other.jsonl", rows[:-1])
-    return place.fit_sft(source=source, cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")))
+    return place.fit_sft(source=place.write("other.jsonl", rows[:-1]), cleaning=masks_of(place.shared.cleaned))
+
+
+def shorter(place: Place) -> Any:
+    return place.fit_sft(cleaning=masks_of(place.shared.cleaned), data={"max_length": 60})
 
 
 def backwards(folder: Path) -> None:
@@ -125,35 +118,17 @@ CLEANING = [
     *cases(
         "cleaning.masks",
         ("no such folder", lambda place: place.fit_sft(cleaning=MASKS), "x has no stages.json … RUN/cleaning"),
-        ("of other data", other_data, ("data: ", SCORE_AGAIN)),
-        (
-            "of another length",
-            lambda place: place.fit_sft(
-                cleaning=Cleaning(masks=str(place.shared.cleaned / "cleaning")), data={"max_length": 60}
-            ),
-            ("lengths: ", SCORE_AGAIN),
-        ),
-        ("stages.json cut off", cleaned(cut("stages.json", 99), masked), ("stages.json is damaged", RUN_AGAIN)),
-        ("a weight too few", cleaned(array("weights.npy", lambda w: w[:-1]), masked), ("of the shape", RUN_AGAIN)),
+        ("of other data", other_data, f"data:  … {SCORE_AGAIN}"),
+        ("of another length", shorter, f"lengths:  … {SCORE_AGAIN}"),
+        ("stages.json cut off", cleaned(cut("stages.json", 99), masked), f"stages.json is damaged … {RUN_AGAIN}"),
+        ("a weight too few", cleaned(array("weights.npy", lambda w: w[:-1]), masked), f"of the shape … {RUN_AGAIN}"),
         ("tokens never reached", cleaned(array("weights.npy", holed), masked), "has no weight for … that reached all"),
     ),
     *cases(
-        "mixdpo report",
-        ("no run", lambda place: report(str(place.folder)), "no folder RUN/cleaning of a token-cleaning run"),
-    ),
-    *cases(
-        "mixdpo export-labels",
-        (
-            "scores of another length",
-            cleaned(array("scores.npy", lambda s: s[1:]), read),
-            ("scores.npy holds", RUN_AGAIN),
-        ),
-        ("samples of another run", cleaned(backwards, read), ("samples holds other tokens than", RUN_AGAIN)),
-        (
-            "out is there",
-            lambda place: export_labels(str(place.shared.cleaned), str(place.folder)),
-            "exists: give another folder",
-        ),
+        "read_cleaning",
+        ("no run", lambda place: read_cleaning(str(place.folder)), "no folder RUN/cleaning of a token-cleaning run"),
+        ("a score too few", cleaned(array("scores.npy", lambda s: s[1:]), read), f"scores.npy holds … {RUN_AGAIN}"),
+        ("samples of another run", cleaned(backwards, read), f"samples holds other tokens than … {RUN_AGAIN}"),
     ),
 ]
 
@@ -162,8 +137,8 @@ CASES = [
     *cases(
         "margins file",
         ("no such file", lambda place: read_margins("/no.margins"), "/no.margins … run.py predict makes it"),
-        ("of other pairs", trained_with(LINES), ("does not fit 16 of the 16 pairs", "first: row 1", ANEW)),
-        ("of another policy", of_a_policy, "another encoding of the pairs … use the options it was made with"),
+        ("of other pairs", trained_with(*LINES), ("does not fit 16 of the 16 pairs", "first: row 1", ANEW)),
+        ("of another policy", trained_with(OF_A_POLICY, *LINES[1:]), "another encoding of the pairs … use the options"),
         ("of another signal, to be continued", continued, "signal: y there, x here … give another model.output"),
         ("a margin that is infinite", not_finite, "by pair id … Use a wider model.dtype"),
         ("no pair in common", compared, "no pair in common … give two files of the same data"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from conftest import TEMPLATE
 
-from bad_input.case import Case, Place
+from bad_input.case import Case, Place, cases
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
@@ -14,10 +14,9 @@ from mixdpo.model.loading import load_tokenizer
 PAIR = {"prompt": "red tea", "chosen": "blue sun", "rejected": "moon", "margin": 1.0}
 SYSTEM = PAIR | {"prompt": [{"role": "system", "content": "sea"}, {"role": "user", "content": "red"}]}
 TURNS = {"messages": [{"role": role, "content": "red"} for role in ("user", "assistant", "user", "assistant")]}
-NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
-)
-RESPONSES = "{% if message.role == 'assistant' %}"
+REFUSAL = "{{ raise_exception('System role not supported') }}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}" + REFUSAL + "{% endif %}" + TEMPLATE
+COUNTING = "{{ messages | length }}" + TEMPLATE
 
 # Templates and tokenizers: a pair is encoded.
 
@@ -51,84 +50,52 @@ def without(name: str) -> Callable[[Any], None]:
     return lambda tokenizer: setattr(tokenizer, name, None)
 
 
-def template_case(fault: str, template: Any, *says: str, row: dict[str, Any] = PAIR) -> Case:
-    return Case("chat_template", fault, encoded(row, template), says)
+def shown(old: str, new: str) -> str:
+    return TEMPLATE.replace(old, new)
 
 
+HIDDEN = shown("<|im_start|>{{", "{% if m.role == 'system' %}{% continue %}{% endif %}<|im_start|>{{")
+CUT = shown("m['content']", "m['content'] | replace('fish', '')")
+MOVING = shown("{% for", "{% if messages | length > 2 %}tea{% endif %}{% for")
+SHORT = {"max_length": 3, "max_prompt_length": 2, "overlong": "drop"}
 TEMPLATES = [
-    template_case("no such file", "no/chat.jinja", "no/chat.jinja", "no Jinja template and not 'plain'"),
-    template_case("an empty file", lambda p: p.write("chat.jinja", ""), "holds no Jinja template", "no {{ or {% in it"),
-    template_case("a syntax error", "{% for m in messages %}", "row 1 (pair_id", "Give another `chat_template`"),
-    template_case(
-        "no system role", NO_SYSTEM, "row 2 (pair_id", "(system, user)", "System role not supported", row=SYSTEM
-    ),
-    template_case(
-        "the system message left out",
-        TEMPLATE.replace("<|im_start|>{{", "{% if m.role == 'system' %}{% continue %}{% endif %}<|im_start|>{{"),
-        "row 2 (pair_id",
-        "leaves the system message out",
-        "give a `chat_template` that shows it",
-        row=SYSTEM,
-    ),
-    template_case(
-        "today's date", "{{ strftime_now(form) }}" + TEMPLATE, "writes today's date", "in which a date stands there"
-    ),
-    template_case(
-        "no end token", TEMPLATE.replace("<|im_end|>", ""), "no special token", "writes eos_token after a response"
-    ),
-    template_case(
-        "part of a response left out",
-        TEMPLATE.replace("m['content']", "m['content'] | replace('fish', '')"),
-        "row 2 (pair_id",
-        "leaves out part of a response",
-        "that shows it",
-        row=PAIR | {"chosen": "blue fish"},
-    ),
-    template_case(
-        "a prompt that a response changes",
-        "{{ messages | length }}" + TEMPLATE,
-        "last user message differently",
-        "give another",
-    ),
-    Case("chat_template", "none at all", encoded(change=without("chat_template")), ("has no", "give `chat_template`")),
-    Case(
+    *cases(
         "chat_template",
-        "plain, with two responses",
-        encoded_sft(TURNS, chat_template="plain"),
-        ("row 1 (sample_id", "one sample a response"),
-    ),
-    Case(
-        "chat_template",
-        "earlier turns that change",
-        encoded_sft(
-            TURNS, chat_template=TEMPLATE.replace("{% for", "{% if messages | length > 2 %}tea{% endif %}{% for")
+        ("no such file", encoded(template="no/chat.jinja"), "no/chat.jinja … no Jinja template and not 'plain'"),
+        ("an empty file", encoded(template=lambda p: p.write("chat.jinja", "")), "holds no Jinja … no {{ or {% in it"),
+        (
+            "a syntax error",
+            encoded(template="{% for m in messages %}"),
+            "row 1 (pair_id … Give another `chat_template`",
         ),
-        ("row 1 (sample_id", "an earlier turn differently", "leaves earlier turns as"),
+        ("no system role", encoded(SYSTEM, NO_SYSTEM), "row 2 (pair_id … (system, user) … System role not supported"),
+        ("the system message left out", encoded(SYSTEM, HIDDEN), "row 2 (pair_id … leaves the system … that shows it"),
+        (
+            "today's date",
+            encoded(template="{{ strftime_now(form) }}" + TEMPLATE),
+            "writes today's … a date stands there",
+        ),
+        ("no end token", encoded(template=shown("<|im_end|>", "")), "no special … writes eos_token after a response"),
+        ("a response cut", encoded(PAIR | {"chosen": "blue fish"}, CUT), "row 2 (pair_id … leaves out part … shows it"),
+        ("a prompt that changes", encoded(template=COUNTING), "last user message differently … give another"),
+        ("none at all", encoded(change=without("chat_template")), "has no … give `chat_template`"),
+        ("plain, two responses", encoded_sft(TURNS, chat_template="plain"), "row 1 (sample_id … one sample a response"),
+        ("earlier turns that change", encoded_sft(TURNS, chat_template=MOVING), "row 1 (sample_id … an earlier turn"),
     ),
-    Case(
-        "tokenizer",
-        "no end token",
-        encoded(template="plain", change=without("eos_token")),
-        ("row 1", "no eos token", "name one in its"),
-    ),
-    Case(
-        "data.max_length",
-        "too short for all",
-        encoded(max_length=3, max_prompt_length=2, overlong="drop"),
-        ("no pair is left of 2", "raise max_length (3)"),
+    *cases(
+        "other options",
+        ("no end token", encoded(template="plain", change=without("eos_token")), "row 1 … no eos token … name one in"),
+        ("max_length too short", encoded(**SHORT), "no pair is left of 2 … raise max_length (3)"),
     ),
 ]
 
 LONG = PAIR | {"chosen": "blue " * 20_000}
+MARKED = {"prompt": "red <|im_end|>"}
 COUNTED = [
     ("a completion of 20 000 words, cut", encoded(LONG), "'truncated': 1"),
     ("a completion of 20 000 words, dropped", encoded(LONG, overlong="drop"), "'dropped_overlong': 1"),
-    ("an end token in a prompt", encoded(PAIR | {"prompt": "red <|im_end|>"}), "'special_tokens_in_text': 1"),
-    (
-        "an end token, asked for",
-        encoded(PAIR | {"prompt": "<|im_end|> red"}, special_tokens_in_text=True),
-        "'special_tokens_in_text': 1",
-    ),
+    ("an end token in a prompt", encoded(PAIR | MARKED), "'special_tokens_in_text': 1"),
+    ("an end token, asked for", encoded(PAIR | MARKED, special_tokens_in_text=True), "'special_tokens_in_text': 1"),
     ("a conversation longer than max_length", encoded_sft(TURNS, max_length=8), "'truncated': 1"),
 ]
 
