@@ -61,24 +61,6 @@ def test_a_run_that_is_done_is_not_repeated_and_is_refused_when_it_would_be_anot
     assert len(started) == 1
 
 
-def test_a_sample_of_another_size_is_another_file(benchmark: Any, tmp_path: Path) -> None:
-    signals = benchmark("compare_signals")
-    source = Path(write(tmp_path / "all.jsonl.gz", [PAIR | {"pair_id": i} for i in range(9)]))
-    counts = [len(signals.draw(source, count, tmp_path).read_text().splitlines()) for count in (3, 6, 3)]
-    assert counts == [3, 6, 3]
-
-
-def test_margins_are_asked_for_though_they_are_there(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    signals, commands = benchmark("compare_signals"), []
-    monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command))
-    for path in signals.predict(tmp_path, tmp_path / "a-3.jsonl", []).values():
-        path.write_text("of other options")
-    signals.predict(tmp_path, tmp_path / "a-3.jsonl", ["--data.max_length", "99"])
-    assert len(commands) == 8  # the rating and three signals, twice
-
-
 def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Path) -> None:
     rows = [PAIR | {"prompt": f"prompt {i}"} for i in range(6)]
     rows[0]["chosen"] = rows[0]["rejected"]  # not usable: with a limit of 3 the first 4 rows are read
@@ -86,13 +68,6 @@ def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Pa
     benchmark("compare_methods").write_prompts(config, tmp_path / "prompts.jsonl")
     asked = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     assert asked == ["prompt 4", "prompt 5"]
-
-
-def test_prompts_and_pairs_come_from_the_same_rows(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for option in ("--data.source", "--data.limit=3", "--data.init_args.source", "--name"):
-        monkeypatch.setattr(sys, "argv", ["compare_methods.py", "configs/demo.yaml", option, "x"])
-        with pytest.raises(SystemExit, match="change source and limit in the config"):
-            benchmark("compare_methods").main()
 
 
 def test_a_killed_process_loses_no_other_run(
