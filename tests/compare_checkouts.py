@@ -41,6 +41,7 @@ for arguments in json.loads(sys.stdin.read()):
     except Exception as error:
         print("== failed", *arguments, repr(error))
 """
+ROOMS = {"lightning_modules": "Module", "datamodules": "DataModule"}
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
 Options = dict[str, Any]
 
@@ -73,11 +74,9 @@ def six_runs(folder: Path) -> dict[str, list[Options]]:
     model = write_llama(folder / "model")
     pairs = write_pairs(folder / "pairs.jsonl", make_pairs(30))
     samples = write_pairs(folder / "samples.jsonl", make_samples(48))
-    preference = base_options(
-        model, "lightning_modules.preference.PreferenceModule", "datamodules.preference.PreferenceDataModule", pairs
-    )
-    preference["data"]["init_args"]["max_prompt_length"] = 32
-    sft = base_options(model, "lightning_modules.sft.SFTModule", "datamodules.sft.SFTDataModule", samples)
+    names = [f"{room}.preference.Preference{kind}" for room, kind in ROOMS.items()]
+    preference = merged(base_options(model, *names, pairs), {"data": {"init_args": {"max_prompt_length": 32}}})
+    sft = base_options(model, *(f"{room}.sft.SFT{kind}" for room, kind in ROOMS.items()), samples)
 
     def run(base: Options, model: Options, data: Options, **trainer: Any) -> Options:
         changes = {"model": {"init_args": model}, "data": {"init_args": data}, "trainer": trainer}
@@ -86,41 +85,22 @@ def six_runs(folder: Path) -> dict[str, list[Options]]:
     refresh, hard = "lightning_modules.token_cleaning.RefreshReference", {"routing": {"hard_fraction": 0.4}}
     mixdpo = {"schedule": named("mixdpo.schedules.StagedCosine", warmup=0.2)}
     cleaning = {"selection": {"keep_ratio": 0.6, "scope": "global"}}
-    shuffled = {"hard_fraction": 0.4, "order": "shuffled", "reshuffle": True}
-    buckets = {"hard_fraction": 0.0, "order": "bucketed", "buckets": 3}
+    shuffled = {"routing": {"hard_fraction": 0.4, "order": "shuffled", "reshuffle": True}}
+    buckets = {"routing": {"hard_fraction": 0.0, "order": "bucketed", "buckets": 3}}
     pausable = {"schedule": named("mixdpo.schedules.Constant", warmup=0.0)}
     evolving = {"stage_start": "restart", "schedule": named("mixdpo.schedules.StagedLinear", warmup=0.2)}
+    evolving |= {"cleaning": cleaning | {"warm_up_stages": 1}}
+    slices = {"slices": {"count": 3, "split": "contiguous"}}
+    simpo = {"preference_loss": named("mixdpo.losses.SimPO"), "schedule": named("mixdpo.schedules.Cosine")}
+    linear = {"schedule": named("mixdpo.schedules.Linear")}
+    moving = [named(refresh, every="stage", role="reference")]
     return {
         "mixdpo": [run(preference, mixdpo, hard, max_epochs=2)],
         "mixdpo_cleaned": [run(preference, mixdpo | {"cleaning": cleaning | {"reference_lr": 1e-2}}, hard)],
-        "self_evolving": [
-            run(
-                sft,
-                evolving | {"cleaning": cleaning | {"warm_up_stages": 1}},
-                {"slices": {"count": 3, "split": "contiguous"}},
-                callbacks=[named(refresh, every="stage")],
-            )
-        ],
-        "simpo": [
-            run(
-                preference,
-                {"preference_loss": named("mixdpo.losses.SimPO"), "schedule": named("mixdpo.schedules.Cosine")},
-                {"routing": shuffled},
-                max_epochs=2,
-            )
-        ],
-        "bucketed": [
-            run(
-                preference,
-                {"schedule": named("mixdpo.schedules.Linear")},
-                {"routing": buckets},
-                callbacks=[named(refresh, every="stage", role="reference")],
-            )
-        ],
-        "resumed": [
-            run(preference, pausable, hard, max_epochs=2, max_steps=4),
-            run(preference, pausable, hard, max_epochs=2),
-        ],
+        "self_evolving": [run(sft, evolving, slices, callbacks=[named(refresh, every="stage")])],
+        "simpo": [run(preference, simpo, shuffled, max_epochs=2)],
+        "bucketed": [run(preference, linear, buckets, callbacks=moving)],
+        "resumed": [run(preference, pausable, hard, max_epochs=2, **more) for more in ({"max_steps": 4}, {})],
     }
 
 
@@ -145,14 +125,8 @@ def train(checkout: Path, folder: Path, runs: dict[str, list[Options]]) -> None:
     caches = {"MIXDPO_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
     own_code = {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment = os.environ | caches | own_code | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN],
-        cwd=checkout,
-        env=environment,
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-    )
+    options: Options = {"cwd": checkout, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", TRAIN], input=json.dumps(commands), **options)
     if done.returncode:
         sys.exit(f"{checkout}: {done.stderr[-3000:]}")
     for line in done.stdout.splitlines():
@@ -190,10 +164,9 @@ def main() -> None:
         runs = {name: runs[name] for name in arguments.runs or runs}
         train(arguments.baseline.resolve(), baseline, runs)
         trained = {name: adapter(baseline, name) for name in runs}
-        if idle := [
-            name for name, weights in trained.items() if not weights or not all(map(torch.any, weights.values()))
-        ]:
-            sys.exit(f"the baseline has trained nothing in {', '.join(idle)}")
+        for name, weights in trained.items():
+            if not weights or not all(map(torch.any, weights.values())):
+                sys.exit(f"the baseline has trained nothing in {name}")
         for first, second in combinations(runs, 2):
             if not differences(trained[first], trained[second]):
                 sys.exit(f"{first} and {second} gave the same adapter: the comparison tells nothing")

@@ -17,7 +17,7 @@ from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.pages.charts import histogram
 from mixdpo.token_cleaning.report import _colour, report, visible_units
-from mixdpo.token_cleaning.run_tokens import ScoredStage, read_cleaning
+from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
 
 NAN = float("nan")
 PROMPT = "<|im_start|> user red blue <|im_end|> <|im_start|> assistant"
@@ -62,15 +62,14 @@ def write_run(
         weights += [float(threshold is None or sign > 0) if stage_of[n] >= 0 else NAN for sign in signs]
     number, ids = Value("int64"), [Value("int32")]
     features = {"sample_id": number, "row": number, "source": Value("string"), "input_ids": ids, "spans": ids}
-    dataset, cleaning = Dataset.from_list(rows, features=Features(features)), folder / "cleaning"
-    dataset.save_to_disk(str(cleaning / "samples"))
-    np.save(cleaning / "scores.npy", np.array(scores, dtype=np.float32))
-    np.save(cleaning / "weights.npy", np.array(weights, dtype=np.float32))
-    np.save(cleaning / "decided.npy", np.array([stage_of[row["sample_id"]] for row in rows], dtype=np.int16))
+    pool = TokenPool.of(Dataset.from_list(rows, features=Features(features)), {"data": "d&1"})
     first = np.cumsum([0, *(count for _, count, _ in STAGES)])
     stages = [stage_entry(s, sum(LENGTHS[first[s] : first[s + 1]]), count, cut) for s, count, cut in STAGES]
-    record = {"identity": TokenPool.of(dataset, {"data": "d&1"}).identity, "tokenizer": tokenizer_folder}
-    (cleaning / "stages.json").write_text(json.dumps(record | {"stages": stages}))
+    decided = np.array([stage_of[row["sample_id"]] for row in rows], dtype=np.int16)
+    arrays = np.array([scores, weights], dtype=np.float32)
+    run = RunTokens(pool, pool.identity, tokenizer_folder, *arrays, decided, stages)
+    run.write_samples(folder / "cleaning")
+    run.write(folder / "cleaning")
     return str(folder)
 
 

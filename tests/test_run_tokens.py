@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.run_tokens import _label, export_labels
+from mixdpo.token_cleaning.run_tokens import RunTokens, _label, export_labels, read_cleaning
 
 NAN = float("nan")
 SAMPLES = [
@@ -20,24 +20,18 @@ SAMPLES = [
     {"source": "dolly", "row": 6, "input_ids": [6, 10, 11, 12], "spans": [1, 4]},  # never reached
     {"source": "gsm", "row": 9, "input_ids": [6, 13, 3, 7, 14, 15, 3], "spans": [1, 3, 4, 7]},  # two turns
 ]
-COLUMNS = {name: [sample[name] for sample in SAMPLES] for name in ("input_ids", "spans")}
-IDENTITY = TokenPool.of(COLUMNS, {"data": "d1", "template": "c1", "model": "m1", "dtype": "float32"}).identity
 WEIGHTS = [1, 0, 1, NAN, NAN, NAN, 0.5, 0, NAN, 2, 0]
 
 
 def write_run(folder: Path, weights: list[float] = WEIGHTS) -> str:
-    cleaning = folder / "cleaning"
-    cleaning.mkdir(parents=True)
-    ids = [Value("int32")]
     features = {"sample_id": Value("int64"), "source": Value("string"), "row": Value("int64")}
-    features |= {"input_ids": ids, "spans": ids, "truncated": Value("bool")}
-    rows = [sample | {"sample_id": 100 + n, "truncated": False} for n, sample in enumerate(SAMPLES)]
-    Dataset.from_list(rows, features=Features(features)).save_to_disk(str(cleaning / "samples"))
-    np.save(cleaning / "weights.npy", np.array(weights, dtype=np.float32))
-    np.save(cleaning / "scores.npy", np.full(11, np.nan, dtype=np.float32))
-    np.save(cleaning / "decided.npy", np.zeros(3, dtype=np.int16))
-    record = {"identity": IDENTITY, "tokenizer": "any", "stages": []}
-    (cleaning / "stages.json").write_text(json.dumps(record))
+    features |= {name: [Value("int32")] for name in ("input_ids", "spans")}
+    rows = [sample | {"sample_id": 100 + n} for n, sample in enumerate(SAMPLES)]
+    pool = TokenPool.of(Dataset.from_list(rows, features=Features(features)), {"data": "d1", "model": "m1"})
+    run = RunTokens.undecided(pool, pool.identity, "any")
+    run.weights = np.array(weights, dtype=np.float32)
+    run.write_samples(folder / "cleaning")
+    run.write(folder / "cleaning")
     return str(folder)
 
 
@@ -60,7 +54,7 @@ def test_labels_by_hand(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     }
     types = {name: feature.feature.dtype for name, feature in exported.features.items() if hasattr(feature, "feature")}
     assert types == {"input_ids": "int32", "labels": "int64", "weights": "float32"}
-    origin = {"identity": IDENTITY, "tokenizer": "any", "run": run}
+    origin = {"identity": read_cleaning(run).identity, "tokenizer": "any", "run": run}
     assert json.loads((out / "identity.json").read_text()) == origin
     printed = capsys.readouterr().out
     assert "2 samples, 4 of 11 response tokens have a label; left out 1 samples" in printed

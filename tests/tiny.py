@@ -27,28 +27,14 @@ def write_llama(folder: Path) -> str:
     vocabulary = {token: i for i, token in enumerate([*special, "user", "assistant", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=TEMPLATE,
-    )
+    tokens = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<|im_end|>"}
+    tokens |= {"additional_special_tokens": ["<|im_start|>"], "chat_template": TEMPLATE}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=3,
-        pad_token_id=1,
-        bos_token_id=None,
-    )
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = LlamaConfig(**shape, eos_token_id=3, pad_token_id=1, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
@@ -75,16 +61,11 @@ def make_samples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     def message(role: str, longest: int) -> dict[str, str]:
         return {"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(2, longest)))}
 
-    return [
-        {
-            "id": f"s{i}",
-            "source": "odd" if i % 2 else "even",
-            "messages": [
-                m for _ in range(2 if i % 3 == 0 else 1) for m in (message("user", 6), message("assistant", 12))
-            ],
-        }
-        for i in range(count)
-    ]
+    def turns(number: int) -> list[dict[str, str]]:
+        return [m for _ in range(number) for m in (message("user", 6), message("assistant", 12))]
+
+    ids = {i: {"id": f"s{i}", "source": "odd" if i % 2 else "even"} for i in range(count)}
+    return [names | {"messages": turns(2 if i % 3 == 0 else 1)} for i, names in ids.items()]
 
 
 def write_pairs(path: Path, rows: list[dict[str, Any]]) -> str:
