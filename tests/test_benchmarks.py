@@ -6,7 +6,6 @@ import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
-from importlib.metadata import distributions
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -89,18 +88,6 @@ def test_a_killed_process_loses_no_other_run(
     assert written == [0, 1, 2, 3]
     assert [run["fits"] for run in json.loads(out.read_text())["runs"]] == [True, None, True, None]
     assert "| trl, r 2, 2 × 8 | – | – | – | – |" in capsys.readouterr().out
-
-
-def test_what_was_measured_is_kept_without_trl(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    measuring = benchmark("measuring")
-    installed = lambda name: () if name == "trl" else distributions(name=name)  # noqa: E731
-    monkeypatch.setattr(measuring, "distributions", installed)
-    versions = measuring.about()["versions"]
-    assert versions["trl"] is None and versions["torch"]
-    rows = [["a", 0.5, None], ["b", 2, True]]
-    assert measuring.table(["", "x", "y"], rows) == (
-        "|  | x | y |\n| --- | --- | --- |\n| a | 0.500 | – |\n| b | 2 | True |\n"
-    )
 
 
 CLOCK = """

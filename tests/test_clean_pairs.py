@@ -61,9 +61,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def train(tiny_model: str, source: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ran]:
-    return lambda *first, **options: run(
-        tiny_model, options.pop("source", source), tmp_path_factory.mktemp("run"), *first, **options
-    )
+    def train(*first: Any, source: str = source, **options: Any) -> Ran:
+        return run(tiny_model, source, tmp_path_factory.mktemp("run"), *first, **options)
+
+    return train
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +197,7 @@ def test_keeping_all_is_mixdpo_to_the_bit(train: Any) -> None:
     assert (kept.array("weights") == 1).all()
 
 
-def fit_by_hand(
-    plain: Any, adapters: dict[str, Tensor], samples: list[Any], rate: float, size: int
-) -> dict[str, Tensor]:
+def fit_by_hand(plain: Any, adapters: Any, samples: list[Any], rate: float, size: int) -> dict[str, Tensor]:
     """One pass of AdamW without weight decay, the loss of a step being the mean over its response tokens."""
     adapters = policy_of(adapters)
     optimizer = torch.optim.AdamW(adapters.values(), lr=rate, weight_decay=0.0)

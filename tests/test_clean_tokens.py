@@ -71,17 +71,13 @@ class Ran:
     rows: list[dict[str, str]]
     folder: Path
 
+    def __post_init__(self) -> None:
+        self.data: Any = self.module.trainer.datamodule
+        self.masks = str(self.folder / "cleaning")
+
     @property
     def pool(self) -> Any:
         return self.data.cleaning_pool()
-
-    @property
-    def data(self) -> Any:
-        return self.module.trainer.datamodule
-
-    @property
-    def masks(self) -> str:
-        return str(self.folder / "cleaning")
 
     def array(self, name: str) -> np.ndarray:
         return np.load(self.folder / "cleaning" / f"{name}.npy")
@@ -90,12 +86,10 @@ class Ran:
         return json.loads((self.folder / "cleaning" / "stages.json").read_text())["stages"]
 
 
-def run(
-    model: str, source: str, folder: Path, *first: Any, trainer: Any = None, make: Any = build_sft, **more: Any
-) -> Ran:
+def run(model: str, source: str, folder: Path, *first: Any, trainer: Any = None, **more: Any) -> Ran:
     steps, logger = Steps(), CSVLogger(folder / "log", name="", version="")
     trainer = {"first": (*first, steps), "logger": logger, **(trainer or {})}
-    module = fit(model, source, folder, make=make, trainer=trainer, **more)
+    module = fit(model, source, folder, trainer=trainer, **{"make": build_sft, **more})
     with (folder / "log" / "metrics.csv").open() as file:
         return Ran(module, steps, list(csv.DictReader(file)), folder)
 
@@ -146,11 +140,10 @@ def policy_of(adapters: Adapters) -> Adapters:
 
 # Keeping everything.
 
-
 DROPOUT: dict[str, Any] = {**ADAMW, "lora": Lora(rank=4, alpha=8, dropout=0.3), "data": {"limit": 12}}
 KEEP_ALL = {
-    "excess": {"scorer": ExcessLoss(), "selection": Selection(1.0, scope="sample"), "reference": "earlier"},
-    "online": {"scorer": Loss(), "selection": Selection(1.0, scope="batch")},
+    "excess": Cleaning(ExcessLoss(), Selection(1.0, scope="sample"), reference="earlier"),
+    "online": Cleaning(Loss(), Selection(1.0, scope="batch")),
 }
 
 
@@ -162,10 +155,9 @@ def full(train: Any) -> Ran:
 @pytest.mark.parametrize("name", KEEP_ALL)
 def test_keeping_all_is_full_sft_to_the_bit(name: str, train: Any, full: Ran, earlier: Ran) -> None:
     """With dropout: scoring draws no random numbers."""
-    options = dict(KEEP_ALL[name])
-    if "reference" in options:
-        options["reference"] = str(earlier.folder / "adapter")
-    kept = train(cleaning=Cleaning(**options), **DROPOUT)
+    cleaning = KEEP_ALL[name]
+    reference = cleaning.reference and str(earlier.folder / "adapter")
+    kept = train(cleaning=replace(cleaning, reference=reference), **DROPOUT)
     assert same(adapter_weights(full.module), adapter_weights(kept.module))
     assert [row["train/loss"] for row in kept.rows] == [row["train/loss"] for row in full.rows]
     assert [float(row["cleaning/kept_fraction"]) for row in kept.rows] == [1.0] * 3
@@ -374,10 +366,9 @@ def test_what_a_stage_starts_with(stage_start: Any, train: Any, plain: Any, monk
         assert names == {"policy", "cleaning_reference"}
     assert {name for name, p in ran.module.named_parameters() if p.requires_grad} == set(policy_of(final))
     stack = [*sorted(names - {"policy", "cleaning_reference"}), "policy"]
-    assert (as_role(ran.module.model) - alone(plain)).abs().max() > 0.1
-    torch.testing.assert_close(
-        as_role(ran.module.model), alone(plain, with_adapters(plain, final, *stack)), rtol=0, atol=1e-5
-    )
+    trained = as_role(ran.module.model)
+    assert (trained - alone(plain)).abs().max() > 0.1
+    torch.testing.assert_close(trained, alone(plain, with_adapters(plain, final, *stack)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -500,9 +491,9 @@ OTHERS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_resuming_with_another_cleaning_is_refused(name, train, tiny_model, earlier, tmp_path):
     def go(cleaning: Cleaning | None, *refresh: Any, **options: Any) -> Ran:
-        if cleaning is not None and cleaning.reference:
+        if cleaning and cleaning.reference:
             cleaning = replace(cleaning, reference=saved_adapter(tiny_model, tmp_path / cleaning.reference, rank=4))
-        if cleaning is not None and cleaning.masks:
+        if cleaning and cleaning.masks:
             cleaning = replace(cleaning, masks=earlier.masks)
         options |= {"trainer": {"max_steps": 1}, "schedule": CONSTANT, "data": {"slices": Slices(3)}}
         return train(*refresh, cleaning=cleaning, **options)

@@ -119,9 +119,8 @@ def test_readme_commands_build(cli, monkeypatch):
     nor data module refuses it."""
     monkeypatch.chdir(ROOT)
     readme = (ROOT / "README.md").read_text("utf-8")
-    commands = re.findall(
-        r"^python run\.py ((?:predict |test )?--config configs/.+?)(?:  +#.*)?$", readme, flags=re.MULTILINE
-    )
+    pattern = r"^python run\.py ((?:predict |test )?--config configs/.+?)(?:  +#.*)?$"
+    commands = re.findall(pattern, readme, flags=re.MULTILINE)
     assert len(commands) >= 8
     for command in commands:
         verb, *arguments = shlex.split(f"fit {command}" if command.startswith("--") else command)
@@ -140,9 +139,8 @@ def test_baseline_overrides(build):
             assert options[options.index("--name") + 1] == f"{config.stem}-{baseline.lower()}"
             general = tuple(option.replace(config.stem, "NAME") for option in options)
             if general not in built:
-                assert build(config, *options).datamodule.routing == Routing(
-                    hard_fraction=hard_fraction, order="shuffled"
-                )
+                routing = build(config, *options).datamodule.routing
+                assert routing == Routing(hard_fraction=hard_fraction, order="shuffled")
             built.add(general)
 
 
@@ -193,20 +191,15 @@ def test_paper_choices_and_overrides_arrive(build):
     assert cli.trainer.precision == "bf16-mixed"
     options = "--model.preference_loss.beta 0.05 --data.routing.hard_fraction 0.3 --trainer.max_steps 7"
     cli = build(ROOT / "configs/demo.yaml", *options.split())
-    assert (cli.model.preference_loss.beta, cli.datamodule.routing.hard_fraction, cli.trainer.max_steps) == (
-        0.05,
-        0.3,
-        7,
-    )
+    arrived = cli.model.preference_loss.beta, cli.datamodule.routing.hard_fraction, cli.trainer.max_steps
+    assert arrived == (0.05, 0.3, 7)
 
 
 def test_imports_and_help():
     """`mixdpo.losses` costs torch only; no module under `mixdpo` imports lightning; then `run.py --help` and
     `run.py fit --help`: one process, because most of its time is imports."""
-    modules = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for path in sorted((ROOT / "mixdpo").rglob("*.py"))
-    ]
+    paths = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "mixdpo").rglob("*.py"))]
+    modules = [".".join(path.parts).removesuffix(".__init__") for path in paths]
     code = f"""if True:
         import runpy, sys
         import mixdpo.losses

@@ -6,38 +6,25 @@ from pkgutil import resolve_name
 
 import pytest
 
-PRIVATE = [
-    # how attention over packed rows is registered, and what it calls
-    "transformers:AttentionInterface.register",
-    "transformers:AttentionMaskInterface.register",
-    "transformers.integrations.sdpa_attention:sdpa_attention_forward",
-    "transformers.masking_utils:sdpa_mask",
-    "transformers:PreTrainedModel._supports_sdpa",
-    "transformers:PreTrainedModel.activation_checkpointing_enable",
-    "transformers:PreTrainedModel.tie_weights",
-    "transformers:PretrainedConfig.get_text_config",
-    "transformers:DynamicCache.batch_repeat_interleave",
-    "transformers:GenerationConfig",
-    "transformers:BitsAndBytesConfig",
-    # roles of one base
-    "peft.tuners.tuners_utils:BaseTunerLayer",
-    "peft.utils.integrations:dequantize_module_weight",
-    "peft:get_peft_model_state_dict",
-    "peft:load_peft_weights",
-    # the exact cut of a step, exact resume, and the default device
-    "lightning.pytorch.loops:_FitLoop._should_accumulate",
-    "lightning.pytorch.loops:_FitLoop._can_stop_early",
-    "lightning.pytorch.loops:_TrainingEpochLoop._should_check_val_fx",
-    "lightning.pytorch.strategies.strategy:Strategy.tensor_init_context",
-    "lightning.pytorch.strategies.strategy:Strategy.checkpoint_io",
-    "lightning.pytorch.plugins.precision:Precision.forward_context",
-    "lightning.pytorch.plugins.io:TorchCheckpointIO.save_checkpoint",
-    "lightning.pytorch.cli:LightningCLI.instantiate_trainer",
-    "jsonargparse:ArgumentParser.validate",
-    "jsonargparse:ArgumentParser.error",
-    "jsonargparse:lazy_instance",
-    "accelerate:init_empty_weights",
-]
+# module: names. Attention over packed rows; roles of one base; the exact cut of a step, exact resume, default device
+PRIVATE = {
+    "transformers": "AttentionInterface.register AttentionMaskInterface.register PreTrainedModel._supports_sdpa"
+    " PreTrainedModel.activation_checkpointing_enable PreTrainedModel.tie_weights PretrainedConfig.get_text_config"
+    " DynamicCache.batch_repeat_interleave GenerationConfig BitsAndBytesConfig",
+    "transformers.integrations.sdpa_attention": "sdpa_attention_forward",
+    "transformers.masking_utils": "sdpa_mask",
+    "peft.tuners.tuners_utils": "BaseTunerLayer",
+    "peft.utils.integrations": "dequantize_module_weight",
+    "peft": "get_peft_model_state_dict load_peft_weights",
+    "lightning.pytorch.loops": "_FitLoop._should_accumulate _FitLoop._can_stop_early"
+    " _TrainingEpochLoop._should_check_val_fx",
+    "lightning.pytorch.strategies.strategy": "Strategy.tensor_init_context Strategy.checkpoint_io",
+    "lightning.pytorch.plugins.precision": "Precision.forward_context",
+    "lightning.pytorch.plugins.io": "TorchCheckpointIO.save_checkpoint",
+    "lightning.pytorch.cli": "LightningCLI.instantiate_trainer",
+    "jsonargparse": "ArgumentParser.validate ArgumentParser.error lazy_instance",
+    "accelerate": "init_empty_weights",
+}
 ARGUMENTS = [
     ("transformers.integrations.sdpa_attention:sdpa_attention_forward", ("attention_mask", "is_causal", "scaling")),
     ("transformers:DynamicCache.__init__", ("config",)),
@@ -50,9 +37,10 @@ ARGUMENTS = [
 STATE_OF_MODEL_CHECKPOINT = {"dirpath", "best_model_path", "best_model_score", "best_k_models", "kth_best_model_path"}
 
 
-@pytest.mark.parametrize("name", PRIVATE)
-def test_it_is_there(name: str) -> None:
-    resolve_name(name)
+@pytest.mark.parametrize("module", PRIVATE)
+def test_it_is_there(module: str) -> None:
+    for name in PRIVATE[module].split():
+        resolve_name(f"{module}:{name}")
 
 
 @pytest.mark.parametrize(("name", "arguments"), ARGUMENTS)

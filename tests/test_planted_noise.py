@@ -94,9 +94,8 @@ def test_swapped_tokens_come_from_responses(tokenizer):
     responses = [[8] * 30 + [9] * 9 + [10]] * 50
     samples = encoded([[([7], response)] for response in responses])
     after = plant(samples, PlantedNoise(kinds=("swap",), rate=0.5), tokenizer)
-    swapped = Counter(
-        t for row in after for _, new, marks in turns_of(row) for t, m in zip(new, marks, strict=True) if m
-    )
+    new_and_marks = [pair for row in after for _, *both in turns_of(row) for pair in zip(*both, strict=True)]
+    swapped = Counter(token for token, mark in new_and_marks if mark)
     assert set(swapped) == {8, 9, 10}
     assert swapped[9] > 4 * swapped[10]
 

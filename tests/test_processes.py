@@ -34,6 +34,16 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(13))
+
+
 def options(model: str, source: str, validation: str, runs: Path) -> list[str]:
     """13 pairs in steps of 4, so that one process has no pair of the last step; 3 held out in batches of 2 and 1."""
     words = f"""--config configs/demo.yaml --name tiny --runs {runs} --model.base {model} --model.quantization none
@@ -61,14 +71,10 @@ def assert_close(one: Path, other: Path) -> None:
     assert any(value.abs().max() > 1e-3 for key, value in mine.items() if "lora_B" in key)
 
 
-def test_two_processes_are_one(
-    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
-    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(13))
+def test_two_processes_are_one(tiny_model: str, pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held_out = [row | {"prompt": f"held out {row['prompt']}"} for row in make_pairs(3, seed=1)]
     validation = write_pairs(tmp_path / "validation.jsonl", held_out)
-    one, two = ((tiny_model, source, validation, tmp_path / name) for name in ("one", "two"))
+    one, two = ((tiny_model, pairs, validation, tmp_path / name) for name in ("one", "two"))
     assert in_process(*options(*one), "--trainer.accumulate_grad_batches", "2") == 0
     on_two(options(*two))
     folders = [tmp_path / name / "tiny" for name in ("one", "two")]
@@ -92,10 +98,8 @@ def test_two_processes_are_one(
 
 
 @pytest.mark.slow
-def test_torchrun(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
-    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(13))
-    arguments = options(tiny_model, source, "0", tmp_path / "runs")
+def test_torchrun(tiny_model: str, pairs: str, tmp_path: Path) -> None:
+    arguments = options(tiny_model, pairs, "0", tmp_path / "runs")
     assert in_process(*arguments, "--name", "one", "--trainer.accumulate_grad_batches", "2") == 0
     on_two(arguments, ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"))
     assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["one", "tiny"]
@@ -112,22 +116,14 @@ def samples(tmp_path: Path) -> str:
     return write_pairs(tmp_path / "samples.jsonl", make_samples(15))
 
 
-@pytest.fixture
-def pairs(tmp_path: Path) -> str:
-    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(13))
-
-
 def on_one_and_two(folder: Path, train: Any, **trainer: Any) -> None:
     train(folder / "one", trainer={**trainer, "precision": "64-true", "accumulate_grad_batches": 2})
     train(folder / "two", trainer={**trainer, "precision": "64-true", **FORK})
     assert_close(folder / "one", folder / "two")
 
 
-def test_two_processes_clean_as_one(
-    tiny_model: str, samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_clean_as_one(tiny_model: str, samples: str, tmp_path: Path) -> None:
     """Self-evolving."""
-    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
     options = {"cleaning": Cleaning(selection=Selection(0.6), warm_up_stages=1), "schedule": CONSTANT}
     options |= {"make": build_sft, "data": {"slices": Slices(3)}, "dtype": "float64"}
     on_one_and_two(tmp_path, partial(fit, tiny_model, samples, **options), first=(RefreshReference(),))
@@ -137,11 +133,8 @@ def test_two_processes_clean_as_one(
     assert 0.5 < np.load(tmp_path / "two" / "cleaning" / "weights.npy").mean() < 1
 
 
-def test_two_processes_clean_hard_pairs_as_one(
-    tiny_model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_clean_hard_pairs_as_one(tiny_model: str, pairs: str, tmp_path: Path) -> None:
     """In the first step with a hard pair one process has none, and in the last one the second has filler only."""
-    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
     data = {"routing": Routing(hard_fraction=0.3, order="interleaved")}
     how = Cleaning(scorer=Loss("base"), selection=Selection(0.6))
     options = {"cleaning": how, "dtype": "float64", "schedule": CONSTANT, "data": data}

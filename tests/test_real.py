@@ -141,29 +141,6 @@ def test_merged_copy_equals_the_four_bit_model(scale: float, model: Any, encoded
     assert (policy - base).abs().max() > 0.1 if scale else torch.equal(policy, base)
 
 
-def test_training_goes_on_unharmed_after_a_forward_in_eval_mode(model: Any, encoded: list[dict[str, Any]]) -> None:
-    """CPUs with AVX-512 BF16: bitsandbytes would repack the weights there, into a layout that has no backward."""
-    from bitsandbytes.functional import has_avx512bf16
-
-    if not has_avx512bf16():
-        pytest.skip("this CPU has no AVX-512 BF16, where alone bitsandbytes repacks 4-bit weights")
-    fill_b(model)
-    rows = collate(encoded, [False, False]).rows
-
-    def gradient() -> torch.Tensor:
-        model.zero_grad()
-        sequence_log_probs(model, rows).sums.sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-    expected, before = gradient(), frozen(model)
-    model.eval()
-    with torch.no_grad():
-        sequence_log_probs(model, rows)
-    model.train()
-    assert all(torch.equal(value, before[name]) for name, value in frozen(model).items())
-    assert torch.equal(gradient(), expected)
-
-
 def plain_log_prob(causal_lm: Any, prompt: list[int], completion: list[int]) -> float:
     """One forward of prompt + completion and one sum over its tokens, without the project's code."""
     with torch.no_grad():

@@ -6,13 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Value, load_from_disk
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.run_tokens import RunTokens, _label, export_labels, read_cleaning
+from mixdpo.token_cleaning.run_tokens import RunTokens, export_labels, read_cleaning
 
 NAN = float("nan")
 SAMPLES = [
@@ -69,26 +67,3 @@ def test_a_run_that_trained_nothing(tmp_path: Path) -> None:
 def test_what_exists_is_never_replaced(run: str) -> None:
     with pytest.raises(InputError, match="exists"):
         export_labels(run, run)
-
-
-@given(
-    st.lists(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), max_size=3), min_size=1, max_size=5), st.data()
-)
-@settings(max_examples=60)
-def test_every_weight_lands_on_its_token(turns: list[list[tuple[int, int]]], data: st.DataObject) -> None:
-    """Samples of (context, response) lengths; the weight of the k-th response token of all is k, or 0 or NaN."""
-    rows, next_id = [], 0
-    for sample in turns:
-        ids, spans = [], []
-        for context, response in sample:
-            ids += [-1] * context
-            spans += [len(ids), len(ids) + response]
-            ids += range(next_id, next_id := next_id + response)
-        rows.append({"input_ids": ids, "spans": spans})
-    numbered = [data.draw(st.sampled_from([float(k + 1), 0.0, NAN])) for k in range(next_id)]
-    starts = np.array([min([i for i in row["input_ids"] if i >= 0], default=0) for row in rows])
-    for index, row in enumerate(rows):
-        found = _label(row, index, np.array(numbered, dtype=np.float32), starts)
-        for token, label, weight in zip(row["input_ids"], found["labels"], found["weights"], strict=True):
-            trained = token >= 0 and numbered[token] == token + 1
-            assert (label, weight) == ((token, token + 1) if trained else (-100, 0))

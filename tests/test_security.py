@@ -13,6 +13,7 @@ from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.export import save_adapter
 from mixdpo.model.loading import load_base, load_reward_model, load_tokenizer
+from mixdpo.token_cleaning.cleaning import Cleaning
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -65,13 +66,8 @@ def test_an_adapter_in_a_pickle(through: str, tiny_model: str, tmp_path: Path) -
     save_adapter(model, tmp_path / "a")
     (tmp_path / "a/adapter_model.safetensors").unlink()
     torch.save({}, tmp_path / "a/adapter_model.bin")
-    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
-    if through == "adapter":
-        options = {"adapter": str(tmp_path / "a")}
-    else:
-        from mixdpo.token_cleaning.cleaning import Cleaning
-
-        options = {"cleaning": Cleaning(reference=str(tmp_path / "a"))}
+    source, folder = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8)), str(tmp_path / "a")
+    options = {"adapter": folder} if through == "adapter" else {"cleaning": Cleaning(reference=folder)}
     trainer, module, data = build(tiny_model, source, tmp_path / "run", **options)
     with pytest.raises(InputError, match=r"has no adapter_model.safetensors.*save it anew"):
         trainer.fit(module, data)

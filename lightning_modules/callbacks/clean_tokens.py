@@ -211,8 +211,8 @@ class CleanTokens(Callback):
         stage, self._open_stage = self._open_stage, None
         samples = samples[~np.isnan(run.weights[run.pool.offsets[samples]])]  # max_steps may end a stage early
         tokens, sources = run.pool.tokens(samples), np.array(run.pool.samples["source"][:])[samples]
-        offsets = run.pool.offsets_of(samples)
-        summary = summarise(run.weights[tokens], run.scores[tokens], offsets, sources, stage["threshold"])
+        values = run.weights[tokens], run.scores[tokens], run.pool.offsets_of(samples)
+        summary = summarise(*values, sources, stage["threshold"])
         how = {"scorer": None, "selection": None} if stage["warm_up"] else self.cleaning.describe()
         run.stages.append({"stage": stage["stage"], "step": stage["step"], **how, **summary})
         self._write(trainer)

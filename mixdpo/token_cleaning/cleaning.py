@@ -71,13 +71,12 @@ class Cleaning:
 
 def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) -> np.ndarray:
     """(M,) bool, the pool's tokens that are kept whatever their score."""
-    names = list(selection.always_keep) if selection else []
-    if not names:
+    if selection is None or not selection.always_keep:
         return np.zeros(len(pool), dtype=bool)
     known = load_tokenizer(tokenizer).get_vocab()
-    if unknown := [name for name in names if name not in known]:
+    if unknown := [name for name in selection.always_keep if name not in known]:
         raise InputError(f"cleaning.selection.always_keep: the tokenizer has no token {', '.join(map(repr, unknown))}")
-    return np.isin(pool.target_ids(), [known[name] for name in names])
+    return np.isin(pool.target_ids(), [known[name] for name in selection.always_keep])
 
 
 def weigh(

@@ -17,7 +17,6 @@ from mixdpo.storage.identity import refuse_changed
 
 ARRAYS = ("scores", "weights", "decided")
 AGAIN = "the files are damaged or of different runs, so run the cleaning again"
-IGNORED = -100  # the label that cross-entropy skips
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ class RunTokens:
         for name in ARRAYS:
             with written_whole(folder / f"{name}.npy") as partial:
                 np.save(partial, getattr(self, name))
-        content = {"identity": self.identity, "tokenizer": self.tokenizer, "stages": self.stages}
-        write_json(folder / "stages.json", content)
+        record = {"identity": self.identity, "tokenizer": self.tokenizer, "stages": self.stages}
+        write_json(folder / "stages.json", record)
 
     def in_progress(self) -> np.ndarray:
         """Indices of the samples of a stage that is decided, or being decided, and not among `stages` yet."""
@@ -132,9 +131,9 @@ def read_cleaning(run: str) -> RunTokens:
     pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
     if pool.identity != record["identity"]:
         raise InputError(f"{folder / 'samples'} holds other tokens than stages.json is of: {AGAIN}")
-    sizes = (len(pool), len(pool), len(pool.samples))
-    arrays = [read_array(folder / f"{name}.npy", (n,), AGAIN) for name, n in zip(ARRAYS, sizes, strict=True)]
-    return RunTokens(pool, record["identity"], record["tokenizer"], *arrays, record["stages"])
+    sizes = {"scores": len(pool), "weights": len(pool), "decided": len(pool.samples)}
+    arrays = {name: read_array(folder / f"{name}.npy", (sizes[name],), AGAIN) for name in ARRAYS}
+    return RunTokens(pool, record["identity"], record["tokenizer"], **arrays, stages=record["stages"])
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -176,7 +175,7 @@ def export_labels(run: str, out: str) -> None:
     )
     with written_whole(Path(out)) as unfinished:
         labelled.save_to_disk(str(unfinished))
-        origin = {"identity": cleaning.identity, "tokenizer": cleaning.tokenizer, "run": str(run)}
+        origin = {"identity": cleaning.identity, "tokenizer": cleaning.tokenizer, "run": run}
         write_json(unfinished / "identity.json", origin)
     print(
         f"wrote {out}: {len(reached)} samples, {int((cleaning.weights > 0).sum())} of {len(cleaning.pool)} response "
@@ -191,4 +190,4 @@ def _label(row: dict[str, Any], index: int, weights: np.ndarray, starts: np.ndar
         spread[first:end] = weights[start : start + end - first]
         start += end - first
     spread[~(spread > 0)] = 0  # NaN: never reached
-    return {"labels": np.where(spread > 0, ids, IGNORED), "weights": spread}
+    return {"labels": np.where(spread > 0, ids, -100), "weights": spread}  # cross-entropy skips -100

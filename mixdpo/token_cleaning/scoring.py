@@ -18,7 +18,7 @@ from mixdpo.storage.files import cache_root, open_checked, or_without
 if TYPE_CHECKING:
     from peft import PeftModel
 
-Indices = Sequence[int] | np.ndarray
+
 MOST_PADDING = 0.15
 """Share of a row: a batch ends where the next sample would be padded by more."""
 
@@ -43,7 +43,7 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
 
 
 def add_losses(
-    losses: np.ndarray, model: "PeftModel", name: Role, pool: TokenPool, samples: Indices, batch_tokens: int = 4096
+    losses: np.ndarray, model: "PeftModel", name: Role, pool: TokenPool, samples: np.ndarray, batch_tokens: int = 4096
 ) -> None:
     """Compute what is still NaN in `losses` for these samples: −log p of each response token under the role, in nats.
 

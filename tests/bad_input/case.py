@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from conftest import build, build_sft, fit, make_pairs, make_samples, write_pairs
 
 from mixdpo.model.adapters import Lora, add_adapters
@@ -73,9 +72,6 @@ class Place:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         return str(path)
-
-    def array(self, name: str, values: Any) -> None:
-        np.save(self.folder / name, values)
 
     def fit(self, *, make: Any = build, source: str | None = None, model: str | None = None, **options: Any) -> Any:
         source = source or (self.shared.samples if make is build_sft else self.shared.pairs)

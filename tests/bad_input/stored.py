@@ -10,6 +10,7 @@ import numpy as np
 from datasets import load_from_disk
 
 from bad_input.case import Case, Place, cases
+from bad_input.models import cut
 from mixdpo.signals.compare_margins import compare
 from mixdpo.signals.margins_file import FORMAT, MarginsWriter, read_margins
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -77,10 +78,6 @@ def array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Pa
 
 def masks_of(run: Path) -> Cleaning:
     return Cleaning(masks=str(run / "cleaning"))
-
-
-def cut(name: str, keep: int) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
 
 
 def masked(place: Place, run: Path) -> Any:
