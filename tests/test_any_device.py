@@ -324,24 +324,6 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(tiny_model, pairs, 
         fit(tiny_model, pairs, tmp_path / "there", trainer=trainer, schedule_steps=4, ckpt_path=checkpoint)
 
 
-def test_no_step_reads_all_weights(tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    """A fingerprint waits for the device, once for each weight."""
-    trainer, module, data = build(tiny_model, pairs, tmp_path / "run", data={"routing": Routing(hard_fraction=0.5)})
-    step, steps, inside = module.training_step, [], []
-
-    def watched(batch: Any, batch_idx: int) -> Any:
-        steps.append(batch_idx)
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("adapter_fingerprint", "base_fingerprint"):
-                for module_name in ("lightning_modules.preference", "lightning_modules.qlora"):
-                    patch.setattr(f"{module_name}.{name}", lambda *_: inside.append(batch_idx), raising=False)
-            return step(batch, batch_idx)
-
-    module.training_step = watched  # type: ignore[method-assign]
-    trainer.fit(module, data)
-    assert steps and not inside
-
-
 # On a GPU itself.
 
 

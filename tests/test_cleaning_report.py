@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from datasets import Dataset, Features, Value
 
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.pages.charts import histogram
-from mixdpo.token_cleaning.report import _colour, report, visible_units
+from mixdpo.token_cleaning.report import _colour, visible_units
 from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
 
 NAN = float("nan")
@@ -186,20 +184,6 @@ def test_without_scores(run: str) -> None:
     path.write_text(json.dumps(record | {"stages": record["stages"][:1]}))
     page, text = page_of(run)
     assert not page.tokens and "<svg" not in text and "No scored sample is shown" in text
-
-
-def test_what_it_refuses(
-    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(["report", str(tmp_path)]) == 2
-    assert "of a token-cleaning run" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match="pip install matplotlib"):
-        report(run)
-    np.save(Path(run, "cleaning", "weights.npy"), np.ones(58, dtype=np.float32))
-    with pytest.raises(InputError, match=r"\(58,\).* \(57,\).*again"):
-        report(run)
-    assert not Path(run, "report.html").exists()
 
 
 def byte_level_tokenizer() -> Any:

@@ -196,18 +196,12 @@ def test_paper_choices_and_overrides_arrive(build):
 
 
 def test_imports_and_help():
-    """`mixdpo.losses` costs torch only; no module under `mixdpo` imports lightning; then `run.py --help` and
-    `run.py fit --help`: one process, because most of its time is imports."""
-    paths = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "mixdpo").rglob("*.py"))]
-    modules = [".".join(path.parts).removesuffix(".__init__") for path in paths]
-    code = f"""if True:
+    """`mixdpo.losses` costs torch only; then `run.py --help` and `run.py fit --help`: one process, because most of its
+    time is imports."""
+    code = """if True:
         import runpy, sys
         import mixdpo.losses
-        print(sorted({{"transformers", "peft", "datasets", "bitsandbytes"}} & set(sys.modules)))
-        for name in {modules}:
-            __import__(name)
-        lightning = {{"lightning", "pytorch_lightning", "lightning_fabric", "lightning_modules", "datamodules"}}
-        print(sorted(lightning & set(sys.modules)))
+        print(sorted({"transformers", "peft", "datasets", "bitsandbytes"} & set(sys.modules)))
         for arguments in (["--help"], ["fit", "--help"]):
             sys.argv = ["run.py", *arguments]
             try:
@@ -217,5 +211,5 @@ def test_imports_and_help():
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:2] == ["[]", "[]"]
+    assert done.stdout.startswith("[]\n")
     assert done.stdout.count("status 0\n") == 2 and "--trainer.max_steps" in done.stdout
