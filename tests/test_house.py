@@ -1,11 +1,14 @@
 """The shape of the house: which room may import which, and how large anything may grow (`make size` prints it all)."""
 
 import ast
+import inspect
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 
 import size
+import yaml
 
 FLOORS = [
     {"mixdpo.errors"},
@@ -97,3 +100,13 @@ def test_code_lines_are_those_that_run(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text('"""A\ndocstring."""\n\n# of x\nx = (\n    1,\n)\n"""Of x."""\n\n\ndef f():\n    """Of f."""\n')
     assert size.code_lines(file) == 4  # x takes three lines, f one
+
+
+def test_from_the_demo_to_the_equation_in_two_hops() -> None:
+    """1: configs/demo.yaml -> the room that its class path names. 2: the room -> the class with its equation."""
+    demo = yaml.safe_load((size.ROOT / "configs/demo.yaml").read_text("utf-8"))
+    room, _, name = demo["model"]["init_args"]["preference_loss"]["class_path"].rpartition(".")
+    loss = getattr(import_module(room), name)
+    assert name == "DPO" and loss.__module__ in {room, *IMPORTS[room]}
+    source = inspect.getsource(loss)
+    assert "logsigmoid" in source and "2305.18290" in source
