@@ -169,7 +169,7 @@ def test_a_template_writes_the_same_date_on_all_days():
     assert load_template(word_tokenizer(today), None) == load_template(word_tokenizer(), today) == fixed
     spaced = today.replace("'%d %b %Y'", ' "%Y-%m-%d" ')
     assert load_template(word_tokenizer(), spaced) == fixed.replace("26 Jul 2024", "2024-07-26")
-    with pytest.raises(InputError, match=r"by 'strftime_now\(form\)', and no text says in which form"):
+    with pytest.raises(InputError, match=r"by 'strftime_now\(form\)': put a date there"):
         load_template(word_tokenizer(today.replace("'%d %b %Y'", "form")), None)
 
 
@@ -271,6 +271,6 @@ def test_a_second_encoding_comes_from_the_cache_and_two_processes_give_the_same(
     data = datasets.load_from_disk(tmp_path / "pairs")
     first = encode_rows(data, word_tokenizer(), **LIMITS)
     assert encode_rows(three_pairs(), word_tokenizer(), **LIMITS, num_proc=2)[0].to_list() == first[0].to_list()
-    monkeypatch.setattr("mixdpo.data.encoding.encode_responses", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("mixdpo.data.chat_template.encode_responses", lambda *_, **__: pytest.fail("encoded again"))
     second = encode_rows(data, word_tokenizer(), **LIMITS)
     assert first[0].to_list() == second[0].to_list() and first[1] == second[1]

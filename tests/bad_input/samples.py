@@ -22,7 +22,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no response", {"messages": [user("a")]}, ("no message has the role 'assistant'", "there are: user")),
     ("a completion of the user's", {"prompt": "a", "completion": [user("b")]}, ("'completion' should begin with",)),
     ("an input of a list", ALPACA | {"input": ["x"]}, ("'input' should be text",)),
-    ("a history", ALPACA | {"history": [["a", "b"]]}, ("'history' is not read", "remove the column")),
+    ("a history", ALPACA | {"history": [["a", "b"]]}, ("'history' is not read", "or remove it")),
     ("an id twice", CHAT | {"id": "one"}, ("id 'one' was already given by row 1", "each row needs its own")),
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),
 ]
@@ -57,7 +57,7 @@ PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("an empty prompt", {"prompt": ""}, ("row 2: ", NEED)),
     ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "of role 'user'")),
     ("a system column", {"prompt": "a", "system": "x"}, ("row 2: ", "'system' is not read")),
-    ("a part of null", {"prompt": "a", "part": None}, ("row 2: ", "'part' should be the name of a part")),
+    ("a part of null", {"prompt": "a", "part": None}, ("row 2: ", "'part' should be text")),
 ]
 SCORED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no constraints", {"constraints": GONE}, ("no list of constraints", "name another scorer")),

@@ -17,7 +17,7 @@ TURNS = {"messages": [{"role": role, "content": "red"} for role in ("user", "ass
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
 )
-RESPONSES = "{% if message.role == 'assistant' %}"
+LEFT_OUT = ("row", "the chat template leaves out part of", "give another `chat_template`")
 
 # Templates and tokenizers: a pair is encoded.
 
@@ -57,7 +57,7 @@ def template_case(fault: str, template: Any, *says: str, row: dict[str, Any] = P
 
 TEMPLATES = [
     template_case("no such file", "no/chat.jinja", "no/chat.jinja", "no Jinja template and not 'plain'"),
-    template_case("an empty file", lambda p: p.write("chat.jinja", ""), "holds no Jinja template", "no {{ or {% in it"),
+    template_case("an empty file", lambda p: p.write("chat.jinja", ""), "holds no Jinja template", "no {{ or {%"),
     template_case("a syntax error", "{% for m in messages %}", "row 1 (pair_id", "Give another `chat_template`"),
     template_case(
         "no system role", NO_SYSTEM, "row 2 (pair_id", "(system, user)", "System role not supported", row=SYSTEM
@@ -66,36 +66,25 @@ TEMPLATES = [
         "the system message left out",
         TEMPLATE.replace("<|im_start|>{{", "{% if m.role == 'system' %}{% continue %}{% endif %}<|im_start|>{{"),
         "row 2 (pair_id",
-        "leaves the system message out",
-        "give a `chat_template` that shows it",
+        *LEFT_OUT,
         row=SYSTEM,
     ),
-    template_case(
-        "today's date", "{{ strftime_now(form) }}" + TEMPLATE, "writes today's date", "in which a date stands there"
-    ),
-    template_case(
-        "no end token", TEMPLATE.replace("<|im_end|>", ""), "no special token", "writes eos_token after a response"
-    ),
+    template_case("today's date", "{{ strftime_now(form) }}" + TEMPLATE, "writes today's date", "put a date there"),
+    template_case("no end token", TEMPLATE.replace("<|im_end|>", ""), "no special token", "that writes eos_token"),
     template_case(
         "part of a response left out",
         TEMPLATE.replace("m['content']", "m['content'] | replace('fish', '')"),
         "row 2 (pair_id",
-        "leaves out part of a response",
-        "that shows it",
+        *LEFT_OUT,
         row=PAIR | {"chosen": "blue fish"},
     ),
-    template_case(
-        "a prompt that a response changes",
-        "{{ messages | length }}" + TEMPLATE,
-        "last user message differently",
-        "give another",
-    ),
+    template_case("a prompt that a response changes", "{{ messages | length }}" + TEMPLATE, *LEFT_OUT),
     Case("chat_template", "none at all", encoded(change=without("chat_template")), ("has no", "give `chat_template`")),
     Case(
         "chat_template",
         "plain, with two responses",
         encoded_sft(TURNS, chat_template="plain"),
-        ("row 1 (sample_id", "one sample a response"),
+        ("row 1 (sample_id", "has no turns for 2 responses"),
     ),
     Case(
         "chat_template",
@@ -103,19 +92,19 @@ TEMPLATES = [
         encoded_sft(
             TURNS, chat_template=TEMPLATE.replace("{% for", "{% if messages | length > 2 %}tea{% endif %}{% for")
         ),
-        ("row 1 (sample_id", "an earlier turn differently", "leaves earlier turns as"),
+        ("row 1 (sample_id", "an earlier turn differently", "one sample a response"),
     ),
     Case(
         "tokenizer",
         "no end token",
         encoded(template="plain", change=without("eos_token")),
-        ("row 1", "no eos token", "name one in its"),
+        ("row 1", "the eos token", "name one in"),
     ),
     Case(
         "data.max_length",
         "too short for all",
         encoded(max_length=3, max_prompt_length=2, overlong="drop"),
-        ("no pair is left of 2", "raise max_length (3)"),
+        ("no pair is left of 2", "raise max_length"),
     ),
 ]
 
