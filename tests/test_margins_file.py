@@ -166,8 +166,6 @@ def test_files_that_fit_refuses(tiny_model, source, made, tmp_path):
         fit_with(tiny_model, source, tmp_path, path, chat_template="plain")
     with pytest.raises(InputError, match=r"no margins file .*nothing"):
         fit_with(tiny_model, source, tmp_path, str(tmp_path / "nothing"))
-    with pytest.raises(InputError, match=r"data.margins_file is for fit"):
-        predict(tiny_model, source, tmp_path, name="b", data={"margins_file": path})
 
 
 def read(tiny_model, source, folder, **data):

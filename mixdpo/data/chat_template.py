@@ -41,9 +41,7 @@ def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
         template = tokenizer.get_chat_template()
     elif chat_template == PLAIN or _is_template(chat_template):
         template = chat_template
-    elif not (path := Path(chat_template).expanduser()).is_file():
-        raise InputError(f"chat_template {chat_template!r} is no file, no Jinja template and not {PLAIN!r}.")
-    elif not _is_template(template := read_text(path)):
+    elif not _is_template(template := read_text(Path(chat_template).expanduser())):
         raise InputError(f"chat_template {chat_template!r} holds no Jinja template: no {{{{ or {{% is in it.")
     return TODAY_CALL.sub(_dated, template)
 
@@ -110,10 +108,8 @@ def _check_rendered(texts: list[str], prompt: Messages, responses: Sequence[str]
     shown = [message["content"].strip() for message in prompt if message["role"] == "system" or message is prompt[-1]]
     trimmed = [("".join(a.split()), "".join(b.split())) for a, b in zip(responses, texts[1:], strict=True)]
     if not all(content in shared for content in shown) or not all(content in text for content, text in trimmed):
-        raise InputError(
-            "the chat template leaves out part of the system message, the last user message or a response, or shows "
-            "the prompt differently once a response follows: give another `chat_template`"
-        )
+        fault = "leaves out part of a message, or shows the prompt differently once a response follows"
+        raise InputError(f"the chat template {fault}: give another `chat_template`")
 
 
 def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:

@@ -6,7 +6,7 @@ from mixdpo.data.messages import Message, checked_text, parse_messages, refuse_i
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
 
-FORMS = ({"messages"}, {"prompt", "completion"}, {"instruction", "output"})
+FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
 
 
 def read_samples(source: str, *, split: str = "train", limit: int | None = None) -> Table:
@@ -34,11 +34,11 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
 
 def parse_sample(row: dict[str, Any]) -> list[Message]:
     """The messages of a row in any of the three forms, up to its last response."""
-    forms = [form for form in FORMS if form <= row.keys()]
+    forms = [form for form in FORMS if row.keys() >= set(form)]
     if len(forms) != 1:
+        names = ", or ".join(" and ".join(form) for form in FORMS)
         raise InputError(
-            f"the columns fit {len(forms)} forms of a sample and should fit one: 'messages', or 'prompt' and "
-            "'completion', or 'instruction' and 'output'; null counts as absent."
+            f"the columns fit {len(forms)} forms of a sample and should fit one: {names} (null is absent)."
         )
     if "messages" in forms[0]:
         messages = parse_messages(row, "messages", None)
@@ -55,8 +55,7 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not responses:
-        roles = ", ".join(message["role"] for message in messages)
-        raise InputError(f"no message has the role 'assistant' (there are: {roles}), so there is nothing to learn.")
+        raise InputError(f"no message has the role 'assistant': {[message['role'] for message in messages]}.")
     refuse_ignored(row, messages)
     return messages[: responses[-1] + 1]
 

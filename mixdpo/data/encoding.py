@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Overlong = Literal["truncate", "drop"]
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
-NO_PROMPT = "the prompt and the whole sequence share no token: the prompt is empty or is changed."
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,7 @@ class EncodedPair:
         """Whether a completion is nothing but its end token."""
         return min(len(self.chosen_ids), len(self.rejected_ids)) < 2
 
-    def within(
-        self, *, max_length: int, max_prompt_length: int, overlong: Overlong = "truncate"
-    ) -> "EncodedPair | None":
+    def within(self, max_length: int, max_prompt_length: int, overlong: Overlong = "truncate") -> "EncodedPair | None":
         """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
         `truncate` touches only a pair that is too long. The prompt keeps its last `max_prompt_length` tokens (a BOS
@@ -69,7 +66,7 @@ class EncodedSample:
         """Whether the responses are nothing but end tokens."""
         return all(end - start < 2 for start, end in zip(self.spans[::2], self.spans[1::2], strict=True))
 
-    def within(self, *, max_length: int, overlong: Overlong = "truncate") -> "EncodedSample | None":
+    def within(self, max_length: int, overlong: Overlong = "truncate") -> "EncodedSample | None":
         """The sample within `max_length` tokens, or None where it is to be dropped.
 
         `truncate` keeps the first `max_length` tokens. Dropped are: a sample that is too long (`drop`), and one
@@ -94,13 +91,15 @@ def encode_pair(
     Raises:
         InputError: the template fails, changes the prompt once a response follows, or writes no end token.
     """
-    prompt_ids, chosen_ids, rejected_ids = chat.encode_responses(
-        tokenizer, template, prompt, chosen, rejected, **options
-    )
-    boundary = chat.shared_length(prompt_ids, chosen_ids, rejected_ids)
-    if not boundary:
-        raise InputError(NO_PROMPT)
-    return EncodedPair(prompt_ids[:boundary], chosen_ids[boundary:], rejected_ids[boundary:])
+    prompt_ids, *sides = chat.encode_responses(tokenizer, template, prompt, chosen, rejected, **options)
+    boundary = _boundary(prompt_ids, *sides)
+    return EncodedPair(prompt_ids[:boundary], *(ids[boundary:] for ids in sides))
+
+
+def _boundary(*sequences: list[int]) -> int:
+    if boundary := chat.shared_length(*sequences):
+        return boundary
+    raise InputError("the prompt and the whole sequence share no token: the prompt is empty or is changed.")
 
 
 def encode_sample(tokenizer: "Tokenizer", messages: chat.Messages, template: str, **options: bool) -> EncodedSample:
@@ -115,24 +114,16 @@ def encode_sample(tokenizer: "Tokenizer", messages: chat.Messages, template: str
     """
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if template == chat.PLAIN and len(responses) > 1:
-        raise InputError(
-            f"{chat.PLAIN!r} has no turns for {len(responses)} responses: give a `chat_template` with turns."
-        )
+        raise InputError(f"'plain' has no turns for {len(responses)} responses: give a `chat_template` with turns.")
     input_ids: list[int] = []
     spans: list[int] = []
     for index in responses:
         before, response = messages[:index], messages[index]["content"]
         prompt_ids, whole = chat.encode_responses(tokenizer, template, before, response, **options)
         if chat.shared_length(input_ids, prompt_ids, whole) < len(input_ids):
-            raise InputError(
-                f"the chat template shows an earlier turn differently once message {index + 1} follows: give another "
-                "`chat_template`, or one sample a response."
-            )
-        start = chat.shared_length(prompt_ids, whole)
-        if not start:
-            raise InputError(NO_PROMPT)
+            raise InputError(f"an earlier turn changes once message {index + 1} follows: give another `chat_template`")
         input_ids = whole
-        spans += [start, len(whole)]
+        spans += [_boundary(prompt_ids, whole), len(whole)]
     return EncodedSample(input_ids, spans)
 
 
@@ -179,22 +170,20 @@ def encode_rows(
 
     kind = SAMPLES if "messages" in dataset.column_names else PAIRS
     if not 0 < limits.get("max_prompt_length", 1) < limits["max_length"]:
-        raise InputError(
-            f"max_length must be above max_prompt_length (for samples above 1), and that above 0: {limits}."
-        )
-    options = {
-        "template": chat.load_template(tokenizer, chat_template),
-        "special_tokens_in_text": special_tokens_in_text,
-    }
+        raise InputError(f"max_length must be above max_prompt_length (of samples: 1), and that above 0: {limits}.")
+    template = chat.load_template(tokenizer, chat_template)
+    options = {"template": template, "special_tokens_in_text": special_tokens_in_text}
     features = {name: feature for name, feature in dataset.features.items() if name not in kind.texts}
     features |= {name: [Value("int32")] for name in kind.ids}
     features |= {"truncated": Value("bool"), "status": Value("string"), "special": Value("bool")}
+    # what `datasets` would hash itself holds the tokenizer's padding and truncation state, which changes with use
+    key = [dataset._fingerprint, chat.tokenizer_state(tokenizer), options | limits, room_code()]
     encoded = dataset.map(
         partial(_encode_row, tokenizer=tokenizer, kind=kind, options=options, limits=limits),
         remove_columns=kind.texts,
         features=Features(features),
         num_proc=num_proc,
-        new_fingerprint=_key(dataset, tokenizer, options | limits),
+        new_fingerprint=hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
         desc=f"Encoding {kind.noun}s",
     )
     statuses = list(encoded["status"])
@@ -223,15 +212,6 @@ def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limi
     return vars(limited or whole) | {"truncated": status == "truncated", "status": status, "special": special}
 
 
-def _key(dataset: "Dataset", tokenizer: "Tokenizer", options: dict[str, Any]) -> str:
-    """Cache key of the encoding: everything that the ids depend on, the code of this room included.
-
-    The hash `datasets` would make itself pickles the tokenizer, whose padding and truncation state changes with use.
-    """
-    parts = [dataset._fingerprint, chat.tokenizer_state(tokenizer), options, room_code()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def largest_id(*encoded: "Dataset") -> int:
     """The largest token id in encoded tables."""
     import pyarrow.compute as pc
@@ -241,7 +221,7 @@ def largest_id(*encoded: "Dataset") -> int:
 
 
 def encoding_identity(
-    tokenizer: "Tokenizer", chat_template: str | None, *, special_tokens_in_text: bool = False, **limits: Any
+    tokenizer: "Tokenizer", chat_template: str | None, special_tokens_in_text: bool = False, **limits: Any
 ) -> dict[str, str]:
     """What decides the ids of a sample, or of a pair, part by part: says which differs from that of a stored file.
 
@@ -252,10 +232,8 @@ def encoding_identity(
         "tokenizer" and "template": 16 hex digits each; "lengths": as in "max_length 1024, truncate".
     """
     special = " special tokens in text" if special_tokens_in_text else ""
-    parts = {
-        "tokenizer": chat.tokenizer_state(tokenizer),
-        "template": chat.load_template(tokenizer, chat_template) + special,
-    }
+    template = chat.load_template(tokenizer, chat_template) + special
+    parts = {"tokenizer": chat.tokenizer_state(tokenizer), "template": template}
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
     lengths = [f"{name} {limits[name]}" for name in ("max_length", "max_prompt_length") if name in limits]
     return digests | {"lengths": ", ".join([*lengths, limits["overlong"]])}

@@ -59,9 +59,7 @@ def parse_messages(row: dict[str, Any], column: str, role: str | None = "assista
     Raises:
         InputError: it is neither, or the text is what a table wrote of a list of messages.
     """
-    if column not in row:
-        raise InputError(f"the column {column!r} is missing or null.")
-    value = row[column]
+    value = row.get(column)
     if role is not None and isinstance(value, str):
         if MESSAGES_AS_TEXT.match(value):
             raise InputError(f"{column!r} is a list of messages saved as text: {value!r:.80}. Save the data as .jsonl.")

@@ -84,13 +84,11 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
 def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
     present = without_nulls(row)  # but a margin of null is no margin that is absent
     prompt, chosen, rejected = parse_row(present)
-    drop = ""
+    drop = "identical" if chosen.strip() == rejected.strip() else ""
+    if not chosen.strip() or not rejected.strip():
+        drop = "empty_completion"
     if not prompt[-1]["content"].strip():
         drop = "empty_prompt"
-    elif not chosen.strip() or not rejected.strip():
-        drop = "empty_completion"
-    elif chosen.strip() == rejected.strip():
-        drop = "identical"
     pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     pair |= {"pair_id": row_id(present, "pair_id", [prompt, chosen, rejected], rows_of_ids), "drop": drop}
     # a row that is kept out needs no score

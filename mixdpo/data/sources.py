@@ -76,16 +76,14 @@ def _through_datasets(source: str, path: Path, split: str) -> Source:
     """Rows of a folder of data files, or of a hub data set."""
     import datasets
 
-    name, names = f"{source!r}, split {split!r}", source.split(":")
-    hint = f" It was sought on the hub: write ID:CONFIG for a configuration, {HUB_FILE}OWNER/NAME/FILE for a file."
-    if path.is_dir():
-        name, names, hint = f"{path}, split {split!r}", [str(path)], ""
+    names, name = ([str(path)], str(path)) if path.is_dir() else (source.split(":"), repr(source))
     try:
         table = datasets.load_dataset(*names, split=split, trust_remote_code=False)
     except Exception as error:  # connection, authentication, unknown split, broken file: an open list
         root = error.__cause__ or error
-        raise InputError(f"{name} cannot be read: {type(root).__name__}: {str(root).rstrip('.')}.{hint}") from error
-    return Source(name, table._fingerprint, enumerate(table, 1))
+        cause = f"{type(root).__name__}: {str(root).rstrip('.')}. On the hub: ID:CONFIG or {HUB_FILE}OWNER/NAME/FILE"
+        raise InputError(f"{name}, split {split!r} cannot be read: {cause}.") from error
+    return Source(f"{name}, split {split!r}", table._fingerprint, enumerate(table, 1))
 
 
 def file_rows(path: Path) -> NumberedRows:
@@ -108,8 +106,7 @@ def file_rows(path: Path) -> NumberedRows:
 def _parquet_rows(file: Any) -> NumberedRows:
     from pyarrow.parquet import ParquetFile
 
-    rows = (row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist())
-    yield from enumerate(rows, 1)
+    return enumerate((row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist()), 1)
 
 
 def _json_rows(lines: Iterable[bytes]) -> NumberedRows:

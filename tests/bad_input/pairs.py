@@ -35,7 +35,7 @@ UNREAL = [
 RATED = changed(PAIR, {"margin": GONE, "all_generated_responses": ["4", "5"], "all_rm_scores": [1.0, 0.0]})
 SCORED = changed(PAIR, {"margin": GONE, "score_chosen": 1.0, "score_rejected": 0.5})
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-    ("no rejected", {"rejected": GONE}, ("'rejected' is missing", "Columns present: prompt, chosen, margin")),
+    ("no rejected", {"rejected": GONE}, ("'rejected' should be text", "Columns present: prompt, chosen, margin")),
     ("messages saved as text", {"chosen": "[{'role': 'assistant', 'content': 'x'}]"}, ("saved as", "Save the")),
     ("calls of tools", {"chosen": [response("4") | {"tool_calls": [1]}]}, ("tool_calls", "put it in 'content'")),
     ("a system column", {"system": "a"}, ("'system' is not read", "put it into the prompt")),
@@ -153,7 +153,11 @@ SOURCES = [
     *cases(
         "data.source",
         ("no such path", lambda place: read_pairs("/nonexistent/a.jsonl"), "/nonexistent/a.jsonl … Check the path"),
-        ("a hub id that cannot be reached", lambda place: read_pairs("org/nothing"), "'org/nothing' … sought on"),
+        (
+            "a hub id that cannot be reached",
+            lambda place: read_pairs("org/nothing"),
+            "'org/nothing' … On the hub: ID:CONFIG",
+        ),
         ("a folder with a broken file", broken_folder, "data, split 'train' cannot be read"),
     ),
     Case("data.split", "of one file", a_file(lambda path: read_pairs(path, split="test")), ("a.jsonl", "use 'train'")),

@@ -17,7 +17,7 @@ TURNS = {"messages": [{"role": role, "content": "red"} for role in ("user", "ass
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
 )
-LEFT_OUT = ("row", "the chat template leaves out part of", "give another `chat_template`")
+LEFT_OUT = ("row", "the chat template leaves out part of a message", "give another `chat_template`")
 
 # Templates and tokenizers: a pair is encoded.
 
@@ -56,7 +56,7 @@ def template_case(fault: str, template: Any, *says: str, row: dict[str, Any] = P
 
 
 TEMPLATES = [
-    template_case("no such file", "no/chat.jinja", "no/chat.jinja", "no Jinja template and not 'plain'"),
+    template_case("no such file", "no/chat.jinja", "no/chat.jinja", "cannot be read"),
     template_case("an empty file", lambda p: p.write("chat.jinja", ""), "holds no Jinja template", "no {{ or {%"),
     template_case("a syntax error", "{% for m in messages %}", "row 1 (pair_id", "Give another `chat_template`"),
     template_case(
@@ -92,7 +92,7 @@ TEMPLATES = [
         encoded_sft(
             TURNS, chat_template=TEMPLATE.replace("{% for", "{% if messages | length > 2 %}tea{% endif %}{% for")
         ),
-        ("row 1 (sample_id", "an earlier turn differently", "one sample a response"),
+        ("row 1 (sample_id", "an earlier turn changes", "give another"),
     ),
     Case(
         "tokenizer",
