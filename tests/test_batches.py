@@ -176,17 +176,6 @@ def test_a_hard_pairs_rejected_response_is_nowhere(share_prompt):
             assert 2 not in segments_of(batch.rows)[row].tolist()
 
 
-def test_a_batch_of_hard_pairs_has_no_reference_but_in_evaluation():
-    batch = collate(PAIRS, [True] * 4)
-    assert batch.reference_rows is None
-    assert (batch.preference.tolist(), batch.sft.tolist()) == ([], [0, 1, 2, 3])
-    assert segments_of(batch.rows).max() == 1
-    batch = collate(PAIRS, [True] * 4, evaluation=True)
-    everything = Counter(t for pair in PAIRS for side in ("chosen_ids", "rejected_ids") for t in pair[side])
-    assert Counter(batch.rows.target.tolist()) == everything and batch.reference_rows is batch.rows
-    assert batch.is_hard.tolist() == [True] * 4
-
-
 def test_the_flags_of_a_batch():
     batch = collate(PAIRS, IS_HARD)
     assert len(batch) == batch.step_total == 4

@@ -120,20 +120,6 @@ def test_a_template_may_trim_a_response_and_set_its_reasoning_apart():
     assert pair.chosen_ids == [IS, NEWLINE, PLUS, NEWLINE, NEWLINE, FOUR, END]
 
 
-words = st.lists(st.sampled_from(["two", "plus", "is", "four", "other"]), min_size=1, max_size=6).map(" ".join)
-WORD_TOKENIZER = word_tokenizer()
-
-
-@given(words, words, words)
-def test_prompt_and_completion_make_up_the_whole(prompt, chosen, rejected):
-    pair = encoded_pair(WORD_TOKENIZER, user(prompt), chosen, rejected)
-    ids = [WORDS.index(word) if word in WORDS else UNK for word in chosen.split()]
-    assert pair.chosen_ids == [*ids, END]
-    assert pair.prompt_ids == encoded_pair(WORD_TOKENIZER, user(prompt), rejected, chosen).prompt_ids
-    whole = WORD_TOKENIZER.apply_chat_template([*user(prompt), {"role": "assistant", "content": rejected}])["input_ids"]
-    assert [*pair.prompt_ids, *pair.rejected_ids, NEWLINE] == whole
-
-
 seam_text = st.text(alphabet="abc", min_size=1, max_size=5)
 
 

@@ -192,7 +192,7 @@ WITH_DATA = [
     fit_case(
         "model.cleaning",
         "of rejected responses",
-        ("hard_action must be sft (it is sft_both)",),
+        ("data.routing.hard_action sft",),
         cleaning=Cleaning(),
         data={"routing": Routing(hard_action="sft_both", hard_fraction=0.5)},
     ),
@@ -232,12 +232,8 @@ WITH_DATA = [
         data={"routing": Routing(hard_fraction=0.0)},
     ),
     *(
-        fit_case(type(kind).__name__, "in a planned run", (type(kind).__name__, says), trainer={"first": (kind,)})
-        for kind, says in (
-            (GradientAccumulationScheduler({0: 2}), "trainer.accumulate_grad_batches"),
-            (LearningRateFinder(), "compare a few --model.optimizer.lr"),
-            (BatchSizeFinder(), "set data.batch_size"),
-        )
+        fit_case(type(kind).__name__, "planned", (type(kind).__name__, "set data.batch"), trainer={"first": (kind,)})
+        for kind in (GradientAccumulationScheduler({0: 2}), LearningRateFinder(), BatchSizeFinder())
     ),
     *(
         fit_case(type(callback).__name__, fault, (f"cannot monitor '{callback.monitor}'", *says), how, **chosen)

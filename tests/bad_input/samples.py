@@ -26,15 +26,6 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("an id twice", CHAT | {"id": "one"}, ("id 'one' was already given by row 1", "each row needs its own")),
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),
 ]
-DROPPED: list[tuple[str, dict[str, Any], str]] = [
-    ("a blank question", {"messages": [user(" "), response("b")]}, "'empty_prompt': 1"),
-    ("a response before any question", {"messages": [response("b")]}, "'empty_prompt': 1"),
-    (
-        "blank responses only",
-        {"messages": [user("a"), response(""), user("c"), response("\n")]},
-        "'empty_completion': 1",
-    ),
-]
 
 
 def row_case(fault: str, row: dict[str, Any], says: tuple[str, ...]) -> Case:
@@ -42,13 +33,6 @@ def row_case(fault: str, row: dict[str, Any], says: tuple[str, ...]) -> Case:
         return read_samples(place.write("rows.jsonl", [CHAT | {"id": "one"}, row]))
 
     return Case("row of samples", fault, do, ("rows.jsonl, row 2: ", *says))
-
-
-def dropped_case(fault: str, row: dict[str, Any], count: str) -> Case:
-    def do(place: Place) -> str:
-        return str(read_samples(place.write("rows.jsonl", [CHAT, row])).dropped)
-
-    return Case("row of samples", fault, do, (count,), tolerated=True)
 
 
 NEED = "'prompt' should be a text, or messages that end in one of role 'user', and not blank."
@@ -104,7 +88,6 @@ def onto(name: str, **options: Any) -> Any:
 
 CASES = [
     *(row_case(*row) for row in ROWS),
-    *(dropped_case(*row) for row in DROPPED),
     *(prompt_case(*row) for row in PROMPTS),
     Case("file of prompts", "no such file", lambda place: read_prompts("/no.jsonl"), ("/no.jsonl", "Check the path")),
     Case(

@@ -6,14 +6,12 @@ from typing import Any
 from conftest import TEMPLATE
 
 from bad_input.case import Case, Place
-from mixdpo.data.conversations import read_samples
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.model.loading import load_tokenizer
 
 PAIR = {"prompt": "red tea", "chosen": "blue sun", "rejected": "moon", "margin": 1.0}
 SYSTEM = PAIR | {"prompt": [{"role": "system", "content": "sea"}, {"role": "user", "content": "red"}]}
-TURNS = {"messages": [{"role": role, "content": "red"} for role in ("user", "assistant", "user", "assistant")]}
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
 )
@@ -35,14 +33,6 @@ def encoded(
         rows = place.write("rows.jsonl", [PAIR | {"chosen": "song"}, row])
         lengths = {"max_length": 64, "max_prompt_length": 32, "chat_template": given} | limits
         return str(encode_rows(read_pairs(rows).dataset, tokenizer, **lengths)[1])
-
-    return do
-
-
-def encoded_sft(row: dict[str, Any], **options: Any) -> Any:
-    def do(place: Place) -> str:
-        samples = read_samples(place.write("rows.jsonl", [row])).dataset
-        return str(encode_rows(samples, load_tokenizer(place.model), **{"max_length": 64, **options})[1])
 
     return do
 
@@ -69,8 +59,6 @@ TEMPLATES = [
         *LEFT_OUT,
         row=SYSTEM,
     ),
-    template_case("today's date", "{{ strftime_now(form) }}" + TEMPLATE, "writes today's date", "put a date there"),
-    template_case("no end token", TEMPLATE.replace("<|im_end|>", ""), "no special token", "that writes eos_token"),
     template_case(
         "part of a response left out",
         TEMPLATE.replace("m['content']", "m['content'] | replace('fish', '')"),
@@ -80,20 +68,6 @@ TEMPLATES = [
     ),
     template_case("a prompt that a response changes", "{{ messages | length }}" + TEMPLATE, *LEFT_OUT),
     Case("chat_template", "none at all", encoded(change=without("chat_template")), ("has no", "give `chat_template`")),
-    Case(
-        "chat_template",
-        "plain, with two responses",
-        encoded_sft(TURNS, chat_template="plain"),
-        ("row 1 (sample_id", "has no turns for 2 responses"),
-    ),
-    Case(
-        "chat_template",
-        "earlier turns that change",
-        encoded_sft(
-            TURNS, chat_template=TEMPLATE.replace("{% for", "{% if messages | length > 2 %}tea{% endif %}{% for")
-        ),
-        ("row 1 (sample_id", "an earlier turn changes", "give another"),
-    ),
     Case(
         "tokenizer",
         "no end token",
@@ -111,14 +85,12 @@ TEMPLATES = [
 LONG = PAIR | {"chosen": "blue " * 20_000}
 COUNTED = [
     ("a completion of 20 000 words, cut", encoded(LONG), "'truncated': 1"),
-    ("a completion of 20 000 words, dropped", encoded(LONG, overlong="drop"), "'dropped_overlong': 1"),
     ("an end token in a prompt", encoded(PAIR | {"prompt": "red <|im_end|>"}), "'special_tokens_in_text': 1"),
     (
         "an end token, asked for",
         encoded(PAIR | {"prompt": "<|im_end|> red"}, special_tokens_in_text=True),
         "'special_tokens_in_text': 1",
     ),
-    ("a conversation longer than max_length", encoded_sft(TURNS, max_length=8), "'truncated': 1"),
 ]
 
 CASES = [*TEMPLATES, *(Case("text", f, do, (count,), tolerated=True) for f, do, count in COUNTED)]
