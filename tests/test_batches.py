@@ -1,6 +1,5 @@
 """Steps cut into micro-batches, pairs as packed rows, masks, and a loader that continues where it stopped."""
 
-from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -60,20 +59,6 @@ def test_ranks_work_on_micro_batches_of_like_size_at_the_same_time(case):
     times = sorted((min(time), max(time)) for time in zip(*loads, strict=True))
     assert len(times) == accumulate
     assert all(before[1] <= after[0] for before, after in pairwise(times))
-
-
-@given(step_cuts(), st.randoms(use_true_random=False))
-@fast
-def test_the_cut_depends_on_the_pairs_of_the_step_and_not_on_their_order(case, random):
-    step, *others = case
-    shuffled = list(step)
-    random.shuffle(shuffled)
-
-    def as_sets(ranks):
-        return Counter((frozenset(indices), weight, pairs) for rank in ranks for indices, weight, pairs in rank)
-
-    assert cut(*case) == cut(*case)
-    assert as_sets(cut(step, *others)) == as_sets(cut(shuffled, *others))
 
 
 def test_a_cut_by_hand():

