@@ -41,7 +41,7 @@ def find_margin_columns(
             return known
         raise InputError(
             f"no column to take the margin from. Known: {'; '.join(' and '.join(known) for known in KNOWN_COLUMNS)}. "
-            "Name yours (data.margin COLUMN or [chosen_column, rejected_column]), or compute margins (run.py predict)."
+            "Name yours (data.margin), compute margins (run.py predict) or train without (configs/controls/dpo.yaml)."
         )
     names = (named,) if isinstance(named, str) else tuple(named)
     names = REWARD_MODEL_COLUMNS if names == REWARD_MODEL_COLUMNS[:1] else names
