@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
-from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.encoding import IDS, Overlong, encode_rows
 from mixdpo.data.messages import prompt_texts, split_by_prompt
 from mixdpo.data.sources import is_one_file
@@ -33,29 +32,23 @@ class PlannedDataModule(L.LightningDataModule):
         cleans_by_stage: whether the tokens of a stage are scored and ranked when it begins, or those of the whole epoch
             at once.
         read: a source and its split -> the rows as a data set; counts what is dropped.
-        prompts: rows -> what stands before the first response of each. Rows that share it land on one side of the
-            validation split.
         epoch_plan: an epoch -> its steps and stages. As many, and starting at the same steps, in all epochs.
         _steps: an epoch -> the rows of each optimizer step.
         sizes: () -> of each row the tokens that training it computes, and what it adds to `Batch.step_total`.
         loader: a plan -> its micro-batches as tensors.
         plan_identity: () -> part by part, all that must stay for a position in the epoch to mean the same rows.
-        cleaning_pool: () -> the response tokens that token cleaning may cut.
         pool_steps: an epoch -> the samples of the cleaning pool in each step.
     """
 
     noun: str
-    summary_file: str
     cleans_by_stage: bool
     read: Callable[[str, str], Any]
-    prompts: Callable[[Any], Iterable[Any]]
     epoch_plan: Callable[..., StepPlan]
     _steps: Callable[..., list[tuple[int, ...]]]
     pool_steps: Callable[..., list[tuple[int, ...]]]
     sizes: Callable[[], tuple[list[int], Sequence[int]]]
     loader: Callable[[list[MicroBatch]], ResumableLoader]
     plan_identity: Callable[[], dict[str, str]]
-    cleaning_pool: Callable[[], TokenPool]
 
     def __init__(
         self,
@@ -103,8 +96,8 @@ class PlannedDataModule(L.LightningDataModule):
         # plain numbers: a checkpoint that holds jsonargparse's own kind of number could not be read again
         self.batch_size, self.eval_batch_size, self.pack = int(batch_size), int(eval_batch_size), int(pack)
         self.documents = pack > 0  # whether sequences are computed beside others that they must not see
-        self.chat_template = chat_template
-        self.encoding: dict[str, Any] = {"overlong": overlong, "special_tokens_in_text": special_tokens_in_text}
+        self.encoding: dict[str, Any] = {"overlong": overlong, "chat_template": chat_template}
+        self.encoding["special_tokens_in_text"] = special_tokens_in_text
         self.workers, self.processes, self.seed = workers, processes, seed
         self.counts: dict[str, Any] = {}
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
@@ -114,19 +107,16 @@ class PlannedDataModule(L.LightningDataModule):
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
         """Rows to train on, and those held out or None."""
         if refused := [type(each).__name__ for each in self.trainer.callbacks if isinstance(each, REFUSED)]:
-            raise InputError(
-                f"remove the callback {refused[0]}, which changes the steps that are planned: set data.batch_size and "
-                "trainer.accumulate_grad_batches; compare a few --model.optimizer.lr in short runs"
-            )
+            raise InputError(f"remove the callback {refused[0]}, which changes the planned steps: set data.batch_size")
         if not self.validation and stage == "validate":
             raise InputError("there is nothing to validate on: data.validation is 0")
         train = self.read(self.source, self.split)
         if isinstance(self.validation, str):
             held_out = self.read(self.validation, self.validation_split)
-            _check_apart(self.prompts(train), self.prompts(held_out), held_out["row"], self.validation)
+            _check_apart(_prompts(train), _prompts(held_out), held_out["row"], self.validation)
             return train, held_out
         if self.validation:
-            kept, out = split_by_prompt(self.prompts(train), self.validation, self.seed)
+            kept, out = split_by_prompt(_prompts(train), self.validation, self.seed)
             return train.select(kept), train.select(out)
         self.trainer.limit_val_batches = 0
         return train, None
@@ -137,8 +127,7 @@ class PlannedDataModule(L.LightningDataModule):
 
     def encode(self, rows: Any, name: str) -> Any:
         """The rows as token ids, kept as the table of this name; counts what is cut or dropped."""
-        options = {"chat_template": self.chat_template, "num_proc": self.processes}
-        encoded, counts = encode_rows(rows, self.encoder, **self.encoding, **options)
+        encoded, counts = encode_rows(rows, self.encoder, num_proc=self.processes, **self.encoding)
         self.counts[name] = {f"{self.noun}s": len(encoded), **counts}
         self.tables[name] = encoded
         return encoded
@@ -172,8 +161,11 @@ class PlannedDataModule(L.LightningDataModule):
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         """One epoch as this rank computes it: every step in exactly accumulate × world pieces."""
         trainer, (tokens, counted) = self.trainer, self.sizes()
-        ranks = {"world": trainer.world_size, "rank": trainer.global_rank}
-        parts = {"accumulate": trainer.accumulate_grad_batches, **ranks}
+        parts = {
+            "accumulate": trainer.accumulate_grad_batches,
+            "world": trainer.world_size,
+            "rank": trainer.global_rank,
+        }
         plan: list[MicroBatch] = []
         for step in self._steps(epoch):
             total = int(sum(counted[row] for row in step))
@@ -246,12 +238,20 @@ class PlannedDataModule(L.LightningDataModule):
         return {**self.plan_identity(), "batch_size": self.batch_size, **cut}
 
 
+def _prompts(rows: Any) -> Iterable[Any]:
+    """What stands before the first response of each row: rows that share it land on one side of the split."""
+    if "prompt" in rows.column_names:
+        return rows["prompt"]
+    # one at a time: the rows may exceed memory
+    return (messages[: [m["role"] for m in messages].index("assistant")] for messages in rows["messages"])
+
+
 def _check_apart(train: Iterable[Any], held_out: Iterable[Any], rows: Sequence[int], source: str) -> None:
     """No held-out prompt may be trained on: a number measured on it would mean nothing."""
     known = {hash63(str(prompt_texts(prompt))) for prompt in train}
     shared = [row for row, prompt in zip(rows, held_out, strict=True) if hash63(str(prompt_texts(prompt))) in known]
     if shared:
+        share = f"{len(shared)} of {len(rows)} held-out rows of {source}"
         raise InputError(
-            f"{len(shared)} of {len(rows)} held-out rows of {source} have a prompt that is trained on (first: row "
-            f"{shared[0]}): give another data.validation or data.validation_split"
+            f"{share} have a prompt that is trained on (first: row {shared[0]}): give another data.validation"
         )

@@ -1,6 +1,5 @@
 """The LightningDataModule of preference pairs: read, split, encode, route, and hand over micro-batches."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -61,24 +60,26 @@ class PreferenceDataModule(PlannedDataModule):
         self._margins: MarginsFile | None = None
         self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route = None  # type: ignore[assignment]  # until setup
-        self.train_pairs: Any = None
-        self.validation_pairs: Any = None
         self._pool: TokenPool | None = None
 
     def setup(self, stage: str) -> None:
         """Read, split, encode and route; the pool of cleaning is made where the module cleans."""
         if self.route is not None:
             return
-        self.identity = encoding_identity(self.encoder, self.chat_template, **self.encoding)
+        self.identity = encoding_identity(self.encoder, **self.encoding)
         if stage == "predict":
-            return self._set_up_predict()
+            if self.margins_file is not None:
+                raise InputError("data.margins_file is for fit and validate; predict writes such a file (model.output)")
+            self.train_pairs = self.encode(self.read(self.source, self.split), self.source)
+            self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
+            self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
+            return rank_zero_info("\n".join(self.describe_counts()))
         if self.margins_file is not None:
             self._margins = read_margins(self.margins_file)
             self._margins.refuse_other(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
-        self._data = content_hash(
-            zip(*(train[name] for name in ("pair_id", "prompt", "chosen", "rejected")), strict=True)
-        )
+        columns = (train[name] for name in ("pair_id", "prompt", "chosen", "rejected"))
+        self._data = content_hash(zip(*columns, strict=True))
         self.train_pairs = self._with_margins(self.encode(train, "train"), self.source)
         if held_out is not None:
             source = self.validation if isinstance(self.validation, str) else self.source
@@ -90,24 +91,15 @@ class PreferenceDataModule(PlannedDataModule):
             by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"
             routing, is_hard = self.routing, self.route.is_hard
             if routing.hard_action != "sft" or not is_hard.any() or (routing.reshuffle and by_batch):
-                raise InputError(
-                    f"model.cleaning cuts tokens of hard pairs' chosen responses: {is_hard.sum()} pairs are hard, "
-                    f"data.routing.hard_action must be sft (it is {routing.hard_action}), and data.routing.reshuffle "
-                    "must be false where selection.scope is batch"
+                needed = (
+                    "data.routing.hard_action sft and, where selection.scope is batch, data.routing.reshuffle false"
                 )
+                raise InputError(f"model.cleaning needs hard pairs, {needed}; {is_hard.sum()} pairs are hard")
             self.cleaning_pool()
-
-    def _set_up_predict(self) -> None:
-        if self.margins_file is not None:
-            raise InputError("data.margins_file is for fit and validate; predict writes such a file (model.output)")
-        self.train_pairs = self.encode(self.read(self.source, self.split), self.source)
-        self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
-        self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
-        rank_zero_info("\n".join(self.describe_counts()))
 
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
-        rated = self.margins_file is None and (signal is None or signal.needs == "rating")
+        rated = self.margins_file is None if signal is None else signal.needs == "rating"
         needed = signal is not None or self.routing.by_margin or self.validation_threshold is not None
         margin = self.margin if rated else ()
         table = read_pairs(source, split=split, margin=margin, margin_needed=needed, limit=self.limit)
@@ -116,15 +108,11 @@ class PreferenceDataModule(PlannedDataModule):
             rows = zip(texts.items(), table.dataset["row"], strict=True)
             if changed := [row for (pair_id, text), row in rows if self.texts.get(pair_id, text) != text]:
                 raise InputError(
-                    f"{len(changed)} pairs of {source} have a pair_id that another pair of {self.source} has (first: "
-                    f"row {changed[0]}), so {self.margins_file} cannot tell them apart: leave pair_id out of both, so "
-                    "that ids come from the content, and compute the margins anew"
+                    f"{len(changed)} pairs of {source} (first: row {changed[0]}) have the pair_id of another pair of "
+                    f"{self.source}: leave pair_id out of both and compute the margins anew"
                 )
             self.texts |= texts
         return self.count_read(source, split, table)
-
-    def prompts(self, rows: Any) -> Iterable[Any]:
-        return rows["prompt"]
 
     def _with_margins(self, pairs: Any, source: str) -> Any:
         return self._margins.add_to(pairs, self.texts, source) if self._margins else pairs
@@ -145,8 +133,8 @@ class PreferenceDataModule(PlannedDataModule):
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
         source = {"margins": {"file": self.margins_file, **self._margins.header}} if self._margins else {}
-        counts = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
-        return {**self.route.summary(), **counts, **source}
+        run = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
+        return {**self.route.summary(), **run, **source}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)
@@ -232,12 +220,10 @@ class PreferenceDataModule(PlannedDataModule):
         return ResumableLoader(plan, collator, workers=self.workers)
 
     @staticmethod
-    def _tokens(pairs: Any, is_sft: Any, sft_sides: tuple[int, ...] = (0,)) -> list[int]:
+    def _tokens(pairs: Any, is_sft: Any, learnt: tuple[int, ...] = (0,)) -> list[int]:
         """Tokens that training a pair computes: what SFT does not learn is not among them."""
-        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_sft, strict=True)
-        return [
-            len(prompt) + sum(len(sides[i]) for i in (sft_sides if sft else (0, 1))) for prompt, *sides, sft in columns
-        ]
+        rows = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_sft, strict=True)
+        return [len(prompt) + sum(len(sides[i]) for i in (learnt if sft else (0, 1))) for prompt, *sides, sft in rows]
 
 
 def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:

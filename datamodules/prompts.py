@@ -1,6 +1,7 @@
 """The LightningDataModule of prompts: read, checked, and handed over in batches of like length."""
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -46,7 +47,7 @@ class PromptDataModule(L.LightningDataModule):
             return
         opened = open_source(self.source, self.split)
         seen: dict[str, int] = {}
-        for number, row in opened.rows:
+        for number, row in islice(opened.rows, self.limit):
             try:
                 prompt = self.form(number, row)
             except InputError as error:
@@ -55,8 +56,6 @@ class PromptDataModule(L.LightningDataModule):
                 raise InputError(f"{opened.name}: rows {seen[prompt.key]} and {number} have the same id {prompt.key}")
             seen[prompt.key] = number
             self.prompts.append(prompt)
-            if len(self.prompts) == self.limit:
-                break
         if not self.prompts:
             raise InputError(f"{opened.name} holds no prompt: give a file with prompts")
 

@@ -1,6 +1,5 @@
 """The LightningDataModule of SFT data: read, split, encode, slice into stages, hand over micro-batches."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.planned import PlannedDataModule
 from mixdpo.batches.batch import SampleCollator
 from mixdpo.batches.loader import ResumableLoader
-from mixdpo.batches.steps import MicroBatch, Slices, Stage, plan_stages
+from mixdpo.batches.steps import MicroBatch, Slices, plan_stages
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.encoding import encoding_identity
@@ -17,22 +16,13 @@ from mixdpo.errors import InputError
 from mixdpo.routing.schedules import StepPlan
 from mixdpo.storage.identity import content_hash
 
-MOST_SOURCES = 50
-"""With more sources than that, the held-out loss is reported in all only."""
-
 
 class SFTDataModule(PlannedDataModule):
     noun = "sample"
     summary_file = "plan.json"
     cleans_by_stage = True
 
-    def __init__(
-        self,
-        source: str,
-        slices: Slices = Slices(),  # noqa: B008
-        max_length: int = 2048,
-        **options: Any,
-    ) -> None:
+    def __init__(self, source: str, slices: Slices = Slices(), max_length: int = 2048, **options: Any) -> None:  # noqa: B008
         """Conversations to imitate; every assistant turn, its end token included, can be trained on, the prompt never.
 
         Args:
@@ -45,10 +35,7 @@ class SFTDataModule(PlannedDataModule):
         super().__init__(source, **options)
         self.slices = slices
         self.encoding |= {"max_length": max_length}
-        self.sources: list[str] = []
-        self.stages: list[Stage] = []
         self.pool: TokenPool = None  # type: ignore[assignment]  # until setup
-        self.validation_pool: TokenPool | None = None
 
     def setup(self, stage: str) -> None:
         if self.pool is not None:
@@ -58,26 +45,20 @@ class SFTDataModule(PlannedDataModule):
         self.validation_pool = self._pool_of(held_out, "validation") if held_out is not None else None
         held_out_sources = set(self.validation_pool.samples["source"]) if self.validation_pool else set()
         self.sources = sorted({*self.pool.samples["source"], *held_out_sources})
-        self.reported_sources = sorted(held_out_sources - {""}) if len(held_out_sources) <= MOST_SOURCES else []
+        # of more sources the held-out loss is reported in all only
+        self.reported_sources = sorted(held_out_sources - {""}) if len(held_out_sources) <= 50 else []
         self.stages = plan_stages(len(self.pool.samples), self.slices, batch_size=self.batch_size)
         if self.slices.count > 1 and self.trainer.max_epochs != 1:
-            raise InputError(
-                "slices are stages of one epoch: set trainer.max_epochs 1; data.slices.passes repeats them"
-            )
+            raise InputError("slices are stages of one epoch: set trainer.max_epochs 1 (and data.slices.passes)")
         sizes = ", ".join(f"slice {stage.slice}: {len(stage.steps)}" for stage in self.stages)
         rank_zero_info("\n".join([*self.describe_counts(), f"steps of {self.batch_size} samples: {sizes}"]))
 
     def read(self, source: str, split: str) -> Any:
         return self.count_read(source, split, read_samples(source, split=split, limit=self.limit))
 
-    def prompts(self, rows: Any) -> Iterable[Any]:
-        return (_prompt(messages) for messages in rows["messages"])  # one at a time: the pool may exceed memory
-
     def _pool_of(self, samples: Any, name: str) -> TokenPool:
-        identity = {
-            "data": content_hash(zip(samples["sample_id"], samples["messages"], strict=True)),
-            **encoding_identity(self.encoder, self.chat_template, **self.encoding),
-        }
+        data = content_hash(zip(samples["sample_id"], samples["messages"], strict=True))
+        identity = {"data": data, **encoding_identity(self.encoder, **self.encoding)}
         pool = TokenPool.of(self.encode(samples, name), identity)
         self.counts[name]["response tokens"] = len(pool)
         return pool
@@ -112,12 +93,5 @@ class SFTDataModule(PlannedDataModule):
 
     def loader(self, plan: list[MicroBatch], pool: TokenPool | None = None) -> ResumableLoader:
         sources = {name: index for index, name in enumerate(self.sources)}
-        return ResumableLoader(
-            plan, SampleCollator(self.pool if pool is None else pool, sources, pack=self.pack), workers=self.workers
-        )
-
-
-def _prompt(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """What stands before the first response: samples that share it land on one side of the validation split."""
-    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:first]
+        collator = SampleCollator(self.pool if pool is None else pool, sources, pack=self.pack)
+        return ResumableLoader(plan, collator, workers=self.workers)

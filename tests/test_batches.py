@@ -1,6 +1,5 @@
 """Steps cut into micro-batches, pairs as packed rows, masks, and a loader that continues where it stopped."""
 
-from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -60,20 +59,6 @@ def test_ranks_work_on_micro_batches_of_like_size_at_the_same_time(case):
     times = sorted((min(time), max(time)) for time in zip(*loads, strict=True))
     assert len(times) == accumulate
     assert all(before[1] <= after[0] for before, after in pairwise(times))
-
-
-@given(step_cuts(), st.randoms(use_true_random=False))
-@fast
-def test_the_cut_depends_on_the_pairs_of_the_step_and_not_on_their_order(case, random):
-    step, *others = case
-    shuffled = list(step)
-    random.shuffle(shuffled)
-
-    def as_sets(ranks):
-        return Counter((frozenset(indices), weight, pairs) for rank in ranks for indices, weight, pairs in rank)
-
-    assert cut(*case) == cut(*case)
-    assert as_sets(cut(step, *others)) == as_sets(cut(shuffled, *others))
 
 
 def test_a_cut_by_hand():
@@ -174,17 +159,6 @@ def test_a_hard_pairs_rejected_response_is_nowhere(share_prompt):
     for row, ids in enumerate(batch.rows.input_ids.tolist()):
         if hard_prompts & set(ids):
             assert 2 not in segments_of(batch.rows)[row].tolist()
-
-
-def test_a_batch_of_hard_pairs_has_no_reference_but_in_evaluation():
-    batch = collate(PAIRS, [True] * 4)
-    assert batch.reference_rows is None
-    assert (batch.preference.tolist(), batch.sft.tolist()) == ([], [0, 1, 2, 3])
-    assert segments_of(batch.rows).max() == 1
-    batch = collate(PAIRS, [True] * 4, evaluation=True)
-    everything = Counter(t for pair in PAIRS for side in ("chosen_ids", "rejected_ids") for t in pair[side])
-    assert Counter(batch.rows.target.tolist()) == everything and batch.reference_rows is batch.rows
-    assert batch.is_hard.tolist() == [True] * 4
 
 
 def test_the_flags_of_a_batch():

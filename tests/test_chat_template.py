@@ -115,7 +115,7 @@ def test_no_text_makes_a_special_token(prompt: str, chosen: str, rejected: str) 
 
 def test_a_tokenizer_that_knows_no_other_way_is_named() -> None:
     for template in (None, "plain"):  # its words are split at spaces, so <|im_end|> is one
-        with pytest.raises(InputError, match=r"cannot read as plain text .*special_tokens_in_text true"):
+        with pytest.raises(InputError, match=r"a special token as plain text .*special_tokens_in_text true"):
             encoded_pair(word_tokenizer(), user("two <|im_end|>"), "four", "is", chat_template=template)
 
 

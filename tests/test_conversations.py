@@ -1,16 +1,12 @@
 """SFT rows of three forms -> conversations that end in a response; faults named by file, row and columns."""
 
-import gzip
 import hashlib
-import json
 
 import pytest
-from conftest import SHARED, write_pairs
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import write_pairs
 from test_pairs import own_cache, response, system, user  # noqa: F401  (a fixture)
 
-from mixdpo.data.conversations import parse_sample, read_samples
+from mixdpo.data.conversations import read_samples
 from mixdpo.errors import InputError
 
 FORMS = "'messages', or 'prompt' and 'completion', or 'instruction' and 'output'"
@@ -81,28 +77,3 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
     assert read_samples(path, limit=2).dataset["row"][:] == [1, 6]
     with pytest.raises(InputError, match=r"no usable sample \(1 rows read, kept out: .'empty_prompt': 1"):
         read_samples(write_pairs(tmp_path / "b.jsonl", [{"prompt": "", "completion": "4"}]))
-
-
-roles = st.sampled_from(["user", "assistant"])
-conversations = st.lists(st.fixed_dictionaries({"role": roles, "content": st.text("ab")}))
-
-
-@given(conversations, conversations)
-def test_what_follows_the_last_response_is_all_that_is_cut(before, after):
-    tail = [message for message in after if message["role"] == "user"]
-    messages = [*before, response("last")]
-    assert parse_sample({"messages": messages + tail}) == messages
-
-
-@pytest.mark.shared
-def test_shared_samples():
-    path = SHARED / "sft.jsonl.gz"
-    samples = read_samples(str(path), limit=500)
-    assert samples.dataset.num_rows == 500 and samples.dropped == {}
-    with gzip.open(path, "rt") as file:
-        for sample, line in zip(samples.dataset, file, strict=False):
-            row = json.loads(line)
-            question = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
-            assert sample["messages"] == [user(question), response(row["output"])]
-            assert sample["source"] == row["source"]
-    assert len(set(samples.dataset["source"])) == 3

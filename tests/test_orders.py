@@ -149,7 +149,7 @@ def test_actions_train_what_they_say(
 def test_cleaning_wants_steps_that_stay(tiny_model: str, source: str, tmp_path: Path) -> None:
     cleaning = Cleaning(scorer=Random(), selection=Selection(0.5, scope="batch"))
     routing = Routing(hard_fraction=0.25, order="shuffled", reshuffle=True)
-    with pytest.raises(InputError, match=r"reshuffle must be false where selection\.scope is batch"):
+    with pytest.raises(InputError, match=r"where selection\.scope is batch, data\.routing\.reshuffle false"):
         run(tiny_model, source, tmp_path / "run", routing, cleaning=cleaning)
 
 

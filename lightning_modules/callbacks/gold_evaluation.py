@@ -119,7 +119,7 @@ class GoldEvaluation(Callback):
         started = time.perf_counter()
         print(f"responses to {len(self._rows)} held-out prompts, {when}")
         tokenizer = load_tokenizer(pl_module.base)
-        tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
+        tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.encoding["chat_template"])
         if tokenizer.chat_template == PLAIN:
             raise InputError("GoldEvaluation needs a chat template, and data.chat_template is plain: give a template")
 

@@ -98,10 +98,8 @@ class PairCollator:
         chosen, rejected = ([keep or side in self.sft_sides for keep in both] for side in (0, 1))
         layout: dict[str, Any] = {"share_prompt": self.share_prompt, "pack": self.pack}
         rows = build_rows(pairs, chosen, rejected, **layout)
-        if all(both):
-            reference_rows: TokenRows | None = rows
-        else:
-            reference_rows = build_rows(pairs, both, both, **layout) if any(both) else None
+        some = build_rows(pairs, both, both, **layout) if any(both) and not all(both) else None
+        reference_rows = rows if all(both) else some
         batch = Batch(
             "pairs",
             rows,
@@ -128,11 +126,9 @@ class PairCollator:
 
 
 def _keys(pairs: Sequence[Mapping[str, Any]], rows: TokenRows) -> tuple[tuple[bytes, int], ...]:
-    keys = []
-    for number, length in rows.runs:
-        pair, side = pairs[number % len(pairs)], ("chosen_ids", "rejected_ids")[number // len(pairs)]
-        keys.append((completion_key(pair["prompt_ids"], pair[side]), length))
-    return tuple(keys)
+    sides = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+    prompts = [pair["prompt_ids"] for pair in pairs] * 2
+    return tuple((completion_key(prompts[number], sides[number]), length) for number, length in rows.runs)
 
 
 def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:

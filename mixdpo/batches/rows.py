@@ -151,8 +151,7 @@ def token_rows(documents: Sequence[Sequence[Piece]], completions: int, pack: int
     targets, numbers = (torch.tensor(values, dtype=torch.long) for values in (target, completion))
     lengths = torch.bincount(numbers, minlength=completions)
     runs = tuple((number, len(list(run))) for number, run in groupby(completion))
-    where = tuple(source)
-    return TokenRows(input_ids, positions, where, targets, numbers, lengths, runs, tuple(bounds), tokens=sum(sizes))
+    return TokenRows(input_ids, positions, tuple(source), targets, numbers, lengths, runs, tuple(bounds), sum(sizes))
 
 
 def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:

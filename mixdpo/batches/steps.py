@@ -13,9 +13,6 @@ MicroBatch = tuple[tuple[int, ...], float, int]
 """Indices of the rows in the encoded data, their weight (0 = filler), and `Batch.step_total`."""
 
 
-Split = Literal["contiguous", "shuffled"]
-
-
 def plan_steps(order: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
     """Consecutive pieces of the order, one per optimizer step; the last one may be shorter."""
     return [tuple(int(i) for i in order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
@@ -58,16 +55,14 @@ class Slices:
     """
 
     count: PositiveInt = 1
-    split: Split = "contiguous"
+    split: Literal["contiguous", "shuffled"] = "contiguous"
     only: list[int] | None = None
     passes: PositiveInt = 1
     seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if self.only is not None and (not self.only or self.only != sorted(set(self.only) & set(range(self.count)))):
-            raise InputError(
-                f"slices.only must name slices once, in rising order, from 0 to {self.count - 1}, not {self.only}"
-            )
+            raise InputError(f"slices.only must name slices once, rising, from 0 to {self.count - 1}, not {self.only}")
 
 
 @dataclass(frozen=True)

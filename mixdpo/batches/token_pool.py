@@ -46,10 +46,8 @@ class TokenPool:
 
     def target_ids(self) -> np.ndarray:
         """(M,) int32, the ids of the response tokens."""
-        pieces = [
-            np.concatenate([ids[start:end] for start, end in turns(spans)])
-            for ids, spans in zip(self.samples["input_ids"], self.samples["spans"], strict=True)
-        ]
+        columns = zip(self.samples["input_ids"], self.samples["spans"], strict=True)
+        pieces = [ids[start:end] for ids, spans in columns for start, end in turns(spans)]
         return np.concatenate(pieces).astype(np.int32)
 
 

@@ -37,26 +37,18 @@ def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
     """
     if chat_template is None:
         if tokenizer.chat_template is None:
-            raise InputError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no chat template: give `chat_template`, a path of a "
-                f"Jinja template or {PLAIN!r} (prompt, response and eos token as they are)."
-            )
+            raise InputError(f"the tokenizer has no chat template: give `chat_template`, a Jinja file or {PLAIN!r}.")
         template = tokenizer.get_chat_template()
     elif chat_template == PLAIN or _is_template(chat_template):
         template = chat_template
-    elif not (path := Path(chat_template).expanduser()).is_file():
-        raise InputError(f"chat_template {chat_template!r} is no file, no Jinja template and not {PLAIN!r}.")
-    elif not _is_template(template := read_text(path)):
-        raise InputError(f"chat_template {chat_template!r} holds no Jinja template: there is no {{{{ or {{% in it.")
+    elif not _is_template(template := read_text(Path(chat_template).expanduser())):
+        raise InputError(f"chat_template {chat_template!r} holds no Jinja template: no {{{{ or {{% is in it.")
     return TODAY_CALL.sub(_dated, template)
 
 
 def _dated(call: re.Match[str]) -> str:
     if call["form"] is None:
-        raise InputError(
-            f"the chat template writes today's date by {call[0]!r}, and no text says in which form: give a copy as "
-            "`chat_template` in which a date stands there"
-        )
+        raise InputError(f"the chat template writes today's date by {call[0]!r}: put a date there in a `chat_template`")
     return repr(DATE.strftime(call["form"]))
 
 
@@ -84,49 +76,40 @@ def encode_responses(
     if template == PLAIN:
         return _encode_plain(tokenizer, prompt, responses, as_text)
     chats = [prompt, *([*prompt, {"role": "assistant", "content": response}] for response in responses)]
-    texts = [_render(tokenizer, template, chat, chat is prompt) for chat in chats]
+    texts = [_render(tokenizer, template, chat, chat is prompt, tokenize=False) for chat in chats]
     _check_rendered(texts, prompt, responses)
     if as_text:
-        encoded = [_chat_ids_as_text(tokenizer, template, chat, chat is prompt) for chat in chats]
+        if tokenizer.chat_control_tokens is None:
+            tokenizer.chat_control_tokens = []  # else <think> and the like, no special tokens, would be text as well
+        options = {"sanitize_control_tokens": True, "return_dict": False}
+        encoded = [_render(tokenizer, template, chat, chat is prompt, **options) for chat in chats]
     else:  # the template writes BOS itself: special tokens added here would double it
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [encoded[0], *(_cut_after_end_token(tokenizer, whole) for whole in encoded[1:])]
 
 
-def _render(tokenizer: "Tokenizer", template: str, messages: Messages, add_generation_prompt: bool) -> str:
+def _render(tokenizer: "Tokenizer", template: str, chat: Messages, is_prompt: bool, **options: bool) -> Any:
+    """Messages through a template, as text or as ids in which only what the template writes is a special token."""
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(chat, chat_template=template, add_generation_prompt=is_prompt, **options)
     except Exception as error:  # a template is a program: it can fail in any way
-        roles = ", ".join(message["role"] for message in messages)
+        if "sanitize_control_tokens" in options:
+            raise InputError(UNAVOIDABLE.format(error)) from error
+        roles = ", ".join(message["role"] for message in chat)
         raise InputError(
-            f"the chat template refuses messages of the roles ({roles}): {error}. Give another `chat_template`, or "
-            "other roles"
+            f"the chat template refuses the roles ({roles}): {error}. Give another `chat_template`"
         ) from error
 
 
 def _check_rendered(texts: list[str], prompt: Messages, responses: Sequence[str]) -> None:
-    """The texts of the prompt and of prompt + each response show all messages, and the prompt alike."""
+    """The texts of the prompt and of prompt + each response show all messages, and the prompt alike. White space apart
+    in a response: templates trim it."""
     shared = texts[0][: shared_length(*texts)]
-    if prompt[-1]["content"].strip() not in shared:
-        raise InputError(
-            "the chat template shows the last user message differently once a response follows it, or not at all: give "
-            "another `chat_template`"
-        )
-    if any(message["role"] == "system" and message["content"].strip() not in shared for message in prompt):
-        raise InputError(
-            "the chat template leaves the system message out: give a `chat_template` that shows it, or data without"
-        )
-    if any(_bare(response) not in _bare(text) for response, text in zip(responses, texts[1:], strict=True)):
-        raise InputError(
-            "the chat template leaves out part of a response (reasoning, perhaps): give a `chat_template` that shows it"
-        )
-
-
-def _bare(text: str) -> str:
-    """Without white space, which templates trim."""
-    return "".join(text.split())
+    shown = [message["content"].strip() for message in prompt if message["role"] == "system" or message is prompt[-1]]
+    trimmed = [("".join(a.split()), "".join(b.split())) for a, b in zip(responses, texts[1:], strict=True)]
+    if not all(content in shared for content in shown) or not all(content in text for content, text in trimmed):
+        fault = "leaves out part of a message, or shows the prompt differently once a response follows"
+        raise InputError(f"the chat template {fault}: give another `chat_template`")
 
 
 def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
@@ -137,20 +120,15 @@ def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
             return ids[:end]
         if text.strip():
             break
-    raise InputError(
-        f"the chat template ends a response with {tokenizer.decode(ids[-3:])!r}, which is no special token: the model "
-        "would never learn to stop. Give a `chat_template` that writes eos_token after a response."
-    )
+    tail = tokenizer.decode(ids[-3:])
+    raise InputError(f"a response ends with {tail!r}, no special token: give a `chat_template` that writes eos_token")
 
 
 def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[str], as_text: bool) -> list[list[int]]:
     """BOS, where the tokenizer starts a text with it, + text as it is; eos after a response."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no eos token, and {PLAIN!r} ends a response with it: name "
-            "one in its tokenizer_config.json, or give another `chat_template`"
-        )
+        raise InputError(f"{PLAIN!r} ends a response with the eos token: name one in tokenizer_config.json")
     start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
     text = "\n".join(message["content"] for message in prompt)
     texts = [text, *(text + response for response in responses)]
@@ -164,10 +142,7 @@ def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[
 
 # Special tokens in a text, such as <|im_end|> in a user's message.
 
-UNAVOIDABLE = (
-    "the text holds a special token that this tokenizer cannot read as plain text ({}): take it out of the text, or "
-    "set data.special_tokens_in_text true"
-)
+UNAVOIDABLE = "the tokenizer cannot read a special token as plain text ({}): set data.special_tokens_in_text true"
 
 
 def control_tokens(tokenizer: "Tokenizer", texts: Iterable[str]) -> set[str]:
@@ -180,19 +155,6 @@ def control_tokens(tokenizer: "Tokenizer", texts: Iterable[str]) -> set[str]:
 def _pattern(tokenizer: "Tokenizer", size: int) -> re.Pattern[str]:
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-
-
-def _chat_ids_as_text(
-    tokenizer: "Tokenizer", template: str, messages: Messages, add_generation_prompt: bool
-) -> list[int]:
-    """Ids of messages through a template, in which only what the template writes becomes a special token."""
-    if tokenizer.chat_control_tokens is None:
-        tokenizer.chat_control_tokens = []  # else <think> and the like, no special tokens, would be text as well
-    options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": add_generation_prompt}
-    try:
-        return tokenizer.apply_chat_template(messages, **options, sanitize_control_tokens=True)["input_ids"]
-    except ValueError as error:
-        raise InputError(UNAVOIDABLE.format(error)) from error
 
 
 def tokenizer_state(tokenizer: "Tokenizer") -> str:

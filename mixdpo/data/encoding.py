@@ -5,19 +5,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mixdpo.data.chat_template import (
-    PLAIN,
-    Messages,
-    control_tokens,
-    encode_responses,
-    load_template,
-    shared_length,
-    tokenizer_state,
-)
+from mixdpo.data import chat_template as chat
 from mixdpo.data.table import room_code
-from mixdpo.errors import InputError, check_one_of
+from mixdpo.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +18,6 @@ if TYPE_CHECKING:
 
 Overlong = Literal["truncate", "drop"]
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
-NO_PROMPT = "the prompt and the whole sequence share no token: the prompt is empty or is changed."
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,7 @@ class EncodedPair:
         """Whether a completion is nothing but its end token."""
         return min(len(self.chosen_ids), len(self.rejected_ids)) < 2
 
-    def within(self, *, max_length: int, max_prompt_length: int, overlong: Overlong) -> "EncodedPair | None":
+    def within(self, max_length: int, max_prompt_length: int, overlong: Overlong = "truncate") -> "EncodedPair | None":
         """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
         `truncate` touches only a pair that is too long. The prompt keeps its last `max_prompt_length` tokens (a BOS
@@ -75,7 +66,7 @@ class EncodedSample:
         """Whether the responses are nothing but end tokens."""
         return all(end - start < 2 for start, end in zip(self.spans[::2], self.spans[1::2], strict=True))
 
-    def within(self, *, max_length: int, overlong: Overlong) -> "EncodedSample | None":
+    def within(self, max_length: int, overlong: Overlong = "truncate") -> "EncodedSample | None":
         """The sample within `max_length` tokens, or None where it is to be dropped.
 
         `truncate` keeps the first `max_length` tokens. Dropped are: a sample that is too long (`drop`), and one
@@ -89,7 +80,7 @@ class EncodedSample:
 
 
 def encode_pair(
-    tokenizer: "Tokenizer", prompt: Messages, chosen: str, rejected: str, template: str, **options: bool
+    tokenizer: "Tokenizer", prompt: chat.Messages, chosen: str, rejected: str, template: str, **options: bool
 ) -> EncodedPair:
     """Token ids of one pair through a template of `load_template`, with the options of `encode_responses`.
 
@@ -100,14 +91,18 @@ def encode_pair(
     Raises:
         InputError: the template fails, changes the prompt once a response follows, or writes no end token.
     """
-    prompt_ids, chosen_ids, rejected_ids = encode_responses(tokenizer, template, prompt, chosen, rejected, **options)
-    boundary = shared_length(prompt_ids, chosen_ids, rejected_ids)
-    if not boundary:
-        raise InputError(NO_PROMPT)
-    return EncodedPair(prompt_ids[:boundary], chosen_ids[boundary:], rejected_ids[boundary:])
+    prompt_ids, *sides = chat.encode_responses(tokenizer, template, prompt, chosen, rejected, **options)
+    boundary = _boundary(prompt_ids, *sides)
+    return EncodedPair(prompt_ids[:boundary], *(ids[boundary:] for ids in sides))
 
 
-def encode_sample(tokenizer: "Tokenizer", messages: Messages, template: str, **options: bool) -> EncodedSample:
+def _boundary(*sequences: list[int]) -> int:
+    if boundary := chat.shared_length(*sequences):
+        return boundary
+    raise InputError("the prompt and the whole sequence share no token: the prompt is empty or is changed.")
+
+
+def encode_sample(tokenizer: "Tokenizer", messages: chat.Messages, template: str, **options: bool) -> EncodedSample:
     """Token ids and responses of one conversation through a template of `load_template`, with the options of
     `encode_responses`.
 
@@ -118,64 +113,50 @@ def encode_sample(tokenizer: "Tokenizer", messages: Messages, template: str, **o
         InputError: the template fails, writes no end token, or changes what it wrote once the conversation goes on.
     """
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if template == PLAIN and len(responses) > 1:
-        raise InputError(
-            f"there are {len(responses)} responses, and {PLAIN!r} has no mark between turns, so it takes one: give a "
-            "`chat_template` with turns, or one sample a response."
-        )
+    if template == chat.PLAIN and len(responses) > 1:
+        raise InputError(f"'plain' has no turns for {len(responses)} responses: give a `chat_template` with turns.")
     input_ids: list[int] = []
     spans: list[int] = []
     for index in responses:
         before, response = messages[:index], messages[index]["content"]
-        prompt_ids, whole = encode_responses(tokenizer, template, before, response, **options)
-        if shared_length(input_ids, prompt_ids, whole) < len(input_ids):
-            raise InputError(
-                f"the chat template shows an earlier turn differently once message {index + 1} follows, so the tokens "
-                "to train on are not those a model would see: give a `chat_template` that leaves earlier turns as "
-                "they were, or one sample a response."
-            )
-        start = shared_length(prompt_ids, whole)
-        if not start:
-            raise InputError(NO_PROMPT)
+        prompt_ids, whole = chat.encode_responses(tokenizer, template, before, response, **options)
+        if chat.shared_length(input_ids, prompt_ids, whole) < len(input_ids):
+            raise InputError(f"an earlier turn changes once message {index + 1} follows: give another `chat_template`")
         input_ids = whole
-        spans += [start, len(whole)]
+        spans += [_boundary(prompt_ids, whole), len(whole)]
     return EncodedSample(input_ids, spans)
 
 
 class Kind(NamedTuple):
-    """What a table holds: name of a row, columns with its text, and how the text becomes ids."""
+    """What a table holds: name of a row, columns with its text, how the text becomes ids, and the columns of these."""
 
     noun: str
     texts: list[str]
-    ids: type[EncodedPair] | type[EncodedSample]
-    encode: Callable[..., Any]
+    encode: Callable[..., EncodedPair | EncodedSample]
+    ids: tuple[str, ...]
 
 
-PAIRS = Kind("pair", ["prompt", "chosen", "rejected"], EncodedPair, encode_pair)
-SAMPLES = Kind("sample", ["messages"], EncodedSample, encode_sample)
+PAIRS = Kind("pair", ["prompt", "chosen", "rejected"], encode_pair, IDS[:3])
+SAMPLES = Kind("sample", ["messages"], encode_sample, ("input_ids", "spans"))
 
 
 def encode_rows(
     dataset: "Dataset",
     tokenizer: "Tokenizer",
     *,
-    max_length: int,
-    max_prompt_length: int | None = None,
-    overlong: Overlong = "truncate",
     special_tokens_in_text: bool = False,
     chat_template: str | None = None,
     num_proc: int | None = None,
+    **limits: Any,
 ) -> tuple["Dataset", dict[str, int]]:
     """Encode pairs of `read_pairs` or samples of `read_samples`, cached by data, tokenizer, template and limits.
 
     Args:
-        max_length: tokens of a sample, or of a pair's prompt + longer completion.
-        max_prompt_length: of pairs only: tokens of the prompt of a pair that is too long.
-        overlong: as for `EncodedPair.within` and `EncodedSample.within`.
         special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, is that token; else
             it is the characters that it consists of.
         chat_template: as for `load_template`; "plain" takes samples of one response.
         num_proc: processes; None is this one.
+        limits: those of `EncodedPair.within` or `EncodedSample.within`.
 
     Returns:
         The data set with the fields of `EncodedPair` or `EncodedSample` and `truncated` (bool) instead of the texts,
@@ -188,17 +169,21 @@ def encode_rows(
     from datasets import Features, Value
 
     kind = SAMPLES if "messages" in dataset.column_names else PAIRS
-    limits = _checked_limits(kind, max_length, max_prompt_length, overlong)
-    options = {"template": load_template(tokenizer, chat_template), "special_tokens_in_text": special_tokens_in_text}
+    if not 0 < limits.get("max_prompt_length", 1) < limits["max_length"]:
+        raise InputError(f"max_length must be above max_prompt_length (of samples: 1), and that above 0: {limits}.")
+    template = chat.load_template(tokenizer, chat_template)
+    options = {"template": template, "special_tokens_in_text": special_tokens_in_text}
     features = {name: feature for name, feature in dataset.features.items() if name not in kind.texts}
-    features |= {name: [Value("int32")] for name in kind.ids.__annotations__}
+    features |= {name: [Value("int32")] for name in kind.ids}
     features |= {"truncated": Value("bool"), "status": Value("string"), "special": Value("bool")}
+    # what `datasets` would hash itself holds the tokenizer's padding and truncation state, which changes with use
+    key = [dataset._fingerprint, chat.tokenizer_state(tokenizer), options | limits, room_code()]
     encoded = dataset.map(
         partial(_encode_row, tokenizer=tokenizer, kind=kind, options=options, limits=limits),
         remove_columns=kind.texts,
         features=Features(features),
         num_proc=num_proc,
-        new_fingerprint=_key(dataset, tokenizer, options | limits),
+        new_fingerprint=hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
         desc=f"Encoding {kind.noun}s",
     )
     statuses = list(encoded["status"])
@@ -206,28 +191,12 @@ def encode_rows(
     counts |= {"special_tokens_in_text": count} if (count := sum(encoded["special"])) else {}
     kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     if not kept:
-        raise InputError(
-            f"no {kind.noun} is left of {len(statuses)} ({counts}): raise max_length ({max_length}) or truncate."
-        )
+        raise InputError(f"no {kind.noun} is left of {len(statuses)} ({counts}): raise max_length or truncate.")
     encoded = encoded.remove_columns(["status", "special"])
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
 
 
-def _checked_limits(kind: Kind, max_length: int, max_prompt_length: Any, overlong: Overlong) -> dict[str, Any]:
-    """The arguments of `within`."""
-    check_one_of("overlong", overlong, get_args(Overlong))
-    if not 0 < (max_prompt_length if kind is PAIRS else 1) < max_length:
-        raise InputError(
-            f"max_length ({max_length}) must be at least 2 and, for pairs, above max_prompt_length "
-            f"({max_prompt_length}), which must be at least 1."
-        )
-    limits = {"max_length": max_length, "overlong": overlong}
-    return limits | ({"max_prompt_length": max_prompt_length} if kind is PAIRS else {})
-
-
-def _encode_row(
-    row: dict[str, Any], tokenizer: "Tokenizer", kind: Kind, options: dict[str, Any], limits: dict[str, Any]
-) -> dict[str, Any]:
+def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limits: Any) -> dict[str, Any]:
     """The ids within their limits, and what became of the row: `status` is "" where nothing did. `special`: whether the
     text holds special tokens."""
     texts = [row[name] for name in kind.texts]
@@ -235,25 +204,12 @@ def _encode_row(
         whole = kind.encode(tokenizer, *texts, **options)
     except InputError as error:
         raise InputError(f"row {row['row']} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
-    limited, status = whole.within(**limits), ""
-    if whole.is_empty:
-        status = "dropped_empty"
-    elif limited is None:
-        status = "dropped_overlong"
-    elif limited != whole:
-        status = "truncated"
+    limited = whole.within(**limits)
+    cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"
+    status = "dropped_empty" if whole.is_empty else cut
     messages = [m for text in texts for m in ([{"content": text}] if isinstance(text, str) else text)]
-    special = bool(control_tokens(tokenizer, [message["content"] for message in messages]))
+    special = bool(chat.control_tokens(tokenizer, [message["content"] for message in messages]))
     return vars(limited or whole) | {"truncated": status == "truncated", "status": status, "special": special}
-
-
-def _key(dataset: "Dataset", tokenizer: "Tokenizer", options: dict[str, Any]) -> str:
-    """Cache key of the encoding: everything that the ids depend on, the code of this room included.
-
-    The hash `datasets` would make itself pickles the tokenizer, whose padding and truncation state changes with use.
-    """
-    parts = [dataset._fingerprint, tokenizer_state(tokenizer), options, room_code()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def largest_id(*encoded: "Dataset") -> int:
@@ -265,7 +221,7 @@ def largest_id(*encoded: "Dataset") -> int:
 
 
 def encoding_identity(
-    tokenizer: "Tokenizer", chat_template: str | None, *, special_tokens_in_text: bool = False, **limits: Any
+    tokenizer: "Tokenizer", chat_template: str | None, special_tokens_in_text: bool = False, **limits: Any
 ) -> dict[str, str]:
     """What decides the ids of a sample, or of a pair, part by part: says which differs from that of a stored file.
 
@@ -276,7 +232,8 @@ def encoding_identity(
         "tokenizer" and "template": 16 hex digits each; "lengths": as in "max_length 1024, truncate".
     """
     special = " special tokens in text" if special_tokens_in_text else ""
-    parts = {"tokenizer": tokenizer_state(tokenizer), "template": load_template(tokenizer, chat_template) + special}
+    template = chat.load_template(tokenizer, chat_template) + special
+    parts = {"tokenizer": chat.tokenizer_state(tokenizer), "template": template}
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
     lengths = [f"{name} {limits[name]}" for name in ("max_length", "max_prompt_length") if name in limits]
     return digests | {"lengths": ", ".join([*lengths, limits["overlong"]])}

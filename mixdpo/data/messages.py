@@ -11,8 +11,8 @@ from mixdpo.storage.identity import hash63
 Message = dict[str, str]
 
 
-LIST_AS_TEXT = re.compile(
-    r"""\s*\[\s*\{(?=.*['"]content['"]\s*:).*['"]role['"]\s*:\s*['"](user|assistant|system)['"]""", re.DOTALL
+MESSAGES_AS_TEXT = re.compile(
+    r"""(?s)\s*\[\s*\{(?=.*['"]content['"]\s*:).*['"]role['"]\s*:\s*['"](user|assistant|system)"""
 )
 
 
@@ -48,45 +48,32 @@ def split_by_prompt(
         share = hash63(json.dumps([seed, prompt_texts(prompt)])) / 2**63
         sides[share < fraction].append(index)
     if not sides[0] or (fraction and not sides[1]):
-        raise InputError(
-            f"a validation fraction of {fraction} splits {sum(map(len, sides))} pairs into {len(sides[0])} for "
-            f"training and {len(sides[1])} for validation: change the fraction or the seed, or give more prompts."
-        )
+        sizes = f"{len(sides[0])} rows for training and {len(sides[1])} for validation"
+        raise InputError(f"data.validation {fraction} leaves {sizes}: change the fraction or the seed.")
     return sides
 
 
-def parse_messages(row: dict[str, Any], column: str) -> list[Message]:
-    """The column as messages; a plain string is one message of the assistant."""
-    if column not in row:
-        raise InputError(f"the column {column!r} is missing or null.")
-    value = row[column]
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": plain_text(value, column)}]
+def parse_messages(row: dict[str, Any], column: str, role: str | None = "assistant") -> list[Message]:
+    """The column as messages; a plain string is one message of `role`, unless that is None.
+
+    Raises:
+        InputError: it is neither, or the text is what a table wrote of a list of messages.
+    """
+    value = row.get(column)
+    if role is not None and isinstance(value, str):
+        if MESSAGES_AS_TEXT.match(value):
+            raise InputError(f"{column!r} is a list of messages saved as text: {value!r:.80}. Save the data as .jsonl.")
+        return [{"role": role, "content": checked_text(value, column)}]
     if not isinstance(value, list) or not value:
-        raise InputError(f"{column!r} should be text or a list of messages, not {value!r:.80}.")
+        raise InputError(f"{column!r} should be {'text or ' if role else ''}a list of messages, not {value!r:.80}.")
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(f"{column!r} holds {message!r:.80}; a message has the keys 'role' and 'content'.")
         if lost := [key for key in UNRENDERED if message.get(key)]:
             raise InputError(
-                f"a message of {column!r} has {' and '.join(lost)}, and only 'content' is read: put it in there, or "
-                "leave the row out."
+                f"{column!r} has messages with {' and '.join(lost)}, which is not read: put it in 'content'."
             )
     return [{key: checked_text(message[key], f"{column}.{key}") for key in ("role", "content")} for message in value]
-
-
-def plain_text(value: Any, column: str) -> str:
-    """
-    Raises:
-        InputError: it is no text, or the text is what a table wrote of a list of messages.
-    """
-    text = checked_text(value, column)
-    if LIST_AS_TEXT.match(text):
-        raise InputError(
-            f"{column!r} is a list of messages that was saved as text: {text!r:.80}. Save the data as .jsonl or "
-            ".parquet, in which a list stays one."
-        )
-    return text
 
 
 def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
@@ -98,10 +85,7 @@ def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
     for column in IGNORED:
         value = row.get(column)
         if value and not (isinstance(value, str) and value.strip() in repeated):
-            raise InputError(
-                f"the column {column!r} is not read, and here it holds {value!r:.80}: put it into the prompt, as "
-                "messages with roles, or remove the column."
-            )
+            raise InputError(f"the column {column!r} is not read ({value!r:.80}): put it into the prompt or remove it.")
 
 
 def checked_text(value: Any, column: str) -> str:
@@ -110,7 +94,5 @@ def checked_text(value: Any, column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{column!r} holds half a surrogate pair at character {error.start + 1}: remove it or write the whole pair."
-        ) from None
+        raise InputError(f"{column!r} holds half a surrogate pair at character {error.start + 1}: remove it.") from None
     return value

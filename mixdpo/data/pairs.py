@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from mixdpo.data.messages import Message, parse_messages, plain_text, refuse_ignored
+from mixdpo.data.messages import Message, parse_messages, refuse_ignored
 from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
@@ -56,28 +56,19 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     appears once.
     """
     chosen, rejected = parse_messages(row, "chosen"), parse_messages(row, "rejected")
-    if "prompt" not in row:
-        prompt = _shared_messages(chosen, rejected)
-    elif isinstance(row["prompt"], str):
-        text = plain_text(row["prompt"], "prompt")
-        prompt = _shared_messages(chosen, rejected) or [{"role": "user", "content": text}]
-        if text.strip() not in (message["content"].strip() for message in prompt):
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    prompt = parse_messages(row, "prompt", "user") if "prompt" in row else shared
+    if shared and isinstance(row.get("prompt"), str):
+        if prompt[0]["content"].strip() not in (message["content"].strip() for message in shared):
             raise InputError("'prompt' is no message of the conversation that 'chosen' and 'rejected' share.")
-    else:
-        prompt = parse_messages(row, "prompt")
+        prompt = shared
     if not prompt or prompt[-1]["role"] != "user":
         raise InputError(
-            "the prompt, the column 'prompt' or else the messages that 'chosen' and 'rejected' share, should end in a "
-            "message of role 'user'. Give a 'prompt' column, or cut dialogues in one text into messages."
+            "'prompt', or else what 'chosen' and 'rejected' share, should end in a message of role 'user'."
         )
     refuse_ignored(row, prompt)
     return prompt, _response(chosen, prompt, "chosen"), _response(rejected, prompt, "rejected")
-
-
-def _shared_messages(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """Longest common prefix of two conversations, short of the last message of each."""
-    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
-    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def _response(conversation: list[Message], prompt: list[Message], column: str) -> str:
@@ -85,8 +76,7 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
     if len(rest) != 1 or rest[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in rest)
         raise InputError(
-            f"{column!r} has the messages ({roles}) after the shared prompt of {len(prompt)}; it should have one, of "
-            "role 'assistant'. Cut the conversation at the first response that differs."
+            f"{column!r} has ({roles}) after the prompt, not one message of role 'assistant': cut it there."
         )
     return rest[0]["content"]
 
@@ -94,13 +84,11 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
 def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
     present = without_nulls(row)  # but a margin of null is no margin that is absent
     prompt, chosen, rejected = parse_row(present)
-    drop = ""
+    drop = "identical" if chosen.strip() == rejected.strip() else ""
+    if not chosen.strip() or not rejected.strip():
+        drop = "empty_completion"
     if not prompt[-1]["content"].strip():
         drop = "empty_prompt"
-    elif not chosen.strip() or not rejected.strip():
-        drop = "empty_completion"
-    elif chosen.strip() == rejected.strip():
-        drop = "identical"
     pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     pair |= {"pair_id": row_id(present, "pair_id", [prompt, chosen, rejected], rows_of_ids), "drop": drop}
     # a row that is kept out needs no score

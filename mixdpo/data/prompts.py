@@ -2,12 +2,10 @@
 
 from itertools import islice
 
-from mixdpo.data.messages import parse_messages, refuse_ignored
+from mixdpo.data.messages import checked_text, parse_messages, refuse_ignored
 from mixdpo.data.sources import open_source
 from mixdpo.errors import InputError
 from mixdpo.storage.files import Row
-
-DEFAULT_PROMPTS = 1000
 
 
 def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[Row]:
@@ -22,23 +20,20 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
     if source == "builtin":
         from mixdpo.constraints.prompts import training_prompts
 
-        return training_prompts(limit or DEFAULT_PROMPTS, seed)
+        return training_prompts(limit or 1000, seed)
     rows = []
     for number, row in islice(open_source(source, "train").rows, limit):
         try:
-            _check_prompt(row)
+            messages = parse_messages(row, "prompt", "user")
+            refuse_ignored(row, messages)
+            checked_text(row.get("part", ""), "part")
+            if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+                raise InputError(
+                    "'prompt' should be a text, or messages that end in one of role 'user', and not blank."
+                )
         except InputError as error:
             raise InputError(f"{source}, row {number}: {error}") from error
         rows.append(row)
     if not rows:
         raise InputError(f"prompts {source!r}: the file is empty; give one with prompts")
     return rows
-
-
-def _check_prompt(row: Row) -> None:
-    messages = parse_messages(row, "prompt")
-    refuse_ignored(row, messages)
-    if not messages[-1]["content"].strip() or (isinstance(row["prompt"], list) and messages[-1]["role"] != "user"):
-        raise InputError("'prompt' should be a text, or messages that end in one of role 'user', and not blank.")
-    if not isinstance(row.get("part", ""), str):
-        raise InputError(f"'part' should be the name of a part of the prompts, not {row['part']!r}.")

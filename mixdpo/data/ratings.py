@@ -5,14 +5,12 @@ The margin decides which pairs are hard, so a missing or unreadable score is an 
 
 import math
 from collections.abc import Iterable, Sequence
-from decimal import Decimal
 from typing import Any
 
 from mixdpo.errors import InputError
 
 MarginColumns = tuple[str, ...]
 """One column that holds the margin, or two: chosen and rejected score, or `REWARD_MODEL_COLUMNS`."""
-REAL = (int, float, str, Decimal)  # csv has text only, parquet decimals
 REWARD_MODEL_COLUMNS: MarginColumns = ("all_rm_scores", "all_generated_responses")
 KNOWN_COLUMNS: tuple[MarginColumns, ...] = (
     ("margin",),
@@ -34,26 +32,21 @@ def find_margin_columns(
         needed: whether data without a known column is refused; else it has none: ().
 
     Raises:
-        InputError: a named column is absent, more than two are named, or no known column is present and one is needed;
-            the reader adds file, row and the columns that are present.
+        InputError: more than two columns are named, or none, and no known column is present though one is needed; the
+            reader adds file, row and the columns that are present.
     """
-    present = set(columns)
     if named is None:
-        known = next((known for known in KNOWN_COLUMNS if set(known) <= present), ())
+        known = next((known for known in KNOWN_COLUMNS if set(known) <= set(columns)), ())
         if known or not needed:
             return known
         raise InputError(
             f"no column to take the margin from. Known: {'; '.join(' and '.join(known) for known in KNOWN_COLUMNS)}. "
-            "Name yours (data.margin): one column that holds the margin, or two, [chosen_column, rejected_column]. "
-            "Without any, run.py predict computes margins; DPO in random order needs none (configs/controls/dpo.yaml, "
-            "with data.validation_threshold null)."
+            "Name yours (data.margin), compute margins (run.py predict) or train without (configs/controls/dpo.yaml)."
         )
     names = (named,) if isinstance(named, str) else tuple(named)
     names = REWARD_MODEL_COLUMNS if names == REWARD_MODEL_COLUMNS[:1] else names
     if len(names) not in (1, 2) or len(set(names)) < len(names):
         raise InputError(f"the margin takes one column or [chosen_column, rejected_column], not {list(names)}.")
-    if absent := [name for name in names if name not in present]:
-        raise InputError(f"no margin column {', '.join(absent)}.")
     return names
 
 
@@ -63,9 +56,7 @@ def row_margin(row: dict[str, Any], columns: MarginColumns) -> float:
     Raises:
         InputError: a column is absent or its value is no finite number; the reader adds file and row.
     """
-    if absent := [column for column in columns if column not in row]:
-        raise InputError(f"the margin column {absent[0]!r} is missing.")
-    values = [row[column] for column in columns]
+    values = [row.get(column) for column in columns]
     if columns == REWARD_MODEL_COLUMNS:
         # a response that was generated twice can carry two scores: the pair is best against worst
         return max(_scores_of(row, "chosen", *values)) - min(_scores_of(row, "rejected", *values))
@@ -76,11 +67,11 @@ def row_margin(row: dict[str, Any], columns: MarginColumns) -> float:
 def _number(value: Any, column: str) -> float:
     """A finite float; strings are parsed, because csv knows nothing else. A bool is no score."""
     try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, REAL) else float(value)
-    except (ValueError, OverflowError):
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(f"{column!r} should be a finite number, not {value!r:.80}.")
+        raise InputError(f"the margin's column {column!r} should be a finite number, not {value!r:.80}.")
     return number
 
 
@@ -91,7 +82,5 @@ def _scores_of(row: dict[str, Any], side: str, scores: Any, responses: Any) -> l
     text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]  # `parse_row` has checked it
     own = [score for score, response in zip(scores, responses, strict=True) if response == text]
     if not own:
-        raise InputError(
-            f"the {side} text is none of its {len(responses)} all_generated_responses, so it has no score."
-        )
+        raise InputError(f"the {side} text is none of its {len(responses)} all_generated_responses: it has no score.")
     return [_number(score, "all_rm_scores") for score in own]

@@ -56,14 +56,12 @@ def _from_hub(source: str) -> Path:
     """One file of a data set: some are no data set that `datasets` would load (AlpacaEval's is a script)."""
     from huggingface_hub import hf_hub_download
 
-    owner, _, rest = source.removeprefix(HUB_FILE).partition("/")
-    name, _, file = rest.partition("/")
-    if not file:
-        raise InputError(f"{source} names no file: write {HUB_FILE}OWNER/NAME/FILE")
     try:
+        owner, name, file = source.removeprefix(HUB_FILE).split("/", 2)
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
-    except Exception as error:  # connection, authentication, no such file: an open list
-        raise InputError(f"{source} cannot be read: {type(error).__name__}: {str(error).strip()[:300]}") from error
+    except Exception as error:  # no OWNER/NAME/FILE, connection, authentication, no such file: an open list
+        cause = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        raise InputError(f"{source} ({HUB_FILE}OWNER/NAME/FILE) cannot be read: {cause}") from error
 
 
 def _open_file(path: Path, split: str) -> Source:
@@ -78,20 +76,14 @@ def _through_datasets(source: str, path: Path, split: str) -> Source:
     """Rows of a folder of data files, or of a hub data set."""
     import datasets
 
-    name, names = f"{source!r}, split {split!r}", source.split(":")
-    hint = (
-        f" It is no local path and no built-in task ({', '.join(BUILT_IN)}), so it was sought on the hub. One of "
-        "several configurations is written ID:CONFIG, one file hf://datasets/OWNER/NAME/FILE."
-    )
-    if path.is_dir():
-        name, names = f"{path}, split {split!r}", [str(path)]
-        hint = " Of several configurations name the folder or the file of one."
+    names, name = ([str(path)], str(path)) if path.is_dir() else (source.split(":"), repr(source))
     try:
         table = datasets.load_dataset(*names, split=split, trust_remote_code=False)
     except Exception as error:  # connection, authentication, unknown split, broken file: an open list
         root = error.__cause__ or error
-        raise InputError(f"{name} cannot be read: {type(root).__name__}: {str(root).rstrip('.')}.{hint}") from error
-    return Source(name, table._fingerprint, enumerate(table, 1))
+        cause = f"{type(root).__name__}: {str(root).rstrip('.')}. On the hub: ID:CONFIG or {HUB_FILE}OWNER/NAME/FILE"
+        raise InputError(f"{name}, split {split!r} cannot be read: {cause}.") from error
+    return Source(f"{name}, split {split!r}", table._fingerprint, enumerate(table, 1))
 
 
 def file_rows(path: Path) -> NumberedRows:
@@ -105,17 +97,16 @@ def file_rows(path: Path) -> NumberedRows:
                 if row is not None:
                     yield number, row
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
+        cause = f"{type(error).__name__}: {str(error)[:300]}"
         raise InputError(
-            f"{path}, row {number + 1}: cannot be read: {type(error).__name__}: {str(error)[:300]}. Correct or remove "
-            "the row, save the file as UTF-8, or make a damaged file again."
+            f"{path}, row {number + 1}: cannot be read: {cause}. Correct it, or save it as UTF-8."
         ) from error
 
 
 def _parquet_rows(file: Any) -> NumberedRows:
     from pyarrow.parquet import ParquetFile
 
-    rows = (row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist())
-    yield from enumerate(rows, 1)
+    return enumerate((row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist()), 1)
 
 
 def _json_rows(lines: Iterable[bytes]) -> NumberedRows:

@@ -56,16 +56,12 @@ def read_table(
         table = Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
     except DatasetGenerationError as error:
         cause = error.__cause__ or error  # the disk may be full
-        raise (
-            cause if isinstance(cause, InputError) else InputError(f"{opened.name}, kept as a table: {cause}")
-        ) from None
+        raise InputError(str(cause) if isinstance(cause, InputError) else f"{opened.name}: {cause}") from None
     causes = table["drop"]  # a cached table tells as well what it kept out
     kept = [index for index, cause in enumerate(causes) if not cause]
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
-        raise InputError(
-            f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}): give other data."
-        )
+        raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
     table = table.remove_columns("drop")
     return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped)
 

@@ -42,7 +42,7 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"threshold": INF}, ("routing.threshold (inf) must be finite",)),
     (Routing, {"order": "sft_frist"}, ("routing.order must be one of", "not 'sft_frist'; did you mean 'sft_first'?")),
     (Routing, {"reshuffle": True}, ("easy_to_hard has nothing to shuffle", "set it to false")),
-    (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, in rising order",)),
+    (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, rising",)),
     (Selection, {"keep_ratio": 0.5, "threshold": 0.0}, ("selection: give keep_ratio or threshold,",)),
     (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
     (Selection, {"threshold": -INF}, ("selection.threshold must be finite",)),

@@ -43,14 +43,6 @@ def callback(name: str, **arguments: Any) -> tuple[str, ...]:
     return ("--trainer.callbacks", json.dumps([{"class_path": name, "init_args": arguments}]))
 
 
-def predicted(*more: str) -> Callable[[Place], tuple[str, ...]]:
-    def given(place: Place) -> tuple[str, ...]:
-        where = ("--runs", str(place.folder / "runs"), "--model.base", place.model, "--data.source", place.shared.pairs)
-        return ("predict", "--config", "configs/signals/rating.yaml", *where, *more)
-
-    return given
-
-
 def pairs(change: Callable[[str], Any]) -> Callable[[Place], tuple[str, ...]]:
     def given(place: Place) -> tuple[str, ...]:
         return ("--data.source", place.write("bad.jsonl", change(Path(place.shared.pairs).read_text())))

@@ -6,7 +6,6 @@ from typing import Any
 from conftest import TEMPLATE
 
 from bad_input.case import Case, Place, cases
-from mixdpo.data.conversations import read_samples
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.model.loading import load_tokenizer
@@ -34,14 +33,6 @@ def encoded(
         rows = place.write("rows.jsonl", [PAIR | {"chosen": "song"}, row])
         lengths = {"max_length": 64, "max_prompt_length": 32, "chat_template": given} | limits
         return str(encode_rows(read_pairs(rows).dataset, tokenizer, **lengths)[1])
-
-    return do
-
-
-def encoded_sft(row: dict[str, Any], **options: Any) -> Any:
-    def do(place: Place) -> str:
-        samples = read_samples(place.write("rows.jsonl", [row])).dataset
-        return str(encode_rows(samples, load_tokenizer(place.model), **{"max_length": 64, **options})[1])
 
     return do
 
