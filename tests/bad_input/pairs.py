@@ -144,6 +144,5 @@ CASES = [
     *(file_case(*file) for file in FILES),
     column_case("an unknown column", "stars", "no margin column stars", "margin, a, b."),
     *(column_case(str(names), names, "one column or [chosen_column, rejected") for names in (["a"] * 2, [], [*"abc"])),
-    *(dropped_case(*row) for row in DROPPED),
     *SOURCES,
 ]

@@ -85,13 +85,6 @@ RUNS = [
     run("model.preference_loss", "no such class", ("--model.preference_loss", "no.Loss"), f"no.Loss … {HELP}"),
     run("model", "for predict only", RATING, "does not fit … for predict only"),
     run("model", "for fit only", ("predict", *DEMO), "does not predict … configs/signals", whole=True),
-    run(
-        "predict",
-        "data.margins_file",
-        predicted("--data.margins_file", "x"),
-        "data.margins_file is for fit … model.output",
-        whole=True,
-    ),
     run("data.source", "not there", ("--data.source", "/no/pairs.jsonl"), "/no/pairs.jsonl … Check the path"),
     run(
         "data.validation",

@@ -26,11 +26,6 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("an id twice", CHAT | {"id": "one"}, ("id 'one' was already given by row 1", "each row needs its own")),
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),
 ]
-DROPPED: list[tuple[str, dict[str, Any], str]] = [
-    ("a blank question", {"messages": [user(" "), response("b")]}, "'empty_prompt': 1"),
-    ("a response before any question", {"messages": [response("b")]}, "'empty_prompt': 1"),
-    ("blank responses", {"messages": [user("a"), response(""), user("c"), response("\n")]}, "'empty_completion': 1"),
-]
 
 
 def row_case(fault: str, row: dict[str, Any], says: tuple[str, ...]) -> Case:

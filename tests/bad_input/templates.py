@@ -70,8 +70,6 @@ TEMPLATES = [
         ("a response cut", encoded(PAIR | {"chosen": "blue fish"}, CUT), "row 2 (pair_id … leaves out part … shows it"),
         ("a prompt that changes", encoded(template=COUNTING), "last user message differently … give another"),
         ("none at all", encoded(change=without("chat_template")), "has no … give `chat_template`"),
-        ("plain, two responses", encoded_sft(TURNS, chat_template="plain"), "row 1 (sample_id … one sample a response"),
-        ("earlier turns that change", encoded_sft(TURNS, chat_template=MOVING), "row 1 (sample_id … an earlier turn"),
     ),
     *cases(
         "other options",
@@ -87,7 +85,6 @@ COUNTED = [
     ("a completion of 20 000 words, dropped", encoded(LONG, overlong="drop"), "'dropped_overlong': 1"),
     ("an end token in a prompt", encoded(PAIR | MARKED), "'special_tokens_in_text': 1"),
     ("an end token, asked for", encoded(PAIR | MARKED, special_tokens_in_text=True), "'special_tokens_in_text': 1"),
-    ("a conversation longer than max_length", encoded_sft(TURNS, max_length=8), "'truncated': 1"),
 ]
 
 CASES = [*TEMPLATES, *(Case("text", f, do, (count,), tolerated=True) for f, do, count in COUNTED)]
