@@ -61,7 +61,7 @@ class Study:
 
     Args:
         config: base config of every run.
-        folder: where runs, logs, tables and pictures lie.
+        folder: where runs, logs and tables lie.
         runs: name -> `Plan`.
         prompts: file of held-out prompt rows with a `part`, or `heldout`. The runs' GoldEvaluation gets the same.
         outcomes: name -> parts of the prompts whose mean gold score it is; the first is the main one.
@@ -72,7 +72,6 @@ class Study:
         grid: option -> values, the same for every run.
         choose_by: part of the prompts by whose mean gold score a run's grid point is chosen.
         at_once: runs at a time, which share the cores.
-        minutes_per_run: for the estimate before any run has been timed.
     """
 
     config: str
@@ -87,7 +86,6 @@ class Study:
     grid: dict[str, list] = field(default_factory=dict)
     choose_by: str | None = None
     at_once: PositiveInt = 1
-    minutes_per_run: float | None = None
 
     def __post_init__(self) -> None:
         if not (self.runs and self.outcomes and self.seeds and all(self.grid.values())):

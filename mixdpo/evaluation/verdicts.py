@@ -14,7 +14,7 @@ from mixdpo.errors import InputError
 from mixdpo.storage.store import Key, Store, read_store
 
 Order = Literal["model_first", "baseline_first"]
-Source = Literal["log_probs", "text", "reward_model"]
+Source = Literal["log_probs", "text"]
 NOUN = "verdicts"
 
 

@@ -1,8 +1,6 @@
 """Charts as SVG, drawn by matplotlib from plain numbers."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,35 +17,6 @@ POINTS = 3000
 
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "mixdpo", "text.parse_math": False, "font.size": 8}
 DASHED: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
-
-
-@dataclass
-class Panel:
-    """One of the axes of a line chart.
-
-    Args:
-        title, x, y: texts above the axes and beside them.
-        lines: (label, xs, ys, options of matplotlib's `plot`) of each line; an empty label is left out of the legend.
-    """
-
-    title: str
-    x: str
-    y: str
-    lines: list[tuple[str, Sequence[float], Sequence[float], dict[str, Any]]] = field(default_factory=list)
-
-
-def line_chart(panels: Sequence[Panel]) -> str:
-    """SVG of the panels side by side, each with its legend."""
-    with _style():
-        figure = _figure(5 * len(panels), 3.5)
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for label, xs, ys, options in panel.lines:
-                axes.plot(xs, ys, label=label, **options)
-            axes.set(xlabel=panel.x, ylabel=panel.y)
-            axes.set_title(panel.title, wrap=True)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend()
-        return _svg(figure)
 
 
 def histogram(cut: np.ndarray, kept: np.ndarray, ends: tuple[float, float], threshold: float | None) -> str:
