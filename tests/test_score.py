@@ -1,6 +1,5 @@
 """`mixdpo score`: the table of a verdicts file, of two, and what it refuses."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from mixdpo.errors import InputError
-from mixdpo.evaluation import score as verb
 from mixdpo.evaluation.score import score
 from mixdpo.evaluation.verdicts import Verdict, VerdictsWriter, read_verdicts
 
@@ -113,15 +111,13 @@ def test_what_the_file_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_no_length_control_is_no_reason_to_hide_the_win_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, out = write(tmp_path / "v.jsonl", [verdict(i, 1.0) for i in range(4)]), tmp_path / "out.json"
-    score(path, against=path, samples=10, out=str(out))
+    path = write(tmp_path / "v.jsonl", [verdict(i, 1.0) for i in range(4)])
+    score(path, against=path, samples=10)
     printed = capsys.readouterr().out
     assert cells(printed)[f"{NAME}, %"] == ["n/a"] * 3
     assert cells(printed)["win rate, %"] == ["+0.00", "0.00", "+0.00 to +0.00"]  # the last: of the difference
-    assert f"{path}: no {NAME}: a length-controlled win rate has no finite solution" in printed
-    content = json.loads(out.read_text())
-    assert content["models"][0]["rates"][NAME] is None
-    assert content["models"][0]["rates"]["win rate"]["value"] == 100
+    assert f"no {NAME}: a length-controlled win rate has no finite solution" in printed
+    assert "| win rate, % | 100.00 |" in printed
 
 
 def two_models(folder: Path, **header: Any) -> tuple[str, str]:
@@ -134,23 +130,24 @@ def two_models(folder: Path, **header: Any) -> tuple[str, str]:
 
 
 def test_two_models_over_the_prompts_that_both_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (a, b), out = two_models(tmp_path), tmp_path / "deep" / "out.json"
-    score(a, against=b, samples=100, seed=4, out=str(out))
+    a, b = two_models(tmp_path)
+    score(a, against=b, samples=100, seed=4)
     printed = capsys.readouterr().out
     assert "against gpt, 9 prompts" in cells(printed)
     assert [line.strip("| ") for line in printed.splitlines() if line.endswith("|  |  |  |")] == [
         *("ours", "other", "ours minus other")
     ]
-    content = json.loads(out.read_text())
-    (ours, theirs), difference = content["models"], content["differences"]
-    assert (content["prompts"], ours["judged"], theirs["judged"]) == (9, 12, 9)
-    assert theirs["left_out"] == {"not judged yet": 2, "timeout": 1}
+    ours, theirs, difference = map(cells, re.split(r"\| ours.*\|  \|  \|  \||\| other \|.*", printed)[1:])
+    assert (ours["prompts judged"][0], theirs["prompts judged"][0]) == ("12", "9")
+    assert theirs["why left out"][0] == "not judged yet: 2; timeout: 1"
     shared = [verdict.preference for verdict in read_verdicts(a).verdicts[2:11]]
-    assert ours["rates"]["win rate"]["value"] == pytest.approx(100 * np.mean(shared))
-    assert difference["win rate"]["value"] == pytest.approx(10 * np.mean(shared))
-    assert difference["win rate"]["standard_error"] < 0.2 * ours["rates"]["win rate"]["standard_error"]
-    assert difference[NAME]["value"] == pytest.approx(ours["rates"][NAME]["value"] - theirs["rates"][NAME]["value"])
-    assert difference[NAME]["low"] < difference[NAME]["value"] < difference[NAME]["high"]
+    value, error, _ = ours["win rate, %"]
+    assert float(value) == pytest.approx(100 * np.mean(shared), abs=0.01)
+    assert float(difference["win rate, %"][0]) == pytest.approx(10 * np.mean(shared), abs=0.01)
+    assert float(difference["win rate, %"][1]) < 0.2 * float(error)
+    rates = [float(rows[f"{NAME}, %"][0]) for rows in (ours, theirs, difference)]
+    low, high = map(float, difference[f"{NAME}, %"][2].split(" to "))
+    assert rates[2] == pytest.approx(rates[0] - rates[1], abs=0.02) and low < rates[2] < high
     score(a, against=b, samples=100, seed=4)
     assert capsys.readouterr().out == printed
 
@@ -237,13 +234,3 @@ def test_bad_files_of_difficulties(tmp_path: Path) -> None:
             path.write_text(content)
         with pytest.raises(InputError, match=re.escape(refusal)):
             score(verdicts, **{option: str(path)})
-
-
-def test_out_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out.json"
-    out.write_text("before")
-    monkeypatch.setattr(verb, "_content", lambda *_: {"no JSON": object()})
-    with pytest.raises(TypeError):
-        score(write(tmp_path / "v.jsonl", [verdict(i, 0.5) for i in range(4)]), samples=5, out=str(out))
-    assert out.read_text() == "before"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "v.jsonl"]

@@ -144,8 +144,6 @@ def read_study(path: str | Path) -> Study:
     Raises:
         InputError: no such file, no YAML, an unknown or missing key, a wrong type, or runs that do not fit together.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give a study's YAML file, such as configs/studies/noisy_labels.yaml")
     content = read_yaml(path, "study")
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of a study's keys, as in configs/studies/noisy_labels.yaml")

@@ -234,7 +234,8 @@ def read_gamed(path: str) -> GamedBaselines:
 def _numbers(path: str, names: Sequence[str]) -> Iterator[tuple[int, list[float]]]:
     """Row number, and these columns as numbers: True is 1, False 0, an empty cell NaN."""
     words = {"True": 1.0, "False": 0.0, "": np.nan}
-    for number, row in text_rows(Path(path)):
+    for number, given in text_rows(Path(path)):
+        row = {name or "index": value for name, value in given.items()}  # pandas writes an index without a name
         if lacking := [name for name in names if name not in row]:
             raise InputError(f"{path} lacks the column {', '.join(lacking)}; it has {', '.join(row)}. {_HUB}")
         try:
