@@ -57,7 +57,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _no_responses_kept_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("cache")
-    for module in ("evaluation.response_cache", "model.reference_cache"):
+    for module in ("evaluation.responses_file", "model.reference_cache"):
         monkeypatch.setattr(f"mixdpo.{module}.cache_root", lambda: root)
     losses = "mixdpo.token_cleaning.scoring.cache_root"
     monkeypatch.setattr(losses, lambda: Path(os.environ.get("MIXDPO_CACHE") or root))

@@ -36,8 +36,6 @@ def stage_entry(stage: int, tokens: int, samples: int, threshold: float | None) 
         **{"samples_keeping_nothing": 0, "mean_abs_score": 0.4321 if scored else None},
         **{"by_source": {"gsm": {"tokens": tokens, "kept_share": 0.375}}, "by_position": [None, *([0.5] * 9)]},
     }
-    if scored:
-        entry["planted"] = {"share": 0.125, "auc": 0.875, "precision": 0.75, "recall": None, "kept_noise_rate": 0.0}
     return entry
 
 
@@ -60,13 +58,13 @@ def write_run(
             ids, spans = prompt + response[:1] + prompt + response[1:], [len(prompt), len(prompt) + 1]
             spans += [2 * len(prompt) + 1, len(ids)]
         row = {"sample_id": n, "row": n, "source": SOURCES[n], "truncated": False, "input_ids": ids, "spans": spans}
-        rows.append(row | {"planted": [0] * (length - 1) + [1]})
+        rows.append(row)
         signs = [1 if i % 2 == 0 else -1 for i in range(length)]
         scores += [NAN if threshold is None else threshold + 0.1 * sign for sign in signs]
         weights += [float(threshold is None or sign > 0) if stage_of[n] >= 0 else NAN for sign in signs]
     number, ids = Value("int64"), [Value("int32")]
     features = {"sample_id": number, "row": number, "source": Value("string"), "truncated": Value("bool")}
-    features |= {"input_ids": ids, "spans": ids, "planted": [Value("int8")]}
+    features |= {"input_ids": ids, "spans": ids}
     dataset, cleaning = Dataset.from_list(rows, features=Features(features)), folder / "cleaning"
     dataset.save_to_disk(str(cleaning / "samples"))
     np.save(cleaning / "scores.npy", np.array(scores, dtype=np.float32))
@@ -110,7 +108,7 @@ def test_the_whole_page(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "<b>dolly" not in text and "&lt;b&gt;dolly&lt;/b&gt;" in text
     titles = [cell for cell in page.cells if cell.startswith("Stage ")]
     assert titles == ["Stage 1, from step 10", "Stage 2, from step 20"]
-    assert {"0: all tokens", "62.5%", "0.432", "0.875", "12.5%", "37.5%", "–"} <= set(page.cells)
+    assert {"0: all tokens", "62.5%", "0.432", "37.5%", "–"} <= set(page.cells)
     # 3 + 5 warm-up tokens, 40 / 2 + 4 / 2 + 2 / 2 kept, 3 of 57 never reached
     assert "6 samples with 57 response tokens; training has reached 54 of these and kept 31 (57.4%)" in text
     assert sorted(path.name for path in Path(run).iterdir()) == ["cleaning", "report.html"]
@@ -124,10 +122,10 @@ def test_the_whole_page(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     # 0.1 is also the 95 % quantile of the distances, so both have their full colour
     assert high["style"] == "background:#4292de" and low["style"] == "background:#f68c32"
     last = page.tokens[39]
-    assert last["class"] == "token dropped planted" and last["title"].endswith("weight 0, planted noise")
+    assert last["class"] == "token dropped" and last["title"].endswith("weight 0")
     assert page.tokens[-2]["title"].endswith("score -0.15, weight 1")
     turns = [(token["text"], token["title"].splitlines()[1]) for token in page.tokens[40:44]]
-    labels = ["score 0.6, weight 1", "score 0.4, weight 0", "score 0.6, weight 1", "score 0.4, weight 0, planted noise"]
+    labels = ["score 0.6, weight 1", "score 0.4, weight 0", "score 0.6, weight 1", "score 0.4, weight 0"]
     assert turns == list(zip([" tea", " sun", " moon", " <|im_end|>"], labels, strict=True))
     assert text.count("red blue") == 4  # the two turns have a prompt each
 

@@ -28,9 +28,6 @@ def test_by_hand():
     kept = Kept(weights > 0, 1.0, 2, 1)
     planted = np.array([0, 1, 1, 0, 1, 0, 0, 0])
     facts = summary(weights, scores, np.array([0, 4, 4, 6, 8]), ["a", "b", "a", "c"], kept, planted)
-    quantiles = facts.pop("score_quantiles")
-    assert (quantiles["0%"], quantiles["50%"], quantiles["100%"]) == (-3.0, 0.5, 4.0)
-    assert list(quantiles) == ["0%", "5%", "25%", "50%", "75%", "95%", "100%"]
     assert facts == {
         **{"tokens": 8, "kept_tokens": 4, "kept_share": 3.5 / 8, "threshold": 1.0, "ties": 2, "ties_kept": 1},
         **{"samples": 4, "samples_keeping_nothing": 2, "mean_abs_score": 2.0},
@@ -63,7 +60,7 @@ def test_tokens_without_scores_count_but_have_no_score():
     assert (facts["kept_share"], facts["mean_abs_score"]) == (1.0, 2.0)
     assert facts["planted"]["auc"] == 0.0  # -3 (clean) is below 1 (planted)
     facts = summary(np.ones(4), np.full(4, np.nan), np.array([0, 4]), ["a"], planted=planted)
-    assert facts["mean_abs_score"] is facts["score_quantiles"]["50%"] is facts["planted"]["auc"] is None
+    assert facts["mean_abs_score"] is facts["planted"]["auc"] is None
     assert facts["planted"]["kept_noise_rate"] == 0.5
 
 

@@ -20,7 +20,7 @@ from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Response
 from mixdpo.evaluation.gold import Responses, Scorer, compare, greedy, markdown, scored
-from mixdpo.evaluation.response_cache import kept_responses
+from mixdpo.evaluation.responses_file import kept_responses
 from mixdpo.model.adapters import Role, role
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
@@ -36,7 +36,6 @@ class GoldEvaluation(Callback):
         scorer: Scorer | None = lazy_instance(ConstraintScorer),  # noqa: B008
         max_new_tokens: int = 64,
         batch_size: int = 64,
-        limit: int | None = None,
         dequantise: bool | None = None,
     ) -> None:
         """Generates greedy responses to held-out prompts, of the policy before training and of the one in adapter/
@@ -50,13 +49,12 @@ class GoldEvaluation(Callback):
                 lengths and end tokens only.
             max_new_tokens: Longest response, in tokens.
             batch_size: Responses decoded together.
-            limit: Use the first so many prompts only.
             dequantise: Generate with a dequantised copy that the adapter is merged into. A copy is faster, but is a
                 second model in memory. True makes a copy in fp32. False makes none. Null makes a copy in fp32 on a CPU.
                 On a GPU null makes a copy in the model's own dtype, or none if the copy does not fit. The run decides
                 this once, and a continued run keeps the decision.
         """
-        self.prompts, self.scorer, self.limit = prompts, scorer, limit
+        self.prompts, self.scorer = prompts, scorer
         self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self.dequantise = dequantise
         self.before: Responses | None = None
@@ -83,7 +81,7 @@ class GoldEvaluation(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self._copy = generation_dtype(pl_module.model, self.dequantise)
-            self._rows = read_prompts(self.prompts, self.limit)
+            self._rows = read_prompts(self.prompts)
             if self._restored is not None:
                 refuse_other_run(self._restored["asked"], self._asked())
                 self._copy = self._restored["copy"] if self.dequantise is None else self._copy

@@ -1,12 +1,19 @@
-"""Responses as they come, prompt by prompt."""
+"""Responses on disk: as they come, prompt by prompt; and of an untrained model, the same for every run of a study."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mixdpo.data import chat_template as tokenization
+from mixdpo.evaluation import generation
 from mixdpo.evaluation.formats import Prompt, PromptResponses
 from mixdpo.evaluation.generation import Response
+from mixdpo.model import export
+from mixdpo.storage.files import cache_root
 from mixdpo.storage.store import Store, read_store
 
 NOUN, REMEDY = "responses", "remove it, or give another --name"
@@ -48,3 +55,33 @@ def head_of_responses(path: str | Path) -> dict[str, Any]:
         InputError: as for a ResponsesFile.
     """
     return read_store(path, NOUN, REMEDY)[0]
+
+
+def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Response]]) -> list[Response]:
+    """What `make` returns, from a file where it was made before with the same `of`.
+
+    Args:
+        of: all that the responses depend on, in JSON's types; the machine and the code that generates are added here.
+    """
+    key = hashlib.sha256(json.dumps({**of, **_machine()}, sort_keys=True).encode()).hexdigest()
+    with Store(cache_root() / "responses" / "responses.sqlite", {}, noun="responses", cache=True) as store:
+        if kept := store.get([key]):
+            print(f"the responses are kept in {store.path}")
+            return [Response(**row) for row in json.loads(kept[key])]
+        responses = make()
+        store.add({key: json.dumps([vars(response) for response in responses]).encode()})
+    return responses
+
+
+def _machine() -> dict[str, Any]:
+    """What rounds differently or generates differently."""
+    import transformers
+
+    modules = generation, export, tokenization
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
+    return {
+        "code": hashlib.sha256(code).hexdigest()[:16],
+        "versions": [torch.__version__, transformers.__version__],
+        "cpu": [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

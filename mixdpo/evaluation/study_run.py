@@ -11,14 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from difflib import ndiff
 from pathlib import Path
 from typing import Any
 
 from mixdpo.data.prompts import read_prompts
-from mixdpo.errors import InputError, check_one_of
-from mixdpo.evaluation.compare_runs import chosen_point, detectable, mean_score, write_tables
+from mixdpo.errors import InputError
+from mixdpo.evaluation.compare_runs import chosen_point, mean_score, write_tables
 from mixdpo.evaluation.study_design import Job, Study, read_study
 from mixdpo.storage.files import read_json, write_json
 from mixdpo.storage.identity import named_files
@@ -28,7 +27,7 @@ RECORDED = ("results.json", "responses.json", "adapter")
 Running = tuple[subprocess.Popen, float]  # and when it started
 
 
-def study(study: str, table_only: bool = False, against: str | None = None) -> int:
+def study(study: str, table_only: bool = False) -> int:
     """Run a grid of runs from one YAML file; then a table with intervals, as CSV and Markdown.
 
     Start the same command again to go on after an interruption or a failed run.
@@ -36,7 +35,6 @@ def study(study: str, table_only: bool = False, against: str | None = None) -> i
     Args:
         study: the study's YAML file.
         table_only: start nothing; write the tables of what is done.
-        against: start nothing; write table_against_RUN, in which every run is compared to this one.
 
     Returns:
         Exit status: 0, 1 if a run failed or could not start, 130 if interrupted.
@@ -45,12 +43,9 @@ def study(study: str, table_only: bool = False, against: str | None = None) -> i
         InputError: the file is wrong, or a run that is done was made with other options or files.
     """
     plan = read_study(study)
-    print(detectable(plan, _count_main(plan)))
-    if against is not None:
-        check_one_of("against", against, plan.runs)
-        plan = replace(plan, control=against, runs={name: replace(p, control=None) for name, p in plan.runs.items()})
-        print(write_tables(plan, add_finished(plan, {}), f"table_against_{against}"))
-        return 0
+    parts = {row.get("part", "all") for row in read_prompts(plan.prompts)}
+    if absent := sorted(plan.parts - parts):
+        raise InputError(f"{plan.prompts} has no prompt of part {', '.join(absent)}; its parts: {sorted(parts)}")
     if not (table_only or Path("run.py").is_file()):
         raise InputError("there is no run.py here: start `mixdpo study` in the folder of the repository")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -72,32 +67,13 @@ def study(study: str, table_only: bool = False, against: str | None = None) -> i
     return int(not table_only and len(done) < plan.size)
 
 
-def _count_main(plan: Study) -> int:
-    """Prompts of the main outcome.
-
-    Raises:
-        InputError: no prompt has a part that the study names.
-    """
-    parts = [row.get("part", "all") for row in read_prompts(plan.prompts)]
-    named = {part for listed in plan.outcomes.values() for part in listed} | ({plan.choose_by} - {None})
-    if absent := sorted(named - set(parts)):
-        raise InputError(f"{plan.prompts} has no prompt of part {', '.join(absent)}; its parts: {sorted(set(parts))}")
-    return sum(part in next(iter(plan.outcomes.values())) for part in parts)
-
-
 def known_jobs(plan: Study, done: dict[str, float]) -> Iterator[Job]:
-    """The jobs whose options are known: all points at the first seed, the chosen one at the others, and what starts
-    from another run once that is done."""
+    """The jobs whose options are known: all points at the first seed, the chosen one at the others."""
     for seed in plan.seeds:
-        for run, spec in plan.runs.items():
-            chosen, start = chosen_point(plan, run, done), None
-            if spec.after is not None:
-                point = chosen_point(plan, spec.after, done)
-                start = None if point is None else plan.name(spec.after, point, seed)
-                if start not in done:
-                    continue
+        for run in plan.runs:
+            chosen = chosen_point(plan, run, done)
             points = plan.points if seed == plan.seeds[0] else [] if chosen is None else [chosen]
-            yield from (plan.job(run, point, seed, start) for point in points)
+            yield from (plan.job(run, point, seed) for point in points)
 
 
 def add_finished(plan: Study, done: dict[str, float]) -> dict[str, float]:

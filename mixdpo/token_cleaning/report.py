@@ -42,9 +42,8 @@ def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed:
         "cleaning.html",
         title=f"Token cleaning: {Path(run).resolve().name}",
         summary=[summary],
-        stages=[s | {f"planted_{key}": value for key, value in s.get("planted", {}).items()} for s in cleaning.stages],
+        stages=cleaning.stages,
         scored=[_scored(cleaning, stage) for stage in cleaning.scored_stages()],
-        planted="planted" in cleaning.pool.samples.column_names,
         samples=[_sample(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed)],
         identity=cleaning.identity,
     )
@@ -69,8 +68,7 @@ def _sample(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage: Scor
     """Title and parts of a sample: a text for context, a mapping for each shown piece of a response."""
     row, tokens = cleaning.pool.samples[index], slice(*cleaning.pool.offsets[[index, index + 1]])
     ids, weights = row["input_ids"], cleaning.weights[tokens]
-    planted = row.get("planted") or [0] * len(weights)
-    labels = list(zip(cleaning.scores[tokens].tolist(), weights.tolist(), planted, strict=True))
+    labels = list(zip(cleaning.scores[tokens].tolist(), weights.tolist(), strict=True))
     parts: list[Any] = []
     end = used = 0
     for first, last in turns(row["spans"]):
@@ -83,16 +81,15 @@ def _sample(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage: Scor
 
 
 def _response(tokenizer: "Tokenizer", ids: list[int], labels: list[Any], stage: ScoredStage) -> Iterator[dict]:
-    """The pieces of a response. `labels`: (score, weight, planted) of each of the `ids`."""
+    """The pieces of a response. `labels`: (score, weight) of each of the `ids`."""
     for start, end, text in visible_units(tokenizer, ids):
-        scores, weights, planted = zip(*labels[start:end], strict=True)
-        lines = [f"score {s:.4g}, weight {w:.4g}{', planted noise' * p}" for s, w, p in labels[start:end]]
+        scores, weights = zip(*labels[start:end], strict=True)
+        lines = [f"score {score:.4g}, weight {weight:.4g}" for score, weight in labels[start:end]]
         yield {
             "text": text.replace("\n", "↵\n"),
             "title": "\n".join([repr(text), *lines]),
             "colour": _colour(np.mean(scores), stage),
             "cut": 0 in weights,
-            "planted": any(planted),
         }
 
 

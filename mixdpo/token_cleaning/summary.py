@@ -28,7 +28,7 @@ def summarise(
 
     Returns:
         tokens, kept_tokens (weight > 0), kept_share (of the weight), threshold, ties, ties_kept, samples,
-        samples_keeping_nothing, mean_abs_score, score_quantiles, by_source {source: tokens, kept_share}, by_position
+        samples_keeping_nothing, mean_abs_score, by_source {source: tokens, kept_share}, by_position
         (kept shares of the ten tenths of the responses) and with `planted` also planted (see `_find_planted`).
     """
     weights, scores = np.asarray(weights, dtype=np.float64), np.asarray(scores, dtype=np.float64)
@@ -45,7 +45,6 @@ def summarise(
         "samples": len(lengths),
         "samples_keeping_nothing": int(len(lengths) - len(np.unique(sample[weights > 0]))),
         "mean_abs_score": _ratio(np.abs(scored).sum(), len(scored)),
-        "score_quantiles": _quantiles(scored),
         "by_source": _by_source(weights, sample, sources),
         "by_position": _by_position(weights, sample, offsets),
     }
@@ -71,12 +70,6 @@ def describe(stage: dict[str, Any]) -> str:
 
 def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
-
-
-def _quantiles(scores: np.ndarray) -> dict[str, float | None]:
-    levels = [0, 5, 25, 50, 75, 95, 100]
-    values = np.percentile(scores, levels).tolist() if len(scores) else [None] * len(levels)
-    return {f"{level}%": value for level, value in zip(levels, values, strict=True)}
 
 
 def _by_source(weights: np.ndarray, sample: np.ndarray, sources: Sequence[str] | np.ndarray) -> dict[str, Any]:

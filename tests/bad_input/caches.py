@@ -11,8 +11,8 @@ import numpy as np
 
 from bad_input.case import Case, Place, cases, parts
 from lightning_modules.verbs.run_cli import check_checkpoint
-from mixdpo.evaluation import response_cache
-from mixdpo.evaluation.response_cache import kept_responses
+from mixdpo.evaluation import responses_file
+from mixdpo.evaluation.responses_file import kept_responses
 from mixdpo.model.adapters import Lora
 from mixdpo.model.reference_cache import ReferenceCache
 from mixdpo.routing.route import Routing
@@ -79,7 +79,7 @@ def losses_cache(content: Callable[[Path], Any]) -> Any:
 def responses_cache(fault: Callable[[Path], Any]) -> Any:
     def do(place: Place) -> Any:
         kept_responses({}, list)
-        fault(response_cache.cache_root() / "responses/responses.sqlite")
+        fault(responses_file.cache_root() / "responses/responses.sqlite")
         return kept_responses({}, list)
 
     return do

@@ -252,7 +252,7 @@ WITH_DATA = [
         ("scores are weights",),
     ),
     Case("GoldEvaluation", "no new tokens", generated(max_new_tokens=0), ("max_new_tokens 0", "must be at least 1")),
-    Case("make-pairs", "top_p 0", generated(top_p=0.0), ("top_p 0.0", "0 < top_p <= 1")),
+    Case("generation", "top_p 0", generated(top_p=0.0), ("top_p 0.0", "0 < top_p <= 1")),
     Case(
         "mixdpo options",
         "no such class",

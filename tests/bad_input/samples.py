@@ -121,7 +121,7 @@ def scored_case(fault: str, change: dict[str, Any], says: tuple[str, ...]) -> Ca
 
 def scorer_case(fault: str, scorer: Any, says: tuple[str, ...]) -> Case:
     said = [[Response("x", 2, True)]]
-    return Case("scorer", fault, lambda place: pair_up([{"prompt": "Say it."}], said, scorer, 1, 0), ("Say it.", *says))
+    return Case("scorer", fault, lambda place: pair_up([{"prompt": "Say it."}], said, scorer, 0), ("Say it.", *says))
 
 
 def made(**options: Any) -> Any:
@@ -157,7 +157,6 @@ CASES = [
     *(scored_case(*row) for row in SCORED),
     *(scorer_case(*row) for row in SCORERS),
     Case("make-pairs", "one sample a prompt", made(samples=1), ("samples 1", "need at least 2")),
-    Case("make-pairs", "no pair a prompt", made(pairs_per_prompt=0), ("pairs_per_prompt 0", "and 1")),
     Case(
         "make-pairs",
         "temperature 0",
@@ -165,8 +164,6 @@ CASES = [
         ("temperature 0", "raise temperature"),
     ),
     Case("make-pairs", "no such model", made(model="/no/model", limit=1), ("/no/model", "Give a hub id")),
-    Case("make-pairs", "out is there", onto("there/out.jsonl"), ("out.jsonl exists", "--overwrite true")),
-    Case(
-        "make-pairs", "out is a folder", onto("there", overwrite=True), ("there is a folder", "name of a .jsonl file")
-    ),
+    Case("make-pairs", "out is there", onto("there/out.jsonl"), ("out.jsonl exists", "give another --out")),
+    Case("make-pairs", "out is a folder", onto("there"), ("there exists", "give another --out")),
 ]

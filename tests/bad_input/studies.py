@@ -17,7 +17,6 @@ def study(**changes: Any) -> dict[str, Any]:
         "prompts": "prompts.jsonl",
         "outcomes": {"gold": ["main"]},
         "control": "dpo",
-        "assumed_sd": {"prompts": 0.4, "seeds": 0.02},
         "options": {"data.validation": 0},
     }
     return {key: value for key, value in (base | changes).items() if value is not ...}
@@ -38,11 +37,6 @@ STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
         ('"runs"', "Option 'overlays' is not accepted", "did you mean 'overlay'?"),
     ),
     ("an unknown control", study(control="sft"), ("runs.dpo: no run is called 'sft', its control",)),
-    (
-        "runs in a circle",
-        study(runs={"dpo": {"after": "b"}, "b": {"after": "dpo"}}),
-        ("runs.b: after must name a run listed above b, not 'dpo'",),
-    ),
     ("none at once", study(at_once=0), ('"at_once"', "PositiveInt")),
     ("a share for validation", study(options={"data.validation": 0.1}), ("data.validation must be 0 or a file",)),
     ("a grid and nothing to choose by", study(grid={"lr": [1, 2]}), ("choose_by: name the part",)),
@@ -52,11 +46,6 @@ STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
         "two runs of one name",
         study(grid={"a": [1, 1]}, choose_by="part"),
         ("would be called dpo-a1-seed0", "choose other values"),
-    ),
-    (
-        "a standard deviation missing",
-        study(assumed_sd={"prompts": 1.0}),
-        ("arguments are required: assumed_sd.seeds",),
     ),
     ("no YAML", "a: [1\nb: ]", ("no valid YAML", "line 2", "correct it")),
     ("Latin-1", b"config: \xe9\n", ("cannot be read", "in UTF-8")),
