@@ -223,8 +223,8 @@ class NoisySFTDataModule(SFTDataModule):
         super().__init__(source, **options)
         self.noise = noise
 
-    def _encode(self, samples: Any, name: str) -> TokenPool:
-        pool = super()._encode(samples, name)
+    def _pool_of(self, samples: Any, name: str) -> TokenPool:
+        pool = super()._pool_of(samples, name)
         if name != "train":
             return pool
         said = f"rate {self.noise.rate}, seed {self.noise.seed}, {content_hash([self.noise])}"

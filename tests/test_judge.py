@@ -51,11 +51,9 @@ def test_judges_all_and_says_what_scoring_needs(server, tmp_path, capsys):
         assert verdict.preference == pytest.approx(0.1 if i % 2 else 0.9)
         assert (verdict.source, verdict.failed, verdict.tokens, verdict.ended) == ("log_probs", None, i, i % 2 == 0)
         assert (verdict.len_model, verdict.len_baseline) == (len(f"model response {i}"), len(f"baseline response {i}"))
-        assert (verdict.judge_prompt_tokens, verdict.judge_completion_tokens) == (100, 1)
         assert verdict.order == drawn_order(f"prompt-{i}: say it", 0)
     printed = capsys.readouterr().out
     assert "judged 6 of 6, failed 0" in printed
-    assert "for these verdicts the judge read 600 tokens and wrote 6" in printed
     assert f"python -m mixdpo score {judging.path}" in printed
     body = server.requests[0].body
     assert (body["temperature"], body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (0, 1, True, 20)
@@ -116,7 +114,6 @@ def test_what_lasts_is_listed_and_asked_again_by_the_next_call(tmp_path, capsys)
         for i, reason in enumerate(LASTING.values()):
             assert found[i].preference is None and found[i].source is None
             assert found[i].failed.startswith(reason), (found[i].failed, reason)
-        assert found[list(LASTING).index("vague!")].judge_prompt_tokens == 100  # paid for
         assert all(found[i].failed is None for i in range(count, count + 2))
         printed = capsys.readouterr().out
         assert f"judged 2 of {count + 2}, failed {count}" in printed

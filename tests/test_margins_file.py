@@ -331,23 +331,14 @@ def test_overlap_with_ties_is_the_mean_over_ways_to_break_them():
     assert overlap(x, y, 0.5)["share"] == pytest.approx(expected)
 
 
-def points_of(page):
-    return page.partition('id="points"')[2].partition("</g>")[0].count("<use ")
-
-
 def test_compare_margins(tmp_path, capsys):
-    a = write_margins(tmp_path / "a.margins", {i: float(i % 4) for i in range(20)}, signal="<script>alert(1)</script>")
+    a = write_margins(tmp_path / "a.margins", {i: float(i % 4) for i in range(20)})
     b = write_margins(tmp_path / "b.margins", {i: float(i) for i in range(5, 25)}, {7: "another text"})
     assert main(["compare-margins", a, b]) == 0
     printed = capsys.readouterr().out
     shared = [i for i in range(5, 20) if i != 7]
     expected = np.corrcoef(brute_force_ranks([i % 4 for i in shared]), brute_force_ranks(shared))[0, 1]
     assert f"14 pairs in common, Spearman's rank correlation {expected:.3f}" in printed
-    page = (tmp_path / "a-vs-b.html").read_text()
-    assert points_of(page) == 14 and "<script" not in page and "&lt;script&gt;" in page
-    assert f"{expected:.3f}" in page
-    out = tmp_path / "x/page.html"
-    assert main(["compare-margins", a, b, "--out", str(out)]) == 0 and out.exists()
 
 
 def test_report_refuses(tmp_path, capsys):
@@ -360,13 +351,6 @@ def test_report_refuses(tmp_path, capsys):
     ):
         assert main(["compare-margins", *arguments]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_many_points_are_drawn(tmp_path):
-    for name in "ab":
-        write_margins(tmp_path / name, {i: float(hash((name, i)) % 1000) for i in range(4000)})
-    assert main(["compare-margins", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert points_of((tmp_path / "a-vs-b.html").read_text()) == 3000
 
 
 def test_several_signals_in_one_pass(tiny_model, source, tmp_path, monkeypatch):

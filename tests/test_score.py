@@ -24,8 +24,8 @@ def verdict(index: int, preference: float | str, order: str = "model_first", **c
     failed = isinstance(preference, str)
     result = {"preference": None if failed else preference, "failed": preference if failed else None}
     lengths = {"len_model": 100 + 7 * index**2, "len_baseline": 120 + 3 * index, "tokens": 10 * index, "ended": True}
-    judged = {"judge_prompt_tokens": None, "judge_completion_tokens": None, "source": None if failed else "log_probs"}
-    return Verdict(index=index, order=order, **(judged | lengths | result | changes))
+    result["source"] = None if failed else "log_probs"
+    return Verdict(index=index, order=order, **(lengths | result | changes))
 
 
 def write(path: Path, verdicts: Sequence[Verdict], prompts: int | None = None, **header: Any) -> str:

@@ -8,7 +8,6 @@ import asyncio
 import base64
 import os
 import re
-from collections import Counter
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
@@ -18,9 +17,6 @@ from mixdpo.errors import InputError
 from mixdpo.storage.read import parse_json
 
 Chat = list[dict[str, str]]
-
-
-INSTALL = "pip install -c constraints.txt -e '.[judge]'"
 
 
 CONTINUES = "the same command continues"
@@ -46,16 +42,7 @@ HINTS = {
 
 
 class NoResponse(Exception):
-    """One request has no usable response; others may have.
-
-    Args:
-        reason: begins with the kind of reason, up to a colon.
-        used: `prompt_tokens` and `completion_tokens`, as far as the server says.
-    """
-
-    def __init__(self, reason: str, used: Counter[str] | None = None) -> None:
-        super().__init__(reason)
-        self.used = used or Counter()
+    """One request has no usable response; others may have. The text begins with the kind of reason, up to a colon."""
 
 
 class Endpoint:
@@ -82,8 +69,8 @@ class Endpoint:
     async def aclose(self) -> None:
         await self._client.close()
 
-    async def ask(self, chat: Chat, read: Callable[[Any], Any], **request: Any) -> tuple[Any, Counter[str]]:
-        """What `read` makes of the response's body, and the tokens used.
+    async def ask(self, chat: Chat, read: Callable[[Any], Any], **request: Any) -> Any:
+        """What `read` makes of the response's body.
 
         Args:
             read: raises ValueError, whose message begins with the kind up to a colon, if the response cannot be used.
@@ -95,20 +82,19 @@ class Endpoint:
         """
         import openai
 
-        used, body = Counter[str](), None
+        body = None
         try:
             create = self._client.chat.completions.with_raw_response.create
             response = await create(messages=chat, **self._request, **request)
             body = parse_json(self._without_secrets(response.text, least=8), "the response", "check the server")
-            used.update(_usage(body))
-            return read(body), used
+            return read(body)
         except openai.OpenAIError as error:
             reason = self._reason(error)
         except ValueError as error:
             reason = str(error)
         except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             reason = f"no chat completion: {type(error).__name__} {error} in {str(body)[:200]!r}"
-        raise NoResponse(_printable(self._without_secrets(reason)), used)
+        raise NoResponse(_printable(self._without_secrets(reason)))
 
     def _reason(self, error: Any) -> str:
         """Why there is no response.
@@ -154,7 +140,8 @@ def _client(base_url: str | None, key: str | None, timeout: float, attempts: int
         import httpx2
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
     except ImportError:
-        raise InputError(f"a model behind an endpoint needs the package openai: {INSTALL}") from None
+        install = "pip install -c constraints.txt -e '.[judge]'"
+        raise InputError(f"a model behind an endpoint needs the package openai: {install}") from None
     if not base_url and not key:
         raise InputError("no key: set OPENAI_API_KEY, or give the --base_url of a server that needs none")
     if base_url and not _URL.fullmatch(base_url):
@@ -199,13 +186,6 @@ def without_secrets(url: str) -> str:
     return re.sub(r"^(\w+://)?[^/]*@|[?#].*", r"\1", url).rstrip("/")
 
 
-def _usage(body: Any) -> dict[str, int]:
-    """Tokens that the server counted; a response that cannot be used is paid for too."""
-    usage = body.get("usage") if isinstance(body, dict) else None
-    counts = usage if isinstance(usage, dict) else {}
-    return {name: counts[name] for name in ("prompt_tokens", "completion_tokens") if type(counts.get(name)) is int}
-
-
 def complete(
     chats: list[Chat], model: str, base_url: str, *, max_new_tokens: int, seeds: list[int], **sampling: float
 ) -> list[Any]:
@@ -227,7 +207,7 @@ def complete(
 
     async def response(chat: Chat, seed: int) -> Any:
         try:
-            return (await endpoint.ask(chat, _generation, seed=seed))[0]
+            return await endpoint.ask(chat, _generation, seed=seed)
         except (NoResponse, InputError) as error:
             return error  # the others go on: they may be paid for
 

@@ -115,16 +115,13 @@ def _judge(endpoint: Endpoint, questions: Sequence[Question], header: Row, path:
 
 
 def _report(verdicts: Sequence[Verdict]) -> list[str]:
-    """Lines that a judgement ends with: what failed, with the first reason of each kind, and what the judge used."""
+    """Lines that a judgement ends with: what failed, with the first reason of each kind."""
     failed: dict[str, list[str]] = {}
     for reason in (verdict.failed for verdict in verdicts if verdict.failed is not None):
         failed.setdefault(reason.partition(":")[0], []).append(reason)
     count = sum(map(len, failed.values()))
     lines = [f"judged {len(verdicts) - count} of {len(verdicts)}, failed {count}"]
-    lines += [f"  failed: {len(reasons)} x {reasons[0]}" for reasons in failed.values()]
-    used = [(verdict.judge_prompt_tokens or 0, verdict.judge_completion_tokens or 0) for verdict in verdicts]
-    read, wrote = map(sum, zip(*used, strict=True)) if used else (0, 0)
-    return [*lines, f"for these verdicts the judge read {read} tokens and wrote {wrote}, as far as the server says"]
+    return lines + [f"  failed: {len(reasons)} x {reasons[0]}" for reasons in failed.values()]
 
 
 def match(ours: Rows, theirs: Rows, source: str | Path) -> list[Comparison]:
@@ -183,11 +180,9 @@ async def _ask(endpoint: Endpoint, comparison: Comparison, order: Order) -> Verd
     preference, source, failed = None, None, None
     shown = (comparison.model, comparison.baseline)[:: 1 if order == "model_first" else -1]
     try:
-        (first, source), used = await endpoint.ask(messages(comparison.instruction, *shown), read_choice)
+        first, source = await endpoint.ask(messages(comparison.instruction, *shown), read_choice)
         preference = first if order == "model_first" else 1 - first
     except NoResponse as error:
-        failed, used = str(error), error.used
-    numbers: dict[str, Any] = {f"judge_{name}": used.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    numbers |= {"len_model": len(comparison.model), "len_baseline": len(comparison.baseline)}
-    numbers |= {"tokens": comparison.tokens, "ended": comparison.ended}
-    return Verdict(comparison.index, order, preference, source, failed, **numbers)
+        failed = str(error)
+    lengths = len(comparison.model), len(comparison.baseline)
+    return Verdict(comparison.index, order, preference, source, failed, *lengths, comparison.tokens, comparison.ended)
