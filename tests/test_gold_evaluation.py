@@ -218,7 +218,7 @@ def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Pa
 def test_before_is_the_start_of_a_continued_run(
     tiny_model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference was refreshed before the checkpoint, which is what its responses would be of; times add up."""
+    """The reference was refreshed before the checkpoint, which is what its responses would be of."""
     options: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 0.3, "schedule": Constant(warmup=0.0)}
 
     def trained(name: str, ckpt_path: str | None = None, how: Any = None, **trainer: Any) -> GoldEvaluation:
@@ -235,8 +235,6 @@ def test_before_is_the_start_of_a_continued_run(
     assert cut.before is not None and rest.before is not None and rest.before.rows() == cut.before.rows()
     steps = [json.loads((tmp_path / name / "results.json").read_text())["steps"] for name in ("cut", "rest")]
     assert steps[0] == 3 < steps[1]
-    state = torch.load(checkpoint, weights_only=True)["callbacks"]["GoldEvaluation"]
-    assert rest.seconds["training"] > state["seconds"]["training"] > 0
     rows = json.loads((tmp_path / "cut/responses.json").read_text())
     assert any(row["before"]["text"] != row["after"]["text"] for row in rows), "refreshing changed no response"
     write_pairs(Path(prompts), [{"prompt": "other", "word": "red"}])

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,25 +57,17 @@ class GoldEvaluation(Callback):
         self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self.dequantise = dequantise
         self.before: Responses | None = None
-        self.seconds = {"training": 0.0, "evaluation": 0.0}
         self._rows: list[dict[str, Any]] = []
         self._restored: dict[str, Any] | None = None
         self._copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
-        self._started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The responses before training too: a reference that was refreshed could not give them again."""
-        training = self.seconds["training"] + time.perf_counter() - self._started
         given = [asdict(response) for response in self.before.given] if self.before else []
-        return {
-            "asked": self._asked(),
-            "given": given,
-            "seconds": {**self.seconds, "training": training},
-            "copy": self._copy,
-        }
+        return {"asked": self._asked(), "given": given, "copy": self._copy}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored, self.seconds = state_dict, state_dict["seconds"]
+        self._restored = state_dict
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -91,10 +82,8 @@ class GoldEvaluation(Callback):
                     "been refreshed since: leave GoldEvaluation out, and compare with run.py test"
                 )
             self.before = self._responses(pl_module, "reference", "before training")
-        self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds["training"] += time.perf_counter() - self._started
         if self.before is None:  # another process evaluates
             return
         best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
@@ -114,7 +103,6 @@ class GoldEvaluation(Callback):
         print(f"\n{table}\n\nrun folder: {folder}")
 
     def _responses(self, pl_module: Any, name: Role, when: str) -> Responses:
-        started = time.perf_counter()
         print(f"responses to {len(self._rows)} held-out prompts, {when}")
         tokenizer = load_tokenizer(pl_module.base)
         tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
@@ -135,9 +123,7 @@ class GoldEvaluation(Callback):
             given = [Response(**response) for response in self._restored["given"]]
         else:
             given = kept_responses(self._depends_on(pl_module, tokenizer), generated)
-        responses = scored(self._rows, given, self.scorer)
-        self.seconds["evaluation"] += time.perf_counter() - started
-        return responses
+        return scored(self._rows, given, self.scorer)
 
     def _asked(self) -> dict[str, Any]:
         """What the responses before and after training must share; how they are computed may change with the memory."""
@@ -163,8 +149,6 @@ class GoldEvaluation(Callback):
         return {
             "optimizer steps": str(trainer.global_step),
             "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",
-            "training and validation, s": f"{self.seconds['training']:.0f}",
-            "generation and scoring, s": f"{self.seconds['evaluation']:.0f}",
             "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",
             "responses generated with": copied if self._copy else "the model as trained",
         }

