@@ -193,7 +193,7 @@ class ResponseModule(L.LightningModule):
             asked = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns) and i not in failed]
             for i in asked:
                 chats[i].append({"role": "user", "content": prompts[i].turns[turn]})
-            new = self._generate([chats[i] for i in asked], temperature)
+            new = self._generate([prompts[i].key for i in asked], [chats[i] for i in asked], temperature)
             for i, response in zip(asked, new, strict=True):
                 if isinstance(response, Exception):
                     failed[i] = response
@@ -212,7 +212,9 @@ class ResponseModule(L.LightningModule):
                 f"lower model.max_new_tokens, or give the server a longer context; {CONTINUES}"
             )
 
-    def _generate(self, chats: list[list[dict[str, str]]], temperature: float) -> Sequence[Response | Exception]:
+    def _generate(
+        self, keys: list[str], chats: list[list[dict[str, str]]], temperature: float
+    ) -> Sequence[Response | Exception]:
         options: dict[str, Any] = {**self.sampling, "temperature": temperature}
         if not chats:
             return []
@@ -221,7 +223,7 @@ class ResponseModule(L.LightningModule):
         # the seed is the batch's own, so that the seed does not depend on what came before an interruption
         options |= {"seed": self._drawn(chats[0]), "progress": False}
         with role(self.model, "policy") if self.copy is None else nullcontext():
-            groups = generate(self.model, self.tokenizer, chats, batch_size=len(chats), **options)
+            groups = generate(self.model, self.tokenizer, chats, batch_size=len(chats), names=keys, **options)
         return [response for (response,) in groups]
 
     def _drawn(self, chat: list[dict[str, str]]) -> int:

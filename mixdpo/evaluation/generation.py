@@ -44,6 +44,7 @@ def generate(
     samples: int = 1,
     seed: int = 0,
     progress: bool = True,
+    names: Sequence[str] | None = None,
 ) -> list[list[Response]]:
     """`samples` responses to each prompt; entry i belongs to prompt i.
 
@@ -60,6 +61,7 @@ def generate(
         samples: responses per prompt.
         seed: same seed, same batch_size, same machine: same responses.
         progress: show a progress bar.
+        names: what errors call the prompts; their numbers, if not given.
 
     Raises:
         InputError: an option out of range, no chat template, or a prompt that leaves the model no room to respond.
@@ -67,7 +69,7 @@ def generate(
     _check(temperature, top_p, samples, max_new_tokens, batch_size)
     if not prompts:
         return []
-    device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts)
+    device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
     _check_room(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer, device)
     pick = partial(_pick, temperature=temperature, top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
@@ -170,14 +172,17 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter(-1, indices, ordered.masked_fill(outside, 0.0))
 
 
-def _encode(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
-    template, encoded = load_template(tokenizer, None), list[list[int]]()
-    for number, prompt in enumerate(prompts, 1):
+def _encode(
+    tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], names: Sequence[str] | None = None
+) -> list[list[int]]:
+    template, numbered = load_template(tokenizer, None), names or [str(i + 1) for i in range(len(prompts))]
+    encoded: list[list[int]] = []
+    for name, prompt in zip(numbered, prompts, strict=True):
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
             encoded += encode_responses(tokenizer, template, chat)
         except InputError as error:
-            raise InputError(f"prompt {number}: {error}") from error
+            raise InputError(f"prompt {name}: {error}") from error
     return encoded
 
 
