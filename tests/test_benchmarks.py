@@ -60,17 +60,6 @@ def test_a_run_that_is_done_is_not_repeated_and_is_refused_when_it_would_be_anot
     assert len(started) == 1
 
 
-def test_margins_are_asked_for_though_they_are_there(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    signals, commands = benchmark("compare_signals"), []
-    monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command))
-    for path in signals.predict(tmp_path, tmp_path / "a-3.jsonl", []).values():
-        path.write_text("of other options")
-    signals.predict(tmp_path, tmp_path / "a-3.jsonl", ["--data.max_length", "99"])
-    assert len(commands) == 4  # rating and policy, twice
-
-
 def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Path) -> None:
     rows = [PAIR | {"prompt": f"prompt {i}"} for i in range(6)]
     rows[0]["chosen"] = rows[0]["rejected"]  # not usable: with a limit of 3 the first 4 rows are read

@@ -157,12 +157,6 @@ def test_samples_of_a_stage_may_lie_anywhere(tmp_path: Path, tiny_model: str) ->
         assert {cleaning.pool.samples[index]["sample_id"] for index in chosen} == {2, 3}
 
 
-def test_options(run: str, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "page.html"
-    assert main(["report", run, "--samples", "1", "--out", str(out), "--seed", "3"]) == 0
-    assert out.read_text("utf-8").count("response tokens, ") == 1 and not Path(run, "report.html").exists()
-
-
 def test_without_scores(run: str) -> None:
     """As with weights from an earlier run; and where there was a warm-up only."""
     np.save(Path(run, "cleaning", "scores.npy"), np.full(57, np.nan, dtype=np.float32))
@@ -206,14 +200,3 @@ def test_split_characters_are_shown_whole() -> None:
     assert [end - start for start, end, _ in units] == [len(letter.encode()) for letter in text]
     cut_off = list(visible_units(tokenizer, ids[:5]))  # in the middle of 🙂
     assert cut_off == [(0, 1, " "), (1, 3, "é"), (3, 4, "▯"), (4, 5, "▯")]
-
-
-def test_line_breaks_markup_and_split_characters_on_the_page(tmp_path: Path) -> None:
-    folder = str(tmp_path / "bytes")
-    byte_level_tokenizer().save_pretrained(folder)
-    page, text = page_of(write_run(tmp_path / "run", folder, words="a\n<i>&é"))
-    assert [token["text"] for token in page.tokens[:7]] == ["a", "↵\n", "<", "i", ">", "&", "é"]
-    assert "&lt;</span>" in text and "&amp;</span>" in text
-    split = page.tokens[6]  # scores 0.6 and 0.4 about 0.5, the second of the two tokens is cut
-    assert re.findall(r"score (\S+), weight (\S+)", split["title"]) == [("0.6", "1"), ("0.4", "0")]
-    assert split["class"] == "token dropped" and split["style"] == "background:#ffffff"

@@ -62,16 +62,9 @@ def test_compare_by_hand() -> None:
     assert (rows["ended by itself"]["low"], rows["ended by itself"]["high"]) == (0.0, 0.75)
 
 
-def test_compare_with_other_parts_and_without_scores() -> None:
-    rows = compare(BEFORE, AFTER, PARTS)
-    assert rows == compare(BEFORE, AFTER, PARTS)
-    assert list(compare(BEFORE, AFTER, ["b", "a", "b", "a"]))[1:3] == ["gold score, b", "gold score, a"]
-    whole = compare(BEFORE, AFTER, ["all"] * 4)
-    assert whole["gold score, all"] == whole["gold score, all prompts"]
+def test_compare_without_scores() -> None:
     before, after = (Responses(one.given, np.full(4, np.nan)) for one in (BEFORE, AFTER))
-    assert compare(before, after, PARTS) == {
-        name: rows[name] for name in ("response length, tokens", "ended by itself")
-    }
+    assert list(compare(before, after, PARTS)) == ["response length, tokens", "ended by itself"]
 
 
 def test_markdown_by_hand() -> None:
@@ -291,25 +284,6 @@ def test_responses_of_the_start_are_kept(
     model.save_pretrained(changed)
     assert times(evaluation(prompts), model=str(changed)) == 2
     assert times(evaluation(prompts)) == 1  # nothing was written over
-
-
-def test_responses_that_cannot_be_kept_are_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below a file; and where the file is no store."""
-    responses = [Response("red", 2, True)]
-    for name in ("file", "folder"):
-        monkeypatch.setattr(responses_file, "cache_root", lambda name=name: tmp_path / name)
-        if name == "file":
-            (tmp_path / "file").write_text("")
-        else:
-            assert responses_file.kept_responses({}, lambda: responses) == responses
-            assert responses_file.kept_responses({}, list) == responses  # kept
-            (tmp_path / "folder/responses/responses.sqlite").write_text("no store, and long enough to be looked at" * 9)
-        with pytest.warns(
-            UserWarning, match=rf"responses, {tmp_path}/{name}/.*, cannot be used .*MIXDPO_CACHE"
-        ) as told:
-            for _ in range(2):
-                assert responses_file.kept_responses({}, lambda: responses) == responses
-        assert len(told) == 1
 
 
 def test_kept_responses_depend_on_the_code_and_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from mixdpo.__main__ import VERBS, main
 from mixdpo.constraints.scoring import ConstraintScorer
-from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation import make_pairs as subject
 from mixdpo.evaluation.generation import Response
@@ -70,15 +69,6 @@ def test_equal_margins_compare_equal():
     scorer = lambda row, texts: [row["scores"][text] for text in texts]  # noqa: E731
     pairs = subject.pair_up(rows, [responses("a", "b")] * 3, scorer, seed=0)
     assert len({pair["margin"] for pair in pairs}) == 1
-
-
-def test_prompts_are_read_up_to_the_limit(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{"prompt": [{"role": "user", "content": "b"}]}\n{"prompt": "c"}\n')
-    assert [row["prompt"] for row in read_prompts(str(path))][::2] == ["a", "c"]
-    assert len(read_prompts(str(path), limit=2)) == 2
-    assert len(read_prompts("builtin", limit=7)) == 7
-    assert len(read_prompts("heldout")) == 210
 
 
 @pytest.fixture
