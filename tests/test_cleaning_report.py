@@ -37,15 +37,13 @@ def stage_entry(stage: int, tokens: int, samples: int, threshold: float | None) 
     return entry
 
 
-def write_run(
-    folder: Path, tokenizer_folder: str, order: list[int] | None = None, words: str = "tea sun moon cat dog"
-) -> str:
+def write_run(folder: Path, tokenizer_folder: str, order: list[int] | None = None) -> str:
     """Warm-up on two samples, two scored stages; scores alternate about the threshold, and those below are cut.
 
-    Responses repeat `words` and end with the end token; in the file the samples lie in `order`.
+    Responses repeat five words and end with the end token; in the file the samples lie in `order`.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
-    prompt, word_ids = (tokenizer(text)["input_ids"] for text in (PROMPT, words))
+    prompt, word_ids = (tokenizer(text)["input_ids"] for text in (PROMPT, "tea sun moon cat dog"))
     rows, scores, weights = [], [], []
     stage_of = [stage for stage, count, _ in STAGES for _ in range(count)] + [-1]
     for n in order or range(len(LENGTHS)):

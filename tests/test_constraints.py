@@ -111,14 +111,6 @@ def test_malformed_constraints_are_refused(row, says):
         ConstraintScorer()({"constraints": [row]}, [])
 
 
-def test_kinds_that_exclude_each_other_share_an_aspect():
-    pairs = """lowercase uppercase, json_object bullets, json_object quoted, json_object one_sentence,
-        max_words min_words, has_number no_digits, starts_with lowercase, ends_with ends_question,
-        ends_with one_sentence, bullets numbered_list, one_sentence two_sentences"""
-    for one, other in map(str.split, pairs.split(",")):
-        assert KINDS[one].aspects & KINDS[other].aspects, (one, other)
-
-
 def kinds_of(row):
     return [constraint["kind"] for constraint in row["constraints"]]
 

@@ -78,7 +78,7 @@ def test_markdown_by_hand() -> None:
         "| gold score, seen | 2 | 0.125 | 1.062 | +0.938 [-0.250, +1.000] |",
         "| response length, tokens | 2 | 31.0 | 28.5 | -2.5 [-4.0, +0.8] |",
         "",
-        "| training and held-out pairs | |",
+        "| training | |",
         "|---|---|",
         "| optimizer steps | 7 |",
     ]
@@ -154,7 +154,6 @@ def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
         for when in ("before", "after"):
             assert means[when] == pytest.approx(sum(row[when]["score"] for row in chosen) / len(chosen))
     assert results["summary"]["optimizer steps"] == str(results["steps"]) != "0"
-    assert "reward accuracy, 1 easy pairs (longer response wins)" in results["summary"]
 
 
 @pytest.mark.parametrize("name", ["copy", "as_trained"])
@@ -204,8 +203,6 @@ def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Pa
     assert [row["after"]["text"] for row in rows] == responses_of(tiny_model, tmp_path / "run/adapter", prompts)
     results = (tmp_path / "run/results.md").read_text()
     assert f"| responses after training | of the best val/all/sft_loss, {best.best_model_score:.4f} |" in results
-    # the last validation's, of another policy
-    assert "reward accuracy" not in results and "displacement" not in results
 
 
 def test_before_is_the_start_of_a_continued_run(

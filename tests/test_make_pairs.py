@@ -2,12 +2,10 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 
-from mixdpo.__main__ import VERBS, main
+from mixdpo.__main__ import main
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.errors import InputError
 from mixdpo.evaluation import make_pairs as subject
@@ -100,17 +98,6 @@ def test_no_pair_has_its_cause_named(tmp_path, capsys, canned):
     assert main(command) == 2
     assert "no pair among 1 prompts: samples score the same" in capsys.readouterr().err
     assert not (tmp_path / "pairs.jsonl").exists()
-
-
-def test_help_lists_verbs_without_loading_anything(capsys):
-    assert main(["--help"]) == main([]) == 0
-    printed = capsys.readouterr().out
-    assert all(verb in printed for verb in VERBS)
-    assert main(["fry"]) == 2
-    assert "fry" in capsys.readouterr().err
-    code = "import sys, mixdpo.__main__ as m; m.main(['--help']); print('torch' in sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.endswith("False\n")
 
 
 def test_model_names(monkeypatch, tmp_path):

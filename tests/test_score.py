@@ -215,7 +215,7 @@ def test_bad_files_of_difficulties(tmp_path: Path) -> None:
         ("difficulty", head + "0\n", "row 1: cannot be read: ValueError: 1 values"),
         ("difficulty", head + "0,\n", "row 1: index 0 needs one finite"),
         ("gamed", GAMED + "0,m,1.5,0,0,False\n", "each preference from 0 to 1"),
-        ("gamed", GAMED + "0,m,0.5,0,0,2\n", "not_gamed_baseline should be True or False"),
+        ("gamed", GAMED + "0,m,0.5,0,0,2\n", "each preference from 0 to 1"),
         ("gamed", GAMED + "0,m,,0,0,False\n", "on at least one row"),
     ):
         if content is not None:

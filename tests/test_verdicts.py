@@ -100,5 +100,5 @@ def test_matching_by_instruction(tmp_path):
     model, baseline = map(read_responses, paths)
     pairs = [(c.index, c.model, c.baseline) for c in match(model, baseline, "b.json")]
     assert pairs == [(0, "m0", "b2"), (1, "m1", "b0"), (2, "m2", "b3")]
-    with pytest.raises(InputError, match=r"b.json lacks 1 of the 3 instructions \(first: row 3, 'a'\)"):
+    with pytest.raises(InputError, match=r"b.json lacks the instruction of row 3, 'a'"):
         match(model, baseline[:3], "b.json")

@@ -89,11 +89,9 @@ class GoldEvaluation(Callback):
         best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
         after = self._responses(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
-        if best is None:
-            summary = _validation_summary(trainer)
-        else:  # the last validation was of another policy
-            summary = {"responses after training": f"of the best {best.monitor}, {best.best_model_score:.4f}"}
-        summary |= self._run_summary(trainer)
+        summary = self._run_summary(trainer)
+        if best is not None:
+            summary["responses after training"] = f"of the best {best.monitor}, {best.best_model_score:.4f}"
         table, folder = markdown(rows, summary), Path(trainer.default_root_dir)
         pairs = zip(self._rows, self.before.rows(), after.rows(), strict=True)
         responses = [{**row, "before": before, "after": after} for row, before, after in pairs]
@@ -156,15 +154,3 @@ class GoldEvaluation(Callback):
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _validation_summary(trainer: L.Trainer) -> dict[str, str]:
-    metrics, summary = {name: float(value) for name, value in trainer.callback_metrics.items()}, {}
-    for group in ("easy", "hard"):
-        if (accuracy := metrics.get(f"val/{group}/rewards/accuracy")) is not None:
-            pairs = int((trainer.datamodule.validation_is_hard() == (group == "hard")).sum())
-            value = f"{accuracy:.3f} ({metrics[f'val/{group}/length_accuracy']:.3f})"
-            summary[f"reward accuracy, {pairs} {group} pairs (longer response wins)"] = value
-    if (nats := metrics.get("val/all/displacement/chosen")) is not None:
-        summary["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}"
-    return summary

@@ -81,7 +81,7 @@ def markdown(rows: Mapping[str, Mapping[str, float]], summary: Mapping[str, str]
         change = Interval(row["difference"], row["low"], row["high"])
         means = f"{row['before']:.{digits}f} | {row['after']:.{digits}f}"
         lines.append(f"| {name} | {row['n']} | {means} | {change:+.{digits}f} |")
-    return "\n".join([*lines, "", *_two_columns("training and held-out pairs", summary)])
+    return "\n".join([*lines, "", *_two_columns("training", summary)])
 
 
 def _two_columns(title: str, rows: Mapping[str, str]) -> list[str]:

@@ -138,18 +138,15 @@ def match(ours: Rows, theirs: Rows, source: str | Path) -> list[Comparison]:
     waiting: defaultdict[str, deque[str]] = defaultdict(deque)
     for row in theirs:
         waiting[row["instruction"]].append(row["output"])
-    comparisons, lacking = [], []
+    comparisons = []
     for index, row in enumerate(ours):
-        if texts := waiting[instruction := row["instruction"]]:
-            more = row.get("tokens"), row.get("ended")
-            comparisons.append(Comparison(index, instruction, row["output"], texts.popleft(), *more))
-        else:
-            lacking.append(f"row {index + 1}, {instruction[:200]!r}")
-    if lacking:
-        raise InputError(
-            f"the baseline {source} lacks {len(lacking)} of the {len(ours)} instructions (first: {lacking[0]}): give "
-            "the responses of both models to the same instructions"
-        )
+        if not (texts := waiting[instruction := row["instruction"]]):
+            raise InputError(
+                f"the baseline {source} lacks the instruction of row {index + 1}, {instruction[:200]!r}: give the "
+                "responses of both models to the same instructions"
+            )
+        more = row.get("tokens"), row.get("ended")
+        comparisons.append(Comparison(index, instruction, row["output"], texts.popleft(), *more))
     return comparisons
 
 
