@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import signal
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -103,6 +104,7 @@ def _judge(endpoint: Endpoint, questions: Sequence[Question], header: Row, path:
         known = {key for key, verdict in writer.verdicts.items() if verdict.failed is None}
         missing = [question for question in questions if _key(question) not in known]
         print(f"{path} has {len(questions) - len(missing)} of the {len(questions)} verdicts")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background, where a shell has it ignored
         try:
             asyncio.run(_ask_all(endpoint, missing, writer, at_once))
         except KeyboardInterrupt:
