@@ -6,7 +6,6 @@ import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
-from importlib.metadata import distributions
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -61,24 +60,6 @@ def test_a_run_that_is_done_is_not_repeated_and_is_refused_when_it_would_be_anot
     assert len(started) == 1
 
 
-def test_a_sample_of_another_size_is_another_file(benchmark: Any, tmp_path: Path) -> None:
-    signals = benchmark("compare_signals")
-    source = Path(write(tmp_path / "all.jsonl.gz", [PAIR | {"pair_id": i} for i in range(9)]))
-    counts = [len(signals.draw(source, count, tmp_path).read_text().splitlines()) for count in (3, 6, 3)]
-    assert counts == [3, 6, 3]
-
-
-def test_margins_are_asked_for_though_they_are_there(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    signals, commands = benchmark("compare_signals"), []
-    monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command))
-    for path in signals.predict(tmp_path, tmp_path / "a-3.jsonl", []).values():
-        path.write_text("of other options")
-    signals.predict(tmp_path, tmp_path / "a-3.jsonl", ["--data.max_length", "99"])
-    assert len(commands) == 8  # the rating and three signals, twice
-
-
 def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Path) -> None:
     rows = [PAIR | {"prompt": f"prompt {i}"} for i in range(6)]
     rows[0]["chosen"] = rows[0]["rejected"]  # not usable: with a limit of 3 the first 4 rows are read
@@ -86,13 +67,6 @@ def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Pa
     benchmark("compare_methods").write_prompts(config, tmp_path / "prompts.jsonl")
     asked = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     assert asked == ["prompt 4", "prompt 5"]
-
-
-def test_prompts_and_pairs_come_from_the_same_rows(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for option in ("--data.source", "--data.limit=3", "--data.init_args.source", "--name"):
-        monkeypatch.setattr(sys, "argv", ["compare_methods.py", "configs/demo.yaml", option, "x"])
-        with pytest.raises(SystemExit, match="change source and limit in the config"):
-            benchmark("compare_methods").main()
 
 
 def test_a_killed_process_loses_no_other_run(
@@ -114,18 +88,6 @@ def test_a_killed_process_loses_no_other_run(
     assert written == [0, 1, 2, 3]
     assert [run["fits"] for run in json.loads(out.read_text())["runs"]] == [True, None, True, None]
     assert "| trl, r 2, 2 × 8 | – | – | – | – |" in capsys.readouterr().out
-
-
-def test_what_was_measured_is_kept_without_trl(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    measuring = benchmark("measuring")
-    installed = lambda name: () if name == "trl" else distributions(name=name)  # noqa: E731
-    monkeypatch.setattr(measuring, "distributions", installed)
-    versions = measuring.about()["versions"]
-    assert versions["trl"] is None and versions["torch"]
-    rows = [["a", 0.5, None], ["b", 2, True]]
-    assert measuring.table(["", "x", "y"], rows) == (
-        "|  | x | y |\n| --- | --- | --- |\n| a | 0.500 | – |\n| b | 2 | True |\n"
-    )
 
 
 CLOCK = """

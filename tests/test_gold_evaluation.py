@@ -62,16 +62,9 @@ def test_compare_by_hand() -> None:
     assert (rows["ended by itself"]["low"], rows["ended by itself"]["high"]) == (0.0, 0.75)
 
 
-def test_compare_with_other_parts_and_without_scores() -> None:
-    rows = compare(BEFORE, AFTER, PARTS)
-    assert rows == compare(BEFORE, AFTER, PARTS)
-    assert list(compare(BEFORE, AFTER, ["b", "a", "b", "a"]))[1:3] == ["gold score, b", "gold score, a"]
-    whole = compare(BEFORE, AFTER, ["all"] * 4)
-    assert whole["gold score, all"] == whole["gold score, all prompts"]
+def test_compare_without_scores() -> None:
     before, after = (Responses(one.given, np.full(4, np.nan)) for one in (BEFORE, AFTER))
-    assert compare(before, after, PARTS) == {
-        name: rows[name] for name in ("response length, tokens", "ended by itself")
-    }
+    assert list(compare(before, after, PARTS)) == ["response length, tokens", "ended by itself"]
 
 
 def test_markdown_by_hand() -> None:
@@ -85,7 +78,7 @@ def test_markdown_by_hand() -> None:
         "| gold score, seen | 2 | 0.125 | 1.062 | +0.938 [-0.250, +1.000] |",
         "| response length, tokens | 2 | 31.0 | 28.5 | -2.5 [-4.0, +0.8] |",
         "",
-        "| training and held-out pairs | |",
+        "| training | |",
         "|---|---|",
         "| optimizer steps | 7 |",
     ]
@@ -161,7 +154,6 @@ def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
         for when in ("before", "after"):
             assert means[when] == pytest.approx(sum(row[when]["score"] for row in chosen) / len(chosen))
     assert results["summary"]["optimizer steps"] == str(results["steps"]) != "0"
-    assert "reward accuracy, 1 easy pairs (longer response wins)" in results["summary"]
 
 
 @pytest.mark.parametrize("name", ["copy", "as_trained"])
@@ -211,14 +203,12 @@ def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Pa
     assert [row["after"]["text"] for row in rows] == responses_of(tiny_model, tmp_path / "run/adapter", prompts)
     results = (tmp_path / "run/results.md").read_text()
     assert f"| responses after training | of the best val/all/sft_loss, {best.best_model_score:.4f} |" in results
-    # the last validation's, of another policy
-    assert "reward accuracy" not in results and "displacement" not in results
 
 
 def test_before_is_the_start_of_a_continued_run(
     tiny_model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference was refreshed before the checkpoint, which is what its responses would be of; times add up."""
+    """The reference was refreshed before the checkpoint, which is what its responses would be of."""
     options: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 0.3, "schedule": Constant(warmup=0.0)}
 
     def trained(name: str, ckpt_path: str | None = None, how: Any = None, **trainer: Any) -> GoldEvaluation:
@@ -235,8 +225,6 @@ def test_before_is_the_start_of_a_continued_run(
     assert cut.before is not None and rest.before is not None and rest.before.rows() == cut.before.rows()
     steps = [json.loads((tmp_path / name / "results.json").read_text())["steps"] for name in ("cut", "rest")]
     assert steps[0] == 3 < steps[1]
-    state = torch.load(checkpoint, weights_only=True)["callbacks"]["GoldEvaluation"]
-    assert rest.seconds["training"] > state["seconds"]["training"] > 0
     rows = json.loads((tmp_path / "cut/responses.json").read_text())
     assert any(row["before"]["text"] != row["after"]["text"] for row in rows), "refreshing changed no response"
     write_pairs(Path(prompts), [{"prompt": "other", "word": "red"}])
@@ -279,7 +267,7 @@ def test_responses_of_the_start_are_kept(
     assert first.before is not None and second.before is not None and third.before is not None
     assert first.before.rows() == second.before.rows() and third.before.given == first.before.given
     assert third.before.scores.tolist() == (2 * first.before.scores).tolist()
-    for name, other in {"limit": 5, "dequantise": False, "max_new_tokens": 3}.items():
+    for name, other in {"dequantise": False, "max_new_tokens": 3}.items():
         assert times(evaluation(prompts, **{name: other})) == 2, name
     assert times(evaluation(prompts), adapter=str(tmp_path / "run0/adapter")) == 2
     template = tmp_path / "template"

@@ -162,7 +162,7 @@ def test_official_forms():
         (AlpacaEval(), {"prompt": "a"}, "'instruction' should be a text, not a row with the columns prompt"),
         (ArenaHard(), {"uid": "a", "prompt": " "}, "'prompt' should be a text"),
         (MTBench(), {"question_id": "81", "turns": ["a"]}, "'question_id' should be a whole number"),
-        (MTBench(), {"question_id": 81, "turns": ["a", 3]}, "'turns' should be a list of texts"),
+        (MTBench(), {"question_id": 81, "turns": ["a", 3]}, "'turns' a list of texts"),
         (GSM8K(), {"question": "a", "answer": "42"}, "should end in ####"),
         (Constraints(), {"prompt": "a", "constraints": [{"kind": "no such"}]}, "a constraint is written"),
     ],

@@ -14,7 +14,6 @@ from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.win_rate import (
     GamedBaselines,
-    label,
     read_difficulties,
     read_gamed,
     resampled_length_controlled,
@@ -115,13 +114,6 @@ def plain_length_controlled(preferences: Any, deltas: Any, difficulty: Any, game
     return 100 * fmean(1 / (1 + math.exp(-weights[1] * b - weights[2])) for b in terms)
 
 
-def test_only_the_whole_formula_has_the_name() -> None:
-    lacking = ["", " without gamed baselines", " without instruction difficulty"]
-    lacking += [" without instruction difficulty and gamed baselines"]
-    names = [label(difficulty, gamed) for difficulty in (True, False) for gamed in (True, False)]
-    assert names == [f"length-controlled win rate{each}" for each in lacking]
-
-
 def test_the_standard_error_of_the_bootstrap_is_the_means() -> None:
     preferences = comparisons(50)["preferences"]
     raw, discrete = resampled_win_rates(preferences, samples=2000)
@@ -149,15 +141,6 @@ def test_a_paired_difference_keeps_prompts_together() -> None:
     assert (a - b).standard_error < 0.2 * a.standard_error  # what the prompts differ in cancels
     same = resampled_length_controlled(**one, samples=5)[1] - resampled_length_controlled(**one, samples=5)[1]
     assert (same.mean, same.low, same.high) == (0, 0, 0)
-
-
-def test_a_resample_without_a_spread_or_with_one_side_has_a_value() -> None:
-    # of two prompts, half of the resamples are one prompt twice; of hard verdicts, some are all wins
-    _, two = resampled_length_controlled([0.3, 0.9], [10, 20], [15, 10], samples=30)
-    assert (two.resamples.min(), two.resamples.max()) == pytest.approx((30, 90), abs=0.01)
-    hard = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
-    _, few = resampled_length_controlled(hard, [1, 2, 3, 4, 5, 6], [4, 3, 3, 9, 1, 2], samples=200)
-    assert 0 <= few.resamples.min() < few.resamples.max() <= 100
 
 
 @pytest.mark.parametrize("wanted", [{}, {"difficulty": None}])

@@ -37,17 +37,6 @@ DIFFERENCE = (
 )
 
 
-def detectable(plan: Study, prompts: int) -> str:
-    """The smallest difference that the design can find, before anything is run."""
-    sd, seeds = plan.assumed_sd, len(plan.seeds)
-    smallest = POWER * (sd.prompts**2 / prompts + sd.seeds**2 / seeds) ** 0.5
-    return (
-        f"smallest detectable difference (power 80 %, two-sided 5 %): {smallest:.3f} with {prompts} prompts, {seeds} "
-        f"seeds, if it varies by {sd.prompts:g} over prompts and by {sd.seeds:g} over seeds (standard deviations); a "
-        "smaller one is undecided, not absent"
-    )
-
-
 def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
     """Mean gold score of a job's responses to the prompts of these parts."""
     return float(_values(plan, name, parts)[0].mean())
@@ -72,10 +61,10 @@ def seeds_done(plan: Study, run: str, done: Mapping[str, float]) -> dict[int, st
     return {seed: name for seed, name in names.items() if name in done}
 
 
-def write_tables(plan: Study, done: Mapping[str, float], stem: str = "table") -> str:
-    """Write STEM.csv and STEM.md to the study's folder; returns the latter."""
+def write_tables(plan: Study, done: Mapping[str, float]) -> str:
+    """Write table.csv and table.md to the study's folder; returns the latter."""
     rows = {outcome: _rows(plan, done, outcome) for outcome in plan.outcomes}
-    with written_whole(Path(plan.folder, f"{stem}.csv")) as partial, partial.open("w", encoding="utf-8") as file:
+    with written_whole(Path(plan.folder, "table.csv")) as partial, partial.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(row for of_outcome in rows.values() for row in of_outcome)
@@ -86,7 +75,7 @@ def write_tables(plan: Study, done: Mapping[str, float], stem: str = "table") ->
         absent = [str(seed) for seed in plan.seeds if seed not in seeds_done(plan, run, done)]
         lines += [f"- missing: {run}, seeds {', '.join(absent)}"] if absent else []
     table = "\n".join(lines) + "\n"
-    with written_whole(Path(plan.folder, f"{stem}.md")) as partial:
+    with written_whole(Path(plan.folder, "table.md")) as partial:
         partial.write_text(table, "utf-8")
     return table
 

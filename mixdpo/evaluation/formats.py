@@ -63,10 +63,10 @@ class AlpacaEval:
         return Prompt(str(number), (_text(row, "instruction"),), row)
 
     def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
-        return [{**self._asked(a.prompt), **_columns(a, name)} for a in responses]
-
-    def _asked(self, prompt: Prompt) -> dict[str, Any]:
-        return {"dataset": prompt.row.get("dataset", "unknown"), "instruction": prompt.turns[0]}
+        asked = [
+            {"dataset": a.prompt.row.get("dataset", "unknown"), "instruction": a.prompt.turns[0]} for a in responses
+        ]
+        return [row | _columns(a, name) for row, a in zip(asked, responses, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,9 @@ class MTBench:
 
     def __call__(self, number: int, row: Row) -> Prompt:
         key, turns = ("question_id", "turns") if "turns" in row else ("prompt_id", "prompt")
-        if type(row.get(key)) is not int:
-            raise InputError(f"{key!r} should be a whole number, not {row.get(key)!r}")
         texts = row.get(turns)
-        if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
-            raise InputError(f"{turns!r} should be a list of texts, the user's turns, not {texts!r:.80}")
+        if type(row.get(key)) is not int or not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+            raise InputError(f"{key!r} should be a whole number and {turns!r} a list of texts, the user's turns")
         return Prompt(str(row[key]), tuple(texts), row, str(row.get("category", "")))
 
     def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:

@@ -81,7 +81,7 @@ def markdown(rows: Mapping[str, Mapping[str, float]], summary: Mapping[str, str]
         change = Interval(row["difference"], row["low"], row["high"])
         means = f"{row['before']:.{digits}f} | {row['after']:.{digits}f}"
         lines.append(f"| {name} | {row['n']} | {means} | {change:+.{digits}f} |")
-    return "\n".join([*lines, "", *_two_columns("training and held-out pairs", summary)])
+    return "\n".join([*lines, "", *_two_columns("training", summary)])
 
 
 def _two_columns(title: str, rows: Mapping[str, str]) -> list[str]:
@@ -120,13 +120,11 @@ def other_scores(path: str | None, prompts: Sequence[Prompt]) -> np.ndarray | No
     """
     if path is None:
         return None
-    if not Path(path).is_file():
-        raise InputError(f"model.against: no file {path}; give the .json that another run.py test has written")
     rows: list[Row] = [row for _, row in file_rows(Path(path))]
-    if not all(isinstance(row.get("score"), int | float) for row in rows):
-        raise InputError(f"model.against: {path} has rows without a score: give the .json of run.py test")
-    if len(rows) != len(prompts):
-        raise InputError(f"model.against: {path} has {len(rows)} prompts, not {len(prompts)}: give the same prompts")
+    if not all(isinstance(row.get("score"), int | float) for row in rows) or len(rows) != len(prompts):
+        raise InputError(
+            f"model.against: {path} has no scores of {len(prompts)} prompts: give the .json of run.py test"
+        )
     for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), 1):
         columns = [name for name in prompt.row if name not in SCORED and row.get(name) != prompt.row[name]]
         if columns:

@@ -26,7 +26,6 @@ class Plan:
     Args:
         overlay: config laid over the base and the study's options.
         options: options of run.py, laid over that.
-        after: run above this one, from whose adapter of the same seed this one starts.
         control: run that this one is compared to; the study's if null.
     """
 
@@ -34,17 +33,7 @@ class Plan:
     options: dict = field(
         default_factory=dict
     )  # of bare type: jsonargparse would import the classes of a dict[str, Any]
-    after: str | None = None
     control: str | None = None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Standard deviations that are assumed before the first run: over prompts, of the difference between two runs; over
-    seeds, of the mean of that difference."""
-
-    prompts: float
-    seeds: float
 
 
 @dataclass(frozen=True)
@@ -61,18 +50,16 @@ class Study:
 
     Args:
         config: base config of every run.
-        folder: where runs, logs, tables and pictures lie.
+        folder: where runs, logs and tables lie.
         runs: name -> `Plan`.
         prompts: file of held-out prompt rows with a `part`, or `heldout`. The runs' GoldEvaluation gets the same.
         outcomes: name -> parts of the prompts whose mean gold score it is; the first is the main one.
         control: run that the others are compared to.
-        assumed_sd: for the smallest detectable difference, which is printed before the first run.
         seeds: of everything random in a run; the first one chooses the grid point.
         options: options of run.py for every run. An overlay, a run's own options and the grid go above them.
         grid: option -> values, the same for every run.
         choose_by: part of the prompts by whose mean gold score a run's grid point is chosen.
         at_once: runs at a time, which share the cores.
-        minutes_per_run: for the estimate before any run has been timed.
     """
 
     config: str
@@ -81,22 +68,18 @@ class Study:
     prompts: str
     outcomes: dict[str, list[str]]
     control: str
-    assumed_sd: Spread
     seeds: list[int] = field(default_factory=lambda: [0])
     options: dict = field(default_factory=dict)
     grid: dict[str, list] = field(default_factory=dict)
     choose_by: str | None = None
     at_once: PositiveInt = 1
-    minutes_per_run: float | None = None
 
     def __post_init__(self) -> None:
         if not (self.runs and self.outcomes and self.seeds and all(self.grid.values())):
             raise InputError("runs, outcomes, seeds and each list of the grid need at least one entry")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: {self.seeds} has a seed twice; give each once")
-        for index, (name, plan) in enumerate(self.runs.items()):
-            if plan.after not in (None, *list(self.runs)[:index]):
-                raise InputError(f"runs.{name}: after must name a run listed above {name}, not {plan.after!r}")
+        for name in self.runs:
             if self.control_of(name) not in self.runs:
                 raise InputError(f"runs.{name}: no run is called {self.control_of(name)!r}, its control")
         if self.options.get("data.validation") != 0 and not isinstance(self.options.get("data.validation"), str):
@@ -114,6 +97,11 @@ class Study:
         return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
     @property
+    def parts(self) -> set[str]:
+        """Parts of the prompts that the study names."""
+        return {part for parts in self.outcomes.values() for part in parts} | ({self.choose_by} - {None})
+
+    @property
     def size(self) -> int:
         """Number of jobs once every grid point is chosen."""
         return len(self.runs) * (len(self.points) + len(self.seeds) - 1)
@@ -125,15 +113,13 @@ class Study:
         values = [f"{key.rsplit('.', 1)[-1]}{value}" for key, value in point.items()]
         return re.sub(r"[^\w.+-]", "_", "-".join([run, *values, f"seed{seed}"]))
 
-    def job(self, run: str, point: Point, seed: int, start: str | None = None) -> Job:
-        """`start`: name of the job from whose adapter this one starts."""
+    def job(self, run: str, point: Point, seed: int) -> Job:
         plan, name = self.runs[run], self.name(run, point, seed)
         arguments = [("--config", self.config), *_flags(self.options)]
         arguments += [("--config", plan.overlay)] if plan.overlay else []
         arguments += [*_flags(plan.options), *_flags(point)]
         # the data's seed orders ties, shuffles and draws random routes; it splits nothing, see data.validation
         arguments += _flags({"seed_everything": seed, "data.seed": seed, "runs": self.folder, "name": name})
-        arguments += _flags({"model.adapter": f"{self.folder}/{start}/adapter"}) if start else []
         return Job(name, tuple(arguments))
 
 
@@ -146,8 +132,6 @@ def read_study(path: str | Path) -> Study:
     Raises:
         InputError: no such file, no YAML, an unknown or missing key, a wrong type, or runs that do not fit together.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give a study's YAML file, such as configs/studies/noisy_labels.yaml")
     content = read_yaml(path, "study")
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of a study's keys, as in configs/studies/noisy_labels.yaml")

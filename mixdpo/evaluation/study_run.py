@@ -11,16 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from difflib import ndiff
 from pathlib import Path
 from typing import Any
 
 from mixdpo.data.prompts import read_prompts
-from mixdpo.errors import InputError, check_one_of
-from mixdpo.evaluation.compare_runs import chosen_point, detectable, mean_score, write_tables
+from mixdpo.errors import InputError
+from mixdpo.evaluation.compare_runs import chosen_point, mean_score, write_tables
 from mixdpo.evaluation.study_design import Job, Study, read_study
-from mixdpo.evaluation.study_plots import write_plots
 from mixdpo.storage.files import read_json, write_json
 from mixdpo.storage.identity import named_files
 
@@ -29,15 +27,14 @@ RECORDED = ("results.json", "responses.json", "adapter")
 Running = tuple[subprocess.Popen, float]  # and when it started
 
 
-def study(study: str, table_only: bool = False, against: str | None = None) -> int:
-    """Run a grid of runs from one YAML file; then a table with intervals, as CSV and Markdown, and plots.
+def study(study: str, table_only: bool = False) -> int:
+    """Run a grid of runs from one YAML file; then a table with intervals, as CSV and Markdown.
 
     Start the same command again to go on after an interruption or a failed run.
 
     Args:
         study: the study's YAML file.
-        table_only: start nothing; write the tables and plots of what is done.
-        against: start nothing; write table_against_RUN, in which every run is compared to this one.
+        table_only: start nothing; write the tables of what is done.
 
     Returns:
         Exit status: 0, 1 if a run failed or could not start, 130 if interrupted.
@@ -46,23 +43,19 @@ def study(study: str, table_only: bool = False, against: str | None = None) -> i
         InputError: the file is wrong, or a run that is done was made with other options or files.
     """
     plan = read_study(study)
-    print(detectable(plan, _count_main(plan)))
-    if against is not None:
-        check_one_of("against", against, plan.runs)
-        plan = replace(plan, control=against, runs={name: replace(p, control=None) for name, p in plan.runs.items()})
-        print(write_tables(plan, add_finished(plan, {}), f"table_against_{against}"))
-        return 0
+    parts = {row.get("part", "all") for row in read_prompts(plan.prompts)}
+    if absent := sorted(plan.parts - parts):
+        raise InputError(f"{plan.prompts} has no prompt of part {', '.join(absent)}; its parts: {sorted(parts)}")
     if not (table_only or Path("run.py").is_file()):
         raise InputError("there is no run.py here: start `mixdpo study` in the folder of the repository")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // plan.at_once)
-    failed: dict[str, str] = {}
+    failed: set[str] = set()
     for each in (signal.SIGINT, signal.SIGTERM):  # both alike, also in the background, where a shell has SIGINT ignored
         signal.signal(each, signal.default_int_handler)
     with _alone(Path(plan.folder)):
         done = add_finished(plan, {})
-        at_once = f"{plan.at_once} at a time, {threads} threads each"
-        print(f"{plan.size} runs, {len(done)} done; {at_once}; {_left(plan, done)}")
+        print(f"{plan.size} runs, {len(done)} done; {plan.at_once} at a time, {threads} threads each")
         try:
             if not table_only:
                 _run_all(plan, done, failed, threads)
@@ -70,38 +63,17 @@ def study(study: str, table_only: bool = False, against: str | None = None) -> i
             print("\ninterrupted: the runs in progress are lost; the same command goes on")
             return 130
         table = write_tables(plan, done)
-    print(f"\n{table}\n{write_plots(plan, done)}")
-    for name, why in failed.items():
-        print(f"{name} {why}", file=sys.stderr)
+    print(f"\n{table}")
     return int(not table_only and len(done) < plan.size)
 
 
-def _count_main(plan: Study) -> int:
-    """Prompts of the main outcome.
-
-    Raises:
-        InputError: no prompt has a part that the study names.
-    """
-    parts = [row.get("part", "all") for row in read_prompts(plan.prompts)]
-    named = {part for listed in plan.outcomes.values() for part in listed} | ({plan.choose_by} - {None})
-    if absent := sorted(named - set(parts)):
-        raise InputError(f"{plan.prompts} has no prompt of part {', '.join(absent)}; its parts: {sorted(set(parts))}")
-    return sum(part in next(iter(plan.outcomes.values())) for part in parts)
-
-
 def known_jobs(plan: Study, done: dict[str, float]) -> Iterator[Job]:
-    """The jobs whose options are known: all points at the first seed, the chosen one at the others, and what starts
-    from another run once that is done."""
+    """The jobs whose options are known: all points at the first seed, the chosen one at the others."""
     for seed in plan.seeds:
-        for run, spec in plan.runs.items():
-            chosen, start = chosen_point(plan, run, done), None
-            if spec.after is not None:
-                point = chosen_point(plan, spec.after, done)
-                start = None if point is None else plan.name(spec.after, point, seed)
-                if start not in done:
-                    continue
+        for run in plan.runs:
+            chosen = chosen_point(plan, run, done)
             points = plan.points if seed == plan.seeds[0] else [] if chosen is None else [chosen]
-            yield from (plan.job(run, point, seed, start) for point in points)
+            yield from (plan.job(run, point, seed) for point in points)
 
 
 def add_finished(plan: Study, done: dict[str, float]) -> dict[str, float]:
@@ -111,8 +83,8 @@ def add_finished(plan: Study, done: dict[str, float]) -> dict[str, float]:
     return done
 
 
-def _run_all(plan: Study, done: dict[str, float], failed: dict[str, str], threads: int) -> None:
-    """Run what is not done; adds each run to `done`, or to `failed` with the reason."""
+def _run_all(plan: Study, done: dict[str, float], failed: set[str], threads: int) -> None:
+    """Run what is not done; adds each run to `done` or to `failed`."""
     running: dict[str, Running] = {}
     try:
         while True:
@@ -151,7 +123,7 @@ def _start(plan: Study, job: Job, threads: int) -> Running:
     return process, time.perf_counter()
 
 
-def _end(plan: Study, name: str, run: Running, done: dict[str, float], failed: dict[str, str]) -> None:
+def _end(plan: Study, name: str, run: Running, done: dict[str, float], failed: set[str]) -> None:
     path, (process, started) = Path(plan.folder, name), run
     took, absent = time.perf_counter() - started, [file for file in RECORDED if not (path / file).exists()]
     # a run that is told to stop does so with status 0, so the status alone says little
@@ -164,17 +136,12 @@ def _end(plan: Study, name: str, run: Running, done: dict[str, float], failed: d
         result = f"{took:.0f} s, {outcome} {mean_score(plan, name, parts):.3f}"
     else:
         status = f"exit status {process.returncode}" + (f", no {absent[0]}" if absent else "")
-        failed[name] = result = f"FAILED after {took:.0f} s ({status}): see {path}.log"
-    left, count = _left(plan, done, len(failed)), len(done) + len(failed)
-    print(f"{time.strftime('%H:%M:%S')} [{count} of {plan.size}] {name}: {result}; {left}", flush=True)
+        result = f"FAILED after {took:.0f} s ({status}): see {path}.log"
+        failed.add(name)
+    count = len(done) + len(failed)
+    minutes = sum(done.values()) / max(1, len(done)) / 60 * -(-(plan.size - count) // plan.at_once)
+    print(f"[{count} of {plan.size}] {name}: {result}; about {minutes:.0f} min left", flush=True)
     write_tables(plan, done)
-
-
-def _left(plan: Study, done: dict[str, float], failed: int = 0) -> str:
-    if not done and plan.minutes_per_run is None:
-        return "time not known yet"
-    minutes = sum(done.values()) / len(done) / 60 if done else plan.minutes_per_run
-    return f"about {minutes * -(-(plan.size - len(done) - failed) // plan.at_once):.0f} min left"
 
 
 def _record(path: Path) -> Path:

@@ -14,7 +14,7 @@ from mixdpo.errors import InputError
 from mixdpo.storage.store import Key, Store, read_store
 
 Order = Literal["model_first", "baseline_first"]
-Source = Literal["log_probs", "text", "reward_model"]
+Source = Literal["log_probs", "text"]
 NOUN = "verdicts"
 
 
@@ -29,8 +29,6 @@ class Verdict:
             order; None where the judge gave no verdict.
         source: what the preference was read from; None without a preference.
         failed: why there is no preference; None where there is one.
-        judge_prompt_tokens, judge_completion_tokens: what the judge used for it, failed attempts included; None where
-            it does not say.
         len_model, len_baseline: characters of the two responses.
         tokens: length of the model's response in tokens; None where OUTPUTS does not say.
         ended: whether the model ended its response by itself; None where OUTPUTS does not say.
@@ -41,8 +39,6 @@ class Verdict:
     preference: float | None
     source: Source | None
     failed: str | None
-    judge_prompt_tokens: int | None
-    judge_completion_tokens: int | None
     len_model: int
     len_baseline: int
     tokens: int | None

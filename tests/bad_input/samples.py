@@ -87,7 +87,7 @@ def scored_case(fault: str, change: dict[str, Any], says: tuple[str, ...]) -> Ca
 
 def scorer_case(fault: str, scorer: Any, says: tuple[str, ...]) -> Case:
     said = [[Response("x", 2, True)]]
-    return Case("scorer", fault, lambda place: pair_up([{"prompt": "Say it."}], said, scorer, 1, 0), ("Say it.", *says))
+    return Case("scorer", fault, lambda place: pair_up([{"prompt": "Say it."}], said, scorer, 0), ("Say it.", *says))
 
 
 def made(**options: Any) -> Any:
@@ -123,6 +123,6 @@ CASES = [
         made(prompts="builtin", limit=1, temperature=0.0),
         ("temperature 0", "raise temperature"),
     ),
-    Case("make-pairs", "out is there", onto("there/out.jsonl"), ("out.jsonl exists", "--overwrite true")),
-    Case("make-pairs", "out is a folder", onto("there", overwrite=True), ("there is a folder", "name of a .jsonl")),
+    Case("make-pairs", "out is there", onto("there/out.jsonl"), ("out.jsonl exists", "give another --out")),
+    Case("make-pairs", "out is a folder", onto("there"), ("there exists", "give another --out")),
 ]
