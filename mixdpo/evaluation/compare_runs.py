@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,7 @@ COLUMNS = (
     *("difference", "difference_low", "difference_high", "verdict", "detectable"),
 )
 
-HEADING = (
-    "| {} | chosen | seeds × prompts | mean [95 % interval] | tokens | ended | against | difference | | detectable |"
-)
+HEADING = "| {} | chosen | seeds × prompts | mean [95 %] | tokens | ended | against | difference | | detectable |"
 
 MEAN = "| {run} | {chosen} | {seeds} × {prompts} | {mean:.3f} [{low:.3f}, {high:.3f}] | {tokens:.1f} | {ended:.3f} |"
 
@@ -42,7 +40,7 @@ def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
     return float(_values(plan, name, parts)[0].mean())
 
 
-def chosen_point(plan: Study, run: str, done: Mapping[str, float]) -> Point | None:
+def chosen_point(plan: Study, run: str, done: Set[str]) -> Point | None:
     """The grid point with the best score at the first seed. None as long as one of the points is missing, since a
     choice among fewer would not be the other runs' choice."""
     names = [plan.name(run, point, plan.seeds[0]) for point in plan.points]
@@ -54,14 +52,14 @@ def chosen_point(plan: Study, run: str, done: Mapping[str, float]) -> Point | No
     return plan.points[int(np.argmax(scores))]
 
 
-def seeds_done(plan: Study, run: str, done: Mapping[str, float]) -> dict[int, str]:
+def seeds_done(plan: Study, run: str, done: Set[str]) -> dict[int, str]:
     """Seed -> name of the job, for what is done of a run at its chosen point."""
     point = chosen_point(plan, run, done)
     names = {} if point is None else {seed: plan.name(run, point, seed) for seed in plan.seeds}
     return {seed: name for seed, name in names.items() if name in done}
 
 
-def write_tables(plan: Study, done: Mapping[str, float]) -> str:
+def write_tables(plan: Study, done: Set[str]) -> str:
     """Write table.csv and table.md to the study's folder; returns the latter."""
     rows = {outcome: _rows(plan, done, outcome) for outcome in plan.outcomes}
     with written_whole(Path(plan.folder, "table.csv")) as partial, partial.open("w", encoding="utf-8") as file:
@@ -80,7 +78,7 @@ def write_tables(plan: Study, done: Mapping[str, float]) -> str:
     return table
 
 
-def _rows(plan: Study, done: Mapping[str, float], outcome: str) -> list[Row]:
+def _rows(plan: Study, done: Set[str], outcome: str) -> list[Row]:
     """A row of each run of which a seed is done, and one of what the control started from."""
     parts = plan.outcomes[outcome]
     jobs = {run: seeds_done(plan, run, done) for run in plan.runs}
@@ -135,6 +133,4 @@ def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -
 
 
 def _markdown(row: Row) -> str:
-    return MEAN.format(**row) + (
-        DIFFERENCE.format(**row) if "difference" in row else " {control} | | | |".format(**row)
-    )
+    return (MEAN + (DIFFERENCE if "difference" in row else " {control} | | | |")).format(**row)

@@ -18,6 +18,9 @@ from mixdpo.storage.files import read_yaml
 Point = dict[str, Any]
 """A point of the grid: option -> value."""
 
+Arguments = list[tuple[str, str]]
+"""Of one run of run.py: pairs of option and value."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,18 +33,8 @@ class Plan:
     """
 
     overlay: str | None = None
-    options: dict = field(
-        default_factory=dict
-    )  # of bare type: jsonargparse would import the classes of a dict[str, Any]
+    options: dict = field(default_factory=dict)  # bare: jsonargparse would import the classes of a dict[str, Any]
     control: str | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of run.py. `arguments`: pairs of option and value."""
-
-    name: str
-    arguments: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -97,13 +90,8 @@ class Study:
         return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
     @property
-    def parts(self) -> set[str]:
-        """Parts of the prompts that the study names."""
-        return {part for parts in self.outcomes.values() for part in parts} | ({self.choose_by} - {None})
-
-    @property
     def size(self) -> int:
-        """Number of jobs once every grid point is chosen."""
+        """Number of jobs, which are runs of run.py, once every grid point is chosen."""
         return len(self.runs) * (len(self.points) + len(self.seeds) - 1)
 
     def control_of(self, run: str) -> str:
@@ -113,17 +101,16 @@ class Study:
         values = [f"{key.rsplit('.', 1)[-1]}{value}" for key, value in point.items()]
         return re.sub(r"[^\w.+-]", "_", "-".join([run, *values, f"seed{seed}"]))
 
-    def job(self, run: str, point: Point, seed: int) -> Job:
-        plan, name = self.runs[run], self.name(run, point, seed)
-        arguments = [("--config", self.config), *_flags(self.options)]
+    def arguments(self, run: str, point: Point, seed: int) -> Arguments:
+        plan, arguments = self.runs[run], [("--config", self.config), *_flags(self.options)]
         arguments += [("--config", plan.overlay)] if plan.overlay else []
         arguments += [*_flags(plan.options), *_flags(point)]
         # the data's seed orders ties, shuffles and draws random routes; it splits nothing, see data.validation
-        arguments += _flags({"seed_everything": seed, "data.seed": seed, "runs": self.folder, "name": name})
-        return Job(name, tuple(arguments))
+        arguments += _flags({"seed_everything": seed, "data.seed": seed, "runs": self.folder})
+        return [*arguments, ("--name", self.name(run, point, seed))]
 
 
-def _flags(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _flags(options: Mapping[str, Any]) -> Arguments:
     return [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in options.items()]
 
 
@@ -133,11 +120,9 @@ def read_study(path: str | Path) -> Study:
         InputError: no such file, no YAML, an unknown or missing key, a wrong type, or runs that do not fit together.
     """
     content = read_yaml(path, "study")
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping of a study's keys, as in configs/studies/noisy_labels.yaml")
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
         return Study(**vars(parser.instantiate(parser.parse_object(content))))
-    except (ArgumentError, InputError) as error:
+    except (ArgumentError, InputError, AttributeError) as error:  # the last of a file that is no mapping
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error

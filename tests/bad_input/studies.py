@@ -6,7 +6,7 @@ import yaml
 
 from bad_input.case import Case, Place
 from mixdpo.evaluation.study_design import read_study
-from mixdpo.evaluation.study_run import _took
+from mixdpo.evaluation.study_run import is_done
 
 
 def study(**changes: Any) -> dict[str, Any]:
@@ -44,9 +44,8 @@ def study_case(fault: str, content: Any, says: tuple[str, ...]) -> Case:
 
 def record_of_a_run(place: Place) -> Any:
     plan = read_study(place.write("study.yaml", yaml.safe_dump(study() | {"folder": str(place.folder)})))
-    job = plan.job("dpo", {}, 0)
-    place.write(f"{job.name}.json", "{")
-    return _took(plan, job)
+    place.write("dpo-seed0.json", "{")
+    return is_done(plan, "dpo-seed0", [])
 
 
 CASES = [
