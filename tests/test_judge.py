@@ -15,9 +15,8 @@ import mixdpo
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import _printable, secrets, without_secrets
 from mixdpo.evaluation.judge import drawn_order
-from mixdpo.evaluation.judge_prompt import first_by_log_probs, messages, read_choice
 from mixdpo.evaluation.score import score
-from mixdpo.evaluation.verdicts import read_verdicts
+from mixdpo.evaluation.verdicts import first_by_log_probs, messages, read_choice, read_verdicts
 
 KEY = "sk-secret-0123456789"
 PAIRS = Path(mixdpo.__file__).parent / "constraints" / "constraints_pairs.jsonl"
@@ -41,11 +40,11 @@ def test_judges_all_and_says_what_scoring_needs(server, tmp_path, capsys):
     judging = Judging(tmp_path, server.url)
     assert judging(limit=2) == 0 and len(judging.verdicts) == 2
     assert judging() == 0
-    file = read_verdicts(judging.path)
-    assert file.header["model"] == "the model" and file.header["baseline"] == "the baseline"
-    assert file.header["prompts"] == 6 and file.header["judge"]["base_url"] == server.url
-    assert [verdict.index for verdict in file.verdicts] == list(range(6))
-    for i, verdict in enumerate(file.verdicts):
+    head, verdicts = read_verdicts(judging.path)
+    assert head["model"] == "the model" and head["baseline"] == "the baseline"
+    assert head["prompts"] == 6 and head["judge"]["base_url"] == server.url
+    assert [verdict.index for verdict in verdicts] == list(range(6))
+    for i, verdict in enumerate(verdicts):
         assert verdict.preference == pytest.approx(0.1 if i % 2 else 0.9)
         assert (verdict.source, verdict.failed, verdict.tokens, verdict.ended) == ("log_probs", None, i, i % 2 == 0)
         assert (verdict.len_model, verdict.len_baseline) == (len(f"model response {i}"), len(f"baseline response {i}"))
@@ -167,7 +166,7 @@ def test_always_the_first_response(tmp_path, capsys):
     assert "| win rate, % | 50.00 |" in printed and f"shown first, % | {100 * first:.1f} |" in printed
     orders = [drawn_order(f"prompt-{i}", 0) for i in range(400)]
     assert 150 < orders.count("model_first") < 250 and orders != [drawn_order(f"prompt-{i}", 1) for i in range(400)]
-    assert len(read_verdicts(tmp_path / "both.jsonl").verdicts) == 16
+    assert len(read_verdicts(tmp_path / "both.jsonl")[1]) == 16
 
 
 def test_without_log_probs_the_letter_counts(tmp_path):
@@ -176,7 +175,7 @@ def test_without_log_probs_the_letter_counts(tmp_path):
         assert judging() == 0
         assert judging(log_probs=False, out=str(tmp_path / "not_asked.jsonl")) == 0
         assert "logprobs" not in server.requests[-1].body
-    for verdicts in (judging.verdicts.values(), read_verdicts(tmp_path / "not_asked.jsonl").verdicts):
+    for verdicts in (judging.verdicts.values(), read_verdicts(tmp_path / "not_asked.jsonl")[1]):
         assert [(v.preference, v.source) for v in verdicts] == [(1.0, "text"), (0.0, "text")] * 3
 
 

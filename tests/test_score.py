@@ -134,7 +134,7 @@ def test_two_models_over_the_prompts_that_both_have(tmp_path: Path, capsys: pyte
     ours, theirs, difference = map(cells, re.split(r"\| ours.*\|  \|  \|  \||\| other \|.*", printed)[1:])
     assert "prompts left out: 0" in ours
     assert theirs["prompts left out: 3"][0] == "not judged yet: 2; timeout: 1"
-    shared = [verdict.preference for verdict in read_verdicts(a).verdicts[2:11]]
+    shared = [verdict.preference for verdict in read_verdicts(a)[1][2:11]]
     value, error, _ = ours["win rate, %"]
     assert float(value) == pytest.approx(100 * np.mean(shared), abs=0.01)
     assert float(difference["win rate, %"][0]) == pytest.approx(10 * np.mean(shared), abs=0.01)

@@ -9,7 +9,6 @@ import base64
 import os
 import re
 from collections.abc import Callable
-from contextlib import aclosing
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -28,14 +27,10 @@ LARGEST_BODY = 16 * 2**20  # bytes, decompressed
 _URL = re.compile(r"https?://([^/@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^][/:@\s]+)(:[1-9]\d{0,4})?(/\S*)?")
 
 
-_KEY = "set OPENAI_API_KEY to a key that may use this model"
-
-
 HINTS = {
+    **dict.fromkeys((401, 403), "set OPENAI_API_KEY to a key that may use this model"),
     307: "give the server's own URL (redirects are not followed)",
-    401: _KEY,
     402: "pay what the endpoint asks for",
-    403: _KEY,
     404: "check the model's name and the server's URL, which mostly ends in /v1",
 }
 """What to do about an HTTP status that every further request would get as well."""
@@ -49,7 +44,7 @@ class Endpoint:
     def __init__(
         self, model: str, base_url: str | None, *, attempts: int, timeout: float, max_tokens: int, **request: Any
     ) -> None:
-        """A model to `ask`, inside of `async with aclosing(endpoint)`.
+        """A model to `ask`, inside of `async with endpoint.client`.
 
         Args:
             request: goes into each request; other options as for `judge`.
@@ -59,15 +54,12 @@ class Endpoint:
         """
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY", "").strip() or None
-        self._client = _client(base_url, key, timeout, attempts)
+        self.client = _client(base_url, key, timeout, attempts)
         self._secrets = secrets(key, base_url)
-        self.url = without_secrets(str(self._client.base_url))
+        self.url = without_secrets(str(self.client.base_url))
         # OpenAI's newer models refuse the old name, and many local servers do not know the new one
         limit = {"max_tokens" if base_url else "max_completion_tokens": max_tokens}
         self._request = {"model": model, "temperature": 0, **limit, **request}
-
-    async def aclose(self) -> None:
-        await self._client.close()
 
     async def ask(self, chat: Chat, read: Callable[[Any], Any], **request: Any) -> Any:
         """What `read` makes of the response's body.
@@ -84,7 +76,7 @@ class Endpoint:
 
         body = None
         try:
-            create = self._client.chat.completions.with_raw_response.create
+            create = self.client.chat.completions.with_raw_response.create
             response = await create(messages=chat, **self._request, **request)
             body = parse_json(self._without_secrets(response.text, least=8), "the response", "check the server")
             return read(body)
@@ -109,7 +101,7 @@ class Endpoint:
         if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
             raise InputError(f"{self.url} cannot be reached: start the server or correct the URL; {CONTINUES}")
         if isinstance(error, openai.APITimeoutError):
-            return f"time-out: no response in {self._client.timeout.read:g} s"
+            return f"time-out: no response in {self.client.timeout.read:g} s"
         if not isinstance(error, openai.APIStatusError):
             return f"connection lost: {type(cause).__name__} {cause}" if cause else str(error)
         status, text = error.status_code, _printable(self._without_secrets(str(error.message)))[:300]
@@ -145,9 +137,7 @@ def _client(base_url: str | None, key: str | None, timeout: float, attempts: int
     if not base_url and not key:
         raise InputError("no key: set OPENAI_API_KEY, or give the --base_url of a server that needs none")
     if base_url and not _URL.fullmatch(base_url):
-        raise InputError(
-            f"the server's URL {without_secrets(base_url)}: write it in full, such as http://localhost:8000/v1"
-        )
+        raise InputError(f"URL {without_secrets(base_url)}: write it in full, such as http://localhost:8000/v1")
 
     class Client(DefaultAsyncHttpxClient):
         """Reads a bounded body in a bounded time; the timeouts of httpx are between two pieces of a body."""
@@ -212,7 +202,7 @@ def complete(
             return error  # the others go on: they may be paid for
 
     async def all_responses() -> list[Any]:
-        async with aclosing(endpoint):
+        async with endpoint.client:
             return await asyncio.gather(*map(response, chats, seeds))
 
     return asyncio.run(all_responses())

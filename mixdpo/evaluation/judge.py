@@ -5,10 +5,10 @@ import hashlib
 import signal
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from tqdm import tqdm
@@ -16,8 +16,7 @@ from tqdm import tqdm
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, Endpoint, NoResponse
 from mixdpo.evaluation.formats import Row, Rows, read_responses
-from mixdpo.evaluation.judge_prompt import messages, prompt_hash, read_choice
-from mixdpo.evaluation.verdicts import Order, Verdict, VerdictsWriter
+from mixdpo.evaluation.verdicts import Order, Verdict, VerdictsWriter, messages, prompt_hash, read_choice
 from mixdpo.storage.identity import content_hash
 
 
@@ -85,8 +84,7 @@ def judge(
     comparisons = match(ours, theirs, baseline)
     print(f"{responses} has responses to {len(ours)} of the {len(theirs)} instructions of {baseline}")
     request = {"logprobs": True, "top_logprobs": 20} if log_probs else {}
-    limits: dict[str, Any] = {"attempts": attempts, "timeout": timeout, "max_tokens": max_tokens}
-    endpoint = Endpoint(model, base_url, **limits, **request)
+    endpoint = Endpoint(model, base_url, attempts=attempts, timeout=timeout, max_tokens=max_tokens, **request)
     how = {"model": model, "base_url": endpoint.url, "prompt": prompt_hash(), "max_tokens": max_tokens}
     how |= {"log_probs": log_probs, "order": order, "seed": seed if order == "random" else None}
     header = {"model": ours[0]["generator"], "baseline": theirs[0]["generator"], "judge": how}
@@ -111,19 +109,13 @@ def _judge(endpoint: Endpoint, questions: Sequence[Question], header: Row, path:
             print(f"stopped: {CONTINUES}")
             return 130
         verdicts = [writer.verdicts[key] for key in map(_key, questions)]
-    print("\n".join(_report(verdicts)))
+    failed = sorted(verdict.failed for verdict in verdicts if verdict.failed is not None)
+    print(f"judged {len(verdicts) - len(failed)} of {len(verdicts)}, failed {len(failed)}")
+    for _, each in groupby(failed, lambda reason: reason.partition(":")[0]):
+        reasons = list(each)
+        print(f"  failed: {len(reasons)} x {reasons[0]}")
     print(f"python -m mixdpo score {path}")
-    return int(any(verdict.failed is not None for verdict in verdicts))
-
-
-def _report(verdicts: Sequence[Verdict]) -> list[str]:
-    """Lines that a judgement ends with: what failed, with the first reason of each kind."""
-    failed: dict[str, list[str]] = {}
-    for reason in (verdict.failed for verdict in verdicts if verdict.failed is not None):
-        failed.setdefault(reason.partition(":")[0], []).append(reason)
-    count = sum(map(len, failed.values()))
-    lines = [f"judged {len(verdicts) - count} of {len(verdicts)}, failed {count}"]
-    return lines + [f"  failed: {len(reasons)} x {reasons[0]}" for reasons in failed.values()]
+    return int(bool(failed))
 
 
 def match(ours: Rows, theirs: Rows, source: str | Path) -> list[Comparison]:
@@ -143,10 +135,7 @@ def match(ours: Rows, theirs: Rows, source: str | Path) -> list[Comparison]:
     comparisons = []
     for index, row in enumerate(ours):
         if not (texts := waiting[instruction := row["instruction"]]):
-            raise InputError(
-                f"the baseline {source} lacks the instruction of row {index + 1}, {instruction[:200]!r}: give the "
-                "responses of both models to the same instructions"
-            )
+            raise InputError(f"{source} lacks the instruction of row {index + 1}, {instruction[:200]!r}: add it")
         more = row.get("tokens"), row.get("ended")
         comparisons.append(Comparison(index, instruction, row["output"], texts.popleft(), *more))
     return comparisons
@@ -171,7 +160,7 @@ async def _ask_all(endpoint: Endpoint, missing: Sequence[Question], writer: Verd
                 writer.keep(await _ask(endpoint, *question))
                 bar.update()
 
-        async with aclosing(endpoint):
+        async with endpoint.client:
             await asyncio.gather(*(work() for _ in range(at_once)))
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from mixdpo.errors import InputError
 from mixdpo.evaluation import win_rate
 from mixdpo.evaluation.bootstrap import Interval
-from mixdpo.evaluation.verdicts import Verdict, VerdictsFile, read_verdicts
+from mixdpo.evaluation.verdicts import Verdict, read_verdicts
 from mixdpo.storage.identity import differences
 
 Rates = dict[str, Interval | None]
@@ -23,11 +24,14 @@ class Judged:
     """One verdicts file, prompt by prompt.
 
     Attributes:
+        verdicts: all that there are, failed ones included.
         prompts: {index: preference, characters of the model's and of the baseline's response} of those judged.
         left_out: why the others are left out, and how many.
     """
 
-    file: VerdictsFile
+    path: str
+    head: dict[str, Any]
+    verdicts: list[Verdict]
     prompts: dict[int, tuple[float, int, int]]
     left_out: dict[str, int]
 
@@ -64,21 +68,21 @@ def score(
         InputError: a file cannot be read or lacks an index, fewer than two prompts were judged, or two files do not
             have judge, baseline or instructions in common.
     """
-    judged = [judged_prompts(read_verdicts(path)) for path in (verdicts, against) if path is not None]
+    judged = [judged_prompts(path) for path in (verdicts, against) if path is not None]
     shared = shared_prompts(judged)
     difficulties = None if difficulty is None else win_rate.read_difficulties(difficulty, shared)
     more = difficulties, None if gamed is None else win_rate.read_gamed(gamed)
     # files, where the models have one name
-    names = [str(each.file.header["model"]) for each in judged]
-    names = names if len(set(names)) == len(names) else [str(each.file.path) for each in judged]
-    baseline, rates = judged[0].file.header["baseline"], list[Rates]()
+    names = [str(each.head["model"]) for each in judged]
+    names = names if len(set(names)) == len(names) else [each.path for each in judged]
+    baseline, rates = judged[0].head["baseline"], list[Rates]()
     title = (f"against {baseline}, {len(shared)} prompts", "", "standard error", "95 % interval")
     rows: list[tuple[str, ...]] = [title, ("---", "---:", "---:", "---")]
     for name, each in zip(names, judged, strict=True):
         columns = np.array([each.prompts[index] for index in shared]).T
         rates.append(_rates(columns, *more, samples, seed))
         # lengths beside rates are of the same prompts
-        among = [v for v in each.file.verdicts if against is None or v.index in set(shared)]
+        among = [v for v in each.verdicts if against is None or v.index in set(shared)]
         rows += [(name, "", "", ""), *_rate_rows(rates[-1]), *_rows_beside(columns[0], each.left_out, among)]
     if against is not None:
         pairs = ((name, rate, rates[1][name]) for name, rate in rates[0].items())
@@ -90,11 +94,13 @@ def score(
 
 def _rates(columns: Any, difficulties: Any, gamed: Any, samples: int, seed: int) -> Rates:
     """Rates of preferences and lengths (3, N); says why one is missing."""
-    raw, discrete = win_rate.resampled_win_rates(columns[0], samples, seed)
+    preferences, ours, theirs = columns
+    raw, discrete = win_rate.resampled_win_rates(preferences, samples, seed)
     name = win_rate.label(difficulties is not None, gamed is not None)
     rates: Rates = {"win rate": raw, "discrete win rate": discrete, name: None}
     try:
-        rates[name] = win_rate.resampled_length_controlled(*columns, difficulties, gamed, samples=samples, seed=seed)[1]
+        fit = win_rate.resampled_length_controlled
+        _, rates[name] = fit(preferences, ours, theirs, difficulties, gamed, samples=samples, seed=seed)
     except InputError as error:
         print(f"no {name}: {error}\n")
     return rates
@@ -122,39 +128,28 @@ def _rows_beside(preferences: Any, left_out: dict[str, int], verdicts: Sequence[
     ]
 
 
-def judged_prompts(file: VerdictsFile) -> Judged:
+def judged_prompts(path: str) -> Judged:
     """
     Raises:
         InputError: fewer than two prompts have a verdict.
     """
-    verdicts, failed = _by_prompt(file.verdicts, file.header["judge"].get("order") == "both")
-    failed["not judged yet"] = file.header["prompts"] - len({verdict.index for verdict in file.verdicts})
-    reasons = {reason: count for reason, count in failed.most_common() if count}
-    if len(verdicts) < 2:
-        raise InputError(f"{file.path} has {len(verdicts)} judged prompts (left out: {reasons}): judge at least two")
-    prompts = {index: (_preference(each), each[0].len_model, each[0].len_baseline) for index, each in verdicts.items()}
-    return Judged(file, prompts, reasons)
-
-
-def _by_prompt(verdicts: Iterable[Verdict], both: bool) -> tuple[dict[int, list[Verdict]], Counter[str]]:
-    """Verdicts of each prompt that is judged, in both orders if `both`; why others are not, and how many."""
-    grouped: dict[int, list[Verdict]] = {}
-    for verdict in verdicts:
-        grouped.setdefault(verdict.index, []).append(verdict)
-    failed = Counter[str]()
-    for index, each in list(grouped.items()):
-        if reasons := [verdict.failed.partition(":")[0] for verdict in each if verdict.failed is not None]:
-            failed[reasons[0]] += 1
-        elif len(each) < 1 + both:
-            failed["judged in one order only"] += 1
+    head, verdicts = read_verdicts(path)
+    orders = 2 if head["judge"].get("order") == "both" else 1
+    prompts, left_out = {}, Counter[str]()
+    for index, each in groupby(verdicts, lambda verdict: verdict.index):
+        of_prompt = list(each)
+        preferences = [verdict.preference for verdict in of_prompt if verdict.preference is not None]
+        if failed := [verdict.failed.partition(":")[0] for verdict in of_prompt if verdict.failed is not None]:
+            left_out[failed[0]] += 1
+        elif len(preferences) < orders:
+            left_out["judged in one order only"] += 1
         else:
-            continue
-        del grouped[index]
-    return grouped, failed
-
-
-def _preference(verdicts: Iterable[Verdict]) -> float:
-    return fmean(verdict.preference for verdict in verdicts if verdict.preference is not None)
+            prompts[index] = fmean(preferences), of_prompt[0].len_model, of_prompt[0].len_baseline
+    left_out["not judged yet"] = head["prompts"] - len({verdict.index for verdict in verdicts})
+    reasons = {reason: count for reason, count in left_out.most_common() if count}
+    if len(prompts) < 2:
+        raise InputError(f"{path} has {len(prompts)} judged prompts (left out: {reasons}): judge at least two")
+    return Judged(path, head, verdicts, prompts, reasons)
 
 
 def facts(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
@@ -194,16 +189,16 @@ def shared_prompts(judged: Sequence[Judged]) -> list[int]:
     """
     one, other = judged[0], judged[-1]
     shared = sorted(one.prompts.keys() & other.prompts.keys())
-    header, other_header = ({key: each.file.header[key] for key in ("baseline", "judge")} for each in (one, other))
+    header, other_header = ({key: each.head[key] for key in ("baseline", "judge")} for each in (one, other))
     changed = differences(header, other_header)
     lengths = ((index, one.prompts[index][2], other.prompts[index][2]) for index in shared)
     if unequal := [f"index {index} has {x} and {y} characters" for index, x, y in lengths if x != y]:
         changed.append(f"the baseline's responses, and so the instructions or their order ({unequal[0]})")
     if changed:
         raise InputError(
-            f"{one.file.path} and {other.file.path} differ in {'; '.join(changed)}: judge both models alike, on "
+            f"{one.path} and {other.path} differ in {'; '.join(changed)}: judge both models alike, on "
             "responses to the same instructions in the same order"
         )
     if len(shared) < 2:
-        raise InputError(f"{one.file.path} and {other.file.path} have {len(shared)} judged prompts in common: need two")
+        raise InputError(f"{one.path} and {other.path} have {len(shared)} judged prompts in common: need two")
     return shared
