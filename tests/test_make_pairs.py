@@ -83,7 +83,7 @@ def test_command_writes_pairs_and_does_not_overwrite(tmp_path, capsys, canned):
     assert main([*command, "--scorer", f"{__name__}.Shortest", "--scorer.weight", "2"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["chosen"], row["margin"]) for row in rows] == [("tea", 18.0)] * 5
-    assert "5 prompts, 10 samples" in capsys.readouterr().out
+    assert "5 prompts, 4 samples each" in capsys.readouterr().out
     assert main(command) == 2
     assert "exists already" in capsys.readouterr().err
     out.unlink()
@@ -96,7 +96,7 @@ def test_no_pair_has_its_cause_named(tmp_path, capsys, canned):
     prompts.write_text('{"prompt": "a", "constraints": [{"kind": "no_commas", "params": {}}]}\n')
     command = ["make-pairs", "--model", "any", "--prompts", str(prompts), "--out", str(tmp_path / "pairs.jsonl")]
     assert main(command) == 2
-    assert "no pair among 1 prompts: samples score the same" in capsys.readouterr().err
+    assert "no pair among 1 prompts: raise max_new_tokens" in capsys.readouterr().err
     assert not (tmp_path / "pairs.jsonl").exists()
 
 

@@ -159,10 +159,10 @@ def test_official_forms():
 @pytest.mark.parametrize(
     ("form", "row", "message"),
     [
-        (AlpacaEval(), {"prompt": "a"}, "'instruction' should be a text, not a row with the columns prompt"),
-        (ArenaHard(), {"uid": "a", "prompt": " "}, "'prompt' should be a text"),
+        (AlpacaEval(), {"prompt": "a"}, "'instruction' should be text"),
+        (ArenaHard(), {"uid": "a", "prompt": " "}, "'prompt' is blank"),
         (MTBench(), {"question_id": "81", "turns": ["a"]}, "'question_id' should be a whole number"),
-        (MTBench(), {"question_id": 81, "turns": ["a", 3]}, "'turns' a list of texts"),
+        (MTBench(), {"question_id": 81, "turns": ["a", 3]}, "'turns' should be text"),
         (GSM8K(), {"question": "a", "answer": "42"}, "should end in ####"),
         (Constraints(), {"prompt": "a", "constraints": [{"kind": "no such"}]}, "a constraint is written"),
     ],
@@ -215,12 +215,9 @@ def test_gold_score_of_gsm8k_beside_its_own_output(tiny_model, tmp_path):
     written = json.loads((tmp_path / "tiny.json").read_text())
     assert [row["answer"] for row in written] == [row["answer"] for row in rows]
     assert "of the row" not in {row["output"] for row in written}
-    (tmp_path / "other.json").write_text(json.dumps(written))
-    assert in_process(*command, "--model.against", str(tmp_path / "other.json")) == 0
-    assert "| +0.000 [+0.000, +0.000] |" in (tmp_path / "tiny.md").read_text()
 
 
-def test_gold_score_and_paired_difference(tiny_model, tmp_path, capsys):
+def test_gold_score(tiny_model, tmp_path):
     rows = [
         {
             "prompt_id": f"p{i}",
@@ -234,16 +231,7 @@ def test_gold_score_and_paired_difference(tiny_model, tmp_path, capsys):
     assert in_process(*responses("test", "Constraints", source, tmp_path, tiny_model)) == 0
     table, written = (tmp_path / "tiny.md").read_text(), json.loads((tmp_path / "tiny.json").read_text())
     assert [row["score"] for row in written] == [0.5] * 6  # words without commas or digits
-    assert "| all prompts | 6 | 0.500 [0.500, 0.500] |" in table and "| unseen | 2 |" in table and "minus" not in table
-    written[0]["score"] = 0.0
-    (tmp_path / "other.json").write_text(json.dumps(written))
-    more = ("--model.against", str(tmp_path / "other.json"))
-    assert in_process(*responses("test", "Constraints", source, tmp_path, tiny_model, *more)) == 0
-    assert "| +0.083 [" in (tmp_path / "tiny.md").read_text()  # 0.5 of 6 prompts
-    written[2]["prompt"] = "another"
-    (tmp_path / "other.json").write_text(json.dumps(written))
-    assert in_process(*responses("test", "Constraints", source, tmp_path, tiny_model, *more)) == 1
-    assert "row 3 is another prompt (prompt differ)" in capsys.readouterr().err
+    assert "| all prompts | 6 | 0.500 [0.500, 0.500] |" in table and "| unseen | 2 |" in table
 
 
 def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
@@ -364,9 +352,8 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
     ("verb", "form", "more", "message"),
     [
         ("test", "MTBench", (), "MTBench has no gold score"),
-        ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "category 'writing', for which"),
+        ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for the category 'writing'"),
         ("fit", "MTBench", (), "does not fit"),
-        ("predict", "MTBench", ("--model.against", "x.json"), "it is for run.py test"),
         ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
         ("predict", "MTBench", ("--model.run", "nowhere", "--model.adapter", "x"), "give one model: model.run, or"),
         ("predict", "MTBench", ("--model.run", "nowhere"), "nowhere"),

@@ -110,7 +110,7 @@ def test_no_length_control_is_no_reason_to_hide_the_win_rate(
     printed = capsys.readouterr().out
     assert cells(printed)[f"{NAME}, %"] == ["n/a"] * 3
     assert cells(printed)["win rate, %"] == ["+0.00", "0.00", "+0.00 to +0.00"]  # the last: of the difference
-    assert f"no {NAME}: a length-controlled win rate has no finite solution" in printed
+    assert f"no {NAME}: no finite solution" in printed
     assert "| win rate, % | 100.00 |" in printed
 
 
@@ -209,7 +209,7 @@ def test_bad_files_of_difficulties(tmp_path: Path) -> None:
     for option, content, refusal in (
         ("gamed", None, "cannot be read"),
         ("difficulty", "index,difficulty\n0,1\n", "lacks the column instruction_difficulty; it has index, difficulty"),
-        ("difficulty", head + "0,1\n1,2\n", "no difficulty for 4 of the 6 judged prompts (first: index 2)"),
+        ("difficulty", head + "0,1\n1,2\n", "no difficulty for 4 prompts (first: index 2)"),
         ("difficulty", head + "0,1\n0,2\n", "row 2: index 0 needs one finite"),
         ("difficulty", head + "0,x\n", "row 1: index, instruction_difficulty should be numbers"),
         ("difficulty", head + "0\n", "row 1: cannot be read: ValueError: 1 values"),

@@ -147,7 +147,7 @@ def test_a_paired_difference_keeps_prompts_together() -> None:
 def test_one_side_has_no_finite_fit(wanted: dict[str, Any]) -> None:
     data = {**comparisons(20), **wanted}
     for preferences in (np.ones(20), np.zeros(20), (data["len_model"] > data["len_baseline"]).astype(float)):
-        with pytest.raises(InputError, match=r"no finite solution here.*report the win rate alone"):
+        with pytest.raises(InputError, match=r"no finite solution.*report the win rate alone"):
             length_controlled(**{**data, "preferences": preferences})
     # one soft label on the other side of a limit is enough for length, not for the bias
     hard = np.where(np.arange(20) % 3, 1.0, 0.0)
@@ -158,8 +158,8 @@ def test_one_side_has_no_finite_fit(wanted: dict[str, Any]) -> None:
 
 def test_what_no_fit_can_use() -> None:
     for columns, message in (
-        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 25, 35]), r"same number of characters on every prompt.*report the win"),
-        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 20, 35], [1.0, 1.0, 1.0]), r"cannot be told apart.*the difficulty out"),
+        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 25, 35]), "differ by the same number of characters: report the win"),
+        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 20, 35], [1.0, 1.0, 1.0]), r"cannot be told apart.*difficulty out"),
     ):
         with pytest.raises(InputError, match=message):
             length_controlled(*columns)

@@ -12,7 +12,6 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks.best_checkpoint import load_best
-from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.chat_template import PLAIN, load_template, tokenizer_state
 from mixdpo.data.prompts import read_prompts
@@ -54,8 +53,7 @@ class GoldEvaluation(Callback):
                 this once, and a continued run keeps the decision.
         """
         self.prompts, self.scorer = prompts, scorer
-        self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        self.dequantise = dequantise
+        self.options, self.dequantise = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, dequantise
         self.before: Responses | None = None
         self._rows: list[dict[str, Any]] = []
         self._restored: dict[str, Any] | None = None
@@ -78,8 +76,7 @@ class GoldEvaluation(Callback):
                 self._copy = self._restored["copy"] if self.dequantise is None else self._copy
             elif trainer.ckpt_path and any(getattr(c, "role", None) == "reference" for c in trainer.callbacks):
                 raise InputError(
-                    "the checkpoint holds no responses of GoldEvaluation, and the reference that gave them may have "
-                    "been refreshed since: leave GoldEvaluation out, and compare with run.py test"
+                    "the checkpoint lacks GoldEvaluation's responses of the first reference: leave GoldEvaluation out"
                 )
             self.before = self._responses(pl_module, "reference", "before training")
 
@@ -89,13 +86,12 @@ class GoldEvaluation(Callback):
         best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
         after = self._responses(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
-        summary = self._run_summary(trainer)
-        if best is not None:
-            summary["responses after training"] = f"of the best {best.monitor}, {best.best_model_score:.4f}"
-        table, folder = markdown(rows, summary), Path(trainer.default_root_dir)
+        chosen = f", at the best {best.monitor}, {best.best_model_score:.4f}" if best else ""
+        table = f"{markdown(rows)}\n\nAfter {trainer.global_step} optimizer steps{chosen}."
+        folder = Path(trainer.default_root_dir)
         pairs = zip(self._rows, self.before.rows(), after.rows(), strict=True)
         responses = [{**row, "before": before, "after": after} for row, before, after in pairs]
-        write_json(folder / "results.json", {"heldout_prompts": rows, "summary": summary, "steps": trainer.global_step})
+        write_json(folder / "results.json", {"heldout_prompts": rows, "steps": trainer.global_step})
         write_json(folder / "responses.json", responses)
         (folder / "results.md").write_text(table + "\n")
         print(f"\n{table}\n\nrun folder: {folder}")
@@ -105,7 +101,7 @@ class GoldEvaluation(Callback):
         tokenizer = load_tokenizer(pl_module.base)
         tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.chat_template)
         if tokenizer.chat_template == PLAIN:
-            raise InputError("GoldEvaluation needs a chat template, and data.chat_template is plain: give a template")
+            raise InputError("GoldEvaluation needs a chat template: give data.chat_template another than plain")
 
         def generated() -> list[Response]:
             if self._copy is not None:
@@ -139,16 +135,6 @@ class GoldEvaluation(Callback):
             "template": tokenizer.chat_template,
             "asked": self._asked() | {**self.options, "copy": str(self._copy)},
             "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
-        }
-
-    def _run_summary(self, trainer: L.Trainer) -> dict[str, str]:
-        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
-        copied = f"a dequantised copy in {str(self._copy).removeprefix('torch.')}, adapter merged"
-        return {
-            "optimizer steps": str(trainer.global_step),
-            "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",
-            "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",
-            "responses generated with": copied if self._copy else "the model as trained",
         }
 
 

@@ -198,8 +198,7 @@ def _check_room(model: nn.Module, encoded: list[list[int]], max_new_tokens: int)
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
         raise InputError(
-            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's {room} positions: "
-            f"give at most {max(room - longest, 0)}, or leave that prompt out"
+            f"{longest} tokens of a prompt and max_new_tokens {max_new_tokens} exceed the model's {room} positions"
         )
 
 

@@ -79,10 +79,8 @@ def evaluate(
         for key, values in results.items():
             values.update(part[key])
     if out is not None:
-        made_of = {"base": trained.base, "adapter": str(trained.adapter or "none"), **trained.loading}
-        write_json(
-            out, {"lm_eval": version("lm_eval"), "model": model, **made_of, "limit": limit, "seed": seed, **results}
-        )
+        results |= {"lm_eval": version("lm_eval"), "model": model, "base": trained.base, "limit": limit, "seed": seed}
+        write_json(out, results | {"adapter": str(trained.adapter or "none"), **trained.loading})
         print(f"wrote {out}")
 
 
@@ -101,9 +99,9 @@ def _load_tasks(names: list[str], include_path: str | None) -> dict[str, list[An
         try:
             loaded = manager.load([name])
         except Exception as error:  # of datasets, the hub, YAML, and the tasks' own code: an open list
+            reason = f"{type(error).__name__}: {str(error)[:400]}"
             raise InputError(
-                f"the task {name!r} could not be loaded ({type(error).__name__}: {str(error)[:400]}): see `lm-eval ls "
-                "tasks`, or give --include_path a task of that name that reads a copy of its data"
+                f"the task {name!r} could not be loaded ({reason}): see `lm-eval ls tasks`, or --include_path"
             ) from error
         tasks[name] = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     return tasks

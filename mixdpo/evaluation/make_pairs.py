@@ -61,15 +61,11 @@ def make_pairs(
     rows = read_prompts(prompts, limit, seed)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
     responses = _sample(model, rows, samples=samples, seed=seed, **options)
-    sampled = [response for each in responses for response in each]
-    length, ended = (np.mean([getattr(each, name) for each in sampled]) for name in ("tokens", "ended"))
-    print(f"{len(rows)} prompts, {len(sampled)} samples of {length:.1f} tokens, {ended:.1%} ended by themselves")
+    ended = np.mean([response.ended for each in responses for response in each])
+    print(f"{len(rows)} prompts, {samples} samples each, {ended:.1%} ended by themselves")
     pairs = pair_up(rows, responses, scorer or ConstraintScorer(), seed, min_score)
     if not pairs:
-        raise InputError(
-            f"no pair among {len(rows)} prompts: samples score the same, or below min_score, or were cut at "
-            f"max_new_tokens {max_new_tokens}"
-        )
+        raise InputError(f"no pair among {len(rows)} prompts: raise max_new_tokens or samples, or lower min_score")
     low, middle, high = np.quantile([pair["margin"] for pair in pairs], [0, 0.5, 1])
     print(f"{len(pairs)} pairs; margins {low:.2f} to {high:.2f}, median {middle:.2f}")
     write_rows(out, pairs)

@@ -46,10 +46,7 @@ def compared(a: MarginsFile, b: MarginsFile) -> tuple[np.ndarray, np.ndarray]:
     """
     common = [(margin, b.pairs[i][1]) for i, (text, margin) in a.pairs.items() if b.pairs.get(i, ("",))[0] == text]
     if not common:
-        raise InputError(
-            f"{a.path} (of {a.header['source']}) and {b.path} (of {b.header['source']}) have no pair in common: give "
-            "two files of the same data"
-        )
+        raise InputError(f"{a.path} and {b.path} have no pair in common: give two files of the same data")
     x, y = np.array(common).T
     return x, y
 
@@ -75,6 +72,5 @@ def compare(a: str, b: str) -> None:
 
 def _describe(file: MarginsFile) -> str:
     header = file.header
-    options = f" {json.dumps(header['options'])}" if header["options"] else ""
-    model = "" if header["needs"] == "rating" else f", {header['base']}{' + ' * bool(header['adapter'])}"
-    return f"{file.path}: {header['signal']}{options}{model}{header['adapter'] or ''}, {len(file.pairs)} pairs"
+    model = "" if header["needs"] == "rating" else f", {header['base']}, adapter {header['adapter']}"
+    return f"{file.path}: {header['signal']} {json.dumps(header['options'])}{model}, {len(file.pairs)} pairs"

@@ -121,7 +121,7 @@ RUNS = [
         "GoldEvaluation",
         "plain text instead of a template",
         ("--data.chat_template", "plain", *callback("lightning_modules.callbacks.GoldEvaluation")),
-        ("data.chat_template is plain", "give a template"),
+        ("needs a chat template", "give data.chat_template"),
     ),
     Run("name", "empty", ("--name", ""), ("names no folder", "give a name")),
     Run("seed_everything", "-1", ("--seed_everything", "-1"), ("seed_everything must lie in",)),
