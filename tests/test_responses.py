@@ -249,12 +249,11 @@ def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
         "base": (),
         "policy": ("--model.run", str(run)),
         "merged": ("--model.run", str(run), "--model.dequantise", "true"),
-        "adapter": ("--model.adapter", str(run / "adapter")),
         "peft": ("--model.run", str(tmp_path / "peft")),
     }.items():
         assert in_process(*responses("predict", "MTBench", source, tmp_path / name, tiny_model, *more)) == 0
         choices[name] = [row["choices"] for row in read(tmp_path / name / "tiny.jsonl")]
-    assert choices["policy"] == choices["merged"] == choices["adapter"] == choices["peft"] != choices["base"]
+    assert choices["policy"] == choices["merged"] == choices["peft"] != choices["base"]
 
 
 def test_a_prompt_that_cannot_be_asked_is_named_by_its_id(tiny_model, tmp_path, capsys):
@@ -300,7 +299,7 @@ def serving(handler: Any) -> Iterator[tuple[Any, str]]:
         server.shutdown()
 
 
-def test_responses_of_a_server(tmp_path, capsys):
+def test_responses_of_a_server(tmp_path):
     """Two turns by an OpenAI-compatible server; the key is in no file."""
     source = write_rows(tmp_path / "question.jsonl", questions(4))
     with serving(Echo) as (server, url), pytest.MonkeyPatch.context() as patch:
@@ -315,9 +314,6 @@ def test_responses_of_a_server(tmp_path, capsys):
     assert len(server.asked) == 9 and server.asked[0]["max_tokens"] == 6
     assert {len(body["messages"]) for body in server.asked} == {1, 3}
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("tiny*"))
-    (tmp_path / "tiny.responses.sqlite").unlink()
-    assert in_process(*arguments, "--model.adapter", "x") == 1
-    assert "give one model" in capsys.readouterr().err
 
 
 def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, capsys):
@@ -355,7 +351,7 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
         ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for the category 'writing'"),
         ("fit", "MTBench", (), "does not fit"),
         ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
-        ("predict", "MTBench", ("--model.run", "nowhere", "--model.adapter", "x"), "give one model: model.run, or"),
+        ("predict", "MTBench", ("--model.run", "nowhere", "--model.server", "x"), "give one model: model.run, or"),
         ("predict", "MTBench", ("--model.run", "nowhere"), "nowhere"),
     ],
 )

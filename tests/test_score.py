@@ -160,7 +160,7 @@ def test_differently_judged_models_are_refused(tmp_path: Path) -> None:
 def test_other_instructions_are_refused(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", [verdict(i, 0.5) for i in range(4)])
     b = write(tmp_path / "b.jsonl", [verdict(i, 0.5, len_baseline=120 + 3 * (3 - i)) for i in range(4)])
-    with pytest.raises(InputError, match=r"the instructions or their order \(index 0 has 120 and 129 characters\)"):
+    with pytest.raises(InputError, match=r"the instructions or their order \(first: index 0\): judge both"):
         score(a, against=b)
     b = write(tmp_path / "b.jsonl", [verdict(i, 0.5) for i in range(3, 7)])
     with pytest.raises(InputError, match="1 judged prompts in common: need two"):

@@ -16,6 +16,9 @@ from mixdpo.data.chat_template import encode_responses, load_template
 from mixdpo.errors import InputError
 from mixdpo.model.forward import evaluating
 
+Pick = Callable[[Tensor], Tensor]
+"""(B, V) logits -> (B,) next tokens."""
+
 
 @dataclass(frozen=True)
 class Response:
@@ -91,14 +94,7 @@ def generate(
 
 
 def _complete(
-    model: nn.Module,
-    prompts: list[list[int]],
-    *,
-    pick: Callable[[Tensor], Tensor],
-    pad: int,
-    ends: Tensor,
-    samples: int,
-    max_new_tokens: int,
+    model: nn.Module, prompts: list[list[int]], *, pick: Pick, pad: int, ends: Tensor, samples: int, max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of `samples` completions per prompt, samples of one prompt side by side. `ends` (E,) end one."""
     from transformers import DynamicCache

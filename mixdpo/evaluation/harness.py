@@ -99,9 +99,7 @@ def _load_tasks(names: list[str], include_path: str | None) -> dict[str, list[An
         try:
             loaded = manager.load([name])
         except Exception as error:  # of datasets, the hub, YAML, and the tasks' own code: an open list
-            reason = f"{type(error).__name__}: {str(error)[:400]}"
-            raise InputError(
-                f"the task {name!r} could not be loaded ({reason}): see `lm-eval ls tasks`, or --include_path"
-            ) from error
+            reason = f"the task {name!r} could not be loaded ({type(error).__name__}: {str(error)[:400]})"
+            raise InputError(f"{reason}: see `lm-eval ls tasks`, or give --include_path") from error
         tasks[name] = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     return tasks

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import signal
 from collections import defaultdict, deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -38,7 +37,8 @@ class Comparison:
     ended: bool | None
 
 
-Question = tuple[Comparison, Order]
+Questions = dict[tuple[int, Order], Comparison]
+"""Index of the prompt and order -> what the judge compares."""
 
 
 def judge(
@@ -92,15 +92,15 @@ def judge(
     path = Path(out) if out else Path(responses).with_suffix(".verdicts.sqlite")
     both: list[Order] = ["model_first", "baseline_first"]
     orders = {c: both if order == "both" else [drawn_order(c.instruction, seed)] for c in comparisons[:limit]}
-    questions = [(comparison, each) for comparison, asked in orders.items() for each in asked]
+    questions: Questions = {(c.index, each): c for c, asked in orders.items() for each in asked}
     return _judge(endpoint, questions, header, path, concurrency)
 
 
-def _judge(endpoint: Endpoint, questions: Sequence[Question], header: Row, path: Path, at_once: int) -> int:
+def _judge(endpoint: Endpoint, questions: Questions, header: Row, path: Path, at_once: int) -> int:
     """The header says what is judged, and how, but no limit, so that the limit can be raised later."""
     with VerdictsWriter(path, header) as writer:
         known = {key for key, verdict in writer.verdicts.items() if verdict.failed is None}
-        missing = [question for question in questions if _key(question) not in known]
+        missing = {key: comparison for key, comparison in questions.items() if key not in known}
         print(f"{path} has {len(questions) - len(missing)} of the {len(questions)} verdicts")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background, where a shell has it ignored
         try:
@@ -108,7 +108,7 @@ def _judge(endpoint: Endpoint, questions: Sequence[Question], header: Row, path:
         except KeyboardInterrupt:
             print(f"stopped: {CONTINUES}")
             return 130
-        verdicts = [writer.verdicts[key] for key in map(_key, questions)]
+        verdicts = [writer.verdicts[key] for key in questions]
     failed = sorted(verdict.failed for verdict in verdicts if verdict.failed is not None)
     print(f"judged {len(verdicts) - len(failed)} of {len(verdicts)}, failed {len(failed)}")
     for _, each in groupby(failed, lambda reason: reason.partition(":")[0]):
@@ -147,17 +147,13 @@ def drawn_order(instruction: str, seed: int) -> Order:
     return "baseline_first" if drawn % 2 else "model_first"
 
 
-def _key(question: Question) -> tuple[int, Order]:
-    return question[0].index, question[1]
-
-
-async def _ask_all(endpoint: Endpoint, missing: Sequence[Question], writer: VerdictsWriter, at_once: int) -> None:
-    waiting = iter(missing)  # one iterator for all workers: each question goes to one of them
+async def _ask_all(endpoint: Endpoint, missing: Questions, writer: VerdictsWriter, at_once: int) -> None:
+    waiting = iter(missing.items())  # one iterator for all workers: each question goes to one of them
     with tqdm(total=len(missing), unit="verdict") as bar:
 
         async def work() -> None:
-            for question in waiting:
-                writer.keep(await _ask(endpoint, *question))
+            for (_, order), comparison in waiting:
+                writer.keep(await _ask(endpoint, comparison, order))
                 bar.update()
 
         async with endpoint.client:

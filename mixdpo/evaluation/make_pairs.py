@@ -66,10 +66,8 @@ def make_pairs(
     pairs = pair_up(rows, responses, scorer or ConstraintScorer(), seed, min_score)
     if not pairs:
         raise InputError(f"no pair among {len(rows)} prompts: raise max_new_tokens or samples, or lower min_score")
-    low, middle, high = np.quantile([pair["margin"] for pair in pairs], [0, 0.5, 1])
-    print(f"{len(pairs)} pairs; margins {low:.2f} to {high:.2f}, median {middle:.2f}")
     write_rows(out, pairs)
-    print(f"wrote {out}")
+    print(f"wrote {len(pairs)} pairs to {out}")
 
 
 def pair_up(
@@ -91,12 +89,16 @@ def pair_up(
     Raises:
         InputError: the scorer gives a score too many or too few, or one that is not finite.
     """
-    pairs = []
+    pairs: list[Row] = []
     for index, (row, sampled) in enumerate(zip(rows, responses, strict=True)):
         texts = [response.text.strip() for response in sampled if response.ended and response.text.strip()]
         pair = select_pair(texts, scores_of(scorer, row, texts), random.Random(f"{seed} {index}")) if texts else None
         if pair is not None and pair[0][1] >= min_score:
-            pairs.append(_pair_row(row, *pair))
+            (chosen, best), (rejected, worst) = pair
+            kept = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+            # Rounded so that equal margins compare equal: 1 - 2/3 and 1/3 - 0 differ in the last bit.
+            kept |= {"score_chosen": best, "score_rejected": worst, "margin": round(best - worst, 6)}
+            pairs.append(kept | {key: row[key] for key in ("constraints",) if key in row})
     return pairs
 
 
@@ -106,13 +108,6 @@ def select_pair(texts: Sequence[str], scores: Sequence[float], rng: random.Rando
     rng.shuffle(ranked)
     ranked.sort(key=lambda pair: -pair[1])
     return (ranked[0], ranked[-1]) if ranked[0][1] > ranked[-1][1] else None
-
-
-def _pair_row(row: Row, chosen: Scored, rejected: Scored) -> Row:
-    # Rounded so that equal margins compare equal: 1 - 2/3 and 1/3 - 0 differ in the last bit.
-    scores = {"score_chosen": chosen[1], "score_rejected": rejected[1], "margin": round(chosen[1] - rejected[1], 6)}
-    pair = {"prompt": row["prompt"], "chosen": chosen[0], "rejected": rejected[0]} | scores
-    return pair | ({"constraints": row["constraints"]} if "constraints" in row else {})
 
 
 def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Response]]:

@@ -118,13 +118,28 @@ def _rate_rows(rates: Rates, sign: str = "") -> list[tuple[str, ...]]:
 
 
 def _rows_beside(preferences: Any, left_out: dict[str, int], verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
-    """How sure the win rate is, how many prompts it is of, and what else could explain it."""
-    error = win_rate.standard_error_of_mean(preferences)
+    """How sure the win rate is, how many prompts it is of, and what else could explain it. Failed verdicts count too.
+
+    The preference for the response shown first is half of each order, so that a strong model is no bias; 50 is none.
+    """
     reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
+    prompts = list({verdict.index: verdict for verdict in verdicts}.values())
+    known = [(verdict.order, verdict.preference) for verdict in verdicts if verdict.preference is not None]
+    model_first = _mean(preference for order, preference in known if order == "model_first")
+    baseline_first = _mean(1 - preference for order, preference in known if order == "baseline_first")
+    means = {
+        "length of the model's responses, characters": _mean(verdict.len_model for verdict in prompts),
+        "length of the baseline's responses, characters": _mean(verdict.len_baseline for verdict in prompts),
+        "length of the model's responses, tokens": _mean(v.tokens for v in prompts if v.tokens is not None),
+        "responses that ended by themselves, %": _mean(100 * v.ended for v in prompts if v.ended is not None),
+        "empty responses, %": _mean(100 * (verdict.len_model == 0) for verdict in prompts),
+        "preference for the response shown first, %": 50 * (model_first + baseline_first),
+    }
+    error = win_rate.standard_error_of_mean(preferences)
     return [
         ("standard error of the win rate as AlpacaEval has it", "", f"{error:.2f}", ""),
         (f"prompts left out: {sum(left_out.values())}", reasons or "none", "", ""),
-        *((name, "n/a" if v is None else f"{v:.1f}", "", "") for name, v in facts(verdicts).items()),
+        *((name, "n/a" if np.isnan(mean) else f"{mean:.1f}", "", "") for name, mean in means.items()),
     ]
 
 
@@ -152,33 +167,9 @@ def judged_prompts(path: str) -> Judged:
     return Judged(path, head, verdicts, prompts, reasons)
 
 
-def facts(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
-    """What verdicts, failed ones included, say about the responses and the judge; None where they do not say."""
-    prompts = list({verdict.index: verdict for verdict in verdicts}.values())
-    return {
-        "length of the model's responses, characters": _mean(verdict.len_model for verdict in prompts),
-        "length of the baseline's responses, characters": _mean(verdict.len_baseline for verdict in prompts),
-        "length of the model's responses, tokens": _mean(v.tokens for v in prompts if v.tokens is not None),
-        "responses that ended by themselves, %": _mean(100 * v.ended for v in prompts if v.ended is not None),
-        "empty responses, %": _mean(100 * (verdict.len_model == 0) for verdict in prompts),
-        "preference for the response shown first, %": _position_bias(verdicts),
-    }
-
-
-def _mean(values: Iterable[float]) -> float | None:
+def _mean(values: Iterable[float]) -> float:
     values = list(values)
-    return fmean(values) if values else None
-
-
-def _position_bias(verdicts: Sequence[Verdict]) -> float | None:
-    """Mean preference for the response shown first; 50 is none. None if there is one order only.
-
-    Half of each order, so that a strong model does not look like a bias.
-    """
-    known = [(verdict.order, verdict.preference) for verdict in verdicts if verdict.preference is not None]
-    model_first = _mean(preference for order, preference in known if order == "model_first")
-    baseline_first = _mean(1 - preference for order, preference in known if order == "baseline_first")
-    return None if model_first is None or baseline_first is None else 50 * (model_first + baseline_first)
+    return fmean(values) if values else float("nan")
 
 
 def shared_prompts(judged: Sequence[Judged]) -> list[int]:
@@ -189,16 +180,11 @@ def shared_prompts(judged: Sequence[Judged]) -> list[int]:
     """
     one, other = judged[0], judged[-1]
     shared = sorted(one.prompts.keys() & other.prompts.keys())
-    header, other_header = ({key: each.head[key] for key in ("baseline", "judge")} for each in (one, other))
-    changed = differences(header, other_header)
-    lengths = ((index, one.prompts[index][2], other.prompts[index][2]) for index in shared)
-    if unequal := [f"index {index} has {x} and {y} characters" for index, x, y in lengths if x != y]:
-        changed.append(f"the baseline's responses, and so the instructions or their order ({unequal[0]})")
+    changed = differences(*({key: each.head[key] for key in ("baseline", "judge")} for each in (one, other)))
+    if unequal := [index for index in shared if one.prompts[index][2] != other.prompts[index][2]]:
+        changed.append(f"the instructions or their order (first: index {unequal[0]})")
     if changed:
-        raise InputError(
-            f"{one.path} and {other.path} differ in {'; '.join(changed)}: judge both models alike, on "
-            "responses to the same instructions in the same order"
-        )
+        raise InputError(f"{one.path} and {other.path} differ in {'; '.join(changed)}: judge both models alike")
     if len(shared) < 2:
         raise InputError(f"{one.path} and {other.path} have {len(shared)} judged prompts in common: need two")
     return shared
