@@ -34,6 +34,8 @@ DIFFERENCE = (
     " {control} | {difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}] | {verdict} | {detectable:.3f} |"
 )
 
+NONE = " {control} | | | |"
+
 
 def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
     """Mean gold score of a job's responses to the prompts of these parts."""
@@ -68,14 +70,15 @@ def write_tables(plan: Study, done: Set[str]) -> str:
         writer.writerows(row for of_outcome in rows.values() for row in of_outcome)
     lines = []
     for outcome, of_outcome in rows.items():
-        lines += [HEADING.format(outcome), "|---" * 10 + "|", *map(_markdown, of_outcome), ""]
+        table = [(MEAN + (DIFFERENCE if "difference" in row else NONE)).format(**row) for row in of_outcome]
+        lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""]
     for run in plan.runs:
         absent = [str(seed) for seed in plan.seeds if seed not in seeds_done(plan, run, done)]
         lines += [f"- missing: {run}, seeds {', '.join(absent)}"] if absent else []
-    table = "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
     with written_whole(Path(plan.folder, "table.md")) as partial:
-        partial.write_text(table, "utf-8")
-    return table
+        partial.write_text(text, "utf-8")
+    return text
 
 
 def _rows(plan: Study, done: Set[str], outcome: str) -> list[Row]:
@@ -130,7 +133,3 @@ def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -
     if any(row["score"] is None for row in rows):
         raise InputError(f"{path} holds responses without a score: give the runs' GoldEvaluation a scorer")
     return np.array([[row[key] for row in rows] for key in ("score", "tokens", "ended")], dtype=float)
-
-
-def _markdown(row: Row) -> str:
-    return (MEAN + (DIFFERENCE if "difference" in row else " {control} | | | |")).format(**row)
