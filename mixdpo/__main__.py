@@ -18,7 +18,7 @@ VERBS = {
     "make-pairs": ("evaluation.make_pairs:make_pairs", "sample a model, score the samples, write preference pairs"),
     "compare-margins": ("signals.compare_margins:compare", "compare two margins files: ranks and hard sets"),
     "report": ("token_cleaning.report:report", "show what token cleaning cut in a run"),
-    "study": ("evaluation.study_run:study", "run a grid of runs from one file, then a table with intervals and plots"),
+    "study": ("evaluation.study_run:study", "run a grid of runs from one file, then a table with intervals"),
     "options": ("options:options", "list what a class that a config names takes"),
     "judge": ("evaluation.judge:judge", "ask a judge whether a model's responses or a baseline's are better"),
     "score": ("evaluation.score:score", "win rates from a judge's verdicts, length-controlled as well"),

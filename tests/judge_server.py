@@ -147,9 +147,6 @@ class Handler(BaseHTTPRequestHandler):
         """`until 2`: 429 with Retry-After as a date, so many seconds from now."""
         self.do_wait(formatdate(time.time() + float(value), usegmt=True))
 
-    def do_parameter(self, _: str) -> None:
-        self.send(400, {"error": {"message": "logprobs are not supported", "code": None, "param": "logprobs"}})
-
     def do_hang(self, value: str) -> None:
         self.server.closing.wait(float(value))
         self.close_connection = True

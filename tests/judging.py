@@ -58,7 +58,7 @@ class Judging:
 
     @property
     def verdicts(self) -> dict[tuple[int, str], Verdict]:
-        return {verdict.key: verdict for verdict in read_verdicts(self.path).verdicts}
+        return {verdict.key: verdict for verdict in read_verdicts(self.path)[1]}
 
     def lines(self) -> int:
         """Verdicts in the file, which a judge may be writing to."""

@@ -13,7 +13,6 @@ from datasets import Dataset, Features, Value
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.model.loading import load_tokenizer
-from mixdpo.pages.charts import histogram
 from mixdpo.token_cleaning.report import _colour, visible_units
 from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
 
@@ -138,27 +137,10 @@ def test_a_score_at_the_threshold_is_white_and_half_way_is_pale() -> None:
     assert _colour(0.6, stage) in ("#a0c8ee", "#a1c9ef") and _colour(NAN, stage) == "none"
 
 
-def test_the_histogram_stacks_kept_on_cut() -> None:
-    """One cut score in the first of 60 bars; one cut and two kept ones in the last, with what lies beyond the ends."""
-    svg = histogram(np.array([-9.0, 6.0]), np.array([5.95, 9.0]), (0.0, 6.0), threshold=3.0)
-    corners: dict[str, np.ndarray] = {}
-    for kind in ("cut", "kept"):
-        path = re.search(rf'<g id="{kind}">\s*<path d="([^"]*)"', svg)
-        corners[kind] = np.array(re.findall(r"[ML] (\S+) (\S+)", path[1] if path else ""), dtype=float)
-    left, bottom = corners["cut"].min(0)[0], corners["cut"].max(0)[1]  # y grows downwards
-    bar, one = np.ptp(corners["cut"][:, 0]) / 60, np.ptp(corners["cut"][:, 1])
-    places = {
-        kind: {tuple(corner) for corner in ((xy - [left, bottom]) / [bar, -one]).round(2)}
-        for kind, xy in corners.items()
-    }
-    assert {(0, 1), (1, 1), (59, 1), (60, 1)} <= places["cut"] and {(59, 3), (60, 3)} <= places["kept"]
-    assert max(y for _, y in places["kept"]) == 3 and "threshold 3" in svg
-
-
 def test_samples_of_a_stage_may_lie_anywhere(tmp_path: Path, tiny_model: str) -> None:
     run = write_run(tmp_path / "run", tiny_model, order=[4, 2, 5, 0, 3, 1])
-    page, text = page_of(run)
-    assert "threshold -0.25" in text and "threshold 0.5" in text and len(page.tokens) == 40 + 4 + 2
+    page, _ = page_of(run)
+    assert len(page.tokens) == 40 + 4 + 2
     cleaning = read_cleaning(run)
     stages = cleaning.scored_stages()
     assert [stage.samples.tolist() for stage in stages] == [[1, 4], [0]]
@@ -178,12 +160,12 @@ def test_without_scores(run: str) -> None:
     """As with weights from an earlier run; and where there was a warm-up only."""
     np.save(Path(run, "cleaning", "scores.npy"), np.full(57, np.nan, dtype=np.float32))
     page, text = page_of(run)
-    assert not page.tokens and text.count("No token is scored") == 2
+    assert not page.tokens and "No scored sample is shown" in text
     path = Path(run, "cleaning", "stages.json")
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"stages": record["stages"][:1]}))
     page, text = page_of(run)
-    assert not page.tokens and "<svg" not in text and "No scored sample is shown" in text
+    assert not page.tokens and "No scored sample is shown" in text
 
 
 def byte_level_tokenizer() -> Any:

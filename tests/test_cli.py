@@ -626,5 +626,5 @@ def test_every_error_of_ours_is_explained() -> None:
     assert len(classes) == 4 and all(f"`{name}`" in page for name in classes)
     modules = [path for room in ("mixdpo", "lightning_modules", "datamodules") for path in (ROOT / room).rglob("*.py")]
     others = {path for path in modules if re.search(r"^class \w+\(.*(Error|Exception)\):", path.read_text(), re.M)}
-    inside = {ROOT / "mixdpo" / name for name in ("evaluation/endpoint.py", "evaluation/judge_prompt.py")}
+    inside = {ROOT / "mixdpo" / name for name in ("evaluation/endpoint.py", "evaluation/verdicts.py")}
     assert {path for path in others - inside if path.parent.name != "storage"} == {ROOT / "mixdpo" / "errors.py"}

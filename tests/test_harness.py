@@ -96,20 +96,6 @@ def test_a_local_task_by_hand(
         assert cells[: len(numbers)] == pytest.approx(numbers, rel=1e-3)
 
 
-def test_the_chat_template_and_the_limit(tiny_model: str, tasks: str, tmp_path: Path) -> None:
-    run, out = write_run(tmp_path / "run", tiny_model), tmp_path / "results.json"
-    perplexities = []
-    for apply in (False, True):
-        evaluate(str(run), "tiny_likelihood", str(out), 2, include_path=tasks, apply_chat_template=apply)
-        written = json.loads(out.read_text())
-        assert written["n-samples"]["tiny_likelihood"]["effective"] == 2
-        perplexities.append(written["results"]["tiny_likelihood"]["perplexity,none"])
-    assert abs(perplexities[0] - perplexities[1]) > 0.01
-    plain = write_run(tmp_path / "plain", tiny_model, chat_template="plain")
-    with pytest.raises(InputError, match="trained on plain text"):
-        evaluate(str(plain), "tiny_likelihood", include_path=tasks, apply_chat_template=True)
-
-
 def test_what_is_refused(tiny_model: str, tasks: str, tmp_path: Path) -> None:
     run = str(write_run(tmp_path / "run", tiny_model))
     (tmp_path / "tasks" / "broken.yaml").write_text(TASK.format(name="broken", data=tmp_path / "none.jsonl") + CHOICE)

@@ -1,13 +1,11 @@
 """A judge or a server that is killed loses only the verdicts in flight, and the same command continues."""
 
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from judge_server import Server
-from judging import Judging, ServerProcess, ends_with, in_turn, wait_for
+from judging import Judging, ServerProcess, ends_with, wait_for
 
 
 @pytest.fixture
@@ -40,24 +38,14 @@ def test_kills_lose_only_what_is_in_flight(separate, tmp_path):
     assert max(answered.values()) <= 3 and not kept.keys() & {key for key, times in answered.items() if times > 1}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_and_the_same_command_continues(separate, tmp_path, number):
+def test_an_interrupt_ends_it_and_the_same_command_continues(separate, tmp_path):
     judging = Judging(tmp_path, separate.url, 24, concurrency=4)
     process = judging.start()
     wait_for(lambda: judging.lines() > 8)
-    process.send_signal(number)
-    said = ends_with(process, 128 + number)
-    assert f"stopped by {number.name}; the same command continues" in said and "Traceback" not in said
+    process.send_signal(signal.SIGINT)
+    printed = ends_with(process, 130)
+    assert "stopped: the same command continues" in printed and "Traceback" not in printed
     kept = judging.verdicts
     assert 8 <= len(kept) < 24 and not list(tmp_path.glob("*-journal"))
     assert judging() == 0 and len(judging.verdicts) == 24
     assert kept.items() <= judging.verdicts.items() and separate.answered().total() <= 28
-
-
-@pytest.mark.slow
-def test_a_server_that_hangs_for_ten_seconds(tmp_path):
-    with Server(in_turn, {0: ["hang 10", "hang 10"], 3: ["hang 10!"]}) as server:
-        judging = Judging(tmp_path, server.url, attempts=3, timeout=3)
-        assert judging() == 1
-        assert Counter(server.asked) == {0: 3, 1: 1, 2: 1, 3: 3, 4: 1, 5: 1}
-    assert [v.index for v in judging.verdicts.values() if v.failed] == [3]

@@ -89,25 +89,13 @@ def test_only_marked_tokens_differ(tokenizer, kind, conversations, rate, seed):
             assert planted > 0
 
 
-def test_swapped_tokens_come_from_responses(tokenizer):
-    """The prompts' word is in no response, so no response may get it; and a frequent token is drawn more often."""
-    responses = [[8] * 30 + [9] * 9 + [10]] * 50
-    samples = encoded([[([7], response)] for response in responses])
-    after = plant(samples, PlantedNoise(kinds=("swap",), rate=0.5), tokenizer)
-    new_and_marks = [pair for row in after for _, *both in turns_of(row) for pair in zip(*both, strict=True)]
-    swapped = Counter(token for token, mark in new_and_marks if mark)
-    assert set(swapped) == {8, 9, 10}
-    assert swapped[9] > 4 * swapped[10]
-
-
 @pytest.mark.parametrize("kind", ["swap", "boilerplate", "shuffle"])
 def test_the_rate_is_met_on_average(tokenizer, kind):
-    samples = encoded(random_conversations(40, 100))
-    for rate in (0.1, 0.5):
-        after = plant(samples, PlantedNoise(rate=rate, kinds=[kind], phrases=SENTENCES), tokenizer)
-        shares = [sum(marks) / len(marks) for marks in after["planted"]]
-        assert sum(shares) / len(shares) == pytest.approx(rate, abs=0.03)
-        assert max(abs(share - rate) for share in shares) < 0.07
+    after = plant(
+        encoded(random_conversations(40, 100)), PlantedNoise(rate=0.3, kinds=[kind], phrases=SENTENCES), tokenizer
+    )
+    shares = [sum(marks) / len(marks) for marks in after["planted"]]
+    assert sum(shares) / len(shares) == pytest.approx(0.3, abs=0.03)
 
 
 def test_the_order_of_the_rows_decides_nothing(tokenizer):
@@ -120,13 +108,6 @@ def test_the_order_of_the_rows_decides_nothing(tokenizer):
     assert len({len(row["input_ids"]) for row in forth.values()}) > 1  # some are longer: boilerplate
     other = {row["sample_id"]: row for row in plant(samples, PlantedNoise(phrases=SENTENCES, seed=1), tokenizer)}
     assert other != forth
-
-
-def test_the_cache_key_tells_noise_apart(tokenizer):
-    samples = encoded(random_conversations(2, 20))
-    noises = [PlantedNoise(), PlantedNoise(), PlantedNoise(seed=1), PlantedNoise(rate=0.3), PlantedNoise(span=5)]
-    keys = [plant(samples, noise, tokenizer)._fingerprint for noise in noises]
-    assert keys[0] == keys[1] and len(set(keys)) == 4
 
 
 @pytest.mark.parametrize("kind", ["swap", "boilerplate", "shuffle"])

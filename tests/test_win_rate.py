@@ -14,7 +14,6 @@ from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.win_rate import (
     GamedBaselines,
-    label,
     read_difficulties,
     read_gamed,
     resampled_length_controlled,
@@ -115,13 +114,6 @@ def plain_length_controlled(preferences: Any, deltas: Any, difficulty: Any, game
     return 100 * fmean(1 / (1 + math.exp(-weights[1] * b - weights[2])) for b in terms)
 
 
-def test_only_the_whole_formula_has_the_name() -> None:
-    lacking = ["", " without gamed baselines", " without instruction difficulty"]
-    lacking += [" without instruction difficulty and gamed baselines"]
-    names = [label(difficulty, gamed) for difficulty in (True, False) for gamed in (True, False)]
-    assert names == [f"length-controlled win rate{each}" for each in lacking]
-
-
 def test_the_standard_error_of_the_bootstrap_is_the_means() -> None:
     preferences = comparisons(50)["preferences"]
     raw, discrete = resampled_win_rates(preferences, samples=2000)
@@ -151,20 +143,11 @@ def test_a_paired_difference_keeps_prompts_together() -> None:
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
-def test_a_resample_without_a_spread_or_with_one_side_has_a_value() -> None:
-    # of two prompts, half of the resamples are one prompt twice; of hard verdicts, some are all wins
-    _, two = resampled_length_controlled([0.3, 0.9], [10, 20], [15, 10], samples=30)
-    assert (two.resamples.min(), two.resamples.max()) == pytest.approx((30, 90), abs=0.01)
-    hard = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
-    _, few = resampled_length_controlled(hard, [1, 2, 3, 4, 5, 6], [4, 3, 3, 9, 1, 2], samples=200)
-    assert 0 <= few.resamples.min() < few.resamples.max() <= 100
-
-
 @pytest.mark.parametrize("wanted", [{}, {"difficulty": None}])
 def test_one_side_has_no_finite_fit(wanted: dict[str, Any]) -> None:
     data = {**comparisons(20), **wanted}
     for preferences in (np.ones(20), np.zeros(20), (data["len_model"] > data["len_baseline"]).astype(float)):
-        with pytest.raises(InputError, match=r"no finite solution here.*report the win rate alone"):
+        with pytest.raises(InputError, match=r"no finite solution.*report the win rate alone"):
             length_controlled(**{**data, "preferences": preferences})
     # one soft label on the other side of a limit is enough for length, not for the bias
     hard = np.where(np.arange(20) % 3, 1.0, 0.0)
@@ -175,8 +158,8 @@ def test_one_side_has_no_finite_fit(wanted: dict[str, Any]) -> None:
 
 def test_what_no_fit_can_use() -> None:
     for columns, message in (
-        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 25, 35]), r"same number of characters on every prompt.*report the win"),
-        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 20, 35], [1.0, 1.0, 1.0]), r"cannot be told apart.*the difficulty out"),
+        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 25, 35]), "differ by the same number of characters: report the win"),
+        (([0.4, 0.6, 0.7], [10, 20, 30], [15, 20, 35], [1.0, 1.0, 1.0]), r"cannot be told apart.*difficulty out"),
     ):
         with pytest.raises(InputError, match=message):
             length_controlled(*columns)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks.best_checkpoint import load_best
-from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.chat_template import PLAIN, load_template, tokenizer_state
 from mixdpo.data.prompts import read_prompts
@@ -36,7 +34,6 @@ class GoldEvaluation(Callback):
         scorer: Scorer | None = lazy_instance(ConstraintScorer),  # noqa: B008
         max_new_tokens: int = 64,
         batch_size: int = 64,
-        limit: int | None = None,
         dequantise: bool | None = None,
     ) -> None:
         """Generates greedy responses to held-out prompts, of the policy before training and of the one in adapter/
@@ -50,78 +47,61 @@ class GoldEvaluation(Callback):
                 lengths and end tokens only.
             max_new_tokens: Longest response, in tokens.
             batch_size: Responses decoded together.
-            limit: Use the first so many prompts only.
             dequantise: Generate with a dequantised copy that the adapter is merged into. A copy is faster, but is a
                 second model in memory. True makes a copy in fp32. False makes none. Null makes a copy in fp32 on a CPU.
                 On a GPU null makes a copy in the model's own dtype, or none if the copy does not fit. The run decides
                 this once, and a continued run keeps the decision.
         """
-        self.prompts, self.scorer, self.limit = prompts, scorer, limit
-        self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        self.dequantise = dequantise
+        self.prompts, self.scorer = prompts, scorer
+        self.options, self.dequantise = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, dequantise
         self.before: Responses | None = None
-        self.seconds = {"training": 0.0, "evaluation": 0.0}
         self._rows: list[dict[str, Any]] = []
         self._restored: dict[str, Any] | None = None
         self._copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
-        self._started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The responses before training too: a reference that was refreshed could not give them again."""
-        training = self.seconds["training"] + time.perf_counter() - self._started
         given = [asdict(response) for response in self.before.given] if self.before else []
-        return {
-            "asked": self._asked(),
-            "given": given,
-            "seconds": {**self.seconds, "training": training},
-            "copy": self._copy,
-        }
+        return {"asked": self._asked(), "given": given, "copy": self._copy}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored, self.seconds = state_dict, state_dict["seconds"]
+        self._restored = state_dict
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self._copy = generation_dtype(pl_module.model, self.dequantise)
-            self._rows = read_prompts(self.prompts, self.limit)
+            self._rows = read_prompts(self.prompts)
             if self._restored is not None:
                 refuse_other_run(self._restored["asked"], self._asked())
                 self._copy = self._restored["copy"] if self.dequantise is None else self._copy
             elif trainer.ckpt_path and any(getattr(c, "role", None) == "reference" for c in trainer.callbacks):
                 raise InputError(
-                    "the checkpoint holds no responses of GoldEvaluation, and the reference that gave them may have "
-                    "been refreshed since: leave GoldEvaluation out, and compare with run.py test"
+                    "the checkpoint lacks GoldEvaluation's responses of the first reference: leave GoldEvaluation out"
                 )
             self.before = self._responses(pl_module, "reference", "before training")
-        self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds["training"] += time.perf_counter() - self._started
         if self.before is None:  # another process evaluates
             return
         best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
         after = self._responses(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
-        if best is None:
-            summary = _validation_summary(trainer)
-        else:  # the last validation was of another policy
-            summary = {"responses after training": f"of the best {best.monitor}, {best.best_model_score:.4f}"}
-        summary |= self._run_summary(trainer)
-        table, folder = markdown(rows, summary), Path(trainer.default_root_dir)
+        chosen = f", at the best {best.monitor}, {best.best_model_score:.4f}" if best else ""
+        table = f"{markdown(rows)}\n\nAfter {trainer.global_step} optimizer steps{chosen}."
+        folder = Path(trainer.default_root_dir)
         pairs = zip(self._rows, self.before.rows(), after.rows(), strict=True)
         responses = [{**row, "before": before, "after": after} for row, before, after in pairs]
-        write_json(folder / "results.json", {"heldout_prompts": rows, "summary": summary, "steps": trainer.global_step})
+        write_json(folder / "results.json", {"heldout_prompts": rows, "steps": trainer.global_step})
         write_json(folder / "responses.json", responses)
         (folder / "results.md").write_text(table + "\n")
         print(f"\n{table}\n\nrun folder: {folder}")
 
     def _responses(self, pl_module: Any, name: Role, when: str) -> Responses:
-        started = time.perf_counter()
         print(f"responses to {len(self._rows)} held-out prompts, {when}")
         tokenizer = load_tokenizer(pl_module.base)
         tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.encoding["chat_template"])
         if tokenizer.chat_template == PLAIN:
-            raise InputError("GoldEvaluation needs a chat template, and data.chat_template is plain: give a template")
+            raise InputError("GoldEvaluation needs a chat template: give data.chat_template another than plain")
 
         def generated() -> list[Response]:
             if self._copy is not None:
@@ -137,9 +117,7 @@ class GoldEvaluation(Callback):
             given = [Response(**response) for response in self._restored["given"]]
         else:
             given = kept_responses(self._depends_on(pl_module, tokenizer), generated)
-        responses = scored(self._rows, given, self.scorer)
-        self.seconds["evaluation"] += time.perf_counter() - started
-        return responses
+        return scored(self._rows, given, self.scorer)
 
     def _asked(self) -> dict[str, Any]:
         """What the responses before and after training must share; how they are computed may change with the memory."""
@@ -159,30 +137,6 @@ class GoldEvaluation(Callback):
             "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
         }
 
-    def _run_summary(self, trainer: L.Trainer) -> dict[str, str]:
-        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
-        copied = f"a dequantised copy in {str(self._copy).removeprefix('torch.')}, adapter merged"
-        return {
-            "optimizer steps": str(trainer.global_step),
-            "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",
-            "training and validation, s": f"{self.seconds['training']:.0f}",
-            "generation and scoring, s": f"{self.seconds['evaluation']:.0f}",
-            "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",
-            "responses generated with": copied if self._copy else "the model as trained",
-        }
-
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _validation_summary(trainer: L.Trainer) -> dict[str, str]:
-    metrics, summary = {name: float(value) for name, value in trainer.callback_metrics.items()}, {}
-    for group in ("easy", "hard"):
-        if (accuracy := metrics.get(f"val/{group}/rewards/accuracy")) is not None:
-            pairs = int((trainer.datamodule.validation_is_hard() == (group == "hard")).sum())
-            value = f"{accuracy:.3f} ({metrics[f'val/{group}/length_accuracy']:.3f})"
-            summary[f"reward accuracy, {pairs} {group} pairs (longer response wins)"] = value
-    if (nats := metrics.get("val/all/displacement/chosen")) is not None:
-        summary["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}"
-    return summary

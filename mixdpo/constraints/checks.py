@@ -14,11 +14,6 @@ def occurrences(text: str, word: str) -> int:
     return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
 
 
-def sentences(text: str) -> int:
-    """Number of sentence ends: `.`, `!` or `?` (or several, or closing marks after them) before a space or the end."""
-    return len(re.findall(r"[.!?]+[\"')\]]*(?=\s|$)", text))
-
-
 def is_json_object(text: str) -> bool:
     """Whether the whole text is a JSON object with at least one key."""
 
@@ -33,26 +28,15 @@ def is_json_object(text: str) -> bool:
 
 
 def is_sentences(text: str, n: int) -> bool:
-    """`n` sentence ends, the last of which is the end of the text."""
-    return sentences(text) == n and re.search(r"[.!?][\"')\]]*$", text) is not None
+    """`n` sentence ends, the last of which is the end of the text.
+
+    A sentence ends in `.`, `!` or `?` (or several, or closing marks after them) before a space or the text's end.
+    """
+    ends = re.findall(r"[.!?]+[\"')\]]*(?=\s|$)", text)
+    return len(ends) == n and re.search(r"[.!?][\"')\]]*$", text) is not None
 
 
 def is_numbered_list(text: str, n: int) -> bool:
     """The lines that begin with "<number>." or "<number>)" are numbered 1 to n, in order."""
     numbers = re.findall(r"^[ \t]*(\d+)[.)][ \t]+\S", text, re.MULTILINE)
     return numbers == [str(number) for number in range(1, n + 1)]
-
-
-def is_quoted(text: str) -> bool:
-    """Whether the text stands in straight double quotes and holds no others."""
-    return len(text) > 2 and text[0] == text[-1] == '"' and '"' not in text[1:-1] and bool(text[1:-1].strip())
-
-
-def starts_with(text: str, phrase: str) -> bool:
-    """Whether the text starts with the phrase, as whole words: "Well" does not start "Wellness"."""
-    return text.startswith(phrase) and not text[len(phrase) : len(phrase) + 1].isalnum()
-
-
-def count_bullets(text: str) -> int:
-    """Number of lines that begin with `-`, `*` or `•`, a space and something more."""
-    return len(re.findall(r"^[ \t]*[-*•][ \t]+\S", text, re.MULTILINE))

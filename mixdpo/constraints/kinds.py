@@ -37,17 +37,20 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "lowercase": lambda text: any(map(str.isalpha, text)) and text == text.lower(),
     "uppercase": lambda text: any(map(str.isalpha, text)) and text == text.upper(),
     "no_commas": lambda text: "," not in text,
-    "bullets": lambda text, n: checks.count_bullets(text) == n,
+    # lines that begin with `-`, `*` or `•`, a space and something more
+    "bullets": lambda text, n: len(re.findall(r"^[ \t]*[-*•][ \t]+\S", text, re.MULTILINE)) == n,
     "include_word": lambda text, word: checks.occurrences(text, word) > 0,
     "avoid_word": lambda text, word: checks.occurrences(text, word) == 0,
-    "starts_with": checks.starts_with,
+    # as whole words: "Well" does not start "Wellness"
+    "starts_with": lambda text, phrase: re.match(re.escape(phrase) + r"(?![^\W_])", text) is not None,
     "ends_with": lambda text, phrase: text.endswith(phrase),
     "one_sentence": lambda text: "\n" not in text and checks.is_sentences(text, 1),
     "two_sentences": lambda text: checks.is_sentences(text, 2),
     "ends_question": lambda text: text.endswith("?"),
     "has_number": lambda text: re.search(r"\d", text) is not None,
     "no_digits": lambda text: re.search(r"\d", text) is None,
-    "quoted": checks.is_quoted,
+    # in straight double quotes, with no others inside
+    "quoted": lambda text: re.fullmatch(r'"[^"]*[^"\s][^"]*"', text) is not None,
     "json_object": checks.is_json_object,
     "numbered_list": checks.is_numbered_list,
     "parentheses": lambda text: re.search(r"\([^()]*\w[^()]*\)", text) is not None,

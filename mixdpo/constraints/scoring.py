@@ -40,17 +40,6 @@ class Constraint:
         text = text.strip()
         return bool(words(text)) and self.rule.check(text, **self.params)
 
-    @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> "Constraint":
-        """The inverse of `dataclasses.asdict`.
-
-        Raises:
-            InputError: not of that form, or not a valid constraint.
-        """
-        if not isinstance(row, Mapping) or set(row) != {"kind", "params"}:
-            raise InputError(f'a constraint is written {{"kind": …, "params": {{…}}}}, not {row!r}')
-        return cls(**row)
-
 
 class ConstraintScorer:
     """Scores responses by the share of satisfied constraints; each prompt row needs a `constraints` column."""
@@ -63,9 +52,8 @@ class ConstraintScorer:
         """
         rows = prompt_row.get("constraints")
         if not isinstance(rows, list) or not rows:
-            raise InputError(
-                f"prompt_id {prompt_row.get('prompt_id')!r} has no list of constraints to score by: give it one, or "
-                "name another scorer"
-            )
-        constraints = [Constraint.from_dict(row) for row in rows]
+            raise InputError("the prompt has no list of constraints to score by: name another scorer")
+        if malformed := [row for row in rows if not isinstance(row, Mapping) or set(row) != {"kind", "params"}]:
+            raise InputError(f'a constraint is written {{"kind": …, "params": {{…}}}}, not {malformed[0]!r}')
+        constraints = [Constraint(**row) for row in rows]
         return [sum(constraint.holds(text) for constraint in constraints) / len(constraints) for text in texts]

@@ -73,11 +73,9 @@ def paired_bootstrap(before: ArrayLike, after: ArrayLike, samples: int = 10_000)
         InputError: different lengths, no items, or a score that is not finite.
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if first.ndim != 1 or first.shape != second.shape or not len(first):
-        raise InputError(f"before {first.shape} and after {second.shape}: need two lists of one score per item")
-    values = second - first
-    if not np.isfinite(values).all():
-        raise InputError("before or after holds a score that is not finite: leave that item out of both")
+    values = second - first if first.shape == second.shape else np.empty(0)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise InputError(f"before {first.shape} and after {second.shape}: need two lists of one finite score per item")
     if len(values) == 1:  # nothing to draw
         return _interval(values[0], np.repeat(values, samples))
     return one_way_bootstrap(lambda rows, axis=-1: values[rows].mean(axis), len(values), samples)

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,7 @@ COLUMNS = (
     *("difference", "difference_low", "difference_high", "verdict", "detectable"),
 )
 
-HEADING = (
-    "| {} | chosen | seeds × prompts | mean [95 % interval] | tokens | ended | against | difference | | detectable |"
-)
+HEADING = "| {} | chosen | seeds × prompts | mean [95 %] | tokens | ended | against | difference | | detectable |"
 
 MEAN = "| {run} | {chosen} | {seeds} × {prompts} | {mean:.3f} [{low:.3f}, {high:.3f}] | {tokens:.1f} | {ended:.3f} |"
 
@@ -36,16 +34,7 @@ DIFFERENCE = (
     " {control} | {difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}] | {verdict} | {detectable:.3f} |"
 )
 
-
-def detectable(plan: Study, prompts: int) -> str:
-    """The smallest difference that the design can find, before anything is run."""
-    sd, seeds = plan.assumed_sd, len(plan.seeds)
-    smallest = POWER * (sd.prompts**2 / prompts + sd.seeds**2 / seeds) ** 0.5
-    return (
-        f"smallest detectable difference (power 80 %, two-sided 5 %): {smallest:.3f} with {prompts} prompts, {seeds} "
-        f"seeds, if it varies by {sd.prompts:g} over prompts and by {sd.seeds:g} over seeds (standard deviations); a "
-        "smaller one is undecided, not absent"
-    )
+NONE = " {control} | | | |"
 
 
 def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
@@ -53,7 +42,7 @@ def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
     return float(_values(plan, name, parts)[0].mean())
 
 
-def chosen_point(plan: Study, run: str, done: Mapping[str, float]) -> Point | None:
+def chosen_point(plan: Study, run: str, done: Set[str]) -> Point | None:
     """The grid point with the best score at the first seed. None as long as one of the points is missing, since a
     choice among fewer would not be the other runs' choice."""
     names = [plan.name(run, point, plan.seeds[0]) for point in plan.points]
@@ -65,33 +54,34 @@ def chosen_point(plan: Study, run: str, done: Mapping[str, float]) -> Point | No
     return plan.points[int(np.argmax(scores))]
 
 
-def seeds_done(plan: Study, run: str, done: Mapping[str, float]) -> dict[int, str]:
+def seeds_done(plan: Study, run: str, done: Set[str]) -> dict[int, str]:
     """Seed -> name of the job, for what is done of a run at its chosen point."""
     point = chosen_point(plan, run, done)
     names = {} if point is None else {seed: plan.name(run, point, seed) for seed in plan.seeds}
     return {seed: name for seed, name in names.items() if name in done}
 
 
-def write_tables(plan: Study, done: Mapping[str, float], stem: str = "table") -> str:
-    """Write STEM.csv and STEM.md to the study's folder; returns the latter."""
+def write_tables(plan: Study, done: Set[str]) -> str:
+    """Write table.csv and table.md to the study's folder; returns the latter."""
     rows = {outcome: _rows(plan, done, outcome) for outcome in plan.outcomes}
-    with written_whole(Path(plan.folder, f"{stem}.csv")) as partial, partial.open("w", encoding="utf-8") as file:
+    with written_whole(Path(plan.folder, "table.csv")) as partial, partial.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(row for of_outcome in rows.values() for row in of_outcome)
     lines = []
     for outcome, of_outcome in rows.items():
-        lines += [HEADING.format(outcome), "|---" * 10 + "|", *map(_markdown, of_outcome), ""]
+        table = [(MEAN + (DIFFERENCE if "difference" in row else NONE)).format(**row) for row in of_outcome]
+        lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""]
     for run in plan.runs:
         absent = [str(seed) for seed in plan.seeds if seed not in seeds_done(plan, run, done)]
         lines += [f"- missing: {run}, seeds {', '.join(absent)}"] if absent else []
-    table = "\n".join(lines) + "\n"
-    with written_whole(Path(plan.folder, f"{stem}.md")) as partial:
-        partial.write_text(table, "utf-8")
-    return table
+    text = "\n".join(lines) + "\n"
+    with written_whole(Path(plan.folder, "table.md")) as partial:
+        partial.write_text(text, "utf-8")
+    return text
 
 
-def _rows(plan: Study, done: Mapping[str, float], outcome: str) -> list[Row]:
+def _rows(plan: Study, done: Set[str], outcome: str) -> list[Row]:
     """A row of each run of which a seed is done, and one of what the control started from."""
     parts = plan.outcomes[outcome]
     jobs = {run: seeds_done(plan, run, done) for run in plan.runs}
@@ -143,9 +133,3 @@ def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -
     if any(row["score"] is None for row in rows):
         raise InputError(f"{path} holds responses without a score: give the runs' GoldEvaluation a scorer")
     return np.array([[row[key] for row in rows] for key in ("score", "tokens", "ended")], dtype=float)
-
-
-def _markdown(row: Row) -> str:
-    return MEAN.format(**row) + (
-        DIFFERENCE.format(**row) if "difference" in row else " {control} | | | |".format(**row)
-    )

@@ -1,29 +1,21 @@
 """A model behind an OpenAI-compatible endpoint: which requests are repeated, and which errors end the command.
 
 The `openai` client repeats what may pass (no connection, time-out, HTTP 408, 409, 429 and 5xx), after growing pauses or
-when Retry-After says. A response that cannot be used is asked for again here.
+when Retry-After says. A response that cannot be used counts as none.
 """
 
 import asyncio
 import base64
 import os
 import re
-from collections import Counter
 from collections.abc import Callable
-from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mixdpo.errors import InputError
 from mixdpo.storage.read import parse_json
 
-Read = TypeVar("Read")
-
-
 Chat = list[dict[str, str]]
-
-
-INSTALL = "pip install -c constraints.txt -e '.[judge]'"
 
 
 CONTINUES = "the same command continues"
@@ -32,40 +24,27 @@ CONTINUES = "the same command continues"
 LARGEST_BODY = 16 * 2**20  # bytes, decompressed
 
 
-LONGEST_WAIT = 120  # seconds: beyond, the openai client does not wait as Retry-After says, but gives up
-
-
 _URL = re.compile(r"https?://([^/@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^][/:@\s]+)(:[1-9]\d{0,4})?(/\S*)?")
 
 
-_KEY = "set OPENAI_API_KEY to a key that may use this model"
-
-
-_WHERE = "check the model's name and the server's URL, which mostly ends in /v1"
-
-
-HINTS = {401: _KEY, 402: "pay what the endpoint asks for", 403: _KEY, 404: _WHERE, 405: _WHERE}
+HINTS = {
+    **dict.fromkeys((401, 403), "set OPENAI_API_KEY to a key that may use this model"),
+    307: "give the server's own URL (redirects are not followed)",
+    402: "pay what the endpoint asks for",
+    404: "check the model's name and the server's URL, which mostly ends in /v1",
+}
 """What to do about an HTTP status that every further request would get as well."""
 
 
 class NoResponse(Exception):
-    """One request has no usable response; others may have.
-
-    Args:
-        reason: begins with the kind of reason, up to a colon.
-        used: `prompt_tokens` and `completion_tokens` of all attempts, as far as the server says.
-    """
-
-    def __init__(self, reason: str, used: Counter[str] | None = None) -> None:
-        super().__init__(reason)
-        self.used = used or Counter()
+    """One request has no usable response; others may have. The text begins with the kind of reason, up to a colon."""
 
 
 class Endpoint:
     def __init__(
         self, model: str, base_url: str | None, *, attempts: int, timeout: float, max_tokens: int, **request: Any
     ) -> None:
-        """A model to `ask`, inside of `async with aclosing(endpoint)`.
+        """A model to `ask`, inside of `async with endpoint.client`.
 
         Args:
             request: goes into each request; other options as for `judge`.
@@ -75,47 +54,39 @@ class Endpoint:
         """
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY", "").strip() or None
-        self._client = _client(base_url, key, timeout)
+        self.client = _client(base_url, key, timeout, attempts)
         self._secrets = secrets(key, base_url)
-        self.url = without_secrets(str(self._client.base_url))
-        self.attempts = attempts
+        self.url = without_secrets(str(self.client.base_url))
         # OpenAI's newer models refuse the old name, and many local servers do not know the new one
         limit = {"max_tokens" if base_url else "max_completion_tokens": max_tokens}
         self._request = {"model": model, "temperature": 0, **limit, **request}
 
-    async def aclose(self) -> None:
-        await self._client.close()
-
-    async def ask(self, chat: Chat, read: Callable[[Any], Read], **request: Any) -> tuple[Read, Counter[str]]:
-        """What `read` makes of the response's body, and the tokens that all attempts used.
+    async def ask(self, chat: Chat, read: Callable[[Any], Any], **request: Any) -> Any:
+        """What `read` makes of the response's body.
 
         Args:
             read: raises ValueError, whose message begins with the kind up to a colon, if the response cannot be used.
             request: goes into the request.
 
         Raises:
-            NoResponse: all attempts failed.
+            NoResponse: there is no response, or it cannot be used.
             InputError: no request would succeed.
         """
         import openai
 
-        used, left, reason = Counter[str](), self.attempts, ""
-        while left > 0:
-            body: Any = None
-            completions = self._client.with_options(max_retries=left - 1).chat.completions
-            try:
-                response = await completions.with_raw_response.create(messages=chat, **self._request, **request)
-                left -= 1 + response.retries_taken
-                body = parse_json(self._without_secrets(response.text, least=8), "the response", "check the server")
-                used.update(_usage(body))
-                return read(body), used
-            except openai.OpenAIError as error:
-                reason, left = self._reason(error), 0
-            except ValueError as error:
-                reason = str(error)
-            except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-                reason = f"no chat completion: {type(error).__name__} {error} in {str(body)[:200]!r}"
-        raise NoResponse(_printable(self._without_secrets(reason)), used)
+        body = None
+        try:
+            create = self.client.chat.completions.with_raw_response.create
+            response = await create(messages=chat, **self._request, **request)
+            body = parse_json(self._without_secrets(response.text, least=8), "the response", "check the server")
+            return read(body)
+        except openai.OpenAIError as error:
+            reason = self._reason(error)
+        except ValueError as error:
+            reason = str(error)
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            reason = f"no chat completion: {type(error).__name__} {error} in {str(body)[:200]!r}"
+        raise NoResponse(_printable(self._without_secrets(reason)))
 
     def _reason(self, error: Any) -> str:
         """Why there is no response.
@@ -130,21 +101,11 @@ class Endpoint:
         if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
             raise InputError(f"{self.url} cannot be reached: start the server or correct the URL; {CONTINUES}")
         if isinstance(error, openai.APITimeoutError):
-            return f"time-out: no response in {self._client.timeout.read:g} s"
+            return f"time-out: no response in {self.client.timeout.read:g} s"
         if not isinstance(error, openai.APIStatusError):
             return f"connection lost: {type(cause).__name__} {cause}" if cause else str(error)
         status, text = error.status_code, _printable(self._without_secrets(str(error.message)))[:300]
-        hint, wait = HINTS.get(status), error.response.headers.get("retry-after", "")
-        if error.code == "insufficient_quota":
-            hint = HINTS[402]
-        elif error.response.is_redirect:
-            hint = "give the server's own URL (redirects are not followed)"
-        elif status == 429 and wait.isdigit() and int(wait) > LONGEST_WAIT:
-            hint = f"wait {wait} s"
-        elif status < 500 and "logprob" in text.lower():
-            hint = "ask without log-probabilities: --log_probs false"
-        elif error.code in ("unsupported_parameter", "unsupported_value"):
-            hint = "use a model that takes temperature and max_tokens"
+        hint = HINTS.get(402 if error.code == "insufficient_quota" else status)
         if hint:
             raise InputError(f"{self.url} refuses: HTTP {status}: {text}. To continue, {hint}; {CONTINUES}")
         return f"HTTP {status}: {text}"
@@ -166,18 +127,17 @@ def _printable(text: str) -> str:
     return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
-def _client(base_url: str | None, key: str | None, timeout: float) -> Any:
+def _client(base_url: str | None, key: str | None, timeout: float, attempts: int) -> Any:
     try:
         import httpx2
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
     except ImportError:
-        raise InputError(f"a model behind an endpoint needs the package openai: {INSTALL}") from None
+        install = "pip install -c constraints.txt -e '.[judge]'"
+        raise InputError(f"a model behind an endpoint needs the package openai: {install}") from None
     if not base_url and not key:
         raise InputError("no key: set OPENAI_API_KEY, or give the --base_url of a server that needs none")
     if base_url and not _URL.fullmatch(base_url):
-        raise InputError(
-            f"the server's URL {without_secrets(base_url)}: write it in full, such as http://localhost:8000/v1"
-        )
+        raise InputError(f"URL {without_secrets(base_url)}: write it in full, such as http://localhost:8000/v1")
 
     class Client(DefaultAsyncHttpxClient):
         """Reads a bounded body in a bounded time; the timeouts of httpx are between two pieces of a body."""
@@ -199,7 +159,8 @@ def _client(base_url: str | None, key: str | None, timeout: float) -> Any:
 
     limits = httpx2.Timeout(timeout, connect=min(10.0, 0.8 * timeout))
     client = Client(timeout=limits, follow_redirects=False)
-    return AsyncOpenAI(api_key=key or "none", base_url=base_url, timeout=limits, http_client=client)
+    options: dict[str, Any] = {"timeout": limits, "http_client": client, "max_retries": attempts - 1}
+    return AsyncOpenAI(api_key=key or "none", base_url=base_url, **options)
 
 
 def secrets(key: str | None, url: str | None) -> list[str]:
@@ -213,13 +174,6 @@ def secrets(key: str | None, url: str | None) -> list[str]:
 def without_secrets(url: str) -> str:
     """Scheme, host, port and path of a URL: no user, password or query."""
     return re.sub(r"^(\w+://)?[^/]*@|[?#].*", r"\1", url).rstrip("/")
-
-
-def _usage(body: Any) -> dict[str, int]:
-    """Tokens that the server counted; failed attempts are paid for too."""
-    usage = body.get("usage") if isinstance(body, dict) else None
-    counts = usage if isinstance(usage, dict) else {}
-    return {name: counts[name] for name in ("prompt_tokens", "completion_tokens") if type(counts.get(name)) is int}
 
 
 def complete(
@@ -243,12 +197,12 @@ def complete(
 
     async def response(chat: Chat, seed: int) -> Any:
         try:
-            return (await endpoint.ask(chat, _generation, seed=seed))[0]
+            return await endpoint.ask(chat, _generation, seed=seed)
         except (NoResponse, InputError) as error:
             return error  # the others go on: they may be paid for
 
     async def all_responses() -> list[Any]:
-        async with aclosing(endpoint):
+        async with endpoint.client:
             return await asyncio.gather(*map(response, chats, seeds))
 
     return asyncio.run(all_responses())

@@ -63,10 +63,10 @@ class AlpacaEval:
         return Prompt(str(number), (_text(row, "instruction"),), row)
 
     def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
-        return [{**self._asked(a.prompt), **_columns(a, name)} for a in responses]
-
-    def _asked(self, prompt: Prompt) -> dict[str, Any]:
-        return {"dataset": prompt.row.get("dataset", "unknown"), "instruction": prompt.turns[0]}
+        return [
+            {"dataset": a.prompt.row.get("dataset", "unknown"), "instruction": a.prompt.turns[0], **_columns(a, name)}
+            for a in responses
+        ]
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,10 @@ class MTBench:
 
     def __call__(self, number: int, row: Row) -> Prompt:
         key, turns = ("question_id", "turns") if "turns" in row else ("prompt_id", "prompt")
-        if type(row.get(key)) is not int:
-            raise InputError(f"{key!r} should be a whole number, not {row.get(key)!r}")
-        texts = row.get(turns)
-        if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
-            raise InputError(f"{turns!r} should be a list of texts, the user's turns, not {texts!r:.80}")
-        return Prompt(str(row[key]), tuple(texts), row, str(row.get("category", "")))
+        if type(row.get(key)) is not int or not isinstance(row.get(turns), list) or not row[turns]:
+            raise InputError(f"{key!r} should be a whole number and {turns!r} a list of texts, the user's turns")
+        texts = tuple(checked_text(text, turns) for text in row[turns])
+        return Prompt(str(row[key]), texts, row, str(row.get("category", "")))
 
     def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
         rows = [self._row(a) | _signed(a, name, "answer_id", "model_id") for a in responses]
@@ -123,17 +121,13 @@ def _signed(asked: PromptResponses, name: str, id_column: str, model_column: str
     return {id_column: id_, model_column: name, "tstamp": time.time()}
 
 
-SCORED = ("generator", "output", "tokens", "ended", "score")
-"""What `scored_rows` adds to a prompt's row; not `answer`, which is a column of GSM8K."""
-
-
 def _columns(asked: PromptResponses, name: str) -> dict[str, Any]:
     response = asked.responses[0]
     return {"output": response.text, "generator": name, "tokens": response.tokens, "ended": response.ended}
 
 
 def scored_rows(task: Any, responses: Sequence[PromptResponses], name: str) -> Rows:
-    """Each prompt's row with its response and gold score."""
+    """Each prompt's row with its response and gold score. No new column is `answer`, which is one of GSM8K."""
     scores = [task.score(a.prompt, a.responses[0].text) for a in responses]
     return [{**a.prompt.row, **_columns(a, name), "score": s} for a, s in zip(responses, scores, strict=True)]
 
@@ -197,16 +191,10 @@ def _value(number: str) -> float:
     return float(number.replace(",", ""))
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
 def _text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if not _is_text(value):
-        given = f"{value!r:.60}" if column in row else f"a row with the columns {', '.join(row)}"
-        raise InputError(f"{column!r} should be a text, not {given}")
-    return value
+    if not (text := checked_text(row.get(column), column)).strip():
+        raise InputError(f"{column!r} is blank: leave the row out")
+    return text
 
 
 _EXPECTED = "Give AlpacaEval's format: a JSON list of objects with instruction, output and generator"
@@ -231,9 +219,7 @@ def read_responses(path: str | Path) -> Rows:
                 raise InputError(f"{where}: {column!r} should be {kind.__name__} or left out, not {value!r:.80}")
         rows.append(row)
         if row["generator"] != (first := rows[0]["generator"]):
-            raise InputError(
-                f"{where}: the generator is {row['generator']!r}, in row 1 {first!r}: give the responses of one model"
-            )
+            raise InputError(f"{where}: the generator is {row['generator']!r}, in row 1 {first!r}: give one model's")
     if not rows:
         raise InputError(f"{path} holds no responses. {_EXPECTED}")
     return rows

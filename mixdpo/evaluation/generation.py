@@ -16,6 +16,9 @@ from mixdpo.data.chat_template import encode_responses, load_template
 from mixdpo.errors import InputError
 from mixdpo.model.forward import evaluating
 
+Pick = Callable[[Tensor], Tensor]
+"""(B, V) logits -> (B,) next tokens."""
+
 
 @dataclass(frozen=True)
 class Response:
@@ -91,14 +94,7 @@ def generate(
 
 
 def _complete(
-    model: nn.Module,
-    prompts: list[list[int]],
-    *,
-    pick: Callable[[Tensor], Tensor],
-    pad: int,
-    ends: Tensor,
-    samples: int,
-    max_new_tokens: int,
+    model: nn.Module, prompts: list[list[int]], *, pick: Pick, pad: int, ends: Tensor, samples: int, max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of `samples` completions per prompt, samples of one prompt side by side. `ends` (E,) end one."""
     from transformers import DynamicCache
@@ -198,8 +194,7 @@ def _check_room(model: nn.Module, encoded: list[list[int]], max_new_tokens: int)
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
         raise InputError(
-            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the model's {room} positions: "
-            f"give at most {max(room - longest, 0)}, or leave that prompt out"
+            f"{longest} tokens of a prompt and max_new_tokens {max_new_tokens} exceed the model's {room} positions"
         )
 
 

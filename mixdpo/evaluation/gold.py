@@ -4,15 +4,13 @@ to a benchmark."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mixdpo.data.sources import file_rows
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
-from mixdpo.evaluation.formats import SCORED, Prompt, PromptResponses
+from mixdpo.evaluation.formats import PromptResponses
 from mixdpo.evaluation.generation import Response, generate
 from mixdpo.storage.files import Row
 
@@ -73,65 +71,32 @@ def _row(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     return means | {"difference": interval.mean, "low": interval.low, "high": interval.high}
 
 
-def markdown(rows: Mapping[str, Mapping[str, float]], summary: Mapping[str, str]) -> str:
-    """The table that a run ends with: `compare`'s rows, then the single values of a summary."""
+def markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """The table that a run ends with, of `compare`'s rows."""
     lines = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         digits = 1 if "tokens" in name else 3
         change = Interval(row["difference"], row["low"], row["high"])
         means = f"{row['before']:.{digits}f} | {row['after']:.{digits}f}"
         lines.append(f"| {name} | {row['n']} | {means} | {change:+.{digits}f} |")
-    return "\n".join([*lines, "", *_two_columns("training and held-out pairs", summary)])
+    return "\n".join(lines)
 
 
-def _two_columns(title: str, rows: Mapping[str, str]) -> list[str]:
-    return [f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-
-
-def gold_table(answered: Sequence[PromptResponses], scores: np.ndarray, other: np.ndarray | None = None) -> str:
+def gold_table(answered: Sequence[PromptResponses], scores: np.ndarray) -> str:
     """A Markdown table: the mean score with its bootstrap 95 % interval over prompts, by category too, then lengths.
 
     Args:
         answered: P prompts with their responses.
         scores: (P,) of these responses.
-        other: (P,) of another model's responses to the same prompts: their paired difference is added.
     """
     lines = ["| gold score | n | mean [95 % interval] |", "|---|---|---|"]
-    if other is not None:
-        lines = [lines[0] + " minus the other model's |", lines[1] + "---|"]
     for name, group in _groups([a.prompt.category for a in answered]).items():
         mean = paired_bootstrap(np.zeros(group.sum()), scores[group])
-        difference = "" if other is None else f" {paired_bootstrap(other[group], scores[group]):+.3f} |"
-        lines.append(f"| {name} | {group.sum()} | {mean:.3f} |{difference}")
-    responses = [a.responses[-1] for a in answered]
-    means = {
-        "response length, tokens": f"{np.mean([response.tokens for response in responses]):.1f}",
-        "ended by itself": f"{np.mean([response.ended for response in responses]):.3f}",
-        "empty responses": f"{np.mean([not response.text.strip() for response in responses]):.3f}",
-    }
-    return "\n".join([*lines, "", *_two_columns("responses", means)]) + "\n"
-
-
-def other_scores(path: str | None, prompts: Sequence[Prompt]) -> np.ndarray | None:
-    """(P,) scores that another model's test has written, prompt by prompt.
-
-    Raises:
-        InputError: the file is none of `run.py test`, or is of other prompts.
-    """
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise InputError(f"model.against: no file {path}; give the .json that another run.py test has written")
-    rows: list[Row] = [row for _, row in file_rows(Path(path))]
-    if not all(isinstance(row.get("score"), int | float) for row in rows):
-        raise InputError(f"model.against: {path} has rows without a score: give the .json of run.py test")
-    if len(rows) != len(prompts):
-        raise InputError(f"model.against: {path} has {len(rows)} prompts, not {len(prompts)}: give the same prompts")
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), 1):
-        columns = [name for name in prompt.row if name not in SCORED and row.get(name) != prompt.row[name]]
-        if columns:
-            raise InputError(f"model.against: {path}, row {number} is another prompt ({', '.join(columns)} differ)")
-    return np.array([row["score"] for row in rows], dtype=float)
+        lines.append(f"| {name} | {group.sum()} | {mean:.3f} |")
+    texts, tokens, ended = zip(*(vars(a.responses[-1]).values() for a in answered), strict=True)
+    means = {"response length, tokens": f"{np.mean(tokens):.1f}", "ended by itself": f"{np.mean(ended):.3f}"}
+    means["empty responses"] = f"{np.mean([not text.strip() for text in texts]):.3f}"
+    return "\n".join([*lines, *(f"| {name} | {len(texts)} | {mean} |" for name, mean in means.items())]) + "\n"
 
 
 def scores_of(scorer: Scorer, row: Row, texts: list[str]) -> list[float]:

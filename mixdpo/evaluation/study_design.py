@@ -18,6 +18,9 @@ from mixdpo.storage.files import read_yaml
 Point = dict[str, Any]
 """A point of the grid: option -> value."""
 
+Arguments = list[tuple[str, str]]
+"""Of one run of run.py: pairs of option and value."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,33 +29,12 @@ class Plan:
     Args:
         overlay: config laid over the base and the study's options.
         options: options of run.py, laid over that.
-        after: run above this one, from whose adapter of the same seed this one starts.
         control: run that this one is compared to; the study's if null.
     """
 
     overlay: str | None = None
-    options: dict = field(
-        default_factory=dict
-    )  # of bare type: jsonargparse would import the classes of a dict[str, Any]
-    after: str | None = None
+    options: dict = field(default_factory=dict)  # bare: jsonargparse would import the classes of a dict[str, Any]
     control: str | None = None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Standard deviations that are assumed before the first run: over prompts, of the difference between two runs; over
-    seeds, of the mean of that difference."""
-
-    prompts: float
-    seeds: float
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of run.py. `arguments`: pairs of option and value."""
-
-    name: str
-    arguments: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -61,18 +43,16 @@ class Study:
 
     Args:
         config: base config of every run.
-        folder: where runs, logs, tables and pictures lie.
+        folder: where runs, logs and tables lie.
         runs: name -> `Plan`.
         prompts: file of held-out prompt rows with a `part`, or `heldout`. The runs' GoldEvaluation gets the same.
         outcomes: name -> parts of the prompts whose mean gold score it is; the first is the main one.
         control: run that the others are compared to.
-        assumed_sd: for the smallest detectable difference, which is printed before the first run.
         seeds: of everything random in a run; the first one chooses the grid point.
         options: options of run.py for every run. An overlay, a run's own options and the grid go above them.
         grid: option -> values, the same for every run.
         choose_by: part of the prompts by whose mean gold score a run's grid point is chosen.
         at_once: runs at a time, which share the cores.
-        minutes_per_run: for the estimate before any run has been timed.
     """
 
     config: str
@@ -81,22 +61,18 @@ class Study:
     prompts: str
     outcomes: dict[str, list[str]]
     control: str
-    assumed_sd: Spread
     seeds: list[int] = field(default_factory=lambda: [0])
     options: dict = field(default_factory=dict)
     grid: dict[str, list] = field(default_factory=dict)
     choose_by: str | None = None
     at_once: PositiveInt = 1
-    minutes_per_run: float | None = None
 
     def __post_init__(self) -> None:
         if not (self.runs and self.outcomes and self.seeds and all(self.grid.values())):
             raise InputError("runs, outcomes, seeds and each list of the grid need at least one entry")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: {self.seeds} has a seed twice; give each once")
-        for index, (name, plan) in enumerate(self.runs.items()):
-            if plan.after not in (None, *list(self.runs)[:index]):
-                raise InputError(f"runs.{name}: after must name a run listed above {name}, not {plan.after!r}")
+        for name in self.runs:
             if self.control_of(name) not in self.runs:
                 raise InputError(f"runs.{name}: no run is called {self.control_of(name)!r}, its control")
         if self.options.get("data.validation") != 0 and not isinstance(self.options.get("data.validation"), str):
@@ -115,7 +91,7 @@ class Study:
 
     @property
     def size(self) -> int:
-        """Number of jobs once every grid point is chosen."""
+        """Number of jobs, which are runs of run.py, once every grid point is chosen."""
         return len(self.runs) * (len(self.points) + len(self.seeds) - 1)
 
     def control_of(self, run: str) -> str:
@@ -125,19 +101,16 @@ class Study:
         values = [f"{key.rsplit('.', 1)[-1]}{value}" for key, value in point.items()]
         return re.sub(r"[^\w.+-]", "_", "-".join([run, *values, f"seed{seed}"]))
 
-    def job(self, run: str, point: Point, seed: int, start: str | None = None) -> Job:
-        """`start`: name of the job from whose adapter this one starts."""
-        plan, name = self.runs[run], self.name(run, point, seed)
-        arguments = [("--config", self.config), *_flags(self.options)]
+    def arguments(self, run: str, point: Point, seed: int) -> Arguments:
+        plan, arguments = self.runs[run], [("--config", self.config), *_flags(self.options)]
         arguments += [("--config", plan.overlay)] if plan.overlay else []
         arguments += [*_flags(plan.options), *_flags(point)]
         # the data's seed orders ties, shuffles and draws random routes; it splits nothing, see data.validation
-        arguments += _flags({"seed_everything": seed, "data.seed": seed, "runs": self.folder, "name": name})
-        arguments += _flags({"model.adapter": f"{self.folder}/{start}/adapter"}) if start else []
-        return Job(name, tuple(arguments))
+        arguments += _flags({"seed_everything": seed, "data.seed": seed, "runs": self.folder})
+        return [*arguments, ("--name", self.name(run, point, seed))]
 
 
-def _flags(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _flags(options: Mapping[str, Any]) -> Arguments:
     return [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in options.items()]
 
 
@@ -146,14 +119,10 @@ def read_study(path: str | Path) -> Study:
     Raises:
         InputError: no such file, no YAML, an unknown or missing key, a wrong type, or runs that do not fit together.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give a study's YAML file, such as configs/studies/noisy_labels.yaml")
     content = read_yaml(path, "study")
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping of a study's keys, as in configs/studies/noisy_labels.yaml")
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
         return Study(**vars(parser.instantiate(parser.parse_object(content))))
-    except (ArgumentError, InputError) as error:
+    except (ArgumentError, InputError, AttributeError) as error:  # the last of a file that is no mapping
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error

@@ -1,7 +1,6 @@
 """`mixdpo study STUDY.yaml`: every run in a process of its own; what is done is skipped, what failed is tried again."""
 
 import ctypes
-import fcntl
 import json
 import os
 import shutil
@@ -9,35 +8,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Set
 from difflib import ndiff
 from pathlib import Path
-from typing import Any
 
 from mixdpo.data.prompts import read_prompts
-from mixdpo.errors import InputError, check_one_of
-from mixdpo.evaluation.compare_runs import chosen_point, detectable, mean_score, write_tables
-from mixdpo.evaluation.study_design import Job, Study, read_study
-from mixdpo.evaluation.study_plots import write_plots
+from mixdpo.errors import InputError
+from mixdpo.evaluation.compare_runs import chosen_point, mean_score, write_tables
+from mixdpo.evaluation.study_design import Arguments, Study, read_study
 from mixdpo.storage.files import read_json, write_json
 from mixdpo.storage.identity import named_files
+from mixdpo.storage.store import Store
 
 RECORDED = ("results.json", "responses.json", "adapter")
 
-Running = tuple[subprocess.Popen, float]  # and when it started
 
-
-def study(study: str, table_only: bool = False, against: str | None = None) -> int:
-    """Run a grid of runs from one YAML file; then a table with intervals, as CSV and Markdown, and plots.
+def study(study: str) -> int:
+    """Run a grid of runs from one YAML file; after each run write a table with intervals, as CSV and Markdown.
 
     Start the same command again to go on after an interruption or a failed run.
 
     Args:
         study: the study's YAML file.
-        table_only: start nothing; write the tables and plots of what is done.
-        against: start nothing; write table_against_RUN, in which every run is compared to this one.
 
     Returns:
         Exit status: 0, 1 if a run failed or could not start, 130 if interrupted.
@@ -46,101 +38,78 @@ def study(study: str, table_only: bool = False, against: str | None = None) -> i
         InputError: the file is wrong, or a run that is done was made with other options or files.
     """
     plan = read_study(study)
-    print(detectable(plan, _count_main(plan)))
-    if against is not None:
-        check_one_of("against", against, plan.runs)
-        plan = replace(plan, control=against, runs={name: replace(p, control=None) for name, p in plan.runs.items()})
-        print(write_tables(plan, add_finished(plan, {}), f"table_against_{against}"))
-        return 0
-    if not (table_only or Path("run.py").is_file()):
-        raise InputError("there is no run.py here: start `mixdpo study` in the folder of the repository")
+    parts = {row.get("part", "all") for row in read_prompts(plan.prompts)}
+    named = {part for each in plan.outcomes.values() for part in each} | ({plan.choose_by} - {None})
+    if absent := sorted(named - parts):
+        raise InputError(f"{plan.prompts} has no prompt of part {', '.join(absent)}; its parts: {sorted(parts)}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // plan.at_once)
-    failed: dict[str, str] = {}
     for each in (signal.SIGINT, signal.SIGTERM):  # both alike, also in the background, where a shell has SIGINT ignored
         signal.signal(each, signal.default_int_handler)
-    with _alone(Path(plan.folder)):
-        done = add_finished(plan, {})
-        at_once = f"{plan.at_once} at a time, {threads} threads each"
-        print(f"{plan.size} runs, {len(done)} done; {at_once}; {_left(plan, done)}")
+    with Store(Path(plan.folder, ".study.sqlite"), {}, noun="study"):  # keeps other studies out of the folder
+        done = add_finished(plan, set())
+        print(f"{plan.size} runs, {len(done)} done; {plan.at_once} at a time, {threads} threads each")
         try:
-            if not table_only:
-                _run_all(plan, done, failed, threads)
+            _run_all(plan, done, threads)
         except KeyboardInterrupt:
             print("\ninterrupted: the runs in progress are lost; the same command goes on")
             return 130
-        table = write_tables(plan, done)
-    print(f"\n{table}\n{write_plots(plan, done)}")
-    for name, why in failed.items():
-        print(f"{name} {why}", file=sys.stderr)
-    return int(not table_only and len(done) < plan.size)
+        print(f"\n{write_tables(plan, done)}")
+    return int(len(done) < plan.size)
 
 
-def _count_main(plan: Study) -> int:
-    """Prompts of the main outcome.
-
-    Raises:
-        InputError: no prompt has a part that the study names.
-    """
-    parts = [row.get("part", "all") for row in read_prompts(plan.prompts)]
-    named = {part for listed in plan.outcomes.values() for part in listed} | ({plan.choose_by} - {None})
-    if absent := sorted(named - set(parts)):
-        raise InputError(f"{plan.prompts} has no prompt of part {', '.join(absent)}; its parts: {sorted(set(parts))}")
-    return sum(part in next(iter(plan.outcomes.values())) for part in parts)
-
-
-def known_jobs(plan: Study, done: dict[str, float]) -> Iterator[Job]:
-    """The jobs whose options are known: all points at the first seed, the chosen one at the others, and what starts
-    from another run once that is done."""
+def known_jobs(plan: Study, done: Set[str]) -> dict[str, Arguments]:
+    """The jobs whose options are known: all points at the first seed, the chosen one at the others."""
+    jobs = {}
     for seed in plan.seeds:
-        for run, spec in plan.runs.items():
-            chosen, start = chosen_point(plan, run, done), None
-            if spec.after is not None:
-                point = chosen_point(plan, spec.after, done)
-                start = None if point is None else plan.name(spec.after, point, seed)
-                if start not in done:
-                    continue
-            points = plan.points if seed == plan.seeds[0] else [] if chosen is None else [chosen]
-            yield from (plan.job(run, point, seed, start) for point in points)
+        for run in plan.runs:
+            chosen = chosen_point(plan, run, done)
+            for point in plan.points if seed == plan.seeds[0] else [] if chosen is None else [chosen]:
+                jobs[plan.name(run, point, seed)] = plan.arguments(run, point, seed)
+    return jobs
 
 
-def add_finished(plan: Study, done: dict[str, float]) -> dict[str, float]:
-    """`done` (seconds of each job) with all that earlier studies have left, which may make further jobs known."""
-    while new := {job.name: s for job in known_jobs(plan, done) if job.name not in done and (s := _took(plan, job))}:
-        done.update(new)
+def add_finished(plan: Study, done: set[str]) -> set[str]:
+    """`done` with the names of all jobs that earlier studies have left, which may make further jobs known."""
+    while new := {name for name, arguments in known_jobs(plan, done).items() if is_done(plan, name, arguments)} - done:
+        done |= new
     return done
 
 
-def _run_all(plan: Study, done: dict[str, float], failed: dict[str, str], threads: int) -> None:
-    """Run what is not done; adds each run to `done`, or to `failed` with the reason."""
-    running: dict[str, Running] = {}
+def _run_all(plan: Study, done: set[str], threads: int) -> None:
+    """Run what is not done; adds each run that succeeds to `done`."""
+    running: dict[str, subprocess.Popen] = {}
+    failed: set[str] = set()
     try:
         while True:
             add_finished(plan, done)
-            waiting = [job for job in known_jobs(plan, done) if job.name not in {*done, *failed, *running}]
-            for job in waiting[: plan.at_once - len(running)]:
-                running[job.name] = _start(plan, job, threads)
+            jobs = known_jobs(plan, done)
+            waiting = [name for name in jobs if name not in {*done, *failed, *running}]
+            for name in waiting[: plan.at_once - len(running)]:
+                running[name] = _start(plan, name, jobs[name], threads)
             if not running:
                 return
-            while not (ended := [name for name, (process, _) in running.items() if process.poll() is not None]):
+            while not (ended := [name for name, process in running.items() if process.poll() is not None]):
                 time.sleep(0.2)
             for name in ended:
-                _end(plan, name, running.pop(name), done, failed)
+                (done if _end(plan, name, running.pop(name).returncode) else failed).add(name)
+                print(f"{len(done) + len(failed)} of {plan.size} runs have ended", flush=True)
+                write_tables(plan, done)
     finally:
-        for process, _ in running.values():
+        for process in running.values():
             os.killpg(process.pid, signal.SIGKILL)  # not SIGTERM: Lightning would finish a batch; it is lost anyway
             process.wait()
 
 
-def _start(plan: Study, job: Job, threads: int) -> Running:
-    path = Path(plan.folder, job.name)
+def _start(plan: Study, name: str, arguments: Arguments, threads: int) -> subprocess.Popen:
+    path = Path(plan.folder, name)
     if path.exists() and not _record(path).exists():
         raise InputError(f"{path} is in the way and not of this study: move it, or change the study's folder")
     shutil.rmtree(path, ignore_errors=True)  # of a run that did not end
-    write_json(_record(path), {**_identity(job), "state": "started"})
-    with path.with_name(f"{job.name}.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "run.py", *(word for pair in job.arguments for word in pair)],
+    write_json(_record(path), {"identity": _identity(arguments), "state": "started"})
+    with path.with_name(f"{name}.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "run.py", *(word for pair in arguments for word in pair)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -148,82 +117,52 @@ def _start(plan: Study, job: Job, threads: int) -> Running:
             start_new_session=True,  # Ctrl-C reaches the study alone, which ends the whole group
             preexec_fn=_die_with_the_study if sys.platform == "linux" else None,
         )
-    return process, time.perf_counter()
 
 
-def _end(plan: Study, name: str, run: Running, done: dict[str, float], failed: dict[str, str]) -> None:
-    path, (process, started) = Path(plan.folder, name), run
-    took, absent = time.perf_counter() - started, [file for file in RECORDED if not (path / file).exists()]
+def _end(plan: Study, name: str, status: int) -> bool:
+    """Record and tell whether the run succeeded."""
+    path = Path(plan.folder, name)
+    absent = [file for file in RECORDED if not (path / file).exists()]
     # a run that is told to stop does so with status 0, so the status alone says little
-    good = process.returncode == 0 and not absent
-    record = json.loads(_record(path).read_text()) | {"state": "done" if good else "failed", "seconds": round(took, 1)}
-    write_json(_record(path), record)
-    if good:
-        done[name] = took
-        outcome, parts = next(iter(plan.outcomes.items()))
-        result = f"{took:.0f} s, {outcome} {mean_score(plan, name, parts):.3f}"
-    else:
-        status = f"exit status {process.returncode}" + (f", no {absent[0]}" if absent else "")
-        failed[name] = result = f"FAILED after {took:.0f} s ({status}): see {path}.log"
-    left, count = _left(plan, done, len(failed)), len(done) + len(failed)
-    print(f"{time.strftime('%H:%M:%S')} [{count} of {plan.size}] {name}: {result}; {left}", flush=True)
-    write_tables(plan, done)
-
-
-def _left(plan: Study, done: dict[str, float], failed: int = 0) -> str:
-    if not done and plan.minutes_per_run is None:
-        return "time not known yet"
-    minutes = sum(done.values()) / len(done) / 60 if done else plan.minutes_per_run
-    return f"about {minutes * -(-(plan.size - len(done) - failed) // plan.at_once):.0f} min left"
+    good = status == 0 and not absent
+    write_json(_record(path), json.loads(_record(path).read_text()) | {"state": "done" if good else "failed"})
+    outcome, parts = next(iter(plan.outcomes.items()))
+    failure = f"FAILED (status {status}, absent: {', '.join(absent) or 'nothing'}): see {path}.log"
+    print(f"{name}: {f'{outcome} {mean_score(plan, name, parts):.3f}' if good else failure}")
+    return good
 
 
 def _record(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _identity(job: Job) -> dict[str, Any]:
+def _identity(arguments: Arguments) -> list[str]:
     """What must be the same for a run that is done to be this job: its options, and the content of the files that they
     or their configs name."""
-    values = [value for _, value in job.arguments]
-    return {"command": [list(pair) for pair in job.arguments], "files": named_files(values)}
+    files = named_files(value for _, value in arguments)
+    return [*map(" ".join, arguments), *(f"content of {file}: {digest}" for file, digest in files.items())]
 
 
-def _took(plan: Study, job: Job) -> float:
-    """Seconds of a job that is done, or 0.
-
+def is_done(plan: Study, name: str, arguments: Arguments) -> bool:
+    """
     Raises:
         InputError: the job is done with other options or files.
     """
-    path = Path(plan.folder, job.name)
+    path = Path(plan.folder, name)
     if not _record(path).exists():
-        return 0.0
-    record = read_json(_record(path), {"state", "command", "files"}, f"remove it and {path} to repeat the run")
+        return False
+    record = read_json(_record(path), {"state", "identity"}, f"remove it and {path} to repeat the run")
     if record["state"] != "done" or not all((path / file).exists() for file in RECORDED):
-        return 0.0
-    now = _identity(job)
-    old, new = ([" ".join(pair) for pair in each["command"]] for each in (record, now))
+        return False
     kinds = {"-": "then ", "+": "now "}  # in order: of two values of one option the later one counts
-    changed = [kinds[line[0]] + line[2:] for line in ndiff(old, new) if line[0] in kinds]
-    changed += [f"content of {file}" for file in sorted(dict(record["files"].items() ^ now["files"].items()))]
-    if changed:
+    lines = ndiff(record["identity"], _identity(arguments))
+    if changed := [kinds[line[0]] + line[2:] for line in lines if line[0] in kinds]:
         raise InputError(
             f"{path} is done, but with something else: {'; '.join(changed)}. Change it back, give the study another "
             f"folder, or remove {path} to repeat the run"
         )
-    return max(record["seconds"], 0.1)
+    return True
 
 
 def _die_with_the_study() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing else ends a run when the study is killed
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other studies out of the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another study is running in {folder}: wait for it, or end it") from None
-        yield

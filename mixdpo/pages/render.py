@@ -1,10 +1,9 @@
-"""HTML pages from the templates in this folder. Every value is escaped, except charts, which are SVG of our own."""
+"""HTML pages from the templates in this folder. Every value is escaped."""
 
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from mixdpo.storage.files import written_whole
 
@@ -15,7 +14,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     Args:
         path: the .html file, replaced if it exists.
         template: name of a file in this folder, which extends page.html.
-        content: what the template shows: plain values, and SVG texts of `mixdpo.pages.charts` under names in `svg`.
+        content: what the template shows: plain values.
     """
     environment = Environment(
         loader=PackageLoader("mixdpo", "pages"),
@@ -24,7 +23,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "svg": Markup}
+    environment.filters["number"] = _number
     text = environment.get_template(template).render(content)
     with written_whole(path) as partial:
         partial.write_text(text, "utf-8")

@@ -1,7 +1,5 @@
 """Two margins files over the pairs they share: rank correlation and overlap of the hard sets."""
 
-import json
-
 import numpy as np
 
 from mixdpo.errors import InputError
@@ -46,10 +44,7 @@ def compared(a: MarginsFile, b: MarginsFile) -> tuple[np.ndarray, np.ndarray]:
     """
     common = [(margin, b.pairs[i][1]) for i, (text, margin) in a.pairs.items() if b.pairs.get(i, ("",))[0] == text]
     if not common:
-        raise InputError(
-            f"{a.path} (of {a.header['source']}) and {b.path} (of {b.header['source']}) have no pair in common: give "
-            "two files of the same data"
-        )
+        raise InputError(f"{a.path} and {b.path} have no pair in common: give two files of the same data")
     x, y = np.array(common).T
     return x, y
 
@@ -66,15 +61,9 @@ def compare(a: str, b: str) -> None:
     """
     files = read_margins(a), read_margins(b)
     x, y = compared(*files)
-    summary = [f"{name}: {_describe(file)}" for name, file in zip("AB", files, strict=True)]
+    both = zip("AB", files, strict=True)
+    summary = [f"{name}: {f.path} ({f.header['signal']}, {len(f.pairs)} pairs)" for name, f in both]
     summary.append(f"{len(x)} pairs in common, Spearman's rank correlation {spearman(x, y):.3f}")
     overlaps = [(f"{fraction:.0%}", *overlap(x, y, fraction).values()) for fraction in HARDEST]
     rows = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in overlaps]
     print("\n".join([*summary, *("  ".join(f"{cell:<15}" for cell in row).rstrip() for row in (COLUMNS, *rows))]))
-
-
-def _describe(file: MarginsFile) -> str:
-    header = file.header
-    options = f" {json.dumps(header['options'])}" if header["options"] else ""
-    model = "" if header["needs"] == "rating" else f", {header['base']}{' + ' * bool(header['adapter'])}"
-    return f"{file.path}: {header['signal']}{options}{model}{header['adapter'] or ''}, {len(file.pairs)} pairs"

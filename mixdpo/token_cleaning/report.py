@@ -1,4 +1,4 @@
-"""A token-cleaning run as one web page: stages, score histograms, samples with each token coloured by its score."""
+"""A token-cleaning run as one web page: stages, samples with each token coloured by its score."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -9,16 +9,17 @@ import numpy as np
 from jsonargparse.typing import NonNegativeInt
 
 from mixdpo.batches.token_pool import turns
-from mixdpo.pages.charts import BLUE, ORANGE, histogram
 from mixdpo.pages.render import write_page
 from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+BLUE, ORANGE = "4292de", "f68c32"  # light enough to carry black text; page.html has the same two
+
 
 def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed: int = 0) -> None:
-    """Write a page that shows what token cleaning cut: thresholds, score histograms, and samples token by token.
+    """Write a page that shows what token cleaning cut: thresholds, kept shares, and samples token by token.
 
     Args:
         run: folder of a run with token cleaning.
@@ -27,8 +28,7 @@ def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed:
         seed: of the choice of samples.
 
     Raises:
-        InputError: `run` has no cleaning, its files do not fit each other, its tokenizer is not found, or matplotlib is
-            not installed.
+        InputError: `run` has no cleaning, its files do not fit each other, or its tokenizer is not found.
     """
     from mixdpo.model.loading import load_tokenizer
 
@@ -43,7 +43,7 @@ def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed:
         title=f"Token cleaning: {Path(run).resolve().name}",
         summary=[summary],
         stages=cleaning.stages,
-        scored=[_scored(cleaning, stage) for stage in cleaning.scored_stages()],
+        scored=[stage.facts | {"title": _title(stage)} for stage in cleaning.scored_stages()],
         samples=[_sample(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed)],
         identity=cleaning.identity,
     )
@@ -51,17 +51,6 @@ def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed:
 
 def _title(stage: ScoredStage) -> str:
     return f"Stage {stage.facts['stage']}, from step {stage.facts['step']}"
-
-
-def _scored(cleaning: RunTokens, stage: ScoredStage) -> dict[str, Any]:
-    """The stage's entry of stages.json, with the title and histogram of its card."""
-    scores, weights = cleaning.scored_tokens(stage.samples)
-    picture = None
-    if len(scores):
-        low, high = min(np.quantile(scores, 0.01), stage.centre), max(np.quantile(scores, 0.99), stage.centre)
-        ends = (float(low), float(high) if high > low else float(low) + 1)
-        picture = histogram(scores[~(weights > 0)], scores[weights > 0], ends, stage.facts["threshold"])
-    return stage.facts | {"title": _title(stage), "histogram": picture}
 
 
 def _sample(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage: ScoredStage) -> dict[str, Any]:
@@ -97,7 +86,7 @@ def _colour(score: float, stage: ScoredStage) -> str:
     if np.isnan(score):
         return "none"
     strength = np.clip((score - stage.centre) / (stage.reach or 1), -1, 1)
-    full = np.frombuffer(bytes.fromhex((BLUE if strength > 0 else ORANGE)[1:]), dtype=np.uint8)
+    full = np.frombuffer(bytes.fromhex(BLUE if strength > 0 else ORANGE), dtype=np.uint8)
     return "#" + bytes((255 + abs(strength) * (full - 255.0)).round().astype(np.uint8)).hex()
 
 

@@ -65,7 +65,7 @@ def scored_case(fault: str, change: dict[str, Any], says: tuple[str, ...]) -> Ca
 
 def unscored(place: Place) -> Any:
     responses = [[Response("x", 2, True)]]
-    return pair_up([{"prompt": "Say it."}], responses, lambda row, texts: [float("nan")], 1, 0)
+    return pair_up([{"prompt": "Say it."}], responses, lambda row, texts: [float("nan")], 0)
 
 
 def made(**options: Any) -> Any:
@@ -96,7 +96,7 @@ CASES = [
         ("a score of NaN", unscored, "Say it. … gave [nan] … one finite number each"),
         ("one sample a prompt", made(samples=1), "samples 1 … need at least 2"),
         ("temperature 0", made(**COLD), "temperature 0 … raise temperature"),
-        ("out is there", onto("there/out.jsonl"), "out.jsonl exists … --overwrite true"),
-        ("out is a folder", onto("there", overwrite=True), "there is a folder … name of a .jsonl"),
+        ("out is there", onto("there/out.jsonl"), "out.jsonl exists … give another --out"),
+        ("out is a folder", onto("there"), "there exists … give another --out"),
     ),
 ]

@@ -6,7 +6,7 @@ import yaml
 
 from bad_input.case import Case, Place
 from mixdpo.evaluation.study_design import read_study
-from mixdpo.evaluation.study_run import _took
+from mixdpo.evaluation.study_run import is_done
 
 
 def study(**changes: Any) -> dict[str, Any]:
@@ -17,7 +17,6 @@ def study(**changes: Any) -> dict[str, Any]:
         "prompts": "prompts.jsonl",
         "outcomes": {"gold": ["main"]},
         "control": "dpo",
-        "assumed_sd": {"prompts": 0.4, "seeds": 0.02},
         "options": {"data.validation": 0},
     }
     return {key: value for key, value in (base | changes).items() if value is not ...}
@@ -30,12 +29,10 @@ STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("no runs", study(runs={}), ("need at least one entry",)),
     ("a misspelt key of a run", study(runs={"dpo": {"overlays": "x"}}), ('"runs"', "Option 'overlays'", "did you")),
     ("an unknown control", study(control="sft"), ("runs.dpo: no run is called 'sft', its control",)),
-    ("runs in a circle", study(runs={"dpo": {"after": "b"}, "b": {"after": "dpo"}}), ("runs.b: after must name a",)),
     ("a share for validation", study(options={"data.validation": 0.1}), ("data.validation must be 0 or a file",)),
     ("a grid and nothing to choose by", study(grid={"lr": [1, 2]}), ("choose_by: name the part",)),
     ("an outcome that chooses", study(choose_by="main"), ("main chooses the grid point and cannot be an outcome",)),
     ("two runs of one name", study(grid={"a": [1, 1]}, choose_by="part"), ("would be called", "choose other values")),
-    ("a standard deviation missing", study(assumed_sd={"prompts": 1.0}), ("arguments are required: assumed_sd.seeds",)),
     ("no YAML", "a: [1\nb: ]", ("no valid YAML", "line 2", "correct it")),
 ]
 
@@ -47,13 +44,12 @@ def study_case(fault: str, content: Any, says: tuple[str, ...]) -> Case:
 
 def record_of_a_run(place: Place) -> Any:
     plan = read_study(place.write("study.yaml", yaml.safe_dump(study() | {"folder": str(place.folder)})))
-    job = plan.job("dpo", {}, 0)
-    place.write(f"{job.name}.json", "{")
-    return _took(plan, job)
+    place.write("dpo-seed0.json", "{")
+    return is_done(plan, "dpo-seed0", [])
 
 
 CASES = [
-    Case("study", "no such file", lambda place: read_study("/no.yaml"), ("/no.yaml", "give a study's YAML file")),
+    Case("study", "no such file", lambda place: read_study("/no.yaml"), ("/no.yaml", "cannot be read")),
     Case("study", "a record cut off", record_of_a_run, ("dpo-seed0.json is damaged", "to repeat the run")),
     *(study_case(*row) for row in STUDIES),
 ]
