@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
+from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
 from mixdpo.errors import InputError
@@ -71,11 +72,15 @@ def test_markdown_by_hand() -> None:
         "gold score, seen": {"n": 2, "before": 0.125, "after": 1.0625, "difference": 0.9375, "low": -0.25, "high": 1.0},
         "response length, tokens": {"n": 2, "before": 31, "after": 28.5, "difference": -2.5, "low": -4, "high": 0.75},
     }
-    assert markdown(rows).splitlines() == [
+    assert markdown(rows, {"optimizer steps": "7"}).splitlines() == [
         "| held-out prompts | n | before | after | difference [95 % interval] |",
         "|---|---|---|---|---|",
         "| gold score, seen | 2 | 0.125 | 1.062 | +0.938 [-0.250, +1.000] |",
         "| response length, tokens | 2 | 31.0 | 28.5 | -2.5 [-4.0, +0.8] |",
+        "",
+        "| training and held-out pairs | |",
+        "|---|---|",
+        "| optimizer steps | 7 |",
     ]
 
 
@@ -103,7 +108,7 @@ def run(
 ) -> tuple[PreferenceModule, dict[str, torch.Tensor]]:
     """A fit with dropout, so that any random number that the evaluation draws would show in the adapter."""
     source, ckpt_path = write_pairs(folder.with_suffix(".jsonl"), make_pairs(12)), options.pop("ckpt_path", None)
-    callbacks = [RunFiles(), ExactResume(), *([callback] if callback else [])]
+    callbacks = [RunFiles(), ExactResume(), Throughput(), *([callback] if callback else [])]
     defaults: dict[str, Any] = {"lora": Lora(rank=4, alpha=8, dropout=0.3), "schedule": Constant(warmup=0.0), "lr": 5.0}
     defaults |= {"data": {"validation": 0.2}, "trainer": {"callbacks": callbacks}}
     trainer, module, data = build(model, source, folder, **{**defaults, **options})
@@ -138,8 +143,9 @@ def watched(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
     folder = watched[0] / "copy"
     results, rows = (json.loads((folder / name).read_text()) for name in ("results.json", "responses.json"))
-    after = f"After {results['steps']} optimizer steps."
-    assert (folder / "results.md").read_text() == f"{markdown(results['heldout_prompts'])}\n\n{after}\n"
+    assert (folder / "results.md").read_text() == markdown(results["heldout_prompts"], results["summary"]) + "\n"
+    assert results["summary"]["optimizer steps"] == str(results["steps"]) != "0"
+    assert "reward accuracy, 1 easy pairs (longer response wins)" in results["summary"]
     assert [row["part"] for row in rows] == ["even", "odd"] * 3
     for row in rows:
         for when in ("before", "after"):
@@ -190,14 +196,16 @@ def responses_of(model: str, adapter: Path, prompts: str) -> list[str]:
 def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Path) -> None:
     """The best policy where a checkpoint monitors a metric, although RunFiles, which loads it, comes later."""
     best = ModelCheckpoint(monitor="val/all/sft_loss", mode="max", dirpath=tmp_path / "best")  # the first epoch's
-    callbacks = [evaluation(prompts), RunFiles(), ExactResume(), best]
+    callbacks = [evaluation(prompts), RunFiles(), ExactResume(), Throughput(), best]
     data = {"validation": 0.3, "routing": Routing(hard_fraction=1.0)}
     run(tiny_model, tmp_path / "run", None, data=data, lr=0.5, trainer={"callbacks": callbacks, "max_epochs": 3})
     assert "epoch=0" in best.best_model_path
     rows = json.loads((tmp_path / "run/responses.json").read_text())
     assert [row["after"]["text"] for row in rows] == responses_of(tiny_model, tmp_path / "run/adapter", prompts)
     results = (tmp_path / "run/results.md").read_text()
-    assert f"optimizer steps, at the best val/all/sft_loss, {best.best_model_score:.4f}." in results
+    assert f"| responses after training | of the best val/all/sft_loss, {best.best_model_score:.4f} |" in results
+    # the last validation's, of another policy
+    assert "reward accuracy" not in results and "displacement" not in results
 
 
 def test_before_is_the_start_of_a_continued_run(
@@ -208,7 +216,7 @@ def test_before_is_the_start_of_a_continued_run(
 
     def trained(name: str, ckpt_path: str | None = None, how: Any = None, **trainer: Any) -> GoldEvaluation:
         first = evaluation(prompts, **(how or {})), RefreshReference(every=1, role="reference")
-        callbacks = [*first, RunFiles(), ExactResume(), LastCheckpoint()]
+        callbacks = [*first, RunFiles(), ExactResume(), Throughput(), LastCheckpoint()]
         trainer |= {"callbacks": callbacks, "max_epochs": 2}
         run(tiny_model, tmp_path / name, None, ckpt_path=ckpt_path, trainer=trainer, **options)
         return first[0]
@@ -250,7 +258,7 @@ def test_responses_of_the_start_are_kept(
     def times(callback: GoldEvaluation, **options: Any) -> int:
         """How often a run of one step generates."""
         generated.clear()
-        callbacks = {"callbacks": [RunFiles(), ExactResume(), callback], "max_steps": 1}
+        callbacks = {"callbacks": [RunFiles(), ExactResume(), Throughput(), callback], "max_steps": 1}
         run(options.pop("model", tiny_model), tmp_path / f"run{next(count)}", None, trainer=callbacks, **options)
         return len(generated)
 

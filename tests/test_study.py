@@ -56,6 +56,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 STUDY: dict[str, Any] = {
     **{"config": "base.yaml", "folder": "out", "seeds": [0, 1], "control": "dpo", "prompts": "prompts.jsonl"},
     "outcomes": {"held out": ["seen", "unseen"], "unseen": ["unseen"]},
+    "assumed_sd": {"prompts": 0.3, "seeds": 0.0},
     "options": {"data.validation": 0},
     "runs": {"dpo": {"options": {"gain": 0.1}}, "mixdpo": {"options": {"gain": 0.3}}},
 }

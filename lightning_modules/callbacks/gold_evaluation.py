@@ -12,6 +12,7 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks.best_checkpoint import load_best
+from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.chat_template import PLAIN, load_template, tokenizer_state
 from mixdpo.data.prompts import read_prompts
@@ -86,12 +87,20 @@ class GoldEvaluation(Callback):
         best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
         after = self._responses(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
-        chosen = f", at the best {best.monitor}, {best.best_model_score:.4f}" if best else ""
-        table = f"{markdown(rows)}\n\nAfter {trainer.global_step} optimizer steps{chosen}."
-        folder = Path(trainer.default_root_dir)
+        if best is None:
+            summary = _validation_summary(trainer)
+        else:  # the last validation was of another policy
+            summary = {"responses after training": f"of the best {best.monitor}, {best.best_model_score:.4f}"}
+        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
+        summary |= {
+            "optimizer steps": str(trainer.global_step),
+            "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",
+            "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",
+        }
+        table, folder = markdown(rows, summary), Path(trainer.default_root_dir)
         pairs = zip(self._rows, self.before.rows(), after.rows(), strict=True)
         responses = [{**row, "before": before, "after": after} for row, before, after in pairs]
-        write_json(folder / "results.json", {"heldout_prompts": rows, "steps": trainer.global_step})
+        write_json(folder / "results.json", {"heldout_prompts": rows, "summary": summary, "steps": trainer.global_step})
         write_json(folder / "responses.json", responses)
         (folder / "results.md").write_text(table + "\n")
         print(f"\n{table}\n\nrun folder: {folder}")
@@ -140,3 +149,15 @@ class GoldEvaluation(Callback):
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _validation_summary(trainer: L.Trainer) -> dict[str, str]:
+    metrics, summary = {name: float(value) for name, value in trainer.callback_metrics.items()}, {}
+    for group in ("easy", "hard"):
+        if (accuracy := metrics.get(f"val/{group}/rewards/accuracy")) is not None:
+            pairs = int((trainer.datamodule.validation_is_hard() == (group == "hard")).sum())
+            value = f"{accuracy:.3f} ({metrics[f'val/{group}/length_accuracy']:.3f})"
+            summary[f"reward accuracy, {pairs} {group} pairs (longer response wins)"] = value
+    if (nats := metrics.get("val/all/displacement/chosen")) is not None:
+        summary["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}"
+    return summary

@@ -37,6 +37,17 @@ DIFFERENCE = (
 NONE = " {control} | | | |"
 
 
+def detectable(plan: Study, prompts: int) -> str:
+    """The smallest difference that the design can find, before anything is run."""
+    sd, seeds = plan.assumed_sd, len(plan.seeds)
+    smallest = POWER * (sd.prompts**2 / prompts + sd.seeds**2 / seeds) ** 0.5
+    return (
+        f"smallest detectable difference (power 80 %, two-sided 5 %): {smallest:.3f} with {prompts} prompts, {seeds} "
+        f"seeds, if it varies by {sd.prompts:g} over prompts and by {sd.seeds:g} over seeds (standard deviations); a "
+        "smaller one is undecided, not absent"
+    )
+
+
 def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
     """Mean gold score of a job's responses to the prompts of these parts."""
     return float(_values(plan, name, parts)[0].mean())

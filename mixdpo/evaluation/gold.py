@@ -71,15 +71,16 @@ def _row(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     return means | {"difference": interval.mean, "low": interval.low, "high": interval.high}
 
 
-def markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """The table that a run ends with, of `compare`'s rows."""
+def markdown(rows: Mapping[str, Mapping[str, float]], summary: Mapping[str, str]) -> str:
+    """The table that a run ends with: `compare`'s rows, then the single values of a summary."""
     lines = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         digits = 1 if "tokens" in name else 3
         change = Interval(row["difference"], row["low"], row["high"])
         means = f"{row['before']:.{digits}f} | {row['after']:.{digits}f}"
         lines.append(f"| {name} | {row['n']} | {means} | {change:+.{digits}f} |")
-    return "\n".join(lines)
+    lines += ["", "| training and held-out pairs | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in summary.items())])
 
 
 def gold_table(answered: Sequence[PromptResponses], scores: np.ndarray) -> str:

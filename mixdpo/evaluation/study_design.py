@@ -38,6 +38,15 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Standard deviations that are assumed before the first run: over prompts, of the difference between two runs; over
+    seeds, of the mean of that difference."""
+
+    prompts: float
+    seeds: float
+
+
+@dataclass(frozen=True)
 class Study:
     """A grid of runs and what to compare.
 
@@ -48,6 +57,7 @@ class Study:
         prompts: file of held-out prompt rows with a `part`, or `heldout`. The runs' GoldEvaluation gets the same.
         outcomes: name -> parts of the prompts whose mean gold score it is; the first is the main one.
         control: run that the others are compared to.
+        assumed_sd: for the smallest detectable difference, which is printed before the first run.
         seeds: of everything random in a run; the first one chooses the grid point.
         options: options of run.py for every run. An overlay, a run's own options and the grid go above them.
         grid: option -> values, the same for every run.
@@ -61,6 +71,7 @@ class Study:
     prompts: str
     outcomes: dict[str, list[str]]
     control: str
+    assumed_sd: Spread
     seeds: list[int] = field(default_factory=lambda: [0])
     options: dict = field(default_factory=dict)
     grid: dict[str, list] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
-from mixdpo.evaluation.compare_runs import chosen_point, mean_score, write_tables
+from mixdpo.evaluation.compare_runs import chosen_point, detectable, mean_score, write_tables
 from mixdpo.evaluation.study_design import Arguments, Study, read_study
 from mixdpo.storage.files import read_json, write_json
 from mixdpo.storage.identity import named_files
@@ -38,10 +38,11 @@ def study(study: str) -> int:
         InputError: the file is wrong, or a run that is done was made with other options or files.
     """
     plan = read_study(study)
-    parts = {row.get("part", "all") for row in read_prompts(plan.prompts)}
+    parts = [row.get("part", "all") for row in read_prompts(plan.prompts)]
     named = {part for each in plan.outcomes.values() for part in each} | ({plan.choose_by} - {None})
-    if absent := sorted(named - parts):
-        raise InputError(f"{plan.prompts} has no prompt of part {', '.join(absent)}; its parts: {sorted(parts)}")
+    if absent := sorted(named - set(parts)):
+        raise InputError(f"{plan.prompts} has no prompt of part {', '.join(absent)}; its parts: {sorted(set(parts))}")
+    print(detectable(plan, sum(part in next(iter(plan.outcomes.values())) for part in parts)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // plan.at_once)
     for each in (signal.SIGINT, signal.SIGTERM):  # both alike, also in the background, where a shell has SIGINT ignored
