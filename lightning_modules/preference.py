@@ -12,7 +12,7 @@ from lightning_modules.qlora import AdapterModule
 from mixdpo.batches.batch import Batch
 from mixdpo.errors import InputError
 from mixdpo.losses import DPO
-from mixdpo.losses.sft import sft
+from mixdpo.losses.preference_loss import sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, accuracy, by_difficulty, pair_values
 from mixdpo.model.forward import sequence_log_probs, summed
 from mixdpo.model.fused_head import SequenceLogProbs

@@ -20,7 +20,7 @@ from lightning_modules.preference import PreferenceModule
 from mixdpo import losses
 from mixdpo.errors import InputError
 from mixdpo.losses import BetaDPO, KTOPair, SimPO
-from mixdpo.losses.sft import sft
+from mixdpo.losses.preference_loss import sft
 from mixdpo.model.adapters import adapter_layers, role
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.routing.route import Routing

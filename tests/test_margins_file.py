@@ -89,7 +89,7 @@ def test_interrupted_and_continued(tiny_model, source, made, tmp_path, capfd):
         predict(tiny_model, source, tmp_path, Counted())
     part = tmp_path / "a.margins.part"
     assert len(read_store(part, "margins", "")[1]) == 6 == len(Counted.computed)
-    with pytest.raises(InputError, match=r"no margins file .*a\.margins; .*\.part"):
+    with pytest.raises(InputError, match=r"no margins file .*a\.margins"):
         read_margins(str(tmp_path / "a.margins"))
     with pytest.raises(InputError, match=r"part holds other margins \(options\.normalised: False there"):
         predict(tiny_model, source, tmp_path, Counted(True))
@@ -156,9 +156,7 @@ def test_files_that_fit_refuses(tiny_model, source, made, tmp_path):
     rows[3]["chosen"] += " red"
     rows[6]["pair_id"] = "new"
     changed = write_pairs(tmp_path / "changed.jsonl", rows)
-    with pytest.raises(
-        InputError, match=r"not fit 2 of the 10 pairs of .*changed.jsonl \(first: row 4\): 1 are not in it, 1 have"
-    ):
+    with pytest.raises(InputError, match=r"not fit 2 of the 10 pairs of .*changed.jsonl \(first: row 4\): compute"):
         fit_with(tiny_model, changed, tmp_path, path)
     with pytest.raises(InputError, match=r"another encoding of the pairs.*max_length 64.*max_length 40"):
         fit_with(tiny_model, source, tmp_path, path, max_length=40)

@@ -116,3 +116,12 @@ class Pairs:
             self.delta = self.h_w - self.h_l
             self.mean_delta = self.h_w / self.length_w - self.h_l / self.length_l
             self.shared_sums: Any = [side.shared_sums for side in sides]
+
+
+def sft(chosen: SequenceLogProbs) -> Tensor:
+    """−s_w / L_w, the loss of a hard pair: negative log-likelihood, a mean over the chosen response's tokens. (B,)
+
+    The mean is taken per pair, not over the tokens of the batch: long responses do not outweigh short ones. On cleaned
+    tokens sum and length are weighted, −Σ w log p / Σ w. A response that keeps no token has loss 0.
+    """
+    return -chosen.means

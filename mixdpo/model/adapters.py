@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 Role = Literal["policy", "reference", "base", "cleaning_reference", "previous"]
+PLAIN = (None, False, "none")  # what the options that a plain LoRA has not are set to
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,8 @@ def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None
             _check_safetensors(adapter)
             model = PeftModel.from_pretrained(base, adapter, adapter_name="policy", is_trainable=True)
         _check_adapter(adapter, model, "policy")
-    model.stacked = {}  # adapter -> how many of the stage adapters stand under it
-    if adapter is not None:
         add_reference(model, "reference", adapter)
+    model.stacked = {}  # adapter -> how many of the stage adapters stand under it
     _freeze_all_but_policy(model)
     return model
 
@@ -94,7 +94,7 @@ def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float =
     """target := decay · target + (1 − decay) · source, matrix by matrix; decay 0 is a copy."""
     check_alike(model, source, target)
     if decay and model.stacked.get(source, 0) != model.stacked.get(target, 0):
-        raise InputError("ema: the moving average of stacked adapters is not defined: use 0, or stage_start restart")
+        raise InputError("ema: stacked adapters have no moving average: use ema 0, or stage_start restart")
     with torch.no_grad():
         for layer in adapter_layers(model):
             for matrices in (layer.lora_A, layer.lora_B):
@@ -109,19 +109,15 @@ def check_alike(model: "PeftModel", source: str, target: str) -> None:
     def shape(layer: Any, name: str) -> Any:
         return name in layer.lora_A and (layer.lora_A[name].weight.shape, layer.scaling[name])
 
-    unlike = [layer for layer in adapter_layers(model) if shape(layer, source) != shape(layer, target)]
-    if unlike:
-        raise InputError(
-            f"the adapters {source} and {target} differ in {len(unlike)} layers (rank, alpha or target modules): a "
-            "reference that is refreshed needs the shape of the policy (model.lora)"
-        )
+    if any(shape(layer, source) != shape(layer, target) for layer in adapter_layers(model)):
+        raise InputError(f"the adapters {source} and {target} differ in rank, alpha or targets: set model.lora alike")
 
 
 def stack_policy(model: "PeftModel") -> None:
     """Freeze the policy as the next stage adapter and start a fresh one on top: the same function, new weights."""
     config = model.peft_config["policy"]
     if config.use_rslora or config.rank_pattern or config.alpha_pattern:
-        raise InputError("stage_start fresh_adapter needs one rank and scale in all layers: the adapter has several")
+        raise InputError("stage_start fresh_adapter needs one rank and scale in all layers: use another stage_start")
     add_stage(model)
     copy_adapter(model, "policy", f"stage_{model.stacked['policy']}")
     for layer in adapter_layers(model):
@@ -204,10 +200,7 @@ def _check_safetensors(adapter: str) -> None:
     if not Path(adapter).is_dir():
         hf_hub_download(adapter, "adapter_model.safetensors")
     elif not Path(adapter, "adapter_model.safetensors").is_file():
-        raise InputError(
-            f"the adapter '{adapter}' has no adapter_model.safetensors. Other formats can run code: save it anew with "
-            "PEFT's save_pretrained, or give another PEFT folder or hub id"
-        )
+        raise InputError(f"the adapter '{adapter}' has no adapter_model.safetensors: save it anew by save_pretrained")
 
 
 def _check_adapter(name: str, model: "PeftModel", adapter: str) -> None:
@@ -218,17 +211,13 @@ def _check_adapter(name: str, model: "PeftModel", adapter: str) -> None:
     from peft import get_peft_model_state_dict, load_peft_weights
 
     config = model.peft_config[adapter]
-    options = {key: getattr(config, key, None) for key in ("modules_to_save", "use_dora", "bias")}
-    extra = [key for key, value in options.items() if value not in (None, False, "none")]
+    extra = [key for key in ("modules_to_save", "use_dora", "bias") if getattr(config, key, None) not in PLAIN]
     if config.peft_type != "LORA" or extra:
-        raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): only plain LoRA can be used")
+        raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): give a plain one")
     with readable(name, "adapter"):
         saved, needed = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)
     if unlike := sorted(saved.keys() ^ needed.keys()):
-        raise InputError(
-            f"adapter '{name}' does not fit this base: {len(needed.keys() - saved.keys())} weights are missing and "
-            f"{len(saved.keys() - needed.keys())} are not expected, such as {unlike[0]}. Give the base it was trained "
-            f"on ({config.base_model_name_or_path}), or another adapter"
-        )
-    if broken := [key for key, weight in saved.items() if not torch.isfinite(weight).all()]:
-        raise InputError(f"adapter '{name}' holds weights that are no numbers, such as {broken[0]}: give another one")
+        wanted = config.base_model_name_or_path
+        raise InputError(f"adapter '{name}' does not fit this base (weight {unlike[0]}): give its own base, {wanted}")
+    if not all(torch.isfinite(weight).all() for weight in saved.values()):
+        raise InputError(f"adapter '{name}' holds weights that are no numbers: give another one")

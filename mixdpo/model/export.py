@@ -72,10 +72,9 @@ def _without_weights(causal_lm: "PreTrainedModel", dtype: torch.dtype) -> "PreTr
     from transformers import AutoModelForCausalLM
 
     values = {key: value for key, value in causal_lm.config.to_dict().items() if key != "quantization_config"}
-    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    config, options = type(causal_lm.config)(**values), {"dtype": dtype, "attn_implementation": "sdpa"}
     # buffers are not in checkpoints, so they are computed; some draw, which must not shift the run's random numbers
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), init_empty_weights(include_buffers=False):
-        config = type(causal_lm.config)(**values)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
@@ -90,12 +89,13 @@ def _merged_weights(causal_lm: "PreTrainedModel", adapters: list[str]) -> Iterat
         adapted = isinstance(module, BaseTunerLayer)
         layer = module.get_base_layer() if adapted else module
         for key, value in layer._parameters.items():
-            if key == "weight" and value is not None:
+            if value is None:
+                continue
+            if key == "weight":
                 deltas = [module.get_delta_weight(name) for name in adapters if adapted and name in module.lora_A]
-                plain = dequantize_module_weight(layer)
-                value = sum(deltas, plain.float()) if deltas else plain
-            if value is not None:
-                yield f"{path}.{key}".lstrip("."), value
+                value = dequantize_module_weight(layer)
+                value = sum(deltas, value.float()) if deltas else value
+            yield f"{path}.{key}".lstrip("."), value
 
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:
@@ -114,7 +114,6 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
     with written_whole(folder) as partial:
         config.save_pretrained(str(partial))
         save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / WEIGHTS).chmod(0o644)  # safetensors keeps files from everyone else
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Trained:
     def load(self, device: Device = "cpu", **loading: Any) -> "PeftModel":
         """The base as in training, but for what `loading` says, with the adapter on it; in eval mode."""
         base = load_base(self.base, **self.loading | loading, device=device)
-        return add_adapters(base, Lora(rank=1), str(self.adapter) if self.adapter else None).eval()
+        return add_adapters(base, Lora(rank=1), self.adapter and str(self.adapter)).eval()
 
     def tokenizer(self) -> tuple["PreTrainedTokenizerBase", str]:
         """The base's tokenizer, holding the template of the training (none after `plain`), and that template."""
@@ -160,18 +159,13 @@ def read_trained(
 def read_run(run: Path) -> Trained:
     path = run / "config.yaml"
     try:
-        config = yaml.safe_load(read_text(path))
-        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        model, data = (yaml.safe_load(read_text(path))[part]["init_args"] for part in ("model", "data"))
         loading = {name: model[name] for name in ("quantization", "dtype", "attention")}
         trained = Trained(model["base"], run / "adapter", loading, data["chat_template"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{path} is no config of a run ({reason}): give a run's folder") from error
-    if missing := [name for name in ADAPTER_FILES if not (run / "adapter" / name).is_file()]:
-        raise InputError(
-            f"{run}/adapter lacks {' and '.join(missing)}: training has not ended; continue it with "
-            f"--ckpt_path {run}/checkpoints/…"
-        )
+        raise InputError(f"{path} is no config of a run ({error!r}): give a run's folder") from error
+    if not all((run / "adapter" / name).is_file() for name in ADAPTER_FILES):
+        raise InputError(f"the training of {run} has not ended: continue it with --ckpt_path {run}/checkpoints/…")
     return trained
 
 
@@ -204,9 +198,7 @@ def export(run: str, out: str, merge: bool = False, dtype: ExportDtype = "bfloat
             for name in ADAPTER_FILES:
                 shutil.copyfile(Path(run) / "adapter" / name, partial / name)
         tokenizer.save_pretrained(partial)
-    print(f"wrote {out}: {summary}")
-    if template == PLAIN:
-        print("no chat template is written: it was trained on plain text (chat_template plain)")
+    print(f"wrote {out}: {summary}{'; no chat template, as in training' if template == PLAIN else ''}")
 
 
 @torch.no_grad()
@@ -219,8 +211,6 @@ def _write_merged(trained: Trained, folder: Path, dtype: ExportDtype, device: De
     with role(policy, "base"):
         base = row_log_probs(policy, rows, exact=True).cpu()
     merged_copy(policy, dtype=getattr(torch, dtype)).save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod(0o644)  # safetensors keeps files from everyone else
     del policy  # the comparison takes no more memory than the merge
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
     log_probs = row_log_probs(merged.to(device).requires_grad_(False), rows, exact=True).cpu()
@@ -238,16 +228,16 @@ def compared(expected: Tensor, base: Tensor, merged: Tensor, trained_in: str, dt
     mean, largest, moved = (float(v) for v in (difference.abs().mean(), difference.abs().max(), effect.abs().mean()))
     limits = max(LIMITS.get(name, LIMITS["float32"]) for name in (trained_in, dtype))
     summary = (
-        f"difference to the policy as trained, in nats per token over {len(merged)} tokens: {mean:.2g} in the mean "
-        f"(limit {limits[0]:g}), {largest:.2g} at most (limit {limits[1]:g}); the adapter moves them by {moved:.2g}"
+        f"difference to the policy in nats per token: mean {mean:.2g} (limit {limits[0]:g}), largest {largest:.2g}"
     )
-    wrong = not (mean <= limits[0] and largest <= limits[1])  # NaN is wrong too
-    if moved and not wrong:
+    summary += f" (limit {limits[1]:g}); the adapter moves {len(merged)} tokens by {moved:.2g}"
+    right = mean <= limits[0] and largest <= limits[1]  # NaN is wrong
+    if moved and right:
         kept = 1 + float(difference @ effect / effect.square().sum())
         noise = float(difference.norm() / effect.norm()) / len(merged) ** 0.5
         summary += f", {kept:.3f} of which is kept"
-        wrong = abs(kept - 1) > 0.1 + 4 * noise  # 0.99 to 1.04 were seen in bfloat16
-    if wrong:
+        right = abs(kept - 1) <= 0.1 + 4 * noise  # 0.99 to 1.04 were seen in bfloat16
+    if not right:
         raise InputError(f"the merged model is not the policy: {summary}. Try --dtype float32; nothing is kept")
     return summary
 

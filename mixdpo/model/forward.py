@@ -10,23 +10,14 @@ from torch import Tensor, nn
 from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
-from mixdpo.model.fused_head import (
-    Head,
-    SequenceLogProbs,
-    TargetStatistics,
-    exact_token_log_probs,
-    gathered,
-    run_sums,
-    target_statistics,
-    token_log_probs,
-)
+from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, target_statistics, token_log_probs
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 
-_INSTEAD = "Set data.pack 0 and, for pairs, data.share_prompt false; or try model.attention eager"
+_INSTEAD = "set data.pack 0 and data.share_prompt false, or try model.attention eager"
 
 
 def causal_lm_of(model: Any) -> "PreTrainedModel":
@@ -68,21 +59,17 @@ def check_documents(model: "PeftModel | PreTrainedModel") -> None:
         InputError: it does not, as in models with state spaces or with biases by distance.
     """
     causal_lm = causal_lm_of(model)
-    ids = {"prompt_ids": range(3, 9), "chosen_ids": range(9, 20), "rejected_ids": range(20, 25)}
-    pair = {name: list(numbers) for name, numbers in ids.items()}
+    pair = {"prompt_ids": [*range(3, 9)], "chosen_ids": [*range(9, 20)], "rejected_ids": [*range(20, 25)]}
     device, both = next(causal_lm.parameters()).device, ([pair, pair], [True] * 2, [True] * 2)
     name = causal_lm.config.model_type
     alone = predicting_states(model, build_rows(*both, share_prompt=False).to(device))
     try:
         shared = predicting_states(model, build_rows(*both, pack=100).to(device))
     except (TypeError, ValueError, RuntimeError) as error:  # of a forward that takes no such mask
-        raise InputError(f"{name} models cannot be computed in packed rows: {error}. {_INSTEAD}") from error
+        raise InputError(f"{name} models cannot be computed in packed rows ({error}): {_INSTEAD}") from error
     off, tolerance = float((shared - alone).norm() / alone.norm()), 0.1 if alone.element_size() < 4 else 1e-3
     if not off <= tolerance:
-        raise InputError(
-            f"{name} models compute other states for a response behind a shared prompt than for the response alone "
-            f"(off by {off:.0%}). {_INSTEAD}"
-        )
+        raise InputError(f"{name} models are off by {off:.0%} in a response behind a shared prompt: {_INSTEAD}")
 
 
 def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exact: bool = False) -> Tensor:
@@ -94,12 +81,11 @@ def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exac
         exact: apply the head in fp32 whatever its dtype. Logits rounded to bf16 are off by 0.06 nats, which flips the
             sign of many token-cleaning scores.
     """
-    log_probs = exact_token_log_probs if exact else token_log_probs
-    return log_probs(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target)
+    return token_log_probs(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target, exact=exact)
 
 
-def row_statistics(model: "PeftModel", rows: TokenRows) -> TargetStatistics:
-    """`row_log_probs` with the entropy and top-1 accuracy of the predictions."""
+def row_statistics(model: "PeftModel", rows: TokenRows) -> tuple[Tensor, ...]:
+    """`target_statistics` of each target in `rows`, in the active role."""
     return target_statistics(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target)
 
 
@@ -111,10 +97,7 @@ def output_head(causal_lm: "PreTrainedModel") -> Head:
     """
     layer, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
     if not (type(layer) is nn.Linear and layer.weight.is_floating_point()):
-        raise InputError(
-            f"the output head is a {type(layer).__name__}, not a plain linear layer: keep adapters and quantisation "
-            "off it (lora.targets all-linear does)"
-        )
+        raise InputError(f"the output head is a {type(layer).__name__}, no plain linear layer: adapt others")
     return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
@@ -156,7 +139,7 @@ def check_head(model: "PreTrainedModel") -> None:
     head, states = output_head(model), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     ours = head.shaped(nn.functional.linear(states, head.weight, head.bias).float())
     if not torch.allclose(ours, own, rtol=0.02, atol=0.02 * float(own.abs().max())):  # bf16 rounds at 0.004
-        raise InputError(f"{model.config.model_type} models change their logits in a way that is not supported")
+        raise InputError(f"{model.config.model_type} models change their logits: give a model of another type")
 
 
 def _check_window(config: Any, rows: TokenRows) -> None:
@@ -165,10 +148,7 @@ def _check_window(config: Any, rows: TokenRows) -> None:
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # GPT-Neo's
     longest = max(ends[-1] - start for _, start, *ends in rows.documents)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
-        raise InputError(
-            f"a prompt and its responses have {longest} tokens, more than the model's sliding window of {window}: "
-            "lower data.max_length, or set data.pack 0 and data.share_prompt false"
-        )
+        raise InputError(f"{longest} tokens in a document exceed the sliding window of {window}: lower data.max_length")
 
 
 @contextmanager

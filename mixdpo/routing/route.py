@@ -2,12 +2,12 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from jsonargparse.typing import PositiveInt
 
-from mixdpo.errors import InputError, check_one_of, choose_one
+from mixdpo.errors import InputError, choose_one
 
 Order = Literal["easy_to_hard", "hard_to_easy", "shuffled", "bucketed", "interleaved", "preference_first", "sft_first"]
 
@@ -21,7 +21,10 @@ HardAction = Literal["sft", "sft_rejected", "sft_both", "preference", "drop"]
 EasyAction = Literal["preference", "drop"]
 
 
-KINDS = {"order": Order, "assignment": Assignment, "hard_action": HardAction, "easy_action": EasyAction}
+CHOICES = ("order", "assignment", "hard_action", "easy_action")
+
+
+QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
 RANDOM_ORDERS = ("shuffled", "bucketed")
@@ -67,18 +70,12 @@ class Routing:
 
     def __post_init__(self) -> None:
         choose_one(self, "routing", "hard_fraction", 0.12, "threshold")
-        if not 0 <= (self.hard_fraction or 0) <= 1 or not np.isfinite(self.threshold or 0):
-            raise InputError(
-                f"routing.hard_fraction ({self.hard_fraction}) must lie in [0, 1] (0 is no pair, 1 all), and "
-                f"routing.threshold ({self.threshold}) must be finite"
-            )
-        for name, kind in KINDS.items():
-            check_one_of(f"routing.{name}", getattr(self, name), get_args(kind))
+        if not 0 <= (self.hard_fraction or 0) <= 1:
+            raise InputError(f"routing.hard_fraction must lie in [0, 1], not be {self.hard_fraction}")
+        if not np.isfinite(self.threshold or 0):
+            raise InputError(f"routing.threshold must be finite, not {self.threshold}")
         if self.reshuffle and self.order not in RANDOM_ORDERS:
-            raise InputError(
-                f"routing.reshuffle: order {self.order} has nothing to shuffle: set it to false, or the order to "
-                f"{' or '.join(RANDOM_ORDERS)}"
-            )
+            raise InputError(f"routing.reshuffle needs the order {' or '.join(RANDOM_ORDERS)}, not {self.order}")
 
     @property
     def by_margin(self) -> bool:
@@ -121,10 +118,8 @@ class Routing:
         trained = easy_to_hard[~dropped[easy_to_hard]]
         least = self.buckets if self.order == "bucketed" else 1
         if len(trained) < least:
-            raise InputError(
-                f"routing trains {len(trained)} of {len(margins)} pairs ({count} are hard; hard_action "
-                f"{self.hard_action}, easy_action {self.easy_action}) and needs {least} (order {self.order})"
-            )
+            trains = f"routing trains {len(trained)} of {len(margins)} pairs, of which {count} are hard"
+            raise InputError(f"{trains}, and needs {least}: change hard_action, easy_action or buckets")
         order, stages = _arrange(self, trained, is_hard)
         if self.order in RANDOM_ORDERS:
             order = _shuffled(order, stages, pair_ids, seed, 0)
@@ -176,8 +171,6 @@ class Route:
         """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
         pairs), the order and actions."""
         known, at_threshold = not np.isnan(self.margins).any(), self.margins == self.threshold
-        levels = [0, 5, 25, 50, 75, 95, 100] if known else []
-        quantiles = zip(levels, np.percentile(self.margins, levels).tolist(), strict=True)
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
         groups = {name: group for name, group in groups.items() if len(group) and known}
         return {
@@ -189,9 +182,9 @@ class Route:
             "threshold": self.threshold if known else None,
             "ties_at_threshold": int(at_threshold.sum()),
             "hard_at_threshold": int((self.is_hard & at_threshold).sum()),
-            "margin_quantiles": {f"{level}%": quantile for level, quantile in quantiles},
+            "margin_quantiles": {f"{at}%": float(np.percentile(self.margins, at)) for at in QUANTILES if known},
             "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items()},
-            **{name: getattr(self.routing, name) for name in KINDS},
+            **{name: getattr(self.routing, name) for name in CHOICES},
         }
 
     def fingerprint(self) -> str:

@@ -55,12 +55,8 @@ class MarginsFile:
         ids = pairs["pair_id"][:]
         kept = [self.pairs.get(pair_id, ("", math.nan)) for pair_id in ids]
         if bad := [i for i, (text, _) in enumerate(kept) if text != texts[ids[i]]]:
-            changed = sum(kept[i][0] != "" for i in bad)
-            raise InputError(
-                f"{self.path} does not fit {len(bad)} of the {len(pairs)} pairs of {source} (first: row "
-                f"{pairs[bad[0]]['row']}): {len(bad) - changed} are not in it, {changed} have another text there. "
-                f"It was made of {self.header['source']}: compute it anew (run.py predict)"
-            )
+            misfits = f"{len(bad)} of the {len(pairs)} pairs of {source} (first: row {pairs[bad[0]]['row']})"
+            raise InputError(f"{self.path}, made of {self.header['source']}, does not fit {misfits}: {ANEW}")
         return pairs.remove_columns("margin").add_column("margin", [margin for _, margin in kept])
 
     def refuse_other(self, current: Mapping[str, str | None], what: str) -> None:
@@ -70,10 +66,7 @@ class MarginsFile:
         """
         changed = differences({key: self.header.get(key, "not said") for key in current}, current)
         if self.of_policy and changed:
-            raise InputError(
-                f"{self.path} holds margins ({self.header['signal']}) that were made with another {what} "
-                f"({'; '.join(changed)}): use the options it was made with, or compute it anew"
-            )
+            raise InputError(f"{self.path} was made with another {what} ({'; '.join(changed)}): {ANEW}")
 
 
 def read_margins(path: str | Path) -> MarginsFile:
@@ -82,13 +75,11 @@ def read_margins(path: str | Path) -> MarginsFile:
         InputError: there is no such file, the file is none of `run.py predict`, or is damaged.
     """
     if not Path(path).is_file():
-        raise InputError(
-            f"no margins file {path}; run.py predict makes it (and continues {path}.part, if there is one)"
-        )
+        raise InputError(f"there is no margins file {path}: make it by run.py predict")
     first, *lines = read_text(path).removesuffix("\n").split("\n")
-    header = parse_json(first, f"{path} is no margins file of run.py predict: line 1", ANEW)
+    header = parse_json(first, f"{path} is no margins file: line 1", ANEW)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise InputError(f"{path} is no margins file of run.py predict (its format is not {FORMAT!r}): {ANEW}")
+        raise InputError(f"{path} is no margins file (its format is not {FORMAT!r}): {ANEW}")
     pairs = dict(_pair(line, f"{path}, line {number},") for number, line in enumerate(lines, 2))
     if len(pairs) != header["pairs"]:
         raise InputError(f"{path} has {len(pairs)} of its {header['pairs']} pairs: {ANEW}")

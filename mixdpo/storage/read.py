@@ -9,7 +9,7 @@ import yaml
 
 from mixdpo.errors import InputError
 
-LARGEST = 16 * 2**20  # characters or bytes of a body or a YAML document
+LARGEST = 16 * 2**20  # characters or bytes of a body
 LARGEST_FILE = 2**30  # of a JSON document in a file
 DEEPEST = 100  # levels of lists and mappings of a YAML document
 MOST_NODES = 10**6  # of a YAML document, where each alias counts as what the alias stands for
@@ -26,7 +26,8 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it", larges
             NaN or an infinite number.
     """
     try:
-        _check_size(text, largest)
+        if len(text) > largest:
+            raise ValueError(f"larger than {largest / 2**20:.0f} MB")
         return json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise InputError(f"{where} is nested too deeply: {remedy}") from None
@@ -34,16 +35,12 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it", larges
         raise InputError(f"{where} is no valid JSON ({error}): {remedy}") from None
 
 
-def _check_size(text: str | bytes, largest: int) -> None:
-    if len(text) > largest:
-        raise ValueError(f"larger than {largest / 2**20:.0f} MB")
-
-
 def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(items)
-    if len(content) < len(items):
-        keys = [key for key, _ in items]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    content: dict[str, Any] = {}
+    for key, value in items:
+        if key in content:
+            raise ValueError(f"the key {key!r} stands twice")
+        content[key] = value
     return content
 
 
@@ -77,11 +74,10 @@ def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
         finite: refuse NaN and infinite numbers.
 
     Raises:
-        InputError: the text is no YAML, is too large, nested too deeply, or expands too far by its aliases; or it holds
+        InputError: the text is no YAML, is nested too deeply, or expands too far by its aliases; or it holds
             a key twice, a key that is a list or mapping, or what YAML 1.1 and 1.2 read differently, as 1_0 and 1:30.
     """
     try:
-        _check_size(text, LARGEST)
         depth = 0
         for event in yaml.parse(text, Loader=_Loader):  # a loop; the C loader's recursion has no bound of its own
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

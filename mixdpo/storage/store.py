@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from mixdpo.errors import InputError
 from mixdpo.storage.files import or_without
@@ -25,7 +25,7 @@ TABLES = "CREATE TABLE head (content TEXT); CREATE TABLE entries (key PRIMARY KE
 Key = str | bytes | int
 
 
-class Store:
+class Store(AbstractContextManager["Store"]):
     def __init__(
         self, path: str | Path, head: Mapping[str, Any], *, noun: str, remedy: str = "", cache: bool = False
     ) -> None:
@@ -86,11 +86,7 @@ class Store:
             if altered and not self._is_cache:
                 raise _altered(self.path, altered, self.remedy)
             if altered:
-                warnings.warn(
-                    f"{self.path} holds damaged {self.noun}: these are computed anew and replaced; nothing needs to be "
-                    "done",
-                    stacklevel=4,
-                )
+                warnings.warn(f"{self.path} holds damaged {self.noun}: these are computed anew", stacklevel=4)
                 self._database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in altered])
         return entries
 
@@ -108,9 +104,6 @@ class Store:
 
     def close(self) -> None:
         self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -159,13 +152,9 @@ def _head(database: sqlite3.Connection) -> dict[str, Any]:
 
 def _whole(rows: Iterable[tuple[Key, bytes, bytes]]) -> tuple[dict[Key, bytes], list[Key]]:
     """The entries as they were added, and the keys of those that are not."""
-    entries, altered = {}, []
-    for key, value, checksum in rows:
-        if checksum == _checksum(key, value):
-            entries[key] = value
-        else:
-            altered.append(key)
-    return entries, altered
+    all_rows = list(rows)
+    entries = {key: value for key, value, checksum in all_rows if checksum == _checksum(key, value)}
+    return entries, [key for key, *_ in all_rows if key not in entries]
 
 
 def _checksum(key: Key, value: bytes) -> bytes:
