@@ -2,30 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
 from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, target_statistics, token_log_probs
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-
 _INSTEAD = "set data.pack 0 and data.share_prompt false, or try model.attention eager"
 
 
-def causal_lm_of(model: Any) -> "PreTrainedModel":
+def causal_lm_of(model: Any) -> PreTrainedModel:
     """The model without PEFT's wrapper; its layers keep their adapters."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
-def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> Tensor:
+def predicting_states(model: PeftModel | PreTrainedModel, rows: TokenRows) -> Tensor:
     """Last-layer hidden state, after the final norm, that predicts each target in `rows` (M, H), in the active role:
     of a completion, those from the last prompt token to its last token but one."""
     causal_lm = causal_lm_of(model)
@@ -39,7 +36,7 @@ def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> 
     return gathered(hidden.flatten(0, 1), rows.source)
 
 
-def _mask(causal_lm: "PreTrainedModel", rows: TokenRows) -> Tensor:
+def _mask(causal_lm: PreTrainedModel, rows: TokenRows) -> Tensor:
     attention = causal_lm.config._attn_implementation
     if attention == BY_SEGMENT:  # a mask with four axes is passed through as it is, and this one is not looked at
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
@@ -51,7 +48,7 @@ def _mask(causal_lm: "PreTrainedModel", rows: TokenRows) -> Tensor:
 
 
 @torch.no_grad()
-def check_documents(model: "PeftModel | PreTrainedModel") -> None:
+def check_documents(model: PeftModel | PreTrainedModel) -> None:
     """Try on a few tokens that a response computed beside another one, behind a shared prompt, gets the hidden states
     that it gets alone.
 
@@ -72,7 +69,7 @@ def check_documents(model: "PeftModel | PreTrainedModel") -> None:
         raise InputError(f"{name} models are off by {off:.0%} in a response behind a shared prompt: {_INSTEAD}")
 
 
-def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exact: bool = False) -> Tensor:
+def row_log_probs(model: PeftModel | PreTrainedModel, rows: TokenRows, *, exact: bool = False) -> Tensor:
     """log p of each target in `rows` (M,), in the active role.
 
     The logits of the whole sequence never exist: the head sees only the positions that predict a target.
@@ -84,12 +81,12 @@ def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exac
     return token_log_probs(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target, exact=exact)
 
 
-def row_statistics(model: "PeftModel", rows: TokenRows) -> tuple[Tensor, ...]:
+def row_statistics(model: PeftModel, rows: TokenRows) -> tuple[Tensor, ...]:
     """`target_statistics` of each target in `rows`, in the active role."""
     return target_statistics(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target)
 
 
-def output_head(causal_lm: "PreTrainedModel") -> Head:
+def output_head(causal_lm: PreTrainedModel) -> Head:
     """What turns the model's last hidden states into its logits.
 
     Raises:
@@ -102,7 +99,7 @@ def output_head(causal_lm: "PreTrainedModel") -> Head:
 
 
 def sequence_log_probs(
-    model: "PeftModel", rows: TokenRows, token_weight: Tensor | None = None, *, exact: bool = False
+    model: PeftModel, rows: TokenRows, token_weight: Tensor | None = None, *, exact: bool = False
 ) -> SequenceLogProbs:
     """Summed log-probabilities of the 2B completions in `rows` (chosen first, then rejected), in the active role.
 
@@ -132,7 +129,7 @@ def summed(values: Tensor, rows: TokenRows, token_weight: Tensor | None = None) 
 
 
 @torch.no_grad()
-def check_head(model: "PreTrainedModel") -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose own forward computes other logits than `output_head`."""
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
     own = model(input_ids=ids, use_cache=False).logits.float()

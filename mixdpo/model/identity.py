@@ -1,20 +1,17 @@
 """Fingerprints of weights: of a base, and of the adapters of a role."""
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixdpo.model.adapters import Role, adapter_layers, adapters_of
 from mixdpo.model.forward import causal_lm_of
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
-
-def adapter_fingerprint(model: "PeftModel", name: Role) -> str:
+def adapter_fingerprint(model: PeftModel, name: Role) -> str:
     """Changes whenever the weights do that `name` adds to the base; "none" where it adds nothing."""
     digest = hashlib.sha256()
     adapters = adapters_of(model, name)
@@ -27,7 +24,7 @@ def adapter_fingerprint(model: "PeftModel", name: Role) -> str:
     return digest.hexdigest()[:16] if adapters else "none"
 
 
-def base_fingerprint(model: "PeftModel | PreTrainedModel") -> str:
+def base_fingerprint(model: PeftModel | PreTrainedModel) -> str:
     """Changes whenever the base's weights (quantised as they are) or its configuration do. Adapters change nothing.
 
     Reads all weights once: about a second per GB.

