@@ -16,7 +16,6 @@ from mixdpo.model.loading import (
     Attention,
     Dtype,
     Quantization,
-    check_card,
     check_vocabulary,
     load_base,
     load_reward_model,
@@ -72,7 +71,6 @@ class MarginModule(L.LightningModule):
         if self.needs != "rating":
             load = load_reward_model if self.needs == "reward model" else load_base
             device = self.trainer.strategy.root_device
-            check_card(device, str(self.trainer.precision))
             self.model = load(self.base, **self.loading, device=device)
             check_vocabulary(self.model, self.base, largest_id(*self.trainer.datamodule.tables.values()))
             used["weights"] = base_fingerprint(self.model)

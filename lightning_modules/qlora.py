@@ -22,7 +22,7 @@ from mixdpo.metrics import NamedMeans
 from mixdpo.model.adapters import Lora, adapter_layers, adapter_state, add_adapters, add_reference, add_stage
 from mixdpo.model.forward import check_documents, output_head
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
-from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, check_vocabulary, load_base, on_the_cpu
+from mixdpo.model.loading import Attention, Dtype, Quantization, check_vocabulary, load_base, on_the_cpu
 from mixdpo.model.memory import most_tokens, recompute
 from mixdpo.routing.schedules import StagedCosine, StepPlan
 from mixdpo.storage.identity import refuse_other_run
@@ -133,7 +133,6 @@ class AdapterModule(L.LightningModule):
             )
         if self.trainer.state.fn == "fit":
             refuse_missing_metrics(self.trainer, self.metric_names())
-        check_card(strategy.root_device, precision)
         if precision == "bf16-true":
             self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
 

@@ -29,22 +29,20 @@ def predicting_states(model: PeftModel | PreTrainedModel, rows: TokenRows) -> Te
     options: dict[str, Any] = {}
     if not rows.plain:  # otherwise it is causal, whatever the architecture: padding comes after what counts
         _check_window(causal_lm.config, rows)
-        attention = causal_lm.config._attn_implementation
-        options = {"position_ids": rows.position_ids, "attention_mask": _mask(causal_lm, rows)}
-        options |= {"documents": rows.documents} if attention == BY_SEGMENT else {}
+        options = {"position_ids": rows.position_ids, **_attention_options(causal_lm, rows)}
     hidden: Tensor = causal_lm.base_model(input_ids=rows.input_ids, use_cache=False, **options).last_hidden_state
     return gathered(hidden.flatten(0, 1), rows.source)
 
 
-def _mask(causal_lm: PreTrainedModel, rows: TokenRows) -> Tensor:
-    attention = causal_lm.config._attn_implementation
+def _attention_options(causal_lm: PreTrainedModel, rows: TokenRows) -> dict[str, Any]:
+    attention, dtype = causal_lm.config._attn_implementation, causal_lm.dtype
     if attention == BY_SEGMENT:  # a mask with four axes is passed through as it is, and this one is not looked at
-        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
+        return {"attention_mask": mask, "documents": rows.documents}
     mask = rows.attention_mask()
-    if attention != "eager":
-        return mask
-    dtype = causal_lm.dtype  # eager adds its mask to the scores instead of choosing by it
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    if attention == "eager":  # adds its mask to the scores instead of choosing by it
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return {"attention_mask": mask}
 
 
 @torch.no_grad()
@@ -98,16 +96,13 @@ def output_head(causal_lm: PreTrainedModel) -> Head:
     return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
-def sequence_log_probs(
-    model: PeftModel, rows: TokenRows, token_weight: Tensor | None = None, *, exact: bool = False
-) -> SequenceLogProbs:
+def sequence_log_probs(model: PeftModel, rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
     """Summed log-probabilities of the 2B completions in `rows` (chosen first, then rejected), in the active role.
 
     Args:
         token_weight: as for `summed`.
-        exact: as for `row_log_probs`.
     """
-    return summed(row_log_probs(model, rows, exact=exact), rows, token_weight)
+    return summed(row_log_probs(model, rows), rows, token_weight)
 
 
 def summed(values: Tensor, rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
@@ -148,16 +143,14 @@ def _check_window(config: Any, rows: TokenRows) -> None:
         raise InputError(f"{longest} tokens in a document exceed the sliding window of {window}: lower data.max_length")
 
 
-@contextmanager
-def without_cast_cache(device: torch.device) -> Iterator[None]:
+def without_cast_cache(device: torch.device) -> torch.autocast:
     """Keep autocast as it is outside, but switch off its cache of cast weights.
 
     A cast that was cached before an optimizer step would hide the step's update. Lightning switches this cache off too.
     """
     kind = device.type
     now = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-    with torch.autocast(kind, cache_enabled=False, **now):
-        yield
+    return torch.autocast(kind, cache_enabled=False, **now)
 
 
 @contextmanager

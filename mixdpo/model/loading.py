@@ -48,14 +48,6 @@ def gpu_dtype() -> Dtype:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-def check_card(device: torch.device | str, asked: str) -> None:
-    """Refuse bfloat16, asked for by a dtype or a precision, on a GPU older than Ampere."""
-    on_gpu = torch.device(device).type == "cuda" and asked.startswith(("bfloat16", "bf16"))
-    if on_gpu and gpu_dtype() == "float16":
-        instead = "--model.dtype float16 --trainer.precision 16-mixed, or use a CPU"
-        raise InputError(f"{torch.cuda.get_device_name(device)} does not compute in {asked}: give {instead}")
-
-
 def check_vocabulary(model: PreTrainedModel, name: str, largest: int) -> None:
     """Refuse data whose largest token id the model has no embedding for."""
     if largest >= (known := model.get_input_embeddings().num_embeddings):
@@ -80,17 +72,17 @@ def _load(
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and names of weights that its files lack."""
-    check_card(device, dtype)
     torch_dtype = getattr(torch, dtype)
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch_dtype}
-    options = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
+    quantized = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
+    options = {"dtype": torch_dtype, "attn_implementation": attention, "device_map": {"": str(device)}}
+    if quantization in quantized:
+        options["quantization_config"] = BitsAndBytesConfig(**quantized[quantization])
+    auto_class = getattr(transformers, auto)
     with readable(name, "model"):
-        model, loading = getattr(transformers, auto).from_pretrained(
+        model, loading = auto_class.from_pretrained(
             model_folder(name),
-            dtype=torch_dtype,
-            attn_implementation=attention,
-            quantization_config=BitsAndBytesConfig(**options[quantization]) if quantization in options else None,
-            device_map={"": str(device)},
+            **options,
             output_loading_info=True,
             use_safetensors=True,  # the other format is a pickle
             trust_remote_code=False,  # where it is not said, transformers asks on stdin, and a piped "y" runs code

@@ -51,10 +51,8 @@ def _convert(source: Path, out: Path) -> None:
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
-        # The loaded config still calls the weights GGUF-quantised and would be refused when read as a plain folder.
-        config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-        plain = type(loaded)(type(loaded.config)(**config))
-        plain.load_state_dict(loaded.state_dict())
-        plain.generation_config = loaded.generation_config
-        plain.to(torch.bfloat16).save_pretrained(out)
+        # the loaded model still counts as quantised, so that it could be neither saved nor read as a plain folder
+        for owner, name in ((loaded, "hf_quantizer"), (loaded.config, "quantization_config")):
+            vars(owner).pop(name, None)
+        loaded.to(torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)

@@ -108,7 +108,9 @@ class Routing:
             threshold, count = self.threshold, int((margins < self.threshold).sum())
         else:
             count = round(self.hard_fraction * len(margins))
-            threshold = _threshold_at(margins[easy_to_hard], len(margins) - count)
+            # the smallest easy margin, so that `< τ` repeats the cut on new pairs; those of a split block count as easy
+            easiest, cut = margins[easy_to_hard], len(margins) - count
+            threshold = easiest[cut - 1] if cut else np.nextafter(easiest[0], np.inf)
         hard_last = easy_to_hard[::-1] if self.assignment == "inverted" else easy_to_hard
         if self.assignment == "random":
             hard_last = np.lexsort((pair_ids, _hashes(pair_ids, seed, "assignment")))
@@ -221,12 +223,6 @@ def _interleaved(easy: np.ndarray, hard: np.ndarray) -> np.ndarray:
     is_hard[(2 * np.arange(len(hard)) + 1) * len(order) // (2 * max(len(hard), 1))] = True
     order[is_hard], order[~is_hard] = hard, easy
     return order
-
-
-def _threshold_at(descending: np.ndarray, cut: int) -> float:
-    """τ is the smallest easy margin, so that `< τ` repeats the cut on new pairs; if the cut splits a block of ties, the
-    block's margin is τ and new pairs in it count as easy."""
-    return float(descending[cut - 1] if cut else np.nextafter(descending[0], np.inf))
 
 
 def _shuffled(order: np.ndarray, stages: np.ndarray, pair_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:

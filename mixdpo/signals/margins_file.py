@@ -111,7 +111,7 @@ class MarginsWriter:
         self._store: Any = None
         if not self.path.exists():
             self._store = Store(self.part, self.header, noun="margins", remedy=OTHER)
-            self.margins = {int(pair_id): float(margin) for pair_id, margin in self._store.items().items()}
+            self.margins = {int(pair_id): float(margin) for pair_id, margin in self._store.get().items()}
             return
         file = read_margins(path)
         if changed := differences({**file.header, "date": None}, self.header):

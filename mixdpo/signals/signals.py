@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.model.adapters import role
-from mixdpo.model.forward import predicting_states, sequence_log_probs
+from mixdpo.model.forward import predicting_states, row_log_probs, summed
 from mixdpo.model.fused_head import run_sums
 
 Needs = Literal["policy", "adapter", "reward model", "rating"]
@@ -47,7 +47,7 @@ class PolicyLogProb:
     needs: ClassVar[Needs] = "policy"
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        chosen, rejected = sequence_log_probs(model, batch.rows, exact=True).sums.chunk(2)
+        chosen, rejected = summed(row_log_probs(model, batch.rows, exact=True), batch.rows).sums.chunk(2)
         return 0.1 * (chosen - rejected)
 
 
@@ -63,9 +63,9 @@ class ImplicitReward:
     needs: ClassVar[Needs] = "adapter"
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        policy = sequence_log_probs(model, batch.rows, exact=True).sums
+        policy = summed(row_log_probs(model, batch.rows, exact=True), batch.rows).sums
         with role(model, "base"):
-            chosen, rejected = (policy - sequence_log_probs(model, batch.rows, exact=True).sums).chunk(2)
+            chosen, rejected = (policy - summed(row_log_probs(model, batch.rows, exact=True), batch.rows).sums).chunk(2)
         return self.beta * (chosen - rejected)
 
 

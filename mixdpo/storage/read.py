@@ -9,29 +9,23 @@ import yaml
 
 from mixdpo.errors import InputError
 
-LARGEST = 16 * 2**20  # characters or bytes of a body
-LARGEST_FILE = 2**30  # of a JSON document in a file
 DEEPEST = 100  # levels of lists and mappings of a YAML document
 MOST_NODES = 10**6  # of a YAML document, where each alias counts as what the alias stands for
 
 
-def parse_json(text: str | bytes, where: str, remedy: str = "correct it", largest: int = LARGEST) -> Any:
+def parse_json(text: str | bytes, where: str, remedy: str = "correct it") -> Any:
     """
     Args:
         where: what the text is, for the error: a file, a line of a file, a server's response.
         remedy: what to do about a text that is refused, for the error.
 
     Raises:
-        InputError: the text is no JSON in UTF-8, is larger than `largest` or nested too deeply, or holds a key twice, a
+        InputError: the text is no JSON in UTF-8, is nested too deeply, or holds a key twice, a
             NaN or an infinite number.
     """
     try:
-        if len(text) > largest:
-            raise ValueError(f"larger than {largest / 2**20:.0f} MB")
         return json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
-    except RecursionError:
-        raise InputError(f"{where} is nested too deeply: {remedy}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is no valid JSON ({error}): {remedy}") from None
 
 

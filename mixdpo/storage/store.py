@@ -66,27 +66,20 @@ class Store(AbstractContextManager["Store"]):
             self.close()
             raise
 
-    def get(self, keys: Iterable[Key]) -> dict[Key, bytes]:
-        """The entries that are there. A cache's entry that was altered is removed, with a warning.
+    def get(self, keys: Sequence[Key] | None = None) -> dict[Key, bytes]:
+        """All entries, or those of the keys. A cache's entry that was altered is removed, with a warning.
 
         Raises:
             InputError: a product's entry was altered.
         """
-        keys = list(keys)
-        return self._select(f"{ALL} WHERE key IN ({', '.join('?' * len(keys))})", keys)
-
-    def items(self) -> dict[Key, bytes]:
-        """All entries; as `get`."""
-        return self._select(f"{ALL} ORDER BY rowid")
-
-    def _select(self, query: str, keys: Sequence[Key] = ()) -> dict[Key, bytes]:
         entries: dict[Key, bytes] = {}
+        where = "" if keys is None else f"WHERE key IN ({', '.join('?' * len(keys))})"
         with self._errors():
-            entries, altered = _whole(self._database.execute(query, keys))
+            entries, altered = _whole(self._database.execute(f"{ALL} {where} ORDER BY rowid", keys or ()))
             if altered and not self._is_cache:
                 raise _altered(self.path, altered, self.remedy)
             if altered:
-                warnings.warn(f"{self.path} holds damaged {self.noun}: these are computed anew", stacklevel=4)
+                warnings.warn(f"{self.path} holds damaged {self.noun}: these are computed anew", stacklevel=3)
                 self._database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in altered])
         return entries
 
