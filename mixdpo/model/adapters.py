@@ -159,12 +159,6 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
 
 
-def adds_nothing(model: PeftModel, name: Role) -> bool:
-    """Whether the role is the base: a fresh adapter's B is 0."""
-    matrices = [layer.lora_B for layer in adapter_layers(model)]
-    return not any(b[adapter].weight.any() for adapter in adapters_of(model, name) for b in matrices if adapter in b)
-
-
 def adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 

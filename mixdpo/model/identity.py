@@ -13,15 +13,16 @@ from mixdpo.model.forward import causal_lm_of
 
 def adapter_fingerprint(model: PeftModel, name: Role) -> str:
     """Changes whenever the weights do that `name` adds to the base; "none" where it adds nothing."""
-    digest = hashlib.sha256()
+    digest, adds = hashlib.sha256(), False
     adapters = adapters_of(model, name)
     for layer in adapter_layers(model):
         for adapter in adapters:
             if adapter in layer.lora_A:  # it may know fewer layers than the policy
+                adds |= bool(layer.lora_B[adapter].weight.any())  # of a fresh adapter B is 0
                 digest.update(repr(layer.scaling[adapter]).encode())
                 for matrices in (layer.lora_A, layer.lora_B):
                     digest.update(matrices[adapter].weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16] if adapters else "none"
+    return digest.hexdigest()[:16] if adds else "none"
 
 
 def base_fingerprint(model: PeftModel | PreTrainedModel) -> str:

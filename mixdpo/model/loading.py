@@ -76,13 +76,12 @@ def _load(
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch_dtype}
     quantized = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
     options = {"dtype": torch_dtype, "attn_implementation": attention, "device_map": {"": str(device)}}
-    if quantization in quantized:
-        options["quantization_config"] = BitsAndBytesConfig(**quantized[quantization])
-    auto_class = getattr(transformers, auto)
+    config = BitsAndBytesConfig(**quantized[quantization]) if quantization in quantized else None
     with readable(name, "model"):
-        model, loading = auto_class.from_pretrained(
+        model, loading = getattr(transformers, auto).from_pretrained(
             model_folder(name),
             **options,
+            quantization_config=config,
             output_loading_info=True,
             use_safetensors=True,  # the other format is a pickle
             trust_remote_code=False,  # where it is not said, transformers asks on stdin, and a piped "y" runs code

@@ -72,8 +72,6 @@ class Routing:
         choose_one(self, "routing", "hard_fraction", 0.12, "threshold")
         if not 0 <= (self.hard_fraction or 0) <= 1:
             raise InputError(f"routing.hard_fraction must lie in [0, 1], not be {self.hard_fraction}")
-        if not np.isfinite(self.threshold or 0):
-            raise InputError(f"routing.threshold must be finite, not {self.threshold}")
         if self.reshuffle and self.order not in RANDOM_ORDERS:
             raise InputError(f"routing.reshuffle needs the order {' or '.join(RANDOM_ORDERS)}, not {self.order}")
 

@@ -73,8 +73,6 @@ def read_margins(path: str | Path) -> MarginsFile:
     Raises:
         InputError: there is no such file, the file is none of `run.py predict`, or is damaged.
     """
-    if not Path(path).is_file():
-        raise InputError(f"there is no margins file {path}: make it by run.py predict")
     first, *lines = read_text(path).removesuffix("\n").split("\n")
     header = parse_json(first, f"{path} is no margins file: line 1", ANEW)
     if not isinstance(header, dict) or header.get("format") != FORMAT:

@@ -43,7 +43,6 @@ OUT_OF_RANGE = {
 CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"threshold": 0.5, "hard_fraction": 0.12}, ("give hard_fraction or threshold, not both (0.12 and 0.5)",)),
     (Routing, {"hard_fraction": 1.2}, ("routing.hard_fraction must lie in [0, 1], not be 1.2",)),
-    (Routing, {"threshold": INF}, ("routing.threshold must be finite, not inf",)),
     (Routing, {"reshuffle": True}, ("needs the order shuffled or bucketed, not easy_to_hard",)),
     (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, in rising order",)),
     (Selection, {"keep_ratio": 0.5, "threshold": 0.0}, ("selection: give keep_ratio or threshold,",)),

@@ -161,7 +161,7 @@ CASES = [
     *(margins_case(*row) for row in MARGINS),
     *cases(
         "margins file",
-        ("no such file", lambda place: read_margins("/no.margins"), "/no.margins … make it by run.py predict"),
+        ("no such file", lambda place: read_margins("/no.margins"), "/no.margins … cannot be read"),
         ("of other pairs", trained_with(LINES), ("does not fit 16 of the 16 pairs", "first: row 1", ANEW)),
         ("of another policy", of_a_policy, "another encoding of the pairs … compute it anew"),
         ("of another signal, to be continued", continued, "signal: y there, x here … give another model.output"),
