@@ -44,7 +44,7 @@ def with_code(model: str, folder: Path, marker: Path, file: str, auto_map: dict[
 
 def test_a_tokenizers_code(tiny_model: str, tmp_path: Path, marker: Path) -> None:
     folder = with_code(tiny_model, tmp_path / "t", marker, "tokenizer_config.json", {"AutoTokenizer": ["evil.T", None]})
-    with pytest.raises(InputError, match=r"tokenizer '.*' could not be loaded: it needs code"):
+    with pytest.raises(InputError, match=r"tokenizer '.*': it needs code"):
         load_tokenizer(folder)
     assert not marker.exists()
 
@@ -54,7 +54,7 @@ def test_a_models_code(load: object, tiny_model: str, tmp_path: Path, marker: Pa
     names = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
     auto_map = {"AutoConfig": "evil.C"} | dict.fromkeys(names, "evil.M")
     folder = with_code(tiny_model, tmp_path / "m", marker, "config.json", auto_map)
-    with pytest.raises(InputError, match=r"model '.*' could not be loaded: it needs code"):
+    with pytest.raises(InputError, match=r"model '.*': it needs code"):
         load(folder, quantization="none", dtype="float32")  # type: ignore[operator]
     assert not marker.exists()
 

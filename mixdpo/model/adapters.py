@@ -202,7 +202,6 @@ def _check_adapter(name: str, model: PeftModel, adapter: str) -> None:
     with readable(name, "adapter"):
         saved, needed = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)
     if unlike := sorted(saved.keys() ^ needed.keys()):
-        wanted = config.base_model_name_or_path
-        raise InputError(f"adapter '{name}' does not fit this base (weight {unlike[0]}): give its own base, {wanted}")
+        raise InputError(f"adapter '{name}' does not fit ({unlike[0]}): give its base {config.base_model_name_or_path}")
     if not all(torch.isfinite(weight).all() for weight in saved.values()):
         raise InputError(f"adapter '{name}' holds weights that are no numbers: give another one")

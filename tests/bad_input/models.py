@@ -71,7 +71,7 @@ def unusual(name: str) -> Any:
 
 
 WEIGHTS, REMEDY = "model.safetensors", "Give a hub id you can reach"
-UNLOADED = ("could not be loaded", REMEDY)
+UNLOADED = ("cannot load", REMEDY)
 
 
 def shrink(folder: Path) -> None:
@@ -148,7 +148,7 @@ ADAPTERS = [
         ("a config cut off", adapted(cut(CONFIG, 30)), UNLOADED),
         ("no weights", adapted(remove(TENSORS)), f"has no {TENSORS}: save it anew by save_pretrained"),
         ("weights cut off", adapted(cut(TENSORS)), UNLOADED),
-        ("a matrix missing", adapted(rewrite(TENSORS, lost)), "does not fit this base … give its own base"),
+        ("a matrix missing", adapted(rewrite(TENSORS, lost)), "does not fit … give its base"),
         ("weights of NaN", adapted(rewrite(TENSORS, poisoned)), "holds weights that are no numbers … give another one"),
         ("a bias", adapted(edit_json(CONFIG, bias="all")), "no plain LoRA … give a plain one"),
     ),

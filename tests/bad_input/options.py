@@ -128,7 +128,6 @@ UNMONITORED: list[tuple[str, Any, tuple[str, ...], str, dict[str, Any]]] = [
 
 
 WITH_DATA = [
-    Case("data.routing", "no pair", routed([]), ("no pair to route", "the training data is empty")),
     Case("data.routing", "a margin of NaN", routed([1.0, NAN]), ("margin 1 is not finite",)),
     Case("data.routing", "fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), ("trains 2 of", "needs 4")),
     Case(
