@@ -240,15 +240,6 @@ def test_another_adapter_is_refused(tiny_model, source, made, tmp_path):
     fit_with(tiny_model, source, tmp_path / "4", reward)
 
 
-def test_fingerprint_does_not_depend_on_where_adapters_are(tiny_model):
-    options = {"quantization": "none", "dtype": "float32"}
-    prints = [
-        base_fingerprint(add_adapters(load_base(tiny_model, **options), Lora(targets=targets)))
-        for targets in ("all-linear", ["q_proj"])
-    ]
-    assert prints[0] == prints[1]
-
-
 def command_line(monkeypatch, capfd, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
@@ -268,11 +259,6 @@ def test_command_line(tiny_model, source, tmp_path, monkeypatch, capfd):
     path = tmp_path / "runs/ches.margins"
     assert read_margins(path).header["options"] == {"normalised": False}
     assert [file.name for file in path.parent.iterdir()] == ["ches.margins"]
-    assert command_line(monkeypatch, capfd, "predict", "--config", config, *options, *full) == ""
-    assert "complete already: 10 pairs" in "".join(capfd.readouterr())
-    other = ["--model.signal.normalised", "true"]
-    message = command_line(monkeypatch, capfd, "predict", "--config", config, *options, *full, *other)
-    assert message.startswith(f"error: {path} holds other margins")
     rating = ["--config", "configs/signals/rating.yaml", "--model.output", str(tmp_path / "r")]
     assert command_line(monkeypatch, capfd, "predict", *rating, *options) == ""
     assert read_margins(tmp_path / "r").pairs.keys() == read_margins(path).pairs.keys()

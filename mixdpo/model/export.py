@@ -121,7 +121,7 @@ class Trained:
     def load(self, device: Device = "cpu", **loading: Any) -> PeftModel:
         """The base as in training, but for what `loading` says, with the adapter on it; in eval mode."""
         base = load_base(self.base, **self.loading | loading, device=device)
-        return add_adapters(base, Lora(rank=1), self.adapter and str(self.adapter)).eval()
+        return add_adapters(base, Lora(rank=1), str(self.adapter) if self.adapter else None).eval()
 
     def tokenizer(self) -> tuple[PreTrainedTokenizerBase, str]:
         """The base's tokenizer, holding the template of the training (none after `plain`), and that template."""

@@ -130,6 +130,4 @@ def readable(name: str, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         if "trust_remote_code" in str(error):
             reason = f"it needs code from its own repository, which is never run. Give a {what} of transformers"
-        raise InputError(
-            f"cannot load the {what} '{name}': {reason}. Give a hub id you can reach, or a folder"
-        ) from error
+        raise InputError(f"cannot load {what} '{name}': {reason}. Give a hub id you can reach, or a folder") from error

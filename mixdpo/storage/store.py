@@ -25,7 +25,7 @@ TABLES = "CREATE TABLE head (content TEXT); CREATE TABLE entries (key PRIMARY KE
 Key = str | bytes | int
 
 
-class Store(AbstractContextManager["Store"]):
+class Store(AbstractContextManager[Any]):
     def __init__(
         self, path: str | Path, head: Mapping[str, Any], *, noun: str, remedy: str = "", cache: bool = False
     ) -> None:
