@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from mixdpo.errors import InputError
-from mixdpo.signals.margins_file import FORMAT, read_margins
 from mixdpo.storage.files import read_yaml
 from mixdpo.storage.read import parse_json, parse_yaml
 
@@ -63,11 +62,3 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert parse_yaml("- &b {a: 1, c: 2}\n- {<<: *b, a: 3}", "x")[1] == {"a": 3, "c": 2}
     assert parse_json('{"a": [1, 2.5, "b", null]}', "x") == {"a": [1, 2.5, "b", None]}
     assert parse_yaml(".inf", "x", finite=False) == float("inf")
-
-
-@pytest.mark.parametrize("line", ["[" * 100_000, '{"pair_id": Infinity, "text": "a", "margin": 1}', '{"pair_id": [1]}'])
-def test_a_line_of_a_margins_file(line: str, tmp_path: Path) -> None:
-    header = '"pairs": 1, "signal": "s", "needs": "rating", "source": "d", "base": "b", "adapter": null'
-    (tmp_path / "m").write_text(f'{{"format": "{FORMAT}", {header}}}\n{line}\n')
-    with pytest.raises(InputError, match=r"m, line 2, .*: compute it anew"):
-        read_margins(tmp_path / "m")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, make_pairs, write_pairs
 
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.adapters import Lora, add_adapters, add_reference
 from mixdpo.model.export import save_adapter
 from mixdpo.model.loading import load_base, load_reward_model, load_tokenizer
 
@@ -59,22 +58,15 @@ def test_a_models_code(load: object, tiny_model: str, tmp_path: Path, marker: Pa
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("through", ["adapter", "cleaning reference"])
-def test_an_adapter_in_a_pickle(through: str, tiny_model: str, tmp_path: Path) -> None:
+def test_an_adapter_in_a_pickle(tiny_model: str, tmp_path: Path) -> None:
     model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
     save_adapter(model, tmp_path / "a")
     (tmp_path / "a/adapter_model.safetensors").unlink()
     torch.save({}, tmp_path / "a/adapter_model.bin")
-    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8))
-    if through == "adapter":
-        options = {"adapter": str(tmp_path / "a")}
-    else:
-        from mixdpo.token_cleaning.cleaning import Cleaning
-
-        options = {"cleaning": Cleaning(reference=str(tmp_path / "a"))}
-    trainer, module, data = build(tiny_model, source, tmp_path / "run", **options)
-    with pytest.raises(InputError, match=r"has no adapter_model.safetensors.*save it anew"):
-        trainer.fit(module, data)
+    with pytest.raises(InputError, match=r"has no adapter_model.safetensors: save it anew"):
+        add_reference(model, "previous", str(tmp_path / "a"))
+    with pytest.raises(InputError, match=r"has no adapter_model.safetensors: save it anew"):
+        add_adapters(model.get_base_model(), Lora(), str(tmp_path / "a"))
 
 
 def calls(path: Path) -> list[tuple[str, set[str], int]]:

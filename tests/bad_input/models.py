@@ -146,7 +146,6 @@ ADAPTERS = [
             ("adapter '/no/adapter'", REMEDY),
         ),
         ("a config cut off", adapted(cut(CONFIG, 30)), UNLOADED),
-        ("no weights", adapted(remove(TENSORS)), f"has no {TENSORS}: save it anew by save_pretrained"),
         ("weights cut off", adapted(cut(TENSORS)), UNLOADED),
         ("a matrix missing", adapted(rewrite(TENSORS, lost)), "does not fit … give its base"),
         ("weights of NaN", adapted(rewrite(TENSORS, poisoned)), "holds weights that are no numbers … give another one"),
