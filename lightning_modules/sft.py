@@ -99,8 +99,9 @@ class SFTModule(AdapterModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""
-        statistics, source = row_statistics(self.model, batch.rows), batch.source[batch.rows.completion]
-        values = {"loss": -statistics.log_probs, "entropy": statistics.entropy, "token_accuracy": statistics.is_top}
+        log_probs, entropy, is_top = row_statistics(self.model, batch.rows)
+        values = {"loss": -log_probs, "entropy": entropy, "token_accuracy": is_top}
+        source = batch.source[batch.rows.completion]
         weighted = {f"val/{name}": (value, batch.token_weight) for name, value in values.items()}
         for name in self.trainer.datamodule.reported_sources:
             weight = batch.token_weight * (source == self.trainer.datamodule.sources.index(name))

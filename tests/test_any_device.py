@@ -23,11 +23,10 @@ from lightning_modules.callbacks.faults import is_out_of_memory
 from lightning_modules.margins import MarginModule
 from mixdpo.batches.rows import build_rows
 from mixdpo.batches.steps import Slices
-from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, add_adapters, add_reference, stack_policy
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.fused_head import gathered, run_sums
-from mixdpo.model.loading import check_card, load_base
+from mixdpo.model.loading import load_base
 from mixdpo.routing.route import Routing
 from mixdpo.signals.margins_file import read_margins
 from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb
@@ -245,20 +244,6 @@ def test_how_a_device_says_that_it_is_out_of_memory() -> None:
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
     ):
         assert is_out_of_memory(error) == expected, error
-
-
-def test_a_card_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    has_it = False
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    for asked in ("bfloat16", "bf16-mixed", "bf16-true"):
-        check_card("cpu", asked)
-        with pytest.raises(InputError, match=rf"Tesla T4 .* {asked}: give --model.dtype float16 --trainer.precision 1"):
-            check_card(torch.device("cuda", 0), asked)
-    for asked in ("float16", "16-mixed"):
-        check_card("cuda", asked)
-    has_it = True
-    check_card("cuda", "bfloat16")
 
 
 def test_what_generates(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -515,7 +515,7 @@ def test_base_losses_belong_to_how_they_were_computed(train, tmp_path, monkeypat
 def test_a_reference_of_another_scale_cannot_be_refreshed(train: Any, tiny_model: str, tmp_path: Path) -> None:
     """At the start, not after the first stage has been trained."""
     cleaning = Cleaning(reference=saved_adapter(tiny_model, tmp_path, rank=4, alpha=32))
-    with pytest.raises(InputError, match="rank, alpha or target modules"):
+    with pytest.raises(InputError, match="rank, alpha or targets"):
         train(RefreshReference(), cleaning=cleaning, data={"slices": Slices(2)})
 
 

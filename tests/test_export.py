@@ -117,14 +117,16 @@ def test_the_comparison_by_hand() -> None:
     policy = base + torch.tensor([1.0, -1.0] * 200)
     noise = 0.04 * torch.tensor([1.0, 1.0, -1.0, -1.0] * 100)  # at a right angle to the adapter's effect
     said = compared(policy, base, policy + noise, "float32", "bfloat16")
-    assert "over 400 tokens: 0.04 in the mean" in said and "moves them by 1, 1.000 of which is kept" in said
+    assert "mean 0.04" in said and "moves 400 tokens by 1, 1.000 of which is kept" in said
     for wrong in (policy + 10 * noise, policy + 0.003 * policy, policy * float("nan")):
         with pytest.raises(InputError, match="is not the policy"):
             compared(policy, base, wrong, "float32", "float32")
     small = 0.02 * policy  # a wrong scale hides below the limits of bfloat16, but has a direction
     with pytest.raises(InputError, match=r"0\.500 of which is kept"):
         compared(small, base, small / 2, "float32", "bfloat16")
-    assert "moves them by 0" in compared(base, base, base, "float32", "float32")  # an adapter that was never trained
+    assert "moves 400 tokens by 0" in compared(
+        base, base, base, "float32", "float32"
+    )  # an adapter that was never trained
 
 
 @pytest.mark.parametrize("kind", ["own", "given", "plain"])
@@ -138,7 +140,7 @@ def test_the_adapter_with_the_template_of_the_training(kind, tiny_model, tmp_pat
     assert torch.equal(through_peft(tiny_model, out), through_peft(tiny_model, run / "adapter"))
     wanted = {"own": TEMPLATE, "given": given, "plain": None}[kind]
     assert AutoTokenizer.from_pretrained(out).chat_template == wanted
-    assert ("no chat template is written" in capsys.readouterr().out) == (kind == "plain")
+    assert ("no chat template" in capsys.readouterr().out) == (kind == "plain")
 
 
 def test_a_bare_adapter_needs_to_be_told_the_quantization(handmade: Path, tiny_model: str) -> None:
@@ -163,7 +165,7 @@ def test_what_is_refused(handmade: Path, tiny_model: str, tmp_path: Path) -> Non
     unfinished = tmp_path / "unfinished"
     shutil.copytree(handmade, unfinished)
     (unfinished / "adapter" / "adapter_model.safetensors").unlink()
-    refused(r"lacks adapter_model.safetensors: training has not ended; continue it with --ckpt_path", unfinished)
+    refused("has not ended: continue it with --ckpt_path", unfinished)
     for content in ("model: 3\n", "model: [", "model: {init_args: {base: x}}\n"):
         (unfinished / "config.yaml").write_text(content)
         refused("is no config of a run", unfinished)

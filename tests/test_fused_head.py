@@ -12,7 +12,6 @@ from mixdpo.model.fused_head import (
     TILE,
     VOCABULARY_TILE,
     Head,
-    exact_token_log_probs,
     target_statistics,
     token_log_probs,
 )
@@ -102,19 +101,19 @@ def test_entropy_and_top_1(tile, cap):
     hidden, head, targets = inputs(torch.float64, cap=cap)
     logits = naive_logits(hidden, head)
     targets[::2] = logits.argmax(-1)[::2]
-    found = target_statistics(hidden, head, targets, tile)
-    assert torch.equal(found.log_probs, token_log_probs(hidden, head, targets, tile))
+    log_probs, entropy, is_top = target_statistics(hidden, head, targets, tile)
+    assert torch.equal(log_probs, token_log_probs(hidden, head, targets, tile))
     p = logits.softmax(-1)
-    assert torch.equal(found.is_top, logits.argmax(-1) == targets)
-    assert_close(found.entropy, -(p * p.log()).sum(-1), rtol=1e-10, atol=1e-12)
-    assert found.is_top[::2].all() and not found.is_top.all()
-    assert not found.entropy.requires_grad and found.log_probs.requires_grad
+    assert torch.equal(is_top, logits.argmax(-1) == targets)
+    assert_close(entropy, -(p * p.log()).sum(-1), rtol=1e-10, atol=1e-12)
+    assert is_top[::2].all() and not is_top.all()
+    assert not entropy.requires_grad and log_probs.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_positions(dtype):
     hidden, head, targets = inputs(dtype, positions=0)
-    for result in (exact_token_log_probs(hidden, head, targets), token_log_probs(hidden, head, targets)):
+    for result in (token_log_probs(hidden, head, targets, exact=True), token_log_probs(hidden, head, targets)):
         assert (result.dtype, result.shape) == (torch.float32, (0,))
     result.sum().backward()
     assert hidden.grad.shape == (0, H)
@@ -152,7 +151,7 @@ def test_exact_log_probs_of_a_bf16_head(vocabulary, bias, cap):
     targets[0], targets[1] = 0, vocabulary - 1
     wanted = naive_logits(hidden, head).log_softmax(-1)[torch.arange(M), targets]
     for tile in (7, 256):
-        found = exact_token_log_probs(hidden, head, targets, tile)
+        found = token_log_probs(hidden, head, targets, tile, exact=True)
         assert found.dtype == torch.float32
         assert_close(found.double(), wanted, rtol=0, atol=1e-5)
     assert (token_log_probs(hidden, head, targets).double() - wanted).abs().max() > 1e-3
@@ -164,7 +163,7 @@ def test_no_tensor_is_larger_than_a_tile_of_logits_or_the_hidden_states(statisti
     saved = []
     with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         found = (target_statistics if statistics else token_log_probs)(hidden, head, targets, 7)
-        (found.log_probs if statistics else found).sum().backward()
+        (found[0] if statistics else found).sum().backward()
     assert seen.numel == 200 * H < 200 * V
     assert seen.positions == 200, "the head is applied once: nothing is computed again in backward"
     assert [tuple(x.shape) for x in saved] == [(200, H)]

@@ -101,7 +101,7 @@ def test_what_is_refused(tiny_model: str, tasks: str, tmp_path: Path) -> None:
     (tmp_path / "tasks" / "broken.yaml").write_text(TASK.format(name="broken", data=tmp_path / "none.jsonl") + CHOICE)
     for given, match in (
         ({"tasks": "broken"}, "'broken' could not be loaded.*none.jsonl"),
-        ({"tasks": "tiny_choice", "model": str(tmp_path)}, "could not be loaded"),
+        ({"tasks": "tiny_choice", "model": str(tmp_path)}, "cannot load"),
         ({"tasks": "tiny_choice", "model": run, "quantization": "nf4"}, "with quantization none: leave --quantization"),
     ):
         with pytest.raises(InputError, match=match):

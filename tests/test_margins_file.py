@@ -89,7 +89,7 @@ def test_interrupted_and_continued(tiny_model, source, made, tmp_path, capfd):
         predict(tiny_model, source, tmp_path, Counted())
     part = tmp_path / "a.margins.part"
     assert len(read_store(part, "margins", "")[1]) == 6 == len(Counted.computed)
-    with pytest.raises(InputError, match=r"no margins file .*a\.margins; .*\.part"):
+    with pytest.raises(InputError, match=r"a\.margins cannot be read"):
         read_margins(str(tmp_path / "a.margins"))
     with pytest.raises(InputError, match=r"part holds other margins \(options\.normalised: False there"):
         predict(tiny_model, source, tmp_path, Counted(True))
@@ -156,15 +156,13 @@ def test_files_that_fit_refuses(tiny_model, source, made, tmp_path):
     rows[3]["chosen"] += " red"
     rows[6]["pair_id"] = "new"
     changed = write_pairs(tmp_path / "changed.jsonl", rows)
-    with pytest.raises(
-        InputError, match=r"not fit 2 of the 10 pairs of .*changed.jsonl \(first: row 4\): 1 are not in it, 1 have"
-    ):
+    with pytest.raises(InputError, match=r"not fit 2 of the 10 pairs of .*changed.jsonl \(first: row 4\): compute"):
         fit_with(tiny_model, changed, tmp_path, path)
     with pytest.raises(InputError, match=r"another encoding of the pairs.*max_length 64.*max_length 40"):
         fit_with(tiny_model, source, tmp_path, path, max_length=40)
     with pytest.raises(InputError, match=r"another encoding of the pairs.*template"):
         fit_with(tiny_model, source, tmp_path, path, chat_template="plain")
-    with pytest.raises(InputError, match=r"no margins file .*nothing"):
+    with pytest.raises(InputError, match=r"nothing cannot be read"):
         fit_with(tiny_model, source, tmp_path, str(tmp_path / "nothing"))
 
 
@@ -240,15 +238,6 @@ def test_another_adapter_is_refused(tiny_model, source, made, tmp_path):
     fit_with(tiny_model, source, tmp_path / "4", reward)
 
 
-def test_fingerprint_does_not_depend_on_where_adapters_are(tiny_model):
-    options = {"quantization": "none", "dtype": "float32"}
-    prints = [
-        base_fingerprint(add_adapters(load_base(tiny_model, **options), Lora(targets=targets)))
-        for targets in ("all-linear", ["q_proj"])
-    ]
-    assert prints[0] == prints[1]
-
-
 def command_line(monkeypatch, capfd, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
@@ -268,11 +257,6 @@ def test_command_line(tiny_model, source, tmp_path, monkeypatch, capfd):
     path = tmp_path / "runs/ches.margins"
     assert read_margins(path).header["options"] == {"normalised": False}
     assert [file.name for file in path.parent.iterdir()] == ["ches.margins"]
-    assert command_line(monkeypatch, capfd, "predict", "--config", config, *options, *full) == ""
-    assert "complete already: 10 pairs" in "".join(capfd.readouterr())
-    other = ["--model.signal.normalised", "true"]
-    message = command_line(monkeypatch, capfd, "predict", "--config", config, *options, *full, *other)
-    assert message.startswith(f"error: {path} holds other margins")
     rating = ["--config", "configs/signals/rating.yaml", "--model.output", str(tmp_path / "r")]
     assert command_line(monkeypatch, capfd, "predict", *rating, *options) == ""
     assert read_margins(tmp_path / "r").pairs.keys() == read_margins(path).pairs.keys()

@@ -53,7 +53,7 @@ def test_values_come_back_in_the_order_asked_for_and_only_if_all_are_known() -> 
     double = ReferenceCache({"model": "a"}, "float64")
     double.add([(b"key", np.array([1 / 3])), (b"nan", np.array([-1.0, np.nan])), (b"inf", np.array([-np.inf]))])
     assert double.get([(b"key", 1)]) == 1 / 3
-    assert double._store.items().keys() == {b"key"}  # what is not finite is not kept
+    assert double._store.get().keys() == {b"key"}  # what is not finite is not kept
 
 
 def test_a_key_tells_prompt_from_completion_and_one_text_from_another() -> None:

@@ -41,16 +41,6 @@ def test_the_threshold_is_strict():
     assert route.threshold == 0.5
 
 
-@given(pairs(), st.floats(0, 1), st.integers(0, 5))
-@fast
-def test_the_fraction_takes_exactly_the_rounded_count_from_the_small_end(data, fraction, seed):
-    margins, ids = data
-    is_hard = plan_route(margins, ids, hard_fraction=fraction, seed=seed).is_hard
-    assert is_hard.sum() == round(fraction * len(margins))
-    if is_hard.any() and not is_hard.all():
-        assert margins[is_hard].max() <= margins[~is_hard].min()
-
-
 @pytest.mark.parametrize(("pairs", "fraction", "hard"), [(5, 0.5, 2), (7, 0.5, 4), (50, 0.12, 6), (3, 0.12, 0)])
 def test_counts_by_hand(pairs, fraction, hard):
     """2.5 → 2 and 3.5 → 4, as Python rounds."""

@@ -70,22 +70,6 @@ def test_a_stage_is_a_cosine_of_its_own(floor):
     assert StagedCosine(0.1, floor)(plan) == pytest.approx(np.concatenate(alone))
 
 
-def test_cosine_and_constant_ignore_stages():
-    for schedule in (Cosine(), Constant()):
-        staged = schedule(StepPlan(np.zeros(50), stage_starts=(0, 20)))
-        assert np.array_equal(staged, schedule(StepPlan(np.zeros(50))))
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_very_short_runs_train(schedule, steps):
-    for warmup in (0.0, 0.1, 0.5, 0.9):
-        for starts in {(0,), (0, steps - 1), tuple(range(steps))} - {(0, 0)}:
-            multipliers = schedule(warmup=warmup)(StepPlan(np.linspace(0, 1, steps), stage_starts=starts))
-            assert multipliers.shape == (steps,) and multipliers.sum() > 0
-            assert ((multipliers >= 0) & (multipliers <= 1)).all()
-
-
 @given(st.data())
 @settings(max_examples=60)
 def test_every_schedule_keeps_its_promises(data):
@@ -96,7 +80,7 @@ def test_every_schedule_keeps_its_promises(data):
     warmup, floor = data.draw(st.floats(0, 0.99)), data.draw(st.floats(0, 1))
     for schedule in (Constant(warmup), Cosine(warmup, floor), StagedCosine(warmup, floor)):
         multipliers = schedule(plan)
-        assert multipliers.shape == shares.shape
+        assert multipliers.shape == shares.shape and multipliers.sum() > 0
         assert ((multipliers >= 0) & (multipliers <= 1)).all()
         mass = learning_rate_mass(multipliers, shares)
         assert set(mass) == {"lr_mass/preference", "lr_mass/sft"}

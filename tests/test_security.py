@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, make_pairs, write_pairs
 
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import Lora, add_adapters
+from mixdpo.model.adapters import Lora, add_adapters, add_reference
 from mixdpo.model.export import save_adapter
 from mixdpo.model.loading import load_base, load_reward_model, load_tokenizer
-from mixdpo.token_cleaning.cleaning import Cleaning
 
 ROOT = Path(__file__).parents[1]
 CODE = """
@@ -45,7 +43,7 @@ def with_code(model: str, folder: Path, marker: Path, file: str, auto_map: dict[
 
 def test_a_tokenizers_code(tiny_model: str, tmp_path: Path, marker: Path) -> None:
     folder = with_code(tiny_model, tmp_path / "t", marker, "tokenizer_config.json", {"AutoTokenizer": ["evil.T", None]})
-    with pytest.raises(InputError, match=r"tokenizer '.*' could not be loaded: it needs code"):
+    with pytest.raises(InputError, match=r"tokenizer '.*': it needs code"):
         load_tokenizer(folder)
     assert not marker.exists()
 
@@ -55,22 +53,20 @@ def test_a_models_code(load: object, tiny_model: str, tmp_path: Path, marker: Pa
     names = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
     auto_map = {"AutoConfig": "evil.C"} | dict.fromkeys(names, "evil.M")
     folder = with_code(tiny_model, tmp_path / "m", marker, "config.json", auto_map)
-    with pytest.raises(InputError, match=r"model '.*' could not be loaded: it needs code"):
+    with pytest.raises(InputError, match=r"model '.*': it needs code"):
         load(folder, quantization="none", dtype="float32")  # type: ignore[operator]
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("through", ["adapter", "cleaning reference"])
-def test_an_adapter_in_a_pickle(through: str, tiny_model: str, tmp_path: Path) -> None:
+def test_an_adapter_in_a_pickle(tiny_model: str, tmp_path: Path) -> None:
     model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
     save_adapter(model, tmp_path / "a")
     (tmp_path / "a/adapter_model.safetensors").unlink()
     torch.save({}, tmp_path / "a/adapter_model.bin")
-    source, folder = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8)), str(tmp_path / "a")
-    options = {"adapter": folder} if through == "adapter" else {"cleaning": Cleaning(reference=folder)}
-    trainer, module, data = build(tiny_model, source, tmp_path / "run", **options)
-    with pytest.raises(InputError, match=r"has no adapter_model.safetensors.*save it anew"):
-        trainer.fit(module, data)
+    with pytest.raises(InputError, match=r"has no adapter_model.safetensors: save it anew"):
+        add_reference(model, "previous", str(tmp_path / "a"))
+    with pytest.raises(InputError, match=r"has no adapter_model.safetensors: save it anew"):
+        add_adapters(model.get_base_model(), Lora(), str(tmp_path / "a"))
 
 
 def calls(path: Path) -> list[tuple[str, set[str], int]]:

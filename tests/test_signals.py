@@ -152,11 +152,11 @@ def test_reward_model(tiny_model, tmp_path, pairs, kind, pad, share):
 
 
 def test_what_is_no_reward_model(tiny_model, tmp_path):
-    with pytest.raises(InputError, match=r"no reward model.* has 3"):
+    with pytest.raises(InputError, match=r"no reward model.*\(has 3\)"):
         load_reward_model(classifier(tmp_path / "three", tiny_model, "llama", 1, labels=3), quantization="none")
-    with pytest.raises(InputError, match=r"no reward model.*lack \['score.weight'\]"):
+    with pytest.raises(InputError, match=r"no reward model.*lacks \['score.weight'\]"):
         load_reward_model(tiny_model, quantization="none")
-    with pytest.raises(InputError, match="could not be loaded"):
+    with pytest.raises(InputError, match="cannot load"):
         load_reward_model(str(tmp_path / "nothing"))
 
 

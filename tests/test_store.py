@@ -38,7 +38,7 @@ def test_entries_come_back_by_key_and_in_the_order_they_came(tmp_path: Path) -> 
     head, entries = read_store(tmp_path / "new/v", "verdicts", "")
     assert head["base"] == "b" and entries == {b"k": b"2", 7: b"3", "b": b"4"}
     with open_verdicts(tmp_path / "new/v") as verdicts:
-        assert verdicts.items() == entries
+        assert verdicts.get() == entries
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["v"]
 
 
@@ -68,7 +68,7 @@ def test_a_process_that_is_killed_in_a_batch_leaves_the_whole_ones(tmp_path: Pat
     assert subprocess.run(command, cwd=Path(__file__).parents[1]).returncode == -9
     assert (tmp_path / "v").stat().st_size > 100_000  # pages of the cut batch are in the file
     with open_verdicts(tmp_path / "v") as verdicts:
-        assert verdicts.items() == {"whole": b"1"}
+        assert verdicts.get() == {"whole": b"1"}
 
 
 def text(path: Path) -> None:
@@ -110,7 +110,7 @@ def test_what_is_not_ours_or_not_whole_is_left_alone(damage: Callable[[Path], No
     damage(path)
     before = path.read_bytes()
     with pytest.raises(InputError, match=said + ".*: judge anew"), open_verdicts(path) as verdicts:
-        verdicts.items()
+        verdicts.get()
     with pytest.raises(InputError, match=said + ".*: judge anew"):
         read_store(path, "verdicts", "judge anew")
     assert path.read_bytes() == before
@@ -134,7 +134,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         verdicts.add({"d": b"3"})
-        assert verdicts.items() == {"a": b"1", "d": b"3"}
+        assert verdicts.get() == {"a": b"1", "d": b"3"}
 
 
 @pytest.mark.parametrize("place", ["file/v", "folder"])

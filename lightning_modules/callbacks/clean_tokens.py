@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import add_reference, adds_nothing, check_alike, copy_adapter
+from mixdpo.model.adapters import add_reference, check_alike, copy_adapter
 from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.token_cleaning.cleaning import Cleaning, always_kept, weigh
 from mixdpo.token_cleaning.run_tokens import RunTokens, read_masks
@@ -165,7 +165,7 @@ class CleanTokens(Callback):
         """
         pool, model = self._tokens.pool, pl_module.model
         roles = [role for role in self.cleaning.roles if role != "policy"]
-        adapters = {role: "none" if adds_nothing(model, role) else adapter_fingerprint(model, role) for role in roles}
+        adapters = {role: adapter_fingerprint(model, role) for role in roles}
         if isinstance(self.cleaning.scorer, ExcessLoss) and len(roles) > 1 and len(set(adapters.values())) == 1:
             names = " and ".join(roles)
             raise InputError(

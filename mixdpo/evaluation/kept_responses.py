@@ -31,7 +31,7 @@ class ResponsesFile(Store):
         """
         super().__init__(path, head, noun="responses", remedy="remove it, or give another --name")
         self.prompts = {prompt.key: prompt for prompt in prompts}
-        self.rows = {key: tuple(_read(value)) for key, value in self.items().items()}
+        self.rows = {key: tuple(_read(value)) for key, value in self.get().items()}
 
     @property
     def missing(self) -> list[Prompt]:

@@ -95,7 +95,7 @@ class VerdictsWriter(Store):
         """
         remedy = "use the same inputs and options to continue it, or give another --out"
         super().__init__(path, head, noun=NOUN, remedy=remedy)
-        self.verdicts = _by_key(self.items())
+        self.verdicts = _by_key(self.get())
 
     def keep(self, *verdicts: Verdict) -> None:
         self.add({f"{each.index} {each.order}": json.dumps(vars(each)).encode() for each in verdicts})

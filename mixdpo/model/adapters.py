@@ -15,21 +15,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from huggingface_hub import hf_hub_download
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixdpo.errors import InputError
 from mixdpo.model.loading import readable
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-
 Role = Literal["policy", "reference", "base", "cleaning_reference", "previous"]
+PLAIN = (None, False, "none")  # what the options that a plain LoRA has not are set to
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,12 @@ class Lora:
     targets: str | list[str] = "all-linear"
 
 
-def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None) -> "PeftModel":
+def add_adapters(base: PreTrainedModel, lora: Lora, adapter: str | None = None) -> PeftModel:
     """Put the adapter `policy` on the base: a fresh one, or the one saved in `adapter` (PEFT folder or hub id), whose
     frozen copy becomes the adapter `reference`.
 
     Only the policy's weights require a gradient afterwards.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     if adapter is None:
         shape = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
         config = LoraConfig(**shape, target_modules=lora.targets, task_type="CAUSAL_LM")
@@ -69,14 +67,13 @@ def add_adapters(base: "PreTrainedModel", lora: Lora, adapter: str | None = None
             _check_safetensors(adapter)
             model = PeftModel.from_pretrained(base, adapter, adapter_name="policy", is_trainable=True)
         _check_adapter(adapter, model, "policy")
-    model.stacked = {}  # adapter -> how many of the stage adapters stand under it
-    if adapter is not None:
         add_reference(model, "reference", adapter)
+    model.stacked = {}  # adapter -> how many of the stage adapters stand under it
     _freeze_all_but_policy(model)
     return model
 
 
-def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) -> None:
+def add_reference(model: PeftModel, name: Role, adapter: str | None = None) -> None:
     """Add the frozen adapter `name`: the one saved in `adapter`, or a copy of the policy as it is now."""
     if adapter is None:
         _add_like_policy(model, name)
@@ -90,11 +87,11 @@ def add_reference(model: "PeftModel", name: Role, adapter: str | None = None) ->
     _freeze_all_but_policy(model, name)
 
 
-def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float = 0.0) -> None:
+def copy_adapter(model: PeftModel, source: str, target: str, *, decay: float = 0.0) -> None:
     """target := decay · target + (1 − decay) · source, matrix by matrix; decay 0 is a copy."""
     check_alike(model, source, target)
     if decay and model.stacked.get(source, 0) != model.stacked.get(target, 0):
-        raise InputError("ema: the moving average of stacked adapters is not defined: use 0, or stage_start restart")
+        raise InputError("ema: stacked adapters have no moving average: use ema 0, or stage_start restart")
     with torch.no_grad():
         for layer in adapter_layers(model):
             for matrices in (layer.lora_A, layer.lora_B):
@@ -103,25 +100,21 @@ def copy_adapter(model: "PeftModel", source: str, target: str, *, decay: float =
     model.stacked[target] = model.stacked.get(source, 0)
 
 
-def check_alike(model: "PeftModel", source: str, target: str) -> None:
+def check_alike(model: PeftModel, source: str, target: str) -> None:
     """Refuse to copy between adapters of other shapes, layers or scale."""
 
     def shape(layer: Any, name: str) -> Any:
         return name in layer.lora_A and (layer.lora_A[name].weight.shape, layer.scaling[name])
 
-    unlike = [layer for layer in adapter_layers(model) if shape(layer, source) != shape(layer, target)]
-    if unlike:
-        raise InputError(
-            f"the adapters {source} and {target} differ in {len(unlike)} layers (rank, alpha or target modules): a "
-            "reference that is refreshed needs the shape of the policy (model.lora)"
-        )
+    if any(shape(layer, source) != shape(layer, target) for layer in adapter_layers(model)):
+        raise InputError(f"the adapters {source} and {target} differ in rank, alpha or targets: set model.lora alike")
 
 
-def stack_policy(model: "PeftModel") -> None:
+def stack_policy(model: PeftModel) -> None:
     """Freeze the policy as the next stage adapter and start a fresh one on top: the same function, new weights."""
     config = model.peft_config["policy"]
     if config.use_rslora or config.rank_pattern or config.alpha_pattern:
-        raise InputError("stage_start fresh_adapter needs one rank and scale in all layers: the adapter has several")
+        raise InputError("stage_start fresh_adapter needs one rank and scale in all layers: use another stage_start")
     add_stage(model)
     copy_adapter(model, "policy", f"stage_{model.stacked['policy']}")
     for layer in adapter_layers(model):
@@ -132,7 +125,7 @@ def stack_policy(model: "PeftModel") -> None:
             layer.lora_B["policy"].weight.zero_()
 
 
-def add_stage(model: "PeftModel") -> None:
+def add_stage(model: PeftModel) -> None:
     """Room for one more frozen stage adapter under the policy."""
     model.stacked["policy"] = stage = model.stacked.get("policy", 0) + 1
     _add_like_policy(model, f"stage_{stage}")
@@ -141,7 +134,7 @@ def add_stage(model: "PeftModel") -> None:
 
 
 @contextmanager
-def role(model: "PeftModel", name: Role) -> Iterator[None]:
+def role(model: PeftModel, name: Role) -> Iterator[None]:
     """Compute as `name` inside the block, as before it afterwards.
 
     Flips PEFT's two per-layer flags only: `disable_adapter()` would also flip `requires_grad` (and un-freeze on exit
@@ -166,31 +159,23 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
 
 
-def adds_nothing(model: "PeftModel", name: Role) -> bool:
-    """Whether the role is the base: a fresh adapter's B is 0."""
-    matrices = [layer.lora_B for layer in adapter_layers(model)]
-    return not any(b[adapter].weight.any() for adapter in adapters_of(model, name) for b in matrices if adapter in b)
-
-
 def adapter_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def adapters_of(model: "PeftModel", name: str) -> list[str]:
+def adapters_of(model: PeftModel, name: str) -> list[str]:
     """The adapters whose sum a role adds to the base; none for the bare base."""
     stages = [f"stage_{stage}" for stage in range(1, model.stacked.get(name, 0) + 1)]
     return [*stages, name] if name in model.peft_config else stages
 
 
-def _add_like_policy(model: "PeftModel", name: str) -> None:
+def _add_like_policy(model: PeftModel, name: str) -> None:
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
         model.add_adapter(name, copy.copy(model.peft_config["policy"]))
     _freeze_all_but_policy(model, name)
 
 
-def _freeze_all_but_policy(model: "PeftModel", *added: str) -> None:
+def _freeze_all_but_policy(model: PeftModel, *added: str) -> None:
     for layer in adapter_layers(model):
         layer.lora_dropout.update({name: nn.Identity() for name in added})
     for name, parameter in model.named_parameters():
@@ -199,36 +184,24 @@ def _freeze_all_but_policy(model: "PeftModel", *added: str) -> None:
 
 def _check_safetensors(adapter: str) -> None:
     """Refuse an adapter without safetensors: PEFT would then read a pickle, which can run code."""
-    from huggingface_hub import hf_hub_download
-
     if not Path(adapter).is_dir():
         hf_hub_download(adapter, "adapter_model.safetensors")
     elif not Path(adapter, "adapter_model.safetensors").is_file():
-        raise InputError(
-            f"the adapter '{adapter}' has no adapter_model.safetensors. Other formats can run code: save it anew with "
-            "PEFT's save_pretrained, or give another PEFT folder or hub id"
-        )
+        raise InputError(f"the adapter '{adapter}' has no adapter_model.safetensors: save it anew by save_pretrained")
 
 
-def _check_adapter(name: str, model: "PeftModel", adapter: str) -> None:
+def _check_adapter(name: str, model: PeftModel, adapter: str) -> None:
     """Refuse what a role cannot switch (only LoRA layers can be), and files with missing, unknown or unusable weights.
 
     PEFT draws missing weights at random and passes over unknown ones.
     """
-    from peft import get_peft_model_state_dict, load_peft_weights
-
     config = model.peft_config[adapter]
-    options = {key: getattr(config, key, None) for key in ("modules_to_save", "use_dora", "bias")}
-    extra = [key for key, value in options.items() if value not in (None, False, "none")]
+    extra = [key for key in ("modules_to_save", "use_dora", "bias") if getattr(config, key, None) not in PLAIN]
     if config.peft_type != "LORA" or extra:
-        raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): only plain LoRA can be used")
+        raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): give a plain one")
     with readable(name, "adapter"):
         saved, needed = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)
     if unlike := sorted(saved.keys() ^ needed.keys()):
-        raise InputError(
-            f"adapter '{name}' does not fit this base: {len(needed.keys() - saved.keys())} weights are missing and "
-            f"{len(saved.keys() - needed.keys())} are not expected, such as {unlike[0]}. Give the base it was trained "
-            f"on ({config.base_model_name_or_path}), or another adapter"
-        )
-    if broken := [key for key, weight in saved.items() if not torch.isfinite(weight).all()]:
-        raise InputError(f"adapter '{name}' holds weights that are no numbers, such as {broken[0]}: give another one")
+        raise InputError(f"adapter '{name}' does not fit ({unlike[0]}): give its base {config.base_model_name_or_path}")
+    if not all(torch.isfinite(weight).all() for weight in saved.values()):
+        raise InputError(f"adapter '{name}' holds weights that are no numbers: give another one")

@@ -5,7 +5,6 @@ the model alone would, one causal block for the prompt with the first response a
 row costs what its documents cost, and no mask of the whole row exists.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,24 +13,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mixdpo.batches.rows import Document
-
 BY_SEGMENT = "by_segment"
 
 
 def by_segment(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    documents: Sequence[Document] | None = None,
-    **options: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention (R, T, heads, D) of query (R, heads, T, D), key and value; without documents it is `sdpa`.
 
-    `documents` comes through the keyword arguments of the model's forward, so that a recomputed layer has it too.
+    `documents`, a sequence of `Document`, comes through the keyword arguments of the model's forward, so that a
+    recomputed layer has it too.
     """
+    documents = options.pop("documents", None)
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     options.pop("is_causal", None)

@@ -6,11 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import yaml
+from accelerate import init_empty_weights
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixdpo.batches.rows import Piece, TokenRows, token_rows
 from mixdpo.data.chat_template import PLAIN, encode_responses, load_template, shared_length
@@ -21,10 +27,6 @@ from mixdpo.model.forward import row_log_probs
 from mixdpo.model.loading import Quantization, load_base, load_tokenizer
 from mixdpo.storage.files import read_json, read_text, written_whole
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 Device = Literal["cpu", "cuda"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 CONFIG, WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -34,7 +36,7 @@ LIMITS = {"float32": (1e-4, 1e-3), "float16": (0.02, 0.2), "bfloat16": (0.15, 2.
 
 
 @torch.no_grad()
-def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+def merged_copy(model: PeftModel, name: Role = "policy", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A plain model in the role `name`, for generation or export, dequantised *before* the adapter is added.
 
     (Merging into 4-bit weights would round the adapter away.) A weight is summed in fp32 and rounded to `dtype` once.
@@ -52,7 +54,7 @@ def merged_copy(model: "PeftModel", name: Role = "policy", dtype: torch.dtype = 
     return plain.to(next(causal_lm.parameters()).device).eval().requires_grad_(False)
 
 
-def generation_dtype(model: "PeftModel", dequantise: bool | None) -> torch.dtype | None:
+def generation_dtype(model: PeftModel, dequantise: bool | None) -> torch.dtype | None:
     """The dtype of the merged copy that generates faster than the model, or None where the model itself generates.
 
     True asks for a copy in fp32, False for no copy. None asks for fp32 on a CPU; on a GPU for the dtype of the model's
@@ -66,46 +68,37 @@ def generation_dtype(model: "PeftModel", dequantise: bool | None) -> torch.dtype
     return None if dequantise is False else torch.float32
 
 
-def _without_weights(causal_lm: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+def _without_weights(causal_lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the same architecture without quantisation or adapters, whose weights take no memory yet."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     values = {key: value for key, value in causal_lm.config.to_dict().items() if key != "quantization_config"}
-    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    config, options = type(causal_lm.config)(**values), {"dtype": dtype, "attn_implementation": "sdpa"}
     # buffers are not in checkpoints, so they are computed; some draw, which must not shift the run's random numbers
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), init_empty_weights(include_buffers=False):
-        config = type(causal_lm.config)(**values)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
-def _merged_weights(causal_lm: "PreTrainedModel", adapters: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _merged_weights(causal_lm: PreTrainedModel, adapters: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each parameter, one after the other; those of layers dequantised, in fp32, the adapters on."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.integrations import dequantize_module_weight
-
     for path, module in causal_lm.named_modules():
         if "lora_" in path or ".base_layer" in path:
             continue
         adapted = isinstance(module, BaseTunerLayer)
         layer = module.get_base_layer() if adapted else module
         for key, value in layer._parameters.items():
-            if key == "weight" and value is not None:
+            if value is None:
+                continue
+            if key == "weight":
                 deltas = [module.get_delta_weight(name) for name in adapters if adapted and name in module.lora_A]
-                plain = dequantize_module_weight(layer)
-                value = sum(deltas, plain.float()) if deltas else plain
-            if value is not None:
-                yield f"{path}.{key}".lstrip("."), value
+                value = dequantize_module_weight(layer)
+                value = sum(deltas, value.float()) if deltas else value
+            yield f"{path}.{key}".lstrip("."), value
 
 
-def save_adapter(model: "PeftModel", folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the policy as a PEFT folder that `PeftModel.from_pretrained` loads.
 
     A stacked policy becomes one adapter of the summed rank: B₁A₁ + B₂A₂ is [B₁ B₂] times A₁ above A₂.
     """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
     states = [get_peft_model_state_dict(model, adapter_name=adapter) for adapter in adapters_of(model, "policy")]
     state = {key: torch.cat([s[key] for s in states], dim=0 if "lora_A" in key else 1) for key in states[0]}
     config = copy.copy(model.peft_config["policy"])
@@ -126,12 +119,12 @@ class Trained:
     loading: dict[str, Any]  # quantization, dtype and attention, as `load_base` takes them
     chat_template: str | None  # as `load_template` takes it
 
-    def load(self, device: Device = "cpu", **loading: Any) -> "PeftModel":
+    def load(self, device: Device = "cpu", **loading: Any) -> PeftModel:
         """The base as in training, but for what `loading` says, with the adapter on it; in eval mode."""
         base = load_base(self.base, **self.loading | loading, device=device)
         return add_adapters(base, Lora(rank=1), str(self.adapter) if self.adapter else None).eval()
 
-    def tokenizer(self) -> tuple["PreTrainedTokenizerBase", str]:
+    def tokenizer(self) -> tuple[PreTrainedTokenizerBase, str]:
         """The base's tokenizer, holding the template of the training (none after `plain`), and that template."""
         tokenizer = load_tokenizer(self.base)
         template = load_template(tokenizer, self.chat_template)
@@ -160,18 +153,13 @@ def read_trained(
 def read_run(run: Path) -> Trained:
     path = run / "config.yaml"
     try:
-        config = yaml.safe_load(read_text(path))
-        model, data = config["model"]["init_args"], config["data"]["init_args"]
+        model, data = (yaml.safe_load(read_text(path))[part]["init_args"] for part in ("model", "data"))
         loading = {name: model[name] for name in ("quantization", "dtype", "attention")}
         trained = Trained(model["base"], run / "adapter", loading, data["chat_template"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{path} is no config of a run ({reason}): give a run's folder") from error
-    if missing := [name for name in ADAPTER_FILES if not (run / "adapter" / name).is_file()]:
-        raise InputError(
-            f"{run}/adapter lacks {' and '.join(missing)}: training has not ended; continue it with "
-            f"--ckpt_path {run}/checkpoints/…"
-        )
+        raise InputError(f"{path} is no config of a run ({error!r}): give a run's folder") from error
+    if not all((run / "adapter" / name).is_file() for name in ADAPTER_FILES):
+        raise InputError(f"the training of {run} has not ended: continue it with --ckpt_path {run}/checkpoints/…")
     return trained
 
 
@@ -204,23 +192,19 @@ def export(run: str, out: str, merge: bool = False, dtype: ExportDtype = "bfloat
             for name in ADAPTER_FILES:
                 shutil.copyfile(Path(run) / "adapter" / name, partial / name)
         tokenizer.save_pretrained(partial)
-    print(f"wrote {out}: {summary}")
-    if template == PLAIN:
-        print("no chat template is written: it was trained on plain text (chat_template plain)")
+    print(f"wrote {out}: {summary}{'; no chat template, as in training' if template == PLAIN else ''}")
 
 
 @torch.no_grad()
 def _write_merged(trained: Trained, folder: Path, dtype: ExportDtype, device: Device) -> str:
     """Write the plain model, load it again as anyone would, and compare; returns the summary for the user."""
-    from transformers import AutoModelForCausalLM
-
     policy, rows = trained.load(device), _responses(*trained.tokenizer()).to(torch.device(device))
     expected = row_log_probs(policy, rows, exact=True).cpu()
     with role(policy, "base"):
         base = row_log_probs(policy, rows, exact=True).cpu()
     merged_copy(policy, dtype=getattr(torch, dtype)).save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(0o644)  # safetensors keeps files from everyone else
+        weights.chmod(0o644)
     del policy  # the comparison takes no more memory than the merge
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
     log_probs = row_log_probs(merged.to(device).requires_grad_(False), rows, exact=True).cpu()
@@ -238,21 +222,21 @@ def compared(expected: Tensor, base: Tensor, merged: Tensor, trained_in: str, dt
     mean, largest, moved = (float(v) for v in (difference.abs().mean(), difference.abs().max(), effect.abs().mean()))
     limits = max(LIMITS.get(name, LIMITS["float32"]) for name in (trained_in, dtype))
     summary = (
-        f"difference to the policy as trained, in nats per token over {len(merged)} tokens: {mean:.2g} in the mean "
-        f"(limit {limits[0]:g}), {largest:.2g} at most (limit {limits[1]:g}); the adapter moves them by {moved:.2g}"
+        f"difference to the policy in nats per token: mean {mean:.2g} (limit {limits[0]:g}), largest {largest:.2g}"
     )
-    wrong = not (mean <= limits[0] and largest <= limits[1])  # NaN is wrong too
-    if moved and not wrong:
+    summary += f" (limit {limits[1]:g}); the adapter moves {len(merged)} tokens by {moved:.2g}"
+    right = mean <= limits[0] and largest <= limits[1]  # NaN is wrong
+    if moved and right:
         kept = 1 + float(difference @ effect / effect.square().sum())
         noise = float(difference.norm() / effect.norm()) / len(merged) ** 0.5
         summary += f", {kept:.3f} of which is kept"
-        wrong = abs(kept - 1) > 0.1 + 4 * noise  # 0.99 to 1.04 were seen in bfloat16
-    if wrong:
+        right = abs(kept - 1) <= 0.1 + 4 * noise  # 0.99 to 1.04 were seen in bfloat16
+    if not right:
         raise InputError(f"the merged model is not the policy: {summary}. Try --dtype float32; nothing is kept")
     return summary
 
 
-def _responses(tokenizer: "PreTrainedTokenizerBase", template: str) -> TokenRows:
+def _responses(tokenizer: PreTrainedTokenizerBase, template: str) -> TokenRows:
     """Eight built-in prompts with their chosen responses; the 180 response tokens are the targets."""
     documents: list[list[Piece]] = []
     for _, row in islice(open_source("constraints", "train").rows, 8):

@@ -2,65 +2,51 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
-from mixdpo.model.fused_head import (
-    Head,
-    SequenceLogProbs,
-    TargetStatistics,
-    exact_token_log_probs,
-    gathered,
-    run_sums,
-    target_statistics,
-    token_log_probs,
-)
+from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, target_statistics, token_log_probs
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+_INSTEAD = "set data.pack 0 and data.share_prompt false, or try model.attention eager"
 
 
-_INSTEAD = "Set data.pack 0 and, for pairs, data.share_prompt false; or try model.attention eager"
-
-
-def causal_lm_of(model: Any) -> "PreTrainedModel":
+def causal_lm_of(model: Any) -> PreTrainedModel:
     """The model without PEFT's wrapper; its layers keep their adapters."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
-def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> Tensor:
+def predicting_states(model: PeftModel | PreTrainedModel, rows: TokenRows) -> Tensor:
     """Last-layer hidden state, after the final norm, that predicts each target in `rows` (M, H), in the active role:
     of a completion, those from the last prompt token to its last token but one."""
     causal_lm = causal_lm_of(model)
     options: dict[str, Any] = {}
     if not rows.plain:  # otherwise it is causal, whatever the architecture: padding comes after what counts
         _check_window(causal_lm.config, rows)
-        attention = causal_lm.config._attn_implementation
-        options = {"position_ids": rows.position_ids, "attention_mask": _mask(causal_lm, rows)}
-        options |= {"documents": rows.documents} if attention == BY_SEGMENT else {}
+        options = {"position_ids": rows.position_ids, **_attention_options(causal_lm, rows)}
     hidden: Tensor = causal_lm.base_model(input_ids=rows.input_ids, use_cache=False, **options).last_hidden_state
     return gathered(hidden.flatten(0, 1), rows.source)
 
 
-def _mask(causal_lm: "PreTrainedModel", rows: TokenRows) -> Tensor:
-    attention = causal_lm.config._attn_implementation
+def _attention_options(causal_lm: PreTrainedModel, rows: TokenRows) -> dict[str, Any]:
+    attention, dtype = causal_lm.config._attn_implementation, causal_lm.dtype
     if attention == BY_SEGMENT:  # a mask with four axes is passed through as it is, and this one is not looked at
-        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
+        return {"attention_mask": mask, "documents": rows.documents}
     mask = rows.attention_mask()
-    if attention != "eager":
-        return mask
-    dtype = causal_lm.dtype  # eager adds its mask to the scores instead of choosing by it
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    if attention == "eager":  # adds its mask to the scores instead of choosing by it
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return {"attention_mask": mask}
 
 
 @torch.no_grad()
-def check_documents(model: "PeftModel | PreTrainedModel") -> None:
+def check_documents(model: PeftModel | PreTrainedModel) -> None:
     """Try on a few tokens that a response computed beside another one, behind a shared prompt, gets the hidden states
     that it gets alone.
 
@@ -68,24 +54,20 @@ def check_documents(model: "PeftModel | PreTrainedModel") -> None:
         InputError: it does not, as in models with state spaces or with biases by distance.
     """
     causal_lm = causal_lm_of(model)
-    ids = {"prompt_ids": range(3, 9), "chosen_ids": range(9, 20), "rejected_ids": range(20, 25)}
-    pair = {name: list(numbers) for name, numbers in ids.items()}
+    pair = {"prompt_ids": [*range(3, 9)], "chosen_ids": [*range(9, 20)], "rejected_ids": [*range(20, 25)]}
     device, both = next(causal_lm.parameters()).device, ([pair, pair], [True] * 2, [True] * 2)
     name = causal_lm.config.model_type
     alone = predicting_states(model, build_rows(*both, share_prompt=False).to(device))
     try:
         shared = predicting_states(model, build_rows(*both, pack=100).to(device))
     except (TypeError, ValueError, RuntimeError) as error:  # of a forward that takes no such mask
-        raise InputError(f"{name} models cannot be computed in packed rows: {error}. {_INSTEAD}") from error
+        raise InputError(f"{name} models cannot be computed in packed rows ({error}): {_INSTEAD}") from error
     off, tolerance = float((shared - alone).norm() / alone.norm()), 0.1 if alone.element_size() < 4 else 1e-3
     if not off <= tolerance:
-        raise InputError(
-            f"{name} models compute other states for a response behind a shared prompt than for the response alone "
-            f"(off by {off:.0%}). {_INSTEAD}"
-        )
+        raise InputError(f"{name} models are off by {off:.0%} in a response behind a shared prompt: {_INSTEAD}")
 
 
-def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exact: bool = False) -> Tensor:
+def row_log_probs(model: PeftModel | PreTrainedModel, rows: TokenRows, *, exact: bool = False) -> Tensor:
     """log p of each target in `rows` (M,), in the active role.
 
     The logits of the whole sequence never exist: the head sees only the positions that predict a target.
@@ -94,16 +76,15 @@ def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exac
         exact: apply the head in fp32 whatever its dtype. Logits rounded to bf16 are off by 0.06 nats, which flips the
             sign of many token-cleaning scores.
     """
-    log_probs = exact_token_log_probs if exact else token_log_probs
-    return log_probs(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target)
+    return token_log_probs(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target, exact=exact)
 
 
-def row_statistics(model: "PeftModel", rows: TokenRows) -> TargetStatistics:
-    """`row_log_probs` with the entropy and top-1 accuracy of the predictions."""
+def row_statistics(model: PeftModel, rows: TokenRows) -> tuple[Tensor, ...]:
+    """`target_statistics` of each target in `rows`, in the active role."""
     return target_statistics(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target)
 
 
-def output_head(causal_lm: "PreTrainedModel") -> Head:
+def output_head(causal_lm: PreTrainedModel) -> Head:
     """What turns the model's last hidden states into its logits.
 
     Raises:
@@ -111,23 +92,17 @@ def output_head(causal_lm: "PreTrainedModel") -> Head:
     """
     layer, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
     if not (type(layer) is nn.Linear and layer.weight.is_floating_point()):
-        raise InputError(
-            f"the output head is a {type(layer).__name__}, not a plain linear layer: keep adapters and quantisation "
-            "off it (lora.targets all-linear does)"
-        )
+        raise InputError(f"the output head is a {type(layer).__name__}, no plain linear layer: adapt others")
     return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
-def sequence_log_probs(
-    model: "PeftModel", rows: TokenRows, token_weight: Tensor | None = None, *, exact: bool = False
-) -> SequenceLogProbs:
+def sequence_log_probs(model: PeftModel, rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
     """Summed log-probabilities of the 2B completions in `rows` (chosen first, then rejected), in the active role.
 
     Args:
         token_weight: as for `summed`.
-        exact: as for `row_log_probs`.
     """
-    return summed(row_log_probs(model, rows, exact=exact), rows, token_weight)
+    return summed(row_log_probs(model, rows), rows, token_weight)
 
 
 def summed(values: Tensor, rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
@@ -149,14 +124,14 @@ def summed(values: Tensor, rows: TokenRows, token_weight: Tensor | None = None) 
 
 
 @torch.no_grad()
-def check_head(model: "PreTrainedModel") -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose own forward computes other logits than `output_head`."""
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
     own = model(input_ids=ids, use_cache=False).logits.float()
     head, states = output_head(model), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     ours = head.shaped(nn.functional.linear(states, head.weight, head.bias).float())
     if not torch.allclose(ours, own, rtol=0.02, atol=0.02 * float(own.abs().max())):  # bf16 rounds at 0.004
-        raise InputError(f"{model.config.model_type} models change their logits in a way that is not supported")
+        raise InputError(f"{model.config.model_type} models change their logits: give a model of another type")
 
 
 def _check_window(config: Any, rows: TokenRows) -> None:
@@ -165,22 +140,17 @@ def _check_window(config: Any, rows: TokenRows) -> None:
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # GPT-Neo's
     longest = max(ends[-1] - start for _, start, *ends in rows.documents)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
-        raise InputError(
-            f"a prompt and its responses have {longest} tokens, more than the model's sliding window of {window}: "
-            "lower data.max_length, or set data.pack 0 and data.share_prompt false"
-        )
+        raise InputError(f"{longest} tokens in a document exceed the sliding window of {window}: lower data.max_length")
 
 
-@contextmanager
-def without_cast_cache(device: torch.device) -> Iterator[None]:
+def without_cast_cache(device: torch.device) -> torch.autocast:
     """Keep autocast as it is outside, but switch off its cache of cast weights.
 
     A cast that was cached before an optimizer step would hide the step's update. Lightning switches this cache off too.
     """
     kind = device.type
     now = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-    with torch.autocast(kind, cache_enabled=False, **now):
-        yield
+    return torch.autocast(kind, cache_enabled=False, **now)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,20 +33,6 @@ class Head:
     def shaped(self, x: Tensor) -> Tensor:
         """Logits of what the linear layer says."""
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
-
-
-class TargetStatistics(NamedTuple):
-    """Of M positions, in fp32 (fp64 for fp64 input). Only `log_probs` has a gradient.
-
-    Attributes:
-        log_probs: (M,) log p(target), in nats.
-        entropy: (M,) of the prediction, in nats.
-        is_top: (M,) bool, whether the target is the likeliest token.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
-    is_top: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ def run_sums(values: Tensor, runs: Sequence[tuple[int, int]], count: int) -> Ten
     return torch.stack([sums.get(c, nothing) for c in range(count)])
 
 
-def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> Tensor:
+def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE, *, exact: bool = False) -> Tensor:
     """log p(target | hidden) for M positions, (M,), in float32 (float64 for float64 input).
 
     The head is applied to `tile` positions at a time, and what the gradient to `hidden` needs of their logits is taken
@@ -110,13 +96,23 @@ def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TIL
         hidden: (M, H), the hidden states that predict the targets.
         head: frozen.
         targets: (M,) token ids.
+        exact: without gradients, and with the logits of a bf16 head computed in fp32. The head's rows are widened
+            16,384 at a time: a 128k × 4096 head in fp32 would take 2.1 GB.
     """
-    return _TokenLogProbs.apply(hidden, head, targets, tile, False)[0]
+    if not exact:
+        return _TokenLogProbs.apply(hidden, head, targets, tile, False)[0]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        if head.weight.dtype == wide:
+            return token_log_probs(hidden.to(wide), head, targets, tile)
+        pieces = zip(hidden.split(tile), targets.split(tile), strict=True)
+        return torch.cat([_exact_tile(states.to(wide), head, target) for states, target in pieces])
 
 
-def target_statistics(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> TargetStatistics:
-    """`token_log_probs`, with entropy and top-1 accuracy from the same logits."""
-    return TargetStatistics(*_TokenLogProbs.apply(hidden, head, targets, tile, True))
+def target_statistics(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> tuple[Tensor, ...]:
+    """`token_log_probs` (M,), the predictions' entropy (M,) in nats, and whether the target is the likeliest token (M,)
+    bool, from the same logits. Only the first has a gradient."""
+    return _TokenLogProbs.apply(hidden, head, targets, tile, True)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -126,7 +122,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: bool) -> Any:
         if head.weight.requires_grad:
             raise ValueError("the output head must be frozen: it gets no gradient here")
-        positions, wide = len(targets), _wide(hidden.dtype)
+        positions, wide = len(targets), torch.promote_types(hidden.dtype, torch.float32)
         log_probs = hidden.new_empty(positions, dtype=wide)
         entropy = hidden.new_empty(positions if statistics else 0, dtype=wide)
         is_top = torch.empty_like(entropy, dtype=torch.bool)
@@ -158,27 +154,9 @@ class _TokenLogProbs(torch.autograd.Function):
         return (gradient * of_log_probs[:, None]).to(gradient.dtype), None, None, None, None
 
 
-def exact_token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> Tensor:
-    """As `token_log_probs`, without gradients, and with the logits of a bf16 head computed in fp32.
-
-    The head's rows are widened 16,384 at a time: a 128k × 4096 head in fp32 would take 2.1 GB.
-    """
-    wide = _wide(hidden.dtype)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        if head.weight.dtype == wide:
-            return token_log_probs(hidden.to(wide), head, targets, tile)
-        pieces = zip(hidden.split(tile), targets.split(tile), strict=True)
-        parts = [_exact_tile(h.to(wide), head, t) for h, t in pieces]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=wide)
-
-
 def _exact_tile(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
     pieces = zip(head.weight.split(VOCABULARY_TILE), bias.split(VOCABULARY_TILE), strict=True)
     sums = [head.shaped(linear(hidden, w.to(hidden.dtype), b.to(hidden.dtype))).logsumexp(-1) for w, b in pieces]
     of_target = (hidden * head.weight[targets].to(hidden.dtype)).sum(-1) + bias[targets].to(hidden.dtype)
     return head.shaped(of_target) - torch.stack(sums).logsumexp(0)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

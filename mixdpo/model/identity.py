@@ -1,33 +1,31 @@
 """Fingerprints of weights: of a base, and of the adapters of a role."""
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixdpo.model.adapters import Role, adapter_layers, adapters_of
 from mixdpo.model.forward import causal_lm_of
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
-
-def adapter_fingerprint(model: "PeftModel", name: Role) -> str:
+def adapter_fingerprint(model: PeftModel, name: Role) -> str:
     """Changes whenever the weights do that `name` adds to the base; "none" where it adds nothing."""
-    digest = hashlib.sha256()
+    digest, adds = hashlib.sha256(), False
     adapters = adapters_of(model, name)
     for layer in adapter_layers(model):
         for adapter in adapters:
             if adapter in layer.lora_A:  # it may know fewer layers than the policy
+                adds |= bool(layer.lora_B[adapter].weight.any())  # of a fresh adapter B is 0
                 digest.update(repr(layer.scaling[adapter]).encode())
                 for matrices in (layer.lora_A, layer.lora_B):
                     digest.update(matrices[adapter].weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16] if adapters else "none"
+    return digest.hexdigest()[:16] if adds else "none"
 
 
-def base_fingerprint(model: "PeftModel | PreTrainedModel") -> str:
+def base_fingerprint(model: PeftModel | PreTrainedModel) -> str:
     """Changes whenever the base's weights (quantised as they are) or its configuration do. Adapters change nothing.
 
     Reads all weights once: about a second per GB.

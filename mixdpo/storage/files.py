@@ -156,9 +156,9 @@ def or_without(what: str, path: Path, instead: Callable[[], Any] = lambda: None)
         yield
     except Exception as error:  # of the system, JSON, NumPy and SQLite
         instead()
-        told = f"the cache of {what}, {path}, cannot be used ({error}): the run goes on without this file"
+        told = f"the cache of {what}, {path}, cannot be used ({error}): the run goes on; delete it, or set MIXDPO_CACHE"
         if _told.setdefault(path.parent, told) is told:
-            warnings.warn(f"{told}. Delete it if it is damaged, or name another folder in MIXDPO_CACHE", stacklevel=4)
+            warnings.warn(told, stacklevel=4)
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
@@ -200,7 +200,6 @@ def open_checked(path: Path, size: int, noun: str) -> CheckedArray:
     kept.checks = checks.view(np.uint32)
     altered = ~np.isnan(array) & ((_checks(array) != kept.checks) | np.isinf(array))
     if altered.any():
-        again = "these are computed anew and replaced; nothing needs to be done"
-        warnings.warn(f"{path} holds damaged {noun}: {again}", stacklevel=3)
+        warnings.warn(f"{path} holds damaged {noun}: these are computed anew", stacklevel=3)
         array[altered] = np.nan
     return kept

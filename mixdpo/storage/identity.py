@@ -31,10 +31,7 @@ def refuse_other_run(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
         InputError: what a checkpoint was made with differs from what there is now; names each part that does.
     """
     if changed := differences(recorded, current):
-        raise InputError(
-            f"the checkpoint belongs to another run ({'; '.join(changed)}). Continue with the config.yaml beside it, "
-            "or start anew from its adapter/ folder (model.adapter)"
-        )
+        raise InputError(f"the checkpoint belongs to another run ({'; '.join(changed)}): use the config.yaml beside it")
 
 
 def named_files(values: Iterable[str]) -> dict[str, str]:
@@ -85,7 +82,4 @@ def refuse_changed(recorded: Mapping[str, str], current: Mapping[str, str], what
     # other ids follow from what else has changed
     changed = differences({**recorded, "ids": None}, {**current, "ids": None}) or differences(recorded, current)
     if changed:
-        raise InputError(
-            f"{what} was made with other options or data ({'; '.join(changed)}): its weights would fall on other "
-            "tokens or mean something else. Use the options it was made with, or score anew."
-        )
+        raise InputError(f"{what} was made with others ({'; '.join(changed)}): use its options, or score anew")

@@ -28,9 +28,7 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it", larges
     try:
         _check_size(text, largest)
         return json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
-    except RecursionError:
-        raise InputError(f"{where} is nested too deeply: {remedy}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is no valid JSON ({error}): {remedy}") from None
 
 
@@ -40,10 +38,11 @@ def _check_size(text: str | bytes, largest: int) -> None:
 
 
 def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(items)
-    if len(content) < len(items):
-        keys = [key for key, _ in items]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    content: dict[str, Any] = {}
+    for key, value in items:
+        if key in content:
+            raise ValueError(f"the key {key!r} stands twice")
+        content[key] = value
     return content
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from mixdpo.errors import InputError
 from mixdpo.storage.files import or_without
@@ -25,7 +25,7 @@ TABLES = "CREATE TABLE head (content TEXT); CREATE TABLE entries (key PRIMARY KE
 Key = str | bytes | int
 
 
-class Store:
+class Store(AbstractContextManager[Any]):
     def __init__(
         self, path: str | Path, head: Mapping[str, Any], *, noun: str, remedy: str = "", cache: bool = False
     ) -> None:
@@ -66,31 +66,20 @@ class Store:
             self.close()
             raise
 
-    def get(self, keys: Iterable[Key]) -> dict[Key, bytes]:
-        """The entries that are there. A cache's entry that was altered is removed, with a warning.
+    def get(self, keys: Sequence[Key] | None = None) -> dict[Key, bytes]:
+        """All entries, or those of the keys. A cache's entry that was altered is removed, with a warning.
 
         Raises:
             InputError: a product's entry was altered.
         """
-        keys = list(keys)
-        return self._select(f"{ALL} WHERE key IN ({', '.join('?' * len(keys))})", keys)
-
-    def items(self) -> dict[Key, bytes]:
-        """All entries; as `get`."""
-        return self._select(f"{ALL} ORDER BY rowid")
-
-    def _select(self, query: str, keys: Sequence[Key] = ()) -> dict[Key, bytes]:
         entries: dict[Key, bytes] = {}
+        where = "" if keys is None else f"WHERE key IN ({', '.join('?' * len(keys))})"
         with self._errors():
-            entries, altered = _whole(self._database.execute(query, keys))
+            entries, altered = _whole(self._database.execute(f"{ALL} {where} ORDER BY rowid", keys or ()))
             if altered and not self._is_cache:
                 raise _altered(self.path, altered, self.remedy)
             if altered:
-                warnings.warn(
-                    f"{self.path} holds damaged {self.noun}: these are computed anew and replaced; nothing needs to be "
-                    "done",
-                    stacklevel=4,
-                )
+                warnings.warn(f"{self.path} holds damaged {self.noun}: these are computed anew", stacklevel=3)
                 self._database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in altered])
         return entries
 
@@ -108,9 +97,6 @@ class Store:
 
     def close(self) -> None:
         self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -159,13 +145,9 @@ def _head(database: sqlite3.Connection) -> dict[str, Any]:
 
 def _whole(rows: Iterable[tuple[Key, bytes, bytes]]) -> tuple[dict[Key, bytes], list[Key]]:
     """The entries as they were added, and the keys of those that are not."""
-    entries, altered = {}, []
-    for key, value, checksum in rows:
-        if checksum == _checksum(key, value):
-            entries[key] = value
-        else:
-            altered.append(key)
-    return entries, altered
+    all_rows = list(rows)
+    entries = {key: value for key, value, checksum in all_rows if checksum == _checksum(key, value)}
+    return entries, [key for key, *_ in all_rows if key not in entries]
 
 
 def _checksum(key: Key, value: bytes) -> bytes:

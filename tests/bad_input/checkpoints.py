@@ -54,7 +54,7 @@ def resumed(how: str = "fit", **options: Any) -> Any:
     return do
 
 
-LAST, BESIDE = "give a run's RUNS/NAME/checkpoints/last.ckpt", "Continue with the config.yaml beside it"
+LAST, BESIDE = "give a run's RUNS/NAME/checkpoints/last.ckpt", "use the config.yaml beside it"
 CHECKPOINTS = [
     *cases(
         "ckpt_path",

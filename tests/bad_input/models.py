@@ -67,7 +67,7 @@ def unusual(name: str) -> Any:
 
 
 WEIGHTS, REMEDY = "model.safetensors", "Give a hub id you can reach"
-UNLOADED = ("could not be loaded", REMEDY)
+UNLOADED = ("cannot load", REMEDY)
 
 
 def shrink(folder: Path) -> None:
@@ -84,14 +84,18 @@ MODELS = [
         ("a config cut off", copied(cut("config.json", 40)), ("model'", REMEDY)),
         ("no weights", copied(remove(WEIGHTS)), (WEIGHTS, REMEDY)),
         ("weights cut off", copied(cut(WEIGHTS)), UNLOADED),
-        ("more layers than weights", copied(edit_json("config.json", num_hidden_layers=3)), "lack 9 … of another"),
+        (
+            "more layers than weights",
+            copied(edit_json("config.json", num_hidden_layers=3)),
+            "lacks 9 … give a whole model",
+        ),
         ("attention that packs nothing", unusual("bloom"), "does not know model.attention … model.attention eager"),
     ),
     *cases(
         "tokenizer",
         ("no such folder", lambda place: load_tokenizer("/no/model"), ("tokenizer '/no/model'", REMEDY)),
         ("none in the folder", copied(remove("tokenizer.json"), tokenizer), UNLOADED),
-        ("tokens that the model does not know", copied(shrink, trained), "token id 2 … knows ids below … give it its"),
+        ("tokens that the model does not know", copied(shrink, trained), "knows token ids below … give its own"),
     ),
 ]
 
@@ -133,17 +137,16 @@ ADAPTERS = [
         "model.adapter",
         ("no such folder", lambda place: place.fit(adapter="/no/adapter"), f"adapter '/no/adapter' … {REMEDY}"),
         ("a config cut off", adapted(cut(CONFIG, 30)), UNLOADED),
-        ("no weights", adapted(remove(TENSORS)), (f"has no {TENSORS}", "save it anew with PEFT's")),
         ("weights cut off", adapted(cut(TENSORS)), UNLOADED),
-        ("a matrix missing", adapted(rewrite(TENSORS, lost)), "1 weights are missing and … Give the base it was"),
+        ("a matrix missing", adapted(rewrite(TENSORS, lost)), "does not fit … give its base"),
         ("weights of NaN", adapted(rewrite(TENSORS, poisoned)), "holds weights that are no numbers … give another one"),
-        ("a bias", adapted(edit_json(CONFIG, bias="all")), "no plain LoRA … only plain LoRA can be used"),
+        ("a bias", adapted(edit_json(CONFIG, bias="all")), "no plain LoRA … give a plain one"),
     ),
-    Case("model.cleaning.reference", "of another rank", differing, ("differ in 14 layers", "needs the shape of the")),
+    Case("model.cleaning.reference", "of another rank", differing, ("differ in rank", "set model.lora alike")),
     *cases(
         "model.lora",
         ("targets that are not there", targeted(["query"]), "lora.targets ['query'] … do not fit this model"),
-        ("the head", targeted(["lm_head"]), "the output head is a … lora.targets all-linear does"),
+        ("the head", targeted(["lm_head"]), "the output head is a … adapt others"),
     ),
 ]
 
