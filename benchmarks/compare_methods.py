@@ -22,8 +22,8 @@ from mixdpo.data.pairs import read_pairs
 
 METHODS = {
     "MixDPO": None,
-    "DPO": "{hard_fraction: 0, order: shuffled}",
-    "SFT": "{hard_fraction: 1, order: shuffled}",
+    "DPO": "{threshold: null, hard_fraction: 0, order: shuffled}",
+    "SFT": "{threshold: null, hard_fraction: 1, order: shuffled}",
 }
 PROMPTS, NEW_TOKENS = 24, 128
 COLUMNS = {

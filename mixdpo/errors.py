@@ -54,6 +54,9 @@ def choose_one(given: Any, where: str, name: str, default: Any, other: str) -> N
         InputError: both are given.
     """
     if None not in (values := (getattr(given, name), getattr(given, other))):
-        raise InputError(f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]}): remove one of them")
+        raise InputError(
+            f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]}). Type --{where}.{name} null, or "
+            f"--{where}.{other} null"
+        )
     if values == (None, None):
         object.__setattr__(given, name, default)

@@ -20,7 +20,6 @@ import pytest
 import torch
 import yaml
 from conftest import make_pairs, write_pairs
-from jsonargparse import Namespace
 from safetensors import SafetensorError
 
 from datamodules.preference import PreferenceDataModule
@@ -28,7 +27,6 @@ from lightning_modules import cli
 from lightning_modules.callbacks.checkpoint import resume_command
 from lightning_modules.verbs import run_cli
 from lightning_modules.verbs.messages import message_for_user
-from lightning_modules.verbs.places import keep_latest, last_places
 from mixdpo.__main__ import RUN_VERBS, VERBS, main
 from mixdpo.errors import InputError
 from mixdpo.options import nearest_path
@@ -320,61 +318,9 @@ def test_a_key_that_stands_twice(refused: Callable[..., str], tmp_path: Path) ->
     assert "x.yaml is no valid YAML (the key 'name' stands twice" in refused("--config", str(tmp_path / "x.yaml"))
 
 
-HARD = {"data": {"init_args": {"routing": {"hard_fraction": 0.2}}}}
-OVER = {"data": {"init_args": {"routing": {"threshold": 1.5}}}}
-BOTH = {"data": {"init_args": {"routing": {"threshold": 1.5, "hard_fraction": 0.2}}}}
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [
-        (("--data.routing.threshold", "0.5"), "threshold"),
-        (("--data.init_args.routing.threshold=0.5",), "threshold"),
-        (("--data.routing", "{threshold: 0.5, order: shuffled}"), "threshold"),
-        (("--data", "{init_args: {routing: {threshold: 0.5}}}"), "threshold"),
-        (("--data.routing.hard_fraction", "0.3"), "hard_fraction"),
-        (("--data.routing.order", "shuffled"), "hard_fraction"),
-        (({"data": {"routing": {"threshold": 1.5}}},), "threshold"),
-        ((OVER, HARD), "hard_fraction"),
-        ((OVER, "--data.routing.hard_fraction", "0.1"), "hard_fraction"),
-        ((OVER, "--data.routing.threshold", "0.5"), "threshold"),
-        ((BOTH, "--data.routing.hard_fraction", "0.1"), "hard_fraction"),
-        (("--data.routing.hard_fraction", "0.1", OVER), "threshold"),
-        ((BOTH,), "threshold hard_fraction"),  # Routing refuses them
-        (("--data.routing.threshold", "0.5", "--data.routing.hard_fraction", "0.1"), "threshold hard_fraction"),
-    ],
-)
-def test_the_later_place_decides_who_is_hard(given: tuple[Any, ...], kept: str) -> None:
-    """Over configs/demo.yaml, which has a hard_fraction."""
-    routing = Namespace(threshold=0.5, hard_fraction=0.3)
-    config = Namespace(data=Namespace(init_args=Namespace(routing=routing)), model=Namespace())
-    places = last_places(["fit", "--config", str(ROOT / "configs/demo.yaml"), *words_of(given)])
-    keep_latest(config, places)
-    assert [name for name in ("threshold", "hard_fraction") if routing[name] is not None] == kept.split()
-
-
-def test_the_later_place_in_a_command_line(parsed: Callable[..., Any], tmp_path: Path) -> None:
-    """Of routing and of cleaning; a group of options in a file is a place too."""
-    path = tmp_path / "group.yaml"
-    path.write_text(yaml.safe_dump({"hard_fraction": 0.3}))
-    for given in (["--data.routing", str(path)], [f"--data.routing={path}"]):
-        routing = parsed(OVER, *given).data.init_args.routing
-        assert (routing.threshold, routing.hard_fraction) == (None, 0.3)
-    ratio, cut = (
-        {
-            "model": {
-                "init_args": {"cleaning": {"scorer": "mixdpo.token_cleaning.scorers.Random", "selection": selection}}
-            }
-        }
-        for selection in ({"keep_ratio": 0.4}, {"threshold": 0.0})
-    )
-    for given, kept in (
-        ((ratio, "--model.cleaning.selection.threshold", "0"), (None, 0.0)),
-        ((cut, ratio), (0.4, None)),
-    ):
-        selection = parsed(*given).model.init_args.cleaning.selection
-        assert (selection.keep_ratio, selection.threshold) == kept
-    assert parsed(ratio, cut, "--model.cleaning", "null").model.init_args.cleaning is None
+def test_who_is_hard_is_given_once(refused: Callable[..., str]) -> None:
+    message = refused("--data.routing.threshold", "0.5")  # over a hard_fraction
+    assert "not both (0.3 and 0.5). Type --data.routing.hard_fraction null" in message
 
 
 # Mistakes; the table in bad_input/ has more.

@@ -17,7 +17,6 @@ from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
 from lightning_modules.callbacks.logging import Throughput, ValidateAtMaxSteps
 from lightning_modules.callbacks.run_files import RunConfig, RunFiles
 from lightning_modules.verbs.messages import HELP
-from lightning_modules.verbs.places import keep_latest, last_places
 from mixdpo.__main__ import RUN_VERBS
 from mixdpo.errors import InputError, check_one_of
 from mixdpo.options import Parser
@@ -50,10 +49,8 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuse what Lightning would take now and fail on later."""
-        places = last_places(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        keep_latest(config, places)
         if config.trainer.default_root_dir is not None:
             raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
         if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:

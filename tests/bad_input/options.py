@@ -67,7 +67,7 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (
         Selection,
         {"keep_ratio": 0.5, "threshold": 0.0},
-        ("selection: give keep_ratio or threshold, not both (0.5 and 0.0)",),
+        ("model.cleaning.selection: give keep_ratio or threshold, not both (0.5 and 0.0)",),
     ),
     (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
     (Selection, {"keep_ratio": NAN}, ("selection.keep_ratio must lie in (0, 1]",)),
