@@ -13,10 +13,6 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient became infinite or NaN: the message names step and rows, and the file that has the numbers."""
 
 
-class OutOfSpaceError(OSError):
-    """A run's folder cannot take what the run has to write: the message says where, and how much."""
-
-
 class Stopped(Exception):
     """A signal ended the run after a whole step, which is in its last checkpoint.
 

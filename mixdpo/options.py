@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, get_loader, set_loader
 from yaml import YAMLError
 
 from mixdpo.errors import InputError, nearest
@@ -17,11 +17,7 @@ from mixdpo.storage.read import parse_yaml
 UNKNOWN_OPTION = re.compile(
     r"(?:(?:Group '(\S+)'|\w+ '\w+') does not accept option '|Option '|\w+ arguments: -*)([\w.]+)[^;\n]*(; did .+\?)?"
 )
-
-
 BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # no path is needed for these
-
-
 ROOMS = ("mixdpo", "lightning_modules", "datamodules")
 
 
@@ -47,9 +43,6 @@ class Parser(ArgumentParser):
     def validate(self, namespace: Any, *args: Any, **options: Any) -> None:
         super().validate(namespace, *args, **options)  # says what is required, before what null is
         super().validate(namespace, *args, **options | {"skip_unset": False})
-        for group in self.groups or ():
-            if not isinstance(given := namespace.get(group, Namespace()), Namespace):
-                raise TypeError(f'Parser key "{group}": should be a mapping of options. Got value: {given}')
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if (unknown := UNKNOWN_OPTION.search(message)) and not unknown[3]:
@@ -73,9 +66,8 @@ def nearest_path(path: str) -> str:
             room = import_module(home.rpartition(".")[0] or home)
             known[f"{room.__name__ if kind in dir(room) else home}.{kind}"] = kind
     if not parent:
-        names = {kind: place for place, kind in known.items()} | {
-            key: key for place in BY_NAME for key, kind in vars(import_module(place)).items() if inspect.isclass(kind)
-        }
+        names = {kind: kind for place in BY_NAME for kind in dir(import_module(place))}
+        names |= {kind: place for place, kind in known.items()}
         return re.sub(r"'(\w+)'", lambda match: repr(names[match[1]]), nearest(name, names))
     return nearest(path, [place for place, kind in known.items() if kind == name] or known)
 

@@ -37,25 +37,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(8))
 
 
-class Averaging(torch.nn.Module):
-    """A loss of one's own with a buffer and a layer in fp32, as modules are made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(()))
-        self.scale = torch.nn.Linear(1, 1).requires_grad_(False)
-
-    def forward(self, chosen: Any, rejected: Any, reference_chosen: Any, reference_rejected: Any) -> torch.Tensor:
-        delta = chosen.sums - rejected.sums - reference_chosen.sums + reference_rejected.sums
-        self.mean.lerp_(delta.detach().mean(), 0.1)
-        return -torch.nn.functional.logsigmoid(self.scale(delta[:, None])[:, 0] - self.mean)
-
-
-def test_a_module_of_ones_own(tiny_model: str, source: str, tmp_path: Path) -> None:
-    module = fit(tiny_model, source, tmp_path / "run", preference_loss=Averaging())
-    assert module.preference_loss.mean != 0
-
-
 def class_of(name: str) -> str:
     return f"mixdpo.losses.{TABLE[name][0]}"
 
@@ -166,9 +147,6 @@ def test_sft_weight_belongs_to_the_loss(tiny_model: str) -> None:
     assert PreferenceModule(tiny_model, losses.SPPO()).sft_weight == 2e5
     assert PreferenceModule(tiny_model, losses.SPPO(), sft_weight=0.5).sft_weight == 0.5
     assert PreferenceModule(tiny_model, lambda *sides: sides[0].sums).sft_weight == 1.0  # anybody's own
-    for options in ({"sft_weight": -1.0}, {"easy_sft_weight": -0.1}):
-        with pytest.raises(InputError, match=next(iter(options))):
-            PreferenceModule(tiny_model, **options)
 
 
 @pytest.mark.parametrize("sides", [(0,), (1,), (0, 1)])

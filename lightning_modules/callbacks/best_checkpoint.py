@@ -75,10 +75,10 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 
 def _copies(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
     """Copy the files of a ModelCheckpoint's state into its new folder: {old path: new path}, without what is gone."""
-    copies, beside = {}, Path(ckpt_path).absolute().parent
+    copies, run = {}, Path(ckpt_path).absolute().parents[1]
     for path, (inside, absolute, content) in state.get("files", {}).items():
         name = os.path.relpath(path, state["dirpath"])
-        for place in (beside.parent / inside, beside / name, Path(ckpt_path), Path(absolute)):
+        for place in (run / inside, Path(absolute)):
             # the checkpoint that is continued may be the file itself: its own hash is not in it
             itself = place.name == Path(path).name and place.exists() and place.samefile(ckpt_path)
             if itself or (content and place.is_file() and sha256(place) == content):

@@ -1,9 +1,8 @@
 """Callbacks for two faults of a run: numbers that are not finite, and memory that runs out."""
 
 import math
-import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,16 +16,11 @@ from mixdpo.storage.files import write_json
 
 
 class NonFinite(Callback):
-    def __init__(self, action: Literal["stop", "skip"] = "stop") -> None:
-        """Ends a run whose loss or gradient is not finite, and writes RUN/non_finite.json: the step, its rows with
-        their texts and losses, and the command that comes to the same step again.
+    """Ends a run whose loss or gradient is not finite, and writes RUN/non_finite.json: the step, its rows with their
+    texts and losses, and the command that comes to the same step again. Checks where steps are logged and before every
+    checkpoint: a check waits for the device."""
 
-        Args:
-            action: stop: check where steps are logged and before every checkpoint, without waiting for the device in
-                between. skip: check every step, which waits for the device, and leave out a step that is not finite.
-        """
-        self.action = action
-        self.skipped = 0
+    def __init__(self) -> None:
         self._ids: Any = None
         self._losses: list[tuple[Any, Tensor]] = []  # ids and losses of the micro-batches since the last step
         self._steps: list[tuple[int, Tensor, list[tuple[Any, Tensor]]]] = []  # not checked yet: number, norm, losses
@@ -43,11 +37,6 @@ class NonFinite(Callback):
             norm = torch.zeros_like(norm)
         self._steps.append((trainer.global_step, norm, self._losses))
         self._losses = []
-        if self.action == "skip" and (message := self._check(trainer)):
-            optimizer.zero_grad(set_to_none=True)  # zeros would move Adam, which remembers earlier gradients
-            self.skipped += 1
-            pl_module.callback_values["skipped_steps"] = self.skipped
-            print(f"warning: the step is left out: {message}", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if logs_step(trainer):
@@ -56,18 +45,11 @@ class NonFinite(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._stop_if_not_finite(trainer)  # no checkpoint ever holds a number that is not finite
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = state_dict["skipped"]
-
     def _stop_if_not_finite(self, trainer: L.Trainer) -> None:
         if message := self._check(trainer):
             raise NonFiniteError(
-                f"{message}. Look at these rows, lower the learning rate, set trainer.gradient_clip_val or a wider "
-                "model.dtype, or leave such steps out (--non_finite.action skip). To see the step again: "
-                f"{_command_again(trainer)}"
+                f"{message}. Look at these rows, lower the learning rate, or set trainer.gradient_clip_val or a wider "
+                f"model.dtype. To see the step again: {_command_again(trainer)}"
             )
 
     def _check(self, trainer: L.Trainer) -> str | None:
@@ -121,21 +103,16 @@ class OutOfMemory(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self._batch is None or not is_out_of_memory(exception):
             return
-        (rows, unit, tokens), data = self._batch, trainer.datamodule
-        now, length = trainer.accumulate_grad_batches, data.encoding["max_length"]
-        most = data.batch_size // trainer.world_size
-        advice = []
+        (rows, unit, tokens), data, now = self._batch, trainer.datamodule, trainer.accumulate_grad_batches
+        length, most = data.encoding["max_length"], data.batch_size // trainer.world_size
+        first = f"trainer.accumulate_grad_batches {min(2 * now, most)} (now {now}, at most {most})"
         if trainer.validating or trainer.sanity_checking:
-            advice.append(f"data.eval_batch_size 1 (now {data.eval_batch_size})")
-        elif now < most:
-            advice.append(f"trainer.accumulate_grad_batches {min(2 * now, most)} (now {now}, at most {most})")
-        if pl_module.activation_checkpointing is not True:
-            advice.append(f"model.activation_checkpointing true (now {pl_module.activation_checkpointing})")
-        advice += [f"data.max_length {length // 2} (now {length})", "model.optimizer bitsandbytes.optim.PagedAdamW8bit"]
+            first = f"data.eval_batch_size 1 (now {data.eval_batch_size})"
         exception.add_note(
             f"out of memory: a micro-batch of {rows} {unit} with {tokens} tokens took more than the "
-            f"{peak_memory_gb(pl_module.device):.1f} GB reached. Change the first of these options, then "
-            f"also the next ones, until the memory is enough: {'; '.join(advice)}"
+            f"{peak_memory_gb(pl_module.device):.1f} GB reached. Change the first of these options, then also the next "
+            f"ones, until the memory is enough: {first}; model.activation_checkpointing true; data.max_length "
+            f"{length // 2} (now {length}); model.optimizer bitsandbytes.optim.PagedAdamW8bit"
         )
 
 

@@ -5,10 +5,8 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
-    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
-    ModelCheckpoint,
 )
 
 from bad_input.case import Case, Place
@@ -105,8 +103,6 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (losses.BetaDPO, {"beta": INF}, ("preference_loss.beta must be > 0", "inf")),
 ]
 MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
-    (PreferenceModule, {"sft_weight": -1.0}, ("sft_weight (-1.0)", "must be >= 0")),
-    (PreferenceModule, {"easy_sft_weight": NAN}, ("easy_sft_weight (nan)", "must be >= 0")),
     (PreferenceModule, {"cleaning": Cleaning(warm_up_stages=1)}, ("warm_up_stages belongs to SFT",)),
     (
         PreferenceModule,
@@ -169,49 +165,6 @@ def fit_case(entrance: str, fault: str, says: tuple[str, ...], how: str = "fit",
 
 def rising(plan: Any) -> Any:
     return [1.0]
-
-
-SOME: dict[str, Any] = {"validation": 0.3}
-UNMONITORED: list[tuple[str, Any, tuple[str, ...], str, dict[str, Any]]] = [
-    ("SFT's name", EarlyStopping("val/loss"), ("did you mean 'val/all/sft_loss'", "train/loss"), "fit", {"data": SOME}),
-    (
-        "a misspelt name",
-        ModelCheckpoint(monitor="val/all/rewards/acuracy"),
-        ("did you mean 'val/all/rewards/accuracy'",),
-        "fit",
-        {"data": SOME},
-    ),
-    ("nothing held out", EarlyStopping("val/all/sft_loss"), ("it has rewards/accuracy, tok",), "fit", {}),
-    (
-        "no hard pair held out",
-        ModelCheckpoint(monitor="val/hard/sft_loss"),
-        ("did you mean 'val/all/sft_loss'",),
-        "fit",
-        {"data": SOME | {"validation_threshold": -1.0}},
-    ),
-    (
-        "no reference",
-        EarlyStopping("val/all/displacement/chosen"),
-        ("it has",),
-        "fit",
-        {"data": SOME, "preference_loss": losses.SimPO()},
-    ),
-    (
-        "more steps than there are",
-        EarlyStopping("train/loss"),
-        ("it has none",),
-        "fit",
-        {"trainer": {"log_every_n_steps": 9}},
-    ),
-    ("a name of pairs", EarlyStopping("val/all/sft_loss"), ("did you mean 'val/loss'",), "fit_sft", {"data": SOME}),
-    (
-        "no such source",
-        ModelCheckpoint(monitor="val/loss/ood"),
-        ("did you mean 'val/loss/odd'",),
-        "fit_sft",
-        {"data": SOME},
-    ),
-]
 
 
 WITH_DATA = [
@@ -372,11 +325,6 @@ WITH_DATA = [
             (LearningRateFinder(), "compare a few --model.optimizer.lr"),
             (BatchSizeFinder(), "set data.batch_size"),
         )
-    ),
-    *(
-        fit_case(type(callback).__name__, fault, (f"cannot monitor '{callback.monitor}'", *says), how, **chosen)
-        for fault, callback, says, how, chosen in UNMONITORED
-        if chosen.setdefault("trainer", {}).setdefault("first", (callback,))
     ),
     fit_case(
         "model.preference_loss",
