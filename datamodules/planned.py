@@ -85,7 +85,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
         whole = isinstance(validation, str) and is_one_file(validation)
         self.validation, self.validation_split = validation, validation_split or ("train" if whole else split)
-        self.batch_size, self.eval_batch_size, self.pack = batch_size, eval_batch_size, pack
+        # plain numbers: a checkpoint that holds jsonargparse's own kind of number could not be read again
+        self.batch_size, self.eval_batch_size, self.pack = int(batch_size), int(eval_batch_size), int(pack)
         self.chat_template = chat_template
         self.encoding: dict[str, Any] = {"overlong": overlong, "special_tokens_in_text": special_tokens_in_text}
         self.workers, self.processes, self.seed = workers, processes, seed
@@ -226,8 +227,8 @@ class PlannedDataModule(L.LightningDataModule, ABC):
         for number, samples in coming:
             for sample in samples:
                 comes.setdefault(sample, number)
-        samples = sorted(comes)
-        return np.array(samples, dtype=np.int64), np.array([comes[sample] for sample in samples], dtype=np.int64)
+        in_order = sorted(comes)
+        return np.array(in_order, dtype=np.int64), np.array([comes[sample] for sample in in_order], dtype=np.int64)
 
     @cached_property
     def epoch(self) -> StepPlan:

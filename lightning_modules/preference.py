@@ -68,7 +68,8 @@ class PreferenceModule(AdapterModule):
                 "cleaned before it: give ExcessLoss(worse=base), Loss(role=base) or Random"
             )
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
-        self.reference_cache, self._kept_log_probs = reference_cache, None
+        self.reference_cache = reference_cache
+        self._kept_log_probs: ReferenceCache | None = None
         self._sft_gradient: list[Tensor] = []  # of the step so far, where its norm is logged
         self._gradient_norms: dict[str, float] = {}
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)

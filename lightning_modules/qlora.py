@@ -228,7 +228,7 @@ class AdapterModule(L.LightningModule):
     def identity(self) -> dict[str, Any]:
         """What must stay for a run to be continued, besides the data."""
         trainer = self.trainer
-        parts = {"data module": type(trainer.datamodule).__qualname__, "base": self.base_weights()}
+        parts: dict[str, Any] = {"data module": type(trainer.datamodule).__qualname__, "base": self.base_weights()}
         parts |= {"lora": str(self.lora), "loading": str(self.loading)}
         parts |= {"precision": str(trainer.precision), "cleaning": self.cleaning and self.cleaning.identity()}
         parts |= {name: getattr(trainer, name) for name in ("gradient_clip_val", "gradient_clip_algorithm")}
@@ -269,7 +269,7 @@ class AdapterModule(L.LightningModule):
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:
             add_reference(self.model, "reference")  # RefreshReference had made it
         self.model.stacked = dict(saved["stacked"])
-        vars(self).update({name: saved[name] for name in COUNTS})
+        self.__dict__.update({name: saved[name] for name in COUNTS})
         if unlike := set(self._learnt_state()) ^ set(checkpoint["state_dict"]):
             raise InputError(
                 f"the checkpoint's adapter does not fit this model: {len(unlike)} tensors are missing or not expected, "

@@ -44,9 +44,10 @@ class Parser(ArgumentParser):
         super().validate(namespace, *args, **options)  # says what is required, before what null is
         super().validate(namespace, *args, **options | {"skip_unset": False})
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
         if (unknown := UNKNOWN_OPTION.search(message)) and not unknown[3]:
-            known = {a.dest.removesuffix(".help") for a in getattr(ex, "subcommand_parser", self)._actions}
+            parser: Any = getattr(ex, "subcommand_parser", self)
+            known = {a.dest.removesuffix(".help") for a in parser._actions}
             word = ".".join(filter(None, unknown.groups()))
             meant = nearest(word, {*known, "class_path", "init_args"}) or nearest(word.partition(".")[0], known)
             message = message.replace(unknown[0], unknown[0] + meant, 1)

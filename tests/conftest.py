@@ -1,7 +1,7 @@
 """Shared by the tests: a tiny random model with a real tokenizer and chat template, pairs, and one short fit."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,22 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
+def _own_caches(patch: pytest.MonkeyPatch, root: Path) -> None:
+    """Not MIXDPO_CACHE: the converted real model stays where every session finds it."""
+    for module in ("evaluation.response_cache", "model.reference_cache", "token_cleaning.scoring"):
+        patch.setattr(f"mixdpo.{module}.cache_root", lambda: Path(os.environ.get("MIXDPO_CACHE") or root))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _caches_of_shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        _own_caches(patch, tmp_path_factory.mktemp("cache"))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _no_responses_kept_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = tmp_path_factory.mktemp("cache")
-    for module in ("evaluation.response_cache", "model.reference_cache"):
-        monkeypatch.setattr(f"mixdpo.{module}.cache_root", lambda: root)
-    losses = "mixdpo.token_cleaning.scoring.cache_root"
-    monkeypatch.setattr(losses, lambda: Path(os.environ.get("MIXDPO_CACHE") or root))
+def _nothing_cached_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    _own_caches(monkeypatch, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

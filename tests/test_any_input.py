@@ -10,6 +10,7 @@ import pytest
 from conftest import sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pairs import PAIR
 
 from mixdpo.batches.rows import Piece, token_rows
 from mixdpo.data.conversations import read_samples
@@ -17,7 +18,6 @@ from mixdpo.data.pairs import read_pairs
 from mixdpo.data.sources import text_rows
 from mixdpo.errors import InputError
 
-PAIR = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1.5}
 Row = dict[str, object]
 few = settings(max_examples=40)
 

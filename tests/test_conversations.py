@@ -4,33 +4,16 @@ import gzip
 import hashlib
 import json
 
-import datasets
 import pytest
 from conftest import SHARED, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
+from test_pairs import own_cache, response, system, user  # noqa: F401  (a fixture)
 
 from mixdpo.data.conversations import parse_sample, read_samples
 from mixdpo.errors import InputError
 
 FORMS = "'messages', or 'prompt' and 'completion', or 'instruction' and 'output'"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def system(text):
-    return {"role": "system", "content": text}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def response(text):
-    return {"role": "assistant", "content": text}
 
 
 QUESTION = {"prompt": "2+2?", "completion": "4"}

@@ -13,12 +13,11 @@ import yaml
 FLOORS = [
     {"mixdpo.errors"},
     {"mixdpo.storage"},
-    {"mixdpo.routing", "mixdpo.batches", "mixdpo.constraints"},
+    {"mixdpo.options", "mixdpo.routing", "mixdpo.batches", "mixdpo.constraints"},
     {"mixdpo.data", "mixdpo.pages"},
     {"mixdpo.model"},
     {"mixdpo.losses", "mixdpo.signals", "mixdpo.token_cleaning", "mixdpo.metrics"},
     {"mixdpo.evaluation"},
-    {"mixdpo.options"},
     {"mixdpo.__main__"},
     {"datamodules", "lightning_modules"},
     {"run"},

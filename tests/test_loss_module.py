@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import adapter_weights, build, collate, fit, make_pairs, write_pairs
 from jsonargparse import ArgumentParser
-from test_configs import build as build_cli  # noqa: F401  (a fixture)
+from test_configs import build as build_cli  # noqa: F401  (a fixture, and the one that it takes)
+from test_configs import cli  # noqa: F401
 from test_losses import NAMES, TABLE
 from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
 

@@ -226,7 +226,7 @@ def test_refreshing_the_reference_that_is_not_there(tiny_model: str, source: str
     buckets = Routing(hard_fraction=0, order="bucketed", buckets=2)
     with pytest.raises(InputError, match=r"one stage: set .*data\.routing\.order"):
         run(tiny_model, source, tmp_path / "a", Routing(hard_fraction=0), RefreshReference(role="reference"))
-    with pytest.raises(InputError, match="no average of the base and an adapter"):
+    with pytest.raises(InputError, match="no moving average of the base"):
         run(tiny_model, source, tmp_path / "b", buckets, RefreshReference(role="reference", ema=0.5))
     samples = write_pairs(tmp_path / "samples.jsonl", make_samples(8))
     trainer, module, data = build_sft(tiny_model, samples, tmp_path / "c")

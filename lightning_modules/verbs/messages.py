@@ -14,7 +14,13 @@ from mixdpo.options import UNKNOWN_OPTION, nearest_path
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # how lines of jsonargparse begin that say nothing to a user
-NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value type:", "Problem with given class_path")
+NOISE: tuple[str, ...] = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value type:",
+    "Problem with given class_path",
+)
 NOISE += ("Expected a path but", "Expected a <class 'NoneType'>")
 # of errors that are Lightning's own: an optional package is missing; a metric is monitored that the run does not have
 OF_LIGHTNING = ("HINT: ", "Early stopping conditioned")

@@ -95,9 +95,9 @@ class PairCollator:
         pairs = [self.data[i] for i in indices]
         is_sft = np.array([(self.is_hard if self.is_sft is None else self.is_sft)[i] for i in indices], dtype=bool)
         both = [self.evaluation or not sft for sft in is_sft]  # pairs whose two responses are computed
-        sides = ([keep or side in self.sft_sides for keep in both] for side in (0, 1))
-        layout = {"share_prompt": self.share_prompt, "pack": self.pack}
-        rows = build_rows(pairs, *sides, **layout)
+        chosen, rejected = ([keep or side in self.sft_sides for keep in both] for side in (0, 1))
+        layout: dict[str, Any] = {"share_prompt": self.share_prompt, "pack": self.pack}
+        rows = build_rows(pairs, chosen, rejected, **layout)
         if all(both):
             reference_rows: TokenRows | None = rows
         else:

@@ -17,16 +17,16 @@ class OnDevice:
     """A dataclass whose tensors go to another device together."""
 
     def to(self, device: torch.device) -> Self:
-        moved: dict[
-            int, Any
-        ] = {}  # by identity: rows that are the policy's and the reference's are moved, and held, once
+        # by identity: rows that are the policy's and the reference's are moved, and held, once
+        moved: dict[int, Any] = {}
         for part in vars(self).values():
             if isinstance(part, OnDevice) and id(part) not in moved:
                 moved[id(part)] = part.to(device)
             elif isinstance(part, Tensor) and id(part) not in moved:
                 pinned = part.pin_memory() if (part.device.type, device.type) == ("cpu", "cuda") else part
                 moved[id(part)] = pinned.to(device, non_blocking=True)
-        return replace(self, **{name: moved[id(part)] for name, part in vars(self).items() if id(part) in moved})
+        changes = {name: moved[id(part)] for name, part in vars(self).items() if id(part) in moved}
+        return replace(self, **changes)  # type: ignore[type-var]  # only dataclasses inherit from it
 
 
 @dataclass
@@ -149,10 +149,11 @@ def token_rows(documents: Sequence[Sequence[Piece]], completions: int, pack: int
                 completion += [piece.completion] * (last - first)
             ends.append(end)
         bounds.append((row, *ends))
-    lists = [torch.tensor(values, dtype=torch.long) for values in (target, completion)]
-    lengths = torch.bincount(lists[1], minlength=completions)
+    targets, numbers = (torch.tensor(values, dtype=torch.long) for values in (target, completion))
+    lengths = torch.bincount(numbers, minlength=completions)
     runs = tuple((number, len(list(run))) for number, run in groupby(completion))
-    return TokenRows(input_ids, positions, tuple(source), *lists, lengths, runs, tuple(bounds), tokens=sum(sizes))
+    where = tuple(source)
+    return TokenRows(input_ids, positions, where, targets, numbers, lengths, runs, tuple(bounds), tokens=sum(sizes))
 
 
 def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:

@@ -64,7 +64,7 @@ def _is_template(text: str) -> bool:
     return "{{" in text or "{%" in text
 
 
-def shared_length(*sequences: Sequence[Any]) -> int:
+def shared_length(*sequences: Any) -> int:
     """Length of the longest common prefix, which is that of the first and the last in lexicographic order."""
     first, last = min(sequences), max(sequences)
     return next((position for position, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))

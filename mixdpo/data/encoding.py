@@ -126,8 +126,8 @@ def encode_sample(tokenizer: "Tokenizer", messages: Messages, template: str, **o
     input_ids: list[int] = []
     spans: list[int] = []
     for index in responses:
-        turn = (messages[:index], messages[index]["content"])
-        prompt_ids, whole = encode_responses(tokenizer, template, *turn, **options)
+        before, response = messages[:index], messages[index]["content"]
+        prompt_ids, whole = encode_responses(tokenizer, template, before, response, **options)
         if shared_length(input_ids, prompt_ids, whole) < len(input_ids):
             raise InputError(
                 f"the chat template shows an earlier turn differently once message {index + 1} follows, so the tokens "

@@ -107,7 +107,7 @@ def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, 
         drop = "empty_completion"
     elif chosen.strip() == rejected.strip():
         drop = "identical"
-    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     pair |= {"pair_id": row_id(present, "pair_id", [prompt, chosen, rejected], rows_of_ids), "drop": drop}
     # a row that is kept out needs no score
     return pair | {"margin": math.nan if drop or not columns else row_margin(row, columns)}

@@ -37,7 +37,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 KEPT = "surrogateescape"  # bytes that are no UTF-8 stay in the text, for the row that holds them to be named
 
 
-REMEDIES = {
+REMEDIES: dict[Any, str] = {
     UnicodeDecodeError: "Save the file as UTF-8",
     (OSError, EOFError, zlib.error): "The file is cut off, damaged or of another kind: copy or make it again",
 }

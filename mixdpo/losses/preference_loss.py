@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import cleandoc
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from mixdpo.errors import InputError
 from mixdpo.model.fused_head import SequenceLogProbs
 from mixdpo.storage.identity import described
 
-Response = SequenceLogProbs | Tensor
+Response: TypeAlias = SequenceLogProbs | Tensor
 
 HYPER_PARAMETERS: dict[str, tuple[str, Callable[[float], bool], str]] = {
     "beta": ("> 0", lambda x: x > 0, "β; most losses: pull towards the reference, per nat. MixDPO's: 0.01 to 0.05."),
@@ -65,6 +65,10 @@ class PreferenceLoss:
     needs_reference, averaged, batch_statistics, sft_weight = True, False, False, 1.0
     own: dict[str, float] = {}  # noqa: RUF012  # every subclass has its own
     """Hyper-parameters and what each is where YAML gives none, or null."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the hyper-parameters, fields that __init_subclass__ makes
 
     def __init_subclass__(cls, **own: float) -> None:
         """`class X(PreferenceLoss, beta=0.1)` is a frozen dataclass with a field `beta` that is None in the signature.

@@ -137,7 +137,7 @@ class Trained:
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("device cuda: there is no CUDA device here; give --device cpu")
         base = load_base(self.base, **self.loading | loading, device=device)
-        return add_adapters(base, Lora(rank=1), self.adapter and str(self.adapter)).eval()
+        return add_adapters(base, Lora(rank=1), str(self.adapter) if self.adapter else None).eval()
 
     def tokenizer(self) -> tuple["PreTrainedTokenizerBase", str]:
         """The base's tokenizer, holding the template of the training (none after `plain`), and that template."""

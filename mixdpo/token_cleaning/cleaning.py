@@ -9,6 +9,7 @@ from jsonargparse import lazy_instance
 
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError, check_one_of
+from mixdpo.model.adapters import Role
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.storage.identity import described
 from mixdpo.token_cleaning.scorers import READABLE, ExcessLoss, TokenStatistics, is_online
@@ -58,15 +59,16 @@ class Cleaning:
             )
 
     @property
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Whose losses are needed: the scorer's, none where masks are given."""
-        return () if self.masks is not None else tuple(self.scorer.roles)
+        scorer: Any = self.scorer
+        return () if self.masks is not None else tuple(scorer.roles)
 
     def describe(self) -> dict[str, str | None]:
         """Scorer and selection as stages.json names them."""
         if self.masks is not None:
             return {"scorer": f"masks of {self.masks}", "selection": None}
-        return {"scorer": described(self.scorer), "selection": self.selection and described(self.selection)}
+        return {"scorer": described(self.scorer), "selection": described(self.selection) if self.selection else None}
 
     def identity(self) -> dict[str, Any]:
         """What must stay for a run to be continued."""

@@ -133,11 +133,11 @@ def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.floating]:
 
 def _top_up(mask: np.ndarray, scores: np.ndarray, offsets: np.ndarray, least: int) -> None:
     """What is kept of a sample is always its best: so its `least` best contain it where it is too little."""
-    least = np.minimum(least, np.diff(offsets))
+    wanted = np.minimum(least, np.diff(offsets))
     kept = np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
-    for sample in np.flatnonzero(kept < least):
+    for sample in np.flatnonzero(kept < wanted):
         tokens = slice(offsets[sample], offsets[sample + 1])
-        mask[tokens], _ = _best(scores[tokens], least[sample])
+        mask[tokens], _ = _best(scores[tokens], wanted[sample])
 
 
 def _check(scores: np.ndarray, offsets: np.ndarray, selection: Selection, batch: np.ndarray | None) -> None:
