@@ -78,7 +78,7 @@ def _copies(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, st
     copies, run = {}, Path(ckpt_path).absolute().parents[1]
     for path, (inside, absolute, content) in state.get("files", {}).items():
         name = os.path.relpath(path, state["dirpath"])
-        for place in (run / inside, Path(absolute)):
+        for place in (run / inside, Path(ckpt_path), Path(absolute)):
             # the checkpoint that is continued may be the file itself: its own hash is not in it
             itself = place.name == Path(path).name and place.exists() and place.samefile(ckpt_path)
             if itself or (content and place.is_file() and sha256(place) == content):

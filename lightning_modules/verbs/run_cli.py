@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from lightning_modules.verbs.messages import HELP
 from mixdpo.__main__ import RUN_VERBS
 from mixdpo.errors import InputError, check_one_of
 from mixdpo.options import Parser
+from mixdpo.storage.files import read_text
+from mixdpo.storage.read import parse_yaml
 
 
 class RunCLI(LightningCLI):
@@ -47,6 +49,9 @@ class RunCLI(LightningCLI):
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        for option, path in pairwise(sys.argv[1:] if args is None else args):
+            if option == "--config" and os.path.isfile(path):  # jsonargparse would not name the file
+                parse_yaml(read_text(path), f"config {path}", finite=False)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         if config.ckpt_path:
@@ -102,8 +107,8 @@ def check_checkpoint(path: str) -> None:
         torch.load(path, weights_only=True, mmap=True, map_location="cpu")["adapters"]
     except Exception as error:  # of pickle, zipfile and torch: an open list
         raise InputError(
-            f"ckpt_path {path} is no checkpoint of a run, or is damaged ({type(error).__name__}: {str(error)[:99]}); "
-            "give a run's RUNS/NAME/checkpoints/last.ckpt"
+            f"ckpt_path {path} is no checkpoint of a run, or is damaged ({type(error).__name__}): give a run's "
+            "RUNS/NAME/checkpoints/last.ckpt"
         ) from error
 
 
