@@ -191,13 +191,6 @@ def test_paper_choices_and_overrides_arrive(build):
     assert cli.datamodule.routing == Routing(threshold=0.5, hard_fraction=None)
     assert (cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches, cli.trainer.max_epochs) == (160, 160, 1)
     assert cli.trainer.precision == "bf16-mixed"
-    options = "--model.preference_loss.beta 0.05 --data.routing.hard_fraction 0.3 --trainer.max_steps 7"
-    cli = build(ROOT / "configs/demo.yaml", *options.split())
-    assert (cli.model.preference_loss.beta, cli.datamodule.routing.hard_fraction, cli.trainer.max_steps) == (
-        0.05,
-        0.3,
-        7,
-    )
 
 
 def test_imports_and_help():

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapter_weights, build, collate, fit, make_pairs, write_pairs
-from jsonargparse import ArgumentParser
 from test_configs import build as build_cli  # noqa: F401  (a fixture, and the one that it takes)
 from test_configs import cli  # noqa: F401
-from test_losses import NAMES, TABLE
+from test_losses import TABLE
 from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
 
 import mixdpo.model.forward
@@ -36,27 +35,6 @@ EASY, HALF, HARD = ({"routing": Routing(hard_fraction=fraction)} for fraction in
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(8))
-
-
-def class_of(name: str) -> str:
-    return f"mixdpo.losses.{TABLE[name][0]}"
-
-
-def test_every_loss_from_the_command_line(tiny_model: str) -> None:
-    """Named by its class path over another loss, with changed hyper-parameters or its own."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(PreferenceModule, "model", fail_untyped=False)  # as Lightning does
-    dpo = {"class_path": "mixdpo.losses.DPO", "init_args": {"beta": 0.3}}
-    base = {"class_path": "PreferenceModule", "init_args": {"base": tiny_model, "preference_loss": dpo}}
-    parser.set_defaults(model=base)
-    for name in NAMES:
-        arguments, wanted = ["--model.preference_loss", class_of(name)], TABLE[name][1] | TABLE[name][2]
-        arguments += [text for key, value in wanted.items() for text in (f"--model.preference_loss.{key}", str(value))]
-        parsed = parser.parse_args(arguments)
-        loss = parser.instantiate(parsed).model.preference_loss
-        assert type(loss) is getattr(losses, TABLE[name][0])
-        assert {key: getattr(loss, key) for key in wanted} == wanted
-        assert parsed.model.init_args.preference_loss.class_path == class_of(name)
 
 
 def test_a_loss_over_that_of_a_config(build_cli: Any) -> None:  # noqa: F811
