@@ -36,8 +36,7 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
     except Exception as error:  # of pickle, zipfile and torch: an open list
         rank_zero_warn(
             f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__}: {str(error)[:99]}): "
-            "adapter/ holds the last policy. To get the best policy, continue from a checkpoint that is older than the "
-            "damaged file, or train again"
+            "adapter/ holds the last policy. For the best one, continue from a checkpoint older than the file"
         )
         return None
 
@@ -67,9 +66,8 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
             if callback.monitor and best and best not in copies:
                 state["best_model_score"] = None
                 rank_zero_warn(
-                    f"the best checkpoint so far, {best}, is not there any more, or is another file now: only "
-                    "checkpoints of the continued run count as best. Nothing is lost if the first run had replaced the "
-                    "file by a better one. Otherwise put the file back, and continue again"
+                    f"the best checkpoint so far, {best}, is not there any more, or is another file now. Put the file "
+                    "back and continue again, unless the first run had replaced the file by a better one"
                 )
 
 

@@ -55,8 +55,7 @@ class ExactResume(Callback):
         if was != now:
             rank_zero_warn(
                 f"the checkpoint was computed on {was}, and the run continues on {now}, which rounds differently and "
-                "draws other dropout masks: the adapter will not be bit-identical to that of an uninterrupted run. For "
-                f"the same bits, continue on {was}"
+                f"draws other dropout masks. For the bits of an uninterrupted run, continue on {was}"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
