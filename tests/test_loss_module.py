@@ -198,8 +198,8 @@ def test_gradient_norms(every: int, recompute: bool, tiny_model: str, source: st
                         r = sequence_log_probs(module.model, rows).sums
                     s = sequence_log_probs(module.model, rows)
                     h = s.sums - r
-                    easy_loss = -torch.log(torch.sigmoid(0.5 * (h[0] - h[1]))) + 0.2 * sft(s[:1])[0]
-                    total = total + (0.7 * sft(s[:1])[0] if hard else easy_loss)
+                    easy_loss = -torch.log(torch.sigmoid(0.5 * (h[0] - h[1]))) + 0.2 * sft(s[torch.tensor([0])])[0]
+                    total = total + (0.7 * sft(s[torch.tensor([0])])[0] if hard else easy_loss)
             parts = torch.autograd.grad(total / len(indices), learning) if total.requires_grad else [torch.zeros(1)]
             of[name] = float(torch.cat([g.flatten() for g in parts]).norm())
         return of
