@@ -4,7 +4,7 @@
 
 Policy log-prob and CHES (summed and per token) of SmolLM2-135M-Instruct (NF4, fp32), and the data's own rating. Margins
 files are kept in the folder: a stopped comparison goes on where it was, and is refused with other options. Further
-options go to `run.py predict`. All signals of the model are of one pass over about 355,000 tokens.
+options go to `run.py predict`. Each signal of the model is a pass over about 355,000 tokens.
 """
 
 import argparse
@@ -47,12 +47,8 @@ def predict(folder: Path, source: Path, options: list[str]) -> dict[str, Path]:
     """The margins file of each signal; `run.py predict` continues those that were begun and leaves complete ones."""
     names = {signal: f"{source.stem}-{signal.replace(', ', '-').replace(' ', '_')}" for signal in ("rating", *CLASSES)}
     paths = {signal: folder / f"{name}.margins" for signal, name in names.items()}
-    first, *others = CLASSES
-    also = {names[signal]: CLASSES[signal] for signal in others}
-    for config, signal, more in [
-        ("rating", "rating", []),
-        ("policy_log_prob", first, ["--model.also", json.dumps(also)]),  # all of the model in one pass
-    ]:
+    of_model = [("policy_log_prob", signal, ["--model.signal", json.dumps(kind)]) for signal, kind in CLASSES.items()]
+    for config, signal, more in [("rating", "rating", []), *of_model]:
         given = ["--config", f"configs/signals/{config}.yaml", "--data.source", str(source), *LIMITS, *more, *options]
         command = [sys.executable, "run.py", "predict", *given, "--model.output", str(paths[signal])]
         subprocess.run(command, check=True)

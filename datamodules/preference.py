@@ -225,7 +225,7 @@ class PreferenceDataModule(PlannedDataModule):
     def predict_dataloader(self) -> ResumableLoader:
         """Batches by length of the pairs whose margin is not known yet."""
         easy = [False] * len(self.train_pairs)
-        return self._evaluation_loader(self.train_pairs, easy, self.trainer.lightning_module.known)
+        return self._evaluation_loader(self.train_pairs, easy, self.trainer.lightning_module.file.margins)
 
     def _evaluation_loader(self, pairs: Any, is_hard: list[bool], known: set[int]) -> ResumableLoader:
         ids = pairs["pair_id"][:]

@@ -1,12 +1,11 @@
 """The LightningModule of `run.py predict`: a difficulty signal's margin for every pair, kept in a margins file."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from lightning_modules.callbacks.run_files import CloseFiles
+from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.batches.batch import Batch
 from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
@@ -35,7 +34,6 @@ class MarginModule(L.LightningModule):
         signal: Signal,
         adapter: str | None = None,
         output: str | None = None,
-        also: dict[str, Signal] | None = None,
         quantization: Quantization = "nf4",
         dtype: Dtype = "bfloat16",
         attention: Attention = "by_segment",
@@ -47,35 +45,26 @@ class MarginModule(L.LightningModule):
             signal: What the margin is: class path and parameters.
             adapter: PEFT folder or hub id: base + adapter is the policy. The base alone if not given.
             output: The margins file; RUNS/NAME.margins if not given. A file of other margins is not overwritten.
-            also: Further signals of the same model by name, from the same pass: NAME.margins, beside `output`.
             quantization: How the model is held in memory.
             dtype: Of the model's unquantised weights and of the computation with 4-bit ones.
             attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
                 eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
         """
         super().__init__()
-        self.base, self.signal, self.adapter, self.output, self.also = base, signal, adapter, output, also or {}
+        self.base, self.signal, self.adapter, self.output = base, signal, adapter, output
         self.needs: str = signal.needs  # type: ignore[attr-defined]
-        if other := [name for name, more in self.also.items() if more.needs != self.needs]:  # type: ignore[attr-defined]
-            raise InputError(f"model.also: {', '.join(other)} cannot be computed with the {self.needs} of {signal}")
-        if same := [name for name in self.also if output and self._beside(name) == output]:
-            raise InputError(f"model.also: {same[0]} would write to {output}, which is model.output: give another name")
         if not {"policy": True, "adapter": bool(adapter)}.get(self.needs, not adapter):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.model: Any = None
-        self.files: list[tuple[Signal, MarginsWriter]] = []  # until configure_model
+        self.file: Any = None  # until configure_model
 
     def configure_callbacks(self) -> list[Any]:
-        return [CloseFiles()]
-
-    def close_files(self) -> None:
-        for _, file in self.files:
-            file.close()
+        return [CloseFile()]
 
     @on_the_cpu()
     def configure_model(self) -> None:
-        if self.files:
+        if self.file:
             return
         if self.trainer.world_size > 1:
             raise InputError("predict writes one file: use one device (--trainer.devices 1)")
@@ -93,32 +82,19 @@ class MarginModule(L.LightningModule):
                 check_documents(self.model)
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
             used["adapter_weights"] = adapter_fingerprint(self.model, "policy") if self.adapter else None
-        data = self.trainer.datamodule
-        places = {self.output: self.signal} | {self._beside(name): signal for name, signal in self.also.items()}
-        for path, signal in places.items():
-            kind = type(signal)
-            header = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(signal), "needs": self.needs}
-            header |= {"base": self.base, "adapter": self.adapter, **used, **data.identity}
-            self.files.append((signal, MarginsWriter(str(path), header, data.texts)))
-        if len(self.known) == len(data.texts):
+        data, kind = self.trainer.datamodule, type(self.signal)
+        header = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(self.signal), "needs": self.needs}
+        header |= {"base": self.base, "adapter": self.adapter, **used, **data.identity}
+        self.file = MarginsWriter(str(self.output), header, data.texts)
+        if len(self.file.margins) == len(data.texts):
             self.trainer.limit_predict_batches = 0  # nothing is left to compute
-
-    def _beside(self, name: str) -> str:
-        return str(Path(str(self.output)).with_name(f"{name}.margins"))
-
-    @property
-    def known(self) -> set[int]:
-        """Ids of the pairs that no file lacks."""
-        return set.intersection(*(set(file.margins) for _, file in self.files))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
         pair_ids: list[int] = batch.ids.tolist()
-        for signal, file in self.files:
-            if lacking := [i for i, pair_id in enumerate(pair_ids) if pair_id not in file.margins]:
-                margins = signal(self.model, batch).tolist()
-                file.append([pair_ids[i] for i in lacking], [margins[i] for i in lacking])
+        if not self.file.margins.keys() >= set(pair_ids):
+            self.file.append(pair_ids, self.signal(self.model, batch).tolist())
         return pair_ids  # Lightning warns of None
 
     def teardown(self, stage: str) -> None:
-        for _, file in self.files:
-            print(file.finish())
+        if self.file:
+            print(self.file.finish())

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ import lightning as L
 import numpy as np
 import torch
 
-from lightning_modules.callbacks.run_files import CloseFiles
+from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, complete, without_secrets
 from mixdpo.evaluation.formats import Prompt, PromptResponses
 from mixdpo.evaluation.generation import Response, generate
 from mixdpo.evaluation.gold import gold_table, other_scores
-from mixdpo.evaluation.responses_file import ResponsesFile, head_of_responses
+from mixdpo.evaluation.kept_responses import ResponsesFile
 from mixdpo.model.adapters import role
 from mixdpo.model.export import Trained, generation_dtype, merged_copy, read_trained
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
@@ -70,12 +70,8 @@ class ResponseModule(L.LightningModule):
             against: `run.py test` only: the responses that another model's test has written, for the paired difference.
         """
         super().__init__()
-        if run is None and base is None:
-            raise InputError("no model is given. Give model.run, or model.base and perhaps model.adapter")
-        if run is not None and adapter is not None:
-            raise InputError("model.run has its own adapter: leave out model.adapter, or give model.base for model.run")
-        if server is not None and (run or adapter):
-            raise InputError("model.server has its own model: give its name as model.base, and neither run nor adapter")
+        if not (run or base) or (adapter and (run or server)) or (run and server):
+            raise InputError("give one model: model.run, or model.base, alone or with model.adapter or model.server")
         trained = Trained(str(base), None, {}, None)  # a server's: a name there, not a folder here
         if server is None:
             trained = read_trained(run or str(base), quantization, dtype, chat_template, plain=not run, strict=False)
@@ -97,11 +93,7 @@ class ResponseModule(L.LightningModule):
         return given if given.suffix == suffix else given.with_name(given.name + suffix)
 
     def configure_callbacks(self) -> list[Any]:
-        return [CloseFiles()]
-
-    def close_files(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        return [CloseFile()]
 
     @on_the_cpu()
     def configure_model(self) -> None:
@@ -115,12 +107,7 @@ class ResponseModule(L.LightningModule):
                 raise InputError("the model was trained with chat_template plain, which has no turns: give another")
             self.model = self.trained.load(self.trainer.strategy.root_device, attention="sdpa")
             self.copy = generation_dtype(self.model, self.dequantise)
-        path = self.path.with_suffix(".responses.sqlite")
-        if self.dequantise is None and path.is_file():  # what was interrupted goes on as it began, whatever fits now
-            with suppress(InputError):  # ResponsesFile says what is wrong with the file
-                began = head_of_responses(path).get("computed", [None])[-1]
-                self.copy = getattr(torch, str(began).removeprefix("torch."), None)
-        self.file = ResponsesFile(path, self._depends_on(data), data.prompts)
+        self.file = ResponsesFile(self.path.with_suffix(".responses.sqlite"), self._depends_on(data), data.prompts)
         if self.file.rows:
             print(f"{self.file.path} has {len(self.file.rows)} of {len(data.prompts)} prompts: going on")
         if not self.file.missing:
@@ -135,10 +122,6 @@ class ResponseModule(L.LightningModule):
         """
         if self.trainer.world_size > 1:
             raise InputError("responses go into one file: use one device (--trainer.devices 1)")
-        if not hasattr(data, "form"):
-            raise InputError(
-                f"ResponseModule needs the prompts of PromptDataModule, not what {type(data).__name__} reads"
-            )
         for prompt in data.prompts:
             self._temperature(prompt)
         if not self.trainer.testing and self.against is not None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from datamodules.preference import PreferenceDataModule
 from lightning_modules.callbacks.checkpoint import ExactResume
 from lightning_modules.callbacks.faults import is_out_of_memory
 from lightning_modules.margins import MarginModule
-from mixdpo.batches.rows import build_rows
 from mixdpo.batches.steps import Slices
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, add_adapters, add_reference, stack_policy
@@ -100,17 +98,6 @@ def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(tiny_model, monke
         stack_policy(model)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
-
-
-def test_only_what_lies_on_the_cpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [4]}
-    rows, pinned = build_rows([pair], [True], [True]), []
-    tensors = {name: part for name, part in vars(rows).items() if isinstance(part, torch.Tensor)}
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.device.type) or self)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
-    rows.to(torch.device("cuda"))
-    replace(rows, **{name: part.new_empty(1, device="meta") for name, part in tensors.items()}).to(torch.device("cuda"))
-    assert pinned == ["cpu"] * len(tensors) == ["cpu"] * 5
 
 
 # Sums that have one order.
@@ -333,24 +320,6 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(tiny_model, pairs, 
     assert ExactResume in {type(c) for c in make_trainer(tmp_path / "x").callbacks}
     with pytest.warns(UserWarning, match=r"computed on cpu with \w+, but the run continues on NVIDIA GeForce RTX 4090"):
         fit(tiny_model, pairs, tmp_path / "there", trainer=trainer, schedule_steps=4, ckpt_path=checkpoint)
-
-
-def test_no_step_reads_all_weights(tiny_model: str, pairs: str, tmp_path: Path) -> None:
-    """A fingerprint waits for the device, once for each weight."""
-    trainer, module, data = build(tiny_model, pairs, tmp_path / "run", data={"routing": Routing(hard_fraction=0.5)})
-    step, steps, inside = module.training_step, [], []
-
-    def watched(batch: Any, batch_idx: int) -> Any:
-        steps.append(batch_idx)
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("adapter_fingerprint", "base_fingerprint"):
-                for module_name in ("lightning_modules.preference", "lightning_modules.qlora"):
-                    patch.setattr(f"{module_name}.{name}", lambda *_: inside.append(batch_idx), raising=False)
-            return step(batch, batch_idx)
-
-    module.training_step = watched  # type: ignore[method-assign]
-    trainer.fit(module, data)
-    assert steps and not inside
 
 
 # On a GPU itself.

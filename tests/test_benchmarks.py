@@ -76,7 +76,7 @@ def test_margins_are_asked_for_though_they_are_there(
     for path in signals.predict(tmp_path, tmp_path / "a-3.jsonl", []).values():
         path.write_text("of other options")
     signals.predict(tmp_path, tmp_path / "a-3.jsonl", ["--data.max_length", "99"])
-    assert len(commands) == 4  # rating and policy, twice
+    assert len(commands) == 8  # the rating and three signals, twice
 
 
 def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Files and folders are written whole or not at all."""
 
-import json
 import os
 import time
 import traceback
@@ -9,16 +8,8 @@ from pathlib import Path
 import pytest
 
 from mixdpo.errors import InputError
-from mixdpo.storage.files import write_json, written_whole
+from mixdpo.storage.files import written_whole
 from mixdpo.storage.identity import named_files
-
-
-def test_file_takes_its_place_at_the_end_only(tmp_path):
-    path = tmp_path / "new" / "a.json"
-    with written_whole(path) as partial:
-        partial.write_text("1")
-        assert not path.exists() and partial.suffix == ".json"
-    assert path.read_text() == "1" and [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -127,14 +118,6 @@ def test_a_folder_does_not_replace_a_file(tmp_path):
     with pytest.raises(NotADirectoryError):
         write_folders(tmp_path / "a", "folder", 1)
     assert (tmp_path / "a").read_text() == "file" and [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"ä": [1, None]})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text("utf-8")) == {"ä": [1, None]}
 
 
 def test_files_that_options_and_their_configs_name(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.preference import PreferenceModule
 from mixdpo.errors import InputError
-from mixdpo.evaluation import gold, response_cache
+from mixdpo.evaluation import gold, kept_responses
 from mixdpo.evaluation.generation import Response
 from mixdpo.evaluation.gold import Responses, compare, greedy, markdown
 from mixdpo.model.adapters import Lora
@@ -136,7 +136,7 @@ def watched(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder, weights = tmp_path_factory.mktemp("watched"), {}
     held_out, adapter = write_prompts(folder), str(folder / "start/adapter")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(response_cache, "cache_root", lambda: folder / "cache")
+        patch.setattr(kept_responses, "cache_root", lambda: folder / "cache")
         run(tiny_model, folder / "start", None)
         _, weights["alone"] = run(tiny_model, folder / "alone", None, adapter=adapter)
         for name, dequantise in (("copy", True), ("as_trained", False)):
@@ -229,7 +229,7 @@ def test_before_is_the_start_of_a_continued_run(
         return first[0]
 
     cut = trained("cut", max_steps=3)
-    monkeypatch.setattr("mixdpo.evaluation.response_cache.cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr("mixdpo.evaluation.kept_responses.cache_root", lambda: tmp_path / "cache")
     checkpoint = str(tmp_path / "cut/checkpoints/last.ckpt")
     rest = trained("rest", checkpoint, {"batch_size": 2, "dequantise": False})  # what memory allows may change
     assert cut.before is not None and rest.before is not None and rest.before.rows() == cut.before.rows()
@@ -299,18 +299,18 @@ def test_responses_that_cannot_be_kept_are_done_without(tmp_path: Path, monkeypa
     """Below a file; and where the file is no store."""
     responses = [Response("red", 2, True)]
     for name in ("file", "folder"):
-        monkeypatch.setattr(response_cache, "cache_root", lambda name=name: tmp_path / name)
+        monkeypatch.setattr(kept_responses, "cache_root", lambda name=name: tmp_path / name)
         if name == "file":
             (tmp_path / "file").write_text("")
         else:
-            assert response_cache.kept_responses({}, lambda: responses) == responses
-            assert response_cache.kept_responses({}, list) == responses  # kept
+            assert kept_responses.kept_responses({}, lambda: responses) == responses
+            assert kept_responses.kept_responses({}, list) == responses  # kept
             (tmp_path / "folder/responses/responses.sqlite").write_text("no store, and long enough to be looked at" * 9)
         with pytest.warns(
             UserWarning, match=rf"responses, {tmp_path}/{name}/.*, cannot be used .*MIXDPO_CACHE"
         ) as told:
             for _ in range(2):
-                assert response_cache.kept_responses({}, lambda: responses) == responses
+                assert kept_responses.kept_responses({}, lambda: responses) == responses
         assert len(told) == 1
 
 
@@ -319,14 +319,14 @@ def test_kept_responses_depend_on_the_code_and_the_card(tmp_path: Path, monkeypa
 
     def times() -> int:
         """How often they have been generated."""
-        response_cache.kept_responses({}, lambda: made.append(1) or [])  # type: ignore[func-returns-value]
+        kept_responses.kept_responses({}, lambda: made.append(1) or [])  # type: ignore[func-returns-value]
         return len(made)
 
     assert [times(), times()] == [1, 1]
     (tmp_path / "other.py").touch()
     for count, module in enumerate(("generation", "export", "tokenization"), 2):
         with monkeypatch.context() as patch:
-            patch.setattr(response_cache, module, SimpleNamespace(__file__=tmp_path / "other.py"))
+            patch.setattr(kept_responses, module, SimpleNamespace(__file__=tmp_path / "other.py"))
             assert times() == count, module
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for card, count in (("A", 5), ("B", 6), ("A", 6)):

@@ -103,7 +103,7 @@ LASTING = {
     "vague!": "no label among the likeliest tokens: 'The', 'Both'",
     "empty!": "no chat completion: ",
     "list!": "no chat completion: ",
-    "deep!": "the response is nested more than 100 levels deep",
+    "deep!": "the response is nested too deeply",
     "huge!": "too long: the body has more than 16 MB",
     "bomb!": "too long: the body has more than 16 MB",
 }

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import build, make_pairs, make_trainer, write_pairs
 
-import mixdpo.signals.signals
 from datamodules.preference import PreferenceDataModule
 from lightning_modules.cli import run
 from lightning_modules.margins import MarginModule
@@ -22,8 +21,8 @@ from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.identity import base_fingerprint
 from mixdpo.model.loading import load_base
 from mixdpo.signals.compare_margins import overlap, spearman
-from mixdpo.signals.margins_file import FORMAT, MarginsWriter, read_margins
-from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel
+from mixdpo.signals.margins_file import FORMAT, read_margins
+from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb, Rating
 from mixdpo.storage.store import read_store
 
 ROOT = Path(__file__).parents[1]
@@ -248,14 +247,6 @@ def test_fingerprint_does_not_depend_on_where_adapters_are(tiny_model):
     assert prints[0] == prints[1]
 
 
-def test_adapters_that_do_not_belong(tiny_model):
-    with pytest.raises(InputError, match=r"ImplicitReward.* needs one"):
-        MarginModule(tiny_model, ImplicitReward())
-    for signal in (RewardModel(), Rating()):
-        with pytest.raises(InputError, match=r"needs none"):
-            MarginModule(tiny_model, signal, adapter="somewhere")
-
-
 def command_line(monkeypatch, capfd, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
@@ -331,68 +322,13 @@ def test_overlap_with_ties_is_the_mean_over_ways_to_break_them():
     assert overlap(x, y, 0.5)["share"] == pytest.approx(expected)
 
 
-def points_of(page):
-    return page.partition('id="points"')[2].partition("</g>")[0].count("<use ")
-
-
 def test_compare_margins(tmp_path, capsys):
-    a = write_margins(tmp_path / "a.margins", {i: float(i % 4) for i in range(20)}, signal="<script>alert(1)</script>")
+    a = write_margins(tmp_path / "a.margins", {i: float(i % 4) for i in range(20)})
     b = write_margins(tmp_path / "b.margins", {i: float(i) for i in range(5, 25)}, {7: "another text"})
     assert main(["compare-margins", a, b]) == 0
     printed = capsys.readouterr().out
     shared = [i for i in range(5, 20) if i != 7]
     expected = np.corrcoef(brute_force_ranks([i % 4 for i in shared]), brute_force_ranks(shared))[0, 1]
     assert f"14 pairs in common, Spearman's rank correlation {expected:.3f}" in printed
-    page = (tmp_path / "a-vs-b.html").read_text()
-    assert points_of(page) == 14 and "<script" not in page and "&lt;script&gt;" in page
-    assert f"{expected:.3f}" in page
-    out = tmp_path / "x/page.html"
-    assert main(["compare-margins", a, b, "--out", str(out)]) == 0 and out.exists()
-
-
-def test_report_refuses(tmp_path, capsys):
-    a = write_margins(tmp_path / "a.margins", {1: 1.0})
-    b = write_margins(tmp_path / "b.margins", {1: 1.0}, {1: "another text"})
-    for arguments, message in (
-        ([a, b], "no pair in common"),
-        ([a, str(tmp_path / "c")], "no margins file"),
-        ([a, str(ROOT / "setup.cfg")], "is no margins file"),
-    ):
-        assert main(["compare-margins", *arguments]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_many_points_are_drawn(tmp_path):
-    for name in "ab":
-        write_margins(tmp_path / name, {i: float(hash((name, i)) % 1000) for i in range(4000)})
-    assert main(["compare-margins", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert points_of((tmp_path / "a-vs-b.html").read_text()) == 3000
-
-
-def test_several_signals_in_one_pass(tiny_model, source, tmp_path, monkeypatch):
-    """The files are those of a pass each; what one file lacks is computed again for it alone."""
-    forwards = []
-    real = mixdpo.signals.signals.predicting_states
-    monkeypatch.setattr(mixdpo.signals.signals, "predicting_states", lambda *args: (forwards.append(1), real(*args))[1])
-    also = {"length": CHES(normalised=True), "log_prob": PolicyLogProb()}
-    predict(tiny_model, source, tmp_path, also=also)
-    assert len(forwards) == 4  # batches of 3 of 10 pairs
-    for name, signal in also.items():
-        alone = predict(tiny_model, source, tmp_path, signal, name=f"alone-{name}.margins")
-        assert without_date(tmp_path / f"{name}.margins") == without_date(alone)
-    whole = without_date(tmp_path / "log_prob.margins")
-    file = read_margins(tmp_path / "log_prob.margins")
-    file.path.unlink()
-    header = {key: value for key, value in file.header.items() if key != "date"}
-    writer = MarginsWriter(str(file.path), header, {pair_id: text for pair_id, (text, _) in file.pairs.items()})
-    first = list(file.pairs.items())[:5]
-    writer.append([pair_id for pair_id, _ in first], [margin for _, (_, margin) in first])
-    writer.close()
-    del forwards[:]
-    predict(tiny_model, source, tmp_path, also=also)
-    assert 1 <= len(forwards) <= 4 and without_date(tmp_path / "log_prob.margins") == whole
-    assert not list(tmp_path.glob("*.part"))
-    with pytest.raises(InputError, match="rated cannot be computed with the policy"):
-        MarginModule(tiny_model, CHES(), also={"rated": Rating()})
-    with pytest.raises(InputError, match=r"model\.also: a would write to .*runs/a\.margins, which is model\.output"):
-        MarginModule(tiny_model, CHES(), also={"a": CHES(normalised=True)}, output="runs/a.margins")
+    assert main(["compare-margins", a, str(ROOT / "setup.cfg")]) == 2
+    assert "is no margins file" in capsys.readouterr().err

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import SHARED, TEMPLATE, WORDS
 from test_cli import in_process
 
 from datamodules.prompts import PromptDataModule
-from lightning_modules.responses import ResponseModule
 from mixdpo.errors import InputError
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.formats import GSM8K, AlpacaEval, ArenaHard, Constraints, MTBench, Prompt, PromptResponses
@@ -116,17 +114,6 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
     assert untimed(read(tmp_path / "cut/tiny.jsonl")) == whole
 
 
-def test_what_is_interrupted_goes_on_as_it_began(tiny_model, tmp_path, monkeypatch, capsys):
-    """On a GPU whose memory had room for a copy at first, and has none when the same command is given again. No copy is
-    made where no response is missing."""
-    source = write_rows(tmp_path / "question.jsonl", questions(3, turns=1))
-    command = responses("predict", "MTBench", source, tmp_path, tiny_model)
-    for dtype in (torch.float32, None):
-        monkeypatch.setattr("lightning_modules.responses.generation_dtype", lambda *_, dtype=dtype: dtype)
-        assert in_process(*command) == 0, capsys.readouterr().err
-        monkeypatch.setattr("lightning_modules.responses.merged_copy", None)
-
-
 def test_other_responses_are_not_continued(tiny_model, tmp_path, capsys):
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
     assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model)) == 0
@@ -218,16 +205,6 @@ def test_gsm8k_takes_the_published_responses():
     )
     for prompt, other in zip(data.prompts, rows[1:] + rows[:1], strict=True):
         assert GSM.score(prompt, other["answer"]) == (other["final"] == prompt.row["final"])
-
-
-@pytest.mark.shared
-def test_published_questions_are_read():
-    data = PromptDataModule(str(SHARED / "mt_bench_questions.jsonl"), MTBench())
-    data.setup("predict")
-    assert len(data.prompts) == 80 and all(len(prompt.turns) == 2 for prompt in data.prompts)
-    data = PromptDataModule(str(SHARED / "alpaca_eval_instructions.csv"), AlpacaEval())
-    data.setup("predict")
-    assert len(data.prompts) == 805
 
 
 def test_gold_score_of_gsm8k_beside_its_own_output(tiny_model, tmp_path):
@@ -352,7 +329,7 @@ def test_responses_of_a_server(tmp_path, capsys):
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("tiny*"))
     (tmp_path / "tiny.responses.sqlite").unlink()
     assert in_process(*arguments, "--model.adapter", "x") == 1
-    assert "model.server has its own model" in capsys.readouterr().err
+    assert "give one model" in capsys.readouterr().err
 
 
 def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, capsys):
@@ -383,34 +360,6 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
     assert len({body["seed"] for body in served}) == 3 + 2
 
 
-def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
-    """What is to be checked is no option of `mixdpo judge`."""
-
-    def refuse(self: Any) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_error(404)
-
-    handler = type("Missing", (Echo,), {"do_POST": refuse})
-    with serving(handler) as (_, url):
-        source = write_rows(tmp_path / "question.jsonl", questions(1))
-        assert in_process(*responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)) == 1
-    said = capsys.readouterr().err
-    assert "check the model's name and the server's URL" in said and "--base_url" not in said
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "Give model.run, or model.base"),
-        ({"run": "nowhere", "adapter": "x"}, "model.run has its own adapter"),
-        ({"run": "nowhere"}, "nowhere"),
-    ],
-)
-def test_no_model_or_two(options, message):
-    with pytest.raises(InputError, match=message):
-        ResponseModule(**options)
-
-
 @pytest.mark.parametrize(
     ("verb", "form", "more", "message"),
     [
@@ -419,17 +368,14 @@ def test_no_model_or_two(options, message):
         ("fit", "MTBench", (), "does not fit"),
         ("predict", "MTBench", ("--model.against", "x.json"), "it is for run.py test"),
         ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
+        ("predict", "MTBench", ("--model.run", "nowhere", "--model.adapter", "x"), "give one model: model.run, or"),
+        ("predict", "MTBench", ("--model.run", "nowhere"), "nowhere"),
     ],
 )
 def test_impossible_wishes(tiny_model, tmp_path, capsys, verb, form, more, message):
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
     assert in_process(*responses(verb, form, source, tmp_path / "runs", tiny_model, *more)) == 1
     assert message in capsys.readouterr().err
-
-
-def test_training_configs_do_not_test(capsys):
-    assert in_process("test", "--config", "configs/demo.yaml") == 1
-    assert "configs/evaluation for predict and test" in capsys.readouterr().err
 
 
 def test_file_of_a_hub_data_set(monkeypatch, tmp_path):

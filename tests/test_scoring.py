@@ -184,7 +184,7 @@ def test_a_kept_loss_that_is_damaged_is_computed_anew(model, pool, expected, cac
     losses = open_losses(len(pool), {"model": "a"})
     losses[:] = 77.0
     losses[pool.tokens([3])], losses[pool.tokens([5])[:1]] = np.inf, np.nan
-    np.load(losses.filename, mmap_mode="r+")[pool.tokens([4])] *= 0.1  # by something else
+    np.load(losses.filename, mmap_mode="r+")[0, pool.tokens([4])] *= 0.1  # by something else
     with pytest.warns(UserWarning, match=rf"{cache}/\w+\.npy holds damaged losses"):
         again = open_losses(len(pool), {"model": "a"})
     shutil.rmtree(cache)  # a folder that vanishes while tokens are scored

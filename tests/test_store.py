@@ -4,8 +4,6 @@ import resource
 import sqlite3
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 import pytest
 
 from mixdpo.errors import InputError
-from mixdpo.signals.margins_file import MarginsWriter, read_margins
 from mixdpo.storage import store
 from mixdpo.storage.store import Store, read_store
 
@@ -51,23 +48,6 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             with pytest.raises(InputError, match=r"another process is writing to .*v: wait"):
                 use()
     open_verdicts(tmp_path / "v").close()
-
-
-def test_a_second_process_waits_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PATIENCE", 20.0)
-    open_verdicts(tmp_path / "v").close()
-
-    def hold() -> None:
-        with closing(sqlite3.connect(tmp_path / "v", isolation_level=None)) as database:
-            database.execute("BEGIN EXCLUSIVE")
-            held.set()
-            time.sleep(0.4)
-
-    held, thread = threading.Event(), threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    open_verdicts(tmp_path / "v").close()
-    thread.join()
 
 
 KILLED = """
@@ -163,17 +143,3 @@ def test_a_place_that_cannot_be_written(place: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"cannot write .*give another place"):
         open_verdicts(tmp_path / place)
-
-
-def test_margins_that_another_process_has_finished_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second writer had found no file when it began to wait: it computes nothing and overwrites nothing."""
-    path, texts = str(tmp_path / "m.margins"), {1: "a", 2: "b"}
-    header = {"signal": "s", "needs": "rating", "source": "d", "base": "b", "adapter": None}
-    first = MarginsWriter(path, header, texts)
-    first.append([1, 2], [0.5, 1.0])
-    monkeypatch.setattr(
-        "mixdpo.signals.margins_file.Store", lambda *args, **named: first.finish() and Store(*args, **named)
-    )
-    second = MarginsWriter(path, header, texts)
-    assert second.margins == {1: 0.5, 2: 1.0} and "complete already" in second.finish()
-    assert len(read_margins(path).pairs) == 2 and not list(tmp_path.glob("*.part*"))

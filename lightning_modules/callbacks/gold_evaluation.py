@@ -20,7 +20,7 @@ from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Response
 from mixdpo.evaluation.gold import Responses, Scorer, compare, greedy, markdown, scored
-from mixdpo.evaluation.response_cache import kept_responses
+from mixdpo.evaluation.kept_responses import kept_responses
 from mixdpo.model.adapters import Role, role
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint

@@ -12,11 +12,12 @@ from mixdpo.model.export import save_adapter
 from mixdpo.storage.files import write_json
 
 
-class CloseFiles(Callback):
-    """Lets the module close its files after an error or an interrupt, where Lightning calls no teardown."""
+class CloseFile(Callback):
+    """Closes the module's file after an error or an interrupt, where Lightning calls no teardown."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        pl_module.close_files()
+        if pl_module.file is not None:
+            pl_module.file.close()
 
 
 class RunConfig(SaveConfigCallback):

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE = "#4292de", "#f68c32"  # light enough to carry black text; page.html has the same two
 
-POINTS = 3000
-"""A scatter plot shows at most so many points."""
-
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "mixdpo", "text.parse_math": False, "font.size": 8}
 DASHED: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 
@@ -66,25 +63,6 @@ def histogram(cut: np.ndarray, kept: np.ndarray, ends: tuple[float, float], thre
             axes.axvline(threshold, label=f"threshold {threshold:.3g}", **DASHED)
         axes.set(xlabel="score", ylabel="tokens")
         axes.legend()
-        return _svg(figure)
-
-
-def scatter(x: np.ndarray, y: np.ndarray, labels: tuple[str, str], cuts: tuple[float, float]) -> str:
-    """SVG of one point for each of N pairs of values. The outermost 1 % a side lie on the border.
-
-    Args:
-        x, y: (N,) values; of more than `POINTS` pairs a seed draws which are shown.
-        labels: of the two axes.
-        cuts: where the dashed line across each axis stands.
-    """
-    drawn = np.random.default_rng(0).permutation(len(x))[:POINTS]
-    with _style():
-        axes = (figure := _figure(6, 6)).subplots()
-        shown = [np.clip(values, *np.quantile(values, [0.01, 0.99]))[drawn] for values in (x, y)]
-        axes.plot(*shown, "o", color=BLUE, alpha=0.5, markersize=3, markeredgewidth=0, gid="points")
-        axes.axvline(cuts[0], **DASHED)
-        axes.axhline(cuts[1], **DASHED)
-        axes.set(xlabel=labels[0], ylabel=labels[1])
         return _svg(figure)
 
 

@@ -1,19 +1,13 @@
-"""Two margins files over the pairs they share: rank correlation, overlap of the hard sets, a scatter plot."""
+"""Two margins files over the pairs they share: rank correlation and overlap of the hard sets."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 
 from mixdpo.errors import InputError
-from mixdpo.pages.charts import scatter
-from mixdpo.pages.render import write_page
 from mixdpo.signals.margins_file import MarginsFile, read_margins
 
 HARDEST = (0.1, 0.2, 0.3)
-
-MARKED = 0.2
-"""The scatter plot shows the cuts of this fraction."""
 
 COLUMNS = ("hardest", "share", "by chance", "Jaccard", "by chance", "ties at A's cut", "at B's")
 
@@ -37,14 +31,9 @@ def overlap(x: np.ndarray, y: np.ndarray, fraction: float) -> dict[str, float]:
     return {**shares, "chance_jaccard": chance / (2 * count - chance), "ties_a": ties_x, "ties_b": ties_y}
 
 
-def _cut(margins: np.ndarray, count: int) -> float:
-    """The largest of the `count` smallest margins."""
-    return float(np.sort(margins)[count - 1])
-
-
 def _membership(margins: np.ndarray, count: int) -> tuple[np.ndarray, int]:
     """(N,) probability of being among the `count` smallest, and how many tie at the cut."""
-    cut = _cut(margins, count)
+    cut = np.sort(margins)[count - 1]
     below, ties = margins < cut, margins == cut
     return below + ties * ((count - below.sum()) / ties.sum()), int(ties.sum())
 
@@ -65,16 +54,15 @@ def compared(a: MarginsFile, b: MarginsFile) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def compare(a: str, b: str, out: str | None = None) -> None:
-    """Compare two margins files over the pairs they share: rank correlation, overlap of the hard sets, scatter plot.
+def compare(a: str, b: str) -> None:
+    """Compare two margins files over the pairs they share: rank correlation and overlap of the hard sets.
 
     Args:
         a: margins file of `run.py predict`.
         b: another one, of the same data.
-        out: the .html file to write, replaced if it exists; default A-vs-B.html beside `a`.
 
     Raises:
-        InputError: a file cannot be read, the files share no pair, or matplotlib is not installed.
+        InputError: a file cannot be read, or the files share no pair.
     """
     files = read_margins(a), read_margins(b)
     x, y = compared(*files)
@@ -83,17 +71,6 @@ def compare(a: str, b: str, out: str | None = None) -> None:
     overlaps = [(f"{fraction:.0%}", *overlap(x, y, fraction).values()) for fraction in HARDEST]
     rows = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in overlaps]
     print("\n".join([*summary, *("  ".join(f"{cell:<15}" for cell in row).rstrip() for row in (COLUMNS, *rows))]))
-    names, count = [file.path.stem for file in files], max(1, round(MARKED * len(x)))
-    write_page(
-        Path(out) if out else files[0].path.with_name(f"{'-vs-'.join(names)}.html"),
-        "margins.html",
-        title=f"Margins: {' against '.join(names)}",
-        summary=summary,
-        headings=COLUMNS,
-        rows=rows,
-        cut=f"{MARKED:.0%}",
-        scatter=scatter(x, y, ("margin in A", "margin in B"), (_cut(x, count), _cut(y, count))),
-    )
 
 
 def _describe(file: MarginsFile) -> str:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMAT = "mixdpo margins 1"
-HEADER = {"pairs": int, "signal": str, "needs": str, "source": str, "base": str, "adapter": object}
-"""What every header says beside its format, and the type; margins of a policy also say what decides them."""
 ANEW = "compute it anew"
 OTHER = "remove it or give another model.output"
 
@@ -72,11 +70,9 @@ class MarginsFile:
         """
         changed = differences({key: self.header.get(key, "not said") for key in current}, current)
         if self.of_policy and changed:
-            with_ = ", ".join(str(self.header.get(key)) for key in ("base", "adapter", "dtype", "lengths"))
             raise InputError(
                 f"{self.path} holds margins ({self.header['signal']}) that were made with another {what} "
-                f"({'; '.join(changed)}): use the options it was made with (base, adapter, dtype, lengths: {with_}), "
-                "or compute it anew"
+                f"({'; '.join(changed)}): use the options it was made with, or compute it anew"
             )
 
 
@@ -93,8 +89,6 @@ def read_margins(path: str | Path) -> MarginsFile:
     header = parse_json(first, f"{path} is no margins file of run.py predict: line 1", ANEW)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise InputError(f"{path} is no margins file of run.py predict (its format is not {FORMAT!r}): {ANEW}")
-    if wrong := [name for name, kind in HEADER.items() if name not in header or not isinstance(header[name], kind)]:
-        raise InputError(f"{path} is damaged (its first line lacks {', '.join(wrong)}): {ANEW}")
     pairs = dict(_pair(line, f"{path}, line {number},") for number, line in enumerate(lines, 2))
     if len(pairs) != header["pairs"]:
         raise InputError(f"{path} has {len(pairs)} of its {header['pairs']} pairs: {ANEW}")
@@ -127,13 +121,8 @@ class MarginsWriter:
         self._store = None
         if not self.path.exists():
             self._store = Store(self.part, self.header, noun="margins", remedy=OTHER)
-        if self._store is not None and not self.path.exists():
             self.margins = {int(pair_id): float(margin) for pair_id, margin in self._store.items().items()}
             return
-        if self._store is not None:  # while it waited for the lock, another process has made FILE
-            self.close()
-            self.part.unlink()
-            self._store = None
         file = read_margins(path)
         if changed := differences({**file.header, "date": None}, self.header):
             raise InputError(f"{path} holds other margins ({'; '.join(changed)}): {OTHER}")
@@ -161,7 +150,7 @@ class MarginsWriter:
                 return f"{self.part} has {len(self.margins)} of {len(self.texts)} pairs: the same command continues it"
             rows = [{"pair_id": key, "text": text, "margin": self.margins[key]} for key, text in self.texts.items()]
             write_rows(self.path, [{**self.header, "date": time.strftime("%Y-%m-%d %H:%M:%S")}, *rows])
-        self.part.unlink()
+        self.part.unlink(missing_ok=True)  # another process may have waited for the same pairs
         return f"wrote {self.path}: {len(self.texts)} pairs"
 
     def close(self) -> None:

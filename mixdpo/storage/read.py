@@ -11,7 +11,7 @@ from mixdpo.errors import InputError
 
 LARGEST = 16 * 2**20  # characters or bytes of a body or a YAML document
 LARGEST_FILE = 2**30  # of a JSON document in a file
-DEEPEST = 100  # levels of lists and mappings
+DEEPEST = 100  # levels of lists and mappings of a YAML document
 MOST_NODES = 10**6  # of a YAML document, where each alias counts as what the alias stands for
 
 
@@ -27,18 +27,11 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it", larges
     """
     try:
         _check_size(text, largest)
-        content = json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
-        level = [content]
-        for _ in range(DEEPEST):
-            containers = [value for value in level if isinstance(value, dict | list)]
-            level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
-        if level:
-            raise RecursionError
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
-        raise InputError(f"{where} is nested more than {DEEPEST} levels deep: {remedy}") from None
+        raise InputError(f"{where} is nested too deeply: {remedy}") from None
     except ValueError as error:
         raise InputError(f"{where} is no valid JSON ({error}): {remedy}") from None
-    return content
 
 
 def _check_size(text: str | bytes, largest: int) -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from mixdpo.errors import InputError
 from mixdpo.storage.files import or_without
@@ -25,7 +25,7 @@ TABLES = "CREATE TABLE head (content TEXT); CREATE TABLE entries (key PRIMARY KE
 Key = str | bytes | int
 
 
-class Store:
+class Store(AbstractContextManager["Store"]):
     def __init__(
         self, path: str | Path, head: Mapping[str, Any], *, noun: str, remedy: str = "", cache: bool = False
     ) -> None:
@@ -108,9 +108,6 @@ class Store:
 
     def close(self) -> None:
         self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -13,8 +13,7 @@ from mixdpo.batches.rows import sample_rows
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.model.adapters import Role, role
 from mixdpo.model.forward import evaluating, row_log_probs, without_cast_cache
-from mixdpo.storage.checked_array import open_checked
-from mixdpo.storage.files import cache_root, or_without
+from mixdpo.storage.files import cache_root, open_checked, or_without
 
 if TYPE_CHECKING:
     from peft import PeftModel

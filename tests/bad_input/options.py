@@ -22,8 +22,8 @@ from mixdpo.losses.preference_loss import HYPER_PARAMETERS
 from mixdpo.model.adapters import Lora
 from mixdpo.options import options
 from mixdpo.routing.route import Routing
-from mixdpo.routing.schedules import Constant, Cosine, StagedLinear
-from mixdpo.signals.signals import ImplicitReward, Rating, RewardModel
+from mixdpo.routing.schedules import Constant
+from mixdpo.signals.signals import ImplicitReward, RewardModel
 from mixdpo.token_cleaning.cleaning import Cleaning, weigh
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Random
 from mixdpo.token_cleaning.selection import Selection, select
@@ -45,62 +45,31 @@ OUT_OF_RANGE = {
 CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"threshold": 0.5, "hard_fraction": 0.12}, ("give hard_fraction or threshold, not both (0.12 and 0.5)",)),
     (Routing, {"hard_fraction": 1.2}, ("routing.hard_fraction must lie in [0, 1]", "1.2")),
-    (Routing, {"hard_fraction": NAN}, ("routing.hard_fraction must lie in [0, 1]", "nan")),
     (Routing, {"threshold": INF}, ("routing.threshold must be finite", "0 or 1 means none or all")),
-    (Routing, {"order": "easiest_first"}, ("routing.order must be one of easy_to_hard", "'easiest_first'")),
-    (Routing, {"order": None}, ("routing.order must be one of easy_to_hard", "not None")),
     (Routing, {"order": "sft_frist"}, ("routing.order must be one of", "not 'sft_frist'; did you mean 'sft_first'?")),
-    (Routing, {"assignment": "reversed"}, ("routing.assignment must be one of margin, random, inverted",)),
-    (Routing, {"hard_action": "SFT"}, ("routing.hard_action must be one of sft", "'SFT'")),
-    (Routing, {"easy_action": "sft"}, ("routing.easy_action must be one of preference, drop",)),
     (Routing, {"order": "bucketed", "buckets": 1}, ("routing.buckets must be at least 2",)),
     (Routing, {"reshuffle": True}, ("easy_to_hard has nothing to shuffle", "set it to false")),
     (Routing, {"hard_action": "drop", "easy_action": "drop"}, ("are both drop", "nothing would be trained")),
     (Slices, {"count": 0}, ("slices.count (0)", "at least 1")),
-    (Slices, {"seed": -1}, ("slices.seed (-1) at least 0",)),
-    (Slices, {"passes": 0}, ("slices.passes (0)", "at least 1")),
-    (Slices, {"count": 3, "only": []}, ("slices.only must name slices once",)),
     (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, in rising order",)),
-    (Slices, {"count": 3, "only": [3]}, ("from 0 to 2",)),
-    (
-        Selection,
-        {"keep_ratio": 0.5, "threshold": 0.0},
-        ("model.cleaning.selection: give keep_ratio or threshold, not both (0.5 and 0.0)",),
-    ),
+    (Selection, {"keep_ratio": 0.5, "threshold": 0.0}, ("selection: give keep_ratio or threshold,",)),
     (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
-    (Selection, {"keep_ratio": NAN}, ("selection.keep_ratio must lie in (0, 1]",)),
     (Selection, {"threshold": -INF}, ("selection.threshold must be finite",)),
-    (Selection, {"scope": "sentence"}, ("selection.scope must be one of global, sample, batch",)),
     (Selection, {"scope": "samples"}, ("not 'samples'; did you mean 'sample'?",)),
     (Cleaning, {"scorer": len}, ("needs an attribute `roles`",)),
-    (
-        Cleaning,
-        {"scorer": Loss("policy"), "selection": Selection()},
-        ("scope global needs all scores before", "use scope batch"),
-    ),
+    (Cleaning, {"scorer": Loss("policy"), "selection": Selection()}, ("scope global needs all", "use scope batch")),
     (
         Cleaning,
         {"scorer": Loss("policy"), "masks": "x", "selection": Selection(scope="batch")},
         ("cleaning.masks", "give one"),
     ),
     (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
-    (
-        Cleaning,
-        {"scorer": ExcessLoss(better="reference")},
-        ("the role of a scorer must be one of base, cleaning_reference", "did you mean 'cleaning_reference'?"),
-    ),
-    (Cleaning, {"scorer": Loss("")}, ("the role of a scorer must be one of base", "not ''")),
+    (Cleaning, {"scorer": ExcessLoss(better="reference")}, ("the role of a", "did you mean 'cleaning_reference'?")),
     (Constant, {"warmup": -0.1}, ("schedule.warmup must lie in [0, 1]",)),
-    (Cosine, {"floor": 2.0}, ("schedule.floor must lie in [0, 1]",)),
-    (StagedLinear, {"warmup": NAN}, ("schedule.warmup must lie in [0, 1]", "nan")),
     (ImplicitReward, {"beta": 0}, ("signal.beta must be > 0",)),
     (Lora, {"rank": 0}, ("lora needs rank >= 1", "rank=0")),
-    (Lora, {"alpha": -1}, ("alpha > 0", "alpha=-1")),
-    (Lora, {"dropout": 1.0}, ("dropout in [0, 1)", "dropout=1.0")),
     (RefreshReference, {"every": 0}, ("RefreshReference needs every 'stage' or a number of steps", "not 0 and")),
-    (RefreshReference, {"ema": 1.0}, ("RefreshReference needs", "ema in [0, 1), not stage and 1.0")),
     (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
-    (losses.BetaDPO, {"beta": INF}, ("preference_loss.beta must be > 0", "inf")),
 ]
 MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (PreferenceModule, {"cleaning": Cleaning(warm_up_stages=1)}, ("warm_up_stages belongs to SFT",)),
@@ -111,12 +80,6 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     ),
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
     (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
-    (MarginModule, {"signal": Rating(), "also": {"r": RewardModel()}}, ("model.also: r cannot be computed with",)),
-    (
-        MarginModule,
-        {"signal": Rating(), "also": {"r": Rating()}, "output": "r.margins"},
-        ("model.also: r would write", "give another name"),
-    ),
 ]
 DATA: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (PreferenceDataModule, {"validation_threshold": NAN}, ("validation_threshold must be a finite margin or null",)),
@@ -170,16 +133,7 @@ def rising(plan: Any) -> Any:
 WITH_DATA = [
     Case("data.routing", "no pair", routed([]), ("no pair to route", "the training data is empty")),
     Case("data.routing", "a margin of NaN", routed([1.0, NAN]), ("margin 1 is not finite",)),
-    Case("data.routing", "a margin of minus infinity", routed([-INF, 1.0]), ("margin 0 is not finite",)),
-    Case(
-        "data.routing", "fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), ("trains 2 of 2", "needs 4")
-    ),
-    Case(
-        "data.routing",
-        "all are hard and dropped",
-        routed([1.0], hard_fraction=1.0, hard_action="drop"),
-        ("trains 0 of 1",),
-    ),
+    Case("data.routing", "fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), ("trains 2 of", "needs 4")),
     Case(
         "data.slices",
         "more slices than samples",
@@ -205,18 +159,11 @@ WITH_DATA = [
         ("scores are weights",),
     ),
     Case("GoldEvaluation", "no new tokens", generated(max_new_tokens=0), ("max_new_tokens 0", "must be at least 1")),
-    Case("make-pairs", "top_p 0", generated(top_p=0.0), ("top_p 0.0", "0 < top_p <= 1")),
     Case(
         "mixdpo options",
         "no such class",
         lambda place: options("mixdpo.losses.Nothing"),
         ("mixdpo.losses.Nothing", "give its whole path"),
-    ),
-    Case(
-        "mixdpo options",
-        "a function",
-        lambda place: options("mixdpo.losses.preference_loss.check_range"),
-        ("is no class", "give the path of one"),
     ),
     Case(
         "data.source",
@@ -225,7 +172,6 @@ WITH_DATA = [
         ("no/folder", "Check the path"),
     ),
     fit_case("model.schedule", "too few multipliers", ("must give 4 finite numbers",), schedule=rising),
-    fit_case("model.schedule", "NaN", ("must give 4 finite numbers",), schedule=lambda plan: [NAN] * len(plan)),
     fit_case("model.optimizer", "a negative rate", ("model.optimizer", "learning rate"), lr=-1.0),
     fit_case(
         "trainer.accumulate_grad_batches",
@@ -233,27 +179,14 @@ WITH_DATA = [
         ("data.batch_size 4 is less than",),
         trainer={"accumulate_grad_batches": 8},
     ),
-    fit_case(
-        "trainer.limit_train_batches",
-        "2",
-        ("cuts the curriculum", "use data.limit"),
-        trainer={"limit_train_batches": 2},
-    ),
+    fit_case("trainer.limit_train_batches", "2", ("cuts the", "use data.limit"), trainer={"limit_train_batches": 2}),
     fit_case("trainer.max_epochs", "0", ("there is nothing to train",), trainer={"max_epochs": 0}),
-    fit_case("trainer.max_epochs", "-1", ("a schedule needs an end",), trainer={"max_epochs": -1}),
     fit_case(
         "data.max_prompt_length",
         "as max_length",
         ("max_length (64) must be", "above max_prompt_length (64)"),
         data={"max_prompt_length": 64},
     ),
-    fit_case(
-        "data.overlong",
-        "shorten",
-        ("overlong must be one of truncate, drop, not 'shorten'",),
-        data={"overlong": "shorten"},
-    ),
-    fit_case("data.max_length", "1", ("max_length (1) must be at least 2",), "fit_sft", data={"max_length": 1}),
     fit_case(
         "data.slices",
         "two epochs",
@@ -303,13 +236,6 @@ WITH_DATA = [
         ("has no scorer that reads a reference",),
         "fit_sft",
         trainer={"first": (RefreshReference(),)},
-    ),
-    fit_case(
-        "RefreshReference",
-        "of SFT's reference",
-        ("belongs to a preference loss",),
-        "fit_sft",
-        trainer={"first": (RefreshReference(role="reference"),)},
     ),
     fit_case(
         "RefreshReference",

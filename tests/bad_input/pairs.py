@@ -2,11 +2,7 @@
 
 import gzip
 import json
-import shutil
-from pathlib import Path
 from typing import Any
-
-import datasets
 
 from bad_input.case import GONE, Case, Place, cases, changed
 from mixdpo.data.messages import split_by_prompt
@@ -32,71 +28,40 @@ KEYS = "a message has the keys 'role' and 'content'"
 FINITE = "should be a finite number"
 UNREAL = [
     ("in words", "high"),
-    ("null", None),
     ("NaN", float("nan")),
-    ("infinite", float("inf")),
-    ("minus infinity", float("-inf")),
     ("beyond floats", 10**400),
     ("true", True),
-    ("a list", [1.0]),
-    ("an empty text", ""),
-    ("a decimal comma", "1,5"),
 ]
 RATED = changed(PAIR, {"margin": GONE, "all_generated_responses": ["4", "5"], "all_rm_scores": [1.0, 0.0]})
 SCORED = changed(PAIR, {"margin": GONE, "score_chosen": 1.0, "score_rejected": 0.5})
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no rejected", {"rejected": GONE}, ("'rejected' is missing", "Columns present: prompt, chosen, margin")),
-    ("chosen is null", {"chosen": None}, ("'chosen' is missing or null",)),
-    (
-        "messages saved as text",
-        {"chosen": "[{'role': 'assistant', 'content': 'x'}]"},
-        ("saved as text", "Save the data as .jsonl"),
-    ),
+    ("messages saved as text", {"chosen": "[{'role': 'assistant', 'content': 'x'}]"}, ("saved as", "Save the")),
     ("calls of tools", {"chosen": [response("4") | {"tool_calls": [1]}]}, ("tool_calls", "put it in there")),
     ("a system column", {"system": "a"}, ("'system' is not read", "put it into the prompt")),
     ("chosen is a number", {"chosen": 4}, ("'chosen'", TEXT_OR_LIST)),
-    ("chosen is one message, not a list", {"chosen": response("4")}, ("'chosen'", TEXT_OR_LIST)),
-    ("chosen is an empty list", {"chosen": []}, ("'chosen'", TEXT_OR_LIST)),
     ("chosen is a list of texts", {"chosen": ["4"]}, ("'chosen' holds '4'", KEYS)),
     ("keys of ShareGPT", {"chosen": [{"from": "gpt", "value": "4"}]}, ("'chosen' holds", KEYS)),
-    ("content of parts", {"chosen": [response([{"type": "text"}])]}, ("'chosen.content' should be text",)),
     ("content is null", {"chosen": [response(None)]}, ("'chosen.content' should be text",)),
-    ("role is a number", {"rejected": [{"role": 1, "content": "5"}]}, ("'rejected.role' should be text",)),
-    ("prompt is null", {"prompt": None}, ("there is no 'prompt', or it is null", "Give a 'prompt' column")),
     ("half a surrogate pair", {"chosen": "\ud83d"}, ("surrogate", "character 1", "remove it")),
-    ("no prompt, and texts", {"prompt": GONE}, ("there is no 'prompt'", "Give a 'prompt' column")),
     ("a dialogue that goes on", {"chosen": [response("4"), user("?"), response("5")]}, ("Cut the conversation",)),
     ("a response of the user's", {"chosen": [user("4")]}, ("of role 'assistant'",)),
-    (
-        "a prompt that ends in a response",
-        {"prompt": [user("a"), response("b")]},
-        ("should end in a message of role 'user'",),
-    ),
-    ("a system message only", {"prompt": [{"role": "system", "content": "a"}]}, ("message of role 'user'",)),
+    ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("should end in a message",)),
     (
         "a prompt of another conversation",
         {"chosen": [user("a"), response("4")], "rejected": [user("a"), response("5")]},
         ("'prompt' is no message of the conversation",),
     ),
-    (
-        "conversations with nothing in common",
-        {"prompt": GONE, "chosen": [user("a"), response("4")], "rejected": [user("b"), response("5")]},
-        ("which chosen and rejected must share",),
-    ),
     ("no margin in one row", {"margin": GONE}, ("the margin column 'margin' is missing",)),
     *((f"a margin {fault}", {"margin": value}, ("'margin'", FINITE)) for fault, value in UNREAL),
     ("a fractional pair_id", {"pair_id": 1.5}, ("'pair_id' should be text or a whole number",)),
-    ("an empty pair_id", {"pair_id": ""}, ("'pair_id' should be text or a whole number",)),
 ]
 SCORES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-    ("a score in words", {"score_chosen": "good"}, ("'score_chosen'", FINITE)),
-    ("a difference beyond floats", {"score_chosen": 1e308, "score_rejected": -1e308}, ("score_chosen", FINITE)),
     ("one of two scores", {"score_rejected": GONE}, ("'score_rejected' is missing",)),
 ]
 RATINGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("scores of fewer responses", {"all_rm_scores": [1.0]}, ("should be two lists of one length",)),
     ("no score of the chosen", {"chosen": "four"}, ("the chosen text is none of its 2", "has no score")),
-    ("a score of null", {"all_rm_scores": [None, 0.0]}, ("all_rm_scores", FINITE)),
 ]
 
 
@@ -124,50 +89,20 @@ AGAIN, UTF8, FIX = "copy or make it again", "Save the file as UTF-8", "Correct o
 PACKED = gzip.compress((LINE * 400).encode())
 FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("a cut line", "a.jsonl", LINE + LINE[:-9], ("row 2: ", "JSONDecodeError", FIX)),
-    ("two rows in a line", "a.jsonl", LINE + LINE[:-1] + LINE, ("row 2: ", "Extra data", FIX)),
-    ("single quotes", "a.jsonl", LINE + str(PAIR) + "\n", ("row 2: ", "double quotes", FIX)),
     ("a byte that is no UTF-8", "a.jsonl", LINE.encode() + b'{"prompt": "\xff"}\n', ("row 2: ", UTF8)),
     ("Latin-1", "a.csv", CSV.encode() + "é,b,c,1\n".encode("latin-1"), ("row 2: ", UTF8)),
-    ("UTF-16", "a.jsonl", LINE.encode("utf-16"), ("row 1: ", UTF8)),
     ("a number as a row", "a.jsonl", LINE + "3\n", ("row 2: ", "an object of named columns, not a int")),
-    ("null as a row", "a.jsonl", LINE + "null\n", ("row 2: ", "not a NoneType")),
-    ("a list as a row", "a.jsonl", LINE + "[1]\n", ("row 2: ", "not a list")),
     ("a key twice", "a.jsonl", LINE + LINE.replace('"margin"', '"chosen"'), ("row 2: ", "names a key twice", FIX)),
     ("a number of 5000 digits", "a.jsonl", LINE.replace("1.5", "1" * 5000), ("row 1: ", "4300 digits", FIX)),
-    ("nested too deeply", "a.jsonl", LINE + "[" * 10**6 + "\n", ("row 2: ", "RecursionError", FIX)),
     ("a list with a cut row", "a.json", f"[{LINE},{LINE[:-9]}]", ("row 2: ", "JSONDecodeError", FIX)),
-    ("a list without commas", "a.json", f"[{LINE}{LINE}]", ("row 2: ", "a comma or the closing ]")),
-    ("a list that does not end", "a.json", f"[{LINE}", ("row 2: ", "closing ] of the list is missing")),
-    ("text after the list", "a.json", f"[{LINE}] x", ("row 2: ", "text follows the closing ]")),
-    ("one object over several lines", "a.json", json.dumps(PAIR, indent=1), ("row 1: ", "JSONDecodeError", FIX)),
-    ("columns instead of rows", "a.json", json.dumps({k: [v] for k, v in PAIR.items()}), ("row 1: ", KEYS)),
     ("gzip cut off", "a.jsonl.gz", PACKED[: len(PACKED) // 2], ("cannot be read: EOFError", AGAIN)),
-    ("no gzip", "a.jsonl.gz", LINE.encode(), ("row 1: ", "BadGzipFile", AGAIN)),
     ("gzip with a wrong check sum", "a.jsonl.gz", PACKED[:-8] + b"\0" * 8, ("BadGzipFile: CRC", AGAIN)),
-    ("gzip with damaged data", "a.jsonl.gz", PACKED[:15] + b"\xff" * 9 + PACKED[24:], ("cannot be read", AGAIN)),
-    ("gzip with text after it", "a.jsonl.gz", PACKED + b"text", ("BadGzipFile", AGAIN)),
-    ("gzip in a file not called so", "a.jsonl", PACKED, ("row 1: ", UTF8)),
-    ("too few values", "a.csv", f"{CSV}a,b\n", ("row 2: ", "2 values under 4 column names", FIX)),
     ("too many values", "a.csv", f"{CSV}a,b,c,1,2\n", ("row 2: ", "5 values under 4 column names", FIX)),
-    ("a quote that does not end", "a.csv", f'{CSV}a,"b\n', ("row 2: ", "unexpected end of data", FIX)),
     ("a column twice", "a.csv", "prompt,prompt\na,b\n", ("row 1: ", "names a column twice: prompt, prompt")),
-    ("a column without a name", "a.csv", "prompt,chosen,rejected,\na,b,c,1\n", ("row 1: ", "Name yours")),
-    ("semicolons", "a.csv", CSV.replace(",", ";"), ("row 1: ", "Columns present: prompt;chosen;rejected;margin")),
     ("no header", "a.csv", "a,b,c,1\na,b,c,1\n", ("row 1: ", "Name yours", "Columns present: a, b, c, 1")),
-    ("only a header", "a.csv", CSV[:30], ("holds no rows", "give a file or split with some")),
     ("nothing", "a.jsonl", "", ("holds no rows", "give a file or split with some")),
-    ("an empty list", "a.json", "[]", ("holds no rows", "give a file or split with some")),
-    ("blank lines", "a.jsonl", "\n \n", ("holds no rows", "give a file or split with some")),
-    (
-        "no margin column",
-        "a.csv",
-        "prompt,chosen,rejected,stars\na,b,c,1\n",
-        ("no column to take the margin", "Name yours"),
-    ),
-    ("no parquet", "a.parquet", LINE, ("a.parquet cannot be read",)),
-    ("parquet cut off", "a.parquet", b"PAR1\0\0", ("a.parquet cannot be read",)),
+    ("no margin column", "a.csv", "prompt,chosen,rejected,stars\na,b,c,1\n", ("no column to take the", "Name yours")),
     ("an archive", "a.jsonl.zip", b"PK", ("can be .parquet, .json, .jsonl or .csv", "also with .gz")),
-    ("text", "a.txt", LINE, ("can be .parquet, .json, .jsonl or .csv",)),
     (
         "every row dropped",
         "a.jsonl",
@@ -190,10 +125,8 @@ def column_case(fault: str, margin: Any, *says: str) -> Case:
 
 DROPPED: list[tuple[str, dict[str, Any], str]] = [
     ("an empty chosen", {"chosen": ""}, "'empty_completion': 1"),
-    ("a blank rejected without a margin", {"rejected": " \n\t", "margin": None}, "'empty_completion': 1"),
     ("a blank prompt", {"prompt": "\u3000"}, "'empty_prompt': 1"),
     ("identical responses", {"rejected": "4"}, "'identical': 1"),
-    ("responses that differ in white space", {"rejected": " 4\n"}, "'identical': 1"),
 ]
 
 
@@ -212,32 +145,6 @@ def broken_folder(place: Place) -> Any:
     return read_pairs(str(place.folder / "data"))
 
 
-def saved_without_its_data(place: Place) -> Any:
-    datasets.Dataset.from_list([PAIR]).save_to_disk(place.folder / "saved")
-    next((place.folder / "saved").glob("*.arrow")).unlink()
-    return read_pairs(str(place.folder / "saved"))
-
-
-def typed_parquet(column: str, value: Any) -> Any:
-    def do(place: Place) -> Any:
-        datasets.Dataset.from_list([PAIR | {column: value}]).to_parquet(place.folder / "a.parquet")
-        return read_pairs(str(place.folder / "a.parquet"))
-
-    return do
-
-
-def empty_folder(place: Place) -> Any:
-    (place.folder / "empty").mkdir()
-    return read_pairs(str(place.folder / "empty"))
-
-
-def unreadable(place: Place) -> Any:
-    path = Path(place.write("a.jsonl", LINE))
-    path.unlink()
-    shutil.copy(Path(place.shared.pairs), path.with_suffix(".csv"))
-    return read_pairs(str(path))
-
-
 def a_file(do: Any) -> Any:
     return lambda place: do(place.write("a.jsonl", [PAIR]))
 
@@ -246,18 +153,8 @@ SOURCES = [
     *cases(
         "data.source",
         ("no such path", lambda place: read_pairs("/nonexistent/a.jsonl"), "/nonexistent/a.jsonl … Check the path"),
-        ("a file of another suffix is there", unreadable, "a.jsonl' … Check the path"),
-        ("empty", lambda place: read_pairs(" "), "the source is empty … give a hub id"),
-        (
-            "a hub id that cannot be reached",
-            lambda place: read_pairs("org/nothing"),
-            "'org/nothing' … sought on the hub",
-        ),
-        ("an empty folder", empty_folder, "empty, split 'train' cannot be read"),
+        ("a hub id that cannot be reached", lambda place: read_pairs("org/nothing"), "'org/nothing' … sought on the"),
         ("a folder with a broken file", broken_folder, "data, split 'train' cannot be read"),
-        ("a saved folder without its data", saved_without_its_data, "saved, split 'train' cannot be read"),
-        ("numbers in a parquet file", typed_parquet("chosen", 4), ("a.parquet, row 1", TEXT_OR_LIST)),
-        ("dates in a parquet file", typed_parquet("margin", "2020-01-01"), ("a.parquet, row 1", FINITE)),
     ),
     Case("data.split", "of one file", a_file(lambda path: read_pairs(path, split="test")), ("a.jsonl", "use 'train'")),
     Case("data.limit", "0", a_file(lambda path: read_pairs(path, limit=0)), ("limit", "at least 1 or absent")),

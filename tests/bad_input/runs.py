@@ -58,18 +58,10 @@ def pairs(change: Callable[[str], Any]) -> Callable[[Place], tuple[str, ...]]:
     return given
 
 
-def checkpoint(place: Place) -> tuple[str, ...]:
-    return ("--ckpt_path", place.write("last.ckpt", "not a checkpoint\n"))
-
-
 def prompts(place: Place) -> tuple[str, ...]:
     rows = [{"prompt": "red tea", "constraints": [{"kind": "rhymes", "params": {}}]}]
     path = place.write("prompts.jsonl", rows)
     return callback("lightning_modules.callbacks.GoldEvaluation", prompts=path, max_new_tokens=2)
-
-
-def margins(place: Place) -> tuple[str, ...]:
-    return ("--data.margins_file", place.write("x.margins", '{"format": 1}\n'))
 
 
 def long_rows(text: str) -> str:
@@ -87,63 +79,18 @@ RUNS = [
         config("data: {init_args: {max_length: 32}}\ntrainer: {max_steps: 1}\ndata: {init_args: {batch_size: 2}}\n"),
         ("the key 'data' stands twice, in line 1 and again, line 3", "correct it"),
     ),
-    Run(
-        "config file",
-        "a number of YAML 1.1",
-        config("trainer: {max_steps: 1_0}"),
-        ("1_0 is a number or", "line 1"),
-    ),
     Run("config file", "nested deeply", config("[" * 100_000), ("nested too deeply", "line 1", "correct it")),
-    Run("config file", "Latin-1", config("name: \xe9".encode("latin-1")), ("bad.yaml cannot be read", "in UTF-8")),
-    Run("config file", "a list", config("[1, 2]"), ("config: [1, 2]",)),
-    Run("config file", "a misspelt section", config("modle: {base: x}"), ("modle", HELP)),
     Run("config file", "a misspelt option", config("data: {init_args: {batchsize: 2}}"), ("batchsize", HELP)),
-    Run("config file", "a number for a mapping", config("trainer: 3"), ("trainer: should be a mapping", "not 3")),
     Run("command line", "nothing", (), ("subcommand", "fit,validate,predict"), whole=True),
     Run("command line", "a misspelt command", ("trian", "--config", "configs/demo.yaml"), ("trian",), whole=True),
     Run("command line", "a misspelt option", ("--data.batchsize", "2"), ("batchsize", HELP)),
-    Run(
-        "command line", "an option without a value", ("--data.batch_size",), ("argument --data: expected one argument",)
-    ),
     Run("command line", "a word for a number", ("--data.batch_size", "many"), ("batch_size", "many", HELP)),
-    Run("command line", "a fraction of a step", ("--trainer.max_steps", "2.5"), ("max_steps", "2.5", HELP)),
-    Run("command line", "half a mapping", ("--data.routing", "{order: shuffled"), ("routing", HELP)),
-    Run("data.routing", "a misspelt order", ("--data.routing.order", "easiest"), ("order", "easiest", HELP)),
-    Run("data.routing", "a share of 2", ("--data.routing.hard_fraction", "2"), ("hard_fraction must lie in [0, 1]",)),
     Run(
         "model.preference_loss",
         "no such class",
         ("--model.preference_loss", "mixdpo.losses.None"),
         ("mixdpo.losses.None", HELP),
     ),
-    Run(
-        "model.preference_loss",
-        "an option of another loss",
-        ("--model.preference_loss", "mixdpo.losses.DPO", "--model.preference_loss.delta", "1"),
-        ("delta", HELP),
-    ),
-    Run(
-        "model.preference_loss",
-        "out of range",
-        ("--model.preference_loss.beta", "-1"),
-        ("preference_loss.beta must be > 0",),
-    ),
-    Run(
-        "model.schedule",
-        "no such class",
-        ("--model.schedule", "mixdpo.routing.schedules.Cosin"),
-        ("mixdpo.routing.schedules.Cosin", HELP),
-    ),
-    Run(
-        "model.optimizer",
-        "a negative rate",
-        ("--model.optimizer.lr", "-1"),
-        ("model.optimizer", "Invalid learning rate"),
-    ),
-    Run("model.base", "not there", ("--model.base", "/no/model"), ("/no/model", "Give a hub id")),
-    Run("model.adapter", "not there", ("--model.adapter", "/no/adapter"), ("/no/adapter", "Give a hub id")),
-    Run("model.quantization", "unknown", ("--model.quantization", "int3"), ("int3", HELP)),
-    Run("model", "of another kind than the data", SFT, ("x",)),
     Run("model", "for predict only", ("--config", "configs/signals/rating.yaml"), ("does not fit", "for predict only")),
     Run(
         "model",
@@ -160,22 +107,12 @@ RUNS = [
         whole=True,
     ),
     Run("data.source", "not there", ("--data.source", "/no/pairs.jsonl"), ("/no/pairs.jsonl", "Check the path")),
-    Run("data.source", "a cut line", pairs(lambda text: text[:-9]), ("bad.jsonl, row 16", "Correct")),
-    Run(
-        "data.source",
-        "a margin in words",
-        pairs(lambda text: text.replace('"margin": 0.5', '"margin": "low"')),
-        ("bad.jsonl, row", "'low'"),
-    ),
     Run(
         "data.validation",
         "the training pairs",
         lambda place: ("--data.validation", place.shared.pairs),
         ("have a prompt that is trained on", "give another"),
     ),
-    Run("data.margins_file", "of another format", margins, ("x.margins", "compute it anew")),
-    Run("data.max_length", "0", ("--data.max_length", "0"), ("max_length (0)",)),
-    Run("ckpt_path", "text", checkpoint, ("last.ckpt is no checkpoint", "RUNS/NAME")),
     Run(
         "trainer.callbacks", "no such class", callback("lightning_modules.Nothing"), ("lightning_modules.Nothing", HELP)
     ),
@@ -184,19 +121,10 @@ RUNS = [
         "GoldEvaluation",
         "plain text instead of a template",
         ("--data.chat_template", "plain", *callback("lightning_modules.callbacks.GoldEvaluation")),
-        ("data.chat_template is plain", "or leave it out"),
+        ("data.chat_template is plain", "give a template"),
     ),
     Run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), ("abacus",)),
-    Run("trainer.precision", "unknown", ("--trainer.precision", "8-bit"), ("8-bit", HELP)),
-    Run("checkpoint.every_n_steps", "0", ("--checkpoint.every_n_steps", "0"), ("every_n_steps", HELP)),
-    Run("trainer.devices", "none", ("--trainer.devices", "0"), ("devices",)),
-    Run("trainer.max_epochs", "none", ("--trainer.max_epochs", "0"), ("nothing to train",)),
-    Run(
-        "runs",
-        "a file",
-        lambda place: ("--runs", place.write("file", "")),
-        ("file/tiny: Not a directory", "Give another with --runs"),
-    ),
+    Run("runs", "a file", lambda place: ("--runs", place.write("file", "")), ("file/tiny: Not a", "Give another with")),
 ]
 
 # What a run bears, and says how often.

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from bad_input.case import GONE, Case, Place, changed
-from bad_input.pairs import KEYS, response, user
+from bad_input.pairs import response, user
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.prompts import read_prompts
@@ -18,32 +18,10 @@ ONE_FORM = "should fit one: 'messages', or 'prompt' and 'completion', or 'instru
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no known columns", {"text": "a"}, ("fit 0 forms", ONE_FORM)),
     ("two forms", CHAT | ALPACA, ("fit 2 forms", ONE_FORM)),
-    ("an output of null", ALPACA | {"output": None}, ("fit 0 forms", ONE_FORM, "null counts as absent")),
     ("messages as text", {"messages": json.dumps(CHAT["messages"])}, ("'messages' should be a list of messages",)),
-    ("no messages", {"messages": []}, ("should be text or a list of messages",)),
-    ("keys of ShareGPT", {"messages": [{"from": "human", "value": "a"}]}, (KEYS,)),
     ("no response", {"messages": [user("a")]}, ("no message has the role 'assistant'", "there are: user")),
-    ("roles of ShareGPT", {"messages": [{"role": "gpt", "content": "b"}]}, ("'assistant' (there are: gpt)",)),
-    (
-        "a response in the prompt",
-        {"prompt": [response("a"), user("b")], "completion": "c"},
-        ("give the conversation as 'mess",),
-    ),
-    (
-        "a completion of the user's",
-        {"prompt": "a", "completion": [user("b")]},
-        ("'completion' should begin with role",),
-    ),
-    ("an instruction of a number", ALPACA | {"instruction": 1}, ("'instruction' should be text",)),
+    ("a completion of the user's", {"prompt": "a", "completion": [user("b")]}, ("'completion' should begin with",)),
     ("an input of a list", ALPACA | {"input": ["x"]}, ("'input' should be text",)),
-    ("a source of a number", CHAT | {"source": 3}, ("'source' should be text",)),
-    ("half a surrogate pair", ALPACA | {"output": "\udc00"}, ("surrogate", "remove it")),
-    ("a fractional id", CHAT | {"id": 1.5}, ("'id' should be text or a whole number",)),
-    (
-        "a completion saved as text",
-        {"prompt": "a", "completion": '[{"role": "user", "content": "a"}]'},
-        ("saved as text", ".parquet"),
-    ),
     ("a history", ALPACA | {"history": [["a", "b"]]}, ("'history' is not read", "remove the column")),
     ("an id twice", CHAT | {"id": "one"}, ("id 'one' was already given by row 1", "each row needs its own")),
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),
@@ -56,7 +34,6 @@ DROPPED: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [user("a"), response(""), user("c"), response("\n")]},
         "'empty_completion': 1",
     ),
-    ("an empty instruction", ALPACA | {"instruction": ""}, "'empty_prompt': 1"),
 ]
 
 
@@ -77,29 +54,18 @@ def dropped_case(fault: str, row: dict[str, Any], count: str) -> Case:
 NEED = 'need an object with "prompt", a text or a list of messages'
 PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("no prompt", {"question": "a"}, ("row 2: ", NEED)),
-    ("a prompt of a number", {"prompt": 3}, ("row 2: ", NEED)),
     ("an empty prompt", {"prompt": ""}, ("row 2: ", NEED)),
-    ("a blank prompt", {"prompt": " \n"}, ("row 2: ", NEED)),
-    ("a prompt of an empty list", {"prompt": []}, ("row 2: ", NEED)),
-    ("a prompt of texts", {"prompt": ["a"]}, ("row 2: ", KEYS)),
-    ("a message without a role", {"prompt": [{"content": "a"}]}, ("row 2: ", KEYS)),
     ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "of role 'user'")),
     ("a system column", {"prompt": "a", "system": "x"}, ("row 2: ", "'system' is not read")),
     ("a part of null", {"prompt": "a", "part": None}, ("row 2: ", "'part' should be the name of a part")),
-    ("a part of a list", {"prompt": "a", "part": ["x"]}, ("row 2: ", "'part' should be the name of a part")),
 ]
 SCORED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no constraints", {"constraints": GONE}, ("no list of constraints", "name another scorer")),
-    ("constraints as text", {"constraints": "be brief"}, ("no list of constraints", "give it one")),
-    ("an empty list of constraints", {"constraints": []}, ("no list of constraints", "give it one")),
     ("an unknown kind", {"constraints": [{"kind": "rhymes", "params": {}}]}, ("'rhymes'", "kind must be one of")),
-    ("a constraint without params", {"constraints": [{"kind": "quoted"}]}, ("is written",)),
     ("params of another kind", {"constraints": [{"kind": "quoted", "params": {"n": 1}}]}, ("takes the params",)),
 ]
 SCORERS: list[tuple[str, Any, tuple[str, ...]]] = [
-    ("two scores for a text", lambda row, texts: [0.0, 1.0], ("gave [0.0, 1.0] for 1 texts", "one finite number each")),
     ("a score of NaN", lambda row, texts: [float("nan")], ("gave [nan]", "one finite number each")),
-    ("no score", lambda row, texts: [], ("gave [] for 1 texts", "one finite number each")),
 ]
 
 
@@ -147,26 +113,16 @@ CASES = [
         lambda place: read_prompts(place.write("p.jsonl", "\n")),
         ("p.jsonl", "give one with"),
     ),
-    Case(
-        "file of prompts",
-        "a cut line",
-        lambda place: read_prompts(place.write("p.jsonl", '{"pro')),
-        ("p.jsonl, row 1", "Correct"),
-    ),
     Case("file of prompts", "a limit of 0", lambda place: read_prompts("builtin", 0), ("limit 0", "at least 1")),
     *(scored_case(*row) for row in SCORED),
     *(scorer_case(*row) for row in SCORERS),
     Case("make-pairs", "one sample a prompt", made(samples=1), ("samples 1", "need at least 2")),
-    Case("make-pairs", "no pair a prompt", made(pairs_per_prompt=0), ("pairs_per_prompt 0", "and 1")),
     Case(
         "make-pairs",
         "temperature 0",
         made(prompts="builtin", limit=1, temperature=0.0),
         ("temperature 0", "raise temperature"),
     ),
-    Case("make-pairs", "no such model", made(model="/no/model", limit=1), ("/no/model", "Give a hub id")),
     Case("make-pairs", "out is there", onto("there/out.jsonl"), ("out.jsonl exists", "--overwrite true")),
-    Case(
-        "make-pairs", "out is a folder", onto("there", overwrite=True), ("there is a folder", "name of a .jsonl file")
-    ),
+    Case("make-pairs", "out is a folder", onto("there", overwrite=True), ("there is a folder", "name of a .jsonl")),
 ]

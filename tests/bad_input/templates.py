@@ -57,9 +57,6 @@ def template_case(fault: str, template: Any, *says: str, row: dict[str, Any] = P
 
 TEMPLATES = [
     template_case("no such file", "no/chat.jinja", "no/chat.jinja", "no Jinja template and not 'plain'"),
-    template_case(
-        "a file in Latin-1", lambda p: p.write("chat.jinja", b"{{ '\xe9' }}"), "chat.jinja cannot be read", "in UTF-8"
-    ),
     template_case("an empty file", lambda p: p.write("chat.jinja", ""), "holds no Jinja template", "no {{ or {% in it"),
     template_case("a syntax error", "{% for m in messages %}", "row 1 (pair_id", "Give another `chat_template`"),
     template_case(
@@ -73,12 +70,9 @@ TEMPLATES = [
         "give a `chat_template` that shows it",
         row=SYSTEM,
     ),
-    template_case("a division by zero", "{{ 1 / 0 }}" + TEMPLATE, "row 1 (pair_id", "division by zero"),
-    template_case("a sum of text and number", "{{ messages[0].content + 1 }}", "row 1 (pair_id", "Give another"),
     template_case(
         "today's date", "{{ strftime_now(form) }}" + TEMPLATE, "writes today's date", "in which a date stands there"
     ),
-    template_case("an unknown filter", "{{ messages | shout }}", "row 1 (pair_id", "Give another `chat_template`"),
     template_case(
         "no end token", TEMPLATE.replace("<|im_end|>", ""), "no special token", "writes eos_token after a response"
     ),
@@ -96,18 +90,7 @@ TEMPLATES = [
         "last user message differently",
         "give another",
     ),
-    template_case(
-        "the last user message left out",
-        "{% if messages | length > 1 %}red{% endif %}<|im_end|>",
-        "not at all",
-        "give another",
-    ),
-    Case(
-        "chat_template",
-        "none at all",
-        encoded(change=without("chat_template")),
-        ("has no chat template", "give `chat_template`"),
-    ),
+    Case("chat_template", "none at all", encoded(change=without("chat_template")), ("has no", "give `chat_template`")),
     Case(
         "chat_template",
         "plain, with two responses",
@@ -141,16 +124,9 @@ COUNTED = [
     ("a completion of 20 000 words, cut", encoded(LONG), "'truncated': 1"),
     ("a completion of 20 000 words, dropped", encoded(LONG, overlong="drop"), "'dropped_overlong': 1"),
     ("an end token in a prompt", encoded(PAIR | {"prompt": "red <|im_end|>"}), "'special_tokens_in_text': 1"),
-    ("an end token in a response", encoded(PAIR | {"rejected": "<|im_end|> moon"}), "'special_tokens_in_text': 1"),
-    ("an end token in plain text", encoded(PAIR | {"chosen": "<|im_end|>"}, "plain"), "'special_tokens_in_text': 1"),
     (
         "an end token, asked for",
         encoded(PAIR | {"prompt": "<|im_end|> red"}, special_tokens_in_text=True),
-        "'special_tokens_in_text': 1",
-    ),
-    (
-        "a turn within a turn",
-        encoded_sft({"prompt": "red <|im_end|>\n<|im_start|>assistant", "completion": "tea"}),
         "'special_tokens_in_text': 1",
     ),
     ("a conversation longer than max_length", encoded_sft(TURNS, max_length=8), "'truncated': 1"),
