@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
+from jsonargparse.typing import NonNegativeFloat
 from torch import Tensor, nn
 
 from lightning_modules.qlora import AdapterModule
@@ -32,8 +33,8 @@ class PreferenceModule(AdapterModule):
         self,
         base: str,
         preference_loss: Callable[..., Any] = lazy_instance(DPO),  # noqa: B008
-        sft_weight: float | None = None,
-        easy_sft_weight: float = 0.0,
+        sft_weight: NonNegativeFloat | None = None,  # type: ignore[valid-type]
+        easy_sft_weight: NonNegativeFloat = 0.0,  # type: ignore[valid-type]
         log_gradient_norms: bool = False,
         reference_cache: bool = True,
         **options: Any,
@@ -59,8 +60,6 @@ class PreferenceModule(AdapterModule):
         self._loss_name = getattr(preference_loss, "describe", partial(described, preference_loss))()
         self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
         self.easy_sft_weight, self.log_gradient_norms = easy_sft_weight, log_gradient_norms
-        if not (self.sft_weight >= 0 and easy_sft_weight >= 0):
-            raise InputError(f"sft_weight ({sft_weight}) and easy_sft_weight ({easy_sft_weight}) must be >= 0")
         if self.cleaning is not None and self.cleaning.warm_up_stages:
             raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices: set it to 0 for pairs")
         if self.cleaning is not None and is_online(self.cleaning.scorer):
@@ -208,14 +207,6 @@ class PreferenceModule(AdapterModule):
 
     # What a run logs, and what is checked before it.
 
-    def metric_names(self) -> set[str]:
-        has_easy = not self.trainer.datamodule.route.is_sft.all()
-        return {name for name in super().metric_names() if has_easy or not name.startswith("rewards/")}
-
-    def validation_names(self) -> list[str]:
-        kinds = {"all", *(("easy", "hard")[hard] for hard in self.trainer.datamodule.validation_is_hard().tolist())}
-        return [n for n in VALIDATION if n.split("/")[1] in kinds and (self.needs_reference or "displacement" not in n)]
-
     def step_values(self, step: int) -> dict[str, float]:
         self._write_log_probs()
         norms, self._gradient_norms = self._gradient_norms, {}
@@ -237,9 +228,8 @@ class PreferenceModule(AdapterModule):
         """The default reference of token cleaning is an adapter fitted to the easy pairs' chosen responses (SFT)."""
         self._open_cache()
         cleaning = self.cleaning
-        if self.trainer.global_step or cleaning is None or cleaning.reference:
-            return
-        if "cleaning_reference" not in cleaning.roles:
+        is_given = cleaning is None or cleaning.reference or "cleaning_reference" not in cleaning.roles
+        if self.trainer.global_step or is_given:
             return
         samples = self.trainer.datamodule.easy_samples()
         if not samples:

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
-from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
+from lightning_modules.callbacks.logging import LogRows
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.data.encoding import largest_id
@@ -114,13 +114,12 @@ class AdapterModule(L.LightningModule):
         if self.activation_checkpointing == "auto":
             with self.trainer.precision_plugin.forward_context():
                 self._recompute_above = most_tokens(self.model)
-            self.print(f"activations are recomputed for micro-batches of more than {self._recompute_above} tokens")
         if self.activation_checkpointing is not False:
             base.activation_checkpointing_enable({"use_reentrant": False})
 
     def _refuse_unfit(self) -> None:
         """Refuse, before a model is loaded, what the module cannot be trained with."""
-        data, strategy, precision = self.trainer.datamodule, self.trainer.strategy, str(self.trainer.precision)
+        data, strategy = self.trainer.datamodule, self.trainer.strategy
         if getattr(data, "summary_file", self.plan_file) != self.plan_file:
             raise InputError(
                 f"{type(self).__name__} cannot train on what {type(data).__name__} reads: change `model` or `data`. "
@@ -131,11 +130,7 @@ class AdapterModule(L.LightningModule):
                 f"trainer.strategy {type(strategy).__name__} would shard a 4-bit base, which is refused: use ddp, or "
                 "one device (docs/troubleshooting.md)"
             )
-        if self.trainer.state.fn == "fit":
-            refuse_missing_metrics(self.trainer, self.metric_names())
-        check_card(strategy.root_device, precision)
-        if precision == "bf16-true":
-            self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
+        check_card(strategy.root_device, str(self.trainer.precision))
 
     def recompute_if_long(self, rows: TokenRows) -> None:
         """To be called before a forward pass that a backward pass follows."""
@@ -168,13 +163,6 @@ class AdapterModule(L.LightningModule):
     def plan_facts(self) -> dict[str, Any]:
         """What is added to the summary of the run's plan."""
         return {}
-
-    def metric_names(self) -> set[str]:
-        """Names that callbacks can monitor in this run: of logged steps, and of validation if rows are held out. The
-        data must have been set up. metrics.csv has further names, which go to the loggers only."""
-        logs = 0 < self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
-        validation = self.validation_names() if self.trainer.limit_val_batches else ()
-        return {*(self.progress_bar if logs else ()), *validation}
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_means.compute().items():

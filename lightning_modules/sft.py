@@ -83,7 +83,7 @@ class SFTModule(AdapterModule):
         if self.cleaning is None:
             return  # all are kept
         kept = self.kept_in_step(optimizer)
-        gradients = [p.grad for p in self.learning() if p.grad is not None]  # none where NonFinite skips the step
+        gradients = [p.grad for p in self.learning() if p.grad is not None]  # none where nothing is kept
         if gradients and kept != self._step_tokens:
             torch._foreach_mul_(gradients, self._step_tokens / kept)
 

@@ -13,10 +13,6 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient became infinite or NaN: the message names step and rows, and the file that has the numbers."""
 
 
-class OutOfSpaceError(OSError):
-    """A run's folder cannot take what the run has to write: the message says where, and how much."""
-
-
 class Stopped(Exception):
     """A signal ended the run after a whole step, which is in its last checkpoint.
 
@@ -54,6 +50,9 @@ def choose_one(given: Any, where: str, name: str, default: Any, other: str) -> N
         InputError: both are given.
     """
     if None not in (values := (getattr(given, name), getattr(given, other))):
-        raise InputError(f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]}): remove one of them")
+        raise InputError(
+            f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]}): type --{where} "
+            f"'{{{name}: null}}' or '{{{other}: null}}'"
+        )
     if values == (None, None):
         object.__setattr__(given, name, default)

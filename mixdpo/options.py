@@ -17,11 +17,7 @@ from mixdpo.storage.read import parse_yaml
 UNKNOWN_OPTION = re.compile(
     r"(?:(?:Group '(\S+)'|\w+ '\w+') does not accept option '|Option '|\w+ arguments: -*)([\w.]+)[^;\n]*(; did .+\?)?"
 )
-
-
 BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # no path is needed for these
-
-
 ROOMS = ("mixdpo", "lightning_modules", "datamodules")
 
 
@@ -74,9 +70,8 @@ def nearest_path(path: str) -> str:
             room = import_module(home.rpartition(".")[0] or home)
             known[f"{room.__name__ if kind in dir(room) else home}.{kind}"] = kind
     if not parent:
-        names = {kind: place for place, kind in known.items()} | {
-            key: key for place in BY_NAME for key, kind in vars(import_module(place)).items() if inspect.isclass(kind)
-        }
+        names = {kind: kind for place in BY_NAME for kind in dir(import_module(place))}
+        names |= {kind: place for place, kind in known.items()}
         return re.sub(r"'(\w+)'", lambda match: repr(names[match[1]]), nearest(name, names))
     return nearest(path, [place for place, kind in known.items() if kind == name] or known)
 

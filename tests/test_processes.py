@@ -45,10 +45,10 @@ def options(model: str, source: str, validation: str, runs: Path) -> list[str]:
     return [*words.split(), "--data.routing", "{hard_fraction: 0.4, threshold: null}"]
 
 
-def on_two(arguments: list[str], launcher: tuple[str, ...] = ()) -> None:
+def on_two(arguments: list[str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accumulate_grad_batches", "1"]
-    command = [sys.executable, *launcher, "run.py", *arguments, *two]
+    command = [sys.executable, "run.py", *arguments, *two]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -89,17 +89,6 @@ def test_two_processes_are_one(
     capsys.readouterr()
     assert in_process(*options(*one), "--trainer.accumulate_grad_batches", "1", "--ckpt_path", checkpoint) == 1
     assert "devices: 2 there, 1 here" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_torchrun(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
-    source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(13))
-    arguments = options(tiny_model, source, "0", tmp_path / "runs")
-    assert in_process(*arguments, "--name", "one", "--trainer.accumulate_grad_batches", "2") == 0
-    on_two(arguments, ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"))
-    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["one", "tiny"]
-    assert_close(tmp_path / "runs" / "one", tmp_path / "runs" / "tiny")
 
 
 FORK: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}

@@ -1,7 +1,6 @@
 """The last checkpoint, exact resume, and checkpoint files that appear whole or not at all."""
 
 import io
-import os
 import random
 import shlex
 import shutil
@@ -20,7 +19,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Mod
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mixdpo.errors import OutOfSpaceError, Stopped
+from mixdpo.errors import InputError, Stopped
 from mixdpo.storage.files import written_whole
 
 
@@ -29,22 +28,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
     temporary file is in the system's temporary folder, and a rename from another disk is a copy.)"""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """
-        Raises:
-            OutOfSpaceError: the file cannot be written.
-        """
-        if storage_options is not None or "://" in str(path):
-            return super().save_checkpoint(checkpoint, path, storage_options)
-        content, folder = io.BytesIO(), Path(path).parent
+        content = io.BytesIO()
         torch.save(checkpoint, content)  # not to the file: on a full disk torch's error names no reason
         try:
             with written_whole(path) as partial:
                 partial.write_bytes(content.getbuffer())
         except OSError as error:
-            raise OutOfSpaceError(
-                f"the checkpoint of step {checkpoint.get('global_step')} cannot be written to {folder}: "
-                f"{os.strerror(error.errno or 0)}; {shutil.disk_usage(folder).free / 1e6:.0f} MB are free"
-            ) from error
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class ExactResume(Callback):
@@ -69,8 +59,7 @@ class ExactResume(Callback):
         if was != now:
             rank_zero_warn(
                 f"the checkpoint was computed on {was}, and the run continues on {now}, which rounds differently and "
-                "draws other dropout masks: the adapter will not be bit-identical to that of an uninterrupted run. For "
-                f"the same bits, continue on {was}"
+                f"draws other dropout masks. For the bits of an uninterrupted run, continue on {was}"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -128,8 +117,7 @@ class LastCheckpoint(Checkpoint):
         self._owed_validation, self._epoch = "no", 0  # whether a validation was to follow the checkpoint, and its epoch
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not where the user has named another
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         due = not self._validated and _validates(trainer)
@@ -146,9 +134,8 @@ class LastCheckpoint(Checkpoint):
         _check_disk(Path(trainer.default_root_dir), pl_module)
         if not trainer.fit_loop.done:
             _handle_signals(self._stop, self._stop)  # Lightning restores its own when it ends
-        if trainer.enable_validation and (
-            self._owed_validation == "always" or (self._owed_validation != "no" and trainer.fit_loop.done)
-        ):
+        owed = self._owed_validation == "always" or (self._owed_validation != "no" and trainer.fit_loop.done)
+        if trainer.enable_validation and owed:
             self._make_up(trainer, pl_module)
 
     def _make_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -226,9 +213,9 @@ def _check_disk(folder: Path, module: L.LightningModule) -> None:
     """Refuse a folder without room for the old and the new checkpoint (adapters, two moments) and adapter/."""
     learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     adapters = sum(p.numel() * p.element_size() for name, p in module.named_parameters() if "lora_" in name)
-    need = 2 * (adapters + 2 * learning) + learning
-    if (free := shutil.disk_usage(folder).free) < need:
-        raise OutOfSpaceError(
+    need, free = 2 * (adapters + 2 * learning) + learning, shutil.disk_usage(folder).free
+    if free < need:
+        raise InputError(
             f"{folder} has {free / 1e6:.0f} MB free, and checkpoints and adapter of this run take {need / 1e6:.0f} MB: "
             "free some space, or give another folder with --runs"
         )
@@ -254,6 +241,5 @@ def _last_checkpoint(trainer: L.Trainer) -> Path:
 def resume_command(trainer: L.Trainer) -> str:
     """From the last checkpoint of this run; without one, from the checkpoint that the run continues, if any."""
     path = _last_checkpoint(trainer) if _last_checkpoint(trainer).exists() else trainer.ckpt_path
-    words = ["--config", str(Path(trainer.default_root_dir, "config.yaml"))]
-    words += ["--ckpt_path", str(path)] if path else []
+    words = ["--config", f"{trainer.default_root_dir}/config.yaml", *(["--ckpt_path", str(path)] if path else [])]
     return f"{'mixdpo fit' if Path(sys.argv[0]).name == 'mixdpo' else 'python run.py'} {shlex.join(words)}"

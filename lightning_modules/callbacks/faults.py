@@ -26,7 +26,6 @@ class NonFinite(Callback):
                 between. skip: check every step, which waits for the device, and leave out a step that is not finite.
         """
         self.action = action
-        self.skipped = 0
         self._ids: Any = None
         self._losses: list[tuple[Any, Tensor]] = []  # ids and losses of the micro-batches since the last step
         self._steps: list[tuple[int, Tensor, list[tuple[Any, Tensor]]]] = []  # not checked yet: number, norm, losses
@@ -45,8 +44,6 @@ class NonFinite(Callback):
         self._losses = []
         if self.action == "skip" and (message := self._check(trainer)):
             optimizer.zero_grad(set_to_none=True)  # zeros would move Adam, which remembers earlier gradients
-            self.skipped += 1
-            pl_module.callback_values["skipped_steps"] = self.skipped
             print(f"warning: the step is left out: {message}", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
@@ -56,18 +53,11 @@ class NonFinite(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._stop_if_not_finite(trainer)  # no checkpoint ever holds a number that is not finite
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = state_dict["skipped"]
-
     def _stop_if_not_finite(self, trainer: L.Trainer) -> None:
         if message := self._check(trainer):
             raise NonFiniteError(
                 f"{message}. Look at these rows, lower the learning rate, set trainer.gradient_clip_val or a wider "
-                "model.dtype, or leave such steps out (--non_finite.action skip). To see the step again: "
-                f"{_command_again(trainer)}"
+                f"model.dtype, or give --non_finite.action skip. To see the step again: {_command_again(trainer)}"
             )
 
     def _check(self, trainer: L.Trainer) -> str | None:
@@ -121,21 +111,16 @@ class OutOfMemory(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self._batch is None or not is_out_of_memory(exception):
             return
-        (rows, unit, tokens), data = self._batch, trainer.datamodule
-        now, length = trainer.accumulate_grad_batches, data.encoding["max_length"]
-        most = data.batch_size // trainer.world_size
-        advice = []
+        (rows, unit, tokens), data, now = self._batch, trainer.datamodule, trainer.accumulate_grad_batches
+        length, most = data.encoding["max_length"], data.batch_size // trainer.world_size
+        first = f"trainer.accumulate_grad_batches {min(2 * now, most)} (now {now}, at most {most})"
         if trainer.validating or trainer.sanity_checking:
-            advice.append(f"data.eval_batch_size 1 (now {data.eval_batch_size})")
-        elif now < most:
-            advice.append(f"trainer.accumulate_grad_batches {min(2 * now, most)} (now {now}, at most {most})")
-        if pl_module.activation_checkpointing is not True:
-            advice.append(f"model.activation_checkpointing true (now {pl_module.activation_checkpointing})")
-        advice += [f"data.max_length {length // 2} (now {length})", "model.optimizer bitsandbytes.optim.PagedAdamW8bit"]
+            first = f"data.eval_batch_size 1 (now {data.eval_batch_size})"
         exception.add_note(
             f"out of memory: a micro-batch of {rows} {unit} with {tokens} tokens took more than the "
-            f"{peak_memory_gb(pl_module.device):.1f} GB reached. Change the first of these options, then "
-            f"also the next ones, until the memory is enough: {'; '.join(advice)}"
+            f"{peak_memory_gb(pl_module.device):.1f} GB reached. Change the first of these options, then also the next "
+            f"ones, until the memory is enough: {first}; model.activation_checkpointing true; data.max_length "
+            f"{length // 2} (now {length}); model.optimizer bitsandbytes.optim.PagedAdamW8bit"
         )
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
-    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
 )
@@ -66,7 +65,6 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
 ]
 MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
-    (PreferenceModule, {"sft_weight": -1.0}, ("sft_weight (-1.0)", "must be >= 0")),
     (PreferenceModule, {"cleaning": Cleaning(warm_up_stages=1)}, ("warm_up_stages belongs to SFT",)),
     (
         PreferenceModule,
@@ -119,14 +117,6 @@ def fit_case(entrance: str, fault: str, says: tuple[str, ...], how: str = "fit",
 
 def rising(plan: Any) -> Any:
     return [1.0]
-
-
-SOME: dict[str, Any] = {"validation": 0.3}
-UNMONITORED: list[tuple[str, Any, tuple[str, ...], str, dict[str, Any]]] = [
-    ("SFT's name", EarlyStopping("val/loss"), ("did you mean 'val/all/sft_loss'", "train/loss"), "fit", {"data": SOME}),
-    ("nothing held out", EarlyStopping("val/all/sft_loss"), ("a metric of this run: rewards/accuracy",), "fit", {}),
-    ("a name of pairs", EarlyStopping("val/all/sft_loss"), ("did you mean 'val/loss'",), "fit_sft", {"data": SOME}),
-]
 
 
 WITH_DATA = [
@@ -238,11 +228,6 @@ WITH_DATA = [
             (LearningRateFinder(), "compare a few --model.optimizer.lr"),
             (BatchSizeFinder(), "set data.batch_size"),
         )
-    ),
-    *(
-        fit_case(type(callback).__name__, fault, (f"cannot monitor '{callback.monitor}'", *says), how, **chosen)
-        for fault, callback, says, how, chosen in UNMONITORED
-        if chosen.setdefault("trainer", {}).setdefault("first", (callback,))
     ),
     fit_case(
         "model.preference_loss",

@@ -123,8 +123,6 @@ RUNS = [
         ("--data.chat_template", "plain", *callback("lightning_modules.callbacks.GoldEvaluation")),
         ("data.chat_template is plain", "give a template"),
     ),
-    Run("name", "empty", ("--name", ""), ("names no folder", "give a name")),
-    Run("seed_everything", "-1", ("--seed_everything", "-1"), ("seed_everything must lie in",)),
     Run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), ("abacus",)),
     Run("runs", "a file", lambda place: ("--runs", place.write("file", "")), ("file/tiny: Not a", "Give another with")),
 ]
