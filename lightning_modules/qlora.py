@@ -121,15 +121,9 @@ class AdapterModule(L.LightningModule):
         """Refuse, before a model is loaded, what the module cannot be trained with."""
         data, strategy = self.trainer.datamodule, self.trainer.strategy
         if getattr(data, "summary_file", self.plan_file) != self.plan_file:
-            raise InputError(
-                f"{type(self).__name__} cannot train on what {type(data).__name__} reads: change `model` or `data`. "
-                "Pairs go with PreferenceModule, SFT samples with SFTModule"
-            )
+            raise InputError(f"{type(self).__name__} cannot train on {type(data).__name__}: change model or data")
         if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
-            raise InputError(
-                f"trainer.strategy {type(strategy).__name__} would shard a 4-bit base, which is refused: use ddp, or "
-                "one device (docs/troubleshooting.md)"
-            )
+            raise InputError(f"trainer.strategy {type(strategy).__name__} would shard a 4-bit base: give ddp")
         check_card(strategy.root_device, str(self.trainer.precision))
 
     def recompute_if_long(self, rows: TokenRows) -> None:
@@ -191,20 +185,15 @@ class AdapterModule(L.LightningModule):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        try:
-            optimizer = self.optimizer(self.learning())
-        except ValueError as error:
-            raise InputError(f"model.optimizer does not take these options: {error}. Correct them") from error
+        optimizer = self.optimizer(self.learning())
         data, steps = self.trainer.datamodule, self.schedule_steps
         if steps is not None and steps < (planned := len(data.step_plan())):
             raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps: raise it")
         self._plan = data.step_plan(steps)
         self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
         if self._multipliers.shape != (len(self._plan),) or not np.isfinite(self._multipliers).all():
-            raise InputError(
-                f"model.schedule {self.schedule} must give {len(self._plan)} finite numbers, one for each optimizer "
-                f"step, not {self._multipliers!r:.80}"
-            )
+            rates = f"{self._multipliers!r:.80}"
+            raise InputError(f"model.schedule must give {len(self._plan)} finite numbers, one a step, not {rates}")
         self._refuse_other_rates(optimizer)
         last = len(self._multipliers) - 1
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self._multipliers[min(step, last)]))
@@ -219,9 +208,8 @@ class AdapterModule(L.LightningModule):
         if not all(same) or len(now) < len(used):  # another CPU may round a cosine otherwise
             step = [*same, False].index(False)
             raise InputError(
-                f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). "
-                f"{self.schedule} depends on the planned number of steps, now {len(self._plan)}. Keep max_steps and "
-                "max_epochs, set model.schedule_steps to the steps of the whole, or start a new run from the adapter"
+                f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). It "
+                f"depends on the planned number of steps, now {len(self._plan)}: keep it, or give model.schedule_steps"
             )
         refuse_other_run(self._checkpoint_options["optimizer"], _describe(optimizer))
 
@@ -253,10 +241,7 @@ class AdapterModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":
             if checkpoint["row"]["in_step"]:
-                raise InputError(
-                    "the checkpoint was written in the middle of an optimizer step, whose gradient it does not hold: "
-                    "continue from RUN/checkpoints/last.ckpt"
-                )
+                raise InputError("ckpt_path was written in the middle of an optimizer step: give checkpoints/last.ckpt")
             self._checkpoint_options = checkpoint["checkpoint_options"]
             refuse_other_run(self._checkpoint_options["options"], self.identity())
             keep_best(self.trainer, checkpoint)
@@ -271,11 +256,8 @@ class AdapterModule(L.LightningModule):
         self.model.stacked = dict(saved["stacked"])
         self.__dict__.update({name: saved[name] for name in COUNTS})
         if unlike := set(self._learnt_state()) ^ set(checkpoint["state_dict"]):
-            raise InputError(
-                f"the checkpoint's adapter does not fit this model: {len(unlike)} tensors are missing or not expected, "
-                f"such as {sorted(unlike)[:3]}. Use the base, lora, adapter, cleaning and preference_loss settings in "
-                "the config.yaml of the run that wrote it"
-            )
+            fault = f"{len(unlike)} tensors are missing or not expected, such as {min(unlike)}"
+            raise InputError(f"the checkpoint's adapter does not fit this model ({fault}): use its run's config.yaml")
 
     def _learnt_state(self) -> dict[str, torch.Tensor]:
         """The adapters, and the buffers of a preference loss that has some."""

@@ -4,11 +4,12 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, get_loader, set_loader
 from yaml import YAMLError
 
 from mixdpo.errors import InputError, nearest
@@ -43,9 +44,6 @@ class Parser(ArgumentParser):
     def validate(self, namespace: Any, *args: Any, **options: Any) -> None:
         super().validate(namespace, *args, **options)  # says what is required, before what null is
         super().validate(namespace, *args, **options | {"skip_unset": False})
-        for group in self.groups or ():
-            if not isinstance(given := namespace.get(group, Namespace()), Namespace):
-                raise TypeError(f'Parser key "{group}": should be a mapping of options. Got value: {given}')
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
         if (unknown := UNKNOWN_OPTION.search(message)) and not unknown[3]:
@@ -86,11 +84,10 @@ def options(name: str) -> None:
         InputError: there is no such class.
     """
     module, _, attribute = name.rpartition(".")
-    try:
+    kind: Any = None
+    with suppress(ImportError, ValueError, AttributeError):
         kind = getattr(import_module(module), attribute)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise InputError(f"there is no class {name} ({error}): give its whole path{nearest_path(name)}") from None
     if not inspect.isclass(kind):
-        raise InputError(f"{name} is no class: give the path of one, as configs do")
+        raise InputError(f"there is no class {name}: give its whole path, as configs do{nearest_path(name)}")
     described = [inspect.getdoc(documented) for documented in (kind, kind.__init__) if documented.__doc__]
     print(f"{name}{inspect.signature(kind)}\n\n" + "\n\n".join(text for text in described if text))

@@ -83,7 +83,7 @@ def test_the_best_of_another_run_is_not_taken(train: Train, moved: Path, tmp_pat
     """Where the run's own is gone, and another one lies where it was."""
     train(tmp_path / "run", lr=2e-3)
     (moved / "checkpoints" / FIRST).unlink()
-    with pytest.warns(UserWarning, match=rf"run/checkpoints/{FIRST}, is not there any more, or is another file now"):
+    with pytest.warns(UserWarning, match=rf"run/checkpoints/{FIRST}, is gone, or another file"):
         best = train(tmp_path / "rest", ckpt_path=moved / "checkpoints" / "last.ckpt")
     assert Path(best.best_model_path).name == "epoch=1-step=10.ckpt"
 
@@ -169,7 +169,7 @@ def test_the_second_best_counts_where_the_best_is_gone(train: Train, tmp_path: P
         train(tmp_path / "run", At(12, crash), save_top_k=2)
     folder, second = tmp_path / "run" / "checkpoints", "epoch=1-step=10.ckpt"
     (folder / FIRST).unlink()
-    with pytest.warns(UserWarning, match="is not there any more, or is another file now"):
+    with pytest.warns(UserWarning, match="is gone, or another file"):
         best = train(tmp_path / "rest", ckpt_path=folder / "last.ckpt", save_top_k=2)
     assert Path(best.best_model_path).name == second
     assert_policy(tmp_path / "rest", folder / second)

@@ -291,9 +291,8 @@ def test_an_option_replaces_the_one_of_a_config_that_excludes_it(parsed: Callabl
     assert (selection.threshold, selection.keep_ratio) == (None, 0.4)
 
 
-def test_who_is_hard_is_given_once(refused: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "over.yaml").write_text("data: {init_args: {routing: {threshold: 0.5}}}")
-    message = refused("--config", str(tmp_path / "over.yaml"))  # over a hard_fraction
+def test_who_is_hard_is_given_once(refused: Callable[..., str]) -> None:
+    message = refused("--data.routing.threshold", "0.5")  # on one command line with a hard_fraction
     assert "not both (0.3 and 0.5): type --data.routing '{hard_fraction: null}' or '{threshold: null}'" in message
 
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
-from lightning_modules.callbacks.logging import ValidateAtMaxSteps
 from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.verbs.messages import message_for_user
 from mixdpo.errors import InputError, NonFiniteError, Stopped
@@ -240,7 +239,7 @@ def test_a_pause_adds_no_validation(run: Any, tmp_path: Path) -> None:
         note = Callback()
         note.on_validation_end = lambda trainer, *_, name=name: steps[name].append(trainer.global_step)  # type: ignore[method-assign]
         trainer = {"max_steps": most, "val_check_interval": 2}
-        run(tmp_path / name, ValidateAtMaxSteps(), note, after=after, data=VALIDATED, trainer=trainer)
+        run(tmp_path / name, note, after=after, data=VALIDATED, trainer=trainer)
     assert steps == {"whole": [2, 4, 5], "paused": [2, 3], "rest": [4, 5]}
 
 

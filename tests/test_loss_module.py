@@ -19,8 +19,8 @@ from lightning_modules.preference import PreferenceModule
 from mixdpo import losses
 from mixdpo.errors import InputError
 from mixdpo.losses import BetaDPO, KTOPair, SimPO
-from mixdpo.losses.sft import sft
-from mixdpo.model.adapters import adapter_layers, role
+from mixdpo.metrics import pair_values
+from mixdpo.model.adapters import adapter_layers
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
@@ -51,7 +51,6 @@ def test_two_steps(name: str, tiny_model: str, source: str, tmp_path: Path) -> N
     module._log_step = rows.append  # type: ignore[method-assign]
     trainer.fit(module, pairs)
     assert [row["train/hard_fraction"] for row in rows] == [0.0, 1.0]
-    assert not any(key.startswith("gradient_norm/") for row in rows for key in row)  # unless asked for
     values = {key: float(value) for key, value in trainer.callback_metrics.items()}
     assert all(math.isfinite(value) for each in (values, *rows) for value in each.values()), values
     assert "val/all/preference_loss" in values and "val/all/rewards/accuracy" in values
@@ -89,7 +88,7 @@ def test_rewards_of_reference_free_losses(tiny_model: str, source: str, tmp_path
         batch = first_batch(*run)
         policy, reference = run[1].policy_and_reference(batch)
         assert reference is None
-        values = run[1]._pair_values(policy, None)
+        values = pair_values(policy, None, run[1].preference_loss)
         compared = policy.sums / policy.lengths if averaged else policy.sums
         torch.testing.assert_close(values["rewards/chosen"], loss.beta * compared[:4].detach())
         torch.testing.assert_close(values["rewards/rejected"], loss.beta * compared[4:].detach())
@@ -169,57 +168,6 @@ def test_filler_pairs_are_in_no_statistic(name: str, tiny_model: str, source: st
     assert all(torch.equal(v, module.state_dict()[key]) for key, v in state.items())
     module.route_losses(batch, policy, reference)
     assert not state or any(not torch.equal(v, module.state_dict()[key]) for key, v in state.items())
-
-
-@pytest.mark.usefixtures("full_precision_norms")
-@pytest.mark.parametrize(("every", "recompute"), [(1, False), (2, True)])
-def test_gradient_norms(every: int, recompute: bool, tiny_model: str, source: str, tmp_path: Path) -> None:
-    """Against a backward of each route's part alone, pair by pair; fp64, two micro-batches a step, mixed ones too."""
-    options = {"dtype": "float64", "schedule": Constant(warmup=0.0), "preference_loss": losses.DPO(beta=0.5)}
-    options |= {"easy_sft_weight": 0.2, "sft_weight": 0.7, "log_gradient_norms": True}
-    options["activation_checkpointing"] = recompute
-    trainer = {"accumulate_grad_batches": 2, "precision": "64-true", "log_every_n_steps": every}
-    run = build(tiny_model, source, tmp_path / "run", trainer=trainer, data=HALF | {"batch_size": 5}, **options)
-    first_batch(*run)
-    module, data = run[1:]
-    rows: list[dict[str, float]] = []
-    module._log_step = rows.append  # type: ignore[method-assign]
-    expected: list[dict[str, float]] = []
-
-    def norms_by_hand(indices: list[int]) -> dict[str, float]:
-        learning = [p for p in module.model.parameters() if p.requires_grad]
-        of = {}
-        for hard, name in ((True, "sft"), (False, "preference")):
-            total = torch.zeros((), dtype=torch.float64)
-            for i in indices:
-                if data.route.is_hard[i] == hard:
-                    rows = collate([data.train_pairs[i]], [False]).rows
-                    with torch.no_grad(), role(module.model, "reference"):
-                        r = sequence_log_probs(module.model, rows).sums
-                    s = sequence_log_probs(module.model, rows)
-                    h = s.sums - r
-                    easy_loss = -torch.log(torch.sigmoid(0.5 * (h[0] - h[1]))) + 0.2 * sft(s[torch.tensor([0])])[0]
-                    total = total + (0.7 * sft(s[torch.tensor([0])])[0] if hard else easy_loss)
-            parts = torch.autograd.grad(total / len(indices), learning) if total.requires_grad else [torch.zeros(1)]
-            of[name] = float(torch.cat([g.flatten() for g in parts]).norm())
-        return of
-
-    steps = data._steps()
-    real_step = module.training_step
-
-    def before_step(batch: Any, batch_idx: int) -> Any:
-        if batch_idx % 2 == 0:
-            expected.append(norms_by_hand(list(steps[batch_idx // 2])))
-        return real_step(batch, batch_idx)
-
-    module.training_step = before_step  # type: ignore[method-assign]
-    run[0].fit(module, data)
-    assert [bool(data.route.is_hard[list(step)].all()) for step in steps] == [False, True]
-    assert not all(data.route.is_hard[i] == data.route.is_hard[steps[0][0]] for i in steps[0])  # a mixed step
-    assert len(rows) == 2 // every
-    for row, wanted in zip(rows, expected[every - 1 :: every], strict=True):
-        for name, value in wanted.items():
-            assert row[f"gradient_norm/{name}"] == pytest.approx(value, rel=1e-9, abs=1e-12), name
 
 
 def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str, source: str, tmp_path: Path) -> None:

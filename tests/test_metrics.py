@@ -6,6 +6,7 @@ import torch
 from conftest import collate, fit, make_pairs, write_pairs
 
 from lightning_modules.callbacks.logging import Throughput
+from mixdpo.losses import DPO
 from mixdpo.metrics import PAIRWISE, VALIDATION, NamedMeans, by_difficulty, pair_values
 from mixdpo.model.fused_head import SequenceLogProbs
 
@@ -54,7 +55,7 @@ REFERENCE = SequenceLogProbs(torch.tensor([-11.0, -18.0, -7.0, -10.0, -15.0, -9.
 
 def test_pair_values_by_hand():
     """h_w = (1, −2, 1), h_l = (−2, 0, 1), β = .5."""
-    values = pair_values(POLICY, REFERENCE, beta=0.5)
+    values = pair_values(POLICY, REFERENCE, DPO(beta=0.5))
     expected = {
         "rewards/chosen": [0.5, -1.0, 0.5],
         "rewards/rejected": [-1.0, 0.0, 0.5],
@@ -92,5 +93,5 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_no_step_is_logged_with_0(tiny_model: str, source: str, tmp_path: Path) -> None:
     trainer = {"log_every_n_steps": 0, "first": (Throughput(),)}
-    module = fit(tiny_model, source, tmp_path / "run", trainer=trainer, log_gradient_norms=True)
+    module = fit(tiny_model, source, tmp_path / "run", trainer=trainer)
     assert module.trainer.global_step == 3 and not module.trainer.callback_metrics

@@ -38,7 +38,7 @@ def options(model: str, source: str, validation: str, runs: Path) -> list[str]:
     """13 pairs in steps of 4, so that one process has no pair of the last step; 3 held out in batches of 2 and 1."""
     words = f"""--config configs/demo.yaml --name tiny --runs {runs} --model.base {model} --model.quantization none
         --model.dtype float64 --trainer.precision 64-true --model.optimizer torch.optim.SGD --model.optimizer.lr 0.1
-        --model.log_gradient_norms true --model.schedule mixdpo.routing.Constant --data.source {source}
+        --model.schedule mixdpo.routing.Constant --data.source {source}
         --data.validation {validation} --data.batch_size 4 --data.eval_batch_size 2 --data.max_length 64
         --data.max_prompt_length 32 --trainer.callbacks null --trainer.log_every_n_steps 1
         --trainer.gradient_clip_val 1.0 --trainer.enable_progress_bar false"""

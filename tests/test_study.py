@@ -327,7 +327,7 @@ def test_plots(one_study: tuple[Path, str], finished: Path, monkeypatch: pytest.
     """Runs on SFT samples have stages and no route; where some runs have a route, theirs is drawn."""
     pytest.importorskip("matplotlib")
     folder, printed = one_study
-    assert printed.endswith("plots: out/{score_by_hard_fraction,margins,curves,gradient_norms}.svg\n")
+    assert printed.endswith("plots: out/{score_by_hard_fraction,margins,curves}.svg\n")
     for name, text in (
         ("score_by_hard_fraction", "held out"),
         ("margins", "dpo, mixdpo"),
@@ -344,7 +344,7 @@ def test_plots(one_study: tuple[Path, str], finished: Path, monkeypatch: pytest.
     route.write_text(json.dumps(json.loads(route.read_text()) | {"margins_every_5%": {}}))  # data without margins
     assert "score_by_hard_fraction,curves" in write_plots(plan, done)
     route.unlink()
-    assert write_plots(plan, done) == "plots: out/{curves,gradient_norms}.svg"
+    assert write_plots(plan, done) == "plots: out/{curves}.svg"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "no plots: charts need matplotlib, which is not installed: pip install" in write_plots(plan, done)
 

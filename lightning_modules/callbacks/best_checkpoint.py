@@ -34,10 +34,8 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
             pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
         return best
     except Exception as error:  # of pickle, zipfile and torch: an open list
-        rank_zero_warn(
-            f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__}: {str(error)[:99]}): "
-            "adapter/ holds the last policy. For the best one, continue from a checkpoint older than the file"
-        )
+        reason = f"cannot be loaded ({type(error).__name__}: {str(error)[:99]})"
+        rank_zero_warn(f"the best checkpoint {best.best_model_path} {reason}: adapter/ holds the last policy")
         return None
 
 
@@ -66,8 +64,7 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
             if callback.monitor and best and best not in copies:
                 state["best_model_score"] = None
                 rank_zero_warn(
-                    f"the best checkpoint so far, {best}, is not there any more, or is another file now. Put the file "
-                    "back and continue again, unless the first run had replaced the file by a better one"
+                    f"the best checkpoint so far, {best}, is gone, or another file: put it back, and continue again"
                 )
 
 

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mixdpo.errors import InputError, Stopped
 from mixdpo.storage.files import written_whole
@@ -49,36 +47,21 @@ class ExactResume(Callback):
         states: list[Any] = [_random_state()] * trainer.world_size
         if trainer.world_size > 1:
             dist.all_gather_object(states, states[0])
-        checkpoint |= {"random_states": states, "computed_on": _processor(trainer.strategy.root_device)}
+        checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit" or "random_states" not in checkpoint:
-            return
-        self._restored = checkpoint["random_states"][trainer.global_rank]
-        was, now = checkpoint["computed_on"], _processor(trainer.strategy.root_device)
-        if was != now:
-            rank_zero_warn(
-                f"the checkpoint was computed on {was}, and the run continues on {now}, which rounds differently and "
-                f"draws other dropout masks. For the bits of an uninterrupted run, continue on {was}"
-            )
+        if trainer.state.fn == "fit" and "random_states" in checkpoint:
+            self._restored = checkpoint["random_states"][trainer.global_rank]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._restored is not None:
             _set_random_state(self._restored)
-            self._restored = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._aside = _random_state()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _set_random_state(self._aside)
-
-
-def _processor(device: torch.device) -> str:
-    """Name of a kind of processor that rounds alike: a GPU's model name, or a CPU's instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _random_state() -> dict[str, Any]:
@@ -165,12 +148,12 @@ class LastCheckpoint(Checkpoint):
         """Act only where an optimizer step is complete: in its middle, the accumulated gradient would be lost."""
         if trainer.fit_loop._should_accumulate():
             return self._hold(trainer)
-        trainer.should_stop |= self._stops
+        # max_steps too, so that a run which ends in mid-epoch is validated: Lightning validates where an epoch ends
+        trainer.should_stop |= self._stops or 0 < trainer.max_steps <= trainer.global_step
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        ends = trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch) or trainer.should_stop
-        stops = bool(self._signal)
-        if trainer.world_size > 1:  # a signal may reach one process only
-            stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
+        ends = (trainer.is_last_batch and last_epoch) or trainer.should_stop
+        # a signal may reach one process only
+        stops = trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)
         if ends or stops or _validates(trainer) or trainer.global_step % self.every_n_steps == 0:
             # weights_only=False: the whole state
             trainer.save_checkpoint(_last_checkpoint(trainer), weights_only=False)
@@ -215,17 +198,14 @@ def _check_disk(folder: Path, module: L.LightningModule) -> None:
     adapters = sum(p.numel() * p.element_size() for name, p in module.named_parameters() if "lora_" in name)
     need, free = 2 * (adapters + 2 * learning) + learning, shutil.disk_usage(folder).free
     if free < need:
-        raise InputError(
-            f"{folder} has {free / 1e6:.0f} MB free, and checkpoints and adapter of this run take {need / 1e6:.0f} MB: "
-            "free some space, or give another folder with --runs"
-        )
+        space = f"{free / 1e6:.0f} MB free, and checkpoints and adapter take {need / 1e6:.0f} MB"
+        raise InputError(f"{folder} has {space}: free some space, or give other --runs")
 
 
 def _handle_signals(interrupt: Any = signal.default_int_handler, terminate: Any = signal.SIG_DFL) -> None:
     """Without arguments: as Python does."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def _validates(trainer: L.Trainer) -> bool:

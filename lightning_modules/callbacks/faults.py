@@ -56,20 +56,16 @@ class NonFinite(Callback):
     def _stop_if_not_finite(self, trainer: L.Trainer) -> None:
         if message := self._check(trainer):
             raise NonFiniteError(
-                f"{message}. Look at these rows, lower the learning rate, set trainer.gradient_clip_val or a wider "
-                f"model.dtype, or give --non_finite.action skip. To see the step again: {_command_again(trainer)}"
+                f"{message}\nLower the learning rate, or leave the step out (--non_finite.action skip)"
             )
 
     def _check(self, trainer: L.Trainer) -> str | None:
         """Report the first step since the last check with a number that is not finite; the message, None without."""
         steps, self._steps = self._steps, []
-        sums = [
-            torch.stack([norm.float(), *(values.sum().float() for _, values in losses)]).sum()
-            for _, norm, losses in steps
-        ]
-        bad = [not math.isfinite(value) for value in torch.stack(sums).tolist()] if sums else []
-        if trainer.world_size > 1:  # one rank's losses may be finite, and all must stop or skip
-            bad = [trainer.strategy.reduce_boolean_decision(each, all=False) for each in bad]
+        numbers = [[norm.float(), *(values.sum().float() for _, values in losses)] for _, norm, losses in steps]
+        sums = torch.stack([torch.stack(each).sum() for each in numbers]).tolist() if steps else []
+        # one rank's losses may be finite, and all must stop or skip
+        bad = [trainer.strategy.reduce_boolean_decision(not math.isfinite(total), all=False) for total in sums]
         return next((_report(trainer, *step) for step, is_bad in zip(steps, bad, strict=True) if is_bad), None)
 
 
@@ -80,19 +76,16 @@ def _report(trainer: L.Trainer, step: int, norm: Tensor, losses: list[tuple[Any,
     rows = data.rows_of([number for ids, _ in losses for number in ids.tolist()])
     # JSON has no NaN
     rows = [row | {"loss": v if math.isfinite(v) else str(v)} for row, v in zip(rows, values, strict=True)]
-    content = {"step": step, "gradient_norm": str(float(norm)), "again": _command_again(trainer)}
+    again = f"{resume_command(trainer)} --trainer.log_every_n_steps 1"
+    content = {"step": step, "gradient_norm": str(float(norm)), "again": again, "source": data.source, "rows": rows}
     if trainer.is_global_zero:
-        write_json(path, content | {"source": data.source, "rows": rows})
+        write_json(path, content)
     bad = [str(row["row"]) for row in rows if isinstance(row["loss"], str)]
     what = f"loss of row {', '.join(bad[:5])} of {data.source}" if bad else "gradient"
     return (
         f"step {step} has a {what} that is not finite (gradient norm {float(norm):.3g}; {len(bad)} of its {len(rows)} "
-        f"rows): rows, texts and losses are in {path}"
+        f"rows): rows, texts and losses are in {path}. To see the step again: {again}"
     )
-
-
-def _command_again(trainer: L.Trainer) -> str:
-    return f"{resume_command(trainer)} --trainer.log_every_n_steps 1"
 
 
 class OutOfMemory(Callback):

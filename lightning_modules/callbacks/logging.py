@@ -27,14 +27,6 @@ class LogRows(Callback):
             pl_module.log_row()
 
 
-class ValidateAtMaxSteps(Callback):
-    """Validates at the end of a run that `max_steps` ends in mid-epoch. (Lightning validates where an epoch ends.)"""
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if 0 < trainer.max_steps <= trainer.global_step and not trainer.fit_loop._should_accumulate():
-            trainer.should_stop = True
-
-
 class Throughput(Callback):
     """Logs tokens_per_second (of the policy, without padding), pairs_ or samples_per_second, memory/peak_gb and
     floor_share: the time of the step's necessary operations at the rate of a matrix product, over the step's time."""
@@ -56,9 +48,7 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = 0.0
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         now = time.perf_counter()
         self._sums += (batch.rows.tokens, batch.count, floor_flops(self._sizes, batch.rows), now - self._started)
         self._started = now

@@ -14,14 +14,7 @@ from mixdpo.options import UNKNOWN_OPTION, nearest_path
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # how lines of jsonargparse begin that say nothing to a user
-NOISE: tuple[str, ...] = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Given value type:",
-    "Problem with given class_path",
-)
-NOISE += ("Expected a path but", "Expected a <class 'NoneType'>")
+NOISE = re.compile("Does not validate|Subtypes|Errors|Given value type|Problem with|Expected a (path b|<class 'N)")
 # of errors that are Lightning's own: an optional package is missing; a metric is monitored that the run does not have
 OF_LIGHTNING = ("HINT: ", "Early stopping conditioned")
 NOT_FOUND = re.compile("has no attribute|No module named|path string: |given class_path")
@@ -57,7 +50,7 @@ def _innermost(message: str) -> str:
     reason, *given = re.split(r"(?:Got|Given) value: ", reason)
     value = given[0].splitlines()[0] if given else ""
     lines = dict.fromkeys(line.strip(" -.") for line in reason.splitlines())
-    reason = " or ".join(line for line in lines if line and not line.startswith(NOISE))
+    reason = " or ".join(line for line in lines if line and not NOISE.match(line))
     path = re.search(r"(?:class_path'?[=: ]+'|val='|^(?=[\w.]+$))([\w.]+)", value)
     if path and NOT_FOUND.search(reason):
         meant = nearest_path(path[1])

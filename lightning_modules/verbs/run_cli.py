@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import sys
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
-from lightning_modules.callbacks.logging import Throughput, ValidateAtMaxSteps
+from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.callbacks.run_files import RunConfig, RunFiles
 from lightning_modules.verbs.messages import HELP
-from mixdpo.__main__ import RUN_VERBS
-from mixdpo.errors import InputError, check_one_of
+from mixdpo.errors import InputError
 from mixdpo.options import Parser
-from mixdpo.storage.files import read_text
-from mixdpo.storage.read import parse_yaml
 
 
 class RunCLI(LightningCLI):
@@ -38,10 +35,6 @@ class RunCLI(LightningCLI):
             if self.made is not None and not any((self.made / name).exists() for name in kept):
                 shutil.rmtree(self.made, ignore_errors=True)  # nothing was trained
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {name: LightningCLI.subcommands()[name] for name in RUN_VERBS}
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         named = "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict and test write files RUNS/NAME.…"
         parser.add_argument("--name", type=str | int | float, default="run", help=named)
@@ -51,9 +44,6 @@ class RunCLI(LightningCLI):
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        for option, path in pairwise(sys.argv):
-            if option == "--config" and os.path.isfile(path):  # jsonargparse would not name the file
-                parse_yaml(read_text(path), f"config {path}", finite=False)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         keep_typed(config, " ".join(sys.argv[1:]))
@@ -66,10 +56,8 @@ class RunCLI(LightningCLI):
         config, writes = self.config[self.subcommand], self.subcommand in ("predict", "test")
         options = config.model.init_args
         if writes != ("output" in options) or (self.subcommand == "test" and "signal" in options):
-            raise InputError(
-                f"{config.model.class_path} does not {self.subcommand}: configs/signals are for predict only, "
-                "configs/evaluation for predict and test, the others for fit and validate"
-            )
+            kinds = "configs/signals predict, configs/evaluation predict and test, the others fit and validate"
+            raise InputError(f"{config.model.class_path} does not {self.subcommand}: {kinds}")
         if writes:
             suffix = ".margins" if "signal" in options else ""
             options.output = options.output or str(Path(config.runs) / f"{config.name}{suffix}")
@@ -121,10 +109,8 @@ def check_checkpoint(path: str) -> None:
     try:
         torch.load(path, weights_only=True, mmap=True, map_location="cpu")["adapters"]
     except Exception as error:  # of pickle, zipfile and torch: an open list
-        raise InputError(
-            f"ckpt_path {path} is no checkpoint of a run, or is damaged ({type(error).__name__}): give a run's "
-            "RUNS/NAME/checkpoints/last.ckpt"
-        ) from error
+        reason = f"is no checkpoint of a run, or is damaged ({type(error).__name__})"
+        raise InputError(f"ckpt_path {path} {reason}: give a run's RUNS/NAME/checkpoints/last.ckpt") from error
 
 
 def folder_of_first_process() -> Path | None:
@@ -153,8 +139,7 @@ def new_run_folder(runs: Path, name: str) -> Path:
             break
         except OSError as error:
             if not os.path.lexists(folder):
-                reason = f"cannot write the run folder {folder}: {error.strerror}"
-                raise InputError(f"{reason}. Give another with --runs") from None
+                raise InputError(f"cannot write {folder}: {error.strerror}. Give another --runs") from None
     os.environ["MIXDPO_RUN_FOLDER"] = str(folder)
     return folder
 
@@ -164,8 +149,6 @@ def start(arguments: list[str] | None = None) -> RunCLI:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
-    first, known = (arguments or ["-h"])[0], (*RUN_VERBS, "-h", "--help")
-    check_one_of("the first word (a config file needs --config before it)", first, known)
     sys.argv[1:] = arguments  # Lightning starts further processes with it
     return RunCLI(
         L.LightningModule,
@@ -174,9 +157,9 @@ def start(arguments: list[str] | None = None) -> RunCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=42,
-        trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), ValidateAtMaxSteps(), OutOfMemory()]},
+        trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), OutOfMemory()]},
         parser_class=type("RunParser", (Parser, LightningArgumentParser), {}),
         parser_kwargs={"exit_on_error": False},
         save_config_kwargs={"save_to_log_dir": False},
-        save_config_callback=RunConfig if first == "fit" else None,
+        save_config_callback=RunConfig if "fit" in arguments[:1] else None,
     )

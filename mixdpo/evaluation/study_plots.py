@@ -16,10 +16,7 @@ from mixdpo.storage.files import written_whole
 
 SMOOTHED = 5  # steps
 
-CURVES = {
-    "curves": ("train/preference_loss", "train/sft_loss", "rewards/margin"),
-    "gradient_norms": ("gradient_norm/preference", "gradient_norm/sft"),
-}
+CURVES = ("train/preference_loss", "train/sft_loss", "rewards/margin")
 
 
 def write_plots(plan: Study, done: Mapping[str, float]) -> str:
@@ -33,7 +30,7 @@ def write_plots(plan: Study, done: Mapping[str, float]) -> str:
     routes = {run: json.loads(path.read_text("utf-8")) for run, path in paths.items()}
     charts = {"score_by_hard_fraction": _scores(plan, jobs, routes)} if routes else {}
     charts |= {"margins": panels} if (panels := _margins(routes)) else {}
-    charts |= {name: [_curve(key, folders) for key in keys] for name, keys in CURVES.items()}
+    charts["curves"] = [_curve(key, folders) for key in CURVES]
     try:
         for name, panels in charts.items():
             with written_whole(Path(plan.folder, f"{name}.svg")) as partial:

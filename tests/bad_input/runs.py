@@ -72,7 +72,7 @@ SFT = ("--model", "lightning_modules.sft.SFTModule", "--model.base", "x")
 RUNS = [
     Run("config file", "not there", ("--config", "/no/config.yaml"), ("/no/config.yaml",)),
     Run("config file", "a folder", ("--config", "configs"), ("configs",)),
-    Run("config file", "no YAML", config("model: [1\nb: ]"), ("bad.yaml is no", "YAML", "line 2", "correct it")),
+    Run("config file", "no YAML", config("model: [1\nb: ]"), ("no valid YAML", "line 2", "correct it")),
     Run(
         "config file",
         "a section twice",
@@ -91,7 +91,7 @@ RUNS = [
         ("--model.preference_loss", "mixdpo.losses.None"),
         ("mixdpo.losses.None", HELP),
     ),
-    Run("model", "for predict only", ("--config", "configs/signals/rating.yaml"), ("does not fit", "for predict only")),
+    Run("model", "for predict only", ("--config", "configs/signals/rating.yaml"), ("does not fit", "configs/signals")),
     Run(
         "model",
         "for fit only",
