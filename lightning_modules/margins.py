@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 
+from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.batches.batch import Batch
 from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
@@ -48,6 +49,9 @@ class MarginModule(L.LightningModule):
         self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.model: Any = None
         self.file: Any = None  # until configure_model
+
+    def configure_callbacks(self) -> list[Any]:
+        return [CloseFile()]
 
     @loading.on_the_cpu()
     def configure_model(self) -> None:

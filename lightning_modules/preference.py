@@ -148,8 +148,9 @@ class PreferenceModule(AdapterModule):
     def _open_cache(self) -> ReferenceCache | None:
         """The cache of the reference as it is now. Open the cache before a step: its name is a hash of all weights."""
         if self.reference_cache and self.needs_reference and self._kept_log_probs is None:
-            identity = {"weights": self.base_weights(), "adapter": adapter_fingerprint(self.model, "reference")}
-            identity["computed"] = [*self.loading.values(), str(self.trainer.precision), self.device.type]
+            computed = [*self.loading.values(), str(self.trainer.precision), self.device.type]
+            adapter = adapter_fingerprint(self.model, "reference")
+            identity = {"weights": self.base_weights(), "adapter": adapter, "computed": computed}
             dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
             self._kept_log_probs = ReferenceCache(identity, dtype)
         return self._kept_log_probs
@@ -182,10 +183,7 @@ class PreferenceModule(AdapterModule):
     def on_fit_start(self) -> None:
         together = self.trainer.datamodule.batch_size // self.trainer.accumulate_grad_batches
         if getattr(self.preference_loss, "batch_statistics", False) and together < 2:
-            loss = type(self.preference_loss).__name__
-            raise InputError(
-                f"{loss} takes means over the pairs of a micro-batch, of one: halve accumulate_grad_batches"
-            )
+            raise InputError(f"{self._loss_name} takes means, here of one pair: halve trainer.accumulate_grad_batches")
 
     def on_train_start(self) -> None:
         """The default reference of token cleaning is an adapter fitted to the easy pairs' chosen responses (SFT)."""

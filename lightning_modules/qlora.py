@@ -94,9 +94,13 @@ class AdapterModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self._refuse_unfit()
-        data, device = self.trainer.datamodule, self.trainer.strategy.root_device
-        base = load_base(self.base, **self.loading, device=device)
+        data, strategy = self.trainer.datamodule, self.trainer.strategy
+        if getattr(data, "summary_file", self.plan_file) != self.plan_file:
+            raise InputError(f"{type(self).__name__} cannot train on {type(data).__name__}: change model or data")
+        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+            raise InputError(f"trainer.strategy {type(strategy).__name__} would shard a 4-bit base: give ddp")
+        check_card(strategy.root_device, str(self.trainer.precision))
+        base = load_base(self.base, **self.loading, device=strategy.root_device)
         check_vocabulary(base, self.base, largest_id(*getattr(data, "tables", {}).values()))
         if getattr(data, "documents", False):
             check_documents(base)
@@ -116,15 +120,6 @@ class AdapterModule(L.LightningModule):
                 self._recompute_above = most_tokens(self.model)
         if self.activation_checkpointing is not False:
             base.activation_checkpointing_enable({"use_reentrant": False})
-
-    def _refuse_unfit(self) -> None:
-        """Refuse, before a model is loaded, what the module cannot be trained with."""
-        data, strategy = self.trainer.datamodule, self.trainer.strategy
-        if getattr(data, "summary_file", self.plan_file) != self.plan_file:
-            raise InputError(f"{type(self).__name__} cannot train on {type(data).__name__}: change model or data")
-        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
-            raise InputError(f"trainer.strategy {type(strategy).__name__} would shard a 4-bit base: give ddp")
-        check_card(strategy.root_device, str(self.trainer.precision))
 
     def recompute_if_long(self, rows: TokenRows) -> None:
         """To be called before a forward pass that a backward pass follows."""

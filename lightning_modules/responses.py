@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 
+from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, complete, without_secrets
@@ -90,6 +91,9 @@ class ResponseModule(L.LightningModule):
         given = Path(str(self.output))
         suffix = self.trainer.datamodule.form.suffix  # type: ignore[attr-defined]
         return given if given.suffix == suffix else given.with_name(given.name + suffix)
+
+    def configure_callbacks(self) -> list[Any]:
+        return [CloseFile()]
 
     @on_the_cpu()
     def configure_model(self) -> None:

@@ -46,11 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         # the required arguments of make-pairs are named on the command line, those of other verbs have a position
         options = {"prog": f"mixdpo {verb}", "as_positional": verb != "make-pairs", "parser_class": Parser}
-        status = auto_cli(resolve_name(f"mixdpo.{VERBS[verb][0]}"), args=rest, **options)
+        return auto_cli(resolve_name(f"mixdpo.{VERBS[verb][0]}"), args=rest, **options) or 0
     except InputError as error:
         print(f"mixdpo {verb}: {error}", file=sys.stderr)
         return 2
-    return status or 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from yaml import YAMLError
 
 from mixdpo.errors import InputError, nearest
@@ -44,6 +44,9 @@ class Parser(ArgumentParser):
     def validate(self, namespace: Any, *args: Any, **options: Any) -> None:
         super().validate(namespace, *args, **options)  # says what is required, before what null is
         super().validate(namespace, *args, **options | {"skip_unset": False})
+        for group in self.groups or ():
+            if not isinstance(given := namespace.get(group, Namespace()), Namespace):
+                raise TypeError(f'Parser key "{group}": should be a mapping of options. Got value: {given}')
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
         if (unknown := UNKNOWN_OPTION.search(message)) and not unknown[3]:

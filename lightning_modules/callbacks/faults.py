@@ -55,9 +55,7 @@ class NonFinite(Callback):
 
     def _stop_if_not_finite(self, trainer: L.Trainer) -> None:
         if message := self._check(trainer):
-            raise NonFiniteError(
-                f"{message}\nLower the learning rate, or leave the step out (--non_finite.action skip)"
-            )
+            raise NonFiniteError(f"{message}\nLower the learning rate, or skip the step (--non_finite.action skip)")
 
     def _check(self, trainer: L.Trainer) -> str | None:
         """Report the first step since the last check with a number that is not finite; the message, None without."""

@@ -69,7 +69,7 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (
         PreferenceModule,
         {"cleaning": Cleaning(scorer=Loss("policy"), selection=Selection(scope="batch"))},
-        ("reads the policy of each step", "ExcessLoss(worse=base)"),
+        ("reads the policy of each step", "give worse or role base"),
     ),
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
     (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
@@ -155,7 +155,7 @@ WITH_DATA = [
         ("no/folder", "Check the path"),
     ),
     fit_case("model.schedule", "too few multipliers", ("must give 4 finite numbers",), schedule=rising),
-    fit_case("model.optimizer", "a negative rate", ("model.optimizer", "learning rate"), lr=-1.0),
+    fit_case("model.optimizer", "a negative rate", ("Invalid learning rate: -1.0",), lr=-1.0),
     fit_case("trainer.limit_train_batches", "2", ("cuts the", "use data.limit"), trainer={"limit_train_batches": 2}),
     fit_case("trainer.max_epochs", "0", ("a schedule needs steps",), trainer={"max_epochs": 0}),
     fit_case(
@@ -232,7 +232,7 @@ WITH_DATA = [
     fit_case(
         "model.preference_loss",
         "means over one pair",
-        ("set trainer.accumulate_grad_batches",),
+        ("halve trainer.accumulate_grad_batches",),
         preference_loss=losses.KTOPair(),
         data={"batch_size": 2},
         trainer={"accumulate_grad_batches": 2},

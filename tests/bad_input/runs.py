@@ -81,7 +81,7 @@ RUNS = [
     ),
     Run("config file", "nested deeply", config("[" * 100_000), ("nested too deeply", "line 1", "correct it")),
     Run("config file", "a misspelt option", config("data: {init_args: {batchsize: 2}}"), ("batchsize", HELP)),
-    Run("command line", "nothing", (), ("subcommand", "fit,validate,predict"), whole=True),
+    Run("command line", "nothing", (), ("subcommand", "fit,validate,test,predict"), whole=True),
     Run("command line", "a misspelt command", ("trian", "--config", "configs/demo.yaml"), ("trian",), whole=True),
     Run("command line", "a misspelt option", ("--data.batchsize", "2"), ("batchsize", HELP)),
     Run("command line", "a word for a number", ("--data.batch_size", "many"), ("batch_size", "many", HELP)),
@@ -124,7 +124,7 @@ RUNS = [
         ("data.chat_template is plain", "give a template"),
     ),
     Run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), ("abacus",)),
-    Run("runs", "a file", lambda place: ("--runs", place.write("file", "")), ("file/tiny: Not a", "Give another with")),
+    Run("runs", "a file", lambda place: ("--runs", place.write("file", "")), ("file/tiny: Not a", "another --runs")),
 ]
 
 # What a run bears, and says how often.
