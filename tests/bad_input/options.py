@@ -155,7 +155,6 @@ WITH_DATA = [
         ("no/folder", "Check the path"),
     ),
     fit_case("model.schedule", "too few multipliers", ("must give 4 finite numbers",), schedule=rising),
-    fit_case("model.optimizer", "a negative rate", ("Invalid learning rate: -1.0",), lr=-1.0),
     fit_case("trainer.limit_train_batches", "2", ("cuts the", "use data.limit"), trainer={"limit_train_batches": 2}),
     fit_case("trainer.max_epochs", "0", ("a schedule needs steps",), trainer={"max_epochs": 0}),
     fit_case(

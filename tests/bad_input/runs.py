@@ -123,6 +123,7 @@ RUNS = [
         ("--data.chat_template", "plain", *callback("lightning_modules.callbacks.GoldEvaluation")),
         ("data.chat_template is plain", "give a template"),
     ),
+    Run("model.optimizer", "a negative rate", ("--model.optimizer.lr=-1",), ("Invalid learning rate: -1",)),
     Run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), ("abacus",)),
     Run("runs", "a file", lambda place: ("--runs", place.write("file", "")), ("file/tiny: Not a", "another --runs")),
 ]
