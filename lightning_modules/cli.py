@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from mixdpo import __main__ as verbs
 from mixdpo.errors import Stopped
 
-THIRD_PARTY_NOISE = ("`is_gradient_checkpointing`", ".*isinstance.treespec", ".*does not have many workers")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`mixdpo VERB …`; returns the exit status of a verb that needs no Trainer."""
@@ -22,10 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: list[str] | None = None) -> None:
     """`run.py …`: a user's mistake is one message on stderr and exit status 1, and leaves no empty run folder."""
-    for message in THIRD_PARTY_NOISE:
-        warnings.filterwarnings("ignore", message)
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|.*isinstance.treespec|.*does not have many workers")
     # on CPUs with AVX-512 BF16 it misses a kernel that only inference would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lightning_modules.verbs import messages, run_cli

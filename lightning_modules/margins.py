@@ -9,19 +9,10 @@ from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.batches.batch import Batch
 from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
+from mixdpo.model import loading
 from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.forward import check_documents
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
-from mixdpo.model.loading import (
-    Attention,
-    Dtype,
-    Quantization,
-    check_card,
-    check_vocabulary,
-    load_base,
-    load_reward_model,
-    on_the_cpu,
-)
 from mixdpo.signals.margins_file import MarginsWriter
 
 Signal = Callable[[Any, Batch], Any]
@@ -34,9 +25,9 @@ class MarginModule(L.LightningModule):
         signal: Signal,
         adapter: str | None = None,
         output: str | None = None,
-        quantization: Quantization = "nf4",
-        dtype: Dtype = "bfloat16",
-        attention: Attention = "by_segment",
+        quantization: loading.Quantization = "nf4",
+        dtype: loading.Dtype = "bfloat16",
+        attention: loading.Attention = "by_segment",
     ) -> None:
         """Computes a margin for each pair of the data, small = hard. The same command continues what was interrupted.
 
@@ -62,7 +53,7 @@ class MarginModule(L.LightningModule):
     def configure_callbacks(self) -> list[Any]:
         return [CloseFile()]
 
-    @on_the_cpu()
+    @loading.on_the_cpu()
     def configure_model(self) -> None:
         if self.file:
             return
@@ -70,11 +61,11 @@ class MarginModule(L.LightningModule):
             raise InputError("predict writes one file: use one device (--trainer.devices 1)")
         used: dict[str, str | None] = {"weights": None, "adapter_weights": None, "dtype": None}
         if self.needs != "rating":
-            load = load_reward_model if self.needs == "reward model" else load_base
+            load = loading.load_reward_model if self.needs == "reward model" else loading.load_base
             device = self.trainer.strategy.root_device
-            check_card(device, str(self.trainer.precision))
+            loading.check_card(device, str(self.trainer.precision))
             self.model = load(self.base, **self.loading, device=device)
-            check_vocabulary(self.model, self.base, largest_id(*self.trainer.datamodule.tables.values()))
+            loading.check_vocabulary(self.model, self.base, largest_id(*self.trainer.datamodule.tables.values()))
             used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):

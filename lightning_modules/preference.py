@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jsonargparse import lazy_instance
+from jsonargparse.typing import NonNegativeFloat
 from torch import Tensor, nn
 
 from lightning_modules.qlora import AdapterModule
@@ -32,9 +33,8 @@ class PreferenceModule(AdapterModule):
         self,
         base: str,
         preference_loss: Callable[..., Any] = lazy_instance(DPO),  # noqa: B008
-        sft_weight: float | None = None,
-        easy_sft_weight: float = 0.0,
-        log_gradient_norms: bool = False,
+        sft_weight: NonNegativeFloat | None = None,  # type: ignore[valid-type]
+        easy_sft_weight: NonNegativeFloat = 0.0,  # type: ignore[valid-type]
         reference_cache: bool = True,
         **options: Any,
     ) -> None:
@@ -47,8 +47,6 @@ class PreferenceModule(AdapterModule):
                 own if null (1 for those of DPO's size).
             easy_sft_weight: Weight λ of an SFT term −s_w / L_w on easy pairs as well, in their preference loss's route.
                 With sft_weight of the same λ, SFT is on all pairs; with no hard pair it is DPO + λ NLL.
-            log_gradient_norms: Log gradient_norm/preference and /sft, of either route's part of the step's gradient
-                before clipping: one more backward pass through the hard pairs' part of every logged step.
             reference_cache: Keep the reference's log-probabilities in $MIXDPO_CACHE/reference (~/.cache/mixdpo), for
                 later epochs and for other runs with the same reference.
         """
@@ -58,21 +56,17 @@ class PreferenceModule(AdapterModule):
         # at once: a loss of the user's may count or average while it trains
         self._loss_name = getattr(preference_loss, "describe", partial(described, preference_loss))()
         self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
-        self.easy_sft_weight, self.log_gradient_norms = easy_sft_weight, log_gradient_norms
-        if not (self.sft_weight >= 0 and easy_sft_weight >= 0):
-            raise InputError(f"sft_weight ({sft_weight}) and easy_sft_weight ({easy_sft_weight}) must be >= 0")
+        self.easy_sft_weight = easy_sft_weight
         if self.cleaning is not None and self.cleaning.warm_up_stages:
             raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices: set it to 0 for pairs")
         if self.cleaning is not None and is_online(self.cleaning.scorer):
+            scorer = f"model.cleaning.scorer {self.cleaning.scorer}"
             raise InputError(
-                f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step, but hard pairs are "
-                "cleaned before it: give ExcessLoss(worse=base), Loss(role=base) or Random"
+                f"{scorer} reads the policy of each step, for SFT only: give worse or role base, or Random"
             )
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
         self.reference_cache = reference_cache
         self._kept_log_probs: ReferenceCache | None = None
-        self._sft_gradient: list[Tensor] = []  # of the step so far, where its norm is logged
-        self._gradient_norms: dict[str, float] = {}
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -81,10 +75,7 @@ class PreferenceModule(AdapterModule):
         policy, reference = self.policy_and_reference(batch)
         losses, *of_routes = self.route_losses(batch, policy, reference)
         self._record(batch, policy, reference, (losses, *of_routes))
-        weighted = losses * batch.weight
-        if self._gradient_norms_are_due() and len(batch.sft):
-            self._add_sft_gradient(self.mean_over_step(weighted[batch.sft].sum(), batch))
-        return self.mean_over_step(weighted.sum(), batch)
+        return self.mean_over_step((losses * batch.weight).sum(), batch)
 
     def policy_and_reference(self, batch: Batch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
         """Log-probabilities of the 2B responses, chosen first. No reference where every pair is routed to SFT or the
@@ -124,7 +115,8 @@ class PreferenceModule(AdapterModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         policy, reference = self.policy_and_reference(batch)
-        values = self._pair_values(policy, reference)  # evaluation batches show every pair to the reference
+        # evaluation batches show every pair to the reference
+        values = pair_values(policy, reference, self.preference_loss)
         every = torch.arange(len(batch), device=policy.sums.device)
         values["preference_loss"] = self._preference_losses(every, batch, policy, reference)
         values["sft_loss"] = sft(policy[every])
@@ -144,16 +136,12 @@ class PreferenceModule(AdapterModule):
             values["cleaning/empty_fraction"] = ((policy.lengths[batch.sft] == 0).double(), hard)
         if len(batch.preference):
             both = torch.cat([batch.preference, batch.preference + len(batch)])
-            pairwise = self._pair_values(policy[both], None if reference is None else reference[both])
+            compared = policy[both], None if reference is None else reference[both]
+            pairwise = pair_values(*compared, self.preference_loss)
             values |= {name: (value, easy) for name, value in pairwise.items()}
         self.train_means.update(values)
         if self.cleaning is not None:
             self.add_kept_weight(batch)
-
-    def _pair_values(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> dict[str, Tensor]:
-        """Rewards are β times what the loss compares; β is 1 for a loss without one."""
-        options = {"beta": float(getattr(self.preference_loss, "beta", 1.0))}
-        return pair_values(policy, reference, averaged=getattr(self.preference_loss, "averaged", False), **options)
 
     # The reference's log-probabilities on disk.
 
@@ -178,49 +166,16 @@ class PreferenceModule(AdapterModule):
         self._kept_log_probs = None
         self._open_cache()  # here, not in the step: the new adapter's fingerprint waits for the device
 
-    # The norm of either route's gradient.
-
-    def _gradient_norms_are_due(self) -> bool:
-        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
-        return self.log_gradient_norms and every > 0 and (step + 1) % every == 0
-
-    def _add_sft_gradient(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's hard pairs to that of the step so far."""
-        part = loss / self.trainer.accumulate_grad_batches  # as Lightning divides the step's loss
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        new = torch.autograd.grad(part, self.learning(), **options)
-        before = self._sft_gradient or [torch.zeros_like(g) for g in new]
-        self._sft_gradient = [a + b for a, b in zip(before, new, strict=True)]
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """What is not the gradient of the SFT route is that of the preference route; both as means over the ranks."""
         if self.cleaning is not None:
             self.kept_in_step(optimizer)
-        if not self._gradient_norms_are_due():
-            return
-        whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.learning()]
-        of_hard = self._sft_gradient or [torch.zeros_like(g) for g in whole]
-        of_hard = [self.trainer.strategy.reduce(g, reduce_op="mean") for g in of_hard]
-        routes = {"sft": of_hard, "preference": [w - h for w, h in zip(whole, of_hard, strict=True)]}
-        norm = torch.nn.utils.get_total_norm
-        self._gradient_norms = {f"gradient_norm/{name}": float(norm(part)) for name, part in routes.items()}
-        self._sft_gradient = []
 
     # What a run logs, and what is checked before it.
 
-    def metric_names(self) -> set[str]:
-        has_easy = not self.trainer.datamodule.route.is_sft.all()
-        return {name for name in super().metric_names() if has_easy or not name.startswith("rewards/")}
-
-    def validation_names(self) -> list[str]:
-        kinds = {"all", *(("easy", "hard")[hard] for hard in self.trainer.datamodule.validation_is_hard().tolist())}
-        return [n for n in VALIDATION if n.split("/")[1] in kinds and (self.needs_reference or "displacement" not in n)]
-
     def step_values(self, step: int) -> dict[str, float]:
         self._write_log_probs()
-        norms, self._gradient_norms = self._gradient_norms, {}
         mass = learning_rate_mass(self._multipliers[:step], self._plan.sft_share[:step])
-        return super().step_values(step) | mass | norms
+        return super().step_values(step) | mass
 
     def teardown(self, stage: str) -> None:
         self._write_log_probs()
@@ -228,18 +183,14 @@ class PreferenceModule(AdapterModule):
     def on_fit_start(self) -> None:
         together = self.trainer.datamodule.batch_size // self.trainer.accumulate_grad_batches
         if getattr(self.preference_loss, "batch_statistics", False) and together < 2:
-            raise InputError(
-                f"{type(self.preference_loss).__name__} takes means over the pairs of a micro-batch, and there is only "
-                "one: set trainer.accumulate_grad_batches to at most half of data.batch_size"
-            )
+            raise InputError(f"{self._loss_name} takes means, here of one pair: halve trainer.accumulate_grad_batches")
 
     def on_train_start(self) -> None:
         """The default reference of token cleaning is an adapter fitted to the easy pairs' chosen responses (SFT)."""
         self._open_cache()
         cleaning = self.cleaning
-        if self.trainer.global_step or cleaning is None or cleaning.reference:
-            return
-        if "cleaning_reference" not in cleaning.roles:
+        is_given = cleaning is None or cleaning.reference or "cleaning_reference" not in cleaning.roles
+        if self.trainer.global_step or is_given:
             return
         samples = self.trainer.datamodule.easy_samples()
         if not samples:
@@ -256,6 +207,4 @@ class PreferenceModule(AdapterModule):
         """For the run's summary: the share of the learning rate that each route will receive."""
         mass = learning_rate_mass(self._multipliers, self._plan.sft_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
-        if self._plan.sft_share.any() < self.trainer.datamodule.route.is_sft.any():
-            self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
         return {"planned_lr_mass": mass, "preference_loss": self._loss_name}

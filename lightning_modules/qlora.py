@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
-from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
+from lightning_modules.callbacks.logging import LogRows
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.data.encoding import largest_id
@@ -94,9 +94,13 @@ class AdapterModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self._refuse_unfit()
-        data, device = self.trainer.datamodule, self.trainer.strategy.root_device
-        base = load_base(self.base, **self.loading, device=device)
+        data, strategy = self.trainer.datamodule, self.trainer.strategy
+        if getattr(data, "summary_file", self.plan_file) != self.plan_file:
+            raise InputError(f"{type(self).__name__} cannot train on {type(data).__name__}: change model or data")
+        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+            raise InputError(f"trainer.strategy {type(strategy).__name__} would shard a 4-bit base: give ddp")
+        check_card(strategy.root_device, str(self.trainer.precision))
+        base = load_base(self.base, **self.loading, device=strategy.root_device)
         check_vocabulary(base, self.base, largest_id(*getattr(data, "tables", {}).values()))
         if getattr(data, "documents", False):
             check_documents(base)
@@ -114,28 +118,8 @@ class AdapterModule(L.LightningModule):
         if self.activation_checkpointing == "auto":
             with self.trainer.precision_plugin.forward_context():
                 self._recompute_above = most_tokens(self.model)
-            self.print(f"activations are recomputed for micro-batches of more than {self._recompute_above} tokens")
         if self.activation_checkpointing is not False:
             base.activation_checkpointing_enable({"use_reentrant": False})
-
-    def _refuse_unfit(self) -> None:
-        """Refuse, before a model is loaded, what the module cannot be trained with."""
-        data, strategy, precision = self.trainer.datamodule, self.trainer.strategy, str(self.trainer.precision)
-        if getattr(data, "summary_file", self.plan_file) != self.plan_file:
-            raise InputError(
-                f"{type(self).__name__} cannot train on what {type(data).__name__} reads: change `model` or `data`. "
-                "Pairs go with PreferenceModule, SFT samples with SFTModule"
-            )
-        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
-            raise InputError(
-                f"trainer.strategy {type(strategy).__name__} would shard a 4-bit base, which is refused: use ddp, or "
-                "one device (docs/troubleshooting.md)"
-            )
-        if self.trainer.state.fn == "fit":
-            refuse_missing_metrics(self.trainer, self.metric_names())
-        check_card(strategy.root_device, precision)
-        if precision == "bf16-true":
-            self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
 
     def recompute_if_long(self, rows: TokenRows) -> None:
         """To be called before a forward pass that a backward pass follows."""
@@ -169,13 +153,6 @@ class AdapterModule(L.LightningModule):
         """What is added to the summary of the run's plan."""
         return {}
 
-    def metric_names(self) -> set[str]:
-        """Names that callbacks can monitor in this run: of logged steps, and of validation if rows are held out. The
-        data must have been set up. metrics.csv has further names, which go to the loggers only."""
-        logs = 0 < self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
-        validation = self.validation_names() if self.trainer.limit_val_batches else ()
-        return {*(self.progress_bar if logs else ()), *validation}
-
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_means.compute().items():
             self.log(name, value.float())  # what Lightning keeps; the sums over all ranks are fp64
@@ -203,20 +180,15 @@ class AdapterModule(L.LightningModule):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        try:
-            optimizer = self.optimizer(self.learning())
-        except ValueError as error:
-            raise InputError(f"model.optimizer does not take these options: {error}. Correct them") from error
+        optimizer = self.optimizer(self.learning())
         data, steps = self.trainer.datamodule, self.schedule_steps
         if steps is not None and steps < (planned := len(data.step_plan())):
             raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps: raise it")
         self._plan = data.step_plan(steps)
         self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
         if self._multipliers.shape != (len(self._plan),) or not np.isfinite(self._multipliers).all():
-            raise InputError(
-                f"model.schedule {self.schedule} must give {len(self._plan)} finite numbers, one for each optimizer "
-                f"step, not {self._multipliers!r:.80}"
-            )
+            rates = f"{self._multipliers!r:.80}"
+            raise InputError(f"model.schedule must give {len(self._plan)} finite numbers, one a step, not {rates}")
         self._refuse_other_rates(optimizer)
         last = len(self._multipliers) - 1
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self._multipliers[min(step, last)]))
@@ -231,9 +203,8 @@ class AdapterModule(L.LightningModule):
         if not all(same) or len(now) < len(used):  # another CPU may round a cosine otherwise
             step = [*same, False].index(False)
             raise InputError(
-                f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). "
-                f"{self.schedule} depends on the planned number of steps, now {len(self._plan)}. Keep max_steps and "
-                "max_epochs, set model.schedule_steps to the steps of the whole, or start a new run from the adapter"
+                f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). It "
+                f"depends on the planned number of steps, now {len(self._plan)}: keep it, or give model.schedule_steps"
             )
         refuse_other_run(self._checkpoint_options["optimizer"], _describe(optimizer))
 
@@ -265,10 +236,7 @@ class AdapterModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":
             if checkpoint["row"]["in_step"]:
-                raise InputError(
-                    "the checkpoint was written in the middle of an optimizer step, whose gradient it does not hold: "
-                    "continue from RUN/checkpoints/last.ckpt"
-                )
+                raise InputError("ckpt_path was written in the middle of an optimizer step: give checkpoints/last.ckpt")
             self._checkpoint_options = checkpoint["checkpoint_options"]
             refuse_other_run(self._checkpoint_options["options"], self.identity())
             keep_best(self.trainer, checkpoint)
@@ -283,11 +251,8 @@ class AdapterModule(L.LightningModule):
         self.model.stacked = dict(saved["stacked"])
         self.__dict__.update({name: saved[name] for name in COUNTS})
         if unlike := set(self._learnt_state()) ^ set(checkpoint["state_dict"]):
-            raise InputError(
-                f"the checkpoint's adapter does not fit this model: {len(unlike)} tensors are missing or not expected, "
-                f"such as {sorted(unlike)[:3]}. Use the base, lora, adapter, cleaning and preference_loss settings in "
-                "the config.yaml of the run that wrote it"
-            )
+            fault = f"{len(unlike)} tensors are missing or not expected, such as {min(unlike)}"
+            raise InputError(f"the checkpoint's adapter does not fit this model ({fault}): use its run's config.yaml")
 
     def _learnt_state(self) -> dict[str, torch.Tensor]:
         """The adapters, and the buffers of a preference loss that has some."""

@@ -83,19 +83,16 @@ class SFTModule(AdapterModule):
         if self.cleaning is None:
             return  # all are kept
         kept = self.kept_in_step(optimizer)
-        gradients = [p.grad for p in self.learning() if p.grad is not None]  # none where NonFinite skips the step
+        gradients = [p.grad for p in self.learning() if p.grad is not None]  # none where nothing is kept
         if gradients and kept != self._step_tokens:
             torch._foreach_mul_(gradients, self._step_tokens / kept)
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"stage_start": self.stage_start}
 
-    def validation_names(self) -> tuple[str, ...]:
-        sources = (f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources)
-        return ("val/loss", "val/token_accuracy", "val/entropy", *sources)
-
     def on_validation_epoch_start(self) -> None:
-        self.val_means = NamedMeans(self.validation_names()).to(self.device)
+        sources = (f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources)
+        self.val_means = NamedMeans(("val/loss", "val/token_accuracy", "val/entropy", *sources)).to(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""

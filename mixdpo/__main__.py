@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: its own (0 if it has none), or 2 for bad input."""
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
-        print(_usage())
+        lines = RUN_VERBS | {verb: what for verb, (_, what) in VERBS.items()}
+        listed = "\n".join(f"  {verb:<15}  {what}" for verb, what in lines.items())
+        print(f"usage: mixdpo VERB [options]\n\nverbs:\n{listed}\n\nmixdpo VERB --help lists a verb's options.")
         return 0
     try:
         check_one_of("the verb", verb, (*RUN_VERBS, *VERBS))
@@ -44,17 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         # the required arguments of make-pairs are named on the command line, those of other verbs have a position
         options = {"prog": f"mixdpo {verb}", "as_positional": verb != "make-pairs", "parser_class": Parser}
-        status = auto_cli(resolve_name(f"mixdpo.{VERBS[verb][0]}"), args=rest, **options)
+        return auto_cli(resolve_name(f"mixdpo.{VERBS[verb][0]}"), args=rest, **options) or 0
     except InputError as error:
         print(f"mixdpo {verb}: {error}", file=sys.stderr)
         return 2
-    return status or 0
-
-
-def _usage() -> str:
-    lines = RUN_VERBS | {verb: what for verb, (_, what) in VERBS.items()}
-    listed = "\n".join(f"  {verb:<15}  {what}" for verb, what in lines.items())
-    return f"usage: mixdpo VERB [options]\n\nverbs:\n{listed}\n\nmixdpo VERB --help lists a verb's options."
 
 
 if __name__ == "__main__":

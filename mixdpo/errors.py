@@ -13,10 +13,6 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient became infinite or NaN: the message names step and rows, and the file that has the numbers."""
 
 
-class OutOfSpaceError(OSError):
-    """A run's folder cannot take what the run has to write: the message says where, and how much."""
-
-
 class Stopped(Exception):
     """A signal ended the run after a whole step, which is in its last checkpoint.
 
@@ -33,9 +29,8 @@ def nearest(word: str, names: Collection[str]) -> str:
     """The end of a message about an unknown word: "; did you mean 'NAME'?", or nothing if no name is close."""
     longer = sorted(name for name in names if word and name.startswith(word))
     close = get_close_matches(word, longer, 1) or get_close_matches(word, names, 1) or longer
-    if not close or word in names:  # what is spelt right is wrong for another reason
-        return ""
-    return f"; did you mean {close[0]!r}?"
+    # what is spelt right is wrong for another reason
+    return "" if not close or word in names else f"; did you mean {close[0]!r}?"
 
 
 def check_one_of(what: str, value: Any, names: Collection[str]) -> None:
@@ -54,6 +49,7 @@ def choose_one(given: Any, where: str, name: str, default: Any, other: str) -> N
         InputError: both are given.
     """
     if None not in (values := (getattr(given, name), getattr(given, other))):
-        raise InputError(f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]}): remove one of them")
+        remedy = f"type --{where} '{{{name}: null}}' or '{{{other}: null}}'"
+        raise InputError(f"{where}: give {name} or {other}, not both ({values[0]} and {values[1]}): {remedy}")
     if values == (None, None):
         object.__setattr__(given, name, default)

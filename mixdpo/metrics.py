@@ -49,16 +49,15 @@ VALIDATION = tuple(
 )
 
 
-def pair_values(
-    policy: SequenceLogProbs, reference: SequenceLogProbs | None, *, beta: float, averaged: bool = False
-) -> dict[str, Tensor]:
+def pair_values(policy: SequenceLogProbs, reference: SequenceLogProbs | None, loss: Any) -> dict[str, Tensor]:
     """(E,) values of E pairs whose 2E responses stand chosen first, then rejected.
 
-    rewards: β (s − r) in nats, or β s without a reference, per token if `averaged`. accuracy: `accuracy` of the
-    rewards. log_probs: mean per token, so that lengths do not hide in them. displacement, with a reference only: the
-    chosen response's log-probability minus the reference's, summed over the response, in nats; negative means that the
-    chosen response became less likely.
+    rewards: β (s − r) in nats, or β s without a reference; β is that of the preference loss, or 1 for a loss without
+    one; per token if the loss is `averaged`. accuracy: `accuracy` of the rewards. log_probs: mean per token, so that
+    lengths do not hide in them. displacement, with a reference only: the chosen response's log-probability minus the
+    reference's, summed over the response, in nats; negative means that the chosen response became less likely.
     """
+    beta, averaged = float(getattr(loss, "beta", 1.0)), getattr(loss, "averaged", False)
     sums = policy.sums.detach()
     ratios = sums if reference is None else sums - reference.sums.detach()
     chosen, rejected = (beta * (ratios / policy.lengths if averaged else ratios)).chunk(2)

@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,11 +18,7 @@ from mixdpo.storage.read import parse_yaml
 UNKNOWN_OPTION = re.compile(
     r"(?:(?:Group '(\S+)'|\w+ '\w+') does not accept option '|Option '|\w+ arguments: -*)([\w.]+)[^;\n]*(; did .+\?)?"
 )
-
-
 BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # no path is needed for these
-
-
 ROOMS = ("mixdpo", "lightning_modules", "datamodules")
 
 
@@ -74,9 +71,8 @@ def nearest_path(path: str) -> str:
             room = import_module(home.rpartition(".")[0] or home)
             known[f"{room.__name__ if kind in dir(room) else home}.{kind}"] = kind
     if not parent:
-        names = {kind: place for place, kind in known.items()} | {
-            key: key for place in BY_NAME for key, kind in vars(import_module(place)).items() if inspect.isclass(kind)
-        }
+        names = {kind: kind for place in BY_NAME for kind in dir(import_module(place))}
+        names |= {kind: place for place, kind in known.items()}
         return re.sub(r"'(\w+)'", lambda match: repr(names[match[1]]), nearest(name, names))
     return nearest(path, [place for place, kind in known.items() if kind == name] or known)
 
@@ -91,11 +87,10 @@ def options(name: str) -> None:
         InputError: there is no such class.
     """
     module, _, attribute = name.rpartition(".")
-    try:
+    kind: Any = None
+    with suppress(ImportError, ValueError, AttributeError):
         kind = getattr(import_module(module), attribute)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise InputError(f"there is no class {name} ({error}): give its whole path{nearest_path(name)}") from None
     if not inspect.isclass(kind):
-        raise InputError(f"{name} is no class: give the path of one, as configs do")
+        raise InputError(f"there is no class {name}: give its whole path, as configs do{nearest_path(name)}")
     described = [inspect.getdoc(documented) for documented in (kind, kind.__init__) if documented.__doc__]
     print(f"{name}{inspect.signature(kind)}\n\n" + "\n\n".join(text for text in described if text))

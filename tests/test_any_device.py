@@ -137,7 +137,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "gradient norms of both routes, recomputed": {
         "data": MIXED | {"pack": 0, "share_prompt": False},
         "activation_checkpointing": True,
-        "log_gradient_norms": True,
     },
     "hard pairs cleaned": {"data": MIXED, "cleaning": Cleaning(selection=Selection(0.6), reference_lr=0.01)},
     "samples, weighed in the step": {"make": build_sft, "data": {"validation": 0.3}, "cleaning": ONLINE},

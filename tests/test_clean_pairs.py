@@ -297,5 +297,5 @@ def test_modules_and_data_that_do_not_belong_together(tiny_model: str, source: s
     _, preference, pairs = build(tiny_model, source, tmp_path / "a")
     _, sft, conversations = build_sft(tiny_model, samples, tmp_path / "b")
     for module, data in ((preference, conversations), (sft, pairs)):
-        with pytest.raises(InputError, match=f"{type(module).__name__} cannot train on what {type(data).__name__}"):
+        with pytest.raises(InputError, match=f"{type(module).__name__} cannot train on {type(data).__name__}"):
             make_trainer(tmp_path / "run").fit(module, data)

@@ -5,7 +5,7 @@ import json
 import os
 import resource
 import signal
-from collections import namedtuple
+from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,17 +14,16 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import TEMPLATE, adapter_weights, build, fit, make_pairs, write_pairs
+from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
-from lightning_modules.callbacks.logging import ValidateAtMaxSteps
 from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.verbs.messages import message_for_user
-from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, Stopped
+from mixdpo.errors import InputError, NonFiniteError, Stopped
 from mixdpo.losses import DPO, IPO
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant, StagedCosine
@@ -161,17 +160,6 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_checkpoint_comes_before_a_validation_by_the_clock(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = iter(range(10**6))
-    monkeypatch.setattr("lightning.pytorch.loops.training_epoch_loop.time.monotonic", lambda: float(next(now)))
-    clock = {"val_check_interval": "00:00:00:01", "check_val_every_n_epoch": None}
-    with pytest.raises(Stopped):
-        run(tmp_path, At(1, terminate, "on_validation_batch_start"), data=VALIDATED, trainer=clock)
-    assert last_step(tmp_path) == 1
-
-
 def test_the_best_of_a_continued_run_may_be_older_than_it(run: Any, tmp_path: Path) -> None:
     """What falls is greatest after the first epoch; the run is stopped before it ends a second one."""
     options: dict[str, Any] = {"data": HARD, "trainer": {"max_epochs": 3}, "lr": 1e-3}
@@ -251,7 +239,7 @@ def test_a_pause_adds_no_validation(run: Any, tmp_path: Path) -> None:
         note = Callback()
         note.on_validation_end = lambda trainer, *_, name=name: steps[name].append(trainer.global_step)  # type: ignore[method-assign]
         trainer = {"max_steps": most, "val_check_interval": 2}
-        run(tmp_path / name, ValidateAtMaxSteps(), note, after=after, data=VALIDATED, trainer=trainer)
+        run(tmp_path / name, note, after=after, data=VALIDATED, trainer=trainer)
     assert steps == {"whole": [2, 4, 5], "paused": [2, 3], "rest": [4, 5]}
 
 
@@ -326,7 +314,7 @@ def test_more_steps_continue_exactly_where_the_schedule_was_made_for_them(run: A
 def test_more_steps_are_refused_where_the_schedule_was_made_for_fewer(run: Any, tmp_path: Path) -> None:
     schedule = StagedCosine(warmup=0.2)
     run(tmp_path / "cut", trainer={"max_steps": 3}, schedule=schedule)
-    with pytest.raises(InputError, match=r"StagedCosine.*5.*schedule_steps"):
+    with pytest.raises(InputError, match=r"number of steps, now 5.*schedule_steps"):
         run(tmp_path / "rest", after=tmp_path / "cut", schedule=schedule)
     with pytest.raises(InputError, match="less than the run's 5 steps"):
         run(tmp_path / "short", schedule_steps=4)
@@ -348,13 +336,10 @@ def other_base(model: str, folder: Path) -> str:
     [
         ("data", {"rows": [row | {"chosen": f"{row['chosen']} red"} for row in make_pairs(20)]}),
         ("route", {"rows": [row | {"margin": -row["margin"]} for row in make_pairs(20)]}),
-        ("template", {"data": {"chat_template": TEMPLATE + " "}}),
-        ("lengths", {"data": {"max_length": 60}}),
         ("base", {"base": True}),
         ("preference_loss", {"preference_loss": IPO()}),
         ("optimizer.lr", {"lr": 2e-2}),
         ("gradient_clip_val", {"trainer": {"gradient_clip_val": 1.0}}),
-        ("gradient_clip_algorithm", {"trainer": {"gradient_clip_algorithm": "value"}}),
         ("batch_size", {"data": {"batch_size": 2}}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -374,37 +359,6 @@ def stopped_after_two(run: Any, tmp_path_factory: pytest.TempPathFactory) -> str
     folder = tmp_path_factory.mktemp("stopped")
     run(folder, trainer={"max_steps": 2})
     return checkpoint(folder)
-
-
-class Own:
-    """A loss without a repr."""
-
-    def __init__(self, beta: float, inner: Any = DPO.__call__) -> None:
-        self.beta, self.inner, self.calls = beta, inner, 0
-
-    def __call__(self, *sequences: Any) -> torch.Tensor:
-        self.calls += 1
-        return DPO(self.beta)(*sequences)
-
-
-class OwnModule(torch.nn.Module):
-    """One without extra_repr."""
-
-    def __init__(self, beta: float) -> None:
-        super().__init__()
-        self.beta = beta
-
-    def forward(self, *sequences: Any) -> torch.Tensor:
-        return DPO(self.beta)(*sequences)
-
-
-@pytest.mark.parametrize("kind", [Own, OwnModule])
-def test_a_loss_of_ones_own_is_continued_with_the_same_numbers_only(kind: Any, run: Any, tmp_path: Path) -> None:
-    cut, two = tmp_path / "cut", {"max_steps": 2}
-    run(cut, preference_loss=kind(0.1), trainer={"max_steps": 1})
-    with pytest.raises(InputError, match=r"\(preference_loss: .*0\.1.* there, .*0\.2.* here\)"):
-        run(tmp_path / "other", after=cut, preference_loss=kind(0.2), trainer=two)
-    assert run(tmp_path / "rest", after=cut, preference_loss=kind(0.1), trainer=two).global_step == 2
 
 
 # Numbers that are not finite.
@@ -457,10 +411,9 @@ def test_such_a_step_can_be_left_out(run: Any, tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
     tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("lightning_modules.callbacks.checkpoint.shutil.disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr("lightning_modules.callbacks.checkpoint.shutil.disk_usage", lambda _: Namespace(free=1000))
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", **ADAMW)
-    with pytest.raises(OutOfSpaceError, match=r"run has 0 MB free.*take 0 MB.*--runs"):
+    with pytest.raises(InputError, match=r"run has 0 MB free.*take 0 MB.*--runs"):
         trainer.fit(module, pairs)
     assert trainer.global_step == 0
 
@@ -470,7 +423,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(run: Any,
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     small = At(2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard)))
     try:
-        with pytest.raises(OutOfSpaceError, match=r"checkpoint of step 3 .*checkpoints: File too large"):
+        with pytest.raises(OSError, match=r"File too large: .*checkpoints/last.ckpt"):
             run(tmp_path, small, every=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -481,26 +434,18 @@ def full(*_: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize(
-    ("callback", "says", "says_not"),
-    [
-        (
-            At(1, full, "on_before_backward"),
-            ("4 pairs with", "trainer.accumulate_grad_batches 2 (now 1, at most 4)", "data.max_length 32 (now 64)"),
-            "eval_batch_size",
-        ),
-        (At(5, full, "on_validation_batch_start"), ("data.eval_batch_size 1 (now 8)",), "accumulate_grad_batches"),
-        # such as where GoldEvaluation generates responses: no micro-batch is at fault
-        (LambdaCallback(on_train_end=full), ("out of memory: CUDA out of memory",), "micro-batch"),
-    ],
-    ids=["step", "validation", "end"],
-)
-def test_out_of_memory_says_what_to_change(
-    callback: Callback, says: tuple[str, ...], says_not: str, run: Any, tmp_path: Path
-) -> None:
-    # the callback comes after those of the run: a hook of theirs has seen the batch
-    last = {"callbacks": [RunFiles(), OutOfMemory(), callback]}
-    with pytest.raises(torch.OutOfMemoryError) as error:
-        run(tmp_path, data=VALIDATED, trainer=last)
-    message = message_for_user(error.value)
-    assert message is not None and all(part in message for part in says) and says_not not in message
+def test_out_of_memory_says_what_to_change(run: Any, tmp_path: Path) -> None:
+    step = ("4 pairs with", "trainer.accumulate_grad_batches 2 (now 1, at most 4)", "data.max_length 32 (now 64)")
+    validation = ("data.eval_batch_size 1 (now 8)",)
+    end = ("out of memory: CUDA out of memory",)  # where GoldEvaluation generates: no micro-batch is at fault
+    for callback, says, says_not in (
+        (At(1, full, "on_before_backward"), step, "eval_batch_size"),
+        (At(5, full, "on_validation_batch_start"), validation, "accumulate_grad_batches"),
+        (LambdaCallback(on_train_end=full), end, "micro-batch"),
+    ):
+        # the callback comes after those of the run: a hook of theirs has seen the batch
+        last = {"callbacks": [RunFiles(), OutOfMemory(), callback]}
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            run(tmp_path / says[0], data=VALIDATED, trainer=last)
+        message = message_for_user(error.value)
+        assert message is not None and all(part in message for part in says) and says_not not in message

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapter_weights, build, fit, make_pairs, write_pairs
-from jsonargparse import ArgumentParser
 
 from lightning_modules import preference as preference_module
 from lightning_modules.preference import PreferenceModule
@@ -14,7 +13,6 @@ from mixdpo import losses
 from mixdpo.batches.batch import Batch
 from mixdpo.model import reference_cache
 from mixdpo.model.adapters import adapter_layers, role
-from mixdpo.model.export import save_adapter
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
@@ -214,42 +212,6 @@ def test_steps_of_hard_pairs_never_run_the_reference(
     grads = forwards(monkeypatch)
     fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=fraction)})
     assert grads.count(True) == 3 and grads.count(False) == expected
-
-
-def test_saved_adapter_gives_the_policys_logits_in_a_fresh_model(tiny_model: str, source: str, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    module = fit(tiny_model, source, tmp_path / "run", lr=1.0)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    fresh = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))
-    ids = torch.arange(4, 20)[None]
-    with torch.no_grad():
-        ours, theirs = module.model.get_base_model()(ids).logits, fresh(ids).logits
-    assert torch.equal(ours, theirs)
-    save_adapter(module.model, tmp_path / "run" / "adapter")  # writing again replaces the folder
-    names = sorted(path.name for path in (tmp_path / "run" / "adapter").iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors"]
-
-
-def test_optimizers_of_bitsandbytes_are_a_choice_of_yaml(tiny_model: str) -> None:
-    """Paged ones need CUDA to run: that they are understood is all that can be tried here."""
-    import bitsandbytes
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(PreferenceModule, "model", fail_untyped=False)  # as Lightning does
-    made = {}
-    for name in ("PagedAdamW8bit", "PagedAdamW", "AdamW8bit"):
-        choice = {"class_path": f"bitsandbytes.optim.{name}", "init_args": {"lr": 0.01}}
-        config = {"class_path": "PreferenceModule", "init_args": {"base": tiny_model, "optimizer": choice}}
-        made[name] = parser.instantiate(parser.parse_object({"model": config})).model.optimizer
-    parameter = torch.nn.Parameter(torch.ones(8192))
-    optimizer = made["AdamW8bit"]([parameter])
-    assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
-    parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    assert optimizer.state[parameter]["state1"].dtype == torch.uint8
-    torch.testing.assert_close(parameter.detach(), torch.full((8192,), 0.99), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("precision,dtype,cast", [("32-true", "float32", True), ("bf16-mixed", "bfloat16", False)])

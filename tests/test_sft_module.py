@@ -1,24 +1,19 @@
 """SFT on weighted tokens: the step's normalisation, stages, and what cleaning does to the loss."""
 
-import json
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import adapter_weights, build_sft, fit, make_samples, write_pairs
 from lightning.pytorch.callbacks import Callback
 
-from lightning_modules import sft
 from lightning_modules.callbacks.checkpoint import LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
-from lightning_modules.callbacks.faults import NonFinite
 from mixdpo.batches.steps import Slices
 from mixdpo.model.adapters import adapter_state
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Random
+from mixdpo.token_cleaning.scorers import ExcessLoss, Random
 from mixdpo.token_cleaning.selection import Selection
 
 EVOLVING: dict[str, Any] = {
@@ -109,23 +104,6 @@ def test_keeping_all_is_full_sft(tiny_model: str, source: str, tmp_path: Path) -
     kept = run(tiny_model, source, tmp_path / "kept", cleaning=Cleaning(scorer=Random(), selection=Selection(1.0)))
     for key, value in adapter_weights(full).items():
         assert torch.equal(value, adapter_weights(kept)[key]), key
-
-
-@pytest.mark.parametrize("scorer", [Random(), Loss()], ids=["scored before", "scored in the step"])
-def test_a_cleaned_step_that_is_not_finite_is_left_out(
-    scorer: Any, tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call, real = count(), sft.row_log_probs
-    monkeypatch.setattr(sft, "row_log_probs", lambda *given: real(*given) * (float("nan") if next(call) == 2 else 1))
-    cleaning = Cleaning(scorer=scorer, selection=Selection(0.5, scope="sample"))
-    module = run(tiny_model, source, tmp_path / "run", cleaning=cleaning, trainer={"first": (NonFinite("skip"),)})
-    report = json.loads((tmp_path / "run/non_finite.json").read_text())
-    assert report["step"] == 2 and [row["loss"] for row in report["rows"]] == ["nan"] * 4
-    assert (module.trainer.global_step, module.empty_steps) == (6, 0)
-    assert all(value.isfinite().all() for value in adapter_weights(module).values())
-    (stage,) = json.loads((tmp_path / "run/cleaning/stages.json").read_text())["stages"]
-    unscored = np.isnan(np.load(tmp_path / "run/cleaning/weights.npy"))
-    assert unscored.any() == isinstance(scorer, Loss) and stage["samples"] == (20 if unscored.any() else 24)
 
 
 def test_validation_says_what_a_loop_over_samples_says(tiny_model: str, source: str, tmp_path: Path) -> None:

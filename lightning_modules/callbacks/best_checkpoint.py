@@ -34,11 +34,8 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
             pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
         return best
     except Exception as error:  # of pickle, zipfile and torch: an open list
-        rank_zero_warn(
-            f"the best checkpoint {best.best_model_path} cannot be loaded ({type(error).__name__}: {str(error)[:99]}): "
-            "adapter/ holds the last policy. To get the best policy, continue from a checkpoint that is older than the "
-            "damaged file, or train again"
-        )
+        reason = f"cannot be loaded ({type(error).__name__}: {str(error)[:99]})"
+        rank_zero_warn(f"the best checkpoint {best.best_model_path} {reason}: adapter/ holds the last policy")
         return None
 
 
@@ -67,18 +64,16 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
             if callback.monitor and best and best not in copies:
                 state["best_model_score"] = None
                 rank_zero_warn(
-                    f"the best checkpoint so far, {best}, is not there any more, or is another file now: only "
-                    "checkpoints of the continued run count as best. Nothing is lost if the first run had replaced the "
-                    "file by a better one. Otherwise put the file back, and continue again"
+                    f"the best checkpoint so far, {best}, is gone, or another file: put it back, and continue again"
                 )
 
 
 def _copies(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
     """Copy the files of a ModelCheckpoint's state into its new folder: {old path: new path}, without what is gone."""
-    copies, beside = {}, Path(ckpt_path).absolute().parent
+    copies, run = {}, Path(ckpt_path).absolute().parents[1]
     for path, (inside, absolute, content) in state.get("files", {}).items():
         name = os.path.relpath(path, state["dirpath"])
-        for place in (beside.parent / inside, beside / name, Path(ckpt_path), Path(absolute)):
+        for place in (run / inside, Path(ckpt_path), Path(absolute)):
             # the checkpoint that is continued may be the file itself: its own hash is not in it
             itself = place.name == Path(path).name and place.exists() and place.samefile(ckpt_path)
             if itself or (content and place.is_file() and sha256(place) == content):

@@ -1,13 +1,11 @@
 """The last checkpoint, exact resume, and checkpoint files that appear whole or not at all."""
 
 import io
-import os
 import random
 import shlex
 import shutil
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ import torch.distributed as dist
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mixdpo.errors import OutOfSpaceError, Stopped
+from mixdpo.errors import InputError, Stopped
 from mixdpo.storage.files import written_whole
 
 
@@ -29,22 +26,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
     temporary file is in the system's temporary folder, and a rename from another disk is a copy.)"""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """
-        Raises:
-            OutOfSpaceError: the file cannot be written.
-        """
-        if storage_options is not None or "://" in str(path):
-            return super().save_checkpoint(checkpoint, path, storage_options)
-        content, folder = io.BytesIO(), Path(path).parent
+        content = io.BytesIO()
         torch.save(checkpoint, content)  # not to the file: on a full disk torch's error names no reason
         try:
             with written_whole(path) as partial:
                 partial.write_bytes(content.getbuffer())
         except OSError as error:
-            raise OutOfSpaceError(
-                f"the checkpoint of step {checkpoint.get('global_step')} cannot be written to {folder}: "
-                f"{os.strerror(error.errno or 0)}; {shutil.disk_usage(folder).free / 1e6:.0f} MB are free"
-            ) from error
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class ExactResume(Callback):
@@ -59,37 +47,21 @@ class ExactResume(Callback):
         states: list[Any] = [_random_state()] * trainer.world_size
         if trainer.world_size > 1:
             dist.all_gather_object(states, states[0])
-        checkpoint |= {"random_states": states, "computed_on": _processor(trainer.strategy.root_device)}
+        checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit" or "random_states" not in checkpoint:
-            return
-        self._restored = checkpoint["random_states"][trainer.global_rank]
-        was, now = checkpoint["computed_on"], _processor(trainer.strategy.root_device)
-        if was != now:
-            rank_zero_warn(
-                f"the checkpoint was computed on {was}, and the run continues on {now}, which rounds differently and "
-                "draws other dropout masks: the adapter will not be bit-identical to that of an uninterrupted run. For "
-                f"the same bits, continue on {was}"
-            )
+        if trainer.state.fn == "fit" and "random_states" in checkpoint:
+            self._restored = checkpoint["random_states"][trainer.global_rank]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._restored is not None:
             _set_random_state(self._restored)
-            self._restored = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._aside = _random_state()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _set_random_state(self._aside)
-
-
-def _processor(device: torch.device) -> str:
-    """Name of a kind of processor that rounds alike: a GPU's model name, or a CPU's instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _random_state() -> dict[str, Any]:
@@ -128,8 +100,7 @@ class LastCheckpoint(Checkpoint):
         self._owed_validation, self._epoch = "no", 0  # whether a validation was to follow the checkpoint, and its epoch
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not where the user has named another
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         due = not self._validated and _validates(trainer)
@@ -146,9 +117,8 @@ class LastCheckpoint(Checkpoint):
         _check_disk(Path(trainer.default_root_dir), pl_module)
         if not trainer.fit_loop.done:
             _handle_signals(self._stop, self._stop)  # Lightning restores its own when it ends
-        if trainer.enable_validation and (
-            self._owed_validation == "always" or (self._owed_validation != "no" and trainer.fit_loop.done)
-        ):
+        owed = self._owed_validation == "always" or (self._owed_validation != "no" and trainer.fit_loop.done)
+        if trainer.enable_validation and owed:
             self._make_up(trainer, pl_module)
 
     def _make_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -178,12 +148,12 @@ class LastCheckpoint(Checkpoint):
         """Act only where an optimizer step is complete: in its middle, the accumulated gradient would be lost."""
         if trainer.fit_loop._should_accumulate():
             return self._hold(trainer)
-        trainer.should_stop |= self._stops
+        # max_steps too, so that a run which ends in mid-epoch is validated: Lightning validates where an epoch ends
+        trainer.should_stop |= self._stops or 0 < trainer.max_steps <= trainer.global_step
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        ends = trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch) or trainer.should_stop
-        stops = bool(self._signal)
-        if trainer.world_size > 1:  # a signal may reach one process only
-            stops = trainer.strategy.reduce_boolean_decision(stops, all=False)
+        ends = (trainer.is_last_batch and last_epoch) or trainer.should_stop
+        # a signal may reach one process only
+        stops = trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)
         if ends or stops or _validates(trainer) or trainer.global_step % self.every_n_steps == 0:
             # weights_only=False: the whole state
             trainer.save_checkpoint(_last_checkpoint(trainer), weights_only=False)
@@ -226,19 +196,16 @@ def _check_disk(folder: Path, module: L.LightningModule) -> None:
     """Refuse a folder without room for the old and the new checkpoint (adapters, two moments) and adapter/."""
     learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     adapters = sum(p.numel() * p.element_size() for name, p in module.named_parameters() if "lora_" in name)
-    need = 2 * (adapters + 2 * learning) + learning
-    if (free := shutil.disk_usage(folder).free) < need:
-        raise OutOfSpaceError(
-            f"{folder} has {free / 1e6:.0f} MB free, and checkpoints and adapter of this run take {need / 1e6:.0f} MB: "
-            "free some space, or give another folder with --runs"
-        )
+    need, free = 2 * (adapters + 2 * learning) + learning, shutil.disk_usage(folder).free
+    if free < need:
+        space = f"{free / 1e6:.0f} MB free, and checkpoints and adapter take {need / 1e6:.0f} MB"
+        raise InputError(f"{folder} has {space}: free some space, or give other --runs")
 
 
 def _handle_signals(interrupt: Any = signal.default_int_handler, terminate: Any = signal.SIG_DFL) -> None:
     """Without arguments: as Python does."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def _validates(trainer: L.Trainer) -> bool:
@@ -254,6 +221,5 @@ def _last_checkpoint(trainer: L.Trainer) -> Path:
 def resume_command(trainer: L.Trainer) -> str:
     """From the last checkpoint of this run; without one, from the checkpoint that the run continues, if any."""
     path = _last_checkpoint(trainer) if _last_checkpoint(trainer).exists() else trainer.ckpt_path
-    words = ["--config", str(Path(trainer.default_root_dir, "config.yaml"))]
-    words += ["--ckpt_path", str(path)] if path else []
+    words = ["--config", f"{trainer.default_root_dir}/config.yaml", *(["--ckpt_path", str(path)] if path else [])]
     return f"{'mixdpo fit' if Path(sys.argv[0]).name == 'mixdpo' else 'python run.py'} {shlex.join(words)}"

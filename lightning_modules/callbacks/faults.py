@@ -26,7 +26,6 @@ class NonFinite(Callback):
                 between. skip: check every step, which waits for the device, and leave out a step that is not finite.
         """
         self.action = action
-        self.skipped = 0
         self._ids: Any = None
         self._losses: list[tuple[Any, Tensor]] = []  # ids and losses of the micro-batches since the last step
         self._steps: list[tuple[int, Tensor, list[tuple[Any, Tensor]]]] = []  # not checked yet: number, norm, losses
@@ -45,8 +44,6 @@ class NonFinite(Callback):
         self._losses = []
         if self.action == "skip" and (message := self._check(trainer)):
             optimizer.zero_grad(set_to_none=True)  # zeros would move Adam, which remembers earlier gradients
-            self.skipped += 1
-            pl_module.callback_values["skipped_steps"] = self.skipped
             print(f"warning: the step is left out: {message}", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
@@ -56,30 +53,17 @@ class NonFinite(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._stop_if_not_finite(trainer)  # no checkpoint ever holds a number that is not finite
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = state_dict["skipped"]
-
     def _stop_if_not_finite(self, trainer: L.Trainer) -> None:
         if message := self._check(trainer):
-            raise NonFiniteError(
-                f"{message}. Look at these rows, lower the learning rate, set trainer.gradient_clip_val or a wider "
-                "model.dtype, or leave such steps out (--non_finite.action skip). To see the step again: "
-                f"{_command_again(trainer)}"
-            )
+            raise NonFiniteError(f"{message}\nLower the learning rate, or skip the step (--non_finite.action skip)")
 
     def _check(self, trainer: L.Trainer) -> str | None:
         """Report the first step since the last check with a number that is not finite; the message, None without."""
         steps, self._steps = self._steps, []
-        sums = [
-            torch.stack([norm.float(), *(values.sum().float() for _, values in losses)]).sum()
-            for _, norm, losses in steps
-        ]
-        bad = [not math.isfinite(value) for value in torch.stack(sums).tolist()] if sums else []
-        if trainer.world_size > 1:  # one rank's losses may be finite, and all must stop or skip
-            bad = [trainer.strategy.reduce_boolean_decision(each, all=False) for each in bad]
+        numbers = [[norm.float(), *(values.sum().float() for _, values in losses)] for _, norm, losses in steps]
+        sums = torch.stack([torch.stack(each).sum() for each in numbers]).tolist() if steps else []
+        # one rank's losses may be finite, and all must stop or skip
+        bad = [trainer.strategy.reduce_boolean_decision(not math.isfinite(total), all=False) for total in sums]
         return next((_report(trainer, *step) for step, is_bad in zip(steps, bad, strict=True) if is_bad), None)
 
 
@@ -90,19 +74,16 @@ def _report(trainer: L.Trainer, step: int, norm: Tensor, losses: list[tuple[Any,
     rows = data.rows_of([number for ids, _ in losses for number in ids.tolist()])
     # JSON has no NaN
     rows = [row | {"loss": v if math.isfinite(v) else str(v)} for row, v in zip(rows, values, strict=True)]
-    content = {"step": step, "gradient_norm": str(float(norm)), "again": _command_again(trainer)}
+    again = f"{resume_command(trainer)} --trainer.log_every_n_steps 1"
+    content = {"step": step, "gradient_norm": str(float(norm)), "again": again, "source": data.source, "rows": rows}
     if trainer.is_global_zero:
-        write_json(path, content | {"source": data.source, "rows": rows})
+        write_json(path, content)
     bad = [str(row["row"]) for row in rows if isinstance(row["loss"], str)]
     what = f"loss of row {', '.join(bad[:5])} of {data.source}" if bad else "gradient"
     return (
         f"step {step} has a {what} that is not finite (gradient norm {float(norm):.3g}; {len(bad)} of its {len(rows)} "
-        f"rows): rows, texts and losses are in {path}"
+        f"rows): rows, texts and losses are in {path}. To see the step again: {again}"
     )
-
-
-def _command_again(trainer: L.Trainer) -> str:
-    return f"{resume_command(trainer)} --trainer.log_every_n_steps 1"
 
 
 class OutOfMemory(Callback):
@@ -121,21 +102,16 @@ class OutOfMemory(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self._batch is None or not is_out_of_memory(exception):
             return
-        (rows, unit, tokens), data = self._batch, trainer.datamodule
-        now, length = trainer.accumulate_grad_batches, data.encoding["max_length"]
-        most = data.batch_size // trainer.world_size
-        advice = []
+        (rows, unit, tokens), data, now = self._batch, trainer.datamodule, trainer.accumulate_grad_batches
+        length, most = data.encoding["max_length"], data.batch_size // trainer.world_size
+        first = f"trainer.accumulate_grad_batches {min(2 * now, most)} (now {now}, at most {most})"
         if trainer.validating or trainer.sanity_checking:
-            advice.append(f"data.eval_batch_size 1 (now {data.eval_batch_size})")
-        elif now < most:
-            advice.append(f"trainer.accumulate_grad_batches {min(2 * now, most)} (now {now}, at most {most})")
-        if pl_module.activation_checkpointing is not True:
-            advice.append(f"model.activation_checkpointing true (now {pl_module.activation_checkpointing})")
-        advice += [f"data.max_length {length // 2} (now {length})", "model.optimizer bitsandbytes.optim.PagedAdamW8bit"]
+            first = f"data.eval_batch_size 1 (now {data.eval_batch_size})"
         exception.add_note(
             f"out of memory: a micro-batch of {rows} {unit} with {tokens} tokens took more than the "
-            f"{peak_memory_gb(pl_module.device):.1f} GB reached. Change the first of these options, then "
-            f"also the next ones, until the memory is enough: {'; '.join(advice)}"
+            f"{peak_memory_gb(pl_module.device):.1f} GB reached. Change the first of these options, then also the next "
+            f"ones, until the memory is enough: {first}; model.activation_checkpointing true; data.max_length "
+            f"{length // 2} (now {length}); model.optimizer bitsandbytes.optim.PagedAdamW8bit"
         )
 
 

@@ -1,4 +1,4 @@
-"""The rows of metrics.csv: which steps are logged, their throughput and memory, and what callbacks can monitor."""
+"""The rows of metrics.csv: which steps are logged, their throughput and memory."""
 
 import resource
 import sys
@@ -8,9 +8,8 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, LambdaCallback, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback
 
-from mixdpo.errors import InputError, nearest
 from mixdpo.model.memory import floor_flops, linear_sizes, matrix_rate
 
 
@@ -28,45 +27,12 @@ class LogRows(Callback):
             pl_module.log_row()
 
 
-def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
-    """Refuse, before training, a `monitor` that names no metric of the run.
-
-    Skipped if a class of the user's own may log further metrics.
-
-    Args:
-        names: the metrics that the run will have.
-
-    Raises:
-        InputError: an EarlyStopping or ModelCheckpoint monitors another metric.
-    """
-    for part in (*trainer.callbacks, trainer.lightning_module, trainer.datamodule):
-        ours = type(part).__module__.startswith(("lightning.", "lightning_modules.", "datamodules."))
-        if not ours or isinstance(part, LambdaCallback | LearningRateMonitor) or trainer.fast_dev_run:
-            return
-    for each in trainer.callbacks:
-        # `strict` is of EarlyStopping, `save_top_k` of ModelCheckpoint
-        metric, needs = getattr(each, "monitor", None), getattr(each, "strict", getattr(each, "save_top_k", False))
-        if needs and metric not in {None, *names, *(("step", "epoch") if hasattr(each, "save_top_k") else ())}:
-            raise InputError(
-                f"{type(each).__name__}.monitor: callbacks cannot monitor {metric!r} in this run"
-                f"{nearest(metric, names) or '.'} Give a metric of this run: {', '.join(sorted(names)) or 'none'}"
-            )
-
-
-class ValidateAtMaxSteps(Callback):
-    """Validates at the end of a run that `max_steps` ends in mid-epoch. (Lightning validates where an epoch ends.)"""
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if 0 < trainer.max_steps <= trainer.global_step and not trainer.fit_loop._should_accumulate():
-            trainer.should_stop = True
-
-
 class Throughput(Callback):
     """Logs tokens_per_second (of the policy, without padding), pairs_ or samples_per_second, memory/peak_gb and
     floor_share: the time of the step's necessary operations at the rate of a matrix product, over the step's time."""
 
     def __init__(self) -> None:
-        # tokens, rows, operations, seconds: since the last row, and all
+        # tokens, rows, operations, seconds: since the last row, all
         self._sums, self._totals = np.zeros(4), np.zeros(4)
         self._started, self._sizes, self._rate = 0.0, (0, 0), 1.0
 
@@ -82,9 +48,7 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = 0.0
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         now = time.perf_counter()
         self._sums += (batch.rows.tokens, batch.count, floor_flops(self._sizes, batch.rows), now - self._started)
         self._started = now

@@ -8,20 +8,15 @@ from argparse import ArgumentError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.callbacks.faults import is_out_of_memory
-from mixdpo.errors import InputError, NonFiniteError, OutOfSpaceError, nearest
+from mixdpo.errors import InputError, NonFiniteError, nearest
 from mixdpo.options import UNKNOWN_OPTION, nearest_path
 
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # how lines of jsonargparse begin that say nothing to a user
-NOISE: tuple[str, ...] = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Given value type:",
-    "Problem with given class_path",
-)
-NOISE += ("Expected a path but", "Expected a <class 'NoneType'>")
+NOISE = re.compile("Does not validate|Subtypes|Errors|Given value type|Problem with|Expected a (path b|<class 'N)")
+# of errors of Lightning (no optional package; no such metric to monitor) and torch
+OF_LIBRARIES = ("HINT: ", "Early stopping conditioned", "Invalid learning rate")
 NOT_FOUND = re.compile("has no attribute|No module named|path string: |given class_path")
 
 
@@ -33,16 +28,12 @@ def message_for_user(error: BaseException | None) -> str | None:
     while error is not None:
         if is_out_of_memory(error):
             return "\n".join(getattr(error, "__notes__", [f"out of memory: {error}"]))
-        if isinstance(error, NonFiniteError | OutOfSpaceError):
-            return str(error)
-        rust = re.search(r"os error (\d+)", str(error))  # of safetensors, whose error has no errno
-        number = getattr(error, "errno", None) or (rust and int(rust[1]))
-        if number in CANNOT_WRITE:
-            where = getattr(error, "filename", None) or "the run's files"
-            return f"cannot write {where}: {os.strerror(number)}. Free some space, or give another folder with --runs"
-        if isinstance(error, ModuleNotFoundError) and "HINT: " in str(error):  # of Lightning, about an optional package
-            return f"{' '.join(str(error).split())}, or leave out the option that needs it"
-        if isinstance(error, InputError | ArgumentError | MisconfigurationException):
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            where = error.filename or "the run's files"
+            return f"cannot write {where}: {os.strerror(error.errno)}. Free some space, or give other --runs"
+        if any(words in str(error) for words in OF_LIBRARIES):
+            return " ".join(str(error).split())
+        if isinstance(error, InputError | NonFiniteError | ArgumentError | MisconfigurationException):
             return _innermost(str(error))
         error = error.__cause__ or error.__context__
     return None
@@ -58,10 +49,8 @@ def _innermost(message: str) -> str:
     key, _, reason = leaf.partition('":')
     reason, *given = re.split(r"(?:Got|Given) value: ", reason)
     value = given[0].splitlines()[0] if given else ""
-    if value in ("None", "True", "False"):
-        return f"{key} needs a value, not null, true or false: give one (text in quotes), or leave it out ({HELP})"
     lines = dict.fromkeys(line.strip(" -.") for line in reason.splitlines())
-    reason = " or ".join(line for line in lines if line and not line.startswith(NOISE))
+    reason = " or ".join(line for line in lines if line and not NOISE.match(line))
     path = re.search(r"(?:class_path'?[=: ]+'|val='|^(?=[\w.]+$))([\w.]+)", value)
     if path and NOT_FOUND.search(reason):
         meant = nearest_path(path[1])

@@ -1,6 +1,7 @@
 """`fit`, `validate`, `predict` and `test`: Lightning's CLI with a folder for each run."""
 
 import os
+import re
 import shutil
 import sys
 from itertools import count
@@ -14,12 +15,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
-from lightning_modules.callbacks.logging import Throughput, ValidateAtMaxSteps
+from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.callbacks.run_files import RunConfig, RunFiles
 from lightning_modules.verbs.messages import HELP
-from lightning_modules.verbs.places import keep_latest, last_places
-from mixdpo.__main__ import RUN_VERBS
-from mixdpo.errors import InputError, check_one_of
+from mixdpo.errors import InputError
 from mixdpo.options import Parser
 
 
@@ -36,10 +35,6 @@ class RunCLI(LightningCLI):
             if self.made is not None and not any((self.made / name).exists() for name in kept):
                 shutil.rmtree(self.made, ignore_errors=True)  # nothing was trained
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {name: LightningCLI.subcommands()[name] for name in RUN_VERBS}
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         named = "The run's folder is RUNS/NAME, or NAME-2, … if that exists; predict and test write files RUNS/NAME.…"
         parser.add_argument("--name", type=str | int | float, default="run", help=named)
@@ -49,15 +44,11 @@ class RunCLI(LightningCLI):
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse what Lightning would take now and fail on later."""
-        places = last_places(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        keep_latest(config, places)
+        keep_typed(config, " ".join(sys.argv[1:]))
         if config.trainer.default_root_dir is not None:
             raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
-        if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:
-            raise InputError(f"seed_everything must lie in [0, 2^32), not {config.seed_everything}")
         if config.ckpt_path:
             check_checkpoint(config.ckpt_path)
 
@@ -65,10 +56,8 @@ class RunCLI(LightningCLI):
         config, writes = self.config[self.subcommand], self.subcommand in ("predict", "test")
         options = config.model.init_args
         if writes != ("output" in options) or (self.subcommand == "test" and "signal" in options):
-            raise InputError(
-                f"{config.model.class_path} does not {self.subcommand}: configs/signals are for predict only, "
-                "configs/evaluation for predict and test, the others for fit and validate"
-            )
+            kinds = "configs/signals predict, configs/evaluation predict and test, the others fit and validate"
+            raise InputError(f"{config.model.class_path} does not {self.subcommand}: {kinds}")
         if writes:
             suffix = ".margins" if "signal" in options else ""
             options.output = options.output or str(Path(config.runs) / f"{config.name}{suffix}")
@@ -79,8 +68,7 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
         if self.subcommand == "fit":
             config = self.config[self.subcommand]
-            folder = folder_of_first_process(Path(config.runs), str(config.name))
-            if folder is None:
+            if (folder := folder_of_first_process()) is None:
                 folder = self.made = new_run_folder(Path(config.runs), str(config.name))
             options["default_root_dir"] = str(folder)
             if config.trainer.logger in (None, True):
@@ -94,13 +82,23 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """A run that had made all its max_steps may lack what follows the last one: Lightning calls no hook then."""
-        # the plan is written as training starts
-        if not Path(self.trainer.default_root_dir, self.datamodule.summary_file).exists():
+        plan = Path(self.trainer.default_root_dir, self.datamodule.summary_file)  # written as training starts
+        if not plan.exists():
             print("the run of ckpt_path is complete: nothing is trained, only what follows the last step is done again")
             self.model.to(self.trainer.strategy.root_device)
             for name in ("on_train_start", "on_train_end"):
                 for callback in self.trainer.callbacks:
                     getattr(callback, name)(self.trainer, self.model)
+
+
+def keep_typed(config: Any, command_line: str) -> None:
+    """Of two options that exclude each other, one on the command line replaces the other one of a config."""
+    shares = {"data.init_args.routing": "hard_fraction", "model.init_args.cleaning.selection": "keep_ratio"}
+    for group, share in shares.items():
+        names, title = ("threshold", share), group.rpartition(".")[2]
+        is_typed = [bool(re.search(rf"{title}((?!--).)*\b{name}\b", command_line)) for name in names]
+        if None not in [config.get(f"{group}.{name}") for name in names] and is_typed[0] != is_typed[1]:
+            config[f"{group}.{names[is_typed[0]]}"] = None
 
 
 def check_checkpoint(path: str) -> None:
@@ -109,25 +107,21 @@ def check_checkpoint(path: str) -> None:
         InputError: the file is no checkpoint of a run.
     """
     try:
-        content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        if not {"adapters", "state_dict"} <= set(content):
-            raise ValueError("it holds no adapters")
+        torch.load(path, weights_only=True, mmap=True, map_location="cpu")["adapters"]
     except Exception as error:  # of pickle, zipfile and torch: an open list
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"ckpt_path {path} is not a checkpoint of a run, or is damaged ({type(error).__name__}: {reason}); give a "
-            "run's RUNS/NAME/checkpoints/last.ckpt"
-        ) from error
+        reason = f"is no checkpoint of a run, or is damaged ({type(error).__name__})"
+        raise InputError(f"ckpt_path {path} {reason}: give a run's RUNS/NAME/checkpoints/last.ckpt") from error
 
 
-def folder_of_first_process(runs: Path, name: str) -> Path | None:
-    """The run folder, in a process that works for another one's run; None in the first process of a run.
+def folder_of_first_process() -> Path | None:
+    """The run folder, in a process that Lightning has started for a further device of a run. Every other process
+    ignores an inherited MIXDPO_RUN_FOLDER.
 
-    A process that Lightning has started for a further device takes the folder from the environment. Every other
-    process ignores an inherited MIXDPO_RUN_FOLDER. Under torchrun all processes use RUNS/NAME.
+    Raises:
+        InputError: another program has started the process, and would start each with a folder of its own.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return runs / name if os.environ.get("RANK", "0") != "0" else None
+        raise InputError("torchrun is not supported: leave it out, and give --trainer.devices")
     folder = os.environ.pop("MIXDPO_RUN_FOLDER", "")  # of one call of `start` only
     return Path(folder) if folder and os.environ.get("LOCAL_RANK", "0") != "0" else None
 
@@ -136,10 +130,8 @@ def new_run_folder(runs: Path, name: str) -> Path:
     """Make RUNS/NAME, or the first free NAME-2, NAME-3, …: no run is ever overwritten.
 
     Raises:
-        InputError: the folder cannot be made, or exists under torchrun, where no other process would learn its name.
+        InputError: the folder cannot be made.
     """
-    if not name.strip("./"):
-        raise InputError(f"--name {name!r} names no folder: give a name, such as run")
     for number in count(1):
         folder = runs / (name if number == 1 else f"{name}-{number}")
         try:
@@ -147,11 +139,7 @@ def new_run_folder(runs: Path, name: str) -> Path:
             break
         except OSError as error:
             if not os.path.lexists(folder):
-                raise InputError(
-                    f"cannot write the run folder {folder}: {error.strerror}. Give another with --runs"
-                ) from None
-            if "TORCHELASTIC_RUN_ID" in os.environ:
-                raise InputError(f"{folder} exists: under torchrun give a --name that is free") from None
+                raise InputError(f"cannot write {folder}: {error.strerror}. Give another --runs") from None
     os.environ["MIXDPO_RUN_FOLDER"] = str(folder)
     return folder
 
@@ -161,8 +149,6 @@ def start(arguments: list[str] | None = None) -> RunCLI:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
-    first, known = (arguments or ["-h"])[0], (*RUN_VERBS, "-h", "--help")
-    check_one_of("the first word (a config file needs --config before it)", first, known)
     sys.argv[1:] = arguments  # Lightning starts further processes with it
     return RunCLI(
         L.LightningModule,
@@ -171,9 +157,9 @@ def start(arguments: list[str] | None = None) -> RunCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=42,
-        trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), ValidateAtMaxSteps(), OutOfMemory()]},
+        trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), OutOfMemory()]},
         parser_class=type("RunParser", (Parser, LightningArgumentParser), {}),
         parser_kwargs={"exit_on_error": False},
         save_config_kwargs={"save_to_log_dir": False},
-        save_config_callback=RunConfig if first == "fit" else None,
+        save_config_callback=RunConfig if "fit" in arguments[:1] else None,
     )

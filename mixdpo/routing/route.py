@@ -41,8 +41,8 @@ class Routing:
     Args:
         threshold: τ; pairs with a margin below it are hard. Its unit is the data's: choose it from the quantiles.
         hard_fraction: share of the pairs that are hard, taken from the small margins; 0 is plain preference training,
-            1 plain SFT. Give this or `threshold`, not both; without either it is 0.12. If one config gives
-            hard_fraction and a later config or option gives `threshold`, the later one counts; likewise the reverse.
+            1 plain SFT. Give this or `threshold`, not both; without either it is 0.12. An option
+            on the command line replaces the other one of a config.
         order: easy_to_hard sorts by margin, largest first (no shuffling), so that SFT comes last; hard_to_easy turns
             that round; shuffled is seeded; bucketed goes from easy to hard in `buckets` quantiles, shuffled inside;
             interleaved spreads the hard pairs evenly among the sorted easy ones; preference_first and sft_first train
@@ -66,7 +66,7 @@ class Routing:
     easy_action: EasyAction = "preference"
 
     def __post_init__(self) -> None:
-        choose_one(self, "routing", "hard_fraction", 0.12, "threshold")
+        choose_one(self, "data.routing", "hard_fraction", 0.12, "threshold")
         if not 0 <= (self.hard_fraction or 0) <= 1:
             raise InputError(f"routing.hard_fraction must lie in [0, 1], not be {self.hard_fraction}")
         if not np.isfinite(self.threshold or 0):

@@ -19,8 +19,7 @@ class Selection:
         keep_ratio: Share of the eligible tokens that is kept, in (0, 1]. Without this and threshold it is the paper's
             0.6; the paper's results change little from 0.3 to 0.8.
         threshold: Keep tokens with a score above this instead, so 0 keeps by sign. Give this or keep_ratio, not both.
-            If one config gives keep_ratio and a later config or option gives threshold, the later one counts; likewise
-            the reverse.
+            An option on the command line replaces the other one of a config.
         scope: What keep_ratio ranks over: all tokens scored together (the paper's method), each sample by itself (its
             RHO baseline), or the samples of a batch.
         min_keep: Every sample keeps at least this many of its best tokens, or all it has: more than keep_ratio if need
@@ -35,7 +34,7 @@ class Selection:
     always_keep: tuple[str, ...] | list[str] = ()
 
     def __post_init__(self) -> None:
-        choose_one(self, "selection", "keep_ratio", 0.6, "threshold")
+        choose_one(self, "model.cleaning.selection", "keep_ratio", 0.6, "threshold")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise InputError(f"selection.keep_ratio must lie in (0, 1], not {self.keep_ratio}; 1 keeps every token")
         if self.threshold is not None and not np.isfinite(self.threshold):

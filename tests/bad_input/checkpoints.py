@@ -58,12 +58,12 @@ LAST, BESIDE = "give a run's RUNS/NAME/checkpoints/last.ckpt", "use the config.y
 CHECKPOINTS = [
     *cases(
         "ckpt_path",
-        ("no such file", checkpoint(None), ("/no/last.ckpt is not a checkpoint", "No such file", LAST)),
-        ("text", checkpoint("not a checkpoint\n"), ("is not a checkpoint", LAST)),
+        ("no such file", checkpoint(None), ("/no/last.ckpt is no checkpoint", "FileNotFoundError", LAST)),
+        ("text", checkpoint("not a checkpoint\n"), ("is no checkpoint", LAST)),
         ("cut off", half, ("or is damaged", LAST)),
-        ("a list", saved([1, 2]), ("it holds no adapters", LAST)),
-        ("of another program", saved({"state_dict": {}, "epoch": 1}), ("it holds no adapters", LAST)),
-        ("holds a program", saved({"adapters": Path("x")}), ("is not a checkpoint", LAST)),
+        ("a list", saved([1, 2]), ("is no checkpoint", LAST)),
+        ("of another program", saved({"state_dict": {}, "epoch": 1}), ("is no checkpoint", LAST)),
+        ("holds a program", saved({"adapters": Path("x")}), ("is no checkpoint", LAST)),
         ("another batch size", resumed(data={"batch_size": 8}), ("belongs to another run", "batch_size", BESIDE)),
         ("another route", resumed(data={"routing": Routing(hard_fraction=0.5)}), ("route: ", BESIDE)),
         ("of pairs, for samples", resumed("fit_sft"), ("belongs to another run", "SFTDataModule", BESIDE)),

@@ -54,7 +54,6 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
 ]
 MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
-    (PreferenceModule, {"sft_weight": -1.0}, ("sft_weight (-1.0)", "must be >= 0")),
     (PreferenceModule, {"cleaning": Cleaning(warm_up_stages=1)}, ("warm_up_stages belongs to SFT",)),
     (PreferenceModule, {"cleaning": Cleaning(Loss("policy"), BATCH)}, ("reads the policy", "ExcessLoss(worse=base)")),
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
