@@ -172,6 +172,14 @@ class PreferenceModule(AdapterModule):
 
     # What a run logs, and what is checked before it.
 
+    def metric_names(self) -> set[str]:
+        has_easy = not self.trainer.datamodule.route.is_sft.all()
+        return {name for name in super().metric_names() if has_easy or not name.startswith("rewards/")}
+
+    def validation_names(self) -> list[str]:
+        kinds = {"all", *(("easy", "hard")[hard] for hard in self.trainer.datamodule.validation_is_hard().tolist())}
+        return [n for n in VALIDATION if n.split("/")[1] in kinds and (self.needs_reference or "displacement" not in n)]
+
     def step_values(self, step: int) -> dict[str, float]:
         self._write_log_probs()
         mass = learning_rate_mass(self._multipliers[:step], self._plan.sft_share[:step])
@@ -207,4 +215,6 @@ class PreferenceModule(AdapterModule):
         """For the run's summary: the share of the learning rate that each route will receive."""
         mass = learning_rate_mass(self._multipliers, self._plan.sft_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
+        if self._plan.sft_share.any() < self.trainer.datamodule.route.is_sft.any():
+            self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
         return {"planned_lr_mass": mass, "preference_loss": self._loss_name}

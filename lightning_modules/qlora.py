@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
-from lightning_modules.callbacks.logging import LogRows
+from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.data.encoding import largest_id
@@ -99,7 +99,11 @@ class AdapterModule(L.LightningModule):
             raise InputError(f"{type(self).__name__} cannot train on {type(data).__name__}: change model or data")
         if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
             raise InputError(f"trainer.strategy {type(strategy).__name__} would shard a 4-bit base: give ddp")
+        if self.trainer.state.fn == "fit":
+            refuse_missing_metrics(self.trainer, self.metric_names())
         check_card(strategy.root_device, str(self.trainer.precision))
+        if str(self.trainer.precision) == "bf16-true":
+            self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
         base = load_base(self.base, **self.loading, device=strategy.root_device)
         check_vocabulary(base, self.base, largest_id(*getattr(data, "tables", {}).values()))
         if getattr(data, "documents", False):
@@ -118,6 +122,7 @@ class AdapterModule(L.LightningModule):
         if self.activation_checkpointing == "auto":
             with self.trainer.precision_plugin.forward_context():
                 self._recompute_above = most_tokens(self.model)
+            self.print(f"activations are recomputed for micro-batches of more than {self._recompute_above} tokens")
         if self.activation_checkpointing is not False:
             base.activation_checkpointing_enable({"use_reentrant": False})
 
@@ -152,6 +157,13 @@ class AdapterModule(L.LightningModule):
     def plan_facts(self) -> dict[str, Any]:
         """What is added to the summary of the run's plan."""
         return {}
+
+    def metric_names(self) -> set[str]:
+        """Names that callbacks can monitor in this run: of logged steps, and of validation if rows are held out. The
+        data must have been set up. metrics.csv has further names, which go to the loggers only."""
+        logs = 0 < self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
+        validation = self.validation_names() if self.trainer.limit_val_batches else ()
+        return {*(self.progress_bar if logs else ()), *validation}
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_means.compute().items():

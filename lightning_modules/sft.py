@@ -90,9 +90,12 @@ class SFTModule(AdapterModule):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"stage_start": self.stage_start}
 
-    def on_validation_epoch_start(self) -> None:
+    def validation_names(self) -> tuple[str, ...]:
         sources = (f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources)
-        self.val_means = NamedMeans(("val/loss", "val/token_accuracy", "val/entropy", *sources)).to(self.device)
+        return ("val/loss", "val/token_accuracy", "val/entropy", *sources)
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_means = NamedMeans(self.validation_names()).to(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""

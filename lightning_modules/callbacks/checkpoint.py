@@ -16,6 +16,7 @@ import torch.distributed as dist
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mixdpo.errors import InputError, Stopped
 from mixdpo.storage.files import written_whole
@@ -47,11 +48,15 @@ class ExactResume(Callback):
         states: list[Any] = [_random_state()] * trainer.world_size
         if trainer.world_size > 1:
             dist.all_gather_object(states, states[0])
-        checkpoint["random_states"] = states
+        checkpoint |= {"random_states": states, "computed_on": _processor(trainer.strategy.root_device)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit" and "random_states" in checkpoint:
             self._restored = checkpoint["random_states"][trainer.global_rank]
+            was, now = checkpoint["computed_on"], _processor(trainer.strategy.root_device)
+            if was != now:
+                text = "which rounds differently: the adapter is not bit-identical to that of an uninterrupted run"
+                rank_zero_warn(f"the checkpoint was computed on {was}, and the run continues on {now}, {text}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._restored is not None:
@@ -62,6 +67,13 @@ class ExactResume(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _set_random_state(self._aside)
+
+
+def _processor(device: torch.device) -> str:
+    """Name of a kind of processor that rounds alike: a GPU's model name, or a CPU's instruction set."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _random_state() -> dict[str, Any]:

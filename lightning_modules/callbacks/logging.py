@@ -1,4 +1,4 @@
-"""The rows of metrics.csv: which steps are logged, their throughput and memory."""
+"""The rows of metrics.csv: which steps are logged, their throughput and memory, and what callbacks can monitor."""
 
 import resource
 import sys
@@ -8,8 +8,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback, LearningRateMonitor
 
+from mixdpo.errors import InputError, nearest
 from mixdpo.model.memory import floor_flops, linear_sizes, matrix_rate
 
 
@@ -25,6 +26,31 @@ class LogRows(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if logs_step(trainer):
             pl_module.log_row()
+
+
+def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
+    """Refuse, before training, a `monitor` that names no metric of the run.
+
+    Skipped if a class of the user's own may log further metrics.
+
+    Args:
+        names: the metrics that the run will have.
+
+    Raises:
+        InputError: an EarlyStopping or ModelCheckpoint monitors another metric.
+    """
+    for part in (*trainer.callbacks, trainer.lightning_module, trainer.datamodule):
+        ours = type(part).__module__.startswith(("lightning.", "lightning_modules.", "datamodules."))
+        if not ours or isinstance(part, LambdaCallback | LearningRateMonitor) or trainer.fast_dev_run:
+            return
+    for each in trainer.callbacks:
+        # `strict` is of EarlyStopping, `save_top_k` of ModelCheckpoint
+        metric, needs = getattr(each, "monitor", None), getattr(each, "strict", getattr(each, "save_top_k", False))
+        if needs and metric not in {None, *names, *(("step", "epoch") if hasattr(each, "save_top_k") else ())}:
+            raise InputError(
+                f"{type(each).__name__}.monitor: callbacks cannot monitor {metric!r} in this run"
+                f"{nearest(metric, names) or '.'} Give a metric of this run: {', '.join(sorted(names)) or 'none'}"
+            )
 
 
 class Throughput(Callback):

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import sys
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from lightning_modules.callbacks.run_files import RunConfig, RunFiles
 from lightning_modules.verbs.messages import HELP
 from mixdpo.errors import InputError
 from mixdpo.options import Parser
+from mixdpo.storage.files import read_text
+from mixdpo.storage.read import parse_yaml
 
 
 class RunCLI(LightningCLI):
@@ -44,6 +46,9 @@ class RunCLI(LightningCLI):
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        for option, path in pairwise(sys.argv):
+            if option == "--config" and os.path.isfile(path):  # jsonargparse would not name the file
+                parse_yaml(read_text(path), f"config {path}", finite=False)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         keep_typed(config, " ".join(sys.argv[1:]))
