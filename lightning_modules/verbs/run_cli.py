@@ -54,6 +54,8 @@ class RunCLI(LightningCLI):
         keep_typed(config, " ".join(sys.argv[1:]))
         if config.trainer.default_root_dir is not None:
             raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
+        if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:
+            raise InputError(f"seed_everything must lie in [0, 2^32), not {config.seed_everything}")
         if config.ckpt_path:
             check_checkpoint(config.ckpt_path)
 
@@ -137,6 +139,8 @@ def new_run_folder(runs: Path, name: str) -> Path:
     Raises:
         InputError: the folder cannot be made.
     """
+    if not name.strip("./"):
+        raise InputError(f"--name {name!r} names no folder: give a name, such as run")
     for number in count(1):
         folder = runs / (name if number == 1 else f"{name}-{number}")
         try:

@@ -38,10 +38,10 @@ OUT_OF_RANGE = {
 # class, options -> what is said
 CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"threshold": 0.5, "hard_fraction": 0.12}, ("give hard_fraction or threshold, not both (0.12 and 0.5)",)),
-    (Routing, {"hard_fraction": 1.2}, ("routing.hard_fraction (1.2) must lie",)),
-    (Routing, {"threshold": INF}, ("routing.threshold (inf) must be finite",)),
+    (Routing, {"hard_fraction": 1.2}, ("routing.hard_fraction must lie in [0, 1], not be 1.2",)),
+    (Routing, {"threshold": INF}, ("routing.threshold must be finite, not inf",)),
     (Routing, {"order": "sft_frist"}, ("routing.order must be one of", "not 'sft_frist'; did you mean 'sft_first'?")),
-    (Routing, {"reshuffle": True}, ("easy_to_hard has nothing to shuffle", "set it to false")),
+    (Routing, {"reshuffle": True}, ("needs the order shuffled or bucketed, not easy_to_hard",)),
     (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, rising",)),
     (Selection, {"keep_ratio": 0.5, "threshold": 0.0}, ("selection: give keep_ratio or threshold,",)),
     (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
@@ -55,7 +55,7 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
 ]
 MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (PreferenceModule, {"cleaning": Cleaning(warm_up_stages=1)}, ("warm_up_stages belongs to SFT",)),
-    (PreferenceModule, {"cleaning": Cleaning(Loss("policy"), BATCH)}, ("reads the policy", "ExcessLoss(worse=base)")),
+    (PreferenceModule, {"cleaning": Cleaning(Loss("policy"), BATCH)}, ("reads the policy", "give worse or role base")),
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
     (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
 ]
@@ -95,7 +95,6 @@ UNWEIGHED = {"batch": OFFSETS[:1], "always_keep": OFFSETS[:1]}
 WITH_DATA = [
     *cases(
         "data.routing",
-        ("no pair", routed([]), "no pair to route … the training data is empty"),
         ("a margin of NaN", routed([1.0, NAN]), "margin 1 is not finite"),
         ("fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), "trains 2 of … needs 4"),
     ),
@@ -143,23 +142,22 @@ MOVING, NOTHING = RefreshReference(role="reference"), Selection(always_keep=["no
 LOSS, SFT_LOSS = callbacks.EarlyStopping("val/loss"), callbacks.EarlyStopping("val/all/sft_loss")
 ONE_PAIR = {"preference_loss": losses.KTOPair()} | data(batch_size=2) | trainer(accumulate_grad_batches=2)
 OF_THEIR_OWN = [  # callbacks that would move the planned steps
-    (callbacks.GradientAccumulationScheduler({0: 2}), "trainer.accumulate_grad_batches"),
-    (callbacks.LearningRateFinder(), "compare a few --model.optimizer.lr"),
+    (callbacks.GradientAccumulationScheduler({0: 2}), "set data.batch_size"),
+    (callbacks.LearningRateFinder(), "LearningRateFinder"),
     (callbacks.BatchSizeFinder(), "set data.batch_size"),
 ]
 FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("model.schedule", "too few multipliers", "must give 4 finite numbers", {"schedule": rising}),
-    ("model.optimizer", "a negative rate", "model.optimizer … learning rate", {"lr": -1.0}),
     ("trainer.limit_train_batches", "2", "cuts the … use data.limit", trainer(limit_train_batches=2)),
     ("trainer.max_epochs", "0", "a schedule needs steps", trainer(max_epochs=0)),
-    ("data.max_prompt_length", "as max_length", "max_length (64) must be … (64)", data(max_prompt_length=64)),
+    ("data.max_prompt_length", "as max_length", "max_length must be above max_prompt_length", data(max_prompt_length=64)),
     ("model.cleaning", "no pair is hard", "0 pairs are hard", cleaned() | hard(0.0)),
-    ("model.cleaning", "of rejected responses", "(it is sft_both)", cleaned() | hard(0.5, hard_action="sft_both")),
+    ("model.cleaning", "of rejected responses", "data.routing.hard_action sft", cleaned() | hard(0.5, hard_action="sft_both")),
     ("RefreshReference", "one stage", "the run has one stage … data.routing.order", trainer(MOVING) | hard(0.0)),
     *(("trainer.callbacks", f"{i}", says, trainer(callback)) for i, (callback, says) in enumerate(OF_THEIR_OWN)),
     ("EarlyStopping", "SFT's name", "did you mean 'val/all/sft_loss' … train/loss", trainer(LOSS) | VALIDATED),
     ("EarlyStopping", "nothing held out", "a metric of this run: rewards/accuracy", trainer(SFT_LOSS)),
-    ("model.preference_loss", "means over one pair", "set trainer.accumulate_grad_batches", ONE_PAIR),
+    ("model.preference_loss", "means over one pair", "halve trainer.accumulate_grad_batches", ONE_PAIR),
 ]
 SFT_FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("data.slices", "two epochs", "set trainer.max_epochs 1", data(slices=Slices(2)) | trainer(max_epochs=2)),

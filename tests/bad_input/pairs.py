@@ -44,7 +44,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("a response of the user's", {"chosen": [user("4")]}, ("of role 'assistant'",)),
     ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("should end in a message",)),
     ("a prompt of another conversation", OTHER, ("'prompt' is no message of the conversation",)),
-    ("no margin in one row", {"margin": GONE}, ("the margin column 'margin' is missing",)),
+    ("no margin in one row", {"margin": GONE}, ("column 'margin' should be a finite number, not None",)),
     *((f"a margin {fault}", {"margin": value}, ("'margin'", FINITE)) for fault, value in UNREAL),
     ("a fractional pair_id", {"pair_id": 1.5}, ("'pair_id' should be text or a whole number",)),
 ]
@@ -91,7 +91,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
         "every row dropped",
         "a.jsonl",
         LINE.replace('"4"', '" "'),
-        ("no usable pair", "'empty_completion': 1", "give other"),
+        ("no usable pair", "'empty_completion': 1"),
     ),
 ]
 
@@ -137,12 +137,12 @@ SOURCES = [
 
 CASES = [
     *(row_case(*row) for row in ROWS),
-    row_case("one of two scores", {"score_rejected": GONE}, ("'score_rejected' is missing",), SCORED),
+    row_case("one of two scores", {"score_rejected": GONE}, ("'score_rejected' should be a finite number, not None",), SCORED),
     *(row_case(*row, RATED) for row in RATINGS),
     ids_case("a pair_id twice", "a", "a"),
     ids_case("a pair_id as number and as text", 7, "7"),
     *(file_case(*file) for file in FILES),
-    column_case("an unknown column", "stars", "no margin column stars", "margin, a, b."),
+    column_case("an unknown column", "stars", "'stars' should be a finite number, not None", "margin, a, b."),
     *(column_case(str(names), names, "one column or [chosen_column, rejected") for names in (["a"] * 2, [], [*"abc"])),
     *SOURCES,
 ]

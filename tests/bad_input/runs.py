@@ -78,12 +78,12 @@ RUNS = [
     run("config file", "a section twice", config(TWICE), "the key 'data' stands twice, in line 1 and again, line 3"),
     run("config file", "nested deeply", config("[" * 100_000), "nested too deeply … line 1 … correct it"),
     run("config file", "a misspelt option", config("data: {init_args: {batchsize: 2}}"), f"batchsize … {HELP}"),
-    run("command line", "nothing", (), "subcommand … fit,validate,predict", whole=True),
+    run("command line", "nothing", (), "subcommand … fit,validate", whole=True),
     run("command line", "a misspelt command", ("trian", *DEMO), "trian", whole=True),
     run("command line", "a misspelt option", ("--data.batchsize", "2"), f"batchsize … {HELP}"),
     run("command line", "a word for a number", ("--data.batch_size", "many"), f"batch_size … many … {HELP}"),
     run("model.preference_loss", "no such class", ("--model.preference_loss", "no.Loss"), f"no.Loss … {HELP}"),
-    run("model", "for predict only", RATING, "does not fit … for predict only"),
+    run("model", "for predict only", RATING, "does not fit … signals predict"),
     run("model", "for fit only", ("predict", *DEMO), "does not predict … configs/signals", whole=True),
     run("data.source", "not there", ("--data.source", "/no/pairs.jsonl"), "/no/pairs.jsonl … Check the path"),
     run(
@@ -94,11 +94,12 @@ RUNS = [
     ),
     run("trainer.callbacks", "no such class", callback("no.Callback"), f"no.Callback … {HELP}"),
     run("GoldEvaluation", "an unknown constraint", prompts, "red tea … 'rhymes' … kind must be one of"),
-    run("GoldEvaluation", "no template", ("--data.chat_template", "plain", *GOLD), "is plain … give a template"),
+    run("GoldEvaluation", "no template", ("--data.chat_template", "plain", *GOLD), "needs a chat template"),
     run("name", "empty", ("--name", ""), "names no folder … give a name"),
     run("seed_everything", "-1", ("--seed_everything", "-1"), "seed_everything must lie in"),
+    run("model.optimizer", "a negative rate", ("--model.optimizer.lr=-1",), "Invalid learning rate: -1"),
     run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), "abacus"),
-    run("runs", "a file", lambda place: ("--runs", place.write("file", "")), "file/tiny: Not a … Give another with"),
+    run("runs", "a file", lambda place: ("--runs", place.write("file", "")), "file/tiny: Not a … Give another --runs"),
 ]
 
 # What a run bears, and says how often.

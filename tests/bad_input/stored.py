@@ -133,9 +133,9 @@ CASES = [
     *(margins_case(*row) for row in MARGINS),
     *cases(
         "margins file",
-        ("no such file", lambda place: read_margins("/no.margins"), "/no.margins … run.py predict makes it"),
+        ("no such file", lambda place: read_margins("/no.margins"), "/no.margins … cannot be read"),
         ("of other pairs", trained_with(*LINES), ("does not fit 16 of the 16 pairs", "first: row 1", ANEW)),
-        ("of another policy", trained_with(OF_A_POLICY, *LINES[1:]), "another encoding of the pairs … use the options"),
+        ("of another policy", trained_with(OF_A_POLICY, *LINES[1:]), "another encoding of the pairs … compute it anew"),
         ("of another signal, to be continued", continued, "signal: y there, x here … give another model.output"),
         ("a margin that is infinite", not_finite, "by pair id … Use a wider model.dtype"),
         ("no pair in common", compared, "no pair in common … give two files of the same data"),

@@ -17,6 +17,7 @@ def study(**changes: Any) -> dict[str, Any]:
         "prompts": "prompts.jsonl",
         "outcomes": {"gold": ["main"]},
         "control": "dpo",
+        "assumed_sd": {"prompts": 0.3, "seeds": 0.0},
         "options": {"data.validation": 0},
     }
     return {key: value for key, value in (base | changes).items() if value is not ...}

@@ -52,29 +52,29 @@ SHORT = {"max_length": 3, "max_prompt_length": 2, "overlong": "drop"}
 TEMPLATES = [
     *cases(
         "chat_template",
-        ("no such file", encoded(template="no/chat.jinja"), "no/chat.jinja … no Jinja template and not 'plain'"),
-        ("an empty file", encoded(template=lambda p: p.write("chat.jinja", "")), "holds no Jinja … no {{ or {% in it"),
+        ("no such file", encoded(template="no/chat.jinja"), "no/chat.jinja … cannot be read"),
+        ("an empty file", encoded(template=lambda p: p.write("chat.jinja", "")), "holds no Jinja template"),
         (
             "a syntax error",
             encoded(template="{% for m in messages %}"),
             "row 1 (pair_id … Give another `chat_template`",
         ),
         ("no system role", encoded(SYSTEM, NO_SYSTEM), "row 2 (pair_id … (system, user) … System role not supported"),
-        ("the system message left out", encoded(SYSTEM, HIDDEN), "row 2 (pair_id … leaves the system … that shows it"),
+        ("the system message left out", encoded(SYSTEM, HIDDEN), "row 2 (pair_id … leaves out part of a message"),
         (
             "today's date",
             encoded(template="{{ strftime_now(form) }}" + TEMPLATE),
-            "writes today's … a date stands there",
+            "writes today's … put a date there",
         ),
-        ("no end token", encoded(template=shown("<|im_end|>", "")), "no special … writes eos_token after a response"),
-        ("a response cut", encoded(PAIR | {"chosen": "blue fish"}, CUT), "row 2 (pair_id … leaves out part … shows it"),
-        ("a prompt that changes", encoded(template=COUNTING), "last user message differently … give another"),
+        ("no end token", encoded(template=shown("<|im_end|>", "")), "no special … writes eos_token"),
+        ("a response cut", encoded(PAIR | {"chosen": "blue fish"}, CUT), "row 2 (pair_id … leaves out part of a message"),
+        ("a prompt that changes", encoded(template=COUNTING), "shows the prompt differently … give another"),
         ("none at all", encoded(change=without("chat_template")), "has no … give `chat_template`"),
     ),
     *cases(
         "other options",
-        ("no end token", encoded(template="plain", change=without("eos_token")), "row 1 … no eos token … name one in"),
-        ("max_length too short", encoded(**SHORT), "no pair is left of 2 … raise max_length (3)"),
+        ("no end token", encoded(template="plain", change=without("eos_token")), "row 1 … the eos token: name one in"),
+        ("max_length too short", encoded(**SHORT), "no pair is left of 2 … raise max_length"),
     ),
 ]
 
