@@ -139,8 +139,12 @@ class PlannedDataModule(L.LightningDataModule):
         return table.dataset
 
     def describe_counts(self) -> list[str]:
-        """Every row left out or cut, in a few lines: nothing is dropped silently."""
-        return [f"{name}: " + ", ".join(f"{k} {v}" for k, v in counts.items()) for name, counts in self.counts.items()]
+        """A line of counts for each table, such as "train: 2,900 pairs, 31 truncated": no row is left out silently."""
+        lines = []
+        for name, counts in self.counts.items():
+            parts = [f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count]
+            lines.append(f"{name}: {', '.join(parts)}")
+        return lines
 
     def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """Row in the source, id and texts of the rows of training that a batch calls by these `ids`."""

@@ -104,7 +104,7 @@ RUNS = [
 
 # What a run bears, and says how often.
 BORNE = [
-    run("data.source", "a response longer than max_length", pairs(chosen("tea " * 80, 1)), "truncated 1"),
-    run("data.source", "an end token in a text", pairs(chosen("<|im_end|> ", 2)), "special_tokens_in_text 2"),
-    run("data.source", "an empty response", pairs(lambda text: text + EMPTY), "empty_completion 1"),
+    run("data.source", "a response longer than max_length", pairs(chosen("tea " * 80, 1)), "1 truncated"),
+    run("data.source", "an end token in a text", pairs(chosen("<|im_end|> ", 2)), "2 special tokens in text"),
+    run("data.source", "an empty response", pairs(lambda text: text + EMPTY), "1 empty completion"),
 ]
