@@ -13,6 +13,7 @@ from test_adapters import saved_adapter
 
 from lightning_modules.callbacks.checkpoint import ExactResume
 from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
+from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.callbacks.run_files import RunFiles
 from mixdpo.routing.route import Routing
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -52,7 +53,7 @@ def test_responses_of_the_model_as_it_is_trained(tiny_model: str, tmp_path: Path
     prompts = write_pairs(tmp_path / "prompts.jsonl", [{"prompt": f"{word} 7"} for word in WORDS[:3]])
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
     evaluation = GoldEvaluation(prompts, scorer=None, max_new_tokens=4, batch_size=2, dequantise=False)
-    trainer = {"callbacks": [RunFiles(), ExactResume(), evaluation], **MIXED["trainer"]}
+    trainer = {"callbacks": [RunFiles(), ExactResume(), Throughput(), evaluation], **MIXED["trainer"]}
     start = saved_adapter(tiny_model, tmp_path / "start", rank=4)
     fit(tiny_model, source, tmp_path / "run", **MIXED | {"trainer": trainer}, adapter=start, lr=1.0)
     rows = json.loads((tmp_path / "run/responses.json").read_text())

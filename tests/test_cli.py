@@ -248,7 +248,7 @@ def test_values_of_the_wrong_kind(parsed: Callable[..., Any]) -> None:
         ("runs", [{"runs": 3}]),
     ):
         message = parsed(*given)
-        assert isinstance(message, str) and re.search(rf"{key}: .*, not (None|3) ", message), message
+        assert isinstance(message, str) and re.search(rf"{key}(: .*, not 3 | needs a value)", message), message
 
 
 def test_what_may_be_null_or_a_number(parsed: Callable[..., Any]) -> None:

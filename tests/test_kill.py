@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-import safetensors.torch
 import torch
 from conftest import build, build_sft, make_pairs, make_samples, write_pairs
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -26,6 +25,7 @@ from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.callbacks.run_files import RunFiles
 from mixdpo.batches.steps import Slices
+from mixdpo.model import export
 from mixdpo.model.adapters import Lora
 from mixdpo.routing.schedules import StagedCosine
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -43,7 +43,7 @@ POINTS: dict[str, tuple[Any, str, str]] = {
     "before the checkpoint's rename": (mixdpo.storage.files, "replace", "before"),
     "after the checkpoint's rename": (mixdpo.storage.files, "replace", "after"),
     "while tokens are scored again": (lightning_modules.callbacks.clean_tokens, "add_losses", "after"),
-    "in the final adapter's file": (safetensors.torch, "save_file", "half"),
+    "in the final adapter's file": (export, "save_file", "half"),
 }
 
 

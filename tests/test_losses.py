@@ -15,7 +15,8 @@ import torch
 from torch.testing import assert_close
 
 from mixdpo import losses
-from mixdpo.losses.preference_loss import Pairs, PreferenceLoss, sft
+from mixdpo.losses.preference_loss import Pairs, PreferenceLoss
+from mixdpo.losses.sft import sft
 from mixdpo.model.fused_head import SequenceLogProbs
 from mixdpo.options import options
 

@@ -223,5 +223,5 @@ def test_refreshing_the_reference_that_is_not_there(tiny_model: str, source: str
     samples = write_pairs(tmp_path / "samples.jsonl", make_samples(8))
     trainer, module, data = build_sft(tiny_model, samples, tmp_path / "c")
     trainer = make_trainer(tmp_path / "c", first=(RefreshReference(role="reference"),))
-    with pytest.raises(InputError, match="preference loss of this run has a reference"):
+    with pytest.raises(InputError, match="preference loss reads a reference"):
         trainer.fit(module, data)

@@ -28,7 +28,9 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it", larges
     try:
         _check_size(text, largest)
         return json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply: {remedy}") from None
+    except ValueError as error:
         raise InputError(f"{where} is no valid JSON ({error}): {remedy}") from None
 
 

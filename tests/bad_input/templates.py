@@ -67,7 +67,11 @@ TEMPLATES = [
             "writes today's … put a date there",
         ),
         ("no end token", encoded(template=shown("<|im_end|>", "")), "no special … writes eos_token"),
-        ("a response cut", encoded(PAIR | {"chosen": "blue fish"}, CUT), "row 2 (pair_id … leaves out part of a message"),
+        (
+            "a response cut",
+            encoded(PAIR | {"chosen": "blue fish"}, CUT),
+            "row 2 (pair_id … leaves out part of a message",
+        ),
         ("a prompt that changes", encoded(template=COUNTING), "shows the prompt differently … give another"),
         ("none at all", encoded(change=without("chat_template")), "has no … give `chat_template`"),
     ),
