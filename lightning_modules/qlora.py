@@ -215,8 +215,8 @@ class AdapterModule(L.LightningModule):
         if not all(same) or len(now) < len(used):  # another CPU may round a cosine otherwise
             step = [*same, False].index(False)
             raise InputError(
-                f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). It "
-                f"follows the planned steps, now {len(self._plan)}: keep max_steps, or set model.schedule_steps"
+                f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). The "
+                f"schedule depends on the planned steps, now {len(self._plan)}: keep max_steps, or give schedule_steps"
             )
         refuse_other_run(self._checkpoint_options["optimizer"], _describe(optimizer))
 

@@ -348,7 +348,7 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
     ("verb", "form", "more", "message"),
     [
         ("test", "MTBench", (), "MTBench has no gold score"),
-        ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for the category 'writing'"),
+        ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for category 'writing'"),
         ("fit", "MTBench", (), "does not fit"),
         ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
         ("predict", "MTBench", ("--model.run", "nowhere", "--model.server", "x"), "give one model: model.run, or"),

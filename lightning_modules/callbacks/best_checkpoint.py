@@ -64,7 +64,7 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
             if callback.monitor and best and best not in copies:
                 state["best_model_score"] = None
                 rank_zero_warn(
-                    f"the best checkpoint so far, {best}, is gone, or another file has its name: put it back"
+                    f"the best checkpoint so far, {best}, is gone, or another file: put the file back, continue again"
                 )
 
 

@@ -50,7 +50,7 @@ def _innermost(message: str) -> str:
     reason, *given = re.split(r"(?:Got|Given) value: ", reason)
     value = given[0].splitlines()[0] if given else ""
     if value in ("None", "True", "False"):
-        return f"{key} needs a value, not null, true or false: give a value (text in quotes) or no option ({HELP})"
+        return f"{key} needs a value, not null, true or false: give one (text in quotes), or leave it out ({HELP})"
     lines = dict.fromkeys(line.strip(" -.") for line in reason.splitlines())
     reason = " or ".join(line for line in lines if line and not NOISE.match(line))
     path = re.search(r"(?:class_path'?[=: ]+'|val='|^(?=[\w.]+$))([\w.]+)", value)

@@ -63,8 +63,8 @@ class RunCLI(LightningCLI):
         config, writes = self.config[self.subcommand], self.subcommand in ("predict", "test")
         options = config.model.init_args
         if writes != ("output" in options) or (self.subcommand == "test" and "signal" in options):
-            kinds = "configs/signals can predict, configs/evaluation predict and test, other configs fit and validate"
-            raise InputError(f"{config.model.class_path} cannot {self.subcommand}: {kinds}")
+            kinds = "configs/signals predict, configs/evaluation predict and test, other configs fit and validate"
+            raise InputError(f"{config.model.class_path} does not {self.subcommand}: {kinds}")
         if writes:
             suffix = ".margins" if "signal" in options else ""
             options.output = options.output or str(Path(config.runs) / f"{config.name}{suffix}")

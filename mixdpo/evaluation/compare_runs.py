@@ -43,7 +43,7 @@ def detectable(plan: Study, prompts: int) -> str:
     smallest = POWER * (sd.prompts**2 / prompts + sd.seeds**2 / seeds) ** 0.5
     return (
         f"smallest detectable difference (power 80 %, two-sided 5 %): {smallest:.3f} with {prompts} prompts, {seeds} "
-        f"seeds, if its standard deviation is {sd.prompts:g} over prompts and {sd.seeds:g} over seeds; a "
+        f"seeds, if the difference's standard deviation is {sd.prompts:g} over prompts, {sd.seeds:g} over seeds; a "
         "smaller difference is undecided, not absent"
     )
 

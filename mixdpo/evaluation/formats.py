@@ -219,7 +219,7 @@ def read_responses(path: str | Path) -> Rows:
                 raise InputError(f"{where}: {column!r} should be {kind.__name__} or left out, not {value!r:.80}")
         rows.append(row)
         if row["generator"] != (first := rows[0]["generator"]):
-            raise InputError(f"{where}: the generator is {row['generator']!r}, in row 1 {first!r}: give one model")
+            raise InputError(f"{where}: the generator is {row['generator']!r}, in row 1 {first!r}: give one model's")
     if not rows:
         raise InputError(f"{path} holds no responses. {_EXPECTED}")
     return rows

@@ -194,7 +194,7 @@ def _check_room(model: nn.Module, encoded: list[list[int]], max_new_tokens: int)
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
         raise InputError(
-            f"{longest} prompt tokens and max_new_tokens {max_new_tokens} exceed the model's {room} positions: cut one"
+            f"{longest} prompt tokens + max_new_tokens {max_new_tokens} exceed the model's {room} positions: cut either"
         )
 
 

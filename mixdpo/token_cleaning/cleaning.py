@@ -49,7 +49,7 @@ class Cleaning:
             check_one_of(f"a role in `roles` of {self.scorer}", role, READABLE)
         ranks_all = self.selection is not None and self.selection.keep_ratio and self.selection.scope == "global"
         if is_online(self.scorer) and (ranks_all or self.masks is not None):
-            raise InputError(f"{self.scorer} reads the policy: give selection.scope batch or sample, and no masks")
+            raise InputError(f"{self.scorer} reads the policy: give selection.scope batch or sample, no cleaning.masks")
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -79,9 +79,7 @@ def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) ->
         return np.zeros(len(pool), dtype=bool)
     known = load_tokenizer(tokenizer).get_vocab()
     if unknown := [name for name in selection.always_keep if name not in known]:
-        raise InputError(
-            f"cleaning.selection.always_keep: the tokenizer lacks {', '.join(map(repr, unknown))}: correct it"
-        )
+        raise InputError(f"cleaning.selection.always_keep: the tokenizer lacks {', '.join(map(repr, unknown))}")
     return np.isin(pool.target_ids(), [known[name] for name in selection.always_keep])
 
 
