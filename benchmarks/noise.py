@@ -248,7 +248,7 @@ def stages_with_noise(run: Path) -> list[dict[str, Any]]:
     """Summaries of the stages of a run that were cleaned, each with `planted` (see `detection`)."""
     cleaning = read_cleaning(str(run))
     return [
-        stage.facts | {"planted": detection(*labelled(cleaning, stage.samples))} for stage in cleaning.scored_stages()
+        stage.summary | {"planted": detection(*labelled(cleaning, stage.samples))} for stage in cleaning.scored_stages()
     ]
 
 

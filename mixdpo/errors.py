@@ -14,10 +14,10 @@ class NonFiniteError(ArithmeticError):
 
 
 class Stopped(Exception):
-    """A signal ended the run after a whole step, which is in its last checkpoint.
+    """A signal ended the run after a whole step. The last checkpoint holds this step.
 
     Args:
-        signal: its number; the exit status is 128 + that, as for a process that the signal had killed.
+        signal: number of the signal. The exit status is 128 + this number, as for a process that the signal killed.
     """
 
     def __init__(self, signal: int) -> None:
@@ -29,14 +29,14 @@ def nearest(word: str, names: Collection[str]) -> str:
     """The end of a message about an unknown word: "; did you mean 'NAME'?", or nothing if no name is close."""
     longer = sorted(name for name in names if word and name.startswith(word))
     close = get_close_matches(word, longer, 1) or get_close_matches(word, names, 1) or longer
-    # what is spelt right is wrong for another reason
+    # a known name is wrong for another reason than its spelling
     return "" if not close or word in names else f"; did you mean {close[0]!r}?"
 
 
 def check_one_of(what: str, value: Any, names: Collection[str]) -> None:
     """
     Raises:
-        InputError: the value is none of the names; says which are, and the nearest.
+        InputError: the value is none of the names. The message lists the names and the nearest one.
     """
     if value not in names:
         raise InputError(f"{what} must be one of {', '.join(names)}, not {value!r}{nearest(str(value), names)}")

@@ -52,10 +52,11 @@ VALIDATION = tuple(
 def pair_values(policy: SequenceLogProbs, reference: SequenceLogProbs | None, loss: Any) -> dict[str, Tensor]:
     """(E,) values of E pairs whose 2E responses stand chosen first, then rejected.
 
-    rewards: β (s − r) in nats, or β s without a reference; β is that of the preference loss, or 1 for a loss without
-    one; per token if the loss is `averaged`. accuracy: `accuracy` of the rewards. log_probs: mean per token, so that
-    lengths do not hide in them. displacement, with a reference only: the chosen response's log-probability minus the
-    reference's, summed over the response, in nats; negative means that the chosen response became less likely.
+    rewards: β (s − r) in nats, or β s without a reference. s and r are a response's log-probabilities under policy and
+    reference: sums over tokens, or means if the loss is `averaged`. β is the preference loss's own, or 1 for a loss
+    without β. accuracy: `accuracy` of the rewards. log_probs: mean per token in nats, so that length has no effect.
+    displacement, with a reference only: s − r of the chosen response, summed, in nats. A negative displacement means
+    that the chosen response became less likely.
     """
     beta, averaged = float(getattr(loss, "beta", 1.0)), getattr(loss, "averaged", False)
     sums = policy.sums.detach()
@@ -74,8 +75,8 @@ def pair_values(policy: SequenceLogProbs, reference: SequenceLogProbs | None, lo
 
 
 def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """1 where the chosen response's value is the larger, ½ where both are equal. Of lengths: what "the longer response
-    wins" would score, the baseline of any accuracy on length-biased pairs."""
+    """(B,) from two (B,): 1 where the chosen response's value is the larger, ½ where both are equal. Of lengths, this
+    is the accuracy of always picking the longer response: the baseline on length-biased pairs."""
     return (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
 
 

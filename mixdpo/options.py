@@ -1,4 +1,4 @@
-"""What a class that a config names takes, for the person at the terminal, and what is said where a name is wrong."""
+"""The options of a class that a config names, printed at the terminal, and the message about a wrong name."""
 
 import inspect
 import re
@@ -18,12 +18,12 @@ from mixdpo.storage.read import parse_yaml
 UNKNOWN_OPTION = re.compile(
     r"(?:(?:Group '(\S+)'|\w+ '\w+') does not accept option '|Option '|\w+ arguments: -*)([\w.]+)[^;\n]*(; did .+\?)?"
 )
-BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # no path is needed for these
+BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # their classes need no path
 ROOMS = ("mixdpo", "lightning_modules", "datamodules")
 
 
 def strict(load: Callable[[str], Any]) -> Callable[[str], Any]:
-    """jsonargparse's loader of YAML, for what `parse_yaml` takes only: a key that stands twice would lose one value."""
+    """jsonargparse's loader of YAML, which refuses what `parse_yaml` refuses: a key given twice loses a value."""
 
     def loaded(text: str) -> Any:
         parse_yaml(text, "the text", finite=False)
@@ -42,7 +42,7 @@ class Parser(ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False} | options)
 
     def validate(self, namespace: Any, *args: Any, **options: Any) -> None:
-        super().validate(namespace, *args, **options)  # says what is required, before what null is
+        super().validate(namespace, *args, **options)  # names a missing option before a null one
         super().validate(namespace, *args, **options | {"skip_unset": False})
         for group in self.groups or ():
             if not isinstance(given := namespace.get(group, Namespace()), Namespace):
@@ -66,7 +66,7 @@ def nearest_path(path: str) -> str:
     root, known = Path(__file__).parents[1], {}
     for file in (file for room in ROOMS for file in sorted((root / room).rglob("*.py"))):
         home = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        # a room may hand its class on, and its path is the shorter one then
+        # a class that its room's __init__ hands on has the room's shorter path
         for kind in re.findall(r"^(?:class )?([A-Z]\w+)(?=\(|:| = objective)", file.read_text("utf-8"), re.MULTILINE):
             room = import_module(home.rpartition(".")[0] or home)
             known[f"{room.__name__ if kind in dir(room) else home}.{kind}"] = kind
@@ -78,7 +78,7 @@ def nearest_path(path: str) -> str:
 
 
 def options(name: str) -> None:
-    """Print the arguments of a class that configs name, such as mixdpo.losses.BetaDPO, and what each means.
+    """Print the arguments of a class that configs name, such as mixdpo.losses.BetaDPO, with the meaning of each.
 
     Args:
         name: class path of a loss, scorer, schedule, signal, callback, module or data module.

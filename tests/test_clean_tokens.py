@@ -535,5 +535,5 @@ def test_a_scorer_of_one_model_under_two_names_is_refused(worse, train, tiny_mod
 
 
 def test_a_warm_up_that_nobody_becomes_the_reference_of(train: Any) -> None:
-    with pytest.raises(InputError, match="nothing makes the warmed-up policy"):
+    with pytest.raises(InputError, match="nothing makes the warmed-up policy the cleaning_reference"):
         train(cleaning=EVOLVING, data={"slices": Slices(2)})

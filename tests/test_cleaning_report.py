@@ -145,7 +145,7 @@ def test_samples_of_a_stage_may_lie_anywhere(tmp_path: Path, tiny_model: str) ->
     stages = cleaning.scored_stages()
     assert [stage.samples.tolist() for stage in stages] == [[1, 4], [0]]
     assert [(stage.centre, stage.reach) for stage in stages] == [(0.5, pytest.approx(0.1)), (-0.25, pytest.approx(0.1))]
-    examples = [(index, stage.facts["stage"]) for index, stage in cleaning.examples(9, seed=0)]
+    examples = [(index, stage.summary["stage"]) for index, stage in cleaning.examples(9, seed=0)]
     assert examples == [(1, 1), (4, 1), (0, 2)]
     assert {len(cleaning.examples(2, seed)) for seed in range(5)} == {2}
 

@@ -199,8 +199,8 @@ def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str
 
 def test_what_does_not_go_with_a_loss_is_refused(tiny_model: str, source: str, tmp_path: Path) -> None:
     for loss in (KTOPair(), BetaDPO()):
-        with pytest.raises(InputError, match="takes means, here of one pair: halve"):
+        with pytest.raises(InputError, match="takes means, but gets one pair: halve"):
             fit(tiny_model, source, tmp_path / "run", preference_loss=loss, trainer={"accumulate_grad_batches": 4})
     trainer = {"first": (RefreshReference(role="reference", every=1),)}
-    with pytest.raises(InputError, match="neither the scorer nor the preference loss"):
+    with pytest.raises(InputError, match="neither the scorer nor the loss reads a"):
         fit(tiny_model, source, tmp_path / "run", preference_loss=SimPO(), trainer=trainer)

@@ -336,7 +336,7 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
         arguments = responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
         assert in_process(*arguments) == 1
         said = " ".join(capsys.readouterr().err.split())
-        assert "does not answer 1 prompts (first: 82: HTTP 400" in said and "lower model.max_new_tokens" in said
+        assert "gave no response to 1 prompts (first: 82: HTTP 400" in said and "lower model.max_new_tokens" in said
         assert len(read_store(tmp_path / "tiny.responses.sqlite", "responses", "")[1]) == 2
         asked, served = len(server.asked), server.asked[:]
         assert in_process(*arguments) == 1
@@ -348,7 +348,7 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
     ("verb", "form", "more", "message"),
     [
         ("test", "MTBench", (), "MTBench has no gold score"),
-        ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for the category 'writing'"),
+        ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for category 'writing'"),
         ("fit", "MTBench", (), "does not fit"),
         ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
         ("predict", "MTBench", ("--model.run", "nowhere", "--model.server", "x"), "give one model: model.run, or"),

@@ -161,7 +161,7 @@ def test_a_changed_study_is_refused_for_what_is_done(finished: Path, capsys: pyt
         return capsys.readouterr().err
 
     write_study(finished, options={"data.validation": 0, "b": 2})
-    assert "out/dpo-seed0 is done, but with something else: now --b 2. Change it back" in refused()
+    assert "out/dpo-seed0 is done, but with other options or files: now --b 2. Change them back" in refused()
     write_study(finished)
     (finished / "base.yaml").write_text("name: other\n")
     assert "content of base.yaml" in refused()
@@ -180,7 +180,7 @@ def test_a_changed_study_is_refused_for_what_is_done(finished: Path, capsys: pyt
         return write_study(finished, folder="twice", options=options, runs=runs, seeds=[0])
 
     assert main(["study", twice(1, 2)]) == 0 and calls(finished) and twice(2, 1)
-    assert "something else: now --gain 2; then --gain 2" in refused()
+    assert "other options or files: now --gain 2; then --gain 2" in refused()
 
 
 def alive(pid: int) -> bool:
@@ -217,7 +217,7 @@ def test_an_interrupted_study_loses_the_run_in_progress_only(
         process.send_signal(how)
         printed, _ = process.communicate(timeout=120)
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
-    assert ("the same command goes on" in printed) == (how != signal.SIGKILL)
+    assert ("the same command continues" in printed) == (how != signal.SIGKILL)
     wait_for(lambda: not alive(pid))
     assert calls(folder) == ["dpo-seed0", "mixdpo-seed0", "dpo-seed1"]
     assert (folder / "out/dpo-seed1").is_dir()  # what it had begun

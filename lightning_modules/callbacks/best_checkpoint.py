@@ -29,7 +29,7 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
             state = checkpoint.get("callbacks", {}).get(best.state_key, {})  # none where only weights are saved
             # the file's own score: another one may have been the best when it was written
             if (score := state.get("current_score", best.best_model_score)) != best.best_model_score:
-                raise ValueError(f"its score is {score:.4f}, not {best.best_model_score:.4f}: it is of another run")
+                raise ValueError(f"its score is {score:.4f}, not {best.best_model_score:.4f}: of another run")
             pl_module.model.stacked = checkpoint["adapters"]["stacked"]
             pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
         return best
@@ -40,7 +40,7 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
 
 
 def describe_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Add to each ModelCheckpoint's state what finds its files again: the path from the run's folder, the path on this
+    """Add to each ModelCheckpoint's state, to find its files again: the path from the run's folder, the path on this
     machine, and the SHA-256 (False for the file that the checkpoint is about to be written to)."""
     for state in checkpoint.get("callbacks", {}).values() if trainer.is_global_zero else ():
         for path in {*state.get("best_k_models", ()), state.get("best_model_path", "")} - {""}:
@@ -64,17 +64,17 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
             if callback.monitor and best and best not in copies:
                 state["best_model_score"] = None
                 rank_zero_warn(
-                    f"the best checkpoint so far, {best}, is gone, or another file: put it back, and continue again"
+                    f"the best checkpoint so far, {best}, is gone, or another file: put the file back, continue again"
                 )
 
 
 def _copies(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
-    """Copy the files of a ModelCheckpoint's state into its new folder: {old path: new path}, without what is gone."""
+    """Copy the files of a ModelCheckpoint's state into its new folder: {old path: new path} without lost files."""
     copies, run = {}, Path(ckpt_path).absolute().parents[1]
     for path, (inside, absolute, content) in state.get("files", {}).items():
         name = os.path.relpath(path, state["dirpath"])
         for place in (run / inside, Path(ckpt_path), Path(absolute)):
-            # the checkpoint that is continued may be the file itself: its own hash is not in it
+            # the continued checkpoint may be this very file, and no file holds its own hash
             itself = place.name == Path(path).name and place.exists() and place.samefile(ckpt_path)
             if itself or (content and place.is_file() and sha256(place) == content):
                 copies[path] = str(_copied(place, Path(dirpath, name)))

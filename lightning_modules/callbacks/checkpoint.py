@@ -99,8 +99,8 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: PositiveInt = 50) -> None:  # type: ignore[valid-type]
         """Keeps the latest state of the run as `checkpoints/last.ckpt`: adapters, optimizer, schedule, RNG, position.
 
-        Also written before a validation and after the last step. SIGINT or SIGTERM ends the run with a checkpoint after
-        the step in progress. A second signal ends the run at once.
+        The file is also written before a validation and after the last step. SIGINT or SIGTERM ends the run with this
+        checkpoint, after the step in progress. A second signal ends the run at once.
 
         Args:
             every_n_steps: Optimizer steps between two checkpoints.
@@ -134,7 +134,7 @@ class LastCheckpoint(Checkpoint):
             self._make_up(trainer, pl_module)
 
     def _make_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Run the validation that Lightning takes for done, as Lightning's loops do, in the epoch of the checkpoint."""
+        """Run the validation that Lightning counts as done, as Lightning's loops do, in the epoch of the checkpoint."""
         progress, connector = trainer.fit_loop.epoch_progress.current, trainer._logger_connector
         epoch, progress.completed = progress.completed, self._epoch
         first, connector._first_loop_iter = connector._first_loop_iter, None
@@ -153,7 +153,7 @@ class LastCheckpoint(Checkpoint):
 
     def _stop(self, number: int, frame: Any) -> None:
         self._signal = number
-        print(f"{signal.Signals(number).name}: stopping after this step; once more to stop at once", file=sys.stderr)
+        print(f"{signal.Signals(number).name}: stopping after this step; a second signal stops now", file=sys.stderr)
         _handle_signals()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -170,7 +170,7 @@ class LastCheckpoint(Checkpoint):
             # weights_only=False: the whole state
             trainer.save_checkpoint(_last_checkpoint(trainer), weights_only=False)
         if ends:
-            _handle_signals()  # all that follows the last step can be done again from its checkpoint
+            _handle_signals()  # whatever follows the last step can be done again from the checkpoint
         elif stops:
             raise Stopped(self._signal or signal.SIGTERM)
 
@@ -215,7 +215,7 @@ def _check_disk(folder: Path, module: L.LightningModule) -> None:
 
 
 def _handle_signals(interrupt: Any = signal.default_int_handler, terminate: Any = signal.SIG_DFL) -> None:
-    """Without arguments: as Python does."""
+    """Set the handlers of SIGINT and SIGTERM; without arguments, those of Python."""
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, terminate)
 
@@ -231,7 +231,7 @@ def _last_checkpoint(trainer: L.Trainer) -> Path:
 
 
 def resume_command(trainer: L.Trainer) -> str:
-    """From the last checkpoint of this run; without one, from the checkpoint that the run continues, if any."""
+    """The command that continues from this run's last checkpoint or, without one, from `ckpt_path`, if any."""
     path = _last_checkpoint(trainer) if _last_checkpoint(trainer).exists() else trainer.ckpt_path
     words = ["--config", f"{trainer.default_root_dir}/config.yaml", *(["--ckpt_path", str(path)] if path else [])]
     return f"{'mixdpo fit' if Path(sys.argv[0]).name == 'mixdpo' else 'python run.py'} {shlex.join(words)}"

@@ -27,9 +27,10 @@ class RefreshReference(Callback):
         ema: ClosedUnitInterval = 0.0,
         role: Literal["cleaning_reference", "reference"] = "cleaning_reference",
     ) -> None:
-        """Makes the policy a reference, again and again: self-evolving token cleaning, or a moving reference of DPO.
+        """Copies the policy into a reference again and again: self-evolving token cleaning, or DPO's moving reference.
 
-        The new reference scores, or is compared with, what comes next. With `every: stage` and slices of the data,
+        A new cleaning_reference scores the tokens that come next. A new reference is compared with the policy from then
+        on. With `every: stage` and slices of the data,
         slice t is cleaned by the model that slices 0 to t − 1 have trained. With `role: reference` and pairs in
         buckets, each bucket starts from its own reference (Curri-DPO, arXiv 2403.07230).
 
@@ -48,7 +49,7 @@ class RefreshReference(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         exists = self.role in pl_module.model.peft_config
         if not (exists if self.role == "cleaning_reference" else getattr(pl_module, "needs_reference", False)):
-            raise InputError(f"RefreshReference: neither the scorer nor the preference loss reads a {self.role}")
+            raise InputError(f"RefreshReference: neither the scorer nor the loss reads a {self.role}: leave it out")
         if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:
             raise InputError("RefreshReference: the run has one stage: set data.slices, data.routing.order or `every`")
         if self.ema and (not exists or getattr(pl_module, "stage_start", None) == "fresh_adapter"):
@@ -65,7 +66,7 @@ class RefreshReference(Callback):
         model = pl_module.model
         self._refreshed_at = step
         if self.role not in model.peft_config:
-            add_reference(model, self.role)  # until now it was the base
+            add_reference(model, self.role)  # until now the base was the reference
         if self.role == "cleaning_reference":
             if "previous" in model.peft_config:
                 copy_adapter(model, "cleaning_reference", "previous")
@@ -86,7 +87,7 @@ class CleanTokens(Callback):
         self.cleaning = cleaning
         self._tokens: RunTokens = None  # type: ignore[assignment]  # until on_train_start
         self._restored: dict[str, Any] | None = None
-        self._scored: list[int] | None = None  # stage and version of the reference that weights are of
+        self._scored: list[int] | None = None  # stage and reference version of the weights
         self._losses: dict[str, np.ndarray] = {}
         self._losses_of: list[int] | None = None
         self._masks: np.ndarray | None = None
@@ -111,18 +112,18 @@ class CleanTokens(Callback):
     def _check(self, trainer: L.Trainer, pl_module: Any) -> None:
         cleaning = self.cleaning
         if trainer.world_size > 1 and is_online(cleaning.scorer):
-            raise InputError(f"{cleaning.scorer} scores tokens in each step, of one device only: train on one device")
+            raise InputError(f"{cleaning.scorer} scores tokens in each step: give --trainer.devices 1")
         if cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
         refreshed = any(isinstance(callback, RefreshReference) for callback in trainer.callbacks)
         is_made = cleaning.reference or pl_module.adapter or refreshed
         if cleaning.warm_up_stages and "cleaning_reference" in cleaning.roles and not is_made:
-            raise InputError("nothing makes the warmed-up policy the reference: add RefreshReference to the callbacks")
+            raise InputError("nothing makes the warmed-up policy the cleaning_reference: add callback RefreshReference")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         token = batch.token.cpu().numpy()
         if not trainer.strategy.reduce_boolean_decision(bool((token >= 0).any()), all=False):
-            return  # easy pairs on all ranks: hard ones are scored, at the same step everywhere, when the first comes
+            return  # easy pairs on all ranks: the first hard pair on any rank starts the scoring on all
         now = [trainer.datamodule.stage_of(trainer.global_step), pl_module.reference_version]
         warm_up = now[0] < self.cleaning.warm_up_stages
         online = is_online(self.cleaning.scorer) and not warm_up
@@ -146,12 +147,12 @@ class CleanTokens(Callback):
         self._finish_stage(trainer)
 
     def _score(self, trainer: L.Trainer, pl_module: Any, now: list[int], warm_up: bool, online: bool) -> None:
-        """Decide the tokens of the coming steps: all of them after a refresh, else those that nobody has decided."""
+        """Decide the tokens of the coming steps: all of them after a refresh, else those not decided yet."""
         samples, steps = trainer.datamodule.upcoming_samples(trainer.global_step)
         renewed = self._scored is None or now[1] != self._scored[1]
         due = now != self._scored and (renewed or (self._tokens.decided[samples] < 0).any())
         if online or (due and not warm_up and self._masks is None):
-            # of a resumed stage the whole: in other batches the losses would round otherwise
+            # all samples of a resumed stage: in other batches the losses would round differently
             self._prepare_losses(pl_module, samples if due else self._tokens.in_progress(), now)
         if due:
             self._finish_stage(trainer)
@@ -169,7 +170,7 @@ class CleanTokens(Callback):
         if isinstance(self.cleaning.scorer, ExcessLoss) and len(roles) > 1 and len(set(adapters.values())) == 1:
             names = " and ".join(roles)
             raise InputError(
-                f"every score would be 0: {names} are one model. Give model.cleaning.reference or a warm-up"
+                f"every score would be 0: {names} are one model. Give model.cleaning.reference or warm_up_stages"
             )
         computed = {"attention": pl_module.loading["attention"], "device": pl_module.device.type}
         for role, adapter in adapters.items():
@@ -182,7 +183,7 @@ class CleanTokens(Callback):
         self._losses_of = now
 
     def _clean(self, trainer: L.Trainer, samples: np.ndarray, steps: np.ndarray, warm_up: bool, online: bool) -> None:
-        """Decide the weights of these samples' tokens; those of an online scorer are decided in each step instead."""
+        """Decide the weights of these samples' tokens. An online scorer decides in each step instead."""
         run, step, threshold = self._tokens, trainer.global_step, None
         tokens, offsets = run.pool.tokens(samples), run.pool.offsets_of(samples)
         run.scores[tokens], run.weights[tokens] = np.nan, 1 if warm_up else np.nan
@@ -190,7 +191,7 @@ class CleanTokens(Callback):
         if not (warm_up or online) and self._masks is not None:
             run.weights[tokens] = self._masks[tokens]
             if not ((run.weights[tokens] >= 0) & np.isfinite(run.weights[tokens])).all():
-                raise InputError("cleaning.masks has no weight for some tokens: give the masks of one that reached all")
+                raise InputError("cleaning.masks lacks weights of some tokens: give masks of a run that reached all")
         elif not (warm_up or online) and len(tokens):
             losses = {role: torch.from_numpy(values[tokens]) for role, values in self._losses.items()}
             sample = torch.from_numpy(np.repeat(samples, np.diff(offsets)))
@@ -204,7 +205,7 @@ class CleanTokens(Callback):
             self._finish_stage(trainer)
 
     def _finish_stage(self, trainer: L.Trainer) -> None:
-        """Sum up the stage whose weights are complete, and write all that is known so far."""
+        """Summarise the stage whose weights are complete, and write the folder `cleaning`."""
         run, samples = self._tokens, self._tokens.in_progress()
         if self._open_stage is None or not len(samples):
             return

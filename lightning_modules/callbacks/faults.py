@@ -19,11 +19,11 @@ from mixdpo.storage.files import write_json
 class NonFinite(Callback):
     def __init__(self, action: Literal["stop", "skip"] = "stop") -> None:
         """Ends a run whose loss or gradient is not finite, and writes RUN/non_finite.json: the step, its rows with
-        their texts and losses, and the command that comes to the same step again.
+        their texts and losses, and the command that repeats the step.
 
         Args:
             action: stop: check where steps are logged and before every checkpoint, without waiting for the device in
-                between. skip: check every step, which waits for the device, and leave out a step that is not finite.
+                between. skip: check every step, which waits for the device, and leave out each step that is not finite.
         """
         self.action = action
         self._ids: Any = None
@@ -58,7 +58,7 @@ class NonFinite(Callback):
             raise NonFiniteError(f"{message}\nLower the learning rate, or skip the step (--non_finite.action skip)")
 
     def _check(self, trainer: L.Trainer) -> str | None:
-        """Report the first step since the last check with a number that is not finite; the message, None without."""
+        """Report the first step since the last check with a number that is not finite: its message, or None."""
         steps, self._steps = self._steps, []
         numbers = [[norm.float(), *(values.sum().float() for _, values in losses)] for _, norm, losses in steps]
         sums = torch.stack([torch.stack(each).sum() for each in numbers]).tolist() if steps else []
@@ -68,7 +68,7 @@ class NonFinite(Callback):
 
 
 def _report(trainer: L.Trainer, step: int, norm: Tensor, losses: list[tuple[Any, Tensor]]) -> str:
-    """Write non_finite.json; what the file says, in a sentence."""
+    """Write non_finite.json; returns the message for the user."""
     data, path = trainer.datamodule, Path(trainer.default_root_dir) / "non_finite.json"
     values = [value for _, each in losses for value in each.tolist()]
     rows = data.rows_of([number for ids, _ in losses for number in ids.tolist()])
@@ -87,7 +87,7 @@ def _report(trainer: L.Trainer, step: int, norm: Tensor, losses: list[tuple[Any,
 
 
 class OutOfMemory(Callback):
-    """Adds to an error of memory what to change, with numbers."""
+    """Adds to an out-of-memory error the options to change, with numbers."""
 
     _batch: tuple[int, str, int] | None = None  # rows, unit and tokens of the micro-batch in progress
 

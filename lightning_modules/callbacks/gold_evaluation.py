@@ -1,4 +1,4 @@
-"""A callback that shows what training changed: the gold score on held-out prompts, before and after."""
+"""A callback for the gold score on held-out prompts, before and after training."""
 
 import hashlib
 import json
@@ -37,14 +37,14 @@ class GoldEvaluation(Callback):
         batch_size: int = 64,
         dequantise: bool | None = None,
     ) -> None:
-        """Generates greedy responses to held-out prompts, of the policy before training and of the one in adapter/
-        after it. Prints a table and writes results.json, results.md and responses.json to the run's folder. Responses
-        before training are kept under ~/.cache/mixdpo for the next run that starts from the same weights; they are
-        scored anew.
+        """Generates greedy responses to held-out prompts with the policy before training, and with the policy in
+        adapter/ after training. Prints a table and writes results.json, results.md and responses.json to the run's
+        folder. Responses before training are kept under ~/.cache/mixdpo for the next run that starts from the same
+        weights; each run scores the responses anew.
 
         Args:
             prompts: File of prompt rows (jsonl), or `heldout` for the built-in ones of the task `constraints`.
-            scorer: Class path of what scores responses: (prompt row, responses) -> scores, larger is better. Null:
+            scorer: Class path of the scorer of responses: (prompt row, responses) -> scores, larger is better. Null:
                 lengths and end tokens only.
             max_new_tokens: Longest response, in tokens.
             batch_size: Responses decoded together.
@@ -84,7 +84,7 @@ class GoldEvaluation(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.before is None:  # another process evaluates
             return
-        best = load_best(trainer, pl_module)  # as RunFiles will, which comes later
+        best = load_best(trainer, pl_module)  # RunFiles, which comes later, loads the same
         after = self._responses(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
         if best is None:
@@ -110,7 +110,7 @@ class GoldEvaluation(Callback):
         tokenizer = load_tokenizer(pl_module.base)
         tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.encoding["chat_template"])
         if tokenizer.chat_template == PLAIN:
-            raise InputError("GoldEvaluation needs a chat template: give data.chat_template another than plain")
+            raise InputError("GoldEvaluation needs a template with turns: give a data.chat_template other than plain")
 
         def generated() -> list[Response]:
             if self._copy is not None:
@@ -129,12 +129,12 @@ class GoldEvaluation(Callback):
         return scored(self._rows, given, self.scorer)
 
     def _asked(self) -> dict[str, Any]:
-        """What the responses before and after training must share; how they are computed may change with the memory."""
+        """Options that the responses before and after training must share. The copy may change with free memory."""
         digest = _digest(json.dumps([row["prompt"] for row in self._rows]))
         return {"GoldEvaluation.prompts": digest, "GoldEvaluation.max_new_tokens": self.options["max_new_tokens"]}
 
     def _depends_on(self, pl_module: Any, tokenizer: Any) -> dict[str, Any]:
-        """All that decides the reference's responses; the scorer does not."""
+        """Everything that the reference's responses depend on. Responses do not depend on the scorer."""
         model, trainer = pl_module.model, pl_module.trainer
         return {
             "weights": base_fingerprint(model),

@@ -33,7 +33,7 @@ class RunFiles(Callback):
     `adapter/` after training: the last policy, or the best one where a ModelCheckpoint monitors a metric."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data, plan = trainer.datamodule, pl_module.plan_facts()  # every process takes part in the plan
+        data, plan = trainer.datamodule, pl_module.plan_summary()  # every process takes part in the plan
         if trainer.is_global_zero:
             write_json(Path(trainer.default_root_dir) / data.summary_file, data.summary() | plan)
             trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)

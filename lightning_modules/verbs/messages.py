@@ -1,4 +1,4 @@
-"""One message for the user out of the chain of errors that a mistake ends in."""
+"""One message for the user, from the chain of errors that a mistake raises."""
 
 import errno
 import os
@@ -13,9 +13,9 @@ from mixdpo.options import UNKNOWN_OPTION, nearest_path
 
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-# how lines of jsonargparse begin that say nothing to a user
+# beginnings of jsonargparse's lines that tell a user nothing
 NOISE = re.compile("Does not validate|Subtypes|Errors|Given value type|Problem with|Expected a (path b|<class 'N)")
-# of errors of Lightning (no optional package; no such metric to monitor) and torch
+# words of errors of Lightning (no optional package; no such metric to monitor) and torch
 OF_LIBRARIES = ("HINT: ", "Early stopping conditioned", "Invalid learning rate")
 NOT_FOUND = re.compile("has no attribute|No module named|path string: |given class_path")
 
@@ -40,7 +40,7 @@ def message_for_user(error: BaseException | None) -> str | None:
 
 
 def _innermost(message: str) -> str:
-    """The one line that matters of the many that jsonargparse prints around it."""
+    """The one line that matters, without the lines that jsonargparse prints around this line."""
     if unknown := UNKNOWN_OPTION.search(message):
         return f"{unknown[0]} ({HELP})"
     _, nested, leaf = message.rpartition('Parser key "')

@@ -63,7 +63,7 @@ class RunCLI(LightningCLI):
         config, writes = self.config[self.subcommand], self.subcommand in ("predict", "test")
         options = config.model.init_args
         if writes != ("output" in options) or (self.subcommand == "test" and "signal" in options):
-            kinds = "configs/signals predict, configs/evaluation predict and test, the others fit and validate"
+            kinds = "configs/signals predict, configs/evaluation predict and test, other configs fit and validate"
             raise InputError(f"{config.model.class_path} does not {self.subcommand}: {kinds}")
         if writes:
             suffix = ".margins" if "signal" in options else ""
@@ -88,10 +88,10 @@ class RunCLI(LightningCLI):
             raise InputError(f"trainer: {error}; {HELP}") from error
 
     def after_fit(self) -> None:
-        """A run that had made all its max_steps may lack what follows the last one: Lightning calls no hook then."""
+        """A run killed after its last step may lack the files that follow: without a step, Lightning calls no hook."""
         plan = Path(self.trainer.default_root_dir, self.datamodule.summary_file)  # written as training starts
         if not plan.exists():
-            print("the run of ckpt_path is complete: nothing is trained, only what follows the last step is done again")
+            print("the run of ckpt_path is complete: nothing is trained, the files after the last step are made anew")
             self.model.to(self.trainer.strategy.root_device)
             for name in ("on_train_start", "on_train_end"):
                 for callback in self.trainer.callbacks:
@@ -125,7 +125,7 @@ def folder_of_first_process() -> Path | None:
     ignores an inherited MIXDPO_RUN_FOLDER.
 
     Raises:
-        InputError: another program has started the process, and would start each with a folder of its own.
+        InputError: torchrun started the process, and would give each process a folder of its own.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise InputError("torchrun is not supported: leave it out, and give --trainer.devices")
@@ -158,7 +158,7 @@ def start(arguments: list[str] | None = None) -> RunCLI:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
-    sys.argv[1:] = arguments  # Lightning starts further processes with it
+    sys.argv[1:] = arguments  # Lightning starts further processes with these words
     return RunCLI(
         L.LightningModule,
         L.LightningDataModule,

@@ -1,4 +1,4 @@
-"""What a program can tell about a text: each function is a pure, strict test or count."""
+"""Checks of a text that a program can decide: each function is a pure, strict test or count."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def is_json_object(text: str) -> bool:
 
 
 def is_sentences(text: str, n: int) -> bool:
-    """`n` sentence ends, the last of which is the end of the text.
+    """Whether the text has exactly `n` sentence ends, the last one at the end of the text.
 
     A sentence ends in `.`, `!` or `?` (or several, or closing marks after them) before a space or the text's end.
     """
@@ -37,6 +37,6 @@ def is_sentences(text: str, n: int) -> bool:
 
 
 def is_numbered_list(text: str, n: int) -> bool:
-    """The lines that begin with "<number>." or "<number>)" are numbered 1 to n, in order."""
+    """Whether the lines that begin with "<number>." or "<number>)" are numbered 1 to n, in order."""
     numbers = re.findall(r"^[ \t]*(\d+)[.)][ \t]+\S", text, re.MULTILINE)
     return numbers == [str(number) for number in range(1, n + 1)]

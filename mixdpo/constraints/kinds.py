@@ -1,4 +1,4 @@
-"""The kinds of constraint: when each holds. How it is asked for, and what it goes together with, is in the data."""
+"""The kinds of constraint, and the check of each. Phrasings and allowed combinations are in constraints.json."""
 
 import json
 import re
@@ -16,11 +16,11 @@ class Kind:
 
     Args:
         check: (stripped text with at least one word, **params) -> whether the constraint holds.
-        phrasings: ways to ask for it; `{name}` stands for a parameter.
-        aspects: what of a response it fixes; two kinds that share an aspect are never asked for together.
+        phrasings: ways to ask for the constraint; `{name}` stands for a parameter.
+        aspects: what the constraint fixes in a response; two kinds that share an aspect never come together.
         choices: the values that prompts draw each parameter from.
-        weight: how often prompts ask for it, relative to others; low where a small model hardly ever succeeds.
-        trained: whether training prompts use it; the others measure transfer to kinds never seen.
+        weight: how often prompts ask for this kind, relative to others; low where a small model hardly succeeds.
+        trained: whether training prompts use this kind; the other kinds measure transfer to kinds never seen.
     """
 
     check: Callable[..., bool]
@@ -61,7 +61,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
 
 
 TASK: dict[str, Any] = json.loads((files("mixdpo") / "constraints" / "constraints.json").read_text("utf-8"))
-"""Requests, subjects, and of each kind what a `Kind` is besides its check, in the order that prompts are drawn by."""
+"""Requests, subjects, and all fields of each `Kind` but the check. The order of the kinds decides the drawn prompts."""
 
 
 KINDS = {

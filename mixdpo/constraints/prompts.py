@@ -1,6 +1,6 @@
 """Seeded prompts for the constraint task: a short request and one to three constraints that fit together.
 
-Held-out prompts share no subject with the training prompts, and a part of them no kind of constraint either.
+Held-out prompts share no subject with the training prompts. Their part `unseen` shares no kind of constraint either.
 """
 
 import random
@@ -35,7 +35,7 @@ def held_out_prompts(seed: int = 0, *, seen: int = 150, unseen: int = 60) -> lis
 def _draw_prompts(
     rng: random.Random, count: int, subjects: Sequence[str], kinds: Sequence[str], part: str
 ) -> list[dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}  # by prompt: a repeated one is drawn again
+    rows: dict[str, dict[str, Any]] = {}  # by prompt: a repeated prompt is drawn again
     while len(rows) < count:
         constraints = _draw_constraints(rng, kinds, rng.choice((1, 2, 2, 3, 3, 3)))
         request = rng.choice(REQUESTS).format(rng.choice(subjects))

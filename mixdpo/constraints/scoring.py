@@ -18,7 +18,7 @@ class Constraint:
     """One constraint of a prompt: the name of its kind and that kind's parameters.
 
     Raises:
-        InputError: an unknown kind, or parameters that are not its own or of the wrong type.
+        InputError: the kind is unknown, or the parameters have other names or types than the kind's.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Constraint:
         return KINDS[self.kind]
 
     def holds(self, text: str) -> bool:
-        """Whether `text` satisfies it; text without a letter or a digit never does."""
+        """Whether `text` satisfies the constraint; text without a letter or a digit never does."""
         text = text.strip()
         return bool(words(text)) and self.rule.check(text, **self.params)
 
@@ -52,7 +52,7 @@ class ConstraintScorer:
         """
         rows = prompt_row.get("constraints")
         if not isinstance(rows, list) or not rows:
-            raise InputError("the prompt has no list of constraints to score by: name another scorer")
+            raise InputError("the prompt has no list of constraints to score by: add `constraints`, or name another scorer")
         if malformed := [row for row in rows if not isinstance(row, Mapping) or set(row) != {"kind", "params"}]:
             raise InputError(f'a constraint is written {{"kind": …, "params": {{…}}}}, not {malformed[0]!r}')
         constraints = [Constraint(**row) for row in rows]

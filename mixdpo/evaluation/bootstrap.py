@@ -1,4 +1,4 @@
-"""How sure is a mean? Percentile intervals from resampled items, or from resampled seeds and prompts."""
+"""Percentile intervals of a mean, from resampled items or from resampled seeds and prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ def one_way_bootstrap(statistic: Callable[..., ArrayLike], items: int, samples: 
     """Percentile interval of a statistic of N items (Efron & Tibshirani 1993, chapter 13).
 
     Args:
-        statistic: takes row numbers (N,). One with a parameter `axis` takes (samples, N) at once.
+        statistic: takes row numbers (N,). A statistic with a parameter `axis` takes (samples, N) at once.
         items: N, at least 2. For one seed and one N, every statistic gets the same resamples.
 
     Raises:
@@ -95,7 +95,7 @@ def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000) -> Interval
         samples: number of resamples.
 
     Raises:
-        InputError: no table, an empty one, or a value that is not finite.
+        InputError: `differences` is no table, is empty, or has a value that is not finite.
     """
     values = np.asarray(differences, dtype=np.float64)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():

@@ -38,13 +38,13 @@ NONE = " {control} | | | |"
 
 
 def detectable(plan: Study, prompts: int) -> str:
-    """The smallest difference that the design can find, before anything is run."""
+    """The smallest difference that the study can detect, in words, before the first run."""
     sd, seeds = plan.assumed_sd, len(plan.seeds)
     smallest = POWER * (sd.prompts**2 / prompts + sd.seeds**2 / seeds) ** 0.5
     return (
         f"smallest detectable difference (power 80 %, two-sided 5 %): {smallest:.3f} with {prompts} prompts, {seeds} "
-        f"seeds, if it varies by {sd.prompts:g} over prompts and by {sd.seeds:g} over seeds (standard deviations); a "
-        "smaller one is undecided, not absent"
+        f"seeds, if the difference's standard deviation is {sd.prompts:g} over prompts, {sd.seeds:g} over seeds; a "
+        "smaller difference is undecided, not absent"
     )
 
 
@@ -54,8 +54,8 @@ def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
 
 
 def chosen_point(plan: Study, run: str, done: Set[str]) -> Point | None:
-    """The grid point with the best score at the first seed. None as long as one of the points is missing, since a
-    choice among fewer would not be the other runs' choice."""
+    """The grid point with the best score at the first seed. None while a point is missing: every run must
+    choose among the same points."""
     names = [plan.name(run, point, plan.seeds[0]) for point in plan.points]
     if len(names) == 1:
         return plan.points[0]
@@ -66,7 +66,7 @@ def chosen_point(plan: Study, run: str, done: Set[str]) -> Point | None:
 
 
 def seeds_done(plan: Study, run: str, done: Set[str]) -> dict[int, str]:
-    """Seed -> name of the job, for what is done of a run at its chosen point."""
+    """Seed -> name of the job, for the jobs of a run that are done at its chosen point."""
     point = chosen_point(plan, run, done)
     names = {} if point is None else {seed: plan.name(run, point, seed) for seed in plan.seeds}
     return {seed: name for seed, name in names.items() if name in done}
@@ -93,7 +93,7 @@ def write_tables(plan: Study, done: Set[str]) -> str:
 
 
 def _rows(plan: Study, done: Set[str], outcome: str) -> list[Row]:
-    """A row of each run of which a seed is done, and one of what the control started from."""
+    """A row of each run with a finished seed, and one of the policy that the control started from."""
     parts = plan.outcomes[outcome]
     jobs = {run: seeds_done(plan, run, done) for run in plan.runs}
     tables = {run: {seed: _values(plan, name, parts) for seed, name in names.items()} for run, names in jobs.items()}
@@ -113,7 +113,7 @@ def _rows(plan: Study, done: Set[str], outcome: str) -> list[Row]:
 
 
 def _difference(ours: Mapping[int, Any], theirs: Mapping[int, Any], control: str) -> Row:
-    """To the control, seed by seed and prompt by prompt; nothing for the control itself, whose own control is empty."""
+    """The difference to the control, seed by seed and prompt by prompt; none where `control` is empty."""
     both = [seed for seed in ours if seed in theirs]
     if not (control and both):
         return {"control": control}
@@ -131,7 +131,7 @@ def _interval(values: np.ndarray, name: str, prefix: str) -> Row:
 
 
 def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -> np.ndarray:
-    """(3, N) gold scores, lengths in tokens, and whether they ended, of a job's responses to these parts.
+    """(3, N): gold score, length in tokens, and 1 if ended by itself, of a job's responses to these parts.
 
     Raises:
         InputError: the job's prompts are not the study's, or its responses have no scores.

@@ -1,7 +1,7 @@
-"""A model behind an OpenAI-compatible endpoint: which requests are repeated, and which errors end the command.
+"""A model behind an OpenAI-compatible endpoint: the requests to repeat, and the errors that end the command.
 
-The `openai` client repeats what may pass (no connection, time-out, HTTP 408, 409, 429 and 5xx), after growing pauses or
-when Retry-After says. A response that cannot be used counts as none.
+The `openai` client repeats requests that may succeed later (no connection, time-out, HTTP 408, 409, 429 and 5xx), after
+growing pauses or when Retry-After says. A response that cannot be used counts as none.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ HINTS = {
     402: "pay what the endpoint asks for",
     404: "check the model's name and the server's URL, which mostly ends in /v1",
 }
-"""What to do about an HTTP status that every further request would get as well."""
+"""Remedies for each HTTP status that every further request would get as well."""
 
 
 class NoResponse(Exception):
@@ -50,7 +50,7 @@ class Endpoint:
             request: goes into each request; other options as for `judge`.
 
         Raises:
-            InputError: the package openai is missing, the URL is none, or there is neither a URL nor a key.
+            InputError: the package openai is missing, the URL is malformed, or neither a URL nor a key is given.
         """
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY", "").strip() or None
@@ -164,7 +164,7 @@ def _client(base_url: str | None, key: str | None, timeout: float, attempts: int
 
 
 def secrets(key: str | None, url: str | None) -> list[str]:
-    """What must be in no file and no message: the key, and user and password of a URL, as they are and as sent."""
+    """Strings to keep out of files and messages: the key, and user and password of a URL, as given and as sent."""
     user = urlsplit(url or "").netloc.rpartition("@")[0]
     sent = base64.b64encode(unquote(user).encode()).decode() if user else ""
     password = user.partition(":")[2]
@@ -184,9 +184,9 @@ def complete(
     Args:
         chats: messages that end with the user's.
         model: its name at the server.
-        base_url: of the server, such as http://localhost:8000/v1. The key, if it wants one, is OPENAI_API_KEY.
-        max_new_tokens: a response is cut there.
-        seeds: one for each chat; a server may ignore them.
+        base_url: the server's, such as http://localhost:8000/v1. A key, if needed, is read from OPENAI_API_KEY.
+        max_new_tokens: a response is cut at this many tokens.
+        seeds: one for each chat; a server may ignore the seeds.
         sampling: temperature and top_p.
 
     Returns:

@@ -33,9 +33,9 @@ class Prompt:
     """One prompt of a benchmark.
 
     Args:
-        key: its id there.
-        turns: what the user says, turn by turn; the model responds to each before the next is asked.
-        row: the row that it was read from.
+        key: the prompt's id in the benchmark.
+        turns: the user's messages; the model responds to each message before the next one is asked.
+        row: the row that the prompt was read from.
         category: of the benchmark; a temperature may depend on it.
     """
 
@@ -55,7 +55,7 @@ class PromptResponses:
 
 @dataclass(frozen=True)
 class AlpacaEval:
-    """AlpacaEval: reads `instruction` (and `dataset`), writes what its `--model_outputs` takes."""
+    """AlpacaEval: reads `instruction` (and `dataset`), writes a file for alpaca_eval's `--model_outputs`."""
 
     suffix = ".json"
 
@@ -72,7 +72,7 @@ class AlpacaEval:
 @dataclass(frozen=True)
 class ArenaHard:
     """Arena-Hard-Auto, v0.1 or v2.0: reads its question.jsonl (`uid`, `prompt`, `category`), writes a model_answer
-    file. Run Arena-Hard's own add_markdown_info.py for what its style control reads beside `token_len`.
+    file. Its style control reads more columns: add these with Arena-Hard's own add_markdown_info.py.
     """
 
     suffix = ".jsonl"
@@ -115,7 +115,7 @@ class MTBench:
 
 
 def _signed(asked: PromptResponses, name: str, id_column: str, model_column: str) -> dict[str, Any]:
-    """What the official tools want beside a response: the model, the time, and an id that no other response has."""
+    """Columns of the official tools beside a response: the model, the time, and a unique id."""
     content = json.dumps([name, asked.prompt.key, [response.text for response in asked.responses]])
     id_ = hashlib.sha256(content.encode()).hexdigest()[:22]
     return {id_column: id_, model_column: name, "tstamp": time.time()}
@@ -127,7 +127,7 @@ def _columns(asked: PromptResponses, name: str) -> dict[str, Any]:
 
 
 def scored_rows(task: Any, responses: Sequence[PromptResponses], name: str) -> Rows:
-    """Each prompt's row with its response and gold score. No new column is `answer`, which is one of GSM8K."""
+    """Each prompt's row with its response and gold score. No new column is named `answer`, which GSM8K has."""
     scores = [task.score(a.prompt, a.responses[0].text) for a in responses]
     return [{**a.prompt.row, **_columns(a, name), "score": s} for a, s in zip(responses, scores, strict=True)]
 
@@ -154,7 +154,7 @@ class GSM8K:
     behind #### or else the last one, is equal.
 
     Args:
-        request: follows the question; without it a chat model does not know the form of the answer.
+        request: text behind the question, which tells a chat model the form of the number.
     """
 
     request: str = "Reason step by step, and end with a line: #### and the number."

@@ -1,4 +1,4 @@
-"""Responses to prompts in batches: what prompts begin with alike is computed once, samples of one prompt share its
+"""Responses to prompts in batches. The common start of the prompts is computed once, samples of one prompt share its
 prefill, and a row that has ended costs nothing more."""
 
 import inspect
@@ -57,12 +57,12 @@ def generate(
         model: a Hugging Face causal language model, plain or wrapped by PEFT; its active adapters count.
         tokenizer: its tokenizer, with a chat template.
         prompts: a user's text, or messages that end with the user's.
-        max_new_tokens: a response is cut there.
+        max_new_tokens: a response is cut at this many tokens.
         batch_size: responses decoded together (prompts in a batch = batch_size // samples, at least one).
         temperature: 0 takes the likeliest token.
         top_p: sample among the likeliest tokens that hold this much probability.
         samples: responses per prompt.
-        seed: same seed, same batch_size, same machine: same responses.
+        seed: the same seed, batch_size and machine give the same responses.
         progress: show a progress bar.
         names: what errors call the prompts; their numbers, if not given.
 
@@ -96,7 +96,7 @@ def generate(
 def _complete(
     model: nn.Module, prompts: list[list[int]], *, pick: Pick, pad: int, ends: Tensor, samples: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """Token ids of `samples` completions per prompt, samples of one prompt side by side. `ends` (E,) end one."""
+    """Token ids of `samples` completions per prompt, samples of one prompt side by side. Tokens `ends` (E,) end one."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -138,7 +138,7 @@ def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache:
 
 
 def _shared_start(prompts: list[list[int]]) -> int:
-    """Tokens that all begin with (a system message, the template's own), leaving each at least one."""
+    """Number of tokens that all prompts begin with (system message, template). At least one token of each is left."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
@@ -189,12 +189,12 @@ def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tenso
 
 
 def _check_room(model: nn.Module, encoded: list[list[int]], max_new_tokens: int) -> None:
-    """Beyond its positions a model writes text of no worth."""
+    """Refuse prompts and responses beyond the model's positions, where a model writes nonsense."""
     longest = max(map(len, encoded))
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
         raise InputError(
-            f"{longest} tokens of a prompt and max_new_tokens {max_new_tokens} exceed the model's {room} positions"
+            f"{longest} prompt tokens + max_new_tokens {max_new_tokens} exceed the model's {room} positions: cut either"
         )
 
 

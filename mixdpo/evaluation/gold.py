@@ -1,5 +1,5 @@
-"""Gold scores, which need no judge: of greedy responses before and after training, and of one or two models' responses
-to a benchmark."""
+"""Gold scores, which need no judge: of greedy responses before and after training, and of a model's responses to a
+benchmark."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

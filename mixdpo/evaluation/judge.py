@@ -59,8 +59,8 @@ def judge(
 ) -> int:
     """Ask a judge which of two responses is better: a model's or a baseline's to the same instruction.
 
-    Each verdict is on the disk as it comes. After a stop or a kill, the same command asks for what is missing, and
-    again for what failed. The exit status is 1 if something failed. The key is read from OPENAI_API_KEY.
+    Each verdict is written at once. After a stop or a kill, the same command asks for the missing verdicts, and again
+    for the failed ones. The exit status is 1 if a verdict failed. The key is read from OPENAI_API_KEY.
 
     Args:
         responses: the model's file in AlpacaEval's format: a JSON list of objects with instruction, output, generator.
@@ -74,8 +74,8 @@ def judge(
         concurrency: requests at a time.
         attempts: requests for one verdict, at most, where the server is busy or cannot be reached.
         timeout: seconds for one request.
-        max_tokens: that the judge may write. The verdict is in the first one, but some servers need more.
-        log_probs: ask for log-probabilities of the first token; without them the verdict is the letter.
+        max_tokens: tokens that the judge may write. The verdict is the first token, but some servers need more.
+        log_probs: ask for log-probabilities of the first token; without these the letter alone is the verdict.
 
     Raises:
         InputError: a file is malformed, the verdicts file holds other verdicts, or the endpoint refuses everything.
@@ -97,7 +97,7 @@ def judge(
 
 
 def _judge(endpoint: Endpoint, questions: Questions, header: Row, path: Path, at_once: int) -> int:
-    """The header says what is judged, and how, but no limit, so that the limit can be raised later."""
+    """Ask for the missing verdicts. The header has no limit, so that a later call can raise the limit."""
     with VerdictsWriter(path, header) as writer:
         known = {key for key, verdict in writer.verdicts.items() if verdict.failed is None}
         missing = {key: comparison for key, comparison in questions.items() if key not in known}
@@ -142,7 +142,7 @@ def match(ours: Rows, theirs: Rows, source: str | Path) -> list[Comparison]:
 
 
 def drawn_order(instruction: str, seed: int) -> Order:
-    """By a hash of both, so that a prompt is shown alike whatever else is judged."""
+    """By a hash of both, so that the order does not depend on the other prompts."""
     drawn = hashlib.sha256(f"{seed} {instruction}".encode()).digest()[0]
     return "baseline_first" if drawn % 2 else "model_first"
 

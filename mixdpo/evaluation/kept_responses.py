@@ -1,4 +1,4 @@
-"""Responses on disk: as they come, prompt by prompt, and those of an untrained model, which every run would repeat."""
+"""Responses on disk: kept prompt by prompt as a model responds, and a cache of responses before training."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from mixdpo.storage.store import Store
 
 class ResponsesFile(Store):
     def __init__(self, path: str | Path, head: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
-        """A file to go on with, or a new one.
+        """Continues a file, or makes a new one.
 
         Args:
             path: FILE.responses.sqlite.
@@ -48,10 +48,10 @@ class ResponsesFile(Store):
 
 
 def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Response]]) -> list[Response]:
-    """What `make` returns, from a file where it was made before with the same `of`.
+    """The responses of `make`, or those kept from an earlier call with the same `of`.
 
     Args:
-        of: all that the responses depend on, in JSON's types; the machine and the code that generates are added here.
+        of: all that the responses depend on, in JSON's types; machine and code are added.
     """
     key = hashlib.sha256(json.dumps({**of, **_machine()}, sort_keys=True).encode()).hexdigest()
     with Store(cache_root() / "responses" / "responses.sqlite", {}, noun="responses", cache=True) as store:
@@ -64,7 +64,7 @@ def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Response]]) ->
 
 
 def _machine() -> dict[str, Any]:
-    """What rounds differently or generates differently."""
+    """Code, versions and processors, which decide how responses round and are generated."""
     import transformers
 
     modules = generation, export, tokenization

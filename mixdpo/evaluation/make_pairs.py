@@ -44,8 +44,8 @@ def make_pairs(
         scorer: class path of a callable (prompt row, texts) -> scores; default
             mixdpo.constraints.scoring.ConstraintScorer.
         samples: responses sampled per prompt, at least 2.
-        min_score: a chosen response must score at least this: SFT on a response that fails teaches to fail.
-        max_new_tokens: a response is cut there, and then left out.
+        min_score: least score of a chosen response, since SFT on a response that fails teaches to fail.
+        max_new_tokens: a response is cut at this many tokens, and a cut response is left out.
         temperature: of sampling, above 0.
         batch_size: responses decoded together.
         limit: use only this many prompts; with `builtin`, make this many (default 1000).
@@ -87,7 +87,7 @@ def pair_up(
         min_score: least score of a chosen response.
 
     Raises:
-        InputError: the scorer gives a score too many or too few, or one that is not finite.
+        InputError: the scorer gives too many or too few scores, or one that is not finite.
     """
     pairs: list[Row] = []
     for index, (row, sampled) in enumerate(zip(rows, responses, strict=True)):

@@ -1,4 +1,4 @@
-"""Verdicts files as a table: win rates with intervals, and beside them what could explain them."""
+"""Verdicts files as a table: win rates with intervals, and the numbers that could explain the rates."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,9 +24,9 @@ class Judged:
     """One verdicts file, prompt by prompt.
 
     Attributes:
-        verdicts: all that there are, failed ones included.
-        prompts: {index: preference, characters of the model's and of the baseline's response} of those judged.
-        left_out: why the others are left out, and how many.
+        verdicts: every verdict in the file, failed ones included.
+        prompts: {index: preference, characters of the model's and of the baseline's response} of the judged prompts.
+        left_out: {reason: number of prompts left out}.
     """
 
     path: str
@@ -72,7 +72,7 @@ def score(
     shared = shared_prompts(judged)
     difficulties = None if difficulty is None else win_rate.read_difficulties(difficulty, shared)
     more = difficulties, None if gamed is None else win_rate.read_gamed(gamed)
-    # files, where the models have one name
+    # file names, where both models have the same name
     names = [str(each.head["model"]) for each in judged]
     names = names if len(set(names)) == len(names) else [each.path for each in judged]
     baseline, rates = judged[0].head["baseline"], list[Rates]()
@@ -93,7 +93,7 @@ def score(
 
 
 def _rates(columns: Any, difficulties: Any, gamed: Any, samples: int, seed: int) -> Rates:
-    """Rates of preferences and lengths (3, N); says why one is missing."""
+    """Rates of preferences and lengths (3, N); prints why the length-controlled rate is missing."""
     preferences, ours, theirs = columns
     raw, discrete = win_rate.resampled_win_rates(preferences, samples, seed)
     name = win_rate.label(difficulties is not None, gamed is not None)
@@ -118,9 +118,10 @@ def _rate_rows(rates: Rates, sign: str = "") -> list[tuple[str, ...]]:
 
 
 def _rows_beside(preferences: Any, left_out: dict[str, int], verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
-    """How sure the win rate is, how many prompts it is of, and what else could explain it. Failed verdicts count too.
+    """Rows with the win rate's standard error, the prompts left out, lengths and position bias, of failed verdicts too.
 
-    The preference for the response shown first is half of each order, so that a strong model is no bias; 50 is none.
+    The preference for the response shown first weighs both orders alike, so that a strong model is no bias. 50 is no
+    bias.
     """
     reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
     prompts = list({verdict.index: verdict for verdict in verdicts}.values())
@@ -176,7 +177,7 @@ def shared_prompts(judged: Sequence[Judged]) -> list[int]:
     """Indices of the prompts that all files judged.
 
     Raises:
-        InputError: they were not judged alike, or have fewer than two prompts in common.
+        InputError: the files were not judged alike, or have fewer than two prompts in common.
     """
     one, other = judged[0], judged[-1]
     shared = sorted(one.prompts.keys() & other.prompts.keys())
@@ -187,5 +188,5 @@ def shared_prompts(judged: Sequence[Judged]) -> list[int]:
     if changed:
         raise InputError(f"{one.path} and {other.path} differ in {'; '.join(changed)}: judge both models alike")
     if len(shared) < 2:
-        raise InputError(f"{one.path} and {other.path} have {len(shared)} judged prompts in common: need two")
+        raise InputError(f"{one.path} and {other.path} have {len(shared)} judged prompts in common: need two or more")
     return shared

@@ -28,8 +28,8 @@ class Plan:
 
     Args:
         overlay: config laid over the base and the study's options.
-        options: options of run.py, laid over that.
-        control: run that this one is compared to; the study's if null.
+        options: options of run.py, laid over the overlay.
+        control: run that this run is compared to; the study's control if null.
     """
 
     overlay: str | None = None
@@ -55,7 +55,7 @@ class Study:
         folder: where runs, logs and tables lie.
         runs: name -> `Plan`.
         prompts: file of held-out prompt rows with a `part`, or `heldout`. The runs' GoldEvaluation gets the same.
-        outcomes: name -> parts of the prompts whose mean gold score it is; the first is the main one.
+        outcomes: name -> parts of the prompts that the mean gold score is over; the first outcome is the main one.
         control: run that the others are compared to.
         assumed_sd: for the smallest detectable difference, which is printed before the first run.
         seeds: of everything random in a run; the first one chooses the grid point.
@@ -82,10 +82,10 @@ class Study:
         if not (self.runs and self.outcomes and self.seeds and all(self.grid.values())):
             raise InputError("runs, outcomes, seeds and each list of the grid need at least one entry")
         if len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds: {self.seeds} has a seed twice; give each once")
+            raise InputError(f"seeds: {self.seeds} has a seed twice: give each once")
         for name in self.runs:
             if self.control_of(name) not in self.runs:
-                raise InputError(f"runs.{name}: no run is called {self.control_of(name)!r}, its control")
+                raise InputError(f"runs.{name}: no run is called {self.control_of(name)!r}, its control: name a run")
         if self.options.get("data.validation") != 0 and not isinstance(self.options.get("data.validation"), str):
             raise InputError("options: data.validation must be 0 or a file: a share would be split anew for each seed")
         if len(self.points) > 1 and self.choose_by is None:
@@ -94,7 +94,7 @@ class Study:
             raise InputError(f"outcomes.{chosen[0]}: {self.choose_by} chooses the grid point and cannot be an outcome")
         names = [self.name(run, point, self.seeds[0]) for run in self.runs for point in self.points]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InputError(f"grid, runs: two of them would be called {twice[0]}: choose other values or names")
+            raise InputError(f"grid, runs: two runs would be called {twice[0]}: choose other values or names")
 
     @property
     def points(self) -> list[Point]:
@@ -128,12 +128,12 @@ def _flags(options: Mapping[str, Any]) -> Arguments:
 def read_study(path: str | Path) -> Study:
     """
     Raises:
-        InputError: no such file, no YAML, an unknown or missing key, a wrong type, or runs that do not fit together.
+        InputError: the file is missing or no YAML, a key is unknown or missing, a type is wrong, or runs do not fit.
     """
     content = read_yaml(path, "study")
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
         return Study(**vars(parser.instantiate(parser.parse_object(content))))
-    except (ArgumentError, InputError, AttributeError) as error:  # the last of a file that is no mapping
+    except (ArgumentError, InputError, AttributeError) as error:  # AttributeError: the file is no mapping
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error

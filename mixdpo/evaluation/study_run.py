@@ -1,4 +1,4 @@
-"""`mixdpo study STUDY.yaml`: every run in a process of its own; what is done is skipped, what failed is tried again."""
+"""`mixdpo study STUDY.yaml`: every run in a process of its own; finished runs are skipped, failed runs tried again."""
 
 import ctypes
 import json
@@ -26,7 +26,7 @@ RECORDED = ("results.json", "responses.json", "adapter")
 def study(study: str) -> int:
     """Run a grid of runs from one YAML file; after each run write a table with intervals, as CSV and Markdown.
 
-    Start the same command again to go on after an interruption or a failed run.
+    Start the same command again to continue after an interruption or a failed run.
 
     Args:
         study: the study's YAML file.
@@ -53,14 +53,14 @@ def study(study: str) -> int:
         try:
             _run_all(plan, done, threads)
         except KeyboardInterrupt:
-            print("\ninterrupted: the runs in progress are lost; the same command goes on")
+            print("\ninterrupted: the runs in progress are lost; the same command continues")
             return 130
         print(f"\n{write_tables(plan, done)}")
     return int(len(done) < plan.size)
 
 
 def known_jobs(plan: Study, done: Set[str]) -> dict[str, Arguments]:
-    """The jobs whose options are known: all points at the first seed, the chosen one at the others."""
+    """The jobs with known options: all points at the first seed, the chosen point at the other seeds."""
     jobs = {}
     for seed in plan.seeds:
         for run in plan.runs:
@@ -71,7 +71,7 @@ def known_jobs(plan: Study, done: Set[str]) -> dict[str, Arguments]:
 
 
 def add_finished(plan: Study, done: set[str]) -> set[str]:
-    """`done` with the names of all jobs that earlier studies have left, which may make further jobs known."""
+    """Add to `done` all jobs that earlier commands have finished. These may make further jobs known."""
     while new := {name for name, arguments in known_jobs(plan, done).items() if is_done(plan, name, arguments)} - done:
         done |= new
     return done
@@ -124,7 +124,7 @@ def _end(plan: Study, name: str, status: int) -> bool:
     """Record and tell whether the run succeeded."""
     path = Path(plan.folder, name)
     absent = [file for file in RECORDED if not (path / file).exists()]
-    # a run that is told to stop does so with status 0, so the status alone says little
+    # a run that is told to stop ends with status 0, so the status alone says little
     good = status == 0 and not absent
     write_json(_record(path), json.loads(_record(path).read_text()) | {"state": "done" if good else "failed"})
     outcome, parts = next(iter(plan.outcomes.items()))
@@ -138,14 +138,15 @@ def _record(path: Path) -> Path:
 
 
 def _identity(arguments: Arguments) -> list[str]:
-    """What must be the same for a run that is done to be this job: its options, and the content of the files that they
-    or their configs name."""
+    """What a finished run must share with this job: its options, and the content of the files that options or
+    configs name."""
     files = named_files(value for _, value in arguments)
     return [*map(" ".join, arguments), *(f"content of {file}: {digest}" for file, digest in files.items())]
 
 
 def is_done(plan: Study, name: str, arguments: Arguments) -> bool:
-    """
+    """Whether the job has finished with these options and files.
+
     Raises:
         InputError: the job is done with other options or files.
     """
@@ -159,8 +160,8 @@ def is_done(plan: Study, name: str, arguments: Arguments) -> bool:
     lines = ndiff(record["identity"], _identity(arguments))
     if changed := [kinds[line[0]] + line[2:] for line in lines if line[0] in kinds]:
         raise InputError(
-            f"{path} is done, but with something else: {'; '.join(changed)}. Change it back, give the study another "
-            f"folder, or remove {path} to repeat the run"
+            f"{path} is done, but with other options or files: {'; '.join(changed)}. Change them back, "
+            f"give the study another folder, or remove {path} to repeat the run"
         )
     return True
 

@@ -1,7 +1,7 @@
-"""Verdicts: what a judge is asked, how its response is read, and the file that keeps each verdict as it comes.
+"""Verdicts: the question to a judge, the reading of the judge's response, and the file that keeps each verdict.
 
-A judge is shown two responses, labelled X and Y as they are shown. The head of a verdicts file says which model was
-judged, on what and how. What `mixdpo score` needs is in this file alone.
+A judge is shown two responses, labelled X and Y in the order shown. The head of a verdicts file names the judged model,
+the baseline and the judge's options. `mixdpo score` needs no other file.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ Source = Literal["log_probs", "text"]
 NOUN = "verdicts"
 
 LEAST_MASS = 0.01
-"""Least probability of both labels together. Below, the judge began with something else, such as a refusal."""
+"""Least probability of both labels together. Below this, the judge began with other text, such as a refusal."""
 
 
 LABELS = ("X", "Y")
@@ -57,18 +57,18 @@ Reply with a single letter and nothing else: X if response X is better, Y if res
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one prompt in one order.
+    """A judge's verdict on one prompt in one order.
 
     Attributes:
-        index: position of the prompt in OUTPUTS, from 0.
+        index: position of the prompt in the file of the model's responses, from 0.
         order: whose response the judge was shown first.
         preference: probability that the MODEL's response is preferred over the baseline's, in [0, 1], whatever the
             order; None where the judge gave no verdict.
         source: what the preference was read from; None without a preference.
         failed: why there is no preference; None where there is one.
         len_model, len_baseline: characters of the two responses.
-        tokens: length of the model's response in tokens; None where OUTPUTS does not say.
-        ended: whether the model ended its response by itself; None where OUTPUTS does not say.
+        tokens: length of the model's response in tokens; None where the file does not say.
+        ended: whether the model ended its response by itself; None where the file does not say.
     """
 
     index: int
@@ -88,7 +88,7 @@ class Verdict:
 
 class VerdictsWriter(Store):
     def __init__(self, path: str | Path, head: Mapping[str, Any]) -> None:
-        """Goes on with a file, or makes the file. `verdicts` are those known so far; a failed one may be replaced.
+        """Continues a file, or makes the file. `verdicts` holds the verdicts so far; a failed verdict may be replaced.
 
         Raises:
             InputError: the file holds other verdicts or something else, or another process is writing to the file.
@@ -108,10 +108,10 @@ def _by_key(entries: Mapping[Key, bytes]) -> dict[tuple[int, Order], Verdict]:
 
 
 def read_verdicts(path: str | Path) -> tuple[dict[str, Any], list[Verdict]]:
-    """The head of a file, and a verdict for each (index, order) that is there, in this order, failed ones included.
+    """The head of a file, and its verdicts sorted by (index, order), failed ones included.
 
     Raises:
-        InputError: there is no such file, the file is none of `mixdpo judge`, is damaged, or is being written.
+        InputError: there is no such file, or the file is not from `mixdpo judge`, is damaged, or is being written.
     """
     if not Path(path).is_file():
         raise InputError(f"no verdicts file {path}; `mixdpo judge` makes it")

@@ -1,4 +1,4 @@
-"""Win rates in percent from preferences, with intervals over prompts, also as if all responses were equally long.
+"""Win rates in percent from preferences, with intervals over prompts: raw, discrete and length-controlled.
 
 A preference is the probability that the model's response is preferred over the baseline's, from 0 to 1. AlpacaEval
 stores 1 + preference.
@@ -40,7 +40,7 @@ _INSTEAD = "report the win rate alone, or judge more prompts"
 
 @dataclass(frozen=True)
 class GamedBaselines:
-    """Comparisons of the baseline with itself, told to be verbose or concise: they hold the length effect in place.
+    """Comparisons of the baseline with itself, told to be verbose or concise. They hold the length effect in place.
 
     Attributes:
         preferences: (M,) in [0, 1].
@@ -82,7 +82,7 @@ def standard_error_of_mean(preferences: ArrayLike) -> float:
 
 
 def label(difficulty: bool, gamed: bool) -> str:
-    """Name of a length-controlled win rate. Only the one with both terms is AlpacaEval's."""
+    """Name of a length-controlled win rate. Only the rate with both terms is AlpacaEval's."""
     lacking = ["instruction difficulty"] * (not difficulty) + ["gamed baselines"] * (not gamed)
     return "length-controlled win rate" + " without " * bool(lacking) + " and ".join(lacking)
 
@@ -111,8 +111,8 @@ def resampled_length_controlled(
         preferences: (N,) of the model, in [0, 1].
         len_model: (N,) characters of the model's responses.
         len_baseline: (N,) characters of the baseline's responses.
-        difficulty: (N,) of the instructions; without it the term is left out.
-        gamed: rows that hold a and b in place; without them the fit has the N prompts alone.
+        difficulty: (N,) of the instructions; None leaves the term out.
+        gamed: rows that hold a and b in place; None fits the N prompts alone.
 
     Returns:
         The weights a, b (not without `difficulty`) and c of the fit to all prompts, and the win rate.
@@ -210,7 +210,11 @@ def read_difficulties(path: str, indices: Sequence[int]) -> np.ndarray:
 
 
 def read_gamed(path: str) -> GamedBaselines:
-    """Gamed baselines from a .csv file. Rows without a preference are left out, as AlpacaEval does."""
+    """Gamed baselines from a .csv file. Rows without a preference are left out, as AlpacaEval does.
+
+    Raises:
+        InputError: the file cannot be read, lacks a column, or has a number out of range.
+    """
     columns = np.array([row for _, row in _numbers(path, _GAMED) if not np.isnan(row[0])]).reshape(-1, 4).T
     if not columns.size or not (np.isfinite(columns).all() and ((columns[[0, 3]] >= 0) & (columns[[0, 3]] <= 1)).all()):
         raise InputError(f"{path}: need finite numbers, each preference from 0 to 1, on at least one row; {_HUB}")

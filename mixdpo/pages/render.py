@@ -31,5 +31,5 @@ def write_page(path: Path, template: str, **content: Any) -> None:
 
 
 def _number(value: float | None, form: str) -> str:
-    """By a format such as {:.1%}; a dash for None and NaN."""
+    """The value in a format such as {:.1%}; a dash for None and NaN."""
     return "–" if value is None or value != value else form.format(value)

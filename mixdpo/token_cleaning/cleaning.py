@@ -1,4 +1,4 @@
-"""What a YAML file says about token cleaning: how tokens are scored, which are kept, against which reference."""
+"""The options of token cleaning in YAML: how tokens are scored, which tokens are kept, against which reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Cleaning:
     """SFT on the response tokens that matter (Token Cleaning, arXiv 2502.01968).
 
     Args:
-        scorer: Class path of what scores tokens, high = keep: ExcessLoss, Loss, Probability, Random of
+        scorer: Class path of the scorer of tokens, high = keep: ExcessLoss, Loss, Probability, Random of
             mixdpo.token_cleaning.scorers, or your own with the attribute `roles`.
         selection: Which scores are kept: the best keep_ratio, or those above threshold. scope says what is ranked
             together: global (all tokens scored at one time), sample, or batch (an optimizer step; for a scorer that
@@ -53,7 +53,7 @@ class Cleaning:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Whose losses are needed: the scorer's, none where masks are given."""
+        """Roles whose losses are needed: the scorer's, or none where masks are given."""
         scorer: Any = self.scorer
         return () if self.masks is not None else tuple(scorer.roles)
 
@@ -64,29 +64,37 @@ class Cleaning:
         return {"scorer": described(self.scorer), "selection": described(self.selection) if self.selection else None}
 
     def identity(self) -> dict[str, Any]:
-        """What must stay for a run to be continued."""
+        """Options that a continued run must have kept."""
         values = {"warm_up_stages": self.warm_up_stages, "reference": self.reference, "reference_lr": self.reference_lr}
         return self.describe() | values
 
 
 def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) -> np.ndarray:
-    """(M,) bool, the pool's tokens that are kept whatever their score."""
+    """(M,) bool, the pool's tokens that are kept whatever their score.
+
+    Raises:
+        InputError: the tokenizer lacks a named token.
+    """
     if selection is None or not selection.always_keep:
         return np.zeros(len(pool), dtype=bool)
     known = load_tokenizer(tokenizer).get_vocab()
     if unknown := [name for name in selection.always_keep if name not in known]:
-        raise InputError(f"cleaning.selection.always_keep: the tokenizer has no token {', '.join(map(repr, unknown))}")
+        raise InputError(f"cleaning.selection.always_keep: the tokenizer lacks {', '.join(map(repr, unknown))}")
     return np.isin(pool.target_ids(), [known[name] for name in selection.always_keep])
 
 
 def weigh(
     selection: Selection | None, scores: np.ndarray, offsets: np.ndarray, *, batch: np.ndarray, always_keep: np.ndarray
 ) -> tuple[np.ndarray, float | None]:
-    """Scores -> weights (M,) float32 in the loss, and the threshold of `select`: weights are 1 for kept and 0 for cut
-    tokens, or without a selection the scores themselves."""
+    """Scores -> weights (M,) float32 in the loss, and the threshold of `select`, which has the same arguments. Weights
+    are 1 for kept and 0 for cut tokens. Without a selection the scores are the weights.
+
+    Raises:
+        InputError: a score is not finite or, without a selection, is negative or NaN.
+    """
     if selection is not None:
         mask, threshold = select(scores, offsets, selection, batch=batch, always_keep=always_keep)
         return mask.astype(np.float32), threshold
     if not (scores >= 0).all():
-        raise InputError("cleaning.selection is null, so scores are weights, but some are negative or no numbers")
+        raise InputError("selection null makes scores the weights, but some are negative or NaN: give a selection")
     return np.asarray(scores, dtype=np.float32), None

@@ -28,7 +28,7 @@ def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed:
         seed: of the choice of samples.
 
     Raises:
-        InputError: `run` has no cleaning, its files do not fit each other, or its tokenizer is not found.
+        InputError: `run` has no cleaning, its files do not fit together, or its tokenizer cannot be loaded.
     """
     from mixdpo.model.loading import load_tokenizer
 
@@ -43,14 +43,14 @@ def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed:
         title=f"Token cleaning: {Path(run).resolve().name}",
         summary=[summary],
         stages=cleaning.stages,
-        scored=[stage.facts | {"title": _title(stage)} for stage in cleaning.scored_stages()],
+        scored=[stage.summary | {"title": _title(stage)} for stage in cleaning.scored_stages()],
         samples=[_sample(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed)],
         identity=cleaning.identity,
     )
 
 
 def _title(stage: ScoredStage) -> str:
-    return f"Stage {stage.facts['stage']}, from step {stage.facts['step']}"
+    return f"Stage {stage.summary['stage']}, from step {stage.summary['step']}"
 
 
 def _sample(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage: ScoredStage) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run decided about its tokens: in memory, in checkpoints, in the run's folder, and as a labelled data set."""
+"""A run's decisions on its tokens: in memory, in checkpoints, in the run's folder, and as a labelled data set."""
 
 import json
 import random
@@ -24,13 +24,13 @@ class ScoredStage:
     """Samples whose tokens were scored together.
 
     Attributes:
-        facts: the entry of stages.json.
+        summary: the entry of stages.json.
         samples: (n,) indices of the samples.
         centre: the threshold or, without one, the median score.
-        reach: 95 % of the scores are this near to `centre`, or nearer.
+        reach: 95 % of the scores lie within this distance of `centre`.
     """
 
-    facts: dict[str, Any]
+    summary: dict[str, Any]
     samples: np.ndarray
     centre: float
     reach: float
@@ -38,10 +38,10 @@ class ScoredStage:
 
 @dataclass
 class RunTokens:
-    """What a run decided about each of the M response tokens of the N samples of its pool.
+    """A run's decisions on each of the M response tokens of the N samples of its pool.
 
     Attributes:
-        identity: what must be the same for it to hold: of the pool, the model, its dtype.
+        identity: what the decisions depend on: pool, model and dtype.
         tokenizer: name of the tokenizer.
         scores, weights: (M,) float32, NaN where a token has not been scored, or not been reached by training.
         decided: (N,) int16, the number in `stages` of the entry that decided a sample's tokens last; -1 none yet.
@@ -68,7 +68,7 @@ class RunTokens:
         return {**arrays, "identity": dict(self.identity), "stages": json.loads(json.dumps(self.stages))}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the state of a checkpoint; refuse one of other data, another tokenizer, template or model."""
+        """Take the state of a checkpoint; refuse a checkpoint of other data, another tokenizer, template or model."""
         refuse_changed(state["identity"], self.identity, "the checkpoint")
         for name in ARRAYS:
             setattr(self, name, state[name].numpy().copy())
@@ -123,14 +123,18 @@ class RunTokens:
 
 
 def read_cleaning(run: str) -> RunTokens:
-    """Read the folder `run`/cleaning; its arrays are memory-mapped."""
+    """Read the folder `run`/cleaning; its arrays are memory-mapped.
+
+    Raises:
+        InputError: the folder is none of a run with token cleaning, or its files do not fit together.
+    """
     from datasets import load_from_disk
 
     folder = Path(run) / "cleaning"
     record = _read_record(folder)
     pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
     if pool.identity != record["identity"]:
-        raise InputError(f"{folder / 'samples'} holds other tokens than stages.json is of: {AGAIN}")
+        raise InputError(f"{folder / 'samples'} holds other tokens than stages.json names: {AGAIN}")
     sizes = {"scores": len(pool), "weights": len(pool), "decided": len(pool.samples)}
     arrays = {name: read_array(folder / f"{name}.npy", (sizes[name],), AGAIN) for name in ARRAYS}
     return RunTokens(pool, record["identity"], record["tokenizer"], **arrays, stages=record["stages"])
@@ -138,12 +142,16 @@ def read_cleaning(run: str) -> RunTokens:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     if not (folder / "stages.json").is_file():
-        raise InputError(f"{folder} has no stages.json: it is no folder RUN/cleaning of a token-cleaning run")
+        raise InputError(f"{folder} has no stages.json: give a run with token cleaning, for masks its RUN/cleaning")
     return read_json(folder / "stages.json", {"identity", "tokenizer", "stages"}, AGAIN)
 
 
 def read_masks(folder: Path, identity: Mapping[str, str], tokens: int) -> np.ndarray:
-    """(M,) weights of an earlier run's folder `cleaning`, NaN where training never came; of the same data and model."""
+    """(M,) weights of an earlier run's folder `cleaning`, NaN for tokens that training never reached.
+
+    Raises:
+        InputError: the folder is none of a run with token cleaning, or of other data or another model.
+    """
     refuse_changed(_read_record(folder)["identity"], identity, f"cleaning.masks {folder}")
     return read_array(folder / "weights.npy", (tokens,), AGAIN)
 
@@ -158,6 +166,9 @@ def export_labels(run: str, out: str) -> None:
     Args:
         run: folder of a run with token cleaning.
         out: folder to write, which does not exist; read it with datasets.load_from_disk.
+
+    Raises:
+        InputError: `out` exists, `run` has no cleaning, or training reached no sample.
     """
     if Path(out).exists():
         raise InputError(f"{out} exists: give another folder, or remove this one")

@@ -17,7 +17,7 @@ READABLE: tuple[Role, ...] = ("base", "cleaning_reference", "previous", "policy"
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What is known of M response tokens.
+    """Losses of M response tokens, and where each token belongs.
 
     Attributes:
         losses: role -> (M,) negative log-likelihood in nats, detached.
@@ -67,7 +67,7 @@ class ExcessLoss:
 
 @dataclass(frozen=True)
 class Loss:
-    """ℓ: keeps what the model finds hard.
+    """ℓ: keeps the tokens that the model finds hard.
 
     Args:
         role: Whose loss: base, cleaning_reference, previous or policy.
@@ -104,7 +104,7 @@ class Random:
     """Uniform in [0, 1), by seed and number of the token: the same whatever the batch, the order or the device.
 
     Args:
-        seed: Another seed, other tokens.
+        seed: Another seed keeps other tokens.
     """
 
     seed: int = 0
@@ -118,7 +118,7 @@ class Random:
 
 
 def is_online(scorer: Any) -> bool:
-    """Whether scores need the model in training, so cannot be computed before a step."""
+    """Whether scores need the policy of the step, so that no score can be computed before the step."""
     return "policy" in scorer.roles
 
 

@@ -1,4 +1,4 @@
-"""Losses of every response token under one role, kept in a flat memory-mapped file; the adapter that scores, fitted."""
+"""Losses of every response token under one role, kept in a flat memory-mapped file; and the fit of an adapter."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ MOST_PADDING = 0.15
 
 
 def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.ndarray:
-    """(M,) float32, NaN where a loss is not known yet: in memory, or with an identity the file that belongs to it.
+    """(M,) float32, NaN where a loss is not known yet: in memory or, with an identity, the file of this identity.
 
     The identity names all that the losses depend on: data, tokenizer, template, lengths, model, adapter, dtype. The
     file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed. A
@@ -37,7 +37,7 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
     path = cache_root() / "token_losses" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
     with or_without("token losses", path):
         losses = open_checked(path, tokens, "losses")
-        path.with_suffix(".json").write_text(text + "\n")  # for people: what the file is of
+        path.with_suffix(".json").write_text(text + "\n")  # for people
         return losses
     return unknown
 
@@ -62,7 +62,7 @@ def add_losses(
         for batch in tqdm(batches, desc=f"scoring with {name}", unit="batch", disable=not batches):
             rows = sample_rows([pool.samples[i] for i in batch]).to(device)
             computed = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
-            computed[~np.isfinite(computed)] = np.nan  # not known, for whoever reads the file
+            computed[~np.isfinite(computed)] = np.nan  # later runs read the file, and compute NaN again
             is_new = np.repeat([i in missing for i in batch], np.diff(pool.offsets)[batch])
             losses[pool.tokens(batch)[is_new]] = computed[is_new]
 

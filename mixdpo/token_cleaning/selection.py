@@ -1,4 +1,4 @@
-"""Scores -> which tokens are kept (Token Cleaning, arXiv 2502.01968): the best share, or all above a threshold."""
+"""Scores -> the tokens to keep (Token Cleaning, arXiv 2502.01968): the best share, or all above a threshold."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ class Selection:
     """Which response tokens stay in the loss; high scores are kept.
 
     Args:
-        keep_ratio: Share of the eligible tokens that is kept, in (0, 1]. Without this and threshold it is the paper's
-            0.6; the paper's results change little from 0.3 to 0.8.
+        keep_ratio: Share of the ranked tokens that is kept, in (0, 1]. Null without a threshold means the paper's 0.6;
+            the paper's results change little from 0.3 to 0.8.
         threshold: Keep tokens with a score above this instead, so 0 keeps by sign. Give this or keep_ratio, not both.
             An option on the command line replaces the other one of a config.
         scope: What keep_ratio ranks over: all tokens scored together (the paper's method), each sample by itself (its
             RHO baseline), or the samples of a batch.
-        min_keep: Every sample keeps at least this many of its best tokens, or all it has: more than keep_ratio if need
-            be.
+        min_keep: Every sample keeps at least this many of its best tokens, or all if the sample is shorter, even where
+            keep_ratio would keep fewer.
         always_keep: Tokens that are kept whatever their score, such as <|im_end|>; they are part of keep_ratio.
     """
 
@@ -64,11 +64,14 @@ def select(
     Returns:
         (M,) bool, True = kept; and the threshold: the selection's own or, under scope global, the lowest score that
         the ranking keeps. None for other scopes, and where tokens that are kept always use up the budget.
+
+    Raises:
+        InputError: a score is not finite.
     """
     scores = np.asarray(scores)
     if not np.isfinite(scores).all():
         token = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise InputError(f"the score of token {token} is {scores[token]}; selection needs numbers: check its losses")
+        raise InputError(f"the score of token {token} is {scores[token]}, not a finite number: check the scorer")
     if always_keep is not None:
         scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
     threshold = selection.threshold
@@ -107,7 +110,7 @@ def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.floating]:
 
 
 def _top_up(mask: np.ndarray, scores: np.ndarray, offsets: np.ndarray, least: int) -> None:
-    """What is kept of a sample is always its best: so its `least` best contain it where it is too little."""
+    """Where a sample keeps fewer than `least` tokens, keep its `least` best, which contain the ones kept so far."""
     wanted = np.minimum(least, np.diff(offsets))
     kept = np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
     for sample in np.flatnonzero(kept < wanted):

@@ -123,7 +123,7 @@ CLEANING = [
     ),
     *cases(
         "read_cleaning",
-        ("no run", lambda place: read_cleaning(str(place.folder)), "no folder RUN/cleaning of a token-cleaning run"),
+        ("no run", lambda place: read_cleaning(str(place.folder)), "no stages.json: give a run with token cleaning"),
         ("a score too few", cleaned(array("scores.npy", lambda s: s[1:]), read), f"scores.npy holds … {RUN_AGAIN}"),
         ("samples of another run", cleaned(backwards, read), f"samples holds other tokens than … {RUN_AGAIN}"),
     ),
