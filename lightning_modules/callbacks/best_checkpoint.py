@@ -29,7 +29,7 @@ def load_best(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
             state = checkpoint.get("callbacks", {}).get(best.state_key, {})  # none where only weights are saved
             # the file's own score: another one may have been the best when it was written
             if (score := state.get("current_score", best.best_model_score)) != best.best_model_score:
-                raise ValueError(f"its score is {score:.4f}, not {best.best_model_score:.4f}: of another run")
+                raise ValueError(f"its score is {score:.4f}, not {best.best_model_score:.4f}: it is of another run")
             pl_module.model.stacked = checkpoint["adapters"]["stacked"]
             pl_module.load_state_dict(checkpoint["state_dict"], strict=False)
         return best

@@ -110,7 +110,7 @@ class GoldEvaluation(Callback):
         tokenizer = load_tokenizer(pl_module.base)
         tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.encoding["chat_template"])
         if tokenizer.chat_template == PLAIN:
-            raise InputError("GoldEvaluation needs a template with turns: give a data.chat_template other than plain")
+            raise InputError("GoldEvaluation needs a chat template: give a data.chat_template other than plain")
 
         def generated() -> list[Response]:
             if self._copy is not None:

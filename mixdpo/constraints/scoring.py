@@ -52,7 +52,7 @@ class ConstraintScorer:
         """
         rows = prompt_row.get("constraints")
         if not isinstance(rows, list) or not rows:
-            raise InputError("the prompt has no list of constraints to score by: add `constraints`, or name another scorer")
+            raise InputError("the prompt has no list of constraints: add `constraints`, or name another scorer")
         if malformed := [row for row in rows if not isinstance(row, Mapping) or set(row) != {"kind", "params"}]:
             raise InputError(f'a constraint is written {{"kind": …, "params": {{…}}}}, not {malformed[0]!r}')
         constraints = [Constraint(**row) for row in rows]

@@ -79,7 +79,7 @@ def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) ->
         return np.zeros(len(pool), dtype=bool)
     known = load_tokenizer(tokenizer).get_vocab()
     if unknown := [name for name in selection.always_keep if name not in known]:
-        raise InputError(f"cleaning.selection.always_keep: the tokenizer lacks {', '.join(map(repr, unknown))}")
+        raise InputError(f"cleaning.selection.always_keep: the tokenizer has no token {', '.join(map(repr, unknown))}")
     return np.isin(pool.target_ids(), [known[name] for name in selection.always_keep])
 
 
@@ -96,5 +96,5 @@ def weigh(
         mask, threshold = select(scores, offsets, selection, batch=batch, always_keep=always_keep)
         return mask.astype(np.float32), threshold
     if not (scores >= 0).all():
-        raise InputError("selection null makes scores the weights, but some are negative or NaN: give a selection")
+        raise InputError("selection is null, so scores are weights, but some are negative or NaN: give a selection")
     return np.asarray(scores, dtype=np.float32), None

@@ -55,7 +55,7 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
 ]
 MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (PreferenceModule, {"cleaning": Cleaning(warm_up_stages=1)}, ("warm_up_stages belongs to SFT",)),
-    (PreferenceModule, {"cleaning": Cleaning(Loss("policy"), BATCH)}, ("reads the policy", "give worse or role base")),
+    (PreferenceModule, {"cleaning": Cleaning(Loss("policy"), BATCH)}, ("reads the policy", "name base, not policy")),
     (MarginModule, {"signal": ImplicitReward()}, ("model.adapter is None", "needs one")),
     (MarginModule, {"signal": RewardModel(), "adapter": "x"}, ("model.adapter is x", "needs none")),
 ]
@@ -105,7 +105,7 @@ WITH_DATA = [
             lambda _: plan_stages(2, Slices(3), batch_size=1),
             "2 samples … data.slices.count",
         ),
-        ("a score of NaN", lambda _: select(SCORES, OFFSETS, Selection()), "token 1 is nan … check its losses"),
+        ("a score of NaN", lambda _: select(SCORES, OFFSETS, Selection()), "token 1 is nan … check the scorer"),
         ("a negative weight", lambda _: weigh(None, -SCORES[2:], OFFSETS[:2], **UNWEIGHED), "scores are weights"),
         ("no new tokens", generated(max_new_tokens=0), "max_new_tokens 0 … must be at least 1"),
         ("no such class", lambda _: options("mixdpo.losses.Nothing"), "mixdpo.losses.Nothing … give its whole path"),

@@ -119,7 +119,7 @@ CLEANING = [
         ("of another length", shorter, f"lengths:  … {SCORE_AGAIN}"),
         ("stages.json cut off", cleaned(cut("stages.json", 99), masked), f"stages.json is damaged … {RUN_AGAIN}"),
         ("a weight too few", cleaned(array("weights.npy", lambda w: w[:-1]), masked), f"of the shape … {RUN_AGAIN}"),
-        ("tokens never reached", cleaned(array("weights.npy", holed), masked), "has no weight for … that reached all"),
+        ("tokens never reached", cleaned(array("weights.npy", holed), masked), "lacks weights of … that reached all"),
     ),
     *cases(
         "read_cleaning",
