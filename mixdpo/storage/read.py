@@ -79,7 +79,8 @@ def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
 
     Raises:
         InputError: the text is no YAML, is too large, nested too deeply, or expands too far by its aliases; or it holds
-            a key twice, a key that is a list or mapping, or what YAML 1.1 and 1.2 read differently, as 1_0 and 1:30.
+            a key twice, a key that is a list or mapping, or a value such as 1_0 or 1:30, which YAML 1.1 and 1.2 read
+            differently.
     """
     try:
         _check_size(text, LARGEST)
@@ -103,7 +104,7 @@ class _Refused(ValueError):
 
 
 def _measure(node: yaml.Node, depth: int, known: dict[int, tuple[int, int]], finite: bool) -> tuple[int, int]:
-    """Nodes and levels of what stands at a node, with each alias written out."""
+    """Numbers of nodes and levels under a node, with each alias written out."""
     if depth > DEEPEST:
         raise _Refused("nested too deeply", node)
     if id(node) not in known:

@@ -149,7 +149,7 @@ OF_THEIR_OWN = [  # callbacks that would move the planned steps
 FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("model.schedule", "too few multipliers", "must give 4 finite numbers", {"schedule": rising}),
     ("trainer.limit_train_batches", "2", "cuts the … use data.limit", trainer(limit_train_batches=2)),
-    ("trainer.max_epochs", "0", "a schedule needs steps", trainer(max_epochs=0)),
+    ("trainer.max_epochs", "0", "a schedule needs a last step", trainer(max_epochs=0)),
     (
         "data.max_prompt_length",
         "as max_length",

@@ -35,11 +35,11 @@ def row_case(fault: str, row: dict[str, Any], says: tuple[str, ...]) -> Case:
     return Case("row of samples", fault, do, ("rows.jsonl, row 2: ", *says))
 
 
-NEED = "'prompt' should be a text, or messages that end in one of role 'user', and not blank."
+NEED = "'prompt' should be text, or messages that end with role 'user', and should not be blank."
 PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("no prompt", {"question": "a"}, ("row 2: ", "'prompt' should be text or a list of messages, not None")),
     ("an empty prompt", {"prompt": ""}, ("row 2: ", NEED)),
-    ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "of role 'user'")),
+    ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "with role 'user'")),
     ("a system column", {"prompt": "a", "system": "x"}, ("row 2: ", "'system' is not read")),
     ("a part of null", {"prompt": "a", "part": None}, ("row 2: ", "'part' should be text")),
 ]
@@ -88,7 +88,11 @@ CASES = [
     *cases(
         "file of prompts",
         ("no such file", lambda place: read_prompts("/no.jsonl"), "/no.jsonl … Check the path"),
-        ("nothing in it", lambda place: read_prompts(place.write("p.jsonl", "\n")), "p.jsonl … give one with"),
+        (
+            "nothing in it",
+            lambda place: read_prompts(place.write("p.jsonl", "\n")),
+            "p.jsonl … give a file with prompts",
+        ),
         ("a limit of 0", lambda place: read_prompts("builtin", 0), "limit 0 … at least 1"),
     ),
     *cases(
