@@ -119,7 +119,7 @@ def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
         if text.strip():
             break
     tail = tokenizer.decode(ids[-3:])
-    raise InputError(f"a response ends in {tail!r}, not a special token: give a `chat_template` that writes eos_token")
+    raise InputError(f"a response ends in {tail!r}, no special token: give a `chat_template` that writes eos_token")
 
 
 def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[str], as_text: bool) -> list[list[int]]:

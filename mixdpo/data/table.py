@@ -109,5 +109,5 @@ def row_id(row: dict[str, Any], column: str, content: Any, rows_of_ids: dict[int
         raise InputError(f"{column!r} should be text or a whole number, not {name!r:.80}.")
     number = hash63(checked_text(str(name), column))
     if number in rows_of_ids:
-        raise InputError(f"{column} {name!r:.80} is already that of row {rows_of_ids[number]}: each row needs its own.")
+        raise InputError(f"{column} {name!r:.80} is in row {rows_of_ids[number]} too: each row needs its own.")
     return number

@@ -96,7 +96,7 @@ WITH_DATA = [
     *cases(
         "data.routing",
         ("a margin of NaN", routed([1.0, NAN]), "margin 1 is not finite"),
-        ("fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), "trains 2 of … needs 4"),
+        ("fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), "would train 2 of … needs at least 4"),
     ),
     *cases(
         "other options",

@@ -50,7 +50,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 ]
 RATINGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("scores of fewer responses", {"all_rm_scores": [1.0]}, ("should be two lists of the same length",)),
-    ("no score of the chosen", {"chosen": "four"}, ("the chosen text is none of its 2", "has no score")),
+    ("no score of the chosen", {"chosen": "four"}, ("the chosen text has no score", "none of the 2")),
 ]
 
 
@@ -66,7 +66,7 @@ def ids_case(fault: str, *ids: Any) -> Case:
     def do(place: Place) -> Any:
         return read_pairs(place.write("rows.jsonl", [PAIR | {"pair_id": name} for name in ids]))
 
-    says = ("rows.jsonl, row 2: ", "was already given by row 1", "each row needs its own")
+    says = ("rows.jsonl, row 2: ", "is in row 1 too", "each row needs its own")
     return Case("row of pairs", fault, do, says)
 
 

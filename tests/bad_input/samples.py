@@ -14,7 +14,7 @@ from mixdpo.evaluation.make_pairs import make_pairs, pair_up
 
 CHAT = {"messages": [user("a"), response("b")]}
 ALPACA = {"instruction": "a", "output": "b"}
-ONE_FORM = "should fit one: messages, or prompt and completion, or instruction and output"
+ONE_FORM = "give the columns of one, messages, or prompt and completion, or instruction and output"
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no known columns", {"text": "a"}, ("fit 0 forms", ONE_FORM)),
     ("two forms", CHAT | ALPACA, ("fit 2 forms", ONE_FORM)),
@@ -23,7 +23,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("a completion of the user's", {"prompt": "a", "completion": [user("b")]}, ("'completion' should begin with",)),
     ("an input of a list", ALPACA | {"input": ["x"]}, ("'input' should be text",)),
     ("a history", ALPACA | {"history": [["a", "b"]]}, ("'history' is not read", "or remove it")),
-    ("an id twice", CHAT | {"id": "one"}, ("id 'one' was already given by row 1", "each row needs its own")),
+    ("an id twice", CHAT | {"id": "one"}, ("id 'one' is in row 1 too", "each row needs its own")),
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),
 ]
 
@@ -88,12 +88,8 @@ CASES = [
     *cases(
         "file of prompts",
         ("no such file", lambda place: read_prompts("/no.jsonl"), "/no.jsonl … Check the path"),
-        (
-            "nothing in it",
-            lambda place: read_prompts(place.write("p.jsonl", "\n")),
-            "p.jsonl … give a file with prompts",
-        ),
-        ("a limit of 0", lambda place: read_prompts("builtin", 0), "limit 0 … at least 1"),
+        ("nothing in it", lambda place: read_prompts(place.write("p.jsonl", "\n")), "p.jsonl … give a file"),
+        ("a limit of 0", lambda place: read_prompts("builtin", 0), "limit must be at least 1"),
     ),
     *cases(
         "make-pairs",

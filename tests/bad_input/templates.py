@@ -77,11 +77,7 @@ TEMPLATES = [
     ),
     *cases(
         "other options",
-        (
-            "no end token",
-            encoded(template="plain", change=without("eos_token")),
-            "row 1 … the eos token … set eos_token",
-        ),
+        ("no end token", encoded(template="plain", change=without("eos_token")), "row 1 … has none: set eos_token"),
         ("max_length too short", encoded(**SHORT), "no pair is left of 2 … raise max_length"),
     ),
 ]
