@@ -28,7 +28,7 @@ class PlannedDataModule(L.LightningDataModule):
     """A data module whose optimizer steps are all known before training.
 
     A subclass has these attributes:
-        noun: what a row is, "pair" or "sample".
+        noun: the word for a row, "pair" or "sample".
         cleans_by_stage: whether tokens are scored and ranked at the start of each stage, or those of the whole epoch
             at once.
         read: a source and its split -> the rows as a data set; counts the dropped rows.

@@ -19,12 +19,12 @@ class Batch(OnDevice):
     """One micro-batch of B pairs or samples.
 
     Attributes:
-        unit: what the batch holds, "pairs" or "samples".
+        unit: "pairs" or "samples".
         rows: tokens that the policy computes. Responses without a loss are left out, except in evaluation.
         ids: (B,) int64, pair_id or sample_id of each row, by which the data module finds the rows.
         is_hard: (B,) bool, pairs that are reported as hard; of samples all False.
-        preference, sft: (P,) and (S,) int64, positions in the batch of what the preference loss trains, and SFT. Index
-            tensors are faster than masks, which wait for the device.
+        preference, sft: (P,) and (S,) int64, positions in the batch of pairs trained by the preference loss, and by
+            SFT. Index tensors are faster than masks, which wait for the device.
         weight: (B,) float32, 0 for filler. Filler keeps the number of micro-batches right.
         step_total: pairs, or response tokens of samples, in the whole optimizer step, over all devices.
         count: pairs or samples of this batch that count, 0 for filler.

@@ -31,7 +31,7 @@ class OnDevice:
 
 @dataclass
 class TokenRows(OnDevice):
-    """Token sequences of one forward pass, and the list of what is to be predicted in them.
+    """Token sequences of one forward pass, and the list of the tokens to predict.
 
     A row is one document or several that are blind to each other: a pair that shares its prompt, `[prompt | chosen |
     rejected]`, with positions restarted after the prompt and the rejected response blind to the chosen one; one

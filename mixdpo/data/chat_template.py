@@ -42,7 +42,7 @@ def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
     elif chat_template == PLAIN or _is_template(chat_template):
         template = chat_template
     elif not _is_template(template := read_text(Path(chat_template).expanduser())):
-        raise InputError(f"chat_template {chat_template!r} holds no Jinja template ({{{{ or {{%): give another file")
+        raise InputError(f"chat_template {chat_template!r} holds no Jinja template (no {{{{ or {{%): give another file")
     return TODAY_CALL.sub(_dated, template)
 
 

@@ -1,4 +1,4 @@
-"""Rows of any source -> one memory-mapped table of records, with row numbers, ids and counts of what was left out."""
+"""Rows of any source -> one memory-mapped table of records, with row numbers, ids and counts of dropped rows."""
 
 import hashlib
 import json
@@ -34,10 +34,10 @@ def read_table(
     """The usable rows of a source.
 
     Args:
-        noun: what a row is; its id is the column NOUN_id.
+        noun: the word for a row, whose id is the column NOUN_id.
         parse: a row and {id: row number} of earlier rows -> a record. Its `drop` says why the row is not usable, or "".
         columns: names and types of the table's columns, without `row` and `drop`; type "messages" is a message list.
-        key: what the table depends on besides the data, `limit`, and the code of this room.
+        key: further options that the table depends on, besides the data, `limit` and the code of this folder.
 
     Raises:
         InputError: the source cannot be read, a row is malformed, or no row is usable.

@@ -1,4 +1,4 @@
-"""What a preference loss is called with, and what the losses share.
+"""The arguments of preference losses, and the code that the losses share.
 
 The letters are those of the papers: s summed log-probability under the policy, r under the reference, h = s − r, L
 length in tokens, m = s / L, Δ = h_w − h_l; _w of the chosen response, _l of the rejected one. All in nats.
@@ -107,7 +107,7 @@ class Pairs:
     """B pairs in the letters of the equations, each (B,): sums s, means m, lengths, log-ratios h and their difference.
 
     Args:
-        responses: what a loss is called on. Without a reference there are no log-ratios.
+        responses: the arguments of a loss. Without a reference there are no log-ratios.
     """
 
     def __init__(self, *responses: Response) -> None:

@@ -1,8 +1,8 @@
 """One set of weights, several roles: LoRA adapters on one frozen base, switched by flags.
 
 - `policy`: the adapter that learns.
-- `reference`: what a preference loss compares the policy with. It is a frozen copy of the adapter that training started
-  from, or the base if training started from the base.
+- `reference`: the model that a preference loss compares the policy with. The reference is a frozen copy of the adapter
+  that training started from, or the base if training started from the base.
 - `base`: the model with all adapters off.
 - `cleaning_reference`: the adapter that scores tokens. `previous`: the cleaning_reference before its last refresh.
 

@@ -132,7 +132,7 @@ def check_head(model: PreTrainedModel) -> None:
     head, states = output_head(model), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     ours = head.shaped(nn.functional.linear(states, head.weight, head.bias).float())
     if not torch.allclose(ours, own, rtol=0.02, atol=0.02 * float(own.abs().max())):  # bf16 rounds at 0.004
-        raise InputError(f"{model.config.model_type} models rescale logits behind the output head: give another type")
+        raise InputError(f"{model.config.model_type} models rescale the head's logits: give a model of another type")
 
 
 def _check_window(config: Any, rows: TokenRows) -> None:

@@ -101,7 +101,7 @@ class Routing:
         """
         margins, pair_ids = np.asarray(margins, dtype=np.float64), np.asarray(pair_ids)
         if not np.isfinite(margins).all() and (self.by_margin or not np.isnan(margins).all()):
-            raise InputError(f"margin {np.flatnonzero(~np.isfinite(margins))[0]} is not finite: correct it in the data")
+            raise InputError(f"margin {np.flatnonzero(~np.isfinite(margins))[0]} (from 0) is not finite: correct it")
         easy_to_hard = np.lexsort((_hashes(pair_ids, seed), -margins))
         if self.threshold is not None:
             threshold, count = self.threshold, int((margins < self.threshold).sum())

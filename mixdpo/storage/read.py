@@ -18,8 +18,8 @@ MOST_NODES = 10**6  # of a YAML document, where each alias counts as what the al
 def parse_json(text: str | bytes, where: str, remedy: str = "correct it", largest: int = LARGEST) -> Any:
     """
     Args:
-        where: what the text is, for the error: a file, a line of a file, a server's response.
-        remedy: what to do about a text that is refused, for the error.
+        where: name of the text in errors: a file, a line of a file, a server's response.
+        remedy: end of the error: what to do about a refused text.
 
     Raises:
         InputError: the text is no JSON in UTF-8, is larger than `largest` or nested too deeply, or holds a key twice, a
@@ -74,7 +74,7 @@ _YAML_1_1 = yaml.SafeLoader("")
 def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
     """
     Args:
-        where: what the text is, for the error: config FILE, study FILE.
+        where: name of the text in errors: config FILE, study FILE.
         finite: refuse NaN and infinite numbers.
 
     Raises:

@@ -1,7 +1,8 @@
 """One keyed store for the results of a computation in progress: an SQLite file, headed by what the results depend on.
 
-A product holds what the user asked for, such as verdicts: one process at a time has its file open. A cache holds what
-can be computed again: its processes take turns, and a cache's file that fails is replaced by memory, with a warning.
+A product holds results that the user asked for, as verdicts: one process at a time has its file open. A cache holds
+values that can be computed again. Its processes take turns. A cache's file that fails is replaced by memory, with a
+warning.
 """
 
 import hashlib
@@ -34,8 +35,8 @@ class Store(AbstractContextManager[Any]):
 
         Args:
             head: everything that the entries depend on, in JSON's types.
-            noun: what the entries are, for messages: "verdicts".
-            remedy: what to do about a file that is damaged or holds other entries, for errors.
+            noun: name of the entries in messages: "verdicts".
+            remedy: end of an error about a damaged file or other entries: what to do.
             cache: whether the entries can be computed again.
 
         Raises:

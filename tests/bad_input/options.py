@@ -95,7 +95,7 @@ UNWEIGHED = {"batch": OFFSETS[:1], "always_keep": OFFSETS[:1]}
 WITH_DATA = [
     *cases(
         "data.routing",
-        ("a margin of NaN", routed([1.0, NAN]), "margin 1 is not finite"),
+        ("a margin of NaN", routed([1.0, NAN]), "margin 1 (from 0) is not finite"),
         ("fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), "would train 2 of … needs at least 4"),
     ),
     *cases(
