@@ -141,7 +141,7 @@ def _check_window(config: Any, rows: TokenRows) -> None:
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # GPT-Neo's
     longest = max(ends[-1] - start for _, start, *ends in rows.documents)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
-        raise InputError(f"{longest} tokens of a row exceed the model's sliding window {window}: lower data.max_length")
+        raise InputError(f"{longest} tokens of a row exceed the sliding window of {window}: lower data.max_length")
 
 
 def without_cast_cache(device: torch.device) -> torch.autocast:
