@@ -1,4 +1,4 @@
-"""Shared by both data modules: rows read, split and encoded; steps planned before training, continued exactly."""
+"""Shared by both data modules: read, split and encode rows; plan the steps before training; resume exactly."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,22 +21,22 @@ from mixdpo.routing.schedules import StepPlan
 from mixdpo.storage.identity import hash63, refuse_other_run
 
 REFUSED = (GradientAccumulationScheduler, LearningRateFinder, BatchSizeFinder)
-"""Callbacks that would change the steps which were planned."""
+"""Callbacks that would change the planned steps."""
 
 
 class PlannedDataModule(L.LightningDataModule):
     """A data module whose optimizer steps are all known before training.
 
-    Attributes of a subclass, beside what is read and planned:
-        noun: what a row is, "pair" or "sample".
-        cleans_by_stage: whether the tokens of a stage are scored and ranked when it begins, or those of the whole epoch
+    A subclass has these attributes:
+        noun: the word for a row, "pair" or "sample".
+        cleans_by_stage: whether tokens are scored and ranked at the start of each stage, or those of the whole epoch
             at once.
-        read: a source and its split -> the rows as a data set; counts what is dropped.
-        epoch_plan: an epoch -> its steps and stages. As many, and starting at the same steps, in all epochs.
+        read: a source and its split -> the rows as a data set; counts the dropped rows.
+        epoch_plan: an epoch -> its steps and stages. All epochs have as many, starting at the same steps.
         _steps: an epoch -> the rows of each optimizer step.
-        sizes: () -> of each row the tokens that training it computes, and what it adds to `Batch.step_total`.
+        sizes: () -> for each row, the tokens that training computes, and what the row adds to `Batch.step_total`.
         loader: a plan -> its micro-batches as tensors.
-        plan_identity: () -> part by part, all that must stay for a position in the epoch to mean the same rows.
+        plan_identity: () -> in parts, all that decides which rows a position in the epoch means.
         pool_steps: an epoch -> the samples of the cleaning pool in each step.
     """
 
@@ -74,20 +74,20 @@ class PlannedDataModule(L.LightningDataModule):
             tokenizer: Hub id or folder; linked to model.base.
             split: Split of a hub data set or folder to train on.
             validation: Share of the prompts (not rows) held out, or another source; 0 for none.
-            validation_split: Split of `validation`, where that is a source with several; `split` if null.
-            limit: Stop reading after so many usable rows.
-            batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches. How
-                many of them run at once is batch_size / trainer.accumulate_grad_batches / devices.
+            validation_split: Split of the source that `validation` names; `split` if null.
+            limit: Number of usable rows to read; all if null.
+            batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches. At
+                once run batch_size / trainer.accumulate_grad_batches / devices rows.
             eval_batch_size: Rows per validation batch.
-            pack: So many tokens of a micro-batch at most stand in one sequence, blind to each other, which leaves
-                nothing to pad; 0 gives each row of data its own, padded to the longest.
-            overlong: Truncate cuts a row that is too long to max_length; drop leaves it out. Both are counted.
+            pack: Most tokens of a packed sequence. Rows of a micro-batch share a sequence, blind to each other, without
+                padding; 0 gives each row a sequence of its own, padded to the longest.
+            overlong: Truncate cuts a longer row to max_length; drop leaves the row out. Both are counted.
             chat_template: Jinja template, a file with one, or `plain` for none; the tokenizer's own if not given.
-            special_tokens_in_text: Let the name of a special token in a text, such as <|im_end|>, become that token; by
-                default it is plain text. Such rows are counted either way.
+            special_tokens_in_text: Let the name of a special token in a text, such as <|im_end|>, become that token. By
+                default the name stays plain text. Rows with such names are counted either way.
             workers: Processes that prepare batches.
-            processes: Processes that tokenise, once; the result is cached.
-            seed: For the validation split; of pairs also for ties at the cut, shuffled orders and random assignment.
+            processes: Processes that tokenise. The token ids are cached, so later runs tokenise nothing.
+            seed: Seed of the validation split; for pairs also of ties at the cut, shuffled orders, random assignment.
         """
         super().__init__()
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
@@ -105,11 +105,15 @@ class PlannedDataModule(L.LightningDataModule):
         self._consumed = 0
 
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
-        """Rows to train on, and those held out or None."""
+        """Rows to train on, and held-out rows or None.
+
+        Raises:
+            InputError: a callback would change the steps, or validation is asked for without held-out rows.
+        """
         if refused := [type(each).__name__ for each in self.trainer.callbacks if isinstance(each, REFUSED)]:
-            raise InputError(f"remove the callback {refused[0]}, which changes the planned steps: set data.batch_size")
+            raise InputError(f"the callback {refused[0]} changes the planned steps: remove it and set data.batch_size")
         if not self.validation and stage == "validate":
-            raise InputError("there is nothing to validate on: data.validation is 0")
+            raise InputError("there is nothing to validate on, as data.validation is 0: give a share such as 0.1")
         train = self.read(self.source, self.split)
         if isinstance(self.validation, str):
             held_out = self.read(self.validation, self.validation_split)
@@ -126,14 +130,14 @@ class PlannedDataModule(L.LightningDataModule):
         return load_tokenizer(self.tokenizer)
 
     def encode(self, rows: Any, name: str) -> Any:
-        """The rows as token ids, kept as the table of this name; counts what is cut or dropped."""
+        """The rows as token ids, kept in `tables[name]`. Truncated and dropped rows are counted in `counts[name]`."""
         encoded, counts = encode_rows(rows, self.encoder, num_proc=self.processes, **self.encoding)
         self.counts[name] = {f"{self.noun}s": len(encoded), **counts}
         self.tables[name] = encoded
         return encoded
 
     def count_read(self, source: str, split: str, table: Any) -> Any:
-        """The data set of a table that was read; counts its rows and what it dropped."""
+        """The data set of a table. Its rows and dropped rows are counted in `counts`."""
         name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
         self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped}
         return table.dataset
@@ -147,7 +151,7 @@ class PlannedDataModule(L.LightningDataModule):
         return lines
 
     def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Row in the source, id and texts of the rows of training that a batch calls by these `ids`."""
+        """Row in the source, id and texts of the training rows with these `ids`."""
         table, key = self.tables["train"], f"{self.noun}_id"
         place = {row_id: index for index, row_id in enumerate(table[key])}
         rows = [table[place[row_id]] for row_id in ids]
@@ -156,14 +160,14 @@ class PlannedDataModule(L.LightningDataModule):
         return [{"row": row["row"], key: row[key], **text} for row, text in zip(rows, texts, strict=True)]
 
     def validation_batches(self, lengths: Sequence[int], ids: Sequence[int]) -> list[MicroBatch]:
-        """This rank's batches of held-out rows, by length, then by id; filler of weight 0 gives all ranks as many."""
+        """This rank's batches of held-out rows, longest first. Filler of weight 0 gives all ranks as many batches."""
         by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], ids[i]))
         batches: list[MicroBatch] = [(b, 1.0, len(b)) for b in plan_steps(by_length, self.eval_batch_size)]
         batches += [((by_length[-1],), 0.0, 1)] * (-len(batches) % self.trainer.world_size)
         return batches[self.trainer.global_rank :: self.trainer.world_size]
 
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
-        """One epoch as this rank computes it: every step in exactly accumulate × world pieces."""
+        """This rank's micro-batches of one epoch. Every step is cut into exactly accumulate × world micro-batches."""
         trainer, (tokens, counted) = self.trainer, self.sizes()
         parts = {
             "accumulate": trainer.accumulate_grad_batches,
@@ -177,14 +181,17 @@ class PlannedDataModule(L.LightningDataModule):
         return plan
 
     def upcoming_samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the stage (or the epoch) of optimizer step `step` trains from this step on, and the run's next epoch if
-        there is one: samples of the cleaning pool, in rising order, and the step of its epoch in which each comes next.
+        """Samples (n,) of the cleaning pool that come next, in rising order, and for each sample the step (n,) of its
+        epoch in which it comes next.
+
+        They are all samples from optimizer step `step` to the end of its stage (or epoch), and those of the run's next
+        epoch.
         """
         length, ends = len(self.epoch), [*self.epoch.stage_starts[1:], len(self.epoch)]
         epoch, step = divmod(step, length)
         end = ends[bisect_right(ends, step)] if self.cleans_by_stage else length
         coming = list(enumerate(self.pool_steps(epoch)))[step:end]
-        # with schedule_steps, max_steps only pauses the run
+        # schedule_steps is the whole run, and max_steps then only pauses it
         total = self._steps_of_run(self.trainer.lightning_module.schedule_steps or self.trainer.max_steps)
         if (left := total - (epoch + 1) * length) > 0:  # a third epoch comes after all of the second
             coming += list(enumerate(self.pool_steps(epoch + 1)))[:left]
@@ -206,7 +213,7 @@ class PlannedDataModule(L.LightningDataModule):
         max_epochs = -1 if self.trainer.max_epochs is None else self.trainer.max_epochs
         total = min((steps for steps in (max_steps, len(self.epoch) * max_epochs) if steps >= 0), default=0)
         if not total:
-            raise InputError("give trainer.max_epochs or trainer.max_steps, above 0: a schedule needs steps and an end")
+            raise InputError("a schedule needs a last step: give trainer.max_epochs or trainer.max_steps, above 0")
         return total
 
     def stage_of(self, step: int) -> int:
@@ -227,8 +234,12 @@ class PlannedDataModule(L.LightningDataModule):
         return {"consumed": self._loader.consumed if self._loader else 0, "run": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue in the middle of the epoch. Held here as well as in the loader because Lightning may build the
-        loader before it restores its state."""
+        """Continue in the middle of the epoch. Lightning may build the loader before or after this call, so module and
+        loader both keep the position.
+
+        Raises:
+            InputError: the checkpoint's run had other data, routes or batches.
+        """
         if self.trainer.state.fn != "fit":
             return  # validation of a checkpoint may use any rows
         refuse_other_run(state["run"], self._identity())
@@ -237,13 +248,13 @@ class PlannedDataModule(L.LightningDataModule):
             self._loader.load_state_dict({"consumed": self._consumed})
 
     def _identity(self) -> dict[str, Any]:
-        """What must stay for a position to mean the same rows."""
+        """Everything that decides which rows a position in the epoch means."""
         cut = {"accumulate_grad_batches": self.trainer.accumulate_grad_batches, "devices": self.trainer.world_size}
         return {**self.plan_identity(), "batch_size": self.batch_size, **cut}
 
 
 def _prompts(rows: Any) -> Iterable[Any]:
-    """What stands before the first response of each row: rows that share it land on one side of the split."""
+    """The messages before the first response of each row. Rows with the same prompt land on one side of the split."""
     if "prompt" in rows.column_names:
         return rows["prompt"]
     # one at a time: the rows may exceed memory
@@ -251,7 +262,7 @@ def _prompts(rows: Any) -> Iterable[Any]:
 
 
 def _check_apart(train: Iterable[Any], held_out: Iterable[Any], rows: Sequence[int], source: str) -> None:
-    """No held-out prompt may be trained on: a number measured on it would mean nothing."""
+    """Refuse held-out prompts that are trained on: a metric on such prompts would mean nothing."""
     known = {hash63(str(prompt_texts(prompt))) for prompt in train}
     shared = [row for row, prompt in zip(rows, held_out, strict=True) if hash63(str(prompt_texts(prompt))) in known]
     if shared:

@@ -36,20 +36,20 @@ class PreferenceDataModule(PlannedDataModule):
         share_prompt: bool = True,
         **options: Any,
     ) -> None:
-        """Preference pairs with margins, in the order and on the routes that the margins say.
+        """Preference pairs with margins, in the order and on the routes that the margins decide.
 
         Args:
             source: Hub id (ID:CONFIG where it has several configurations), local folder, .parquet, .json, .jsonl,
                 .jsonl.gz or .csv file, or `constraints` (built in).
             routing: Which pairs are hard, and the order of training.
             validation_threshold: Margin below which validation reports a pair as hard; the route's τ if not given. Give
-                it to baselines that route no pair or all pairs, to compare them with a run that routes some.
-            margin: Column with the margin, or two columns [chosen, rejected] whose difference it is; found by the usual
-                names if not given.
-            margins_file: Margins file of `run.py predict` with the margins; columns of the data are then not read.
+                a baseline that routes no pair or all pairs the τ of the run to compare with.
+            margin: Column with the margin, or two columns [chosen, rejected] whose difference is the margin. If not
+                given, columns with usual names are used.
+            margins_file: Margins file of `run.py predict`. Margin columns of the data are then not read.
             max_length: Longest prompt + completion, in tokens.
             max_prompt_length: Longest prompt of a pair that exceeds max_length, in tokens.
-            share_prompt: Compute the prompt once for both responses; false gives each its own copy, same numbers.
+            share_prompt: Compute the prompt once for both responses; false gives each a copy. The numbers are the same.
         """
         super().__init__(source, **options)
         self.margins_file = margins_file
@@ -63,13 +63,17 @@ class PreferenceDataModule(PlannedDataModule):
         self._pool: TokenPool | None = None
 
     def setup(self, stage: str) -> None:
-        """Read, split, encode and route; the pool of cleaning is made where the module cleans."""
+        """Read, split, encode and route. For a module that cleans tokens, make the pool of cleaning too.
+
+        Raises:
+            InputError: the margins do not fit the pairs, or nothing can be cleaned.
+        """
         if self.route is not None:
             return
         self.identity = encoding_identity(self.encoder, **self.encoding)
         if stage == "predict":
             if self.margins_file is not None:
-                raise InputError("data.margins_file is for fit and validate; predict writes such a file (model.output)")
+                raise InputError("remove data.margins_file: fit and validate read it, predict writes model.output")
             self.train_pairs = self.encode(self.read(self.source, self.split), self.source)
             self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
             self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
@@ -131,7 +135,7 @@ class PreferenceDataModule(PlannedDataModule):
         )
 
     def summary(self) -> dict[str, Any]:
-        """What `route.json` holds: the route's facts and the counts of what was read, dropped and truncated."""
+        """The content of `route.json`: the route's summary, and how many rows were read, dropped and truncated."""
         source = {"margins": {"file": self.margins_file, **self._margins.header}} if self._margins else {}
         run = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
         return {**self.route.summary(), **run, **source}
@@ -140,7 +144,7 @@ class PreferenceDataModule(PlannedDataModule):
         return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)
 
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
-        """A stage starts with the first step whose pairs are mostly its own (or of a later one)."""
+        """A stage starts with the first step in which at least half the pairs belong to that stage or a later one."""
         sft_share = np.array([self.route.is_sft[list(step)].mean() for step in self._steps(epoch)])
         places, starts = plan_steps(self.route.stages.tolist(), self.batch_size), [0]
         for stage in range(1, int(self.route.stages[-1]) + 1):
@@ -191,7 +195,7 @@ class PreferenceDataModule(PlannedDataModule):
         """(N,) bool, which held-out pairs are reported as hard."""
         threshold = self.route.threshold if self.validation_threshold is None else self.validation_threshold
         margins = np.asarray(self.validation_pairs["margin"])
-        if np.isnan(threshold) or np.isnan(margins).any():  # no margins: all are on the one route, if there is one
+        if np.isnan(threshold) or np.isnan(margins).any():  # without margins all pairs are on one route
             return np.full(len(margins), self.routing.hard_fraction == 1)
         return margins < threshold
 
@@ -221,7 +225,7 @@ class PreferenceDataModule(PlannedDataModule):
 
     @staticmethod
     def _tokens(pairs: Any, is_sft: Any, learnt: tuple[int, ...] = (0,)) -> list[int]:
-        """Tokens that training a pair computes: what SFT does not learn is not among them."""
+        """Tokens that training computes for each pair, without the responses that SFT does not learn."""
         rows = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_sft, strict=True)
         return [len(prompt) + sum(len(sides[i]) for i in (learnt if sft else (0, 1))) for prompt, *sides, sft in rows]
 

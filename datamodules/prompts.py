@@ -28,10 +28,10 @@ class PromptDataModule(L.LightningDataModule):
         Args:
             source: Local .json, .jsonl, .csv (each also .gz) or .parquet file, a folder, a hub data set, a file of one
                 (hf://datasets/OWNER/NAME/FILE), or `heldout` for the built-in prompts of the task `constraints`.
-            form: Class path of what reads a row and writes the responses: AlpacaEval, ArenaHard, MTBench, with a gold
-                score Constraints and GSM8K, all of mixdpo.evaluation.formats.
-            split: Of a hub data set or folder.
-            limit: Generate responses to the first so many prompts only.
+            form: Class path of the format that reads rows and writes responses: AlpacaEval, ArenaHard, MTBench or, with
+                a gold score, Constraints and GSM8K, all of mixdpo.evaluation.formats.
+            split: Split of a hub data set or folder.
+            limit: Number of prompts to respond to, from the first on; all if null.
             batch_size: Prompts whose responses are generated together.
         """
         super().__init__()
@@ -41,7 +41,7 @@ class PromptDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """
         Raises:
-            InputError: a row lacks what its benchmark needs, or an id is there twice.
+            InputError: a row lacks what its benchmark needs, or two rows have the same id.
         """
         if self.prompts:
             return
@@ -60,9 +60,9 @@ class PromptDataModule(L.LightningDataModule):
             raise InputError(f"{opened.name} holds no prompt: give a file with prompts")
 
     def batches(self) -> list[list[Prompt]]:
-        """Batches with a prompt that still lacks its response, cut as if all lacked it: sampling depends on the batch.
+        """Batches in which a prompt still lacks its response, longest first: the first batch is the peak of memory.
 
-        Longest first, so that the first batch is the peak of memory.
+        All prompts are cut into batches, because sampling depends on the batch.
         """
         missing = {prompt.key for prompt in self.trainer.lightning_module.file.missing}  # type: ignore[union-attr]
         ordered = sorted(self.prompts, key=lambda prompt: -sum(map(len, prompt.turns)))

@@ -23,7 +23,7 @@ class SFTDataModule(PlannedDataModule):
     cleans_by_stage = True
 
     def __init__(self, source: str, slices: Slices = Slices(), max_length: int = 2048, **options: Any) -> None:  # noqa: B008
-        """Conversations to imitate; every assistant turn, its end token included, can be trained on, the prompt never.
+        """Conversations to imitate. Every response is trained on, with its end token; prompts are not.
 
         Args:
             source: Hub id (ID:CONFIG where it has several configurations), local folder, .parquet, .json, .jsonl,
@@ -45,11 +45,11 @@ class SFTDataModule(PlannedDataModule):
         self.validation_pool = self._pool_of(held_out, "validation") if held_out is not None else None
         held_out_sources = set(self.validation_pool.samples["source"]) if self.validation_pool else set()
         self.sources = sorted({*self.pool.samples["source"], *held_out_sources})
-        # of more sources the held-out loss is reported in all only
+        # with more sources, only the held-out loss over all sources is reported
         self.reported_sources = sorted(held_out_sources - {""}) if len(held_out_sources) <= 50 else []
         self.stages = plan_stages(len(self.pool.samples), self.slices, batch_size=self.batch_size)
         if self.slices.count > 1 and self.trainer.max_epochs != 1:
-            raise InputError("slices are stages of one epoch: set trainer.max_epochs 1 (and data.slices.passes)")
+            raise InputError("slices are stages of one epoch: set trainer.max_epochs 1, or data.slices.passes")
         sizes = ", ".join(f"slice {stage.slice}: {len(stage.steps)}" for stage in self.stages)
         rank_zero_info("\n".join([*self.describe_counts(), f"steps of {self.batch_size} samples: {sizes}"]))
 
@@ -64,7 +64,7 @@ class SFTDataModule(PlannedDataModule):
         return pool
 
     def summary(self) -> dict[str, Any]:
-        """What `plan.json` holds: the stages, and the counts of what was read, dropped and truncated."""
+        """The content of `plan.json`: the stages, and how many rows were read, dropped and truncated."""
         stages = [{"slice": s.slice, "samples": len(s.samples), "steps": len(s.steps)} for s in self.stages]
         return {"stages": stages, "counts": self.counts, "batch_size": self.batch_size, "seed": self.slices.seed}
 

@@ -156,7 +156,7 @@ def test_windows_that_go_by_other_names(name: str) -> None:
 
 def test_a_head_that_says_other_logits_than_the_model_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr("mixdpo.model.forward.output_head", lambda model: replace(output_head(model), cap=0.1))
-    with pytest.raises(InputError, match="llama models change their logits"):
+    with pytest.raises(InputError, match="llama models rescale the head's logits"):
         load_base(tiny_model, quantization="none", dtype="float32")
 
 

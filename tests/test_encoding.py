@@ -155,7 +155,7 @@ def test_a_template_writes_the_same_date_on_all_days():
     assert load_template(word_tokenizer(today), None) == load_template(word_tokenizer(), today) == fixed
     spaced = today.replace("'%d %b %Y'", ' "%Y-%m-%d" ')
     assert load_template(word_tokenizer(), spaced) == fixed.replace("26 Jul 2024", "2024-07-26")
-    with pytest.raises(InputError, match=r"by 'strftime_now\(form\)': put a date there"):
+    with pytest.raises(InputError, match=r"by 'strftime_now\(form\)': give a `chat_template`"):
         load_template(word_tokenizer(today.replace("'%d %b %Y'", "form")), None)
 
 

@@ -19,21 +19,22 @@ class Batch(OnDevice):
     """One micro-batch of B pairs or samples.
 
     Attributes:
-        unit: what the batch holds, "pairs" or "samples".
-        rows: what the policy sees. Responses that no loss is taken of are left out, except in evaluation.
-        ids: (B,) int64, pair_id or sample_id of each row: the data module finds rows by them.
+        unit: "pairs" or "samples".
+        rows: tokens that the policy computes. Responses without a loss are left out, except in evaluation.
+        ids: (B,) int64, pair_id or sample_id of each row, by which the data module finds the rows.
         is_hard: (B,) bool, pairs that are reported as hard; of samples all False.
-        preference, sft: (P,) and (S,) int64, positions in the batch of what the preference loss trains, and SFT. Index
-            tensors spare the wait for the device that a mask costs.
+        preference, sft: (P,) and (S,) int64, positions in the batch of pairs trained by the preference loss, and by
+            SFT. Index tensors are faster than masks, which wait for the device.
         weight: (B,) float32, 0 for filler. Filler keeps the number of micro-batches right.
         step_total: pairs, or response tokens of samples, in the whole optimizer step, over all devices.
         count: pairs or samples of this batch that count, 0 for filler.
-        token: (M,) int64, number in the token pool of each target in `rows`. In a batch of pairs it is -1 for all but
+        token: (M,) int64, number in the token pool of each target in `rows`. In a batch of pairs, -1 for all but
             hard pairs' chosen responses, and None without token cleaning.
         token_weight: (M,) float32, weight of each target: 1, 0 where cut (or filler), or between. None for pairs
             without token cleaning.
         margin: (B,) float64, of pairs.
-        reference_rows: what the reference sees: pairs trained by the preference loss; in evaluation all. None if empty.
+        reference_rows: tokens that the reference computes: pairs trained by the preference loss, in evaluation all
+            pairs. None if empty.
         reference_keys: (completion_key, tokens) of each completion in `reference_rows`, in the order of their targets.
         sft_sides: which responses of a pair SFT learns: (0,) chosen, (1,) rejected, (0, 1) both.
         source: (B,) int64, index of each sample's source.
@@ -72,11 +73,11 @@ class PairCollator:
 
     Args:
         data: pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
-        is_hard: (N,) what each is reported as.
+        is_hard: (N,) bool, pairs reported as hard.
         evaluation: keep both responses of all pairs and show every pair to the reference.
         share_prompt: one document per pair instead of one per completion; the numbers are the same.
         pack: as for `token_rows`; the numbers are the same.
-        is_sft: (N,) which pairs are trained by SFT; the hard ones if not given.
+        is_sft: (N,) bool, pairs trained by SFT; the hard pairs if not given.
         sft_sides: the responses that SFT learns.
         first_token: (N,) the number in the token pool of a pair's first chosen token, -1 for a pair not in the pool.
     """
@@ -132,7 +133,7 @@ def _keys(pairs: Sequence[Mapping[str, Any]], rows: TokenRows) -> tuple[tuple[by
 
 
 def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
-    """Names a completion by the ids that its log-probabilities depend on."""
+    """A 16-byte hash of the ids that a completion's log-probabilities depend on."""
     parts = [np.asarray(ids, dtype=np.int32).tobytes() for ids in (prompt_ids, completion_ids)]
     return hashlib.blake2b(parts[1], key=hashlib.blake2b(parts[0]).digest(), digest_size=16).digest()
 
@@ -142,6 +143,7 @@ class SampleCollator:
     """Makes the `Batch` of one `MicroBatch` of samples in a pool; picklable, for loader workers.
 
     Args:
+        pool: the samples and the numbers of their tokens.
         sources: name -> index of the samples' sources.
         pack: as for `token_rows`; the numbers are the same.
     """

@@ -11,9 +11,9 @@ from mixdpo.batches.steps import MicroBatch
 class ResumableLoader:
     """Epochs of micro-batches in their planned order, which continue where an interrupted epoch stopped.
 
-    Its own small iterable rather than a DataLoader: Lightning replays the data of a plain DataLoader after a mid-epoch
-    resume. `consumed` counts the batches handed out, not those that workers have prefetched. `replan` gives the plan of
-    a later epoch, as long as the first; without it all epochs are the same.
+    This class is no DataLoader, because Lightning replays the data of a DataLoader after a mid-epoch resume.
+    `consumed` counts the batches handed out, not the batches that workers have prefetched. `replan` makes the plan of a
+    later epoch, as long as the first plan. Without `replan` all epochs are the same.
     """
 
     def __init__(self, plan: Sequence[MicroBatch], collator: Callable[[MicroBatch], Any], *, workers: int = 0) -> None:

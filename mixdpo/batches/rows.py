@@ -1,4 +1,4 @@
-"""Documents -> packed token rows: which tokens stand in a row, what attends to what, what is to be predicted."""
+"""Documents -> packed token rows: the tokens of each row, what attends to what, and the tokens to predict."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 Document = tuple[int, ...]
-"""Its row; where it begins, where its first piece ends, where each further piece ends. Every further piece sees the
-first one and itself, and starts at the position after the first one."""
+"""Row of a document, and the columns where it begins, where its first piece ends, and where each further piece
+ends. A further piece attends to the first piece and itself. Its positions follow those of the first piece."""
 
 
 class OnDevice:
     """A dataclass whose tensors go to another device together."""
 
     def to(self, device: torch.device) -> Self:
-        # by identity: rows that are the policy's and the reference's are moved, and held, once
+        # by identity: rows that policy and reference share are moved and held once
         moved: dict[int, Any] = {}
         for part in vars(self).values():
             if isinstance(part, OnDevice) and id(part) not in moved:
@@ -31,23 +31,23 @@ class OnDevice:
 
 @dataclass
 class TokenRows(OnDevice):
-    """Token sequences of one forward pass, and the list of what is to be predicted in them.
+    """Token sequences of one forward pass, and the list of the tokens to predict.
 
     A row is one document or several that are blind to each other: a pair that shares its prompt, `[prompt | chosen |
     rejected]`, with positions restarted after the prompt and the rejected response blind to the chosen one; one
     completion with its own prompt; or an SFT sample. The list of targets is the only mask: the last prompt token
-    predicts the first token of both completions, which labels per position cannot say. What is not in the list (prompt,
-    padding, a hard pair's rejected response) can have no loss.
+    predicts the first token of both completions, which one label per position cannot express. Tokens outside the list
+    (prompt, padding, a hard pair's rejected response) have no loss.
 
     Attributes:
         input_ids, position_ids: (R, T) int64.
         source: [start, end) of the R·T flattened positions whose hidden states predict the targets, in their order.
         target: (M,) int64 token ids.
         completion: (M,) int64, b for the chosen and B + b for the rejected completion of pair b.
-        lengths: (2B,) int64, tokens of each completion, 0 where it is left out.
+        lengths: (2B,) int64, tokens of each completion, 0 for a completion that is left out.
         runs: (completion, tokens) of each completion in the rows, in the order of the targets.
         documents: what attends to what, as `mixdpo.model.attention` reads it.
-        tokens: positions that are not padding.
+        tokens: number of positions that are not padding.
     """
 
     input_ids: Tensor
@@ -62,11 +62,11 @@ class TokenRows(OnDevice):
 
     @property
     def plain(self) -> bool:
-        """Whether each row is one sequence from position 0 on: what the model's own forward computes."""
+        """Whether each row is one sequence from position 0 on, as the model's own forward computes a row."""
         return len(self.documents) == len(self.input_ids) and all(len(document) <= 4 for document in self.documents)
 
     def sequences(self) -> Iterator[Tensor]:
-        """Token ids of each completion with its prompt, as it would stand alone; a pair's chosen one comes first."""
+        """Token ids of each completion behind its prompt, without padding. A pair's chosen completion comes first."""
         for row, start, first, *ends in self.documents:
             ids = self.input_ids[row]
             for begin, end in zip((first, *ends), ends, strict=False):
@@ -75,7 +75,7 @@ class TokenRows(OnDevice):
     def attention_mask(self) -> Tensor:
         """(R, 1, T, T) bool, True = may attend: what `by_segment` computes, for other implementations of attention.
 
-        Padding attends to itself, since a row of the softmax with nothing to attend to is NaN.
+        Padding attends to itself, because a softmax over nothing is NaN.
         """
         rows, length = self.input_ids.shape
         mask = torch.eye(length, dtype=torch.bool, device=self.input_ids.device).repeat(rows, 1, 1, 1)
@@ -96,7 +96,7 @@ def build_rows(
     share_prompt: bool = True,
     pack: int = 0,
 ) -> TokenRows:
-    """Rows that hold the named completions of B pairs; a pair with neither is nowhere. `pack` as for `token_rows`."""
+    """Rows of the wanted completions of B pairs. A pair with neither has no tokens. `pack` as for `token_rows`."""
     documents: list[list[Piece]] = []
     for b, pair in enumerate(pairs):
         prompt = Piece(pair["prompt_ids"])
@@ -108,9 +108,10 @@ def build_rows(
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens of a document; `spans` [start, end, …) of the ids are targets, of the completion of this
-    number. A document's first piece begins at position 0, every further one after the first, by whose last token a
-    target that begins it is predicted."""
+    """Consecutive tokens of a document. The ids in `spans` [start, end, …) are targets of completion `completion`.
+
+    A document's first piece begins at position 0. Every further piece begins at the position after the first piece, and
+    the first piece's last token predicts the further piece's first token."""
 
     ids: Sequence[int]
     completion: int = -1
@@ -118,7 +119,7 @@ class Piece(NamedTuple):
 
 
 def token_rows(documents: Sequence[Sequence[Piece]], completions: int, pack: int = 0) -> TokenRows:
-    """Documents as rows: one a row, or with `pack` as many as follow each other and fit into so many tokens."""
+    """Documents as rows: one a row or, with `pack` > 0, consecutive documents in rows of up to `pack` tokens."""
     sizes = [sum(len(piece.ids) for piece in document) for document in documents]
     starts: list[tuple[int, int]] = []  # row and first column of each document
     used: list[int] = []
@@ -155,6 +156,6 @@ def token_rows(documents: Sequence[Sequence[Piece]], completions: int, pack: int
 
 
 def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:
-    """Samples as token rows: one a row, or with `pack` as many as fit into so many tokens, blind to each other."""
+    """Samples as token rows. `pack` as for `token_rows`; samples in one row are blind to each other."""
     documents = [[Piece(sample["input_ids"], b, sample["spans"])] for b, sample in enumerate(samples)]
     return token_rows(documents, len(samples), pack)

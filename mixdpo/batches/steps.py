@@ -10,7 +10,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from mixdpo.errors import InputError
 
 MicroBatch = tuple[tuple[int, ...], float, int]
-"""Indices of the rows in the encoded data, their weight (0 = filler), and `Batch.step_total`."""
+"""Indices of rows in the encoded data, the weight of these rows (0 = filler), and `Batch.step_total`."""
 
 
 def plan_steps(order: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
@@ -21,8 +21,8 @@ def plan_steps(order: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
 def cut_step(step: Sequence[int], tokens: Sequence[int], *, accumulate: int, world: int, rank: int) -> list[MicroBatch]:
     """The `accumulate` micro-batches of one step that this rank computes.
 
-    Pairs go, longest first, to the lightest of the step's `accumulate × world` micro-batches; those of like size
-    run at the same time on different ranks. A micro-batch left empty gets the step's shortest pair with weight 0.
+    Pairs go, longest first, to the lightest of the step's `accumulate × world` micro-batches. Micro-batches of like
+    size run at the same time on different ranks. An empty micro-batch gets the step's shortest pair with weight 0.
     Among pairs of equal length the place in the step decides: the order of the rows in the file must change nothing.
 
     Args:
@@ -48,10 +48,10 @@ class Slices:
 
     Args:
         count: T + 1 equal slices; 1 is ordinary training.
-        split: contiguous cuts the file as it lies, as published; shuffled draws the slices by the seed.
+        split: contiguous cuts the file in its own order, as in the paper; shuffled draws the slices by the seed.
         only: Numbers of the slices to train, from 0; null trains all, in order.
-        passes: Times that a slice is trained before the next one begins.
-        seed: Of the order of the samples within a slice and, when shuffled, of the slices.
+        passes: How often a slice is trained before the next slice begins.
+        seed: Seed of the order of the samples within a slice and, if shuffled, of the slices.
     """
 
     count: PositiveInt = 1
@@ -81,7 +81,7 @@ def plan_stages(samples: int, slices: Slices, *, batch_size: int) -> list[Stage]
         InputError: fewer samples than slices.
     """
     if samples < slices.count:
-        raise InputError(f"{samples} samples cannot be divided into {slices.count} slices (data.slices.count)")
+        raise InputError(f"{samples} samples cannot be divided into {slices.count} slices: lower data.slices.count")
     random = np.random.default_rng
     order = random([slices.seed, 0]).permutation(samples) if slices.split == "shuffled" else np.arange(samples)
     pieces, stages = np.array_split(order, slices.count), []

@@ -1,4 +1,4 @@
-"""SFT samples as one flat pool of response tokens, and the stages in which they are trained."""
+"""SFT samples as one flat pool of numbered response tokens."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ class TokenPool:
     Attributes:
         samples: N encoded samples: `input_ids`, `spans` [start, end, …) of the response tokens, `source`, …
         offsets: (N+1,) int64; the tokens of sample n have the numbers offsets[n] to offsets[n + 1].
-        identity: what must be the same for numbers of tokens to mean the same tokens: data, tokenizer, template, …; its
-            part `ids` is a hash of the token ids and spans themselves, whatever made them.
+        identity: data, tokenizer, template, …: if they are the same, the same numbers mean the same tokens. The part
+            `ids` is a hash of all token ids and spans.
     """
 
     samples: Any
@@ -36,7 +36,7 @@ class TokenPool:
         return int(self.offsets[-1])
 
     def tokens(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Numbers of all tokens of these samples, sample by sample."""
+        """(m,) int64, numbers of all tokens of these samples, sample by sample."""
         ranges = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices]
         return np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)
 

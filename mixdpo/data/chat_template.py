@@ -1,4 +1,4 @@
-"""Messages -> token ids through a chat template. Special tokens that stand in a text stay text, unless asked for."""
+"""Messages -> token ids through a chat template. A special token inside a text stays text, unless asked for."""
 
 import json
 import re
@@ -19,36 +19,36 @@ Messages = list[dict[str, str]]
 PLAIN = "plain"
 TODAY_CALL = re.compile(r"""\bstrftime_now\s*\((?:\s*(?P<quote>["'])(?P<form>[^"']*)(?P=quote)\s*\)|[^)]*\)?)""")
 DATE = datetime(2024, 7, 26)
-"""Stands where a template writes today's date, as Llama-3.2's does: the same text must be the same tokens tomorrow. The
-date is the one that Llama's template falls back to."""
+"""Replaces today's date in a template that writes today's date, such as Llama-3.2's. The same text then becomes the
+same tokens on every day. Llama's template falls back to the same date."""
 
 
 def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
-    """The Jinja template to render with, or `"plain"`; today's date in it is `DATE`.
+    """The Jinja template to render with, or `"plain"`. `DATE` replaces today's date in the template.
 
     Args:
-        tokenizer: its own template is used when `chat_template` is None.
-        chat_template: path of a template, a template itself, or `"plain"`: the prompt's messages joined by a newline,
-            directly followed by the response and the tokenizer's eos token.
+        tokenizer: the source of the template when `chat_template` is None.
+        chat_template: path of a template, a template itself, or `"plain"`. Plain joins the prompt's messages by
+            newlines and appends the response and the tokenizer's eos token.
 
     Raises:
-        InputError: there is no template, `chat_template` is neither a file nor a template, or the template writes
-            today's date in a form that is not given as a text.
+        InputError: there is no template, `chat_template` is neither a file nor a template, or the template calls
+            `strftime_now` with anything but a string literal.
     """
     if chat_template is None:
         if tokenizer.chat_template is None:
-            raise InputError(f"the tokenizer has no chat template: give `chat_template`, a Jinja file or {PLAIN!r}.")
+            raise InputError(f"the tokenizer has no chat template: set `chat_template` to a Jinja file or to {PLAIN!r}")
         template = tokenizer.get_chat_template()
     elif chat_template == PLAIN or _is_template(chat_template):
         template = chat_template
     elif not _is_template(template := read_text(Path(chat_template).expanduser())):
-        raise InputError(f"chat_template {chat_template!r} holds no Jinja template: no {{{{ or {{% is in it.")
+        raise InputError(f"chat_template {chat_template!r} holds no Jinja template (no {{{{ or {{%): give another file")
     return TODAY_CALL.sub(_dated, template)
 
 
 def _dated(call: re.Match[str]) -> str:
     if call["form"] is None:
-        raise InputError(f"the chat template writes today's date by {call[0]!r}: put a date there in a `chat_template`")
+        raise InputError(f"the chat template writes today's date by {call[0]!r}: give a `chat_template` with a date")
     return repr(DATE.strftime(call["form"]))
 
 
@@ -57,7 +57,7 @@ def _is_template(text: str) -> bool:
 
 
 def shared_length(*sequences: Any) -> int:
-    """Length of the longest common prefix, which is that of the first and the last in lexicographic order."""
+    """Length of the longest common prefix. The first and the last in lexicographic order share no longer one."""
     first, last = min(sequences), max(sequences)
     return next((position for position, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
@@ -89,21 +89,19 @@ def encode_responses(
 
 
 def _render(tokenizer: "Tokenizer", template: str, chat: Messages, is_prompt: bool, **options: bool) -> Any:
-    """Messages through a template, as text or as ids in which only what the template writes is a special token."""
+    """Messages through a template, as text, or as ids in which only the template's own text becomes special tokens."""
     try:
         return tokenizer.apply_chat_template(chat, chat_template=template, add_generation_prompt=is_prompt, **options)
     except Exception as error:  # a template is a program: it can fail in any way
         if "sanitize_control_tokens" in options:
             raise InputError(UNAVOIDABLE.format(error)) from error
         roles = ", ".join(message["role"] for message in chat)
-        raise InputError(
-            f"the chat template refuses the roles ({roles}): {error}. Give another `chat_template`"
-        ) from error
+        raise InputError(f"the chat template refuses the roles ({roles}): {error}. Give another template") from error
 
 
 def _check_rendered(texts: list[str], prompt: Messages, responses: Sequence[str]) -> None:
-    """The texts of the prompt and of prompt + each response show all messages, and the prompt alike. White space apart
-    in a response: templates trim it."""
+    """Refuse rendered texts that lack a message, or that show the prompt differently once a response follows. White
+    space in a response does not count, because templates trim responses."""
     shared = texts[0][: shared_length(*texts)]
     shown = [message["content"].strip() for message in prompt if message["role"] == "system" or message is prompt[-1]]
     trimmed = [("".join(a.split()), "".join(b.split())) for a, b in zip(responses, texts[1:], strict=True)]
@@ -113,7 +111,7 @@ def _check_rendered(texts: list[str], prompt: Messages, responses: Sequence[str]
 
 
 def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
-    """Without the white space that templates add after the end token: a model never gets to generate it."""
+    """The ids up to the end token. A model never generates the white space that templates add after the end token."""
     for end in range(len(ids), 0, -1):
         text = tokenizer.decode(ids[end - 1 : end])
         if text and not tokenizer.decode(ids[end - 1 : end], skip_special_tokens=True):
@@ -121,14 +119,14 @@ def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
         if text.strip():
             break
     tail = tokenizer.decode(ids[-3:])
-    raise InputError(f"a response ends with {tail!r}, no special token: give a `chat_template` that writes eos_token")
+    raise InputError(f"a response ends in {tail!r}, no special token: give a `chat_template` that writes eos_token")
 
 
 def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[str], as_text: bool) -> list[list[int]]:
-    """BOS, where the tokenizer starts a text with it, + text as it is; eos after a response."""
+    """Ids of BOS (if the tokenizer starts a text with BOS) and of the plain text; eos follows a response."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
-        raise InputError(f"{PLAIN!r} ends a response with the eos token: name one in tokenizer_config.json")
+        raise InputError(f"{PLAIN!r} ends a response with the eos token, and the tokenizer has none: set eos_token")
     start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
     text = "\n".join(message["content"] for message in prompt)
     texts = [text, *(text + response for response in responses)]
@@ -142,7 +140,7 @@ def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[
 
 # Special tokens in a text, such as <|im_end|> in a user's message.
 
-UNAVOIDABLE = "the tokenizer cannot read a special token as plain text ({}): set data.special_tokens_in_text true"
+UNAVOIDABLE = "the tokenizer cannot keep a special token as plain text ({}): set data.special_tokens_in_text true"
 
 
 def control_tokens(tokenizer: "Tokenizer", texts: Iterable[str]) -> set[str]:
@@ -158,13 +156,13 @@ def _pattern(tokenizer: "Tokenizer", size: int) -> re.Pattern[str]:
 
 
 def tokenizer_state(tokenizer: "Tokenizer") -> str:
-    """What decides the ids of a text, as json: not the padding and truncation state, which changes with use.
+    """Everything that decides the ids of a text, as JSON. The padding and truncation state is left out: use changes it.
 
     Raises:
-        InputError: it is not a fast tokenizer.
+        InputError: the tokenizer is not a fast one.
     """
     if not tokenizer.is_fast:
-        raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json), which is needed here.")
+        raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer: give a model with a tokenizer.json")
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return json.dumps([backend, special], sort_keys=True)

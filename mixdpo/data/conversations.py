@@ -13,7 +13,7 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
     """Read SFT samples from a hub id or a local folder or file.
 
     A row is `messages` (cut after the last response), `prompt` and `completion` (each text or messages), or Alpaca's
-    `instruction`, `input` (may be absent) and `output`. Its id is taken from `sample_id` or `id`, else its content.
+    `instruction`, `input` (may be absent) and `output`. The sample's id is a hash of `sample_id`, `id` or its content.
 
     Args:
         source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
@@ -38,7 +38,7 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
     if len(forms) != 1:
         names = ", or ".join(" and ".join(form) for form in FORMS)
         raise InputError(
-            f"the columns fit {len(forms)} forms of a sample and should fit one: {names} (null is absent)."
+            f"the columns fit {len(forms)} forms of a sample: give the columns of one, {names}. Null counts as absent."
         )
     if "messages" in forms[0]:
         messages = parse_messages(row, "messages", None)
@@ -46,7 +46,7 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
         prompt, completion = parse_messages(row, "prompt", "user"), parse_messages(row, "completion", "assistant")
         if completion[0]["role"] != "assistant" or any(message["role"] == "assistant" for message in prompt):
             raise InputError(
-                "'completion' should begin with role 'assistant', and 'prompt' hold none: give 'messages'."
+                "'completion' should begin with role 'assistant', and 'prompt' lack it: correct or give 'messages'."
             )
         messages = prompt + completion
     else:

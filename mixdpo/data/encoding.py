@@ -36,9 +36,9 @@ class EncodedPair:
     def within(self, max_length: int, max_prompt_length: int, overlong: Overlong = "truncate") -> "EncodedPair | None":
         """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
-        `truncate` touches only a pair that is too long. The prompt keeps its last `max_prompt_length` tokens (a BOS
-        goes first), then each completion its first `max_length` - prompt tokens, so that it loses its end token.
-        Dropped are: a pair that is too long (`drop`), one cut to two equal completions, and one with an empty
+        `truncate` cuts only a pair that is too long. The prompt keeps its last `max_prompt_length` tokens, so a BOS is
+        lost. Each completion then keeps its first `max_length` - prompt tokens, so a cut one loses its end token.
+        Dropped are a pair that is too long (`drop`), a pair cut to two equal completions, and a pair with an empty
         completion.
         """
         if not self.chosen_ids or not self.rejected_ids:
@@ -84,9 +84,9 @@ def encode_pair(
 ) -> EncodedPair:
     """Token ids of one pair through a template of `load_template`, with the options of `encode_responses`.
 
-    Prompt + response tokenised together may merge tokens across the seam. The boundary is the longest common prefix
-    of the prompt and of both whole sequences: the same context for both sides, and each side's ids are those of its
-    whole text.
+    Prompt + response tokenised together may merge tokens across the seam. The boundary is therefore the end of the
+    longest common prefix of the prompt and of both whole sequences. Both sides have the same context, and each side's
+    ids are those of its whole text.
 
     Raises:
         InputError: the template fails, changes the prompt once a response follows, or writes no end token.
@@ -99,22 +99,22 @@ def encode_pair(
 def _boundary(*sequences: list[int]) -> int:
     if boundary := chat.shared_length(*sequences):
         return boundary
-    raise InputError("the prompt and the whole sequence share no token: the prompt is empty or is changed.")
+    raise InputError("the prompt and prompt + response share no token: give a prompt, or another `chat_template`")
 
 
 def encode_sample(tokenizer: "Tokenizer", messages: chat.Messages, template: str, **options: bool) -> EncodedSample:
     """Token ids and responses of one conversation through a template of `load_template`, with the options of
     `encode_responses`.
 
-    Each response is encoded with all before it, as at generation. A response starts where prompt and whole part, so
-    that a token that merges across the seam belongs to the response.
+    Each response is encoded behind all earlier messages, as in generation. A response starts at the first token in
+    which prompt and prompt + response differ, so a token merged across the seam belongs to the response.
 
     Raises:
-        InputError: the template fails, writes no end token, or changes what it wrote once the conversation goes on.
+        InputError: the template fails, writes no end token, or renders a turn differently once another message follows.
     """
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if template == chat.PLAIN and len(responses) > 1:
-        raise InputError(f"'plain' has no turns for {len(responses)} responses: give a `chat_template` with turns.")
+        raise InputError(f"'plain' has no turns for {len(responses)} responses: give a `chat_template` with turns")
     input_ids: list[int] = []
     spans: list[int] = []
     for index in responses:
@@ -128,7 +128,7 @@ def encode_sample(tokenizer: "Tokenizer", messages: chat.Messages, template: str
 
 
 class Kind(NamedTuple):
-    """What a table holds: name of a row, columns with its text, how the text becomes ids, and the columns of these."""
+    """A kind of table: the noun for a row, the columns of its texts, the function texts -> ids, the columns of ids."""
 
     noun: str
     texts: list[str]
@@ -152,11 +152,11 @@ def encode_rows(
     """Encode pairs of `read_pairs` or samples of `read_samples`, cached by data, tokenizer, template and limits.
 
     Args:
-        special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, is that token; else
-            it is the characters that it consists of.
-        chat_template: as for `load_template`; "plain" takes samples of one response.
-        num_proc: processes; None is this one.
-        limits: those of `EncodedPair.within` or `EncodedSample.within`.
+        special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, becomes that token;
+            if not, the name stays plain characters.
+        chat_template: as for `load_template`; "plain" takes only samples with one response.
+        num_proc: number of processes; None encodes in this process.
+        limits: the arguments of `EncodedPair.within` or `EncodedSample.within`.
 
     Returns:
         The data set with the fields of `EncodedPair` or `EncodedSample` and `truncated` (bool) instead of the texts,
@@ -164,19 +164,19 @@ def encode_rows(
         `truncated` and, where there are such rows, `special_tokens_in_text`.
 
     Raises:
-        InputError: a row cannot be encoded (says which), all are dropped, or a limit is impossible.
+        InputError: a row cannot be encoded (the message names the row), all rows are dropped, or a limit is impossible.
     """
     from datasets import Features, Value
 
     kind = SAMPLES if "messages" in dataset.column_names else PAIRS
     if not 0 < limits.get("max_prompt_length", 1) < limits["max_length"]:
-        raise InputError(f"max_length must be above max_prompt_length (of samples: 1), and that above 0: {limits}.")
+        raise InputError(f"max_length must be above max_prompt_length (1 for samples), and both above 0, not {limits}")
     template = chat.load_template(tokenizer, chat_template)
     options = {"template": template, "special_tokens_in_text": special_tokens_in_text}
     features = {name: feature for name, feature in dataset.features.items() if name not in kind.texts}
     features |= {name: [Value("int32")] for name in kind.ids}
     features |= {"truncated": Value("bool"), "status": Value("string"), "special": Value("bool")}
-    # what `datasets` would hash itself holds the tokenizer's padding and truncation state, which changes with use
+    # the hash of `datasets` would include the tokenizer's padding and truncation state, which changes with use
     key = [dataset._fingerprint, chat.tokenizer_state(tokenizer), options | limits, room_code()]
     encoded = dataset.map(
         partial(_encode_row, tokenizer=tokenizer, kind=kind, options=options, limits=limits),
@@ -197,8 +197,8 @@ def encode_rows(
 
 
 def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limits: Any) -> dict[str, Any]:
-    """The ids within their limits, and what became of the row: `status` is "" where nothing did. `special`: whether the
-    text holds special tokens."""
+    """The ids within their limits. `status` says whether the row is dropped or truncated, and is "" if neither.
+    `special` says whether the texts hold special tokens."""
     texts = [row[name] for name in kind.texts]
     try:
         whole = kind.encode(tokenizer, *texts, **options)
@@ -223,10 +223,10 @@ def largest_id(*encoded: "Dataset") -> int:
 def encoding_identity(
     tokenizer: "Tokenizer", chat_template: str | None, special_tokens_in_text: bool = False, **limits: Any
 ) -> dict[str, str]:
-    """What decides the ids of a sample, or of a pair, part by part: says which differs from that of a stored file.
+    """Everything that decides the ids of a sample or pair, in parts: an error about a stored file names what differs.
 
     Args:
-        limits: `max_length`, `overlong` and, of pairs, `max_prompt_length`.
+        limits: `max_length`, `overlong` and, for pairs, `max_prompt_length`.
 
     Returns:
         "tokenizer" and "template": 16 hex digits each; "lengths": as in "max_length 1024, truncate".

@@ -1,4 +1,4 @@
-"""A row -> messages: what a text may hold, which columns are refused, what prompts have in common."""
+"""A row -> checked messages; which columns are refused; which prompts count as the same."""
 
 import json
 import re
@@ -23,7 +23,7 @@ UNRENDERED = ("tool_calls", "reasoning_content")  # parts of a message beside it
 
 
 def prompt_texts(prompt: str | Sequence[Message]) -> list[str]:
-    """What makes two prompts the same one: the texts of the messages, without the white space around them."""
+    """Texts of the messages without surrounding white space. Two prompts with the same texts are the same prompt."""
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     return [text.strip() for text in texts]
 
@@ -38,7 +38,7 @@ def split_by_prompt(
     Args:
         prompts: texts or message lists.
         fraction: share of the prompts for validation, 0 to 1; 0 leaves validation empty.
-        seed: another seed, another split.
+        seed: of the split.
 
     Raises:
         InputError: training is left empty, or validation although the fraction is not 0.
@@ -54,10 +54,10 @@ def split_by_prompt(
 
 
 def parse_messages(row: dict[str, Any], column: str, role: str | None = "assistant") -> list[Message]:
-    """The column as messages; a plain string is one message of `role`, unless that is None.
+    """The column as messages; a plain string becomes one message of `role`, unless `role` is None.
 
     Raises:
-        InputError: it is neither, or the text is what a table wrote of a list of messages.
+        InputError: the value is neither, or the text is a list of messages that a table saved as text.
     """
     value = row.get(column)
     if role is not None and isinstance(value, str):
@@ -70,16 +70,15 @@ def parse_messages(row: dict[str, Any], column: str, role: str | None = "assista
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(f"{column!r} holds {message!r:.80}; a message has the keys 'role' and 'content'.")
         if lost := [key for key in UNRENDERED if message.get(key)]:
-            raise InputError(
-                f"{column!r} has messages with {' and '.join(lost)}, which is not read: put it in 'content'."
-            )
+            raise InputError(f"{column!r} holds {' and '.join(lost)}, which is not read: put it in 'content'.")
     return [{key: checked_text(message[key], f"{column}.{key}") for key in ("role", "content")} for message in value]
 
 
 def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
     """
     Raises:
-        InputError: a column that is not read says what no message says. What tables write for nothing is nothing.
+        InputError: the column `system` or `history` holds text that no message repeats. "", "[]", "nan" and "None" are
+            empty.
     """
     repeated = ["", "[]", "nan", "None", *(message["content"].strip() for message in messages)]
     for column in IGNORED:

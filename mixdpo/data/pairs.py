@@ -26,8 +26,8 @@ def read_pairs(
             with .gz); or `constraints`.
         split: split of a hub data set or folder; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
-            () takes none: all margins are NaN, to be put in later.
-        margin_needed: whether data in which no known name is present is refused; else its margins are NaN.
+            () reads no margin: all margins are NaN until a margins file replaces them.
+        margin_needed: whether data without a known margin column is refused; if not, the margins are NaN.
         limit: stop after this many usable pairs.
 
     Returns:
@@ -41,7 +41,7 @@ def read_pairs(
 
     def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
         nonlocal margin_columns
-        if margin_columns is None:  # as in the first row: a later row without them is an error
+        if margin_columns is None:  # of the first row: a later row without them is refused
             margin_columns = find_margin_columns(row, margin, margin_needed)
         return _record(row, margin_columns, rows_of_ids)
 
@@ -61,11 +61,11 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     prompt = parse_messages(row, "prompt", "user") if "prompt" in row else shared
     if shared and isinstance(row.get("prompt"), str):
         if prompt[0]["content"].strip() not in (message["content"].strip() for message in shared):
-            raise InputError("'prompt' is no message of the conversation that 'chosen' and 'rejected' share.")
+            raise InputError("'prompt' is no message that 'chosen' and 'rejected' share: correct it or leave it out.")
         prompt = shared
     if not prompt or prompt[-1]["role"] != "user":
         raise InputError(
-            "'prompt', or else what 'chosen' and 'rejected' share, should end in a message of role 'user'."
+            "'prompt' (if absent, the messages that 'chosen' and 'rejected' share) should end with role 'user'."
         )
     refuse_ignored(row, prompt)
     return prompt, _response(chosen, prompt, "chosen"), _response(rejected, prompt, "rejected")
@@ -76,13 +76,13 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
     if len(rest) != 1 or rest[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in rest)
         raise InputError(
-            f"{column!r} has ({roles}) after the prompt, not one message of role 'assistant': cut it there."
+            f"{column!r} has the roles ({roles}) after the prompt: leave one message, of role 'assistant'."
         )
     return rest[0]["content"]
 
 
 def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
-    present = without_nulls(row)  # but a margin of null is no margin that is absent
+    present = without_nulls(row)  # a margin of null is refused, not absent: `row` keeps it
     prompt, chosen, rejected = parse_row(present)
     drop = "identical" if chosen.strip() == rejected.strip() else ""
     if not chosen.strip() or not rejected.strip():

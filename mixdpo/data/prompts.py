@@ -9,14 +9,14 @@ from mixdpo.storage.files import Row
 
 
 def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[Row]:
-    """Prompt rows of a .jsonl file; for `heldout` those held out of the task `constraints`, for `builtin` as many new
-    ones of it as `limit` says (default 1000).
+    """Prompt rows of a data file. `heldout` names the held-out prompts of the task `constraints`; `builtin` makes
+    `limit` new prompts of that task (default 1000).
 
     Raises:
-        InputError: no such file, no rows, or a row without a non-empty `prompt`.
+        InputError: the limit is below 1, the file is missing or empty, or a row has no `prompt` or a blank one.
     """
     if limit is not None and limit < 1:
-        raise InputError(f"limit {limit}: need at least 1")
+        raise InputError(f"limit must be at least 1, not {limit}")
     if source == "builtin":
         from mixdpo.constraints.prompts import training_prompts
 
@@ -29,11 +29,11 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
             checked_text(row.get("part", ""), "part")
             if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
                 raise InputError(
-                    "'prompt' should be a text, or messages that end in one of role 'user', and not blank."
+                    "'prompt' should be text, or messages that end with role 'user', and should not be blank."
                 )
         except InputError as error:
             raise InputError(f"{source}, row {number}: {error}") from error
         rows.append(row)
     if not rows:
-        raise InputError(f"prompts {source!r}: the file is empty; give one with prompts")
+        raise InputError(f"{source!r} holds no prompts: give a file with prompts")
     return rows

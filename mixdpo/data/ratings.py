@@ -1,4 +1,4 @@
-"""Margins from the scores that a data set brings along: chosen minus rejected, one float per pair.
+"""Margins from the scores in a data set: chosen minus rejected, one float per pair.
 
 The margin decides which pairs are hard, so a missing or unreadable score is an error, never a default.
 """
@@ -29,11 +29,11 @@ def find_margin_columns(
     Args:
         columns: the columns of the data.
         named: one column that holds the margin, or two names, [chosen_column, rejected_column].
-        needed: whether data without a known column is refused; else it has none: ().
+        needed: whether data without a known column is refused; if not, the result is ().
 
     Raises:
-        InputError: more than two columns are named, or none, and no known column is present though one is needed; the
-            reader adds file, row and the columns that are present.
+        InputError: more than two columns are named, or no known column is present although one is needed. The reader
+            adds file, row and the columns that are present.
     """
     if named is None:
         known = next((known for known in KNOWN_COLUMNS if set(known) <= set(columns)), ())
@@ -46,7 +46,7 @@ def find_margin_columns(
     names = (named,) if isinstance(named, str) else tuple(named)
     names = REWARD_MODEL_COLUMNS if names == REWARD_MODEL_COLUMNS[:1] else names
     if len(names) not in (1, 2) or len(set(names)) < len(names):
-        raise InputError(f"the margin takes one column or [chosen_column, rejected_column], not {list(names)}.")
+        raise InputError(f"data.margin takes one column or [chosen_column, rejected_column], not {list(names)}.")
     return names
 
 
@@ -58,14 +58,14 @@ def row_margin(row: dict[str, Any], columns: MarginColumns) -> float:
     """
     values = [row.get(column) for column in columns]
     if columns == REWARD_MODEL_COLUMNS:
-        # a response that was generated twice can carry two scores: the pair is best against worst
+        # a response that was generated twice can carry two scores: the best chosen and the worst rejected one count
         return max(_scores_of(row, "chosen", *values)) - min(_scores_of(row, "rejected", *values))
     numbers = [_number(value, column) for value, column in zip(values, columns, strict=True)]
     return numbers[0] if len(numbers) == 1 else _number(numbers[0] - numbers[1], " - ".join(columns))
 
 
 def _number(value: Any, column: str) -> float:
-    """A finite float; strings are parsed, because csv knows nothing else. A bool is no score."""
+    """A finite float; strings are parsed, because csv has only strings. A bool is no score."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -78,9 +78,9 @@ def _number(value: Any, column: str) -> float:
 def _scores_of(row: dict[str, Any], side: str, scores: Any, responses: Any) -> list[float]:
     """The reward model's scores of the chosen or the rejected text, matched by text among all responses."""
     if not isinstance(scores, list) or not isinstance(responses, list) or len(scores) != len(responses):
-        raise InputError(f"{' and '.join(REWARD_MODEL_COLUMNS)} should be two lists of one length.")
+        raise InputError(f"{' and '.join(REWARD_MODEL_COLUMNS)} should be two lists of the same length.")
     text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]  # `parse_row` has checked it
     own = [score for score, response in zip(scores, responses, strict=True) if response == text]
     if not own:
-        raise InputError(f"the {side} text is none of its {len(responses)} all_generated_responses: it has no score.")
+        raise InputError(f"the {side} text has no score: it is none of the {len(responses)} all_generated_responses.")
     return [_number(score, "all_rm_scores") for score in own]

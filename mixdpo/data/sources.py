@@ -1,4 +1,4 @@
-"""Any place that pairs can come from -> numbered raw rows: hub id, local folder or file, or the built-in task."""
+"""A source -> numbered raw rows: hub id, local folder or file, or the built-in task."""
 
 import csv
 import gzip
@@ -24,7 +24,7 @@ DATA_FILE = re.compile(r"\.(parquet|(jsonl?|csv)(\.gz)?)$")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
-# A csv field may not exceed 128 kB by default; a long completion does.
+# By default a csv field may not exceed 128 kB; a long response does.
 csv.field_size_limit(2**31 - 1)
 
 
@@ -53,7 +53,7 @@ def is_one_file(source: str) -> bool:
 
 
 def _from_hub(source: str) -> Path:
-    """One file of a data set: some are no data set that `datasets` would load (AlpacaEval's is a script)."""
+    """Download one file of a hub data set. `datasets` refuses some data sets (AlpacaEval's is a script)."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -61,12 +61,12 @@ def _from_hub(source: str) -> Path:
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
     except Exception as error:  # no OWNER/NAME/FILE, connection, authentication, no such file: an open list
         cause = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        raise InputError(f"{source} ({HUB_FILE}OWNER/NAME/FILE) cannot be read: {cause}") from error
+        raise InputError(f"{source} cannot be read: {cause}. Give {HUB_FILE}OWNER/NAME/FILE") from error
 
 
 def _open_file(path: Path, split: str) -> Source:
     if not DATA_FILE.search(path.name):
-        raise InputError(f"{path}: can be .parquet, .json, .jsonl or .csv; the last three also with .gz.")
+        raise InputError(f"{path} should end in .parquet, .json, .jsonl or .csv; the last three also with .gz.")
     if split != "train":
         raise InputError(f"{path} is one file and has no split {split!r}: use 'train', or name the file that holds it.")
     return Source(str(path), sha256(path), file_rows(path))
@@ -99,7 +99,7 @@ def file_rows(path: Path) -> NumberedRows:
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
         cause = f"{type(error).__name__}: {str(error)[:300]}"
         raise InputError(
-            f"{path}, row {number + 1}: cannot be read: {cause}. Correct it, or save it as UTF-8."
+            f"{path}, row {number + 1}: cannot be read: {cause}. Correct the row, or save the file as UTF-8."
         ) from error
 
 

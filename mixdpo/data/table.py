@@ -1,4 +1,4 @@
-"""Rows of any source -> one memory-mapped table of records, with row numbers, ids and counts of what was left out."""
+"""Rows of any source -> one memory-mapped table of records, with row numbers, ids and counts of dropped rows."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
 
 
 class Table(NamedTuple):
-    """The usable rows of one source, memory-mapped: `row` (int64, from 1) is the line of a json-lines file, else the
-    record. `dropped` counts rows kept out by cause."""
+    """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
+    else the number of the record. `dropped` counts the rows that were kept out, by cause."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
@@ -34,13 +34,13 @@ def read_table(
     """The usable rows of a source.
 
     Args:
-        noun: what a row is; its id is the column NOUN_id.
-        parse: a row and {id: row number} of those before it -> a record, in which `drop` says why it is not usable.
-        columns: name and type of the table's columns, `row` and `drop` aside; the type "messages" is a list of them.
-        key: what the table depends on besides the data, `limit`, and the code of this room.
+        noun: the word for a row, whose id is the column NOUN_id.
+        parse: a row and {id: row number} of earlier rows -> a record. Its `drop` says why the row is not usable, or "".
+        columns: names and types of the table's columns, without `row` and `drop`; type "messages" is a message list.
+        key: further options that the table depends on, besides the data, `limit` and the code of this folder.
 
     Raises:
-        InputError: the source cannot be read, a row is malformed, or none is usable.
+        InputError: the source cannot be read, a row is malformed, or no row is usable.
     """
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
@@ -57,7 +57,7 @@ def read_table(
     except DatasetGenerationError as error:
         cause = error.__cause__ or error  # the disk may be full
         raise InputError(str(cause) if isinstance(cause, InputError) else f"{opened.name}: {cause}") from None
-    causes = table["drop"]  # a cached table tells as well what it kept out
+    causes = table["drop"]  # a cached table holds the dropped rows' causes too
     kept = [index for index, cause in enumerate(causes) if not cause]
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
@@ -67,7 +67,7 @@ def read_table(
 
 
 def room_code() -> list[str]:
-    """The code of this room. Tables on disk depend on it."""
+    """The source text of the modules in this folder. A cached table is read again only if this text is the same."""
     return [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
 
 
@@ -94,7 +94,11 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_id(row: dict[str, Any], column: str, content: Any, rows_of_ids: dict[int, int]) -> int:
-    """Hash of the row's value in `column`; without one, of its content, where a repeated row gets the next number."""
+    """Hash of the row's value in `column`, or else of the row's content and of the number of its repeats so far.
+
+    Raises:
+        InputError: the value is no text or whole number, or an earlier row has the same value.
+    """
     if column not in row:
         repeat, text = 0, json.dumps(content)
         while (number := hash63(f"{text} {repeat}")) in rows_of_ids:
@@ -105,7 +109,5 @@ def row_id(row: dict[str, Any], column: str, content: Any, rows_of_ids: dict[int
         raise InputError(f"{column!r} should be text or a whole number, not {name!r:.80}.")
     number = hash63(checked_text(str(name), column))
     if number in rows_of_ids:
-        raise InputError(
-            f"{column} {name!r:.80} was already given by row {rows_of_ids[number]}; each row needs its own."
-        )
+        raise InputError(f"{column} {name!r:.80} is in row {rows_of_ids[number]} too: each row needs its own.")
     return number

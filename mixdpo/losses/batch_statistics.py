@@ -12,7 +12,7 @@ from mixdpo.losses.preference_loss import Pairs, PreferenceLoss, Response, check
 
 def over_ranks(values: Tensor) -> tuple[Tensor, slice]:
     """The values (B, …) of all ranks, in rank order and detached, (N, …), and the place of this rank's values. Every
-    rank has to call this function, with whatever B, 0 included."""
+    rank has to call this function; B may differ, and may be 0."""
     values = values.detach()
     if not (is_available() and is_initialized()):
         return values, slice(0, len(values))

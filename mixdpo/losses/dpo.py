@@ -1,4 +1,4 @@
-"""DPO and what varies it: −log σ of a difference of log-ratios.
+"""DPO and its variants: −log σ of a difference of log-ratios.
 
 Letters and arguments: `preference_loss`.
 """

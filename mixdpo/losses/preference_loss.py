@@ -1,4 +1,4 @@
-"""What a preference loss is called with, and what the losses share.
+"""The arguments of preference losses, and the code that the losses share.
 
 The letters are those of the papers: s summed log-probability under the policy, r under the reference, h = s − r, L
 length in tokens, m = s / L, Δ = h_w − h_l; _w of the chosen response, _l of the rejected one. All in nats.
@@ -26,9 +26,9 @@ HYPER_PARAMETERS: dict[str, tuple[str, Callable[[float], bool], str]] = {
     "delta": (">= 0", lambda x: x >= 0, "δ, the margin aimed at, in nats."),
     "nll_weight": (">= 0", lambda x: x >= 0, "weight of the chosen response's log-likelihood (λ; IRPO's α)."),
     "odds_weight": (">= 0", lambda x: x >= 0, "λ, weight of the odds ratio against the log-likelihood."),
-    "length_penalty": (">= 0", lambda x: x >= 0, "α, what a token of difference in length counts."),
-    "drop_penalty": (">= 0", lambda x: x >= 0, "λ, what a chosen response below its reference costs."),
-    "tail_weight": ("in [0, 1]", lambda x: 0 <= x <= 1, "α, of the tokens past the shorter response's length."),
+    "length_penalty": (">= 0", lambda x: x >= 0, "α, penalty per token of difference in length."),
+    "drop_penalty": (">= 0", lambda x: x >= 0, "λ, penalty per nat that s_w falls below r_w."),
+    "tail_weight": ("in [0, 1]", lambda x: 0 <= x <= 1, "α, weight of tokens past the shorter response."),
     "sensitivity": (">= 0", lambda x: x >= 0, "α, how much β follows the batch's mean log-ratio difference."),
 }
 """Every hyper-parameter: its range in words and as a test, and its line of `--help`."""
@@ -42,8 +42,8 @@ class PreferenceLoss:
     tokens, means (B,). Gradients go through chosen and rejected; the reference has none. A plain tensor (B,) counts as
     the log-probabilities of one-token responses: sum and mean are the same.
 
-    A loss of your own is any callable with that call, such as a torch module, which is converted to fp64. Attributes
-    that it lacks are as here. A class of ten lines, which YAML names by its class path:
+    A loss of your own is any callable with these arguments, such as a torch module, which is converted to fp64. An
+    attribute that the loss lacks has the value of this class. YAML names such a class by its class path:
 
         @dataclass(frozen=True)
         class Mine(PreferenceLoss):
@@ -64,7 +64,7 @@ class PreferenceLoss:
 
     needs_reference, averaged, batch_statistics, sft_weight = True, False, False, 1.0
     own: dict[str, float] = {}  # noqa: RUF012  # every subclass has its own
-    """Hyper-parameters and what each is where YAML gives none, or null."""
+    """Hyper-parameters and their defaults, which apply where YAML gives none or null."""
 
     if TYPE_CHECKING:
 
@@ -88,11 +88,15 @@ class PreferenceLoss:
             object.__setattr__(self, name, check_range(name, value if given is None else given))  # it is frozen
 
     def describe(self) -> str:
-        """Name and hyper-parameters, also of a default that jsonargparse builds when a method is called."""
+        """Name and hyper-parameters as text, the same in every process."""
         return described(self)
 
 
 def check_range(name: str, value: float) -> float:
+    """
+    Raises:
+        InputError: the value is not finite or is outside the range of this hyper-parameter.
+    """
     words, holds, _ = HYPER_PARAMETERS[name]
     if not (holds(value) and isfinite(value)):
         raise InputError(f"preference_loss.{name} must be {words}, not {value}")
@@ -103,7 +107,7 @@ class Pairs:
     """B pairs in the letters of the equations, each (B,): sums s, means m, lengths, log-ratios h and their difference.
 
     Args:
-        responses: what a loss is called on. Without a reference there are no log-ratios.
+        responses: the arguments of a loss. Without a reference there are no log-ratios.
     """
 
     def __init__(self, *responses: Response) -> None:

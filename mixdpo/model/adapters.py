@@ -1,8 +1,8 @@
 """One set of weights, several roles: LoRA adapters on one frozen base, switched by flags.
 
 - `policy`: the adapter that learns.
-- `reference`: what a preference loss compares the policy with. It is a frozen copy of the adapter that training started
-  from, or the base if training started from the base.
+- `reference`: the model that a preference loss compares the policy with. The reference is a frozen copy of the adapter
+  that training started from, or the base if training started from the base.
 - `base`: the model with all adapters off.
 - `cleaning_reference`: the adapter that scores tokens. `previous`: the cleaning_reference before its last refresh.
 
@@ -29,7 +29,7 @@ from mixdpo.errors import InputError
 from mixdpo.model.loading import readable
 
 Role = Literal["policy", "reference", "base", "cleaning_reference", "previous"]
-PLAIN = (None, False, "none")  # what the options that a plain LoRA has not are set to
+PLAIN = (None, False, "none")  # values of the further options in a plain LoRA
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Lora:
     Args:
         rank: r, inner dimension of the update.
         alpha: α; the update is scaled by α / r.
-        dropout: on the adapter's input, while training.
+        dropout: share of the adapter's inputs set to 0 in training.
         targets: "all-linear" (every linear layer but the head) or module names such as ["q_proj", "v_proj"].
     """
 
@@ -54,6 +54,9 @@ def add_adapters(base: PreTrainedModel, lora: Lora, adapter: str | None = None) 
     frozen copy becomes the adapter `reference`.
 
     Only the policy's weights require a gradient afterwards.
+
+    Raises:
+        InputError: the saved adapter cannot be loaded or does not fit the base, or `lora.targets` do not.
     """
     if adapter is None:
         shape = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
@@ -61,7 +64,7 @@ def add_adapters(base: PreTrainedModel, lora: Lora, adapter: str | None = None) 
         try:
             model = get_peft_model(base, config, adapter_name="policy")
         except ValueError as error:
-            raise InputError(f"lora.targets {lora.targets} do not fit this model: {error}") from error
+            raise InputError(f"lora.targets {lora.targets} do not fit this model: {error}. Use all-linear") from error
     else:
         with readable(adapter, "adapter"):
             _check_safetensors(adapter)
@@ -101,20 +104,23 @@ def copy_adapter(model: PeftModel, source: str, target: str, *, decay: float = 0
 
 
 def check_alike(model: PeftModel, source: str, target: str) -> None:
-    """Refuse to copy between adapters of other shapes, layers or scale."""
+    """
+    Raises:
+        InputError: the two adapters differ in shapes, layers or scale, so neither can be copied to the other.
+    """
 
     def shape(layer: Any, name: str) -> Any:
         return name in layer.lora_A and (layer.lora_A[name].weight.shape, layer.scaling[name])
 
     if any(shape(layer, source) != shape(layer, target) for layer in adapter_layers(model)):
-        raise InputError(f"the adapters {source} and {target} differ in rank, alpha or targets: set model.lora alike")
+        raise InputError(f"the adapters {source} and {target} differ in rank, alpha or targets: make model.lora agree")
 
 
 def stack_policy(model: PeftModel) -> None:
     """Freeze the policy as the next stage adapter and start a fresh one on top: the same function, new weights."""
     config = model.peft_config["policy"]
     if config.use_rslora or config.rank_pattern or config.alpha_pattern:
-        raise InputError("stage_start fresh_adapter needs one rank and scale in all layers: use another stage_start")
+        raise InputError("stage_start fresh_adapter needs an adapter of one rank and scale: use another stage_start")
     add_stage(model)
     copy_adapter(model, "policy", f"stage_{model.stacked['policy']}")
     for layer in adapter_layers(model):
@@ -135,7 +141,7 @@ def add_stage(model: PeftModel) -> None:
 
 @contextmanager
 def role(model: PeftModel, name: Role) -> Iterator[None]:
-    """Compute as `name` inside the block, as before it afterwards.
+    """Compute in the role `name` inside the block, and in the earlier role after the block.
 
     Flips PEFT's two per-layer flags only: `disable_adapter()` would also flip `requires_grad` (and un-freeze on exit
     what was frozen) and takes 30 times longer. The role at *backward* decides the gradient, so never enter a role
@@ -154,7 +160,7 @@ def role(model: PeftModel, name: Role) -> Iterator[None]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' own tensors by their full name: what a checkpoint holds."""
+    """The adapters' own tensors by full name, as a checkpoint holds them."""
     # named_parameters, not state_dict: that would pack the quantisation state of every 4-bit layer
     return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
 
@@ -191,17 +197,20 @@ def _check_safetensors(adapter: str) -> None:
 
 
 def _check_adapter(name: str, model: PeftModel, adapter: str) -> None:
-    """Refuse what a role cannot switch (only LoRA layers can be), and files with missing, unknown or unusable weights.
+    """Refuse all but plain LoRA layers, which alone a role can switch, and files with missing, unknown or NaN weights.
 
-    PEFT draws missing weights at random and passes over unknown ones.
+    PEFT draws missing weights at random and ignores unknown weights.
     """
     config = model.peft_config[adapter]
     extra = [key for key in ("modules_to_save", "use_dora", "bias") if getattr(config, key, None) not in PLAIN]
     if config.peft_type != "LORA" or extra:
-        raise InputError(f"adapter '{name}' is no plain LoRA ({config.peft_type} {extra}): give a plain one")
+        raise InputError(f"adapter '{name}' is no plain LoRA, but {config.peft_type} with {extra}: give a plain one")
     with readable(name, "adapter"):
         saved, needed = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)
     if unlike := sorted(saved.keys() ^ needed.keys()):
-        raise InputError(f"adapter '{name}' does not fit ({unlike[0]}): give its base {config.base_model_name_or_path}")
+        raise InputError(
+            f"adapter '{name}' does not fit model.base, as {unlike[0]} is not in both. "
+            f"Give the base that the adapter was trained on, {config.base_model_name_or_path}"
+        )
     if not all(torch.isfinite(weight).all() for weight in saved.values()):
-        raise InputError(f"adapter '{name}' holds weights that are no numbers: give another one")
+        raise InputError(f"adapter '{name}' holds NaN or infinite weights: give another adapter")

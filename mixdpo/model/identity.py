@@ -12,13 +12,13 @@ from mixdpo.model.forward import causal_lm_of
 
 
 def adapter_fingerprint(model: PeftModel, name: Role) -> str:
-    """Changes whenever the weights do that `name` adds to the base; "none" where it adds nothing."""
+    """16 hex digits of the weights that the role `name` adds to the base; "none" if the role adds nothing."""
     digest, adds = hashlib.sha256(), False
     adapters = adapters_of(model, name)
     for layer in adapter_layers(model):
         for adapter in adapters:
-            if adapter in layer.lora_A:  # it may know fewer layers than the policy
-                adds |= bool(layer.lora_B[adapter].weight.any())  # of a fresh adapter B is 0
+            if adapter in layer.lora_A:  # it may have fewer layers than the policy
+                adds |= bool(layer.lora_B[adapter].weight.any())  # B of a fresh adapter is 0
                 digest.update(repr(layer.scaling[adapter]).encode())
                 for matrices in (layer.lora_A, layer.lora_B):
                     digest.update(matrices[adapter].weight.detach().float().cpu().numpy().tobytes())
@@ -26,7 +26,7 @@ def adapter_fingerprint(model: PeftModel, name: Role) -> str:
 
 
 def base_fingerprint(model: PeftModel | PreTrainedModel) -> str:
-    """Changes whenever the base's weights (quantised as they are) or its configuration do. Adapters change nothing.
+    """16 hex digits of the base's weights (quantised as they are) and its configuration. Adapters do not count.
 
     Reads all weights once: about a second per GB.
     """
@@ -43,9 +43,9 @@ def base_fingerprint(model: PeftModel | PreTrainedModel) -> str:
 
 
 def _scales(layer: nn.Module, weight: nn.Parameter) -> list[Tensor]:
-    """What bitsandbytes multiplies a weight by that is held in 4 or 8 bits."""
+    """The scales by which bitsandbytes multiplies a weight of 4 or 8 bits."""
     if (state := getattr(weight, "quant_state", None)) is not None:
         return [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
-    # the first forward moves those of 8 bits to the layer
+    # the first forward moves the scales of 8 bits to the layer
     holders = (weight, getattr(layer, "state", None)) if weight is getattr(layer, "weight", None) else ()
     return [holder.SCB for holder in holders if getattr(holder, "SCB", None) is not None]

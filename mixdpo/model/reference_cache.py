@@ -30,8 +30,8 @@ class ReferenceCache:
     then on values are kept in memory.
 
     Args:
-        of: all that decides the values beside the tokens (weights, adapter, precision), in JSON's types.
-        dtype: the values', "float32" or "float64".
+        of: everything but the tokens that decides the values (weights, adapter, precision), in JSON's types.
+        dtype: dtype of the values, "float32" or "float64".
     """
 
     def __init__(self, of: Mapping[str, Any], dtype: str = "float32") -> None:
@@ -44,7 +44,7 @@ class ReferenceCache:
     def log_probs(self, model: nn.Module, batch: Batch) -> Tensor:
         """As `reference_log_probs`; computed only if the file lacks one of the batch's completions.
 
-        What was computed is written by `write`, because writing waits for the device.
+        `write` writes the computed values to the file later, because writing waits for the device.
         """
         if (known := self.get(batch.reference_keys)) is not None:
             values, device = torch.tensor(known), batch.reference_rows.target.device
@@ -54,19 +54,19 @@ class ReferenceCache:
         return values
 
     def write(self) -> None:
-        """Write what `log_probs` has computed since the last time."""
+        """Write the values that `log_probs` has computed since the last `write`."""
         new, self._new = self._new, []
         for keys, values in new:
             by_completion = values.cpu().split([tokens for _, tokens in keys])
             self.add((key, each.numpy()) for (key, _), each in zip(keys, by_completion, strict=True))
 
     def get(self, lengths: Sequence[tuple[bytes, int]]) -> np.ndarray | None:
-        """The values of these completions (key, tokens), one after the other; None if one of them is not known."""
+        """The values of these completions (key, tokens), one after the other; None if one is not known."""
         kept = self._store.get([key for key, _ in lengths])
         if not all(len(kept.get(key, b"")) == tokens * self.dtype.itemsize for key, tokens in lengths):
             return None
         return np.frombuffer(b"".join(kept[key] for key, _ in lengths), dtype=self.dtype)
 
     def add(self, values: Iterable[tuple[bytes, np.ndarray]]) -> None:
-        """Keep the values of completions that are finite."""
+        """Keep the values of these completions. A completion with a NaN or infinite value is left out."""
         self._store.add({key: np.asarray(v, dtype=self.dtype).tobytes() for key, v in values if np.isfinite(v).all()})

@@ -39,18 +39,19 @@ class Routing:
     """How margins become routes.
 
     Args:
-        threshold: τ; pairs with a margin below it are hard. Its unit is the data's: choose it from the quantiles.
-        hard_fraction: share of the pairs that are hard, taken from the small margins; 0 is plain preference training,
-            1 plain SFT. Give this or `threshold`, not both; without either it is 0.12. An option
-            on the command line replaces the other one of a config.
-        order: easy_to_hard sorts by margin, largest first (no shuffling), so that SFT comes last; hard_to_easy turns
-            that round; shuffled is seeded; bucketed goes from easy to hard in `buckets` quantiles, shuffled inside;
+        threshold: τ; pairs with a margin below τ are hard. The unit is that of the data's margins: choose τ from the
+            margin quantiles.
+        hard_fraction: share of the pairs that are hard, smallest margins first; 0 is plain preference training, 1 plain
+            SFT. Give `hard_fraction` or `threshold`, not both; without either, hard_fraction is 0.12. Either one on
+            the command line replaces the other one in a config.
+        order: easy_to_hard sorts by margin, largest first (no shuffling), so that SFT comes last; hard_to_easy is
+            the reverse; shuffled is seeded; bucketed goes from easy to hard in `buckets` quantiles, shuffled inside;
             interleaved spreads the hard pairs evenly among the sorted easy ones; preference_first and sft_first train
             the easy pairs first or the hard ones, each sorted from easy to hard.
-        buckets: of the order bucketed.
-        reshuffle: shuffle each epoch anew; false repeats the same order. For the orders shuffled and bucketed.
-        assignment: which pairs are taken as hard: those of small margin; as controls as many at random (by a hash of
-            pair id and seed), or as many of the largest margins (inverted).
+        buckets: number of quantiles of the order bucketed.
+        reshuffle: shuffle each epoch anew; false repeats the same order. Only for the orders shuffled and bucketed.
+        assignment: which pairs are hard: those with the smallest margins (margin) or, as controls, the same number at
+            random by a hash of pair id and seed (random), or with the largest margins (inverted).
         hard_action: what hard pairs are trained by: SFT on the chosen response, on the rejected one or on both, the
             preference loss (they are still reported as hard), or nothing (drop).
         easy_action: what easy pairs are trained by: the preference loss, or nothing (drop).
@@ -78,7 +79,8 @@ class Routing:
 
     @property
     def by_margin(self) -> bool:
-        """Whether a margin decides anything: not for one route in random order, nor for random routes in it."""
+        """Whether margins decide anything. They do not in a shuffled order, if all pairs, no pairs or random pairs are
+        hard."""
         one_route = self.hard_fraction in (0, 1)
         return self.order != "shuffled" or not (one_route or (self.threshold is None and self.assignment == "random"))
 
@@ -86,20 +88,20 @@ class Routing:
         """Decide order and route of every pair from its margin and id alone: the order of the rows decides nothing.
 
         `threshold` makes a pair hard when margin < τ, strictly. `hard_fraction` = f takes exactly round(f·N) pairs from
-        the small-margin end; where the cut falls inside a block of equal margins, a hash of (pair id, seed) decides who
-        is hard, so the choice never depends on the order of the rows. Ties are ordered by the same hash, hard ones
-        last. The threshold then reported is the margin at the cut.
+        the small-margin end. Where the cut falls inside a block of equal margins, a hash of (pair id, seed) decides
+        which pairs are hard. Ties are ordered by the same hash, hard pairs last. The reported threshold is then the
+        margin at the cut.
 
         Args:
-            margins: (N,) finite, N > 0; large = easy. All NaN where the data has none and nothing goes by them.
+            margins: (N,) finite, N > 0; large = easy. All NaN where the data has no margins and `by_margin` is False.
             pair_ids: (N,) int64.
 
         Raises:
-            InputError: no pairs that would be trained, fewer than buckets, or margins that are not finite.
+            InputError: no pair would be trained, fewer pairs than buckets would be, or a margin is not finite.
         """
         margins, pair_ids = np.asarray(margins, dtype=np.float64), np.asarray(pair_ids)
         if not np.isfinite(margins).all() and (self.by_margin or not np.isnan(margins).all()):
-            raise InputError(f"margin {np.flatnonzero(~np.isfinite(margins))[0]} is not finite; routing needs numbers")
+            raise InputError(f"margin {np.flatnonzero(~np.isfinite(margins))[0]} (from 0) is not finite: correct it")
         easy_to_hard = np.lexsort((_hashes(pair_ids, seed), -margins))
         if self.threshold is not None:
             threshold, count = self.threshold, int((margins < self.threshold).sum())
@@ -117,8 +119,8 @@ class Routing:
         trained = easy_to_hard[~dropped[easy_to_hard]]
         least = self.buckets if self.order == "bucketed" else 1
         if len(trained) < least:
-            trains = f"routing trains {len(trained)} of {len(margins)} pairs, of which {count} are hard"
-            raise InputError(f"{trains}, and needs {least}: change hard_action, easy_action or buckets")
+            trains = f"routing would train {len(trained)} of {len(margins)} pairs, of which {count} are hard"
+            raise InputError(f"{trains}, and needs at least {least}: change hard_action, easy_action or buckets")
         order, stages = _arrange(self, trained, is_hard)
         if self.order in RANDOM_ORDERS:
             order = _shuffled(order, stages, pair_ids, seed, 0)
@@ -132,13 +134,13 @@ class Route:
     Attributes:
         order: (n,) int64, indices of the n ≤ N pairs that are trained, as the first epoch trains them.
         stages: (n,) int64, rising from 0: the stage (bucket, or part of one route) of each place in the order.
-        is_hard: (N,) bool in *data* order, what is reported as hard; what a hard pair is trained by is `routing`'s.
+        is_hard: (N,) bool in *data* order, pairs reported as hard. `routing.hard_action` says how they are trained.
         threshold: τ, in units of the margin, NaN where there are none. A pair outside the training data is hard when
-            its margin is < τ, whatever `routing.assignment` says of those inside.
+            its margin is < τ, whatever `routing.assignment` is.
         margins: (N,) float64 in data order, all NaN where the data has none.
         pair_ids: (N,) int64 in data order.
-        routing: how the plan was made.
-        seed: of everything random in it.
+        routing: the options that made the plan.
+        seed: of everything random in the plan.
     """
 
     order: np.ndarray
@@ -157,17 +159,17 @@ class Route:
 
     @property
     def sft_sides(self) -> tuple[int, ...]:
-        """The responses of such a pair that SFT learns: 0 chosen, 1 rejected."""
+        """The responses of a pair that SFT learns: 0 chosen, 1 rejected."""
         return SFT_SIDES.get(self.routing.hard_action, (0,))
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """(n,) int64, the order of epoch 0, 1, …: other than `order` only where the routing says `reshuffle`."""
+        """(n,) int64, the order of epoch 0, 1, …. All are `order`, unless `routing.reshuffle`."""
         if epoch == 0 or not self.routing.reshuffle:
             return self.order
         return _shuffled(self.order, self.stages, self.pair_ids, self.seed, epoch)
 
     def summary(self) -> dict[str, Any]:
-        """What `route.json` says: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
+        """What `route.json` holds: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
         pairs), the order and actions."""
         known, at_threshold = not np.isnan(self.margins).any(), self.margins == self.threshold
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
@@ -187,7 +189,7 @@ class Route:
         }
 
     def fingerprint(self) -> str:
-        """Of orders and routes: what must be the same for a run to be continued."""
+        """16 hex digits of orders, routes and margins. A run is continued only where they are the same."""
         # the second epoch's order stands for the seed of all later ones
         arrays = (self.order, self.epoch_order(1), self.stages, self.is_hard, self.is_sft, self.margins)
         content = b"".join(array.tobytes() for array in arrays) + repr(self.sft_sides).encode()
@@ -195,7 +197,7 @@ class Route:
 
 
 def _arrange(routing: Routing, trained: np.ndarray, is_hard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs that are trained, given from easy to hard, in their order, before any shuffling; and their stages."""
+    """Order of the trained pairs (n,) before any shuffling, and their stages (n,). `trained` goes from easy to hard."""
     hard, easy = trained[is_hard[trained]], trained[~is_hard[trained]]
     orders = {
         "hard_to_easy": trained[::-1],
@@ -209,7 +211,7 @@ def _arrange(routing: Routing, trained: np.ndarray, is_hard: np.ndarray) -> tupl
         stages = np.arange(len(order)) * routing.buckets // len(order)
     elif routing.order not in ("shuffled", "interleaved") and routing.hard_action != "preference":
         turns = np.flatnonzero(np.diff(is_hard[order]))
-        if len(turns) == 1:  # random hard pairs in a sorted order turn often, and make no stages
+        if len(turns) == 1:  # random hard pairs in a sorted order alternate often: no stages
             stages[turns[0] + 1 :] = 1
     return order, stages
 
@@ -230,7 +232,7 @@ def _shuffled(order: np.ndarray, stages: np.ndarray, pair_ids: np.ndarray, seed:
 
 
 def _hashes(pair_ids: np.ndarray, *of: Any) -> np.ndarray:
-    """(N,) uint64, one for each pair id and whatever else is given."""
+    """(N,) uint64, one hash of each pair id together with the values of `of`."""
     suffix = "".join(f":{value}" for value in of)
     digests = (hashlib.sha256(f"{int(pair_id)}{suffix}".encode()).digest() for pair_id in pair_ids)
     return np.array([int.from_bytes(digest[:8], "big") for digest in digests], dtype=np.uint64)

@@ -1,7 +1,7 @@
 """Learning-rate schedules that know about stages.
 
 Sorting pairs easy → hard and routing the hard ones to SFT puts all SFT steps last, where cosine decay has almost
-nothing left: 12 % of the steps get 0.36 % of the learning rate. So a schedule sees the stages of the run. Each
+nothing left: 12 % of the steps get 0.36 % of the learning rate. So a schedule knows the stages of the run. Each
 dataclass maps a `StepPlan` to one multiplier of the peak learning rate per optimizer step.
 """
 
@@ -18,8 +18,8 @@ class StepPlan:
 
     Attributes:
         sft_share: (S,) float64, share of the step's pairs that are trained by SFT.
-        stage_starts: first step of each stage, starting with 0: where the order turns from one route to the other, or
-            to the next bucket, and where a new epoch begins again.
+        stage_starts: first step of each stage, starting with 0. A stage begins where the order turns to the other route
+            or to the next bucket, and where an epoch of several stages begins.
     """
 
     sft_share: np.ndarray
@@ -30,7 +30,7 @@ class StepPlan:
 
     @classmethod
     def of_epochs(cls, epochs: Sequence["StepPlan"], total: int) -> "StepPlan":
-        """These epochs one after the other, cut after `total` steps. Epochs of one stage make one stage."""
+        """The epochs one after the other, cut after `total` steps. Epochs of one stage each make one stage together."""
         sft_share = np.concatenate([epoch.sft_share for epoch in epochs])[:total]
         if all(epoch.stage_starts == (0,) for epoch in epochs):
             return cls(sft_share)
@@ -70,13 +70,13 @@ class Cosine:
         return self.decayed(len(plan))
 
     def decayed(self, steps: int) -> np.ndarray:
-        """(steps,) of one warm-up and decay."""
+        """(steps,) multipliers of one warm-up and decay."""
         rise = _rise(steps, self.warmup)
         progress = np.arange(steps - len(rise)) / max(steps - len(rise), 1)
         return np.concatenate([rise, self.floor + (1 - self.floor) * self.shape(progress)])
 
     def shape(self, progress: np.ndarray) -> np.ndarray:
-        """Progress through the decay, 0 to 1 -> what is left of the rate, 1 to 0."""
+        """Progress through the decay, 0 to 1 -> share of the rate that is left, 1 to 0."""
         return 0.5 * (1 + np.cos(np.pi * progress))
 
 
@@ -106,7 +106,7 @@ class StagedCosine(Cosine):
 
 
 class StagedLinear(StagedCosine, Linear):
-    """A warm-up and a straight line down for each stage: what restarting the trainer with every slice amounts to.
+    """A warm-up and a straight line down for each stage, as if the trainer was restarted with every slice.
 
     Args:
         warmup: share of each stage's steps over which the rate rises linearly.
@@ -118,7 +118,7 @@ def learning_rate_mass(multipliers: np.ndarray, sft_share: np.ndarray) -> dict[s
     """Share of the summed learning rate that each route receives; the two add up to 1.
 
     Args:
-        multipliers: (S,) of the schedule.
+        multipliers: (S,) multipliers of the peak learning rate, from a schedule.
         sft_share: (S,) share of each step's pairs routed to SFT.
     """
     total = multipliers.sum()
@@ -127,7 +127,7 @@ def learning_rate_mass(multipliers: np.ndarray, sft_share: np.ndarray) -> dict[s
 
 
 def _rise(steps: int, warmup: float) -> np.ndarray:
-    """The multipliers of the warm-up in a stage of so many steps."""
+    """(n,) multipliers of the warm-up, for a stage of `steps` steps."""
     risen = min(int(np.ceil(warmup * steps)), max(steps - 1, 0))
-    # from 1/(n+1), not 0: a first step at rate 0 is a step wasted, and stages here can be a handful of steps
+    # from 1/(n+1), not 0: a first step at rate 0 is wasted, and a stage can be a handful of steps
     return np.arange(1, risen + 1) / (risen + 1)

@@ -20,8 +20,12 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def overlap(x: np.ndarray, y: np.ndarray, fraction: float) -> dict[str, float]:
-    """Of the hardest round(fraction · N) pairs (at least 1) by two margins (N,): the share of one set that is in the
-    other, Jaccard's index, both also for random sets, and ties at the cuts. Expected values, as if ties are drawn."""
+    """Overlap of the hardest round(fraction · N) pairs (at least 1) by two margins (N,).
+
+    Returns:
+        Share of one set that is in the other, Jaccard's index, both also for random sets, and ties at the cuts. Ties
+        count by their expected values, as if ties were drawn at random.
+    """
     count = max(1, round(fraction * len(x)))
     (one, ties_x), (other, ties_y) = (_membership(values, count) for values in (x, y))
     both, chance = float(one @ other), count**2 / len(x)
@@ -30,14 +34,14 @@ def overlap(x: np.ndarray, y: np.ndarray, fraction: float) -> dict[str, float]:
 
 
 def _membership(margins: np.ndarray, count: int) -> tuple[np.ndarray, int]:
-    """(N,) probability of being among the `count` smallest, and how many tie at the cut."""
+    """(N,) probability of being among the `count` smallest, and the number of ties at the cut."""
     cut = np.sort(margins)[count - 1]
     below, ties = margins < cut, margins == cut
     return below + ties * ((count - below.sum()) / ties.sum()), int(ties.sum())
 
 
 def compared(a: MarginsFile, b: MarginsFile) -> tuple[np.ndarray, np.ndarray]:
-    """Margins (N,) by either file of the pairs that both have, with the same text.
+    """Margins (N,) of either file, for the pairs that both files hold with the same text.
 
     Raises:
         InputError: the files share no pair.
@@ -54,7 +58,7 @@ def compare(a: str, b: str) -> None:
 
     Args:
         a: margins file of `run.py predict`.
-        b: another one, of the same data.
+        b: another margins file of the same data.
 
     Raises:
         InputError: a file cannot be read, or the files share no pair.

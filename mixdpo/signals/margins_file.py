@@ -1,4 +1,4 @@
-"""Margins files: a signal's margin of each pair of a data set, found again by the pair's id and text.
+"""Margins files: a signal's margin of each pair in a data set, found by the pair's id and text.
 
 FILE holds JSON lines: a header, then `{"pair_id", "text", "margin"}` for each pair, `text` being `text_hash`. FILE is
 always complete; margins that are being computed are in FILE.part.
@@ -22,7 +22,7 @@ from mixdpo.storage.read import parse_json
 from mixdpo.storage.store import Store
 
 FORMAT = "mixdpo margins 1"
-ANEW = "compute it anew"
+ANEW = "compute it anew by run.py predict"
 OTHER = "remove it or give another model.output"
 
 
@@ -42,14 +42,14 @@ class MarginsFile:
 
     @property
     def of_policy(self) -> bool:
-        """Whether the margins are of the model that is trained, so that they fit no other one."""
+        """Whether the margins were computed by the model to be trained. They then fit no other model."""
         return self.header["needs"] in ("policy", "adapter")
 
     def add_to(self, pairs: Dataset, texts: Mapping[int, str], source: str) -> Dataset:
-        """The pairs with the margins of this file. `texts`: pair id -> text hash.
+        """The pairs, with their margins replaced by those of this file. `texts`: pair id -> text hash.
 
         Raises:
-            InputError: a pair is not in the file, or has another text there; says how many, and the first one's row.
+            InputError: pairs are missing or have another text in the file; says how many, and the row of the first.
         """
         ids = pairs["pair_id"][:]
         kept = [self.pairs.get(pair_id, ("", math.nan)) for pair_id in ids]
@@ -61,9 +61,9 @@ class MarginsFile:
     def refuse_other(self, current: Mapping[str, str | None], what: str) -> None:
         """
         Raises:
-            InputError: the margins are of a policy, and one of these parts differs from the header.
+            InputError: the margins are of a policy, and a part in `current` differs from the header.
         """
-        changed = differences({key: self.header.get(key, "not said") for key in current}, current)
+        changed = differences({key: self.header.get(key, "not recorded") for key in current}, current)
         if self.of_policy and changed:
             raise InputError(f"{self.path} was made with another {what} ({'; '.join(changed)}): {ANEW}")
 
@@ -71,7 +71,7 @@ class MarginsFile:
 def read_margins(path: str | Path) -> MarginsFile:
     """
     Raises:
-        InputError: there is no such file, the file is none of `run.py predict`, or is damaged.
+        InputError: there is no such file, `run.py predict` has not written it, or the file is damaged.
     """
     first, *lines = read_text(path).removesuffix("\n").split("\n")
     header = parse_json(first, f"{path} is no margins file: line 1", ANEW)
@@ -93,12 +93,12 @@ def _pair(line: str, where: str) -> tuple[int, tuple[str, float]]:
 
 class MarginsWriter:
     def __init__(self, path: str, header: Mapping[str, Any], texts: Mapping[int, str]) -> None:
-        """Collects margins in FILE.part, so that an interrupted computation goes on where it was; `margins` are those
-        known so far, by pair id.
+        """Collects margins in FILE.part, so that the same command continues an interrupted computation. `margins` holds
+        the margins known so far, by pair id.
 
         Args:
             path: FILE.
-            header: what the margins are and depend on; that of a FILE or FILE.part must say the same.
+            header: everything that the margins depend on. An existing FILE or FILE.part must have the same header.
             texts: pair id -> text hash of all pairs, in the order of the data.
 
         Raises:
@@ -124,12 +124,12 @@ class MarginsWriter:
         """
         new = dict(zip(pair_ids, margins, strict=True))
         if bad := {pair_id: margin for pair_id, margin in new.items() if not math.isfinite(margin)}:
-            raise InputError(f"margins by pair id that are no finite numbers: {bad}. Use a wider model.dtype")
+            raise InputError(f"margins (by pair id) are not finite: {bad}. Use a wider model.dtype")
         self._store.add({pair_id: repr(margin).encode() for pair_id, margin in new.items()})
         self.margins |= new
 
     def finish(self) -> str:
-        """Make FILE of FILE.part, in the order of the data, if all pairs are known; says what has become of it."""
+        """Make FILE of FILE.part, in the order of the data, if all margins are known. Returns a line for the user."""
         if self._store is None:
             return f"{self.path} was complete already: {len(self.texts)} pairs"
         with self._store:

@@ -1,7 +1,7 @@
 """Difficulty signals: a model and a batch of pairs -> margins (B,), oriented so that small = hard.
 
-A signal is a frozen dataclass that a YAML file names. `needs` says what the signal is computed with: the "policy" (a
-base, with an adapter or without), an "adapter" and its base, a "reward model", or only the "rating" in the data.
+A signal is a frozen dataclass that a YAML file names. `needs` names what computes the signal: the "policy" (a base,
+with an adapter or without), an "adapter" and its base, a "reward model", or only the "rating" in the data.
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,9 @@ def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
 
     Args:
         chosen, rejected: (B, H) sums of the hidden states of a completion; means for the normalised form.
+
+    Returns:
+        (B,) float64.
     """
     chosen, rejected = chosen.double(), rejected.double()  # the difference of two like numbers of order 1e8
     return ((rejected - chosen) * chosen).sum(-1)
@@ -34,7 +37,7 @@ def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
 def rewards(model: PreTrainedModel, rows: TokenRows) -> list[Tensor]:
     """A reward model's scores of prompt + completion: chosen (B,) and rejected (B,).
 
-    Each goes alone and unpadded through the model's own forward, so attention and pooling are the model's own.
+    Each completion goes alone and unpadded through the model's own forward, so attention and pooling are the model's.
     """
     scores = [model(input_ids=ids[None]).logits.double().reshape(()) for ids in rows.sequences()]
     return [torch.stack(scores[side::2]) for side in (0, 1)]
@@ -53,7 +56,7 @@ class PolicyLogProb:
 
 @dataclass(frozen=True)
 class ImplicitReward:
-    """β Δ, the implicit-reward margin (Rafailov et al. 2023) of a given adapter against its base.
+    """β Δ, the implicit-reward margin (Rafailov et al. 2023, arXiv 2305.18290) of a given adapter against its base.
 
     Args:
         beta: Scale of the margin, per nat of log-ratio.
@@ -100,7 +103,7 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class Rating:
-    """The margin in the data, as a file to compare others with. No model is loaded."""
+    """The margin in the data, to compare other signals with. No model is loaded."""
 
     needs: ClassVar[Needs] = "rating"
 

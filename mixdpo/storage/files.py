@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all; caches, without which a run goes on."""
+"""Files and folders that appear whole or not at all. Caches, whose errors do not stop a run."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         if path.is_dir() and not partial.is_dir():
-            raise InputError(f"{path} is a folder, and a file is to be written there: give a file's name")
+            raise InputError(f"cannot write the file {path}, which is a folder: give a file's name")
         replace(partial, path)
     finally:
         _remove(partial)
@@ -96,7 +96,7 @@ def write_json(path: str | Path, content: Any) -> None:
 def read_text(path: str | Path) -> str:
     """
     Raises:
-        InputError: there is no such file, or it is no text in UTF-8.
+        InputError: there is no such file, or the file is no text in UTF-8.
     """
     try:
         return Path(path).read_text("utf-8")
@@ -105,7 +105,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, keys: set[str], remedy: str) -> dict[str, Any]:
-    """The object that a file of ours holds.
+    """The JSON object in a file that mixdpo wrote.
 
     Raises:
         InputError: the file is damaged or lacks one of the keys; ends with the remedy.
@@ -127,10 +127,10 @@ def sha256(path: str | Path) -> str:
 
 
 def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Literal["r", "r+"] = "r") -> np.ndarray:
-    """A memory-mapped .npy file of ours.
+    """A memory-mapped .npy file that mixdpo wrote.
 
     Raises:
-        InputError: it is damaged, or of another shape; ends with the remedy.
+        InputError: the file is damaged, or of another shape; ends with the remedy.
     """
     try:
         array: np.ndarray = np.load(path, mmap_mode="r")
@@ -138,7 +138,7 @@ def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Lite
         raise InputError(f"{path} is damaged ({error}): {remedy}") from None
     if array.shape != shape or array.dtype.kind not in "fiu":
         raise InputError(f"{path} holds {array.dtype} of the shape {array.shape}, not numbers of {shape}: {remedy}")
-    # not at once: opened for writing, a file that is cut off would grow to its full length, by zeros
+    # not opened for writing before: a file that is cut off would grow to its full length, filled with zeros
     return np.load(path, mmap_mode=mode)
 
 
@@ -156,7 +156,7 @@ def or_without(what: str, path: Path, instead: Callable[[], Any] = lambda: None)
         yield
     except Exception as error:  # of the system, JSON, NumPy and SQLite
         instead()
-        told = f"the cache of {what}, {path}, cannot be used ({error}): the run goes on; delete it, or set MIXDPO_CACHE"
+        told = f"the cache of {what}, {path}, cannot be used ({error}): delete it or set MIXDPO_CACHE; the run goes on"
         if _told.setdefault(path.parent, told) is told:
             warnings.warn(told, stacklevel=4)
 
@@ -170,7 +170,7 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
 class CheckedArray(np.memmap):
     """(N,) float32 in a file, NaN where a value is not known. A value is assigned together with its checksum.
 
-    A value that is assigned to a view of the array has no checksum, so the next `open_checked` does not know the value.
+    A value that is assigned to a view of the array has no checksum, so the next `open_checked` makes the value NaN.
     """
 
     checks: np.ndarray | None = None
@@ -182,7 +182,7 @@ class CheckedArray(np.memmap):
 
 
 def _checks(values: np.ndarray) -> np.ndarray:
-    """The bits, some of them turned over: zeros have no checksum of zeros."""
+    """The bits of the values, some of them flipped, so that zeros do not have zeros for checksums."""
     return values.view(np.uint32) ^ np.uint32(0x5BD1E995)
 
 
@@ -193,7 +193,7 @@ def open_checked(path: Path, size: int, noun: str) -> CheckedArray:
         InputError, OSError: the file cannot be made, or is damaged.
     """
     if not path.exists():
-        with written_whole(path) as partial:  # in full: a disk that fills later does not end who writes to the map
+        with written_whole(path) as partial:  # in full: a disk that fills later cannot end a process that writes
             np.save(partial, np.full((2, size), np.nan, dtype=np.float32))
     array, checks = read_array(path, (2, size), "delete it", mode="r+")
     kept = array.view(CheckedArray)

@@ -1,4 +1,4 @@
-"""What a file or checkpoint was made with, and what differs from what there is now."""
+"""What a file or checkpoint was made with, and how that differs from the current options and data."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from mixdpo.storage.files import read_yaml, sha256
 
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any], within: str = "") -> list[str]:
-    """What two mappings say differently, key by key; None is the same as no key."""
+    """One text for each key whose values differ in two mappings. None is the same as no key."""
     changed = []
     for key in {**recorded, **current}:
         old, new = recorded.get(key), current.get(key)
@@ -28,17 +28,17 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any], within:
 def refuse_other_run(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """
     Raises:
-        InputError: what a checkpoint was made with differs from what there is now; names each part that does.
+        InputError: a part of what the checkpoint was made with is different now; names each such part.
     """
     if changed := differences(recorded, current):
         raise InputError(f"the checkpoint belongs to another run ({'; '.join(changed)}): use the config.yaml beside it")
 
 
 def named_files(values: Iterable[str]) -> dict[str, str]:
-    """Hashes of the files, and of the weights of the adapters, that options name, or that a YAML file among them names.
+    """Hashes of the files and adapters that options name, or that a YAML file among these files names.
 
     Args:
-        values: of options, paths or JSON; a name may hold spaces where it is quoted or alone.
+        values: of options: paths or JSON. A name may hold spaces if the name is quoted or stands alone.
 
     Returns:
         Name -> 16 hex digits of the content.
@@ -56,6 +56,7 @@ def named_files(values: Iterable[str]) -> dict[str, str]:
 
 
 def content_hash(texts: Iterable[Any]) -> str:
+    """16 hex digits of the reprs of the texts, in order."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(repr(text).encode())
@@ -68,8 +69,9 @@ def hash63(text: str) -> int:
 
 
 def described(thing: Any) -> str:
-    """What it is and holds, in words that another process finds as well: a class without a repr says its address
-    instead, and a module without extra_repr leaves its attributes out."""
+    """Class and attributes of an object, as text that is the same in every process.
+
+    The repr alone would not do: the default one holds an address, and a module's leaves out its attributes."""
     text = repr(thing).removeprefix("LazyInstance_")  # a default that YAML may override is a subclass of what it is for
     is_module, kind = isinstance(thing, nn.Module), type(thing)
     if kind.__repr__ is object.__repr__ or (is_module and kind.extra_repr is nn.Module.extra_repr):
@@ -79,7 +81,11 @@ def described(thing: Any) -> str:
 
 
 def refuse_changed(recorded: Mapping[str, str], current: Mapping[str, str], what: str) -> None:
-    # other ids follow from what else has changed
+    """
+    Raises:
+        InputError: scores or masks were made with other data, tokenizer, template or lengths; names each that differs.
+    """
+    # if another part changed, the ids changed because of it
     changed = differences({**recorded, "ids": None}, {**current, "ids": None}) or differences(recorded, current)
     if changed:
-        raise InputError(f"{what} was made with others ({'; '.join(changed)}): use its options, or score anew")
+        raise InputError(f"{what} was made with other options ({'; '.join(changed)}): use these, or score anew")

@@ -18,8 +18,8 @@ MOST_NODES = 10**6  # of a YAML document, where each alias counts as what the al
 def parse_json(text: str | bytes, where: str, remedy: str = "correct it", largest: int = LARGEST) -> Any:
     """
     Args:
-        where: what the text is, for the error: a file, a line of a file, a server's response.
-        remedy: what to do about a text that is refused, for the error.
+        where: name of the text in errors: a file, a line of a file, a server's response.
+        remedy: end of the error: what to do about a refused text.
 
     Raises:
         InputError: the text is no JSON in UTF-8, is larger than `largest` or nested too deeply, or holds a key twice, a
@@ -74,12 +74,13 @@ _YAML_1_1 = yaml.SafeLoader("")
 def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
     """
     Args:
-        where: what the text is, for the error: config FILE, study FILE.
+        where: name of the text in errors: config FILE, study FILE.
         finite: refuse NaN and infinite numbers.
 
     Raises:
         InputError: the text is no YAML, is too large, nested too deeply, or expands too far by its aliases; or it holds
-            a key twice, a key that is a list or mapping, or what YAML 1.1 and 1.2 read differently, as 1_0 and 1:30.
+            a key twice, a key that is a list or mapping, or a value such as 1_0 or 1:30, which YAML 1.1 and 1.2 read
+            differently.
     """
     try:
         _check_size(text, LARGEST)
@@ -103,7 +104,7 @@ class _Refused(ValueError):
 
 
 def _measure(node: yaml.Node, depth: int, known: dict[int, tuple[int, int]], finite: bool) -> tuple[int, int]:
-    """Nodes and levels of what stands at a node, with each alias written out."""
+    """Numbers of nodes and levels under a node, with each alias written out."""
     if depth > DEEPEST:
         raise _Refused("nested too deeply", node)
     if id(node) not in known:

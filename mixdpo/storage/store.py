@@ -1,7 +1,8 @@
-"""One keyed store for what a computation keeps while it goes on: an SQLite file, headed by what its entries depend on.
+"""One keyed store for the results of a computation in progress: an SQLite file, headed by what the results depend on.
 
-A product holds what the user asked for, such as verdicts: one process at a time has its file open. A cache holds what
-can be computed again: its processes take turns, and a cache's file that fails is replaced by memory, with a warning.
+A product holds results that the user asked for, as verdicts: one process at a time has its file open. A cache holds
+values that can be computed again. Its processes take turns. A cache's file that fails is replaced by memory, with a
+warning.
 """
 
 import hashlib
@@ -29,13 +30,13 @@ class Store(AbstractContextManager[Any]):
     def __init__(
         self, path: str | Path, head: Mapping[str, Any], *, noun: str, remedy: str = "", cache: bool = False
     ) -> None:
-        """Opens a file of entries, or makes the file. What `add` was given is on the disk when `add` returns, whole or
-        not at all, so the same command continues after a kill.
+        """Open a file of entries, or make the file. After `add` its entries are on the disk, all or none.
+        So the same command continues after a kill.
 
         Args:
-            head: all that the entries depend on, in JSON's types.
-            noun: what the entries are, for messages: "verdicts".
-            remedy: what to do about a file that is damaged or holds other entries, for errors.
+            head: everything that the entries depend on, in JSON's types.
+            noun: name of the entries in messages: "verdicts".
+            remedy: end of an error about a damaged file or other entries: what to do.
             cache: whether the entries can be computed again.
 
         Raises:
@@ -108,7 +109,7 @@ class Store(AbstractContextManager[Any]):
 
 
 def read_store(path: str | Path, noun: str, remedy: str) -> tuple[dict[str, Any], dict[Key, bytes]]:
-    """Head and entries of a product that is there.
+    """Head and entries of a product's file.
 
     Raises:
         InputError: the file holds something else, is damaged, or a process is writing to the file.
@@ -130,7 +131,7 @@ def _named(path: str | Path, noun: str, remedy: str) -> Iterator[None]:
     except (OSError, sqlite3.Error) as error:
         kind = getattr(error, "sqlite_errorname", "")
         if kind.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            message = f"another process is writing to {path}: wait until it is done, or give another place"
+            message = f"another process is writing to {path}: wait until it ends, or give another place"
         elif kind.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_ERROR")):
             message = f"{path} is no file of {noun}, or is damaged ({error}): {remedy}"
         else:
@@ -140,11 +141,11 @@ def _named(path: str | Path, noun: str, remedy: str) -> Iterator[None]:
 
 def _head(database: sqlite3.Connection) -> dict[str, Any]:
     (content,) = database.execute("SELECT content FROM head").fetchone()
-    return parse_json(content, "the head of a file of ours")
+    return parse_json(content, "the head of an SQLite file by mixdpo")
 
 
 def _whole(rows: Iterable[tuple[Key, bytes, bytes]]) -> tuple[dict[Key, bytes], list[Key]]:
-    """The entries as they were added, and the keys of those that are not."""
+    """The entries that are as they were added, and the keys of the other entries."""
     all_rows = list(rows)
     entries = {key: value for key, value, checksum in all_rows if checksum == _checksum(key, value)}
     return entries, [key for key, *_ in all_rows if key not in entries]

@@ -138,15 +138,15 @@ ADAPTERS = [
         ("no such folder", lambda place: place.fit(adapter="/no/adapter"), f"adapter '/no/adapter' … {REMEDY}"),
         ("a config cut off", adapted(cut(CONFIG, 30)), UNLOADED),
         ("weights cut off", adapted(cut(TENSORS)), UNLOADED),
-        ("a matrix missing", adapted(rewrite(TENSORS, lost)), "does not fit … give its base"),
-        ("weights of NaN", adapted(rewrite(TENSORS, poisoned)), "holds weights that are no numbers … give another one"),
+        ("a matrix missing", adapted(rewrite(TENSORS, lost)), "does not fit model.base … Give the base"),
+        ("weights of NaN", adapted(rewrite(TENSORS, poisoned)), "holds NaN or infinite weights … give another adapter"),
         ("a bias", adapted(edit_json(CONFIG, bias="all")), "no plain LoRA … give a plain one"),
     ),
-    Case("model.cleaning.reference", "of another rank", differing, ("differ in rank", "set model.lora alike")),
+    Case("model.cleaning.reference", "of another rank", differing, ("differ in rank", "make model.lora agree")),
     *cases(
         "model.lora",
         ("targets that are not there", targeted(["query"]), "lora.targets ['query'] … do not fit this model"),
-        ("the head", targeted(["lm_head"]), "the output head is a … adapt others"),
+        ("the head", targeted(["lm_head"]), "the output head is a … leave it out of lora.targets"),
     ),
 ]
 

@@ -95,8 +95,8 @@ UNWEIGHED = {"batch": OFFSETS[:1], "always_keep": OFFSETS[:1]}
 WITH_DATA = [
     *cases(
         "data.routing",
-        ("a margin of NaN", routed([1.0, NAN]), "margin 1 is not finite"),
-        ("fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), "trains 2 of … needs 4"),
+        ("a margin of NaN", routed([1.0, NAN]), "margin 1 (from 0) is not finite"),
+        ("fewer pairs than buckets", routed([1.0, 2.0], order="bucketed"), "would train 2 of … needs at least 4"),
     ),
     *cases(
         "other options",
@@ -149,7 +149,7 @@ OF_THEIR_OWN = [  # callbacks that would move the planned steps
 FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("model.schedule", "too few multipliers", "must give 4 finite numbers", {"schedule": rising}),
     ("trainer.limit_train_batches", "2", "cuts the … use data.limit", trainer(limit_train_batches=2)),
-    ("trainer.max_epochs", "0", "a schedule needs steps", trainer(max_epochs=0)),
+    ("trainer.max_epochs", "0", "a schedule needs a last step", trainer(max_epochs=0)),
     (
         "data.max_prompt_length",
         "as max_length",

@@ -42,15 +42,15 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("half a surrogate pair", {"chosen": "\ud83d"}, ("surrogate", "character 1", "remove it")),
     ("a dialogue that goes on", {"chosen": [response("4"), user("?"), response("5")]}, ("(assistant, user, as",)),
     ("a response of the user's", {"chosen": [user("4")]}, ("of role 'assistant'",)),
-    ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("should end in a message",)),
-    ("a prompt of another conversation", OTHER, ("'prompt' is no message of the conversation",)),
+    ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("should end with role 'user'",)),
+    ("a prompt of another conversation", OTHER, ("'prompt' is no message that 'chosen' and 'rejected' share",)),
     ("no margin in one row", {"margin": GONE}, ("column 'margin' should be a finite number, not None",)),
     *((f"a margin {fault}", {"margin": value}, ("'margin'", FINITE)) for fault, value in UNREAL),
     ("a fractional pair_id", {"pair_id": 1.5}, ("'pair_id' should be text or a whole number",)),
 ]
 RATINGS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-    ("scores of fewer responses", {"all_rm_scores": [1.0]}, ("should be two lists of one length",)),
-    ("no score of the chosen", {"chosen": "four"}, ("the chosen text is none of its 2", "has no score")),
+    ("scores of fewer responses", {"all_rm_scores": [1.0]}, ("should be two lists of the same length",)),
+    ("no score of the chosen", {"chosen": "four"}, ("the chosen text has no score", "none of the 2")),
 ]
 
 
@@ -66,13 +66,13 @@ def ids_case(fault: str, *ids: Any) -> Case:
     def do(place: Place) -> Any:
         return read_pairs(place.write("rows.jsonl", [PAIR | {"pair_id": name} for name in ids]))
 
-    says = ("rows.jsonl, row 2: ", "was already given by row 1", "each row needs its own")
+    says = ("rows.jsonl, row 2: ", "is in row 1 too", "each row needs its own")
     return Case("row of pairs", fault, do, says)
 
 
 # Files: (name, content) -> where and what to do.
 
-FIX = "Correct it, or save it as UTF-8"
+FIX = "Correct the row, or save the file as UTF-8"
 PACKED = gzip.compress((LINE * 400).encode())
 FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("a cut line", "a.jsonl", LINE + LINE[:-9], ("row 2: ", "JSONDecodeError", FIX)),
@@ -86,7 +86,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("no header", "a.csv", "a,b,c,1\na,b,c,1\n", ("row 1: ", "Name yours", "Columns present: a, b, c, 1")),
     ("nothing", "a.jsonl", "", ("holds no rows", "give a file or split with some")),
     ("no margin column", "a.csv", "prompt,chosen,rejected,stars\na,b,c,1\n", ("no column to take the", "Name yours")),
-    ("an archive", "a.jsonl.zip", b"PK", ("can be .parquet, .json, .jsonl or .csv", "also with .gz")),
+    ("an archive", "a.jsonl.zip", b"PK", ("should end in .parquet, .json, .jsonl or .csv", "also with .gz")),
     (
         "every row dropped",
         "a.jsonl",
@@ -137,9 +137,7 @@ SOURCES = [
 
 CASES = [
     *(row_case(*row) for row in ROWS),
-    row_case(
-        "one of two scores", {"score_rejected": GONE}, ("'score_rejected' should be a finite",), SCORED
-    ),
+    row_case("one of two scores", {"score_rejected": GONE}, ("'score_rejected' should be a finite",), SCORED),
     *(row_case(*row, RATED) for row in RATINGS),
     ids_case("a pair_id twice", "a", "a"),
     ids_case("a pair_id as number and as text", 7, "7"),

@@ -14,7 +14,7 @@ from mixdpo.evaluation.make_pairs import make_pairs, pair_up
 
 CHAT = {"messages": [user("a"), response("b")]}
 ALPACA = {"instruction": "a", "output": "b"}
-ONE_FORM = "should fit one: messages, or prompt and completion, or instruction and output"
+ONE_FORM = "give the columns of one, messages, or prompt and completion, or instruction and output"
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no known columns", {"text": "a"}, ("fit 0 forms", ONE_FORM)),
     ("two forms", CHAT | ALPACA, ("fit 2 forms", ONE_FORM)),
@@ -23,7 +23,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("a completion of the user's", {"prompt": "a", "completion": [user("b")]}, ("'completion' should begin with",)),
     ("an input of a list", ALPACA | {"input": ["x"]}, ("'input' should be text",)),
     ("a history", ALPACA | {"history": [["a", "b"]]}, ("'history' is not read", "or remove it")),
-    ("an id twice", CHAT | {"id": "one"}, ("id 'one' was already given by row 1", "each row needs its own")),
+    ("an id twice", CHAT | {"id": "one"}, ("id 'one' is in row 1 too", "each row needs its own")),
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),
 ]
 
@@ -35,11 +35,11 @@ def row_case(fault: str, row: dict[str, Any], says: tuple[str, ...]) -> Case:
     return Case("row of samples", fault, do, ("rows.jsonl, row 2: ", *says))
 
 
-NEED = "'prompt' should be a text, or messages that end in one of role 'user', and not blank."
+NEED = "'prompt' should be text, or messages that end with role 'user', and should not be blank."
 PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("no prompt", {"question": "a"}, ("row 2: ", "'prompt' should be text or a list of messages, not None")),
     ("an empty prompt", {"prompt": ""}, ("row 2: ", NEED)),
-    ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "of role 'user'")),
+    ("a prompt that ends in a response", {"prompt": [user("a"), response("b")]}, ("row 2: ", "with role 'user'")),
     ("a system column", {"prompt": "a", "system": "x"}, ("row 2: ", "'system' is not read")),
     ("a part of null", {"prompt": "a", "part": None}, ("row 2: ", "'part' should be text")),
 ]
@@ -88,8 +88,8 @@ CASES = [
     *cases(
         "file of prompts",
         ("no such file", lambda place: read_prompts("/no.jsonl"), "/no.jsonl … Check the path"),
-        ("nothing in it", lambda place: read_prompts(place.write("p.jsonl", "\n")), "p.jsonl … give one with"),
-        ("a limit of 0", lambda place: read_prompts("builtin", 0), "limit 0 … at least 1"),
+        ("nothing in it", lambda place: read_prompts(place.write("p.jsonl", "\n")), "p.jsonl … give a file"),
+        ("a limit of 0", lambda place: read_prompts("builtin", 0), "limit must be at least 1"),
     ),
     *cases(
         "make-pairs",

@@ -57,14 +57,14 @@ TEMPLATES = [
         (
             "a syntax error",
             encoded(template="{% for m in messages %}"),
-            "row 1 (pair_id … Give another `chat_template`",
+            "row 1 (pair_id … Give another template",
         ),
         ("no system role", encoded(SYSTEM, NO_SYSTEM), "row 2 (pair_id … (system, user) … System role not supported"),
         ("the system message left out", encoded(SYSTEM, HIDDEN), "row 2 (pair_id … leaves out part of a message"),
         (
             "today's date",
             encoded(template="{{ strftime_now(form) }}" + TEMPLATE),
-            "writes today's … put a date there",
+            "writes today's … with a date",
         ),
         ("no end token", encoded(template=shown("<|im_end|>", "")), "no special … writes eos_token"),
         (
@@ -73,11 +73,11 @@ TEMPLATES = [
             "row 2 (pair_id … leaves out part of a message",
         ),
         ("a prompt that changes", encoded(template=COUNTING), "shows the prompt differently … give another"),
-        ("none at all", encoded(change=without("chat_template")), "has no … give `chat_template`"),
+        ("none at all", encoded(change=without("chat_template")), "has no … set `chat_template`"),
     ),
     *cases(
         "other options",
-        ("no end token", encoded(template="plain", change=without("eos_token")), "row 1 … the eos token: name one in"),
+        ("no end token", encoded(template="plain", change=without("eos_token")), "row 1 … has none: set eos_token"),
         ("max_length too short", encoded(**SHORT), "no pair is left of 2 … raise max_length"),
     ),
 ]
