@@ -15,8 +15,8 @@ HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # how lines of jsonargparse begin that say nothing to a user
 NOISE = re.compile("Does not validate|Subtypes|Errors|Given value type|Problem with|Expected a (path b|<class 'N)")
-# of errors of Lightning (no optional package; no such metric to monitor) and torch
-OF_LIBRARIES = ("HINT: ", "Early stopping conditioned", "Invalid learning rate")
+# of errors of Lightning (no optional package; no such metric to monitor), of torch's optimizers, and of safetensors
+OF_LIBRARIES = re.compile(r"HINT: |Early stopping conditioned|Invalid (learning rate|beta|\w+ value)|\(os error \d")
 NOT_FOUND = re.compile("has no attribute|No module named|path string: |given class_path")
 
 
@@ -31,7 +31,7 @@ def message_for_user(error: BaseException | None) -> str | None:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             where = error.filename or "the run's files"
             return f"cannot write {where}: {os.strerror(error.errno)}. Free some space, or give other --runs"
-        if any(words in str(error) for words in OF_LIBRARIES):
+        if OF_LIBRARIES.search(str(error)):
             return " ".join(str(error).split())
         if isinstance(error, InputError | NonFiniteError | ArgumentError | MisconfigurationException):
             return _innermost(str(error))

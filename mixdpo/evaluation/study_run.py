@@ -72,7 +72,8 @@ def known_jobs(plan: Study, done: Set[str]) -> dict[str, Arguments]:
 
 def add_finished(plan: Study, done: set[str]) -> set[str]:
     """`done` with the names of all jobs that earlier studies have left, which may make further jobs known."""
-    while new := {name for name, arguments in known_jobs(plan, done).items() if is_done(plan, name, arguments)} - done:
+    # not those that are known: a file that is edited while others run must not end them
+    while new := {n for n, job in known_jobs(plan, done).items() if n not in done and is_done(plan, n, job)}:
         done |= new
     return done
 

@@ -211,10 +211,10 @@ def read_difficulties(path: str, indices: Sequence[int]) -> np.ndarray:
 
 def read_gamed(path: str) -> GamedBaselines:
     """Gamed baselines from a .csv file. Rows without a preference are left out, as AlpacaEval does."""
-    columns = np.array([row for _, row in _numbers(path, _GAMED) if not np.isnan(row[0])]).reshape(-1, 4).T
-    if not columns.size or not (np.isfinite(columns).all() and ((columns[[0, 3]] >= 0) & (columns[[0, 3]] <= 1)).all()):
-        raise InputError(f"{path}: need finite numbers, each preference from 0 to 1, on at least one row; {_HUB}")
-    return GamedBaselines(*columns)
+    table = np.array([row for _, row in _numbers(path, _GAMED) if not np.isnan(row[0])]).reshape(-1, 4).T
+    if not (table.size and np.isfinite(table).all() and {*table[3]} <= {0, 1} and np.ptp([*table[0], 0, 1]) == 1):
+        raise InputError(f"{path}: need finite numbers, preferences from 0 to 1, on at least one row; {_HUB}")
+    return GamedBaselines(*table)
 
 
 def _numbers(path: str, names: Sequence[str]) -> Iterator[tuple[int, list[float]]]:
