@@ -15,7 +15,7 @@ from mixdpo.errors import InputError
 from mixdpo.storage.files import read_array, read_json, write_json, written_whole
 from mixdpo.storage.identity import refuse_changed
 
-ARRAYS = ("scores", "weights", "decided")
+ARRAYS, HEAD = ("scores", "weights", "decided"), ("identity", "tokenizer")
 AGAIN = "the files are damaged or of different runs, so run the cleaning again"
 
 
@@ -84,7 +84,7 @@ class RunTokens:
         for name in ARRAYS:
             with written_whole(folder / f"{name}.npy") as partial:
                 np.save(partial, getattr(self, name))
-        write_json(folder / "stages.json", {name: getattr(self, name) for name in ("identity", "tokenizer", "stages")})
+        write_json(folder / "stages.json", {name: getattr(self, name) for name in (*HEAD, "stages")})
 
     def in_progress(self) -> np.ndarray:
         """Indices of the samples of a stage that is decided, or being decided, and not among `stages` yet."""
@@ -176,9 +176,7 @@ def export_labels(run: str, out: str) -> None:
     )
     with written_whole(Path(out)) as unfinished:
         labelled.save_to_disk(str(unfinished))
-        write_json(
-            unfinished / "identity.json", {k: vars(cleaning)[k] for k in ("identity", "tokenizer")} | {"run": run}
-        )
+        write_json(unfinished / "identity.json", {k: vars(cleaning)[k] for k in HEAD} | {"run": run})
     print(
         f"wrote {out}: {len(reached)} samples, {int((cleaning.weights > 0).sum())} of {len(cleaning.pool)} response "
         f"tokens have a label; left out {len(samples) - len(reached)} samples that training never reached"
