@@ -17,7 +17,7 @@ import numpy as np
 from mixdpo.constraints.prompts import held_out_prompts
 from mixdpo.storage.files import write_rows
 
-OUT, DATA = Path("data/noisy_labels"), Path("mixdpo/data")
+OUT, DATA = Path("data/noisy_labels"), Path("mixdpo/constraints")
 SIGMAS = (0.0, 0.25, 0.3, 0.35, 0.4, 0.5)
 CHOSEN_SIGMA = 0.4
 """The largest of these whose top half agrees in more than .95; the lowest decile agrees in .56 (goal: about .55)."""

@@ -265,8 +265,10 @@ def test_what_may_be_null_or_a_number(parsed: Callable[..., Any]) -> None:
 
 def test_an_option_replaces_the_one_of_a_config_that_excludes_it(parsed: Callable[..., Any], tmp_path: Path) -> None:
     """configs/demo.yaml has a hard_fraction."""
-    over, cut = tmp_path / "over.yaml", tmp_path / "cut.yaml"
+    over, cut, named = (tmp_path / name for name in ("over.yaml", "cut.yaml", "routing/threshold.yaml"))
     over.write_text("data: {init_args: {routing: {hard_fraction: null, threshold: 1.5}}}")
+    named.parent.mkdir()
+    named.write_text("data: {init_args: {routing: {threshold: 1.5}}}")
     cut.write_text("model: {init_args: {cleaning: {selection: {keep_ratio: 0.4}}}}")
     random = ("--model.cleaning.scorer", "mixdpo.token_cleaning.scorers.Random", "--config", str(cut))
     for given, kept in (
@@ -276,10 +278,9 @@ def test_an_option_replaces_the_one_of_a_config_that_excludes_it(parsed: Callabl
         (("--data.routing.order", "shuffled", "--data.validation_threshold", "0.5"), (None, 0.37)),
         (("--config", str(over), "--data.routing.hard_fraction=0.1"), (None, 0.1)),
         (("--config", str(over), "--data.routing={hard_fraction: null}"), (1.5, None)),
-        (
-            ("--data.routing.threshold", "0.5", "--data.routing.hard_fraction", "0.1"),
-            (0.5, 0.1),
-        ),  # Routing refuses both
+        # Routing refuses both; the folder's name is no option
+        (("--data.routing.threshold", "0.5", "--data.routing.hard_fraction", "0.1"), (0.5, 0.1)),
+        (("--config", str(named)), (1.5, 0.37)),
     ):
         routing = parsed(*given).data.init_args.routing
         assert (routing.threshold, routing.hard_fraction) == kept, given

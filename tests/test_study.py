@@ -165,6 +165,8 @@ def test_a_changed_study_is_refused_for_what_is_done(finished: Path, capsys: pyt
     write_study(finished)
     (finished / "base.yaml").write_text("name: other\n")
     assert "content of base.yaml" in refused()
+    done = {path.name for path in (finished / "out").iterdir() if path.is_dir()}
+    assert add_finished(read_study("study.yaml"), done)  # what is known is not looked at again while others run
     (finished / "base.yaml").write_text("name: base\n")
     responses = finished / "out/dpo-seed0/responses.json"
     rows = json.loads(responses.read_text())

@@ -15,8 +15,8 @@ HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # beginnings of jsonargparse's lines that tell a user nothing
 NOISE = re.compile("Does not validate|Subtypes|Errors|Given value type|Problem with|Expected a (path b|<class 'N)")
-# beginnings of errors of Lightning (an optional package is missing) and torch
-OF_LIBRARIES = ("Requirement ", "Invalid learning rate")
+# beginnings of errors of Lightning (an optional package is missing), of torch's optimizers, and of a full disk
+OF_LIBRARIES = re.compile(r"Requirement |`val_check|Invalid (learning rate|beta|\w+ value)|.*\(os error \d")
 NOT_FOUND = re.compile("has no attribute|No module named|path string: |given class_path")
 
 
@@ -31,7 +31,7 @@ def message_for_user(error: BaseException | None) -> str | None:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             where = error.filename or "the run's files"
             return f"cannot write {where}: {os.strerror(error.errno)}. Free some space, or give other --runs"
-        if str(error).startswith(OF_LIBRARIES):
+        if OF_LIBRARIES.match(str(error)):
             return " ".join(str(error).split())
         if isinstance(error, InputError | NonFiniteError | ArgumentError | MisconfigurationException):
             return _innermost(str(error))

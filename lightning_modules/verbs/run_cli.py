@@ -46,12 +46,12 @@ class RunCLI(LightningCLI):
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        for option, path in pairwise(sys.argv):
-            if option == "--config" and os.path.isfile(path):  # jsonargparse would not name the file
+        for option, path in pairwise(word for each in sys.argv for word in each.split("=", 1)):
+            if option in ("-c", "--config") and os.path.isfile(path):  # jsonargparse would not name the file
                 parse_yaml(read_text(path), f"config {path}", finite=False)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        keep_typed(config, " ".join(sys.argv[1:]))
+        keep_typed(config, " ".join(sys.argv).split(" --"))
         if config.trainer.default_root_dir is not None:
             raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
         if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:
@@ -98,12 +98,13 @@ class RunCLI(LightningCLI):
                     getattr(callback, name)(self.trainer, self.model)
 
 
-def keep_typed(config: Any, command_line: str) -> None:
+def keep_typed(config: Any, typed: list[str]) -> None:
     """Of two options that exclude each other, one on the command line replaces the other one of a config."""
     shares = {"data.init_args.routing": "hard_fraction", "model.init_args.cleaning.selection": "keep_ratio"}
     for group, share in shares.items():
         names, title = ("threshold", share), group.rpartition(".")[2]
-        is_typed = [bool(re.search(rf"{title}((?!--).)*\b{name}\b", command_line)) for name in names]
+        # no slash: a path may have these names
+        is_typed = [any(re.match(rf"(model|data)[^/]*\b{title}\b[^/]*\b{n}\b", word) for word in typed) for n in names]
         if None not in [config.get(f"{group}.{name}") for name in names] and is_typed[0] != is_typed[1]:
             config[f"{group}.{names[is_typed[0]]}"] = None
 

@@ -72,7 +72,8 @@ def known_jobs(plan: Study, done: Set[str]) -> dict[str, Arguments]:
 
 def add_finished(plan: Study, done: set[str]) -> set[str]:
     """Add to `done` all jobs that earlier commands have finished. These may make further jobs known."""
-    while new := {name for name, arguments in known_jobs(plan, done).items() if is_done(plan, name, arguments)} - done:
+    # a done job is not looked at again: a file that is edited while others run must not end them
+    while new := {n for n, job in known_jobs(plan, done).items() if n not in done and is_done(plan, n, job)}:
         done |= new
     return done
 

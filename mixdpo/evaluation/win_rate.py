@@ -216,7 +216,8 @@ def read_gamed(path: str) -> GamedBaselines:
         InputError: the file cannot be read, lacks a column, or has a number out of range.
     """
     columns = np.array([row for _, row in _numbers(path, _GAMED) if not np.isnan(row[0])]).reshape(-1, 4).T
-    if not columns.size or not (np.isfinite(columns).all() and ((columns[[0, 3]] >= 0) & (columns[[0, 3]] <= 1)).all()):
+    fits = np.isfinite(columns).all() and ((columns[0] >= 0) & (columns[0] <= 1)).all() and {*columns[3]} <= {0, 1}
+    if not columns.size or not fits:
         raise InputError(f"{path}: need finite numbers, each preference from 0 to 1, on at least one row; {_HUB}")
     return GamedBaselines(*columns)
 

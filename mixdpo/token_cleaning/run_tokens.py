@@ -15,7 +15,7 @@ from mixdpo.errors import InputError
 from mixdpo.storage.files import read_array, read_json, write_json, written_whole
 from mixdpo.storage.identity import refuse_changed
 
-ARRAYS = ("scores", "weights", "decided")
+ARRAYS, HEAD = ("scores", "weights", "decided"), ("identity", "tokenizer")
 AGAIN = "the files are damaged or of different runs, so run the cleaning again"
 
 
@@ -84,8 +84,7 @@ class RunTokens:
         for name in ARRAYS:
             with written_whole(folder / f"{name}.npy") as partial:
                 np.save(partial, getattr(self, name))
-        record = {"identity": self.identity, "tokenizer": self.tokenizer, "stages": self.stages}
-        write_json(folder / "stages.json", record)
+        write_json(folder / "stages.json", {name: getattr(self, name) for name in (*HEAD, "stages")})
 
     def in_progress(self) -> np.ndarray:
         """Indices of the samples of a stage that is decided, or being decided, and not among `stages` yet."""
@@ -132,7 +131,10 @@ def read_cleaning(run: str) -> RunTokens:
 
     folder = Path(run) / "cleaning"
     record = _read_record(folder)
-    pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
+    try:
+        pool = TokenPool.of(load_from_disk(str(folder / "samples")), record["identity"])
+    except Exception as error:  # of datasets and pyarrow: an open list
+        raise InputError(f"{folder / 'samples'} is damaged ({type(error).__name__}): {AGAIN}") from error
     if pool.identity != record["identity"]:
         raise InputError(f"{folder / 'samples'} holds other tokens than stages.json names: {AGAIN}")
     sizes = {"scores": len(pool), "weights": len(pool), "decided": len(pool.samples)}
@@ -182,12 +184,10 @@ def export_labels(run: str, out: str) -> None:
         fn_kwargs={"weights": cleaning.weights, "starts": cleaning.pool.offsets[reached]},
         remove_columns=list(set(samples.column_names) - {"sample_id", "source", "input_ids"}),
         keep_in_memory=True,
-        desc="Labels",
     )
     with written_whole(Path(out)) as unfinished:
         labelled.save_to_disk(str(unfinished))
-        origin = {"identity": cleaning.identity, "tokenizer": cleaning.tokenizer, "run": run}
-        write_json(unfinished / "identity.json", origin)
+        write_json(unfinished / "identity.json", {k: vars(cleaning)[k] for k in HEAD} | {"run": run})
     print(
         f"wrote {out}: {len(reached)} samples, {int((cleaning.weights > 0).sum())} of {len(cleaning.pool)} response "
         f"tokens have a label; left out {len(samples) - len(reached)} samples that training never reached"

@@ -98,6 +98,7 @@ RUNS = [
     run("name", "empty", ("--name", ""), "names no folder … give a name"),
     run("seed_everything", "-1", ("--seed_everything", "-1"), "seed_everything must lie in"),
     run("model.optimizer", "a negative rate", ("--model.optimizer.lr=-1",), "Invalid learning rate: -1"),
+    run("model.optimizer", "a decay of -1", ("--model.optimizer.weight_decay=-1",), "Invalid weight_decay value: -1"),
     run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), "abacus"),
     run("runs", "a file", lambda place: ("--runs", place.write("file", "")), "file/tiny: Not a … Give another --runs"),
 ]

@@ -125,6 +125,7 @@ CLEANING = [
         "read_cleaning",
         ("no run", lambda place: read_cleaning(str(place.folder)), "no stages.json: give a run with token cleaning"),
         ("a score too few", cleaned(array("scores.npy", lambda s: s[1:]), read), f"scores.npy holds … {RUN_AGAIN}"),
+        ("no samples", cleaned(lambda path: shutil.rmtree(path / "samples"), read), f"is damaged … {RUN_AGAIN}"),
         ("samples of another run", cleaned(backwards, read), f"samples holds other tokens than … {RUN_AGAIN}"),
     ),
 ]
