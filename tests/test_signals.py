@@ -81,14 +81,10 @@ def close(found, expected):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-8)
 
 
-def test_policy_log_prob(tiny_model, adapter, pairs):
-    for name in (None, adapter):
-        expected = [0.1 * margin for margin in log_prob_margins(plain(tiny_model, name), pairs)]
-        close(margins(PolicyLogProb(), ours(tiny_model, name), pairs), expected)
-
-
-def test_implicit_reward(tiny_model, adapter, pairs):
+def test_policy_log_prob_and_implicit_reward(tiny_model, adapter, pairs):
     policy, base = (log_prob_margins(plain(tiny_model, name), pairs) for name in (adapter, None))
+    for name, of_model in ((adapter, policy), (None, base)):
+        close(margins(PolicyLogProb(), ours(tiny_model, name), pairs), [0.1 * margin for margin in of_model])
     expected = [0.3 * (p - r) for p, r in zip(policy, base, strict=True)]
     assert max(map(abs, expected)) > 0.01
     close(margins(ImplicitReward(beta=0.3), ours(tiny_model, adapter), pairs), expected)
