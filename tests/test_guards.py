@@ -12,7 +12,6 @@ from mixdpo.batches.loader import ResumableLoader
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.loading import load_base, load_tokenizer
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
@@ -78,14 +77,3 @@ def test_a_baselines_schedule_does_not_restart_with_the_epoch(tiny_model: str, t
         trainer.fit(module, pairs)
         starts[order] = pairs.step_plan().stage_starts
     assert starts == {"shuffled": (0,), "easy_to_hard": (0, 1, 3, 4)}  # steps of 4: easy; half; hard | the same again
-
-
-def test_an_adapter_that_is_no_plain_lora_is_refused(tiny_model: str, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="modules_to_save"):
-        add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(), str(tmp_path / "adapter"))

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, make_trainer, write_pairs
+from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 from lightning.pytorch.callbacks import Callback
 from test_adapters import saved_adapter
+from test_preference_module import first_batch
 
 from datamodules.preference import PreferenceDataModule
 from lightning_modules.callbacks.clean_tokens import RefreshReference
@@ -123,9 +124,7 @@ ACTIONS = [
 def test_actions_train_what_they_say(action, by_preference, by_sft, hard_by_preference, tiny_model, source, tmp_path):
     routing = Routing(hard_fraction=0.25, **action)
     trainer, module, data = build(tiny_model, source, tmp_path / "run", data={"routing": routing})
-    trainer.strategy._lightning_module = module
-    module.trainer = data.trainer = trainer
-    data.setup("fit")
+    first_batch(trainer, module, data)
     batches = list(data.train_dataloader())
     assert sum(len(batch.preference) for batch in batches) == by_preference
     assert sum(len(batch.sft) for batch in batches) == by_sft
@@ -186,14 +185,7 @@ class Policies(Callback):
         self.at.setdefault(trainer.global_step, adapter_weights(pl_module))
 
 
-def test_refreshing_the_reference_that_is_not_there(tiny_model: str, source: str, tmp_path: Path) -> None:
+def test_the_base_has_no_moving_average(tiny_model: str, source: str, tmp_path: Path) -> None:
     buckets = Routing(hard_fraction=0, order="bucketed", buckets=2)
-    with pytest.raises(InputError, match=r"one stage: set .*data\.routing\.order"):
-        run(tiny_model, source, tmp_path / "a", Routing(hard_fraction=0), RefreshReference(role="reference"))
     with pytest.raises(InputError, match="no moving average of the base"):
-        run(tiny_model, source, tmp_path / "b", buckets, RefreshReference(role="reference", ema=0.5))
-    samples = write_pairs(tmp_path / "samples.jsonl", make_samples(8))
-    trainer, module, data = build_sft(tiny_model, samples, tmp_path / "c")
-    trainer = make_trainer(tmp_path / "c", first=(RefreshReference(role="reference"),))
-    with pytest.raises(InputError, match="neither the scorer nor the preference loss"):
-        trainer.fit(module, data)
+        run(tiny_model, source, tmp_path / "run", buckets, RefreshReference(role="reference", ema=0.5))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import collate, make_pairs, write_pairs
-from torch.nn.functional import log_softmax
+from test_adapters import saved_adapter
+from test_preference_module import plain_log_prob
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from mixdpo.data.encoding import encode_rows
@@ -26,15 +27,7 @@ def pairs(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model, tmp_path_factory):
-    """A PEFT folder whose adapter changes the model."""
-    torch.manual_seed(1)
-    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float64"), Lora(rank=3, targets=["q_proj"]))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(0, 0.3)
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder, selected_adapters=["policy"])
-    return str(folder / "policy")
+    return saved_adapter(tiny_model, tmp_path_factory.mktemp("adapters") / "adapter", rank=3, targets=["q_proj"])
 
 
 def plain(tiny_model, adapter=None):
@@ -52,12 +45,6 @@ def ours(tiny_model, adapter=None):
 
 
 @torch.no_grad()
-def log_prob(model, prompt, completion):
-    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
-    return sum(log_softmax(logits[len(prompt) - 1 + i], -1)[token] for i, token in enumerate(completion)).item()
-
-
-@torch.no_grad()
 def states(model, prompt, completion):
     """From the last prompt token to the completion's last token but one."""
     output = model(input_ids=torch.tensor([prompt + completion]), output_hidden_states=True)
@@ -70,11 +57,12 @@ def margins(signal, model, pairs, size=4, share=True):
     return torch.cat([signal(model, collate(b, [True] * len(b), evaluation=True, share_prompt=share)) for b in batches])
 
 
+@torch.no_grad()
 def log_prob_margins(model, pairs):
-    return [
-        log_prob(model, p["prompt_ids"], p["chosen_ids"]) - log_prob(model, p["prompt_ids"], p["rejected_ids"])
-        for p in pairs
-    ]
+    def of(side):
+        return torch.stack([plain_log_prob(model, pair["prompt_ids"], pair[side]) for pair in pairs])
+
+    return (of("chosen_ids") - of("rejected_ids")).tolist()
 
 
 def close(found, expected):
