@@ -7,8 +7,6 @@ import torch
 from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 
 from lightning_modules.preference import PreferenceModule
-from mixdpo.batches.batch import PairCollator
-from mixdpo.batches.loader import ResumableLoader
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
@@ -49,16 +47,6 @@ def test_resume_when_the_loader_is_built_early(
     with pytest.raises(InputError, match="accumulate_grad_batches"):
         other = {"accumulate_grad_batches": 2}
         fit(tiny_model, source, tmp_path / "other", ckpt_path=checkpoint, schedule=constant, trainer=other)
-
-
-def test_an_iterator_left_early_starts_anew() -> None:
-    """The sanity check and limit_val_batches leave a validation loader's iterator; the next one sees every batch."""
-    rows = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": 1.0, "pair_id": i} for i in range(5)]
-    collator = PairCollator(rows, [False] * 5, evaluation=True, share_prompt=True)
-    loader = ResumableLoader([((i,), 1.0, 1) for i in range(5)], collator)
-    iterator = iter(loader)
-    next(iterator), next(iterator)
-    assert [int(batch.ids[0]) for batch in loader] == [0, 1, 2, 3, 4]
 
 
 def test_four_bit_weights_are_never_repacked(tiny_model: str) -> None:

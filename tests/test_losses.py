@@ -165,8 +165,7 @@ def test_gradients_are_those_of_the_values(name):
     reference = policy + torch.rand(2, 6, dtype=torch.float64, generator=generator) * drop
 
     def loss_of(*policy_sums):
-        sums = [*policy_sums, *reference]
-        return make(name)(*as_arguments(sums, lengths, TABLE[name][3], shared=0.7))
+        return make(name)(*as_arguments([*policy_sums, *reference], lengths, TABLE[name][3], shared=0.7))
 
     assert torch.autograd.gradcheck(loss_of, [side.clone().requires_grad_() for side in policy])
 

@@ -30,14 +30,16 @@ def source(tmp_path: Path) -> str:
 
 
 class Seen(Callback):
-    """The pairs of each optimizer step, and each step's losses."""
+    """The pairs of each optimizer step, and the policy and the reference that it starts from."""
 
     def __init__(self) -> None:
         self.steps: dict[int, list[int]] = {}
+        self.policies: dict[int, dict[str, torch.Tensor]] = {}
         self.references: dict[int, dict[str, torch.Tensor]] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.steps.setdefault(trainer.global_step, []).extend(batch.ids[batch.weight > 0].tolist())
+        self.policies.setdefault(trainer.global_step, adapter_weights(pl_module))
         self.references[trainer.global_step] = adapter_weights(pl_module, "reference")
 
 
@@ -148,16 +150,14 @@ def test_the_reference_moves_at_each_bucket_and_resumes_exactly(
     start: str, tiny_model: str, source: str, tmp_path: Path
 ) -> None:
     """Buckets start at steps 0, 2 and 3: there the policy becomes the reference, and the reference then stays."""
-    routing, policies, options = Routing(hard_fraction=0, order="bucketed", buckets=3), Policies(), {}
+    routing, options = Routing(hard_fraction=0, order="bucketed", buckets=3), {}
     if start == "adapter":
         options = {"adapter": saved_adapter(tiny_model, tmp_path / "adapter", rank=4, alpha=8)}
-    whole, seen = run(
-        tiny_model, source, tmp_path / "whole", routing, policies, RefreshReference(role="reference"), **options
-    )
+    whole, seen = run(tiny_model, source, tmp_path / "whole", routing, RefreshReference(role="reference"), **options)
     assert whole.trainer.datamodule.epoch.stage_starts == (0, 2, 3)
     assert bool(seen.references[0]) == bool(seen.references[1]) == (start == "adapter")
     for step in (2, 3, 4):
-        policy = policies.at[min(step, 3)]
+        policy = seen.policies[min(step, 3)]
         found = {key.replace(".reference.", ".policy."): value for key, value in seen.references[step].items()}
         assert found.keys() == policy.keys() and all(torch.equal(found[key], policy[key]) for key in policy), step
     assert not any(p.requires_grad for name, p in whole.named_parameters() if ".reference." in name)
@@ -173,16 +173,6 @@ def test_the_reference_moves_at_each_bucket_and_resumes_exactly(
         for name in ("policy", "reference"):
             for key, value in adapter_weights(whole, name).items():
                 assert torch.equal(value, adapter_weights(rest, name)[key]), (stop, key)
-
-
-class Policies(Callback):
-    """The policy that each step starts from."""
-
-    def __init__(self) -> None:
-        self.at: dict[int, dict[str, torch.Tensor]] = {}
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.at.setdefault(trainer.global_step, adapter_weights(pl_module))
 
 
 def test_the_base_has_no_moving_average(tiny_model: str, source: str, tmp_path: Path) -> None:
