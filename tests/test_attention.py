@@ -120,9 +120,10 @@ def test_architectures_where_it_is_not_exact_are_refused(name: str, tmp_path: Pa
     torch.testing.assert_close(found.double(), one_by_one(model, PAIRS).double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "attention"), [("opt", "by_segment"), ("gpt_bigcode", "eager"), ("starcoder2", "eager")]
-)
+OTHERS = [("opt", "by_segment"), ("gpt_bigcode", "eager"), ("starcoder2", "eager")]
+
+
+@pytest.mark.parametrize(("name", "attention"), OTHERS)
 def test_dropout_of_the_base_is_off_under_any_name(name: str, attention: str, tmp_path: Path) -> None:
     more = {"dropout": 0.5, "layerdrop": 0.5, "residual_dropout": 0.5, "word_embed_proj_dim": 32, "ffn_dim": 48}
     model = load(write_tiny(name, tmp_path, attention_dropout=0.5, attn_pdrop=0.5, **more), attention).train()
@@ -140,18 +141,15 @@ def test_a_sequence_beyond_the_sliding_window_is_refused_only_where_it_is_packed
     torch.testing.assert_close(found, one_by_one(model, long), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "window_size"])
-def test_windows_that_go_by_other_names(name: str) -> None:
+COMPOSITE = lambda window: transformers.Gemma3Config(text_config={"sliding_window": window})  # noqa: E731
+
+
+@pytest.mark.parametrize("config", [COMPOSITE, lambda window: transformers.GPTNeoConfig(window_size=window)])
+def test_windows_that_go_by_other_names(config: Any) -> None:
     """The one within a composite configuration, and GPT-Neo's; the first pair has 5 + 4 + 7 tokens."""
-    for window in (16, 15):
-        text = {name: window}
-        is_neo = name == "window_size"
-        config = transformers.GPTNeoConfig(**text) if is_neo else transformers.Gemma3Config(text_config=text)
-        if window == 15:
-            with pytest.raises(InputError, match=r"16 tokens .* window of 15"):
-                _check_window(config, rows_of(PAIRS))
-        else:
-            _check_window(config, rows_of(PAIRS))
+    _check_window(config(16), rows_of(PAIRS))
+    with pytest.raises(InputError, match=r"16 tokens .* window of 15"):
+        _check_window(config(15), rows_of(PAIRS))
 
 
 def test_a_head_that_says_other_logits_than_the_model_is_refused(tiny_model, monkeypatch):

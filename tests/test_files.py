@@ -12,46 +12,36 @@ from mixdpo.storage.files import written_whole
 from mixdpo.storage.identity import named_files
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_error_leaves_what_was_there(tmp_path, folder):
-    path = tmp_path / "a"
+def put(path, folder, name, content=None):
+    """A file, or a folder with one file."""
     if folder:
         path.mkdir()
-        (path / "old").write_text("old")
-    else:
-        path.write_text("old")
+    (path / name if folder else path).write_text(content or name)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_was_there_stays_at_an_error_and_is_replaced_without_one(tmp_path, folder):
+    path = tmp_path / "a"
+    put(path, folder, "old")
     with pytest.raises(RuntimeError), written_whole(path) as partial:
-        if folder:
-            partial.mkdir()
-            (partial / "half").write_text("half")
-        else:
-            partial.write_text("half")
+        put(partial, folder, "half")
         raise RuntimeError
     assert (path / "old" if folder else path).read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def test_folder_replaces_a_folder_that_holds_something(tmp_path):
-    path = tmp_path / "a"
-    path.mkdir()
-    (path / "old").write_text("old")
     with written_whole(path) as partial:
-        partial.mkdir()
-        (partial / "new").write_text("new")
-    assert [p.name for p in path.iterdir()] == ["new"] and [p.name for p in tmp_path.iterdir()] == ["a"]
+        put(partial, folder, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert [p.name for p in path.iterdir()] == ["new"] if folder else path.read_text() == "new"
 
 
-@pytest.mark.parametrize("left", ["file", "folder"])
+@pytest.mark.parametrize("left", [False, True], ids=["file", "folder"])
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path, left, folder):
     path = tmp_path / "a"
 
     def leave(name, age):
-        stale = tmp_path / name
-        if left == "folder":
-            stale.mkdir()
-        (stale / "half" if left == "folder" else stale).write_text("half")
-        os.utime(stale, (time.time() - age,) * 2)
+        put(tmp_path / name, left, "half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
 
     day = 24 * 3600.0
     leave(".0123456789abcdef-a", day + 60)
@@ -60,9 +50,7 @@ def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path, left, folde
     leave(".fedcba9876543210-ba", day + 60)  # of another path
     for content in ("first", "second"):
         with written_whole(path) as partial:
-            if folder:
-                partial.mkdir()
-            (partial / "new" if folder else partial).write_text(content)
+            put(partial, folder, "new", content)
     assert (path / "new" if folder else path).read_text() == "second"
     assert {p.name for p in tmp_path.iterdir()} == {"a", ".fedcba9876543210-a", ".fedcba9876543210-ba"}
 

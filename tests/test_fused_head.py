@@ -8,13 +8,7 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixdpo.model.fused_head import (
-    TILE,
-    VOCABULARY_TILE,
-    Head,
-    target_statistics,
-    token_log_probs,
-)
+from mixdpo.model.fused_head import TILE, VOCABULARY_TILE, Head, target_statistics, token_log_probs
 
 M, H, V = 50, 8, 31
 
@@ -56,11 +50,7 @@ def naive(hidden, head, targets):
 
 
 SHAPES = st.fixed_dictionaries(
-    {
-        "positions": st.sampled_from([1, 2, 13, M]),
-        "bias": st.booleans(),
-        "cap": st.sampled_from([None, 2.0, 30.0]),
-    }
+    {"positions": st.sampled_from([1, 2, 13, M]), "bias": st.booleans(), "cap": st.sampled_from([None, 2.0, 30.0])}
 )
 
 
@@ -99,14 +89,12 @@ def test_values_in_float32_and_by_default(magnitude):
 @pytest.mark.parametrize("tile", [7, 1000])
 def test_entropy_and_top_1(tile, cap):
     hidden, head, targets = inputs(torch.float64, cap=cap)
-    logits = naive_logits(hidden, head)
+    p = (logits := naive_logits(hidden, head)).softmax(-1)
     targets[::2] = logits.argmax(-1)[::2]
     log_probs, entropy, is_top = target_statistics(hidden, head, targets, tile)
     assert torch.equal(log_probs, token_log_probs(hidden, head, targets, tile))
-    p = logits.softmax(-1)
-    assert torch.equal(is_top, logits.argmax(-1) == targets)
+    assert torch.equal(is_top, logits.argmax(-1) == targets) and is_top[::2].all() and not is_top.all()
     assert_close(entropy, -(p * p.log()).sum(-1), rtol=1e-10, atol=1e-12)
-    assert is_top[::2].all() and not is_top.all()
     assert not entropy.requires_grad and log_probs.requires_grad
 
 
@@ -119,29 +107,21 @@ def test_no_positions(dtype):
     assert hidden.grad.shape == (0, H)
 
 
-def test_bfloat16_is_reduced_in_float32():
-    hidden, head, targets = inputs(torch.bfloat16)
-    result = token_log_probs(hidden, head, targets, 7)
-    assert result.dtype == torch.float32
-    assert not torch.equal(result, result.bfloat16().float()), "the log-softmax was rounded to bf16"
-    logits = linear(hidden, head.weight, head.bias).float()
-    assert_close(result, torch.log_softmax(logits, -1)[torch.arange(M), targets], rtol=1e-5, atol=1e-5)
-    result.sum().backward()
-    assert hidden.grad.dtype == torch.bfloat16
-    double = hidden.detach().double().requires_grad_()
-    naive(double, head, targets).sum().backward()
-    assert (hidden.grad - double.grad).norm() < 0.01 * double.grad.norm()
-
-
-def test_autocast_changes_the_product_only():
-    hidden, head, targets = inputs()
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "autocast"])
+def test_bfloat16_is_reduced_in_float32(dtype):
+    """Whether the hidden states are bf16 or autocast makes the product it."""
+    hidden, head, targets = inputs(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         result = token_log_probs(hidden, head, targets, 7)
         logits = linear(hidden, head.weight, head.bias)
     assert result.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    assert not torch.equal(result, result.bfloat16().float()), "the log-softmax was rounded to bf16"
     assert_close(result, torch.log_softmax(logits.float(), -1)[torch.arange(M), targets], rtol=1e-5, atol=1e-5)
     result.sum().backward()
-    assert hidden.grad.dtype == torch.float32
+    assert hidden.grad.dtype == dtype
+    double = hidden.detach().double().requires_grad_()
+    naive(double, head, targets).sum().backward()
+    assert (hidden.grad - double.grad).norm() < 0.01 * double.grad.norm()
 
 
 @pytest.mark.parametrize("vocabulary", [37, VOCABULARY_TILE + 5])

@@ -7,12 +7,9 @@ import torch
 from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 
 from lightning_modules.preference import PreferenceModule
-from mixdpo.batches.batch import PairCollator
-from mixdpo.batches.loader import ResumableLoader
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.loading import load_base, load_tokenizer
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
@@ -52,16 +49,6 @@ def test_resume_when_the_loader_is_built_early(
         fit(tiny_model, source, tmp_path / "other", ckpt_path=checkpoint, schedule=constant, trainer=other)
 
 
-def test_an_iterator_left_early_starts_anew() -> None:
-    """The sanity check and limit_val_batches leave a validation loader's iterator; the next one sees every batch."""
-    rows = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": 1.0, "pair_id": i} for i in range(5)]
-    collator = PairCollator(rows, [False] * 5, evaluation=True, share_prompt=True)
-    loader = ResumableLoader([((i,), 1.0, 1) for i in range(5)], collator)
-    iterator = iter(loader)
-    next(iterator), next(iterator)
-    assert [int(batch.ids[0]) for batch in loader] == [0, 1, 2, 3, 4]
-
-
 def test_four_bit_weights_are_never_repacked(tiny_model: str) -> None:
     """On AVX-512 BF16 machines the first eval-mode forward would replace them in place; here the flag must be off."""
     base = load_base(tiny_model, quantization="nf4", dtype="float32")
@@ -78,14 +65,3 @@ def test_a_baselines_schedule_does_not_restart_with_the_epoch(tiny_model: str, t
         trainer.fit(module, pairs)
         starts[order] = pairs.step_plan().stage_starts
     assert starts == {"shuffled": (0,), "easy_to_hard": (0, 1, 3, 4)}  # steps of 4: easy; half; hard | the same again
-
-
-def test_an_adapter_that_is_no_plain_lora_is_refused(tiny_model: str, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="modules_to_save"):
-        add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(), str(tmp_path / "adapter"))

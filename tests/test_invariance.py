@@ -51,16 +51,9 @@ def test_a_step_is_the_same_however_it_is_computed(
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
     expected, seen = None, 0
     for attention in ("eager", "sdpa", "by_segment"):
-        trainer, module, data = build(
-            tiny_model,
-            source,
-            tmp_path / attention,
-            trainer={"precision": "64-true"},
-            data={"routing": Routing(hard_fraction=0.25)},
-            dtype="float64",
-            attention=attention,
-            activation_checkpointing=True,  # switched below
-        )
+        options = {"trainer": {"precision": "64-true"}, "data": {"routing": Routing(hard_fraction=0.25)}}
+        options |= {"dtype": "float64", "attention": attention, "activation_checkpointing": True}  # switched below
+        trainer, module, data = build(tiny_model, source, tmp_path / attention, **options)
         first_batch(trainer, module, data)
         perturb_policy(module)
         ways = product(LAYOUTS.values(), (1, 2, 6), (False, True), ("online", "cached"))

@@ -63,13 +63,8 @@ def trl_dpo(policy: list[torch.Tensor], reference: list[torch.Tensor], **options
         blank = torch.zeros_like(log_probs)
         of_model.append(Stub(log_probs=log_probs, entropy=blank, mean_logits=blank, is_top1=blank.bool()))
     trainer = DPOTrainer.__new__(DPOTrainer)
-    defaults: dict[str, Any] = {
-        "beta": 0.1,
-        "label_smoothing": 0.0,
-        "ld_alpha": None,
-        "loss_types": ["sigmoid"],
-        "loss_weights": [1.0],
-    }
+    defaults: dict[str, Any] = {"beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None}
+    defaults |= {"loss_types": ["sigmoid"], "loss_weights": [1.0]}
     defaults |= {"model": of_model[0], "ref_model": of_model[1], "accelerator": ACCELERATOR, "_tp_size": 1}
     defaults |= {"f_divergence_type": "reverse_kl", "use_weighting": False, "aux_loss_enabled": False}
     defaults |= {"precompute_ref_logps": False, "args": SimpleNamespace(gradient_checkpointing_kwargs=None)}

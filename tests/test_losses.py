@@ -161,13 +161,11 @@ def test_gradients_are_those_of_the_values(name):
     lengths = [torch.arange(1, 7), torch.arange(6, 0, -1)]
     policy = -torch.rand(2, 6, dtype=torch.float64, generator=generator) * 4 - 0.3
     # all log-ratios negative where K is detached: its value is then 0 on both sides of the finite difference
-    reference = policy + torch.rand(2, 6, dtype=torch.float64, generator=generator) * (
-        0.25 if name == "kto_pair" else 1
-    )
+    drop = 0.25 if name == "kto_pair" else 1
+    reference = policy + torch.rand(2, 6, dtype=torch.float64, generator=generator) * drop
 
     def loss_of(*policy_sums):
-        sums = [*policy_sums, *reference]
-        return make(name)(*as_arguments(sums, lengths, TABLE[name][3], shared=0.7))
+        return make(name)(*as_arguments([*policy_sums, *reference], lengths, TABLE[name][3], shared=0.7))
 
     assert torch.autograd.gradcheck(loss_of, [side.clone().requires_grad_() for side in policy])
 
@@ -216,14 +214,13 @@ def test_no_pair(name, training):
     """An empty subset has an empty loss, no NaN in any state, and a gradient of 0."""
     sums = torch.ones(4, 5, requires_grad=True)
     loss = make(name, training=training)
-    state = getattr(loss, "state_dict", dict)
-    before = {key: value.clone() for key, value in state().items()}
+    before = {key: value.clone() for key, value in getattr(loss, "state_dict", dict)().items()}
     nothing = torch.zeros(0, dtype=torch.int64)
     result = loss(*as_arguments(sums[:, nothing], [nothing, nothing], TABLE[name][3], shared=1.0))
     assert result.shape == (0,)
     result.sum().backward()
     assert torch.equal(sums.grad[:2], torch.zeros(2, 5))
-    assert all(torch.equal(value, before[key]) for key, value in state().items())
+    assert all(torch.equal(loss.state_dict()[key], value) for key, value in before.items())
 
 
 def test_beta_dpo_by_hand():
@@ -257,15 +254,9 @@ def test_beta_dpo_draws_by_weight():
     loss, deltas = losses.BetaDPO(), torch.tensor([0.0, 1.0, 2.5])
     loss.mean, loss.deviation = torch.tensor(0.3), torch.tensor(1.2)
     weights = [math.exp(-0.5 * ((d - 0.3) / 1.2) ** 2) for d in deltas.tolist()]
-    total = sum(weights)
-    expected = [
-        sum(
-            weights[i] / total * weights[j] / (total - weights[i])
-            for i, j in itertools.permutations(range(3), 2)
-            if left not in (i, j)
-        )
-        for left in range(3)
-    ]
+    expected, total = [0.0] * 3, sum(weights)
+    for i, j, left in itertools.permutations(range(3)):
+        expected[left] += weights[i] / total * weights[j] / (total - weights[i])
     noise = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
     left_out = [3 - sum(loss.draw(deltas, n).tolist()) for n in noise]
     assert [left_out.count(i) / 2000 for i in range(3)] == pytest.approx(expected, abs=0.03)
@@ -318,15 +309,9 @@ def test_every_class_documents_itself(name, capsys):
 
 def test_a_loss_of_ones_own():
     """The class that the base class's docstring shows."""
-    code = textwrap.dedent(
-        inspect.cleandoc(PreferenceLoss.__doc__).partition("class path:\n\n")[2].partition("Attributes")[0]
-    )
-    names = {
-        **vars(inspect.getmodule(PreferenceLoss)),
-        "dataclass": dataclass,
-        "logsigmoid": torch.nn.functional.logsigmoid,
-    }
-    exec(code, names)
+    shown = inspect.cleandoc(PreferenceLoss.__doc__).partition("class path:\n\n")[2].partition("Attributes")[0]
+    own = {"dataclass": dataclass, "logsigmoid": torch.nn.functional.logsigmoid}
+    exec(code := textwrap.dedent(shown), names := {**vars(inspect.getmodule(PreferenceLoss)), **own})
     assert len(code.strip().splitlines()) <= 10
     loss, sides = names["Mine"](slope=0.3), torch.tensor([[-1.0], [-3.0], [-2.0], [-1.0]])
     assert_close(loss(*sides), losses.DPO(0.3)(*sides))

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, make_trainer, write_pairs
+from conftest import adapter_weights, build, fit, make_pairs, write_pairs
 from lightning.pytorch.callbacks import Callback
+from test_adapters import saved_adapter
+from test_preference_module import first_batch
 
 from datamodules.preference import PreferenceDataModule
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import Lora, add_adapters
-from mixdpo.model.export import save_adapter
-from mixdpo.model.loading import load_base
+from mixdpo.model.adapters import Lora
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -30,14 +30,16 @@ def source(tmp_path: Path) -> str:
 
 
 class Seen(Callback):
-    """The pairs of each optimizer step, and each step's losses."""
+    """The pairs of each optimizer step, and the policy and the reference that it starts from."""
 
     def __init__(self) -> None:
         self.steps: dict[int, list[int]] = {}
+        self.policies: dict[int, dict[str, torch.Tensor]] = {}
         self.references: dict[int, dict[str, torch.Tensor]] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.steps.setdefault(trainer.global_step, []).extend(batch.ids[batch.weight > 0].tolist())
+        self.policies.setdefault(trainer.global_step, adapter_weights(pl_module))
         self.references[trainer.global_step] = adapter_weights(pl_module, "reference")
 
 
@@ -56,14 +58,14 @@ def test_reshuffled_epochs_resume_exactly(
 ) -> None:
     """15 steps in three epochs, each in its own order; stopped in the second and at the end of the first."""
     routing = Routing(hard_fraction=0.25, order=order, reshuffle=True, buckets=2)
-    options: dict[str, Any] = {"data": {"workers": workers}, "lora": Lora(rank=4, alpha=8, dropout=0.3)}
-    whole, seen = run(tiny_model, source, tmp_path / "whole", routing, trainer={"max_epochs": 3}, **options)
-    cut = {"max_epochs": 3, "max_steps": stop}
-    run(tiny_model, source, tmp_path / "cut", routing, trainer=cut, **options)
-    checkpoint = str(tmp_path / "cut" / "checkpoints" / "last.ckpt")
-    rest, after = run(
-        tiny_model, source, tmp_path / "rest", routing, trainer={"max_epochs": 3}, ckpt_path=checkpoint, **options
-    )
+
+    def train(name: str, ckpt_path: str | None = None, **cut: int) -> Any:
+        options = {"data": {"workers": workers}, "lora": Lora(rank=4, alpha=8, dropout=0.3), "ckpt_path": ckpt_path}
+        return run(tiny_model, source, tmp_path / name, routing, trainer={"max_epochs": 3, **cut}, **options)
+
+    whole, seen = train("whole")
+    train("cut", max_steps=stop)
+    rest, after = train("rest", str(tmp_path / "cut" / "checkpoints" / "last.ckpt"))
     assert after.steps == {step: pairs for step, pairs in seen.steps.items() if step >= stop}
     for key, value in adapter_weights(whole).items():
         assert torch.equal(value, adapter_weights(rest)[key]), key
@@ -109,6 +111,7 @@ def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(
     assert data._steps(0) == data._steps(1)  # nothing is reshuffled
 
 
+COUNTED = ("by_preference", "by_sft", "hard_by_preference")
 ACTIONS = [
     ({"hard_action": "sft"}, 15, 5, 0),
     ({"hard_action": "sft_rejected"}, 15, 5, 0),
@@ -119,22 +122,11 @@ ACTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("action", "by_preference", "by_sft", "hard_by_preference"), ACTIONS, ids=str)
-def test_actions_train_what_they_say(
-    action: dict[str, str],
-    by_preference: int,
-    by_sft: int,
-    hard_by_preference: int,
-    tiny_model: str,
-    source: str,
-    tmp_path: Path,
-) -> None:
-    trainer, module, data = build(
-        tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0.25, **action)}
-    )
-    trainer.strategy._lightning_module = module
-    module.trainer = data.trainer = trainer
-    data.setup("fit")
+@pytest.mark.parametrize(("action", *COUNTED), ACTIONS, ids=str)
+def test_actions_train_what_they_say(action, by_preference, by_sft, hard_by_preference, tiny_model, source, tmp_path):
+    routing = Routing(hard_fraction=0.25, **action)
+    trainer, module, data = build(tiny_model, source, tmp_path / "run", data={"routing": routing})
+    first_batch(trainer, module, data)
     batches = list(data.train_dataloader())
     assert sum(len(batch.preference) for batch in batches) == by_preference
     assert sum(len(batch.sft) for batch in batches) == by_sft
@@ -153,75 +145,37 @@ def test_cleaning_wants_steps_that_stay(tiny_model: str, source: str, tmp_path: 
         run(tiny_model, source, tmp_path / "run", routing, cleaning=cleaning)
 
 
-@pytest.fixture
-def adapter(tiny_model: str, tmp_path: Path) -> str:
-    """An adapter that does something, of the shape that runs here have."""
-    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_B.policy" in name:
-            parameter.data.normal_(0, 0.1)
-    save_adapter(model, tmp_path / "adapter")
-    return str(tmp_path / "adapter")
-
-
 @pytest.mark.parametrize("start", ["base", "adapter"])
 def test_the_reference_moves_at_each_bucket_and_resumes_exactly(
-    start: str, adapter: str, tiny_model: str, source: str, tmp_path: Path
+    start: str, tiny_model: str, source: str, tmp_path: Path
 ) -> None:
     """Buckets start at steps 0, 2 and 3: there the policy becomes the reference, and the reference then stays."""
-    routing, options = Routing(hard_fraction=0, order="bucketed", buckets=3), {"adapter": adapter}
-    options = options if start == "adapter" else {}
-    policies = Policies()
-    whole, seen = run(
-        tiny_model, source, tmp_path / "whole", routing, policies, RefreshReference(role="reference"), **options
-    )
+    routing, options = Routing(hard_fraction=0, order="bucketed", buckets=3), {}
+    if start == "adapter":
+        options = {"adapter": saved_adapter(tiny_model, tmp_path / "adapter", rank=4, alpha=8)}
+    whole, seen = run(tiny_model, source, tmp_path / "whole", routing, RefreshReference(role="reference"), **options)
     assert whole.trainer.datamodule.epoch.stage_starts == (0, 2, 3)
     assert bool(seen.references[0]) == bool(seen.references[1]) == (start == "adapter")
     for step in (2, 3, 4):
-        policy = policies.at[min(step, 3)]
-        assert {
-            key.replace(".reference.", ".policy."): v for key, v in seen.references[step].items()
-        }.keys() == policy.keys()
-        for key, value in seen.references[step].items():
-            assert torch.equal(value, policy[key.replace(".reference.", ".policy.")]), (step, key)
+        policy = seen.policies[min(step, 3)]
+        found = {key.replace(".reference.", ".policy."): value for key, value in seen.references[step].items()}
+        assert found.keys() == policy.keys() and all(torch.equal(found[key], policy[key]) for key in policy), step
     assert not any(p.requires_grad for name, p in whole.named_parameters() if ".reference." in name)
     assert whole.reference_version == 0  # of cleaning
 
     for stop in (1, 3):
         folder = tmp_path / f"cut{stop}"
-        cut = {"max_steps": stop}
-        run(tiny_model, source, folder, routing, RefreshReference(role="reference"), trainer=cut, **options)
-        saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        path, moves = str(folder / "checkpoints" / "last.ckpt"), (routing, RefreshReference(role="reference"))
+        run(tiny_model, source, folder, *moves, trainer={"max_steps": stop}, **options)
+        saved = torch.load(path, weights_only=True)["state_dict"]
         assert any(".reference." in key for key in saved) == (start == "adapter" or stop == 3)
-        rest, _ = run(
-            *(tiny_model, source, tmp_path / f"rest{stop}", routing, RefreshReference(role="reference")),
-            ckpt_path=str(folder / "checkpoints" / "last.ckpt"),
-            **options,
-        )
+        rest, _ = run(tiny_model, source, tmp_path / f"rest{stop}", *moves, ckpt_path=path, **options)
         for name in ("policy", "reference"):
             for key, value in adapter_weights(whole, name).items():
                 assert torch.equal(value, adapter_weights(rest, name)[key]), (stop, key)
 
 
-class Policies(Callback):
-    """The policy that each step starts from."""
-
-    def __init__(self) -> None:
-        self.at: dict[int, dict[str, torch.Tensor]] = {}
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.at.setdefault(trainer.global_step, adapter_weights(pl_module))
-
-
-def test_refreshing_the_reference_that_is_not_there(tiny_model: str, source: str, tmp_path: Path) -> None:
+def test_the_base_has_no_moving_average(tiny_model: str, source: str, tmp_path: Path) -> None:
     buckets = Routing(hard_fraction=0, order="bucketed", buckets=2)
-    with pytest.raises(InputError, match=r"one stage: set .*data\.routing\.order"):
-        run(tiny_model, source, tmp_path / "a", Routing(hard_fraction=0), RefreshReference(role="reference"))
     with pytest.raises(InputError, match="no moving average of the base"):
-        run(tiny_model, source, tmp_path / "b", buckets, RefreshReference(role="reference", ema=0.5))
-    samples = write_pairs(tmp_path / "samples.jsonl", make_samples(8))
-    trainer, module, data = build_sft(tiny_model, samples, tmp_path / "c")
-    trainer = make_trainer(tmp_path / "c", first=(RefreshReference(role="reference"),))
-    with pytest.raises(InputError, match="preference loss reads a reference"):
-        trainer.fit(module, data)
+        run(tiny_model, source, tmp_path / "run", buckets, RefreshReference(role="reference", ema=0.5))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from test_scoring import fill
 
 from lightning_modules import preference as preference_module
 from lightning_modules.preference import PreferenceModule
@@ -36,10 +37,7 @@ def first_batch(trainer: Any, module: PreferenceModule, data: Any) -> Batch:
 
 def perturb_policy(module: PreferenceModule, scale: float = 0.5) -> None:
     """LoRA's B starts at 0, where policy and reference are equal and half of the mistakes cannot show."""
-    torch.manual_seed(1)
-    for name, parameter in module.model.named_parameters():
-        if "lora_B.policy" in name:
-            parameter.data.normal_(0, scale)
+    fill(module.model, "policy", 1, scale)
 
 
 def plain_log_prob(causal_lm: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:

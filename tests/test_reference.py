@@ -19,16 +19,8 @@ from mixdpo.batches.batch import completion_key
 from mixdpo.model.reference_cache import ReferenceCache
 from mixdpo.routing.route import Routing
 
-PAIRS = [
-    {
-        "prompt_ids": list(range(4, 4 + 2 + i)),
-        "chosen_ids": list(range(10, 13 + i)),
-        "rejected_ids": [20 + i, 21, 3],
-        "margin": float(i),
-        "pair_id": i,
-    }
-    for i in range(4)
-]
+IDS = [{"prompt_ids": [4, 5, 6, 7, 8][: 2 + i], "chosen_ids": [*range(10, 13 + i)]} for i in range(4)]
+PAIRS = [ids | {"rejected_ids": [20 + i, 21, 3], "margin": float(i), "pair_id": i} for i, ids in enumerate(IDS)]
 
 
 @pytest.fixture
@@ -57,26 +49,18 @@ def test_values_come_back_in_the_order_asked_for_and_only_if_all_are_known() -> 
 
 
 def test_a_key_tells_prompt_from_completion_and_one_text_from_another() -> None:
-    keys = [
-        completion_key(*ids) for ids in (([1, 2], [3]), ([1], [2, 3]), ([1, 2], [4]), ([5, 2], [3]), ([], [1, 2, 3]))
-    ]
-    assert len(set(keys)) == len(keys)
+    texts = ([1, 2], [3]), ([1], [2, 3]), ([1, 2], [4]), ([5, 2], [3]), ([], [1, 2, 3])
+    assert len({completion_key(*ids) for ids in texts}) == len(texts)
     assert completion_key((1, 2), (3,)) == completion_key([1, 2], np.array([3]))
 
 
-def no_database(path: Path) -> None:
-    path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
-
-
-def a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.parametrize("damage", [no_database, a_folder])
-def test_a_damaged_file_is_done_without(damage: Any) -> None:
+@pytest.mark.parametrize("damage", ["no database", "a folder"])
+def test_a_damaged_file_is_done_without(damage: str) -> None:
     path = ReferenceCache({"model": "a"}).path
-    damage(path)
+    path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
+    if damage == "a folder":
+        path.unlink()
+        path.mkdir()
     with pytest.warns(UserWarning, match=rf"log-probabilities, {path}, cannot be used .*MIXDPO_CACHE") as told:
         cache = ReferenceCache({"model": "a"})
         for _ in range(2):
@@ -147,18 +131,17 @@ def test_a_batch_names_the_completions_that_the_reference_sees(share_prompt: boo
 def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(
     tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modules = {}
+    modules = []
+    trainer = {"max_epochs": 2, "limit_val_batches": 1.0}
+    data = {"routing": Routing(hard_fraction=0), "validation": 0.1, "eval_batch_size": 8}
     runs = [("off", False, 6 + 2), ("cold", True, 3 + 1), ("warm", True, 0)]  # of two epochs of three steps
     for name, cache, expected in runs:
         with monkeypatch.context() as patch:
             grads = forwards(patch)
-            trainer = {"max_epochs": 2, "limit_val_batches": 1.0}
-            data = {"routing": Routing(hard_fraction=0), "validation": 0.1, "eval_batch_size": 8}
-            modules[name] = fit(tiny_model, source, tmp_path / name, trainer=trainer, data=data, reference_cache=cache)
+            modules.append(fit(tiny_model, source, tmp_path / name, trainer=trainer, data=data, reference_cache=cache))
         validations = grads.count(False) - expected
         assert grads.count(True) == 6 and validations == 2, name  # the policy's own, without gradient
-    assert_same(modules["cold"], modules["off"])
-    assert_same(modules["warm"], modules["off"])
+        assert_same(modules[-1], modules[0])
 
 
 def test_what_is_kept_and_what_never_is(tiny_model: str, source: str, tmp_path: Path) -> None:
@@ -178,7 +161,6 @@ def test_a_refreshed_reference_is_another_one(tiny_model: str, source: str, tmp_
     for name, cache in [("off", False), ("on", True), ("again", True)]:
         trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
         modules.append(fit(tiny_model, source, tmp_path / name, trainer=trainer, reference_cache=cache, lr=1.0))
-    assert_same(modules[1], modules[0])
-    assert_same(modules[2], modules[0])
+        assert_same(modules[-1], modules[0])
     files = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
     assert len(list(files)) == 3  # the base and two refreshed ones

@@ -10,7 +10,6 @@ from test_faults import ADAMW, checkpoint, run, same, source, whole
 
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora
-from mixdpo.routing.route import Routing
 
 __all__ = ["run", "source", "whole"]  # fixtures
 DROPOUT = {"lora": Lora(rank=4, alpha=8, dropout=0.3)}
@@ -35,18 +34,13 @@ def test_checkpoint_holds_adapters_and_optimizer_only(run: Any, tmp_path: Path) 
     assert (tmp_path / "route.json").is_file()
 
 
-def test_checkpoint_of_another_adapter_or_route_is_refused(
-    run: Any, tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_validation_refuses_another_adapter(run: Any, tiny_model: str, source: str, tmp_path: Path) -> None:
+    """What training refuses is in bad_input/checkpoints.py."""
     run(tmp_path / "run")
-    path, other = checkpoint(tmp_path / "run"), {"lora": Lora(rank=4, targets=["q_proj"])}
-    with pytest.raises(InputError, match=r"another run \(lora: "):
-        run(tmp_path / "a", after=tmp_path / "run", **other)
-    validator, module, pairs = build(tiny_model, source, tmp_path / "v", data={"validation": 0.3}, **other, **ADAMW)
+    other = {"lora": Lora(rank=4, targets=["q_proj"]), "data": {"validation": 0.3}, **ADAMW}
+    validator, module, pairs = build(tiny_model, source, tmp_path / "v", **other)
     with pytest.raises(InputError, match="adapter does not fit"):
-        validator.validate(module, pairs, ckpt_path=path, weights_only=True)
-    with pytest.raises(InputError, match="another run"):
-        run(tmp_path / "b", after=tmp_path / "run", data={"routing": Routing(hard_fraction=0.5)})
+        validator.validate(module, pairs, ckpt_path=checkpoint(tmp_path / "run"), weights_only=True)
 
 
 def test_validate_reads_a_checkpoint(tiny_model: str, source: str, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import collate, make_pairs, write_pairs
-from torch.nn.functional import log_softmax
+from test_adapters import saved_adapter
+from test_preference_module import plain_log_prob
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from mixdpo.data.encoding import encode_rows
@@ -26,15 +27,7 @@ def pairs(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model, tmp_path_factory):
-    """A PEFT folder whose adapter changes the model."""
-    torch.manual_seed(1)
-    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float64"), Lora(rank=3, targets=["q_proj"]))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(0, 0.3)
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder, selected_adapters=["policy"])
-    return str(folder / "policy")
+    return saved_adapter(tiny_model, tmp_path_factory.mktemp("adapters") / "adapter", rank=3, targets=["q_proj"])
 
 
 def plain(tiny_model, adapter=None):
@@ -52,12 +45,6 @@ def ours(tiny_model, adapter=None):
 
 
 @torch.no_grad()
-def log_prob(model, prompt, completion):
-    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
-    return sum(log_softmax(logits[len(prompt) - 1 + i], -1)[token] for i, token in enumerate(completion)).item()
-
-
-@torch.no_grad()
 def states(model, prompt, completion):
     """From the last prompt token to the completion's last token but one."""
     output = model(input_ids=torch.tensor([prompt + completion]), output_hidden_states=True)
@@ -70,25 +57,22 @@ def margins(signal, model, pairs, size=4, share=True):
     return torch.cat([signal(model, collate(b, [True] * len(b), evaluation=True, share_prompt=share)) for b in batches])
 
 
+@torch.no_grad()
 def log_prob_margins(model, pairs):
-    return [
-        log_prob(model, p["prompt_ids"], p["chosen_ids"]) - log_prob(model, p["prompt_ids"], p["rejected_ids"])
-        for p in pairs
-    ]
+    def of(side):
+        return torch.stack([plain_log_prob(model, pair["prompt_ids"], pair[side]) for pair in pairs])
+
+    return (of("chosen_ids") - of("rejected_ids")).tolist()
 
 
 def close(found, expected):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-8)
 
 
-def test_policy_log_prob(tiny_model, adapter, pairs):
-    for name in (None, adapter):
-        expected = [0.1 * margin for margin in log_prob_margins(plain(tiny_model, name), pairs)]
-        close(margins(PolicyLogProb(), ours(tiny_model, name), pairs), expected)
-
-
-def test_implicit_reward(tiny_model, adapter, pairs):
+def test_policy_log_prob_and_implicit_reward(tiny_model, adapter, pairs):
     policy, base = (log_prob_margins(plain(tiny_model, name), pairs) for name in (adapter, None))
+    for name, of_model in ((adapter, policy), (None, base)):
+        close(margins(PolicyLogProb(), ours(tiny_model, name), pairs), [0.1 * margin for margin in of_model])
     expected = [0.3 * (p - r) for p, r in zip(policy, base, strict=True)]
     assert max(map(abs, expected)) > 0.01
     close(margins(ImplicitReward(beta=0.3), ours(tiny_model, adapter), pairs), expected)

@@ -71,39 +71,22 @@ def test_a_process_that_is_killed_in_a_batch_leaves_the_whole_ones(tmp_path: Pat
         assert verdicts.get() == {"whole": b"1"}
 
 
-def text(path: Path) -> None:
-    path.write_text("some text, long enough to be looked at " * 9)
-
-
-def foreign(path: Path) -> None:
-    path.unlink()
-    change(path, "CREATE TABLE people (name TEXT)")
-
-
-def other_noun(path: Path) -> None:
-    path.unlink()
-    Store(path, {"base": "b"}, noun="responses").close()
-
-
-def altered(path: Path) -> None:
-    change(path, "UPDATE entries SET value = x'35' WHERE key = 'a'")
-
-
-def swapped(path: Path) -> None:
-    change(path, "UPDATE entries SET key = CASE key WHEN 'a' THEN 'c' ELSE 'a' END")
+TEXT, TABLE = "some text, long enough to be looked at " * 9, "CREATE TABLE people (name TEXT)"
+ALTERED = "UPDATE entries SET value = x'35' WHERE key = 'a'"
+SWAPPED = "UPDATE entries SET key = CASE key WHEN 'a' THEN 'c' ELSE 'a' END"
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (text, "is no file of verdicts, or is damaged"),
-        (foreign, "is no file of verdicts, or is damaged .*no such table"),
-        (other_noun, "responses"),
-        (altered, r"altered or is damaged in 1 entries \(first: 'a'\)"),
-        (swapped, "altered or is damaged in 2 entries"),
+        (lambda path: path.write_text(TEXT), "is no file of verdicts, or is damaged"),
+        (lambda path: (path.unlink(), change(path, TABLE)), "is no file of verdicts, or is damaged .*no such table"),
+        (lambda path: (path.unlink(), Store(path, {"base": "b"}, noun="responses").close()), "responses"),
+        (lambda path: change(path, ALTERED), r"altered or is damaged in 1 entries \(first: 'a'\)"),
+        (lambda path: change(path, SWAPPED), "altered or is damaged in 2 entries"),
     ],
 )
-def test_what_is_not_ours_or_not_whole_is_left_alone(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+def test_what_is_not_ours_or_not_whole_is_left_alone(damage: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
     path = tmp_path / "v"
     with open_verdicts(path) as verdicts:
         verdicts.add({"a": b"1", "b": b"2"})

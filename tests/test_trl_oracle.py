@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import WORDS, build, make_pairs, write_pairs
+from test_preference_module import first_batch
+from test_scoring import fill
 
 from lightning_modules.preference import PreferenceModule
 from mixdpo.losses import DPO
@@ -34,13 +36,6 @@ def pairs_in_training_order() -> list[dict[str, Any]]:
     return rows
 
 
-def fill_b(model: Any, adapter: str) -> None:
-    generator = torch.Generator().manual_seed(7)
-    for name, parameter in sorted(model.named_parameters()):
-        if f"lora_B.{adapter}" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
-
-
 def trl_trainer(model_folder: str, folder: Path, batch: int) -> Any:
     """DPOTrainer on the same pairs in the same order, plain SGD at a constant rate; records log-probs and losses."""
     from datasets import Dataset
@@ -48,10 +43,8 @@ def trl_trainer(model_folder: str, folder: Path, batch: int) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    sides = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    rows = [
-        {key: [{"role": role, "content": row[key]}] for key, role in sides.items()} for row in pairs_in_training_order()
-    ]
+    rows, sides = pairs_in_training_order(), {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    messages = [{key: [{"role": role, "content": row[key]}] for key, role in sides.items()} for row in rows]
     batches = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": BATCH // batch}
     rate = {"learning_rate": RATE, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0}
     plain = dict.fromkeys(("bf16", "fp16", "gradient_checkpointing"), False) | {"use_cpu": True, "disable_tqdm": True}
@@ -60,11 +53,11 @@ def trl_trainer(model_folder: str, folder: Path, batch: int) -> Any:
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
         args=DPOConfig(**batches, **rate, **plain, **logs, **steps),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(messages),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    fill_b(trainer.model, "default")
+    fill(trainer.model, "default", 7, 0.02)
     return trainer
 
 
@@ -74,13 +67,9 @@ def our_run(model_folder: str, folder: Path, trl_model: Any, accumulate: int) ->
     options |= {"lora": Lora(rank=4, alpha=8), "trainer": {"accumulate_grad_batches": accumulate}}
     data = {"batch_size": BATCH, "routing": Routing(hard_fraction=0.0)}
     run = build(model_folder, source, folder / "ours", data=data, **options)
-    trainer, module, data = run
-    trainer.strategy._lightning_module = module
-    module.trainer = data.trainer = trainer
-    data.setup("fit")
-    module.configure_model()
+    first_batch(*run)
     theirs = {name.replace(".default.", ".policy."): value for name, value in trl_model.named_parameters()}
-    for name, parameter in module.model.named_parameters():
+    for name, parameter in run[1].model.named_parameters():
         if parameter.requires_grad:
             parameter.data = theirs[name].detach().clone()
     return run

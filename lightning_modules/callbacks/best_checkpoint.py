@@ -70,10 +70,10 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 
 def _copies(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:
     """Copy the files of a ModelCheckpoint's state into its new folder: {old path: new path} without lost files."""
-    copies, run = {}, Path(ckpt_path).absolute().parents[1]
+    copies, beside = {}, Path(ckpt_path).absolute().parent
     for path, (inside, absolute, content) in state.get("files", {}).items():
         name = os.path.relpath(path, state["dirpath"])
-        for place in (run / inside, Path(ckpt_path), Path(absolute)):
+        for place in (beside.parent / inside, beside / name, Path(ckpt_path), Path(absolute)):
             # the continued checkpoint may be this very file, and no file holds its own hash
             itself = place.name == Path(path).name and place.exists() and place.samefile(ckpt_path)
             if itself or (content and place.is_file() and sha256(place) == content):

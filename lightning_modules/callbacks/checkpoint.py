@@ -112,7 +112,8 @@ class LastCheckpoint(Checkpoint):
         self._owed_validation, self._epoch = "no", 0  # whether a validation was to follow the checkpoint, and its epoch
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user's
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         due = not self._validated and _validates(trainer)

@@ -18,7 +18,7 @@ from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
 from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.callbacks.run_files import RunConfig, RunFiles
 from lightning_modules.verbs.messages import HELP
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 from mixdpo.options import Parser
 from mixdpo.storage.files import read_text
 from mixdpo.storage.read import parse_yaml
@@ -159,6 +159,8 @@ def start(arguments: list[str] | None = None) -> RunCLI:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
+    first, known = (arguments or ["-h"])[0], (*LightningCLI.subcommands(), "-h", "--help")
+    check_one_of("the first word (a config file needs --config before it)", first, known)
     sys.argv[1:] = arguments  # Lightning starts further processes with these words
     return RunCLI(
         L.LightningModule,
@@ -171,5 +173,5 @@ def start(arguments: list[str] | None = None) -> RunCLI:
         parser_class=type("RunParser", (Parser, LightningArgumentParser), {}),
         parser_kwargs={"exit_on_error": False},
         save_config_kwargs={"save_to_log_dir": False},
-        save_config_callback=RunConfig if "fit" in arguments[:1] else None,
+        save_config_callback=RunConfig if first == "fit" else None,
     )
