@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: list[str] | None = None) -> None:
     """`run.py …`: a user's mistake is one message on stderr and exit status 1, and leaves no empty run folder."""
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|.*isinstance.treespec|.*does not have many workers")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     # on CPUs with AVX-512 BF16, bitsandbytes warns of a missing kernel that only inference would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lightning_modules.verbs import messages, run_cli

@@ -314,7 +314,7 @@ def test_more_steps_continue_exactly_where_the_schedule_was_made_for_them(run: A
 def test_more_steps_are_refused_where_the_schedule_was_made_for_fewer(run: Any, tmp_path: Path) -> None:
     schedule = StagedCosine(warmup=0.2)
     run(tmp_path / "cut", trainer={"max_steps": 3}, schedule=schedule)
-    with pytest.raises(InputError, match=r"number of steps, now 5.*schedule_steps"):
+    with pytest.raises(InputError, match=r"planned steps, now 5.*schedule_steps"):
         run(tmp_path / "rest", after=tmp_path / "cut", schedule=schedule)
     with pytest.raises(InputError, match="less than the run's 5 steps"):
         run(tmp_path / "short", schedule_steps=4)

@@ -375,5 +375,5 @@ def test_file_of_a_hub_data_set(monkeypatch, tmp_path):
     data.setup("predict")
     assert data.prompts == [Prompt("1", ("Why?",), {"instruction": "Why?"})]
     for source in ("hf://datasets/a/b", "hf://datasets/c/d/e.csv"):
-        with pytest.raises(InputError, match=r"\(hf://datasets/OWNER/NAME/FILE\) cannot be read"):
+        with pytest.raises(InputError, match=r"(?s)cannot be read.*Give hf://datasets/OWNER/NAME/FILE"):
             PromptDataModule(source).setup("predict")
