@@ -187,6 +187,6 @@ def test_a_signal_that_reaches_one_process_stops_both(tiny_model: str, pairs: st
 
 def test_a_scorer_of_the_policy_is_refused_on_two_devices(tiny_model: str, samples: str, tmp_path: Path) -> None:
     how = Cleaning(scorer=ExcessLoss(worse="policy"), selection=Selection(0.6, scope="sample"))
-    with pytest.raises(Exception, match="give --trainer.devices 1") as error:
+    with pytest.raises(Exception, match=r"give --trainer.devices 1") as error:
         fit(tiny_model, samples, tmp_path / "run", make=build_sft, cleaning=how, trainer=FORK)
     assert "InputError" in f"{error.type} {error.value}" or error.type is InputError
