@@ -64,7 +64,8 @@ def _sample(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage: Scor
         parts.append(tokenizer.decode(ids[end:first]).strip())
         parts += _response(tokenizer, ids[first:last], labels[used : used + last - first], stage)
         end, used = last, used + last - first
-    title = f"{_title(stage)}; {row['source']}, row {row['row']}, sample {row['sample_id']}"
+    names = filter(None, [row["source"], f"row {row['row']}", f"sample {row['sample_id']}"])
+    title = f"{_title(stage)}; {', '.join(names)}"
     title += f"; {len(labels):,} response tokens, {(weights > 0).mean():.0%} kept"
     return {"title": title, "parts": [*parts, tokenizer.decode(ids[end:]).strip()]}
 
