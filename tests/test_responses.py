@@ -207,6 +207,16 @@ def test_gsm8k_takes_the_published_responses():
         assert GSM.score(prompt, other["answer"]) == (other["final"] == prompt.row["final"])
 
 
+@pytest.mark.shared
+def test_published_questions_are_read():
+    data = PromptDataModule(str(SHARED / "mt_bench_questions.jsonl"), MTBench())
+    data.setup("predict")
+    assert len(data.prompts) == 80 and all(len(prompt.turns) == 2 for prompt in data.prompts)
+    data = PromptDataModule(str(SHARED / "alpaca_eval_instructions.csv"), AlpacaEval())
+    data.setup("predict")
+    assert len(data.prompts) == 805
+
+
 def test_gold_score_of_gsm8k_beside_its_own_output(tiny_model, tmp_path):
     """`response` is a column of the benchmark, and stays its gold response."""
     rows = [{"question": f"{WORDS[i]}?", "answer": f"so\n#### {i}", "output": "of the row"} for i in range(3)]
@@ -314,6 +324,20 @@ def test_responses_of_a_server(tmp_path):
     assert len(server.asked) == 9 and server.asked[0]["max_tokens"] == 6
     assert {len(body["messages"]) for body in server.asked} == {1, 3}
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.glob("tiny*"))
+
+
+def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
+    """The remedy names no option of `mixdpo judge`."""
+
+    def refuse(self: Any) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_error(404)
+
+    source = write_rows(tmp_path / "question.jsonl", questions(1))
+    with serving(type("Missing", (Echo,), {"do_POST": refuse})) as (_, url):
+        assert in_process(*responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)) == 1
+    message = capsys.readouterr().err
+    assert "check the model's name and the server's URL" in message and "--base_url" not in message
 
 
 def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, capsys):

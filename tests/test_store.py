@@ -4,6 +4,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -48,6 +49,24 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             with pytest.raises(InputError, match=r"another process is writing to .*v: wait"):
                 use()
     open_verdicts(tmp_path / "v").close()
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process' children hold its file a little longer."""
+    monkeypatch.setattr(store, "PATIENCE", 20.0)
+    first, opened = open_verdicts(tmp_path / "v"), []
+
+    def second() -> None:
+        with open_verdicts(tmp_path / "v") as verdicts:
+            opened.append(verdicts.path)
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive() and not opened
+    first.close()
+    waiting.join()
+    assert opened == [tmp_path / "v"]
 
 
 KILLED = """
