@@ -82,8 +82,9 @@ class PreferenceDataModule(PlannedDataModule):
             self._margins = read_margins(self.margins_file)
             self._margins.refuse_other(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
-        columns = (train[name] for name in ("pair_id", "prompt", "chosen", "rejected"))
-        self._data = content_hash(zip(*columns, strict=True))
+        names = ["pair_id", "prompt", "chosen", "rejected"]
+        names += ["chosen_weight"] * any(weight != 1 for weight in train["chosen_weight"])
+        self._data = content_hash(zip(*(train[name] for name in names), strict=True))
         self.train_pairs = self._with_margins(self.encode(train, "train"), self.source)
         if held_out is not None:
             source = self.validation if isinstance(self.validation, str) else self.source
@@ -235,4 +236,4 @@ def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:
     start = len(pair["prompt_ids"])
     ids = [*pair["prompt_ids"], *pair["chosen_ids"]]
     sample = {"sample_id": pair["pair_id"], "source": "", "row": pair["row"], "truncated": pair["truncated"]}
-    return {**sample, "input_ids": ids, "spans": [start, len(ids)]}
+    return {**sample, "input_ids": ids, "spans": [start, len(ids)], "response_weights": [pair["chosen_weight"]]}
