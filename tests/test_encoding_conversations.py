@@ -63,7 +63,9 @@ def responses_by_header(ids):
 
 
 def test_two_turns_by_hand(tokenizer):
-    assert encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE) == EncodedSample(TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0])
+    assert encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE) == EncodedSample(
+        TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0]
+    )
 
 
 contents = st.lists(st.sampled_from([*WORDS, "user", "assistant"]), max_size=5).map(" ".join)
