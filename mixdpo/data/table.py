@@ -22,12 +22,12 @@ Parse = Callable[[dict[str, Any], dict[int, int]], list[dict[str, Any]]]
 
 class Table(NamedTuple):
     """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
-    else the number of the record. `dropped` counts the rows that were kept out, by cause; `noted` what is not trained on
-    in the others."""
+    else the number of the record. `dropped` counts the rows that were kept out, by cause. `noted` counts what is not
+    trained on in the other rows."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
-    noted: dict[str, int] = {}
+    noted: dict[str, int]
 
 
 def read_table(
@@ -67,7 +67,7 @@ def read_table(
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
     table = table.remove_columns("drop")
-    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped)
+    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, {})
 
 
 def room_code() -> list[str]:
