@@ -91,6 +91,8 @@ class PreferenceDataModule(PlannedDataModule):
             self.validation_pairs = self._with_margins(self.encode(held_out, "validation"), source)
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
+        unread = ~self.route.is_sft & (np.asarray(self.train_pairs["chosen_weight"]) != 1)
+        self.counts["train"]["weights_not_read"] = int(unread.sum())
         rank_zero_info("\n".join([*self.describe_counts(), self._describe_route()]))
         if (cleaning := getattr(self.trainer.lightning_module, "cleaning", None)) is not None:
             by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"

@@ -23,7 +23,7 @@ from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.scorers import Loss
+from mixdpo.token_cleaning.scorers import ExcessLoss, Loss
 from mixdpo.token_cleaning.selection import Selection
 
 __all__ = ["full_precision_norms"]  # a fixture
@@ -91,6 +91,7 @@ def test_a_pair_has_the_weight_of_its_chosen_response(tiny_model, tmp_path):
     rows = [row | {"chosen": [response(row["chosen"]) | {"weight": 0.5 + n}]} for n, row in enumerate(make_pairs(3))]
     data = build(tiny_model, write_pairs(tmp_path / "a.jsonl", rows), tmp_path, data={"batch_size": 3})
     assert sorted(first_batch(*data).chosen_weight.tolist()) == [0.5, 1.5, 2.5]
+    assert data[2].counts["train"]["weights_not_read"] == (~data[2].route.is_hard).sum() >= 2
 
 
 # What is encoded.
@@ -231,19 +232,27 @@ def test_a_template_that_rewrites_earlier_turns_trains_response_by_response(tiny
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
-def test_cleaning_multiplies(tiny_model: str, tmp_path: Path) -> None:
-    """Its weights.npy has its own decisions; a step is normalised by what both weights leave."""
-    how = {"cleaning": Cleaning(scorer=Loss("base"), selection=Selection(0.6))}
-    folders = [tmp_path / name for name in ("light", "heavy")]
-    light, heavy = (
-        trained(tiny_model, weighed(8, [mark]), folder, **how) for mark, folder in zip((0.25, 2), folders, strict=True)
-    )
-    for key, value in light.items():  # a weight that all share cancels
-        torch.testing.assert_close(heavy[key], value, rtol=0, atol=1e-12)
-    masks = [np.load(folder / "cleaning" / "weights.npy") for folder in folders]
-    assert np.array_equal(*masks) and set(masks[0]) == {0, 1}
-    mixed = trained(tiny_model, weighed(8, [0.25, 2]), tmp_path / "mixed", **how)
-    assert any(not torch.allclose(mixed[key], value, atol=1e-6) for key, value in light.items())
+ONLINE = Cleaning(scorer=ExcessLoss("policy", "base"), selection=Selection(0.6, scope="sample"))
+
+
+@pytest.mark.parametrize(
+    "how", [Cleaning(scorer=Loss("base"), selection=Selection(0.6)), ONLINE], ids=["once", "online"]
+)
+@pytest.mark.usefixtures("full_precision_norms")
+def test_cleaning_multiplies(how: Cleaning, tiny_model: str, tmp_path: Path) -> None:
+    """weights.npy has cleaning's own decisions; a step is normalised by what both weights leave."""
+    adapters, masks, kept = [], [], []
+    for marks in ([0.25], [2], [0.25, 2]):
+        source, folder = write_pairs(tmp_path / "rows.jsonl", weighed(8, marks)), tmp_path / str(marks)
+        module = fit(tiny_model, source, folder, trainer={"precision": "64-true"}, cleaning=how, **EXACT)
+        adapters.append(adapter_weights(module))
+        masks.append(np.load(folder / "cleaning" / "weights.npy"))
+        kept.append(float(module.trainer.callback_metrics["cleaning/kept_fraction"]))
+    for key, value in adapters[0].items():  # a weight that all share cancels
+        torch.testing.assert_close(adapters[1][key], value, rtol=0, atol=1e-12)
+    assert any(not torch.allclose(adapters[2][key], value, atol=1e-6) for key, value in adapters[0].items())
+    assert np.array_equal(*masks[:2]) and [set(mask) for mask in masks] == [{0, 1}] * 3
+    assert kept[0] == pytest.approx(kept[1], abs=1e-6) and 0.4 < min(kept) < max(kept) < 0.9
 
 
 @pytest.mark.usefixtures("full_precision_norms")
