@@ -46,7 +46,7 @@ class PlannedDataModule(L.LightningDataModule):
     epoch_plan: Callable[..., StepPlan]
     _steps: Callable[..., list[tuple[int, ...]]]
     pool_steps: Callable[..., list[tuple[int, ...]]]
-    sizes: Callable[[], tuple[list[int], Sequence[int]]]
+    sizes: Callable[[], tuple[list[int], Sequence[float]]]
     loader: Callable[[list[MicroBatch]], ResumableLoader]
     plan_identity: Callable[[], dict[str, str]]
 
@@ -139,7 +139,7 @@ class PlannedDataModule(L.LightningDataModule):
     def count_read(self, source: str, split: str, table: Any) -> Any:
         """The data set of a table. Its rows and dropped rows are counted in `counts`."""
         name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
-        self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped}
+        self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped, **table.noted}
         return table.dataset
 
     def describe_counts(self) -> list[str]:
@@ -176,7 +176,7 @@ class PlannedDataModule(L.LightningDataModule):
         }
         plan: list[MicroBatch] = []
         for step in self._steps(epoch):
-            total = int(sum(counted[row] for row in step))
+            total = float(sum(counted[row] for row in step))
             plan += [(rows, weight, total) for rows, weight, _ in cut_step(step, tokens, **parts)]
         return plan
 

@@ -82,14 +82,17 @@ class PreferenceDataModule(PlannedDataModule):
             self._margins = read_margins(self.margins_file)
             self._margins.refuse_other(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
-        columns = (train[name] for name in ("pair_id", "prompt", "chosen", "rejected"))
-        self._data = content_hash(zip(*columns, strict=True))
+        names = ["pair_id", "prompt", "chosen", "rejected"]
+        names += ["chosen_weight"] * any(weight != 1 for weight in train["chosen_weight"])
+        self._data = content_hash(zip(*(train[name] for name in names), strict=True))
         self.train_pairs = self._with_margins(self.encode(train, "train"), self.source)
         if held_out is not None:
             source = self.validation if isinstance(self.validation, str) else self.source
             self.validation_pairs = self._with_margins(self.encode(held_out, "validation"), source)
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
+        unread = ~self.route.is_sft & (np.asarray(self.train_pairs["chosen_weight"]) != 1)
+        self.counts["train"]["weights_not_read"] = int(unread.sum())
         rank_zero_info("\n".join([*self.describe_counts(), self._describe_route()]))
         if (cleaning := getattr(self.trainer.lightning_module, "cleaning", None)) is not None:
             by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"
@@ -235,4 +238,4 @@ def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:
     start = len(pair["prompt_ids"])
     ids = [*pair["prompt_ids"], *pair["chosen_ids"]]
     sample = {"sample_id": pair["pair_id"], "source": "", "row": pair["row"], "truncated": pair["truncated"]}
-    return {**sample, "input_ids": ids, "spans": [start, len(ids)]}
+    return {**sample, "input_ids": ids, "spans": [start, len(ids)], "response_weights": [pair["chosen_weight"]]}

@@ -10,7 +10,7 @@ from mixdpo.batches.batch import SampleCollator
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, Slices, plan_stages
 from mixdpo.batches.token_pool import TokenPool
-from mixdpo.data.conversations import read_samples
+from mixdpo.data.conversations import TrainOn, read_samples
 from mixdpo.data.encoding import encoding_identity
 from mixdpo.errors import InputError
 from mixdpo.routing.schedules import StepPlan
@@ -22,8 +22,18 @@ class SFTDataModule(PlannedDataModule):
     summary_file = "plan.json"
     cleans_by_stage = True
 
-    def __init__(self, source: str, slices: Slices = Slices(), max_length: int = 2048, **options: Any) -> None:  # noqa: B008
-        """Conversations to imitate. Every response is trained on, with its end token; prompts are not.
+    def __init__(
+        self,
+        source: str,
+        slices: Slices = Slices(),  # noqa: B008
+        max_length: int = 2048,
+        train_on: TrainOn = "all",
+        one_response_per_sample: bool = False,
+        **options: Any,
+    ) -> None:
+        """Conversations to imitate. Every response is trained on, with its end token; prompts are not. A response that
+        the data marks with `weight: 0`, `train: false` or `loss: false` is not trained on; other weights multiply its
+        tokens' losses. Blank responses are not trained on, and are counted.
 
         Args:
             source: Hub id (ID:CONFIG where it has several configurations), local folder, .parquet, .json, .jsonl,
@@ -31,8 +41,12 @@ class SFTDataModule(PlannedDataModule):
                 `output`.
             slices: Stages of the training data, for self-evolving token cleaning and its controls.
             max_length: Longest conversation, in tokens.
+            train_on: The last response of each row only, or all.
+            one_response_per_sample: Make a sample of each trained response, with all messages before it as its prompt:
+                for templates that show earlier turns differently (Qwen3, Phi-3). max_length then cuts each alone.
         """
         super().__init__(source, **options)
+        self.reading: dict[str, Any] = {"train_on": train_on, "one_each": one_response_per_sample}
         self.slices = slices
         self.encoding |= {"max_length": max_length}
         self.pool: TokenPool = None  # type: ignore[assignment]  # until setup
@@ -54,7 +68,7 @@ class SFTDataModule(PlannedDataModule):
         rank_zero_info("\n".join([*self.describe_counts(), f"steps of {self.batch_size} samples: {sizes}"]))
 
     def read(self, source: str, split: str) -> Any:
-        return self.count_read(source, split, read_samples(source, split=split, limit=self.limit))
+        return self.count_read(source, split, read_samples(source, split=split, limit=self.limit, **self.reading))
 
     def _pool_of(self, samples: Any, name: str) -> TokenPool:
         data = content_hash(zip(samples["sample_id"], samples["messages"], strict=True))
@@ -78,7 +92,7 @@ class SFTDataModule(PlannedDataModule):
         return StepPlan(np.zeros(starts[-1]), tuple(int(start) for start in starts[:-1]))
 
     def sizes(self) -> tuple[list[int], np.ndarray]:
-        return [len(ids) for ids in self.pool.samples["input_ids"]], np.diff(self.pool.offsets)
+        return [len(ids) for ids in self.pool.samples["input_ids"]], self.pool.totals()
 
     def plan_identity(self) -> dict[str, str]:
         return {**self.pool.identity, "steps": content_hash(self._steps())}

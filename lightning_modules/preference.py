@@ -94,11 +94,14 @@ class PreferenceModule(AdapterModule):
     def route_losses(
         self, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted loss of each pair (B,); the unweighted preference losses (E,) and SFT losses (H,) of the pairs
-        trained with each."""
+        """The weighted loss of each pair (B,); the preference losses (E,) and SFT losses (H,) of the pairs trained with
+        each, without the module's weights. A chosen response's SFT loss is multiplied by the data's weight."""
         preference = self._preference_losses(batch.preference, batch, policy, reference)
-        by_preference = preference + self.easy_sft_weight * sft(policy[batch.preference])
-        by_sft = torch.stack([sft(policy[batch.sft + side * len(batch)]) for side in batch.sft_sides]).mean(0)
+        by_sft_too = batch.chosen_weight[batch.preference] * sft(policy[batch.preference])
+        by_preference = preference + self.easy_sft_weight * by_sft_too
+        weights = batch.chosen_weight[batch.sft], 1.0
+        sides = [weights[side] * sft(policy[batch.sft + side * len(batch)]) for side in batch.sft_sides]
+        by_sft = torch.stack(sides).mean(0)
         losses = policy.sums.new_zeros(len(batch)).index_copy(0, batch.preference, by_preference.to(policy.sums))
         return losses.index_copy(0, batch.sft, self.sft_weight * by_sft), preference, by_sft
 

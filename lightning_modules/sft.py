@@ -36,7 +36,7 @@ class SFTModule(AdapterModule):
         super().__init__(base, **options)
         self.stage_start = stage_start
         self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
-        self._step_tokens = 0
+        self._step_tokens = 0.0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Runs after the callbacks' hook, so that a reference is refreshed with the policy before the stage."""
@@ -73,8 +73,8 @@ class SFTModule(AdapterModule):
     def _record(self, batch: Batch, log_probs: Tensor) -> None:
         """Keep the values that the step's row, non_finite.json and the kept weight are made of."""
         self.row_losses = -run_sums(log_probs, batch.rows.runs, len(batch)) / batch.rows.lengths
-        weight, counted = batch.token_weight, torch.full_like(batch.token_weight, float(batch.count > 0))
-        self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": (weight, counted)})
+        weight, kept = batch.token_weight, (batch.token_weight / batch.data_weight, batch.data_weight)
+        self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": kept})
         self.add_kept_weight(batch)
         self._step_tokens = batch.step_total
 

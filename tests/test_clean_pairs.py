@@ -86,7 +86,7 @@ def cleaned(train: Any) -> Ran:
 def chosen(pair: dict[str, Any]) -> dict[str, Any]:
     start = len(pair["prompt_ids"])
     ids = [*pair["prompt_ids"], *pair["chosen_ids"]]
-    return {"input_ids": ids, "spans": [start, len(ids)]}
+    return {"input_ids": ids, "spans": [start, len(ids)], "response_weights": [1.0]}
 
 
 def pairs_of(ran: Ran, indices: np.ndarray) -> list[Any]:

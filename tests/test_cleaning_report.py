@@ -53,12 +53,14 @@ def write_run(
         if n == TWO_TURNS:
             ids, spans = prompt + response[:1] + prompt + response[1:], [len(prompt), len(prompt) + 1]
             spans += [2 * len(prompt) + 1, len(ids)]
-        rows.append({"sample_id": n, "row": n, "source": SOURCES[n], "input_ids": ids, "spans": spans})
+        row = {"sample_id": n, "row": n, "source": SOURCES[n], "input_ids": ids, "spans": spans}
+        rows.append(row | {"response_weights": [1.0] * (len(spans) // 2)})
         signs = [1 if i % 2 == 0 else -1 for i in range(length)]
         scores += [NAN if threshold is None else threshold + 0.1 * sign for sign in signs]
         weights += [float(threshold is None or sign > 0) if stage_of[n] >= 0 else NAN for sign in signs]
     number, ids = Value("int64"), [Value("int32")]
     features = {"sample_id": number, "row": number, "source": Value("string"), "input_ids": ids, "spans": ids}
+    features["response_weights"] = [Value("float32")]
     pool = TokenPool.of(Dataset.from_list(rows, features=Features(features)), {"data": "d&1"})
     first = np.cumsum([0, *(count for _, count, _ in STAGES)])
     stages = [stage_entry(s, sum(LENGTHS[first[s] : first[s + 1]]), count, cut) for s, count, cut in STAGES]

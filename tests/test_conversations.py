@@ -22,7 +22,7 @@ ONE_TURN = [user("2+2?"), response("4")]
     [
         ({"messages": TURNS}, TURNS),
         ({"messages": [*TURNS, user("Bye"), system("End")]}, TURNS),
-        ({"messages": [{**message, "weight": 1} for message in ONE_TURN]}, ONE_TURN),
+        ({"messages": [ONE_TURN[0], ONE_TURN[1] | {"weight": 1, "train": True, "loss": None}]}, ONE_TURN),
         ({"messages": ONE_TURN, "prompt": "2+2?", "prompt_id": "x"}, ONE_TURN),  # as UltraChat has it
         (QUESTION, ONE_TURN),
         ({"prompt": [system("a"), user("2+2?")], "completion": "4"}, [system("a"), *ONE_TURN]),
@@ -38,13 +38,14 @@ def test_every_form_gives_messages_up_to_the_last_response(tmp_path, row, messag
     (sample,) = read_samples(write_pairs(tmp_path / "a.jsonl", [row])).dataset
     assert sample["messages"] == messages
     assert (sample["source"], sample["row"]) == ("", 1)
+    assert sample["response_weights"] == [1.0] * sum(message["role"] == "assistant" for message in messages)
 
 
 def test_the_table_its_columns_and_ids(tmp_path):
     rows = [QUESTION | {"id": "p0", "source": "sums"}, QUESTION | {"sample_id": 7, "id": "unused", "source": None}]
     path = write_pairs(tmp_path / "a.jsonl", rows)
     samples = read_samples(path)
-    assert samples.dataset.column_names == ["sample_id", "messages", "source", "row"]
+    assert samples.dataset.column_names == ["sample_id", "messages", "response_weights", "source", "row"]
     assert samples.dataset.features["sample_id"].dtype == "int64"
     expected = [int(hashlib.sha256(name).hexdigest()[:16], 16) >> 1 for name in (b"p0", b"7")]
     assert samples.dataset["sample_id"][:] == expected
@@ -72,6 +73,7 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
     for _ in range(2):
         samples = read_samples(path)
         assert samples.dropped == {"empty_prompt": 3, "empty_completion": 1}
+        assert samples.noted == {"blank_responses": 1}
         assert samples.dataset["row"][:] == [1, 6]
     assert read_samples(path, limit=1).dropped == {}
     assert read_samples(path, limit=2).dataset["row"][:] == [1, 6]

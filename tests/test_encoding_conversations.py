@@ -35,7 +35,8 @@ def chat(*turns):
 
 def table(*conversations):
     rows = [
-        {"sample_id": 10 + index, "messages": chat(*turns), "source": "s", "row": index + 1}
+        {"sample_id": 10 + index, "messages": chat(*turns), "response_weights": [1.0] * (len(turns) // 2)}
+        | {"source": "s", "row": index + 1}
         for index, turns in enumerate(conversations)
     ]
     return datasets.Dataset.from_list(rows)
@@ -62,7 +63,9 @@ def responses_by_header(ids):
 
 
 def test_two_turns_by_hand(tokenizer):
-    assert encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE) == EncodedSample(TWO_TURNS_IDS, [7, 10, 16, 18])
+    assert encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE) == EncodedSample(
+        TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0]
+    )
 
 
 contents = st.lists(st.sampled_from([*WORDS, "user", "assistant"]), max_size=5).map(" ".join)
@@ -88,7 +91,7 @@ def test_exactly_what_follows_an_assistant_header_is_eligible(tokenizer, dialogu
 
 def test_plain_takes_one_response(tokenizer):
     sample = encode_sample(tokenizer, chat(("system", "blue"), ("user", "tea"), ("assistant", " red")), "plain")
-    assert sample == EncodedSample([BLUE, TEA, RED, END], [2, 4])
+    assert sample == EncodedSample([BLUE, TEA, RED, END], [2, 4], [1.0])
     with pytest.raises(InputError, match="'plain' has no turns for 2 responses: give a `chat_template`"):
         encode_sample(tokenizer, chat(*TWO_TURNS), "plain")
     # "re" + "d" is one word of this tokenizer: no token of the prompt is left
@@ -133,7 +136,8 @@ def test_a_table_of_samples_and_what_it_drops(tokenizer):
     hidden = [("user", " ".join(["tea"] * 9)), ("assistant", "red")]  # its response starts at token 14
     rows = (TWO_TURNS, hidden, [("user", "red"), ("assistant", "")], TWO_TURNS[2:])
     encoded, counts = encode(tokenizer, *rows, max_length=14)
-    assert sorted(encoded.column_names) == ["input_ids", "row", "sample_id", "source", "spans", "truncated"]
+    names = ["input_ids", "response_weights", "row", "sample_id", "source", "spans", "truncated"]
+    assert sorted(encoded.column_names) == names
     assert encoded.features["input_ids"].feature.dtype == encoded.features["spans"].feature.dtype == "int32"
     assert counts == {"dropped_overlong": 1, "dropped_empty": 1, "truncated": 1}
     assert (encoded["sample_id"][:], encoded["row"][:], encoded["source"][:]) == ([10, 13], [1, 4], ["s", "s"])

@@ -75,7 +75,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, name):
     else:
         write(tmp_path / name, rows)
     pairs = read_pairs(source)
-    assert pairs.dataset.column_names == ["pair_id", "prompt", "chosen", "rejected", "margin", "row"]
+    assert pairs.dataset.column_names == ["pair_id", "prompt", "chosen", "rejected", "chosen_weight", "margin", "row"]
     assert pairs.dataset["prompt"][:] == [[user("2+2?")]] * 2
     assert pairs.dataset["chosen"][:] == ["4", 'four,\n"4"']
     assert pairs.dataset["margin"][:] == [1.5, -2.0]

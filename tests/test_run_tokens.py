@@ -14,9 +14,12 @@ from mixdpo.token_cleaning.run_tokens import RunTokens, export_labels, read_clea
 
 NAN = float("nan")
 SAMPLES = [
-    {"source": "gsm", "row": 5, "input_ids": [6, 7, 8, 9, 3], "spans": [2, 5]},
-    {"source": "dolly", "row": 6, "input_ids": [6, 10, 11, 12], "spans": [1, 4]},  # never reached
-    {"source": "gsm", "row": 9, "input_ids": [6, 13, 3, 7, 14, 15, 3], "spans": [1, 3, 4, 7]},  # two turns
+    {"source": "gsm", "row": 5, "input_ids": [6, 7, 8, 9, 3], "spans": [2, 5], "response_weights": [1]},
+    # never reached
+    {"source": "dolly", "row": 6, "input_ids": [6, 10, 11, 12], "spans": [1, 4], "response_weights": [1]},
+    # two turns
+    {"source": "gsm", "row": 9, "input_ids": [6, 13, 3, 7, 14, 15, 3], "spans": [1, 3, 4, 7]}
+    | {"response_weights": [1, 0.25]},
 ]
 WEIGHTS = [1, 0, 1, NAN, NAN, NAN, 0.5, 0, NAN, 2, 0]
 
@@ -24,6 +27,7 @@ WEIGHTS = [1, 0, 1, NAN, NAN, NAN, 0.5, 0, NAN, 2, 0]
 def write_run(folder: Path, weights: list[float] = WEIGHTS) -> str:
     features = {"sample_id": Value("int64"), "source": Value("string"), "row": Value("int64")}
     features |= {name: [Value("int32")] for name in ("input_ids", "spans")}
+    features |= {"response_weights": [Value("float32")]}
     rows = [sample | {"sample_id": 100 + n} for n, sample in enumerate(SAMPLES)]
     pool = TokenPool.of(Dataset.from_list(rows, features=Features(features)), {"data": "d1", "model": "m1"})
     run = RunTokens.undecided(pool, pool.identity, "any")
@@ -48,7 +52,7 @@ def test_labels_by_hand(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         "source": ["gsm", "gsm"],
         "input_ids": [[6, 7, 8, 9, 3], [6, 13, 3, 7, 14, 15, 3]],
         "labels": [[-100, -100, 8, -100, 3], [-100, 13, -100, -100, -100, 15, -100]],
-        "weights": [[0, 0, 1, 0, 1], [0, 0.5, 0, 0, 0, 2, 0]],
+        "weights": [[0, 0, 1, 0, 1], [0, 0.5, 0, 0, 0, 0.5, 0]],  # 2 × the data's 0.25
     }
     types = {name: feature.feature.dtype for name, feature in exported.features.items() if hasattr(feature, "feature")}
     assert types == {"input_ids": "int32", "labels": "int64", "weights": "float32"}

@@ -141,7 +141,7 @@ class CleanTokens(Callback):
         if getattr(batch, "scores", None) is not None and batch.count:
             token = batch.token.cpu().numpy()
             self._tokens.scores[token] = batch.scores.float().cpu().numpy()
-            self._tokens.weights[token] = batch.token_weight.float().cpu().numpy()
+            self._tokens.weights[token] = (batch.token_weight / batch.data_weight).float().cpu().numpy()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._finish_stage(trainer)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixdpo.batches.rows import OnDevice, TokenRows, build_rows, sample_rows
 from mixdpo.batches.steps import MicroBatch
-from mixdpo.batches.token_pool import TokenPool
+from mixdpo.batches.token_pool import TokenPool, data_weights
 
 
 @dataclass
@@ -26,12 +26,15 @@ class Batch(OnDevice):
         preference, sft: (P,) and (S,) int64, positions in the batch of pairs trained by the preference loss, and by
             SFT. Index tensors are faster than masks, which wait for the device.
         weight: (B,) float32, 0 for filler. Filler keeps the number of micro-batches right.
-        step_total: pairs, or response tokens of samples, in the whole optimizer step, over all devices.
+        step_total: pairs, or the summed data weight of the response tokens of samples, in the whole optimizer step,
+            over all devices.
         count: pairs or samples of this batch that count, 0 for filler.
         token: (M,) int64, number in the token pool of each target in `rows`. In a batch of pairs, -1 for all but
             hard pairs' chosen responses, and None without token cleaning.
-        token_weight: (M,) float32, weight of each target: 1, 0 where cut (or filler), or between. None for pairs
-            without token cleaning.
+        data_weight: (M,) float32, of samples: the weight that the data gives to each target, 0 for filler.
+        token_weight: (M,) float32, weight of each target in the loss: `data_weight`, or 1 for pairs, times the weight
+            that token cleaning gives (0 where cut). None for pairs without token cleaning.
+        chosen_weight: (B,) float32, of pairs: the weight that the data gives to the chosen response in SFT.
         margin: (B,) float64, of pairs.
         reference_rows: tokens that the reference computes: pairs trained by the preference loss, in evaluation all
             pairs. None if empty.
@@ -50,10 +53,12 @@ class Batch(OnDevice):
     preference: Tensor
     sft: Tensor
     weight: Tensor
-    step_total: int
+    step_total: float
     count: int
     token: Tensor | None = None
+    data_weight: Tensor | None = None
     token_weight: Tensor | None = None
+    chosen_weight: Tensor | None = None
     margin: Tensor | None = None
     reference_rows: TokenRows | None = None
     reference_keys: tuple[tuple[bytes, int], ...] = ()
@@ -72,7 +77,7 @@ class PairCollator:
     """Makes the `Batch` of one `MicroBatch` of N encoded pairs; picklable, for loader workers.
 
     Args:
-        data: pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`.
+        data: pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`, `chosen_weight` (1 if absent).
         is_hard: (N,) bool, pairs reported as hard.
         evaluation: keep both responses of all pairs and show every pair to the reference.
         share_prompt: one document per pair instead of one per completion; the numbers are the same.
@@ -111,6 +116,7 @@ class PairCollator:
             weight=torch.full((len(pairs),), weight),
             step_total=step_total,
             count=len(pairs) if weight else 0,
+            chosen_weight=torch.tensor([pair.get("chosen_weight", 1.0) for pair in pairs]),
             margin=torch.tensor([float(pair["margin"]) for pair in pairs], dtype=torch.float64),
             reference_rows=reference_rows,
             reference_keys=_keys(pairs, reference_rows) if reference_rows is not None else (),
@@ -156,6 +162,7 @@ class SampleCollator:
         indices, weight, step_total = micro_batch
         samples = [self.pool.samples[i] for i in indices]
         rows, count = sample_rows(samples, self.pack), len(samples)
+        data_weight = torch.from_numpy(data_weights(samples)) * weight
         return Batch(
             "samples",
             rows,
@@ -167,6 +174,7 @@ class SampleCollator:
             step_total=step_total,
             count=count if weight else 0,
             token=torch.from_numpy(self.pool.tokens(indices)),
-            token_weight=torch.full((len(rows.target),), weight),
+            data_weight=data_weight,
+            token_weight=data_weight,
             source=torch.tensor([self.sources[sample["source"]] for sample in samples]),
         )

@@ -9,7 +9,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from mixdpo.errors import InputError
 
-MicroBatch = tuple[tuple[int, ...], float, int]
+MicroBatch = tuple[tuple[int, ...], float, float]
 """Indices of rows in the encoded data, the weight of these rows (0 = filler), and `Batch.step_total`."""
 
 

@@ -13,10 +13,11 @@ class TokenPool:
     """N samples and their M response tokens, numbered sample by sample: what scores, masks and weights refer to.
 
     Attributes:
-        samples: N encoded samples: `input_ids`, `spans` [start, end, …) of the response tokens, `source`, …
+        samples: N encoded samples: `input_ids`, `spans` [start, end, …) of the response tokens, `response_weights` (the
+            weight that the data gives to each span's tokens), `source`, …
         offsets: (N+1,) int64; the tokens of sample n have the numbers offsets[n] to offsets[n + 1].
         identity: data, tokenizer, template, …: if they are the same, the same numbers mean the same tokens. The part
-            `ids` is a hash of all token ids and spans.
+            `ids` is a hash of all token ids and spans, and of the weights of a sample where some are not 1.
     """
 
     samples: Any
@@ -26,9 +27,12 @@ class TokenPool:
     @classmethod
     def of(cls, samples: Any, identity: Mapping[str, str]) -> "TokenPool":
         counts, digest = [], hashlib.sha256()
-        for ids, spans in zip(samples["input_ids"], samples["spans"], strict=True):
+        for ids, spans, weights in zip(
+            samples["input_ids"], samples["spans"], samples["response_weights"], strict=True
+        ):
             counts.append(sum(spans[1::2]) - sum(spans[::2]))
             digest.update(np.array([len(ids), *ids, *spans], dtype=np.int32).tobytes())
+            digest.update(b"" if set(weights) == {1} else np.float32(weights).tobytes())
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         return cls(samples, offsets, {**identity, "ids": digest.hexdigest()[:16]})
 
@@ -44,6 +48,11 @@ class TokenPool:
         """(n+1,) where the tokens of these samples begin in what `tokens` returns."""
         return np.concatenate([[0], np.cumsum(np.diff(self.offsets)[indices])])
 
+    def totals(self) -> np.ndarray:
+        """(N,) float64, the sum of the data's weights of each sample's tokens."""
+        columns = zip(self.samples["spans"], self.samples["response_weights"], strict=True)
+        return np.array([np.dot(np.subtract(spans[1::2], spans[::2]), weights) for spans, weights in columns])
+
     def target_ids(self) -> np.ndarray:
         """(M,) int32, the ids of the response tokens."""
         columns = zip(self.samples["input_ids"], self.samples["spans"], strict=True)
@@ -54,3 +63,10 @@ class TokenPool:
 def turns(spans: Sequence[int]) -> list[tuple[int, int]]:
     """[start, end, …] -> (start, end) of each response."""
     return list(zip(spans[::2], spans[1::2], strict=True))
+
+
+def data_weights(samples: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """(m,) float32, the weights that the data gives to all response tokens of these samples, sample by sample."""
+    spans = [np.array(sample["spans"]) for sample in samples]
+    weights = [weight for sample in samples for weight in sample["response_weights"]]
+    return np.repeat(np.float32(weights), np.concatenate([bounds[1::2] - bounds[::2] for bounds in spans]))

@@ -1,15 +1,21 @@
 """Read and check SFT samples: any source, any of the three row forms in, one table of conversations out."""
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
-from mixdpo.data.messages import Message, checked_text, parse_messages, refuse_ignored
+from mixdpo.data.messages import Message, checked_text, parse_messages, refuse_ignored, unweighted
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
+from mixdpo.storage.identity import hash63
+
+TrainOn = Literal["all", "last"]
 
 FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
 
 
-def read_samples(source: str, *, split: str = "train", limit: int | None = None) -> Table:
+def read_samples(
+    source: str, *, split: str = "train", limit: int | None = None, train_on: TrainOn = "all", one_each: bool = False
+) -> Table:
     """Read SFT samples from a hub id or a local folder or file.
 
     A row is `messages` (cut after the last response), `prompt` and `completion` (each text or messages), or Alpaca's
@@ -19,17 +25,26 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
         source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
             with .gz).
         split: split of a hub data set or folder; a single file has only `train`.
-        limit: stop after this many usable samples.
+        limit: stop after this many usable rows.
+        train_on: the last response of a row only, or all.
+        one_each: make a sample of each trained response, with all messages before it. The first sample of a row keeps
+            the row's id.
 
     Returns:
-        Columns sample_id (int64, >= 0), messages (the last one the assistant's), source (str, "" where the row names
-        none) and row; causes "empty_prompt", "empty_completion" (every response blank).
+        Columns sample_id (int64, >= 0), messages (the last one the assistant's), response_weights (float32, one a
+        response; 0 for a response that is not trained on), source (str, "" where the row names none) and row; causes
+        "empty_prompt", "empty_completion" (every response blank), "no_trained_response". Noted are "blank_responses",
+        which have weight 0.
 
     Raises:
         InputError: the source cannot be read, no sample is usable, or a row is malformed or repeats an id.
     """
-    columns = {"sample_id": "int64", "messages": "messages", "source": "string"}
-    return read_table(source, split, limit, "sample", _record, columns)
+    options: dict[str, Any] = {"train_on": train_on, "one_each": one_each}
+    columns = {"sample_id": "int64", "messages": "messages", "response_weights": "weights", "source": "string"}
+    columns |= {"blank_responses": "int64"}
+    table = read_table(source, split, limit, "sample", partial(_records, **options), columns, key=options)
+    noted = {"blank_responses": sum(table.dataset["blank_responses"])}
+    return Table(table.dataset.remove_columns("blank_responses"), table.dropped, noted)
 
 
 def parse_sample(row: dict[str, Any]) -> list[Message]:
@@ -57,16 +72,37 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
     if not responses:
         raise InputError(f"no message has the role 'assistant': {[message['role'] for message in messages]}.")
     refuse_ignored(row, messages)
+    if str(row.get("label")).lower() in ("true", "false", "0", "1"):
+        remedy = "keep the good rows without the column, or train a preference loss on pairs of chosen and rejected"
+        raise InputError(f"SFT would imitate bad responses too ('label' {row['label']!r} of KTO): {remedy}.")
     return messages[: responses[-1] + 1]
 
 
-def _record(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
+def _records(
+    row: dict[str, Any], rows_of_ids: dict[int, int], train_on: TrainOn, one_each: bool
+) -> list[dict[str, Any]]:
     row = without_nulls(row)
     messages = parse_sample(row)
+    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    blank = [not messages[end]["content"].strip() for end in ends]
+    weights = [0.0 if empty else messages[end].get("weight", 1.0) for empty, end in zip(blank, ends, strict=True)]
+    if train_on == "last":
+        weights[:-1] = [0.0] * (len(ends) - 1)
+    messages = unweighted(messages)
     id_column = "id" if "id" in row and "sample_id" not in row else "sample_id"
     sample = {"sample_id": row_id(row, id_column, messages, rows_of_ids), "messages": messages}
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
-    drop = "" if any(m["content"].strip() for m in messages if m["role"] == "assistant") else "empty_completion"
+    drop = "empty_completion" if all(blank) else "" if any(weights) else "no_trained_response"
     if messages[0]["role"] == "assistant" or not question.strip():
         drop = "empty_prompt"
-    return sample | {"source": checked_text(row.get("source", ""), "source"), "drop": drop}
+    sample |= {"source": checked_text(row.get("source", ""), "source"), "drop": drop}
+    sample |= {"response_weights": weights, "blank_responses": sum(blank)}
+    if drop or not one_each:
+        return [sample]
+    pieces: list[dict[str, Any]] = []
+    for k in [k for k, weight in enumerate(weights) if weight]:
+        own = {"sample_id": hash63(f"{sample['sample_id']} {k}"), "blank_responses": 0} if pieces else {}
+        pieces.append(
+            sample | own | {"messages": messages[: ends[k] + 1], "response_weights": [0.0] * k + [weights[k]]}
+        )
+    return pieces

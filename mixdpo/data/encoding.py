@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -53,13 +53,15 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """Token ids of one conversation, up to the end token of its last response, unless it was truncated.
+    """Token ids of one conversation, up to the end token of its last trained response, unless it was truncated.
 
-    `spans` is [start0, end0, start1, end1, …]: half-open ranges of the responses in `input_ids`, end tokens included.
+    `spans` is [start0, end0, start1, end1, …]: half-open ranges of the trained responses in `input_ids`, end tokens
+    included. `response_weights` is the weight (> 0) of each range's tokens in the loss.
     """
 
     input_ids: list[int]
     spans: list[int]
+    response_weights: list[float]
 
     @property
     def is_empty(self) -> bool:
@@ -76,7 +78,8 @@ class EncodedSample:
             return None
         bounds = zip(self.spans[::2], self.spans[1::2], strict=True)
         spans = [bound for start, end in bounds if start < max_length for bound in (start, min(end, max_length))]
-        return EncodedSample(self.input_ids[:max_length], spans) if spans else None
+        weights = self.response_weights[: len(spans) // 2]
+        return EncodedSample(self.input_ids[:max_length], spans, weights) if spans else None
 
 
 def encode_pair(
@@ -102,29 +105,35 @@ def _boundary(*sequences: list[int]) -> int:
     raise InputError("the prompt and prompt + response share no token: give a prompt, or another `chat_template`")
 
 
-def encode_sample(tokenizer: "Tokenizer", messages: chat.Messages, template: str, **options: bool) -> EncodedSample:
-    """Token ids and responses of one conversation through a template of `load_template`, with the options of
-    `encode_responses`.
+def encode_sample(
+    tokenizer: "Tokenizer", messages: chat.Messages, template: str, weights: Sequence[float] = (), **options: bool
+) -> EncodedSample:
+    """Token ids and trained responses of one conversation through a template of `load_template`, with the options of
+    `encode_responses`. `weights` has the weight of each response, all 1 if empty; a response of weight 0 is context
+    of the next one.
 
-    Each response is encoded behind all earlier messages, as in generation. A response starts at the first token in
-    which prompt and prompt + response differ, so a token merged across the seam belongs to the response.
+    Each trained response is encoded behind all earlier messages, as in generation. A response starts at the first
+    token in which prompt and prompt + response differ, so a token merged across the seam belongs to the response.
 
     Raises:
         InputError: the template fails, writes no end token, or renders a turn differently once another message follows.
     """
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if template == chat.PLAIN and len(responses) > 1:
-        raise InputError(f"'plain' has no turns for {len(responses)} responses: give a `chat_template` with turns")
+    of_each = zip(responses, weights or [1.0] * len(responses), strict=True)
+    trained = {index: weight for index, weight in of_each if weight}
+    if template == chat.PLAIN and len(trained) > 1:
+        raise InputError(f"'plain' has no turns for {len(trained)} responses: give a `chat_template` with turns")
     input_ids: list[int] = []
     spans: list[int] = []
-    for index in responses:
+    for index in trained:
         before, response = messages[:index], messages[index]["content"]
         prompt_ids, whole = chat.encode_responses(tokenizer, template, before, response, **options)
         if chat.shared_length(input_ids, prompt_ids, whole) < len(input_ids):
-            raise InputError(f"an earlier turn changes once message {index + 1} follows: give another `chat_template`")
+            remedy = "set data.one_response_per_sample true, or give another `chat_template`"
+            raise InputError(f"an earlier turn changes once message {index + 1} follows: {remedy}")
         input_ids = whole
         spans += [_boundary(prompt_ids, whole), len(whole)]
-    return EncodedSample(input_ids, spans)
+    return EncodedSample(input_ids, spans, list(trained.values()))
 
 
 class Kind(NamedTuple):
@@ -200,8 +209,9 @@ def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limi
     """The ids within their limits. `status` says whether the row is dropped or truncated, and is "" if neither.
     `special` says whether the texts hold special tokens."""
     texts = [row[name] for name in kind.texts]
+    weights = {"weights": row["response_weights"]} if "response_weights" in row else {}
     try:
-        whole = kind.encode(tokenizer, *texts, **options)
+        whole = kind.encode(tokenizer, *texts, **options, **weights)
     except InputError as error:
         raise InputError(f"row {row['row']} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
     limited = whole.within(**limits)

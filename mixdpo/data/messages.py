@@ -8,7 +8,8 @@ from typing import Any
 from mixdpo.errors import InputError
 from mixdpo.storage.identity import hash63
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role`, `content` and, of an assistant's message whose tokens do not weigh 1 in the loss of SFT, `weight` (float)."""
 
 
 MESSAGES_AS_TEXT = re.compile(
@@ -20,6 +21,9 @@ IGNORED = ("system", "history")  # columns that other trainers put before the pr
 
 
 UNRENDERED = ("tool_calls", "reasoning_content")  # parts of a message beside its content
+
+
+MARKS = ("weight", "train", "loss")  # keys by which trainers say how much a message is trained on
 
 
 def prompt_texts(prompt: str | Sequence[Message]) -> list[str]:
@@ -71,7 +75,30 @@ def parse_messages(row: dict[str, Any], column: str, role: str | None = "assista
             raise InputError(f"{column!r} holds {message!r:.80}; a message has the keys 'role' and 'content'.")
         if lost := [key for key in UNRENDERED if message.get(key)]:
             raise InputError(f"{column!r} holds {' and '.join(lost)}, which is not read: put it in 'content'.")
-    return [{key: checked_text(message[key], f"{column}.{key}") for key in ("role", "content")} for message in value]
+    return [_checked(message, column) for message in value]
+
+
+def unweighted(messages: list[Message]) -> list[Message]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _checked(message: dict[str, Any], column: str) -> Message:
+    """A message with the `weight` that its marks give.
+
+    Raises:
+        InputError: a text is none, a mark has an impossible value, marks contradict each other, or a message of another
+            role than the assistant is marked to be trained on.
+    """
+    texts = {key: checked_text(message[key], f"{column}.{key}") for key in ("role", "content")}
+    marks = {key: message[key] for key in MARKS if message.get(key) is not None}
+    is_weight = {key: key == "weight" and isinstance(mark, int | float) for key, mark in marks.items()}
+    valid = [mark in (0, 1) or (is_weight[key] and 1e-6 <= mark <= 1e6) for key, mark in marks.items()]
+    is_response, says = texts["role"] == "assistant", {bool(mark) for mark in marks.values()}
+    if not all(valid) or len(says) > 1 or (True in says and not is_response):
+        rule = "mark only the assistant's, by weight (0, or 1e-6 to 1e6), or by train or loss (true or false)"
+        raise InputError(f"{column!r} has a message of role {texts['role']!r} marked {marks!r:.80}: {rule}.")
+    weight = float(marks.get("weight", all(marks.values())))
+    return texts | {"weight": weight} if weight != 1 and is_response else texts
 
 
 def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:

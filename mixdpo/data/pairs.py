@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from mixdpo.data.messages import Message, parse_messages, refuse_ignored
+from mixdpo.data.messages import Message, parse_messages, refuse_ignored, unweighted
 from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
@@ -31,7 +31,8 @@ def read_pairs(
         limit: stop after this many usable pairs.
 
     Returns:
-        Columns pair_id (int64, >= 0), prompt (messages, the last one the user's), chosen and rejected (str), margin
+        Columns pair_id (int64, >= 0), prompt (messages, the last one the user's), chosen and rejected (str),
+        chosen_weight (float32, of the chosen response in SFT, 1 unless a mark in its message says otherwise), margin
         (float64) and row; causes "empty_prompt", "empty_completion", "identical" (whitespace aside).
 
     Raises:
@@ -39,26 +40,32 @@ def read_pairs(
     """
     margin_columns: MarginColumns | None = () if margin == () else None
 
-    def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
+    def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> list[dict[str, Any]]:
         nonlocal margin_columns
         if margin_columns is None:  # of the first row: a later row without them is refused
             margin_columns = find_margin_columns(row, margin, margin_needed)
-        return _record(row, margin_columns, rows_of_ids)
+        return [_record(row, margin_columns, rows_of_ids)]
 
-    columns = {"pair_id": "int64", "prompt": "messages", "chosen": "string", "rejected": "string", "margin": "float64"}
+    columns = {"pair_id": "int64", "prompt": "messages", "chosen": "string", "rejected": "string"}
+    columns |= {"chosen_weight": "float32", "margin": "float64"}
     return read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed])
 
 
-def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
-    """Prompt messages, chosen and rejected text of a row in standard, conversational, implicit-prompt or mixed form.
+def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str, float]:
+    """Prompt messages, chosen and rejected text, and the chosen text's weight in SFT.
 
-    Mixed is UltraFeedback's: a `prompt` string, and conversations that repeat it. A prompt that the responses repeat
-    appears once.
+    A row has standard, conversational, implicit-prompt or mixed form. Mixed is UltraFeedback's: a `prompt` string,
+    and conversations that repeat it. A prompt that the responses repeat appears once.
     """
-    chosen, rejected = parse_messages(row, "chosen"), parse_messages(row, "rejected")
+    sides = [parse_messages(row, column) for column in ("chosen", "rejected")]
+    weight, other = (side[-1].get("weight", 1.0) for side in sides)  # no earlier message of a pair is trained on
+    if not weight or other != 1:
+        need = "a chosen response above 0 and a rejected one of 1: correct the marks, or leave the row out"
+        raise InputError(f"marks give 'chosen' weight {weight:g} and 'rejected' {other:g}; a pair needs {need}.")
+    chosen, rejected = map(unweighted, sides)
     pairs = zip(chosen[:-1], rejected[:-1], strict=False)
     shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    prompt = parse_messages(row, "prompt", "user") if "prompt" in row else shared
+    prompt = unweighted(parse_messages(row, "prompt", "user")) if "prompt" in row else shared
     if shared and isinstance(row.get("prompt"), str):
         if prompt[0]["content"].strip() not in (message["content"].strip() for message in shared):
             raise InputError("'prompt' is no message that 'chosen' and 'rejected' share: correct it or leave it out.")
@@ -68,7 +75,7 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
             "'prompt' (if absent, the messages that 'chosen' and 'rejected' share) should end with role 'user'."
         )
     refuse_ignored(row, prompt)
-    return prompt, _response(chosen, prompt, "chosen"), _response(rejected, prompt, "rejected")
+    return prompt, _response(chosen, prompt, "chosen"), _response(rejected, prompt, "rejected"), weight
 
 
 def _response(conversation: list[Message], prompt: list[Message], column: str) -> str:
@@ -83,13 +90,13 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
 
 def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
     present = without_nulls(row)  # a margin of null is refused, not absent: `row` keeps it
-    prompt, chosen, rejected = parse_row(present)
+    prompt, chosen, rejected, weight = parse_row(present)
     drop = "identical" if chosen.strip() == rejected.strip() else ""
     if not chosen.strip() or not rejected.strip():
         drop = "empty_completion"
     if not prompt[-1]["content"].strip():
         drop = "empty_prompt"
-    pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_weight": weight}
     pair |= {"pair_id": row_id(present, "pair_id", [prompt, chosen, rejected], rows_of_ids), "drop": drop}
     # a row that is kept out needs no score
     return pair | {"margin": math.nan if drop or not columns else row_margin(row, columns)}

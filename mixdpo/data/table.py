@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
+Parse = Callable[[dict[str, Any], dict[int, int]], list[dict[str, Any]]]
 
 
 class Table(NamedTuple):
     """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
-    else the number of the record. `dropped` counts the rows that were kept out, by cause."""
+    else the number of the record. `dropped` counts the rows that were kept out, by cause. `noted` counts what is not
+    trained on in the other rows."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
+    noted: dict[str, int]
 
 
 def read_table(
@@ -35,8 +37,10 @@ def read_table(
 
     Args:
         noun: the word for a row, whose id is the column NOUN_id.
-        parse: a row and {id: row number} of earlier rows -> a record. Its `drop` says why the row is not usable, or "".
-        columns: names and types of the table's columns, without `row` and `drop`; type "messages" is a message list.
+        parse: a row and {id: row number} of earlier rows -> its records. A record's `drop` says why the record is not
+            usable, or "".
+        columns: names and types of the table's columns, without `row` and `drop`; type "messages" is a message list,
+            "weights" a list of float32.
         key: further options that the table depends on, besides the data, `limit` and the code of this folder.
 
     Raises:
@@ -46,9 +50,9 @@ def read_table(
     from datasets.exceptions import DatasetGenerationError
 
     opened, text = open_source(source, split), Value("string")
-    messages = [{"role": text, "content": text}]
+    lists = {"messages": [{"role": text, "content": text}], "weights": [Value("float32")]}
     columns = columns | {"row": "int64", "drop": "string"}
-    features = Features({name: messages if kind == "messages" else Value(kind) for name, kind in columns.items()})
+    features = Features({name: lists.get(kind) or Value(kind) for name, kind in columns.items()})
     content = json.dumps([opened.name, opened.key, key, limit, room_code()])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
     rows = partial(_table_rows, opened, parse, f"{noun}_id", limit)
@@ -63,7 +67,7 @@ def read_table(
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
     table = table.remove_columns("drop")
-    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped)
+    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, {})
 
 
 def room_code() -> list[str]:
@@ -76,12 +80,12 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
     usable = 0
     for number, row in source.rows:
         try:
-            record = parse(row, rows_of_ids)
+            records = parse(row, rows_of_ids)
         except InputError as error:
             raise InputError(f"{source.name}, row {number}: {error} Columns present: {', '.join(row)}.") from error
-        rows_of_ids[record[id_column]] = number
-        yield record | {"row": number}
-        usable += not record["drop"]
+        rows_of_ids |= {record[id_column]: number for record in records}
+        yield from (record | {"row": number} for record in records)
+        usable += not records[0]["drop"]
         if usable == limit:
             return
     if not rows_of_ids:

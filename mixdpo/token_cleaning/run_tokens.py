@@ -197,8 +197,8 @@ def export_labels(run: str, out: str) -> None:
 def _label(row: dict[str, Any], index: int, weights: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
     ids = np.array(row["input_ids"])
     spread, start = np.zeros(len(ids), dtype=np.float32), starts[index]
-    for first, end in turns(row["spans"]):
-        spread[first:end] = weights[start : start + end - first]
+    for (first, end), weight in zip(turns(row["spans"]), row["response_weights"], strict=True):
+        spread[first:end] = weights[start : start + end - first] * np.float32(weight)
         start += end - first
     spread[~(spread > 0)] = 0  # NaN: never reached
     return {"labels": np.where(spread > 0, ids, -100), "weights": spread}  # cross-entropy skips -100

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mixdpo.batches.rows import sample_rows
-from mixdpo.batches.token_pool import TokenPool
+from mixdpo.batches.token_pool import TokenPool, data_weights
 from mixdpo.model.adapters import Role, role
 from mixdpo.model.forward import evaluating, row_log_probs, without_cast_cache
 from mixdpo.storage.files import cache_root, open_checked, or_without
@@ -88,8 +88,8 @@ def fit_adapter(
 ) -> None:
     """Fit a frozen adapter: one pass of SFT over the samples in their order, by AdamW (no weight decay, constant rate).
 
-    The loss of a step is the mean over its response tokens; one sample is computed at a time. Only the adapter `name`
-    changes, and it requires no gradient afterwards.
+    The loss of a step is the mean over its response tokens, weighted as the data says. One sample is computed at a
+    time. Only the adapter `name` changes, and it requires no gradient afterwards.
     """
     parameters = [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
     device = parameters[0].device
@@ -98,12 +98,12 @@ def fit_adapter(
         parameter.requires_grad_(True)
     with role(model, name), without_cast_cache(device):  # at backward as well
         for start in tqdm(range(0, len(samples), batch_size), desc=f"fitting {name}", unit="step"):
-            step = [sample_rows([sample]).to(device) for sample in samples[start : start + batch_size]]
-            tokens = sum(len(rows.target) for rows in step)
-            for rows in step:
+            step = samples[start : start + batch_size]
+            for sample in step:
                 # a sum: in half precision the parts of a mean over thousands of tokens would be too small to hold
-                (-row_log_probs(model, rows).sum()).backward()
-            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], tokens)
+                log_probs = row_log_probs(model, sample_rows([sample]).to(device))
+                (-(log_probs * torch.from_numpy(data_weights([sample])).to(device)).sum()).backward()
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], float(data_weights(step).sum()))
             optimizer.step()
             optimizer.zero_grad()
     for parameter in parameters:

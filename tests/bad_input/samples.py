@@ -15,8 +15,23 @@ from mixdpo.evaluation.make_pairs import make_pairs, pair_up
 CHAT = {"messages": [user("a"), response("b")]}
 ALPACA = {"instruction": "a", "output": "b"}
 ONE_FORM = "give the columns of one, messages, or prompt and completion, or instruction and output"
+WEIGHED = "mark only the assistant's, by weight (0, or 1e-6 to 1e6), or by train or loss (true or false)"
+
+
+def marked(**marks: Any) -> dict[str, Any]:
+    return {"messages": [user("a"), response("b") | marks]}
+
+
 ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no known columns", {"text": "a"}, ("fit 0 forms", ONE_FORM)),
+    ("a negative weight", marked(weight=-1), ("role 'assistant' marked {'weight': -1}", WEIGHED)),
+    ("a weight of NaN", marked(weight=float("nan")), ("{'weight': nan}", WEIGHED)),
+    ("a weight in words", marked(weight="high"), ("{'weight': 'high'}", WEIGHED)),
+    ("a loss of 2", marked(loss=2), ("{'loss': 2}", WEIGHED)),
+    ("marks that disagree", marked(weight=0.5, train=False), ("{'weight': 0.5, 'train': False}", WEIGHED)),
+    ("a trained question", {"messages": [user("a") | {"train": True}, response("b")]}, ("role 'user' marked", WEIGHED)),
+    ("a good response of KTO", {"prompt": "a", "completion": "b", "label": True}, ("keep the good rows", "or train a")),
+    ("a bad one", CHAT | {"label": "False"}, ("imitate bad responses too ('label' 'False' of KTO)",)),
     ("two forms", CHAT | ALPACA, ("fit 2 forms", ONE_FORM)),
     ("messages as text", {"messages": json.dumps(CHAT["messages"])}, ("'messages' should be a list of messages",)),
     ("no response", {"messages": [user("a")]}, ("no message has the role 'assistant': ['user']",)),
