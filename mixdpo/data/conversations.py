@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mixdpo.data.messages import Message, checked_text, parse_messages, refuse_ignored
+from mixdpo.data.messages import Message, checked_text, is_blank, parse_messages, refuse_ignored, without_prompt
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
 
@@ -23,7 +23,8 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
 
     Returns:
         Columns sample_id (int64, >= 0), messages (the last one the assistant's), source (str, "" where the row names
-        none) and row; causes "empty_prompt", "empty_completion" (every response blank).
+        none) and row; causes "empty_prompt", "empty_completion" (every response blank);
+        noted "prompt_repeated" (cut from the completion).
 
     Raises:
         InputError: the source cannot be read, no sample is usable, or a row is malformed or repeats an id.
@@ -61,12 +62,12 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
 
 
 def _record(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
-    row = without_nulls(row)
+    row, noted = without_prompt(without_nulls(row), "completion")
     messages = parse_sample(row)
     id_column = "id" if "id" in row and "sample_id" not in row else "sample_id"
     sample = {"sample_id": row_id(row, id_column, messages, rows_of_ids), "messages": messages}
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
-    drop = "" if any(m["content"].strip() for m in messages if m["role"] == "assistant") else "empty_completion"
-    if messages[0]["role"] == "assistant" or not question.strip():
+    drop = "empty_completion" if all(is_blank(m["content"]) for m in messages if m["role"] == "assistant") else ""
+    if messages[0]["role"] == "assistant" or is_blank(question):
         drop = "empty_prompt"
-    return sample | {"source": checked_text(row.get("source", ""), "source"), "drop": drop}
+    return sample | {"source": checked_text(row.get("source", ""), "source"), "drop": drop, "noted": noted}

@@ -22,10 +22,12 @@ Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
 
 class Table(NamedTuple):
     """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
-    else the number of the record. `dropped` counts the rows that were kept out, by cause."""
+    else the number of the record. `dropped` counts the rows that were kept out, by cause. `noted` has the
+    numbers of the usable rows that were not taken as they are, by what was noted."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
+    noted: dict[str, list[int]]
 
 
 def read_table(
@@ -35,8 +37,10 @@ def read_table(
 
     Args:
         noun: the word for a row, whose id is the column NOUN_id.
-        parse: a row and {id: row number} of earlier rows -> a record. Its `drop` says why the row is not usable, or "".
-        columns: names and types of the table's columns, without `row` and `drop`; type "messages" is a message list.
+        parse: a row and {id: row number} of earlier rows -> a record. Its `drop` says why the row is not usable, or "";
+            its `noted`, what to count of a usable row, or "".
+        columns: names and types of the table's columns, without `row`, `drop` and `noted`; type "messages" is a message
+            list.
         key: further options that the table depends on, besides the data, `limit` and the code of this folder.
 
     Raises:
@@ -47,7 +51,7 @@ def read_table(
 
     opened, text = open_source(source, split), Value("string")
     messages = [{"role": text, "content": text}]
-    columns = columns | {"row": "int64", "drop": "string"}
+    columns = columns | {"row": "int64", "drop": "string", "noted": "string"}
     features = Features({name: messages if kind == "messages" else Value(kind) for name, kind in columns.items()})
     content = json.dumps([opened.name, opened.key, key, limit, room_code()])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -62,8 +66,10 @@ def read_table(
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
-    table = table.remove_columns("drop")
-    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped)
+    table = table.select(kept, keep_in_memory=True) if dropped else table
+    notes = [(note, row) for note, row in zip(table["noted"], table["row"], strict=True) if note]
+    noted = {name: [row for note, row in notes if note == name] for name in sorted({note for note, _ in notes})}
+    return Table(table.remove_columns(["drop", "noted"]), dropped, noted)
 
 
 def room_code() -> list[str]:
