@@ -75,7 +75,7 @@ class AdapterModule(L.LightningModule):
         """
         super().__init__()
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
-        self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
+        self.loading: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.loading |= {"wide_weights": True} if wide_weights else {}
         self.activation_checkpointing = activation_checkpointing
         self._recompute_above: Any = 0 if activation_checkpointing is True else activation_checkpointing  # tokens

@@ -13,7 +13,7 @@ from mixdpo.model.adapters import Lora, add_adapters, towers
 from mixdpo.model.loading import load_base
 from mixdpo.signals.signals import PolicyLogProb
 
-pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT's own, for each mixture
+pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT, of mixtures
 NF4 = {"quantization": "nf4", "dtype": "float32"}
 
 

@@ -127,6 +127,14 @@ def on_the_cpu() -> Iterator[None]:
         yield
 
 
+def _keep_weights_in_place(model: PreTrainedModel) -> None:
+    """On CPUs with AVX-512 BF16, bitsandbytes repacks a 4-bit weight in place at the first forward in eval mode, into a
+    layout that has no backward and does not dequantise: training after a validation would be silently wrong."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _check_narrow(model: PreTrainedModel, name: str) -> None:
     """Refuse a model of which more than a fifth stayed wide: bitsandbytes quantises linear layers, and not the experts
     of a mixture, which are one parameter of rank 3. Embeddings and the head, which are always wide, do not count."""
@@ -140,14 +148,6 @@ def _check_narrow(model: PreTrainedModel, name: str) -> None:
     if (share := wide.total() / (narrow + wide.total() or 1)) > 0.2:
         said = f"{share:.0%} of the weights of '{name}' are not quantised ({', '.join(wide)})"
         raise InputError(f"{said}: accept that by model.wide_weights true, or give model.quantization none")
-
-
-def _keep_weights_in_place(model: PreTrainedModel) -> None:
-    """On CPUs with AVX-512 BF16, bitsandbytes repacks a 4-bit weight in place at the first forward in eval mode, into a
-    layout that has no backward and does not dequantise: training after a validation would be silently wrong."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _switch_off_dropout(model: PreTrainedModel) -> None:
