@@ -143,8 +143,7 @@ class PlannedDataModule(L.LightningDataModule):
     def count_read(self, source: str, split: str, table: Any) -> Any:
         """The data set of a table. Its rows, dropped and noted rows are counted in `counts`."""
         name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
-        self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped}
-        self.counts[name] |= {note: len(rows) for note, rows in table.noted.items()}
+        self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped, **table.noted}
         return table.dataset
 
     def describe_counts(self) -> list[str]:

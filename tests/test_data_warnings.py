@@ -124,7 +124,7 @@ def test_a_prompt_repeated_by_both_responses_is_cut_and_counted(tiny_model, tmp_
     source = write_pairs(tmp_path / "rows.jsonl", rows)
     table = read_pairs(source)
     assert table.dataset["chosen"][:2] == [" sun"] * 2 and table.dataset["rejected"][:2] == [" moon"] * 2
-    assert table.noted == {"prompt_repeated": [1, 2]} and table.dropped == {}
+    assert table.noted == {"prompt_repeated": 2} and table.dropped == {}
     data = fit(tiny_model, source, tmp_path / "run").trainer.datamodule
     assert isinstance(data, PreferenceDataModule)
     assert data.describe_counts()[0] == f"read/{source}: 18 pairs, 2 prompt repeated"
@@ -132,7 +132,9 @@ def test_a_prompt_repeated_by_both_responses_is_cut_and_counted(tiny_model, tmp_
 
 def test_a_prompt_repeated_by_many_single_responses_is_refused(tmp_path):
     rows = [*make_pairs(3), repeating(rejected="moon"), repeating(chosen="sun")]
-    with pytest.raises(InputError, match=r"row 4 and 1 more of 5 pairs: one response begins .* take it out of both"):
+    with pytest.raises(
+        InputError, match=r"in 2 of 5 pairs \(first: row 4\) one response begins .* take it out of both"
+    ):
         read_pairs(write_pairs(tmp_path / "rows.jsonl", rows))
 
 
@@ -140,7 +142,7 @@ def test_a_single_response_may_repeat_a_question(tmp_path):
     """AlpacaEval's pairs have ten such rows of 7,240."""
     asked = {"prompt": "What is tea?", "chosen": "What is tea? A leaf.", "rejected": "No idea."}
     table = read_pairs(write_pairs(tmp_path / "rows.jsonl", [*make_pairs(5), asked | {"margin": 1.0}]))
-    assert table.dataset["chosen"][5] == asked["chosen"] and table.noted == {"prompt_repeated_by_one": [6]}
+    assert table.dataset["chosen"][5] == asked["chosen"] and table.noted == {"prompt_repeated_by_one": 1}
     one_word = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi, you"}
     assert without_prompt(one_word, "chosen", "rejected") == (one_word, "")
 
@@ -155,7 +157,7 @@ def test_a_prompt_repeated_by_a_completion_is_cut_and_counted(tmp_path):
     rows = [{"prompt": PROMPT, "completion": f"{PROMPT} sun"}, {"prompt": PROMPT, "completion": "moon"}]
     table = read_samples(write_pairs(tmp_path / "rows.jsonl", rows))
     assert [messages[-1]["content"] for messages in table.dataset["messages"]] == [" sun", "moon"]
-    assert table.noted == {"prompt_repeated": [1]}
+    assert table.noted == {"prompt_repeated": 1}
 
 
 @pytest.mark.parametrize("unseen", UNSEEN)

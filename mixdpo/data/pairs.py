@@ -49,10 +49,11 @@ def read_pairs(
 
     columns = {"pair_id": "int64", "prompt": "messages", "chosen": "string", "rejected": "string", "margin": "float64"}
     table = read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed])
-    rows = table.noted.get("prompt_repeated_by_one", [])
-    if len(rows) > 0.2 * len(table.dataset):
-        where = f"{source}, row {rows[0]} and {len(rows) - 1} more of {len(table.dataset)} pairs"
-        raise InputError(f"{where}: one response begins with the whole prompt, one does not: take it out of both.")
+    if (count := table.noted.get("prompt_repeated_by_one", 0)) > 0.2 * len(table.dataset):
+        rows = ((row["row"], row["prompt"][-1]["content"], row["chosen"], row["rejected"]) for row in table.dataset)
+        first = next(row for row, prompt, *sides in rows if sides[0].startswith(prompt) != sides[1].startswith(prompt))
+        where = f"{source}: in {count} of {len(table.dataset)} pairs (first: row {first})"
+        raise InputError(f"{where} one response begins with the whole prompt, one does not: take it out of both.")
     return table
 
 

@@ -22,12 +22,12 @@ Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
 
 class Table(NamedTuple):
     """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
-    else the number of the record. `dropped` counts the rows that were kept out, by cause. `noted` has the
-    numbers of the usable rows that were not taken as they are, by what was noted."""
+    else the number of the record. `dropped` counts the rows that were kept out, by cause; `noted` the others
+    that were not taken as they are."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
-    noted: dict[str, list[int]]
+    noted: dict[str, int]
 
 
 def read_table(
@@ -67,8 +67,7 @@ def read_table(
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
     table = table.select(kept, keep_in_memory=True) if dropped else table
-    notes = [(note, row) for note, row in zip(table["noted"], table["row"], strict=True) if note]
-    noted = {name: [row for note, row in notes if note == name] for name in sorted({note for note, _ in notes})}
+    noted = dict(Counter(note for note in table["noted"] if note))
     return Table(table.remove_columns(["drop", "noted"]), dropped, noted)
 
 
