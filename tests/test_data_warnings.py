@@ -1,6 +1,10 @@
-"""Data that can be trained on but probably means something else: each doubt is one line, with a count and a remedy."""
+"""Data that can be trained on but probably means something else: each doubt is one line, with a count and a remedy.
+
+The table of verdicts in docs/troubleshooting.md names a test for each shape of data."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,3 +174,17 @@ def test_texts_that_show_nothing_are_empty(tmp_path, unseen):
     assert read_samples(write_pairs(tmp_path / "s.jsonl", rows)).dropped == {"empty_prompt": 1, "empty_completion": 1}
     with pytest.raises(InputError, match=r"row 1: .* should not be blank"):
         read_prompts(write_pairs(tmp_path / "q.jsonl", [{"prompt": unseen}]))
+
+
+def test_each_row_of_the_table_of_verdicts_names_a_test():
+    tests = Path(__file__).parent
+    page = (tests.parent / "docs/troubleshooting.md").read_text()
+    head, *rows = re.search(r"^\| in the data, or the model \|.*\n(?:\|.*\n)+", page, re.M).group().splitlines()
+    assert len(rows) > 40 and head.count("|") == 5
+    for row in rows[1:]:
+        _, verdict, _, test = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
+        assert verdict in ("honoured", "refused", "counted", "warned"), row
+        if "<!-- merge:" not in test:
+            file, name = test.strip("`").split("::")
+            shape = f'"{name}"' if file.startswith("bad_input/") else f"def {name}("
+            assert shape in (tests / file).read_text(), row
