@@ -100,6 +100,7 @@ class PlannedDataModule(L.LightningDataModule):
         self.encoding["special_tokens_in_text"] = special_tokens_in_text
         self.workers, self.processes, self.seed = workers, processes, seed
         self.counts: dict[str, Any] = {}
+        self.doubts: list[str] = []  # warnings about data that is trained on, but probably means something else
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
         self._loader: ResumableLoader | None = None
         self._consumed = 0
@@ -134,21 +135,25 @@ class PlannedDataModule(L.LightningDataModule):
         encoded, counts = encode_rows(rows, self.encoder, num_proc=self.processes, **self.encoding)
         self.counts[name] = {f"{self.noun}s": len(encoded), **counts}
         self.tables[name] = encoded
+        if (cut := counts["truncated"]) > 0.2 * len(rows):
+            said = f"{name}: {cut:,} of {len(rows):,} {self.noun}s ({cut / len(rows):.0%}) are cut to data.max_length"
+            self.doubts.append(f"{said} {self.encoding['max_length']}: raise it, or set data.overlong drop")
         return encoded
 
     def count_read(self, source: str, split: str, table: Any) -> Any:
-        """The data set of a table. Its rows and dropped rows are counted in `counts`."""
+        """The data set of a table. Its rows, dropped and noted rows are counted in `counts`."""
         name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
         self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped, **table.noted}
         return table.dataset
 
     def describe_counts(self) -> list[str]:
-        """A line of counts for each table, such as "train: 2,900 pairs, 31 truncated": no row is left out silently."""
+        """A line of counts for each table, such as "train: 2,900 pairs, 31 truncated", and the warnings: no row is left
+        out silently."""
         lines = []
         for name, counts in self.counts.items():
             parts = [f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count]
             lines.append(f"{name}: {', '.join(parts)}")
-        return lines
+        return lines + [f"warning: {doubt}" for doubt in self.doubts]
 
     def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """Row in the source, id and texts of the training rows with these `ids`."""

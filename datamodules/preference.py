@@ -11,7 +11,9 @@ from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, plan_steps
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.encoding import encoding_identity
+from mixdpo.data.messages import doubts_about_directions
 from mixdpo.data.pairs import read_pairs
+from mixdpo.data.ratings import doubts_about_margins
 from mixdpo.errors import InputError
 from mixdpo.routing.route import Route, Routing
 from mixdpo.routing.schedules import StepPlan
@@ -93,6 +95,9 @@ class PreferenceDataModule(PlannedDataModule):
         self.route = self.routing.plan(margins, ids, seed=self.seed)
         unread = ~self.route.is_sft & (np.asarray(self.train_pairs["chosen_weight"]) != 1)
         self.counts["train"]["weights_not_read"] = int(unread.sum())
+        if held_out is not None and self.route.is_hard.any() and not self.validation_is_hard().any():
+            said = f"validation: none of the {len(self.validation_pairs)} pairs is hard, so no metric is of hard pairs"
+            self.doubts.append(f"{said}: raise data.validation, or set data.validation_threshold")
         rank_zero_info("\n".join([*self.describe_counts(), self._describe_route()]))
         if (cleaning := getattr(self.trainer.lightning_module, "cleaning", None)) is not None:
             by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"
@@ -110,6 +115,8 @@ class PreferenceDataModule(PlannedDataModule):
         needed = signal is not None or self.routing.by_margin or self.validation_threshold is not None
         margin = self.margin if rated else ()
         table = read_pairs(source, split=split, margin=margin, margin_needed=needed, limit=self.limit)
+        doubts = doubts_about_margins(np.asarray(table.dataset["margin"])) + doubts_about_directions(table.dataset)
+        self.doubts += [f"{source}: {doubt}" for doubt in doubts]
         if signal is not None or self.margins_file is not None:
             texts = {pair["pair_id"]: text_hash(pair) for pair in table.dataset}
             rows = zip(texts.items(), table.dataset["row"], strict=True)
@@ -138,9 +145,9 @@ class PreferenceDataModule(PlannedDataModule):
         )
 
     def summary(self) -> dict[str, Any]:
-        """The content of `route.json`: the route's summary, and how many rows were read, dropped and truncated."""
+        """The content of `route.json`: the route's summary, how many rows were read, dropped or truncated, warnings."""
         source = {"margins": {"file": self.margins_file, **self._margins.header}} if self._margins else {}
-        run = {"counts": self.counts, "batch_size": self.batch_size, "seed": self.seed}
+        run = {"counts": self.counts, "warnings": self.doubts, "batch_size": self.batch_size, "seed": self.seed}
         return {**self.route.summary(), **run, **source}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:

@@ -78,9 +78,10 @@ class SFTDataModule(PlannedDataModule):
         return pool
 
     def summary(self) -> dict[str, Any]:
-        """The content of `plan.json`: the stages, and how many rows were read, dropped and truncated."""
+        """The content of `plan.json`: the stages, how many rows were read, dropped and truncated, and warnings."""
         stages = [{"slice": s.slice, "samples": len(s.samples), "steps": len(s.steps)} for s in self.stages]
-        return {"stages": stages, "counts": self.counts, "batch_size": self.batch_size, "seed": self.slices.seed}
+        run = {"counts": self.counts, "warnings": self.doubts, "batch_size": self.batch_size, "seed": self.slices.seed}
+        return {"stages": stages, **run}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return [step for stage in self.stages for step in stage.steps]

@@ -28,6 +28,7 @@ class MarginModule(L.LightningModule):
         quantization: loading.Quantization = "nf4",
         dtype: loading.Dtype = "bfloat16",
         attention: loading.Attention = "by_segment",
+        wide_weights: bool = False,
     ) -> None:
         """Computes a margin for each pair of the data, small = hard. The same command continues after an interruption.
 
@@ -38,11 +39,18 @@ class MarginModule(L.LightningModule):
             output: The margins file; RUNS/NAME.margins if not given. A file of other margins is not overwritten.
             quantization: How the model is held in memory.
             dtype: Of the model's unquantised weights and of the computation with 4-bit ones.
+            wide_weights: Accept a model of which quantization leaves more than a fifth of the weights in `dtype`.
             attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
                 eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
         """
         super().__init__()
-        self.base, self.signal, self.adapter, self.output = base, signal, adapter, output
+        self.base, self.signal, self.adapter, self.output, self.wide_weights = (
+            base,
+            signal,
+            adapter,
+            output,
+            wide_weights,
+        )
         self.needs: str = signal.needs  # type: ignore[attr-defined]
         if not {"policy": True, "adapter": bool(adapter)}.get(self.needs, not adapter):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
@@ -64,7 +72,7 @@ class MarginModule(L.LightningModule):
             load = loading.load_reward_model if self.needs == "reward model" else loading.load_base
             device = self.trainer.strategy.root_device
             loading.check_card(device, str(self.trainer.precision))
-            self.model = load(self.base, **self.loading, device=device)
+            self.model = load(self.base, **self.loading, wide_weights=self.wide_weights, device=device)
             loading.check_vocabulary(self.model, self.base, largest_id(*self.trainer.datamodule.tables.values()))
             used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])

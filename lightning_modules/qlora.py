@@ -19,7 +19,7 @@ from mixdpo.batches.rows import TokenRows
 from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
-from mixdpo.model.adapters import Lora, adapter_layers, adapter_state, add_adapters, add_reference, add_stage
+from mixdpo.model.adapters import Lora, adapter_layers, adapter_state, add_adapters, add_reference, add_stage, towers
 from mixdpo.model.forward import check_documents, output_head
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, check_vocabulary, load_base, on_the_cpu
@@ -50,6 +50,7 @@ class AdapterModule(L.LightningModule):
         schedule: Schedule = lazy_instance(StagedCosine),  # noqa: B008
         schedule_steps: int | None = None,
         cleaning: Cleaning | None = None,
+        wide_weights: bool = False,
     ) -> None:
         """A frozen base with LoRA adapters.
 
@@ -69,10 +70,13 @@ class AdapterModule(L.LightningModule):
             schedule_steps: Optimizer steps that the schedule is made for; the run's own if null. Set this where
                 trainer.max_steps only pauses a run that will be continued with more steps.
             cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
+            wide_weights: Accept a base of which quantization leaves more than a fifth of the weights in `dtype`, such
+                as the experts of a mixture.
         """
         super().__init__()
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
-        self.loading = {"quantization": quantization, "dtype": dtype, "attention": attention}
+        self.loading: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "attention": attention}
+        self.loading |= {"wide_weights": True} if wide_weights else {}
         self.activation_checkpointing = activation_checkpointing
         self._recompute_above: Any = 0 if activation_checkpointing is True else activation_checkpointing  # tokens
         self.optimizer, self.schedule, self.schedule_steps = optimizer, schedule, schedule_steps
@@ -108,6 +112,8 @@ class AdapterModule(L.LightningModule):
         check_vocabulary(base, self.base, largest_id(*getattr(data, "tables", {}).values()))
         if getattr(data, "documents", False):
             check_documents(base)
+        if self.adapter is None and (layers := towers(base)):
+            self.print(f"{len(layers)} linear layers get no adapter, as no text reaches them (first: {layers[0]})")
         self.model = add_adapters(base, self.lora, self.adapter)
         output_head(base)  # refuses an adapter on the output head
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None

@@ -3,7 +3,15 @@
 from functools import partial
 from typing import Any, Literal
 
-from mixdpo.data.messages import Message, checked_text, parse_messages, refuse_ignored, unweighted
+from mixdpo.data.messages import (
+    Message,
+    checked_text,
+    is_blank,
+    parse_messages,
+    refuse_ignored,
+    unweighted,
+    without_prompt,
+)
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
 from mixdpo.storage.identity import hash63
@@ -33,18 +41,15 @@ def read_samples(
     Returns:
         Columns sample_id (int64, >= 0), messages (the last one the assistant's), response_weights (float32, one a
         response; 0 for a response that is not trained on), source (str, "" where the row names none) and row; causes
-        "empty_prompt", "empty_completion" (every response blank), "no_trained_response". Noted are "blank_responses",
-        which have weight 0.
+        "empty_prompt", "empty_completion" (every response blank), "no_trained_response"; noted "blank_responses", which
+        have weight 0, and "prompt_repeated" (cut from the completion).
 
     Raises:
         InputError: the source cannot be read, no sample is usable, or a row is malformed or repeats an id.
     """
     options: dict[str, Any] = {"train_on": train_on, "one_each": one_each}
     columns = {"sample_id": "int64", "messages": "messages", "response_weights": "weights", "source": "string"}
-    columns |= {"blank_responses": "int64"}
-    table = read_table(source, split, limit, "sample", partial(_records, **options), columns, key=options)
-    noted = {"blank_responses": sum(table.dataset["blank_responses"])}
-    return Table(table.dataset.remove_columns("blank_responses"), table.dropped, noted)
+    return read_table(source, split, limit, "sample", partial(_records, **options), columns, key=options)
 
 
 def parse_sample(row: dict[str, Any]) -> list[Message]:
@@ -81,10 +86,10 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
 def _records(
     row: dict[str, Any], rows_of_ids: dict[int, int], train_on: TrainOn, one_each: bool
 ) -> list[dict[str, Any]]:
-    row = without_nulls(row)
+    row, repeated = without_prompt(without_nulls(row), "completion")
     messages = parse_sample(row)
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    blank = [not messages[end]["content"].strip() for end in ends]
+    blank = [is_blank(messages[end]["content"]) for end in ends]
     weights = [0.0 if empty else messages[end].get("weight", 1.0) for empty, end in zip(blank, ends, strict=True)]
     if train_on == "last":
         weights[:-1] = [0.0] * (len(ends) - 1)
@@ -93,15 +98,15 @@ def _records(
     sample = {"sample_id": row_id(row, id_column, messages, rows_of_ids), "messages": messages}
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
     drop = "empty_completion" if all(blank) else "" if any(weights) else "no_trained_response"
-    if messages[0]["role"] == "assistant" or not question.strip():
+    if messages[0]["role"] == "assistant" or is_blank(question):
         drop = "empty_prompt"
     sample |= {"source": checked_text(row.get("source", ""), "source"), "drop": drop}
-    sample |= {"response_weights": weights, "blank_responses": sum(blank)}
+    sample |= {"response_weights": weights, "noted": {"blank_responses": sum(blank), repeated: 1}}
     if drop or not one_each:
         return [sample]
     pieces: list[dict[str, Any]] = []
     for k in [k for k, weight in enumerate(weights) if weight]:
-        own = {"sample_id": hash63(f"{sample['sample_id']} {k}"), "blank_responses": 0} if pieces else {}
+        own = {"sample_id": hash63(f"{sample['sample_id']} {k}"), "noted": {}} if pieces else {}
         pieces.append(
             sample | own | {"messages": messages[: ends[k] + 1], "response_weights": [0.0] * k + [weights[k]]}
         )

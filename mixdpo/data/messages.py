@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -55,6 +56,17 @@ def split_by_prompt(
         sizes = f"{len(sides[0])} rows for training and {len(sides[1])} for validation"
         raise InputError(f"data.validation {fraction} leaves {sizes}: change the fraction or the seed.")
     return sides
+
+
+def doubts_about_directions(pairs: Any) -> list[str]:
+    """A warning where A over B and B over A occur for one prompt, among pairs of `read_pairs`."""
+    directions: dict[int, list[int]] = {}  # hash of a prompt and two responses -> pairs in either direction
+    for prompt, *responses in zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True):
+        key = hash63(json.dumps([prompt_texts(prompt), *sorted(responses)]))
+        directions.setdefault(key, [0, 0])[responses[0] < responses[1]] += 1
+    count = sum(sum(counts) for counts in directions.values() if all(counts))
+    said = f"{count:,} of {len(pairs):,} pairs occur in both directions, A over B and B over A for one prompt"
+    return [f"{said}: keep one direction"] if count else []
 
 
 def parse_messages(row: dict[str, Any], column: str, role: str | None = "assistant") -> list[Message]:
@@ -112,6 +124,30 @@ def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
         value = row.get(column)
         if value and not (isinstance(value, str) and value.strip() in repeated):
             raise InputError(f"the column {column!r} is not read ({value!r:.80}): put it into the prompt or remove it.")
+
+
+def is_blank(text: str) -> bool:
+    """Whether the text shows nothing: white space, and characters without a width such as U+200B."""
+    return all(each.isspace() or unicodedata.category(each) in ("Cf", "Cc", "Mn") for each in text)
+
+
+def without_prompt(row: dict[str, Any], *columns: str) -> tuple[dict[str, Any], str]:
+    """The row without the prompt's text at the beginning of its completions, as a conversation's prompt appears once.
+
+    Args:
+        columns: the completions. Nothing is cut unless all of them begin with the whole text of `prompt`: a single
+            response may repeat a question of its own accord, and a prompt of one word begins many a response.
+
+    Returns:
+        The row, and what to count: "prompt_repeated", "prompt_repeated_by_one" (not cut) or "".
+    """
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or len(prompt.split()) < 2:
+        return row, ""
+    repeats = [isinstance(row.get(column), str) and row[column].startswith(prompt) for column in columns]
+    if not all(repeats):
+        return row, "prompt_repeated_by_one" if any(repeats) else ""
+    return row | {column: row[column].removeprefix(prompt) for column in columns}, "prompt_repeated"
 
 
 def checked_text(value: Any, column: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from mixdpo.data.messages import Message, parse_messages, refuse_ignored, unweighted
+from mixdpo.data.messages import Message, is_blank, parse_messages, refuse_ignored, unweighted, without_prompt
 from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
@@ -33,10 +33,12 @@ def read_pairs(
     Returns:
         Columns pair_id (int64, >= 0), prompt (messages, the last one the user's), chosen and rejected (str),
         chosen_weight (float32, of the chosen response in SFT, 1 unless a mark in its message says otherwise), margin
-        (float64) and row; causes "empty_prompt", "empty_completion", "identical" (whitespace aside).
+        (float64) and row; causes "empty_prompt", "empty_completion", "identical" (whitespace aside); noted
+        "prompt_repeated" (cut from both responses), "prompt_repeated_by_one".
 
     Raises:
-        InputError: the source cannot be read, or a row is malformed, scoreless or repeats a pair_id.
+        InputError: the source cannot be read, or a row is malformed, scoreless or repeats a pair_id, or in more than a
+            fifth of the pairs one response begins with the prompt, and the other does not.
     """
     margin_columns: MarginColumns | None = () if margin == () else None
 
@@ -48,7 +50,13 @@ def read_pairs(
 
     columns = {"pair_id": "int64", "prompt": "messages", "chosen": "string", "rejected": "string"}
     columns |= {"chosen_weight": "float32", "margin": "float64"}
-    return read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed])
+    table = read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed])
+    if (count := table.noted.get("prompt_repeated_by_one", 0)) > 0.2 * len(table.dataset):
+        rows = ((row["row"], row["prompt"][-1]["content"], row["chosen"], row["rejected"]) for row in table.dataset)
+        first = next(row for row, prompt, *sides in rows if sides[0].startswith(prompt) != sides[1].startswith(prompt))
+        where = f"{source}: in {count} of {len(table.dataset)} pairs (first: row {first})"
+        raise InputError(f"{where} one response begins with the whole prompt, one does not: take it out of both.")
+    return table
 
 
 def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str, float]:
@@ -89,14 +97,16 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
 
 
 def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
-    present = without_nulls(row)  # a margin of null is refused, not absent: `row` keeps it
+    # a margin of null is refused, not absent: `row` keeps it
+    present, repeated = without_prompt(without_nulls(row), "chosen", "rejected")
     prompt, chosen, rejected, weight = parse_row(present)
     drop = "identical" if chosen.strip() == rejected.strip() else ""
-    if not chosen.strip() or not rejected.strip():
+    if is_blank(chosen) or is_blank(rejected):
         drop = "empty_completion"
-    if not prompt[-1]["content"].strip():
+    if is_blank(prompt[-1]["content"]):
         drop = "empty_prompt"
     pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_weight": weight}
+    pair["noted"] = {repeated: 1}
     pair |= {"pair_id": row_id(present, "pair_id", [prompt, chosen, rejected], rows_of_ids), "drop": drop}
     # a row that is kept out needs no score
     return pair | {"margin": math.nan if drop or not columns else row_margin(row, columns)}

@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from mixdpo.data.messages import checked_text, parse_messages, refuse_ignored
+from mixdpo.data.messages import checked_text, is_blank, parse_messages, refuse_ignored
 from mixdpo.data.sources import open_source
 from mixdpo.errors import InputError
 from mixdpo.storage.files import Row
@@ -27,7 +27,7 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
             messages = parse_messages(row, "prompt", "user")
             refuse_ignored(row, messages)
             checked_text(row.get("part", ""), "part")
-            if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+            if messages[-1]["role"] != "user" or is_blank(messages[-1]["content"]):
                 raise InputError(
                     "'prompt' should be text, or messages that end with role 'user', and should not be blank."
                 )

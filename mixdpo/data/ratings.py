@@ -64,6 +64,15 @@ def row_margin(row: dict[str, Any], columns: MarginColumns) -> float:
     return numbers[0] if len(numbers) == 1 else _number(numbers[0] - numbers[1], " - ".join(columns))
 
 
+def doubts_about_margins(margins: Any) -> list[str]:
+    """A warning where margins, an array (n,), are negative; NaN where there are none."""
+    share = (margins < 0).mean()
+    said = f"{share * len(margins):,.0f} of {len(margins):,} margins ({share:.0%}) are negative"
+    if share > 0.5:
+        return [f"{said} (scores swapped?): exchange the columns, data.margin [CHOSEN, REJECTED]"]
+    return [f"{said} and contradict their label, as the hardest pairs: correct or remove them"] if share else []
+
+
 def _number(value: Any, column: str) -> float:
     """A finite float; strings are parsed, because csv has only strings. A bool is no score."""
     try:

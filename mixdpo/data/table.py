@@ -23,7 +23,7 @@ Parse = Callable[[dict[str, Any], dict[int, int]], list[dict[str, Any]]]
 class Table(NamedTuple):
     """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
     else the number of the record. `dropped` counts the rows that were kept out, by cause. `noted` counts what is not
-    trained on in the other rows."""
+    taken as it is in the other rows, such as blank responses."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
@@ -38,9 +38,9 @@ def read_table(
     Args:
         noun: the word for a row, whose id is the column NOUN_id.
         parse: a row and {id: row number} of earlier rows -> its records. A record's `drop` says why the record is not
-            usable, or "".
-        columns: names and types of the table's columns, without `row` and `drop`; type "messages" is a message list,
-            "weights" a list of float32.
+            usable, or ""; its `noted` counts what is not taken as it is, by cause.
+        columns: names and types of the table's columns, without `row`, `drop` and `noted`; type "messages" is a message
+            list, "weights" a list of float32.
         key: further options that the table depends on, besides the data, `limit` and the code of this folder.
 
     Raises:
@@ -51,7 +51,7 @@ def read_table(
 
     opened, text = open_source(source, split), Value("string")
     lists = {"messages": [{"role": text, "content": text}], "weights": [Value("float32")]}
-    columns = columns | {"row": "int64", "drop": "string"}
+    columns = columns | {"row": "int64", "drop": "string", "noted": "string"}
     features = Features({name: lists.get(kind) or Value(kind) for name, kind in columns.items()})
     content = json.dumps([opened.name, opened.key, key, limit, room_code()])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -66,8 +66,10 @@ def read_table(
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
-    table = table.remove_columns("drop")
-    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, {})
+    table, noted = table.select(kept, keep_in_memory=True) if dropped else table, Counter[str]()
+    for counts in table["noted"]:
+        noted.update(json.loads(counts))
+    return Table(table.remove_columns(["drop", "noted"]), dropped, {cause: n for cause, n in noted.items() if cause and n})
 
 
 def room_code() -> list[str]:
@@ -84,7 +86,7 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
         except InputError as error:
             raise InputError(f"{source.name}, row {number}: {error} Columns present: {', '.join(row)}.") from error
         rows_of_ids |= {record[id_column]: number for record in records}
-        yield from (record | {"row": number} for record in records)
+        yield from (record | {"row": number, "noted": json.dumps(record["noted"])} for record in records)
         usable += not records[0]["drop"]
         if usable == limit:
             return

@@ -40,7 +40,8 @@ class Lora:
         rank: r, inner dimension of the update.
         alpha: α; the update is scaled by α / r.
         dropout: share of the adapter's inputs set to 0 in training.
-        targets: "all-linear" (every linear layer but the head) or module names such as ["q_proj", "v_proj"].
+        targets: "all-linear" (every linear layer but the head) or module names such as ["q_proj", "v_proj"]. Layers of
+            a vision or audio tower get no adapter: text does not reach them.
     """
 
     rank: PositiveInt = 16
@@ -59,8 +60,8 @@ def add_adapters(base: PreTrainedModel, lora: Lora, adapter: str | None = None) 
         InputError: the saved adapter cannot be loaded or does not fit the base, or `lora.targets` do not.
     """
     if adapter is None:
-        shape = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-        config = LoraConfig(**shape, target_modules=lora.targets, task_type="CAUSAL_LM")
+        shape = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "task_type": "CAUSAL_LM"}
+        config = LoraConfig(**shape, target_modules=lora.targets, exclude_modules=towers(base) or None)
         try:
             model = get_peft_model(base, config, adapter_name="policy")
         except ValueError as error:
@@ -74,6 +75,15 @@ def add_adapters(base: PreTrainedModel, lora: Lora, adapter: str | None = None) 
     model.stacked = {}  # adapter -> how many of the stage adapters stand under it
     _freeze_all_but_policy(model)
     return model
+
+
+def towers(base: PreTrainedModel) -> list[str]:
+    """Names of the linear layers outside the language model: those of vision and audio towers and their projectors."""
+    decoder = base.get_decoder()
+    if base.config.get_text_config() is base.config or decoder is base:
+        return []
+    text = {*decoder.modules(), base.get_output_embeddings()}
+    return [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear) and layer not in text]
 
 
 def add_reference(model: PeftModel, name: Role, adapter: str | None = None) -> None:
