@@ -12,6 +12,7 @@ from mixdpo.batches.steps import MicroBatch, plan_steps
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.encoding import encoding_identity
 from mixdpo.data.pairs import read_pairs
+from mixdpo.data.table import place_of
 from mixdpo.errors import InputError
 from mixdpo.routing.route import Route, Routing
 from mixdpo.routing.schedules import StepPlan
@@ -109,10 +110,10 @@ class PreferenceDataModule(PlannedDataModule):
         table = read_pairs(source, split=split, margin=margin, margin_needed=needed, limit=self.limit)
         if signal is not None or self.margins_file is not None:
             texts = {pair["pair_id"]: text_hash(pair) for pair in table.dataset}
-            rows = zip(texts.items(), table.dataset["row"], strict=True)
-            if changed := [row for (pair_id, text), row in rows if self.texts.get(pair_id, text) != text]:
+            if changed := [i for i, (key, text) in enumerate(texts.items()) if self.texts.get(key, text) != text]:
+                first = place_of(table.dataset[changed[0]])
                 raise InputError(
-                    f"{len(changed)} pairs of {source} (first: row {changed[0]}) have the pair_id of another pair of "
+                    f"{len(changed)} pairs of {source} (first: {first}) have the pair_id of another pair of "
                     f"{self.source}: leave pair_id out of both and compute the margins anew"
                 )
             self.texts |= texts
