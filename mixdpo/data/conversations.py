@@ -18,7 +18,7 @@ def read_samples(source: str, *, split: str = "train", limit: int | None = None)
     Args:
         source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
             with .gz).
-        split: split of a hub data set or folder; a single file has only `train`.
+        split: split of a hub data set or folder, or a slice such as train[:9]; a single file has only `train`.
         limit: stop after this many usable samples.
 
     Returns:

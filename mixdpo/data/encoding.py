@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 Overlong = Literal["truncate", "drop"]
+Turns = Callable[[], Sequence[tuple[int, int]]]
+ONE_TEXT = ((0, sys.maxsize),)
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
 
 
@@ -37,11 +39,7 @@ class EncodedPair:
         return min(len(self.chosen_ids), len(self.rejected_ids)) < 2
 
     def within(
-        self,
-        max_length: int,
-        max_prompt_length: int,
-        overlong: Overlong = "truncate",
-        turns: Callable[[], Sequence[tuple[int, int]]] = lambda: [(0, sys.maxsize)],
+        self, max_length: int, max_prompt_length: int, overlong: Overlong = "truncate", turns: Turns = lambda: ONE_TEXT
     ) -> "EncodedPair | None":
         """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
