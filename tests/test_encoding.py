@@ -9,7 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mixdpo.data.chat_template import load_template
-from mixdpo.data.encoding import EncodedPair, encode_pair, encode_rows, prompt_turns
+from mixdpo.data.cut_prompts import prompt_turns
+from mixdpo.data.encoding import EncodedPair, encode_pair, encode_rows
 from mixdpo.errors import InputError
 
 # ChatML as SmolLM2 writes it: a newline follows every end token.

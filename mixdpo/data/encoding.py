@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from mixdpo.data import chat_template as chat
+from mixdpo.data.cut_prompts import ONE_TEXT, Turns, cut_prompt, prompt_turns
 from mixdpo.data.table import place_of, room_code
 from mixdpo.errors import InputError
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 
 Overlong = Literal["truncate", "drop"]
-Turns = Callable[[], Sequence[tuple[int, int]]]
-ONE_TEXT = ((0, sys.maxsize),)
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
 
 
@@ -39,12 +37,16 @@ class EncodedPair:
         return min(len(self.chosen_ids), len(self.rejected_ids)) < 2
 
     def within(
-        self, max_length: int, max_prompt_length: int, overlong: Overlong = "truncate", turns: Turns = lambda: ONE_TEXT
+        self,
+        max_length: int,
+        max_prompt_length: int,
+        overlong: Overlong = "truncate",
+        turns: Callable[[], Turns] = lambda: ONE_TEXT,
     ) -> "EncodedPair | None":
         """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
         `truncate` cuts only a pair that is too long. The prompt keeps the tokens that the longer completion leaves, or
-        `max_prompt_length` if those are more; how is said at `_shortened`. Each completion then keeps its first
+        `max_prompt_length` if those are more; how is said at `cut_prompt`. Each completion then keeps its first
         `max_length` - prompt tokens, so a cut one loses its end token. Dropped are a pair that is too long (`drop`), a
         pair whose prompt cannot be cut to the room, a pair cut to two equal completions, and a pair with an empty
         completion.
@@ -60,23 +62,10 @@ class EncodedPair:
             return self
         prompt_ids, room = self.prompt_ids, max(max_prompt_length, max_length - longer)
         if overlong == "truncate" and len(prompt_ids) > room:
-            prompt_ids = _shortened(prompt_ids, room, turns())
+            prompt_ids = cut_prompt(prompt_ids, room, turns())
         room = max_length - len(prompt_ids)
         cut = EncodedPair(prompt_ids, self.chosen_ids[:room], self.rejected_ids[:room])
         return None if overlong == "drop" or not prompt_ids or cut.chosen_ids == cut.rejected_ids else cut
-
-
-def _shortened(ids: list[int], room: int, turns: Sequence[tuple[int, int]]) -> list[int]:
-    """The prompt's newest tokens behind the template's start: BOS, system message and the mark of the turn that is cut.
-    A turn's mark is what stands between the text before and its own text. Nothing if the room is too small."""
-    head, before = ids[: turns[0][0]], turns[0][0]
-    for begin, end in turns:
-        mark = ids[before:begin]
-        start = len(ids) - (room - len(head) - len(mark))
-        if start < min(end, len(ids)):
-            return head + mark + ids[max(start, begin) :]
-        before = end
-    return []
 
 
 @dataclass(frozen=True)
@@ -122,19 +111,6 @@ def encode_pair(
     prompt_ids, *sides = chat.encode_responses(tokenizer, template, prompt, chosen, rejected, **options)
     boundary = _boundary(prompt_ids, *sides)
     return EncodedPair(prompt_ids[:boundary], *(ids[boundary:] for ids in sides))
-
-
-def prompt_turns(tokenizer: "Tokenizer", prompt: chat.Messages, **options: Any) -> list[tuple[int, int]]:
-    """Where the text of each message, from the first user's on, begins and ends in the ids of a prompt: around what is
-    gone when the text is empty. Options as for `chat.encode_responses`."""
-    (ids,) = chat.encode_responses(tokenizer, prompt=prompt, **options)
-    turns = []
-    for number in range([message["role"] for message in prompt].index("user"), len(prompt)):
-        without = [*prompt[:number], {**prompt[number], "content": ""}, *prompt[number + 1 :]]
-        (rest,) = chat.encode_responses(tokenizer, prompt=without, **options)
-        begin = chat.shared_length(ids, rest)
-        turns.append((begin, max(begin, len(ids) - chat.shared_length(ids[::-1], rest[::-1]))))
-    return turns
 
 
 def _boundary(*sequences: list[int]) -> int:
