@@ -73,8 +73,8 @@ class PlannedDataModule(L.LightningDataModule):
 
         Args:
             tokenizer: Hub id or folder; linked to model.base.
-            split: Split of a hub data set or folder to train on, or a slice such as train[:1000]. A word such as test in
-                a file's name, or its folder's, is the file's split; all are `train` if none has any.
+            split: Split of a hub data set or folder to train on, or a slice such as train[:1000]. A word such as test
+                in a file's name, or its folder's, is the file's split; all are `train` if none has any.
             validation: Share of the prompts (not rows) held out, or another source; 0 for none.
             validation_split: Split of the source that `validation` names; `split` if null.
             limit: Number of usable rows to read; all if null.

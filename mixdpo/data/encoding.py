@@ -221,9 +221,7 @@ def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limi
         whole = kind.encode(tokenizer, *texts, **options)
     except InputError as error:
         raise InputError(f"{place_of(row)} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
-    turns: dict[str, Any] = (
-        {"turns": partial(prompt_turns, tokenizer, row["prompt"], **options)} if "prompt" in kind.texts else {}
-    )
+    turns: Any = {"turns": partial(prompt_turns, tokenizer, texts[0], **options)} if "prompt" in kind.texts else {}
     limited = whole.within(**limits, **turns)
     cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"
     status = "dropped_empty" if whole.is_empty else cut
