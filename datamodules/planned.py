@@ -15,6 +15,7 @@ from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
 from mixdpo.data.encoding import IDS, Overlong, encode_rows
 from mixdpo.data.messages import prompt_texts, split_by_prompt
 from mixdpo.data.sources import is_one_file
+from mixdpo.data.table import place_of
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
@@ -72,7 +73,8 @@ class PlannedDataModule(L.LightningDataModule):
 
         Args:
             tokenizer: Hub id or folder; linked to model.base.
-            split: Split of a hub data set or folder to train on.
+            split: Split of a hub data set or folder to train on, or a slice such as train[:1000]. A word such as test
+                in a file's name, or its folder's, is the file's split; all are `train` if none has any.
             validation: Share of the prompts (not rows) held out, or another source; 0 for none.
             validation_split: Split of the source that `validation` names; `split` if null.
             limit: Number of usable rows to read; all if null.
@@ -118,7 +120,7 @@ class PlannedDataModule(L.LightningDataModule):
         train = self.read(self.source, self.split)
         if isinstance(self.validation, str):
             held_out = self.read(self.validation, self.validation_split)
-            _check_apart(_prompts(train), _prompts(held_out), held_out["row"], self.validation)
+            _check_apart(_prompts(train), _prompts(held_out), held_out, self.validation)
             return train, held_out
         if self.validation:
             kept, out = split_by_prompt(_prompts(train), self.validation, self.seed)
@@ -151,8 +153,9 @@ class PlannedDataModule(L.LightningDataModule):
         out silently."""
         lines = []
         for name, counts in self.counts.items():
-            parts = [f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count]
-            lines.append(f"{name}: {', '.join(parts)}")
+            # words with spaces hold the name of a file
+            parts = ((n, what if " " in what else what.replace("_", " ")) for what, n in counts.items() if n)
+            lines.append(f"{name}: {', '.join(f'{count:,} {what}' for count, what in parts)}")
         return lines + [f"warning: {doubt}" for doubt in self.doubts]
 
     def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -162,7 +165,8 @@ class PlannedDataModule(L.LightningDataModule):
         rows = [table[place[row_id]] for row_id in ids]
         names = [name for name in IDS if name in table.column_names]
         texts = [{name.removesuffix("_ids"): self.encoder.decode(row[name]) for name in names} for row in rows]
-        return [{"row": row["row"], key: row[key], **text} for row, text in zip(rows, texts, strict=True)]
+        where = [{name: row[name] for name in ("row", "place", key) if name in row} for row in rows]
+        return [place | text for place, text in zip(where, texts, strict=True)]
 
     def validation_batches(self, lengths: Sequence[int], ids: Sequence[int]) -> list[MicroBatch]:
         """This rank's batches of held-out rows, longest first. Filler of weight 0 gives all ranks as many batches."""
@@ -266,12 +270,11 @@ def _prompts(rows: Any) -> Iterable[Any]:
     return (messages[: [m["role"] for m in messages].index("assistant")] for messages in rows["messages"])
 
 
-def _check_apart(train: Iterable[Any], held_out: Iterable[Any], rows: Sequence[int], source: str) -> None:
+def _check_apart(train: Iterable[Any], held_out: Iterable[Any], rows: Any, source: str) -> None:
     """Refuse held-out prompts that are trained on: a metric on such prompts would mean nothing."""
     known = {hash63(str(prompt_texts(prompt))) for prompt in train}
-    shared = [row for row, prompt in zip(rows, held_out, strict=True) if hash63(str(prompt_texts(prompt))) in known]
+    shared = [i for i, prompt in enumerate(held_out) if hash63(str(prompt_texts(prompt))) in known]
     if shared:
         share = f"{len(shared)} of {len(rows)} held-out rows of {source}"
-        raise InputError(
-            f"{share} have a prompt that is trained on (first: row {shared[0]}): give another data.validation"
-        )
+        first = f"have a prompt that is trained on (first: {place_of(rows[shared[0]])})"
+        raise InputError(f"{share} {first}: give another data.validation")

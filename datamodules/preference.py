@@ -14,6 +14,7 @@ from mixdpo.data.encoding import encoding_identity
 from mixdpo.data.messages import doubts_about_directions
 from mixdpo.data.pairs import read_pairs
 from mixdpo.data.ratings import doubts_about_margins
+from mixdpo.data.table import place_of
 from mixdpo.errors import InputError
 from mixdpo.routing.route import Route, Routing
 from mixdpo.routing.schedules import StepPlan
@@ -50,7 +51,8 @@ class PreferenceDataModule(PlannedDataModule):
                 given, columns with usual names are used.
             margins_file: Margins file of `run.py predict`. Margin columns of the data are then not read.
             max_length: Longest prompt + completion, in tokens.
-            max_prompt_length: Longest prompt of a pair that exceeds max_length, in tokens.
+            max_prompt_length: Tokens that a prompt keeps at least where a pair exceeds max_length. It is cut to these,
+                or to all that the longer response leaves: its start with the system message and its end stay.
             share_prompt: Compute the prompt once for both responses; false gives each a copy. The numbers are the same.
         """
         super().__init__(source, **options)
@@ -119,10 +121,10 @@ class PreferenceDataModule(PlannedDataModule):
         self.doubts += [f"{source}: {doubt}" for doubt in doubts]
         if signal is not None or self.margins_file is not None:
             texts = {pair["pair_id"]: text_hash(pair) for pair in table.dataset}
-            rows = zip(texts.items(), table.dataset["row"], strict=True)
-            if changed := [row for (pair_id, text), row in rows if self.texts.get(pair_id, text) != text]:
+            if changed := [i for i, (key, text) in enumerate(texts.items()) if self.texts.get(key, text) != text]:
+                first = place_of(table.dataset[changed[0]])
                 raise InputError(
-                    f"{len(changed)} pairs of {source} (first: row {changed[0]}) have the pair_id of another pair of "
+                    f"{len(changed)} pairs of {source} (first: {first}) have the pair_id of another pair of "
                     f"{self.source}: leave pair_id out of both and compute the margins anew"
                 )
             self.texts |= texts

@@ -51,9 +51,10 @@ class PromptDataModule(L.LightningDataModule):
             try:
                 prompt = self.form(number, row)
             except InputError as error:
-                raise InputError(f"{opened.name}, row {number}: {error}") from error
+                raise InputError(f"{opened.name}, {opened.place(number)}: {error}") from error
             if prompt.key in seen:
-                raise InputError(f"{opened.name}: rows {seen[prompt.key]} and {number} have the same id {prompt.key}")
+                places = f"{opened.place(seen[prompt.key])} and {opened.place(number)}"
+                raise InputError(f"{opened.name}: {places} have the same id {prompt.key}")
             seen[prompt.key] = number
             self.prompts.append(prompt)
         if not self.prompts:

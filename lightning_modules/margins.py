@@ -11,7 +11,7 @@ from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
 from mixdpo.model import loading
 from mixdpo.model.adapters import Lora, add_adapters
-from mixdpo.model.forward import check_documents
+from mixdpo.model.forward import check_documents, check_lengths
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.signals.margins_file import MarginsWriter
 
@@ -73,11 +73,15 @@ class MarginModule(L.LightningModule):
             device = self.trainer.strategy.root_device
             loading.check_card(device, str(self.trainer.precision))
             self.model = load(self.base, **self.loading, wide_weights=self.wide_weights, device=device)
-            loading.check_vocabulary(self.model, self.base, largest_id(*self.trainer.datamodule.tables.values()))
+            tables = self.trainer.datamodule.tables.values()
+            loading.check_vocabulary(self.model, self.base, largest_id(*tables))
+            # a reward model computes each sequence alone
+            packed = self.trainer.datamodule.documents and self.needs != "reward model"
+            self.print(check_lengths(self.model, self.base, tables, packed=packed), end="")
             used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):
-            if self.trainer.datamodule.documents:
+            if packed:
                 check_documents(self.model)
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
             used["adapter_weights"] = adapter_fingerprint(self.model, "policy") if self.adapter else None

@@ -20,7 +20,7 @@ from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
 from mixdpo.model.adapters import Lora, adapter_layers, adapter_state, add_adapters, add_reference, add_stage, towers
-from mixdpo.model.forward import check_documents, output_head
+from mixdpo.model.forward import check_documents, check_lengths, output_head
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, check_vocabulary, load_base, on_the_cpu
 from mixdpo.model.memory import most_tokens, recompute
@@ -109,8 +109,10 @@ class AdapterModule(L.LightningModule):
         if str(self.trainer.precision) == "bf16-true":
             self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
         base = load_base(self.base, **self.loading, device=strategy.root_device)
-        check_vocabulary(base, self.base, largest_id(*getattr(data, "tables", {}).values()))
-        if getattr(data, "documents", False):
+        tables, packed = getattr(data, "tables", {}).values(), getattr(data, "documents", False)
+        check_vocabulary(base, self.base, largest_id(*tables))
+        self.print(check_lengths(base, self.base, tables, packed=packed), end="")
+        if packed:
             check_documents(base)
         if self.adapter is None and (layers := towers(base)):
             self.print(f"{len(layers)} linear layers get no adapter, as no text reaches them (first: {layers[0]})")

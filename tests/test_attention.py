@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from mixdpo.batches.rows import Piece, build_rows, token_rows
 from mixdpo.errors import InputError
-from mixdpo.model.forward import _check_window, check_documents, output_head, predicting_states
+from mixdpo.model.forward import _check_window, check_documents, check_lengths, output_head, predicting_states
 from mixdpo.model.fused_head import token_log_probs
 from mixdpo.model.loading import load_base
 
@@ -132,10 +133,12 @@ def test_dropout_of_the_base_is_off_under_any_name(name: str, attention: str, tm
 
 
 def test_a_sequence_beyond_the_sliding_window_is_refused_only_where_it_is_packed(tmp_path: Path) -> None:
-    model = load(write_tiny("mistral", tmp_path, sliding_window=15), "by_segment")
-    with pytest.raises(InputError, match="sliding window of 15"):
-        predicting_states(model, rows_of(PAIRS))
-    predicting_states(model, rows_of(PAIRS[1:]))
+    """A response behind a shared prompt sees no other response, so each alone must fit: 5 + 7, 2, 3 + 9, 8 + 6."""
+    model = load(write_tiny("mistral", tmp_path, sliding_window=12), "by_segment")
+    with pytest.raises(InputError, match=r"14 tokens .* sliding window of 12"):
+        predicting_states(model, rows_of(PAIRS, pack=100))
+    found = in_rows(model, rows_of(PAIRS[:3], pack=100))
+    torch.testing.assert_close(found, one_by_one(model, PAIRS[:3]), rtol=1e-5, atol=1e-5)
     long = [pair(20, 9, 3)]
     found = in_rows(model, rows_of(long, share=False))
     torch.testing.assert_close(found, one_by_one(model, long), rtol=1e-5, atol=1e-6)
@@ -146,10 +149,58 @@ COMPOSITE = lambda window: transformers.Gemma3Config(text_config={"sliding_windo
 
 @pytest.mark.parametrize("config", [COMPOSITE, lambda window: transformers.GPTNeoConfig(window_size=window)])
 def test_windows_that_go_by_other_names(config: Any) -> None:
-    """The one within a composite configuration, and GPT-Neo's; the first pair has 5 + 4 + 7 tokens."""
-    _check_window(config(16), rows_of(PAIRS))
-    with pytest.raises(InputError, match=r"16 tokens .* window of 15"):
-        _check_window(config(15), rows_of(PAIRS))
+    """The one within a composite configuration, and GPT-Neo's; the last pair has 8 + 6 tokens."""
+    _check_window(config(14), rows_of(PAIRS))
+    with pytest.raises(InputError, match=r"14 tokens .* window of 13"):
+        _check_window(config(13), rows_of(PAIRS))
+    sample = token_rows([[Piece([1] * 14)], [Piece([1])]], 0, 100)
+    with pytest.raises(InputError, match=r"14 tokens .* window of 13"):
+        _check_window(config(13), sample)
+
+
+def table(pairs: Any, **more: Any) -> Any:
+    rows = [{"pair_id": 70 + i, "row": i + 1} | pair for i, pair in enumerate(pairs)]
+    return datasets.Dataset.from_list([row | {name: of[i] for name, of in more.items()} for i, row in enumerate(rows)])
+
+
+@pytest.mark.parametrize(("name", "more"), [("gpt2", {}), ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 48})])
+def test_more_tokens_than_absolute_positions_are_refused(name: str, more: Any, tmp_path: Path) -> None:
+    model = load(write_tiny(name, tmp_path, **more), "eager")
+    assert check_lengths(model, "m", [table([pair(60, 68, 1), pair(100, 1, 28)])], packed=False) == ""
+    long = table([pair(1, 1, 1), pair(60, 9, 69), pair(127, 1, 1)])
+    with pytest.raises(
+        InputError, match=r"^row 2 \(id 71\) has 129 tokens, and m has 128 positions: set data.max_length 128"
+    ):
+        check_lengths(model, "m", [table(PAIRS), long], packed=False)
+    assert check_lengths(model, "m", [long.select([0, 2])], packed=False) == ""  # a row that is left out does not count
+    with pytest.raises(InputError, match=r"^b.csv, row 1 \(id 71\) has 129 tokens"):
+        check_lengths(
+            model,
+            "m",
+            [table(long.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]), place=["", "b.csv, row 1", ""])],
+            packed=True,
+        )
+    sample = datasets.Dataset.from_list([{"sample_id": 7, "row": 4, "input_ids": [5] * 129}])
+    with pytest.raises(InputError, match=r"row 4 \(id 7\) has 129 tokens"):
+        check_lengths(model, "m", [sample], packed=True)
+
+
+def test_more_tokens_than_the_window_are_refused_where_sequences_share_rows(tmp_path: Path) -> None:
+    model = load(write_tiny("mistral", tmp_path, sliding_window=13), "by_segment")
+    with pytest.raises(
+        InputError, match=r"row 4 \(id 73\) has 14 tokens, and m has a sliding window of 13: set data.max"
+    ):
+        check_lengths(model, "m", [table(PAIRS)], packed=True)
+    assert check_lengths(model, "m", [table(PAIRS)], packed=False) == ""
+    assert check_lengths(model, "m", [table(PAIRS[:3])], packed=True) == ""
+
+
+def test_more_tokens_than_rotary_positions_are_warned_about_once(folder: Path) -> None:
+    model = load(folder, "eager")
+    tables = [table([pair(1, 127, 1), pair(1, 1, 128), pair(99, 1, 50)]), table([pair(1, 128, 1)])]
+    told = "warning: 3 rows have more tokens than the 128 positions that m was made with: set data.max_length 128\n"
+    assert check_lengths(model, "m", tables, packed=False) == told
+    assert check_lengths(model, "m", [tables[0].select([0])], packed=False) == ""
 
 
 def test_a_head_that_says_other_logits_than_the_model_is_refused(tiny_model, monkeypatch):

@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mixdpo.data.chat_template import load_template
+from mixdpo.data.cut_prompts import prompt_turns
 from mixdpo.data.encoding import EncodedPair, encode_pair, encode_rows
 from mixdpo.errors import InputError
 
@@ -159,6 +160,14 @@ def test_a_template_writes_the_same_date_on_all_days():
         load_template(word_tokenizer(today.replace("'%d %b %Y'", "form")), None)
 
 
+def test_named_templates_without_a_default_are_named():
+    named = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(InputError, match=r"templates \(rag, tool_use\) lack a default: set data.chat_template"):
+        load_template(word_tokenizer(named), None)
+    assert load_template(word_tokenizer(named), CHATML) == CHATML
+    assert load_template(word_tokenizer(named | {"default": CHATML}), None) == CHATML
+
+
 # Lengths.
 
 PAIR = EncodedPair([1, 2, 3, 4], [5, 6, 7, 99], [8, 99])
@@ -168,6 +177,7 @@ PAIR = EncodedPair([1, 2, 3, 4], [5, 6, 7, 99], [8, 99])
     ("max_length", "max_prompt_length", "expected"),
     [
         (8, 2, PAIR),  # 4 + 4 fits, so the prompt is left alone
+        (7, 2, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),  # 4 leave 3, and more than 2 may be used
         (7, 3, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),
         (5, 3, EncodedPair([2, 3, 4], [5, 6], [8, 99])),
         (4, 3, EncodedPair([2, 3, 4], [5], [8])),
@@ -180,6 +190,94 @@ def test_truncation_keeps_the_prompts_end_and_the_completions_start(max_length, 
     assert PAIR.within(**limits, overlong="truncate") == expected
     assert PAIR.within(**limits, overlong="drop") == (PAIR if max_length == 8 else None)
     assert EncodedPair(PAIR.prompt_ids, [], PAIR.rejected_ids).within(**limits) is None
+
+
+# [1 2] start, [3] mark, [4 5 6 7] text, [8 9] mark, [10 11 12] text, [13] end
+TURNS = [(3, 7), (9, 12)]
+LONG = [*range(1, 14)]
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        (12, [1, 2, 3, *range(5, 14)]),
+        (10, [1, 2, 3, *range(7, 14)]),
+        (9, [1, 2, 3, 8, 9, 10, 11, 12, 13]),  # nothing of the first text is left: the second one behind its mark
+        (8, [1, 2, 3, 8, 9, 11, 12, 13]),
+        (7, [1, 2, 3, 8, 9, 12, 13]),
+        (6, None),  # no text would be left
+    ],
+)
+def test_a_prompt_keeps_its_start_the_mark_of_the_turn_that_is_cut_and_its_newest_end(room, expected):
+    pair = EncodedPair(LONG, [20, 99], [21, 99]).within(room + 2, 1, turns=lambda: TURNS)
+    assert pair == (expected and EncodedPair(expected, [20, 99], [21, 99]))
+    lazy = EncodedPair(LONG, [20, 99], [21, 99]).within(15, 1, turns=lambda: pytest.fail("asked"))
+    assert lazy == EncodedPair(LONG, [20, 99], [21, 99])
+
+
+TALK = [
+    {"role": "system", "content": "plus plus"},
+    {"role": "user", "content": "two two two two"},
+    {"role": "assistant", "content": "four four four"},
+    {"role": "user", "content": "is is is is is"},
+]
+SYSTEM_IDS = [BOS, START, SYSTEM, NEWLINE, PLUS, PLUS, END, NEWLINE]
+OPEN_IDS = [END, NEWLINE, START, ASSISTANT, NEWLINE]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "kept"),
+    [
+        (39, [START, USER, NEWLINE, TWO, TWO, TWO, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, FOUR, FOUR, END]),
+        (34, [START, USER, NEWLINE, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, END]),
+    ],
+)
+def test_a_cut_prompt_keeps_bos_system_message_and_well_formed_turns(max_length, kept):
+    tokenizer = word_tokenizer("<s>" + CHATML, bos=True)
+    data = table(("two", "four", "is"), ("two", "four", "is")).to_list()
+    data = datasets.Dataset.from_list([row | {"prompt": TALK} for row in data])
+    (row, _), counts = encode_rows(data, tokenizer, max_length=max_length, max_prompt_length=8)
+    assert counts["truncated"] == 2 and row["truncated"]
+    end = [NEWLINE, START, USER, NEWLINE, *[IS] * 5, *OPEN_IDS]
+    assert row["prompt_ids"] == [*SYSTEM_IDS, *kept, *end]
+    assert len(row["prompt_ids"]) + 2 == max_length
+    assert (row["chosen_ids"], row["rejected_ids"]) == ([FOUR, END], [IS, END])
+
+
+texts = st.lists(st.sampled_from(WORDS[8:]), min_size=1, max_size=6).map(" ".join)
+
+
+@given(
+    turns=st.lists(texts, min_size=1, max_size=4).map(lambda given: given[: len(given) // 2 * 2 + 1] or given[:1]),
+    system=st.booleans(),
+    responses=st.tuples(texts, texts),
+    lengths=st.tuples(st.integers(2, 60), st.integers(1, 60)).filter(lambda pair: pair[1] < pair[0]),
+)
+def test_any_cut_pair_is_its_start_a_mark_and_its_end(turns, system, responses, lengths):
+    tokenizer = word_tokenizer("<s>" + CHATML, bos=True)
+    messages = [
+        {"role": "assistant" if i % 2 else "user", "content": text}
+        for i, text in enumerate(turns[: len(turns) - 1 + len(turns) % 2])
+    ]
+    messages = TALK[:1] * system + messages
+    options = {"template": tokenizer.chat_template}
+    whole = encode_pair(tokenizer, messages, *responses, **options)
+    where = prompt_turns(tokenizer, messages, **options)
+    found = [tokenizer.decode(whole.prompt_ids[begin:end]) for begin, end in where]
+    assert found == [message["content"] for message in messages[system:]]
+    pair = whole.within(*lengths, turns=lambda: where)
+    head = [*SYSTEM_IDS, START, USER, NEWLINE] if system else [BOS, START, USER, NEWLINE]
+    longer = max(map(len, (whole.chosen_ids, whole.rejected_ids)))
+    if pair is None or pair == whole:
+        return
+    kept, room = pair.prompt_ids, max(lengths[1], lengths[0] - longer)
+    assert len(kept) + max(map(len, (pair.chosen_ids, pair.rejected_ids))) <= lengths[0]
+    assert kept[: len(head)] == head and kept[-5:] == OPEN_IDS
+    if kept != whole.prompt_ids:
+        assert room - 5 <= len(kept) <= room  # a turn's mark is 5 tokens
+        assert kept.count(START) == kept.count(END) + 1
+        last = kept[len(head) :] if len(messages) == 1 + system else kept[-6:]
+        assert whole.prompt_ids[-len(last) :] == last
 
 
 def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
@@ -208,7 +306,7 @@ def test_a_table_truncates_and_counts():
     assert (
         encoded["pair_id"][:] == [10, 11, 12] and encoded["margin"][:] == [0, 0.5, 1] and encoded["row"][:] == [1, 2, 3]
     )
-    assert encoded["prompt_ids"][:] == [PROMPT_IDS, PROMPT_IDS[-9:], PROMPT_IDS]
+    assert encoded["prompt_ids"][:] == [PROMPT_IDS, PROMPT_IDS[:3] + PROMPT_IDS[4:], PROMPT_IDS]
     assert encoded["rejected_ids"][:] == [[TWO, END], [IS, TWO, END], [IS, END]]
 
 

@@ -187,8 +187,8 @@ def test_validation_of_another_split_or_of_a_file_without_any(tiny_model, tmp_pa
     for name, table in tables.items():
         table.to_json(f"{folder}/data/{name}-00000-of-00001.jsonl")
     counts = read(tiny_model, folder, tmp_path, split="prefs", validation=folder, validation_split="held").counts
-    assert counts[f"read/{folder}, split prefs"] == {"pairs": 9}
-    assert counts[f"read/{folder}, split held"] == {"pairs": 10}
+    assert counts[f"read/{folder}, split prefs"] == {"pairs": 9, "rows of data/prefs-00000-of-00001.jsonl": 9}
+    assert counts[f"read/{folder}, split held"] == {"pairs": 10, "rows of data/held-00000-of-00001.jsonl": 10}
     with pytest.raises(InputError, match="a prompt that is trained on"):  # held out of the split that is trained on
         read(tiny_model, folder, tmp_path, split="prefs", validation=folder)
     held_out = write_pairs(tmp_path / "held_out.jsonl", make_pairs(3, seed=2))

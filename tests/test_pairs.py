@@ -85,22 +85,128 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, name):
     assert pairs.dropped == {}
 
 
-def test_folders(tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write(folder / "test.jsonl", [PAIR])
-    assert read_pairs(str(folder), split="test").dataset["chosen"][:] == ["4"]
-    with pytest.raises(InputError, match=r"folder, split 'train' cannot be read.*test"):
-        read_pairs(str(folder))
+def write_folder(folder, **files):
+    """Files of rows below a folder; in a name `__` stands for a slash, and the last `_` for the dot."""
+    for name, rows in files.items():
+        path = folder / ".".join(name.replace("__", "/").rsplit("_", 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            datasets.Dataset.from_list(rows).to_parquet(str(path))
+        else:
+            write(path, rows)
+    return str(folder)
+
+
+def numbered(*numbers):
+    return [PAIR | {"prompt": f"{number}?"} for number in numbers]
+
+
+def asked_in(source, split="train"):
+    return [prompt[0]["content"] for prompt in read_pairs(source, split=split).dataset["prompt"]]
+
+
+def test_all_files_of_a_folder_are_read_in_name_order_whatever_their_form(tmp_path):
+    folder = write_folder(tmp_path / "f", b_csv=numbered(3), a_jsonl=numbered(1, 2), c__d_parquet=numbered(4, 5))
+    write_folder(tmp_path / "f" / ".hidden", e_jsonl=numbered(6))
+    (tmp_path / "f" / "README.md").write_text("# Pairs")
+    (tmp_path / "f" / "b.csv").write_text((tmp_path / "f" / "b.csv").read_text() + "7?,four,,1\n")  # kept out, counted
+    for _ in range(2):  # the second time from the cache
+        table = read_pairs(folder)
+        assert asked_in(folder) == ["1?", "2?", "3?", "4?", "5?"]
+        assert table.dataset["row"][:] == [1, 2, 3, 5, 6]
+        places = ["a.jsonl, row 1", "a.jsonl, row 2", "b.csv, row 1", "c/d.parquet, row 1", "c/d.parquet, row 2"]
+        assert table.dataset["place"][:] == places
+        assert table.noted == {"rows of a.jsonl": 2, "rows of b.csv": 2, "rows of c/d.parquet": 2}
+
+
+def test_files_of_a_folder_need_not_agree_in_columns_and_types(tmp_path):
+    """What each file alone may hold: scores of other types, columns that are null or not there, keys of a message."""
+    rows = [PAIR | {"margin": 1, "note": None}, PAIR | {"margin": 6.5, "note": "1972-01-30", "chosen": "six"}]
+    messages = [user("2+2?") | {"name": None}, user("2+2?") | {"name": None, "more": ""}]
+    rows += [PAIR | {"prompt": [message], "chosen": str(i)} for i, message in enumerate(messages)]
+    folder = write_folder(tmp_path / "f", **{f"{i}_jsonl": [row] for i, row in enumerate(rows)})
+    assert read_pairs(folder).dataset["margin"][:] == [1, 6.5, 1.5, 1.5]
+
+
+SPLIT_FILES = {
+    "train_jsonl": "train",
+    "my-validation-1_jsonl": "validation",
+    "dev__a_jsonl": "validation",
+    "a__test 2__x_jsonl": "test",
+    "training__b_jsonl": "train",
+    "eval_jsonl": "test",
+    "train__test_jsonl": "train",  # the folder's word counts
+    "data__prefs-00000-of-00002_jsonl": "prefs",
+    "retrained_jsonl": "",
+}
+
+
+def test_the_split_of_a_file_is_a_word_in_its_name_or_folder(tmp_path):
+    files = {name: numbered(number) for number, name in enumerate(SPLIT_FILES)}
+    folder = write_folder(tmp_path / "f", **files)
+    for split in ("train", "validation", "test", "prefs"):
+        wanted = {f"{number}?" for number, name in enumerate(SPLIT_FILES) if SPLIT_FILES[name] == split}
+        assert set(asked_in(folder, split)) == wanted
+    assert read_pairs(folder, split="prefs").files["files of no split, not read: retrained.jsonl"] == 1
+    assert set(asked_in(folder, "prefs+validation")) == {"1?", "2?", "7?"}
+    with pytest.raises(InputError, match=r"f, split 'held' cannot be read: .*validation: dev/a.jsonl, my-validation-1"):
+        read_pairs(folder, split="held")
+
+
+def test_the_rule_of_splits_is_that_of_datasets(tmp_path):
+    for name, split in SPLIT_FILES.items():
+        folder = write_folder(tmp_path / name, **{name: numbered(1)})
+        assert datasets.load_dataset(folder).keys() == {split or "train"}
+        assert asked_in(folder, split or "train") == ["1?"]
+
+
+def test_a_slice_is_cut_from_all_files_of_the_split(tmp_path):
+    folder = write_folder(tmp_path / "f", **{"train-1_jsonl": numbered(0, 1, 2), "train-2_csv": numbered(3, 4, 5)})
+    for split, wanted in {"[:4]": range(4), "[50%:]": range(3, 6), "[2:4]": (2, 3), "[-1:]": (5,)}.items():
+        assert asked_in(folder, f"train{split}") == [f"{number}?" for number in wanted]
+    part = read_pairs(folder, split="train[2:4]")
+    assert part.dataset["place"][:] == ["train-1.jsonl, row 3", "train-2.csv, row 1"]
+    assert part.noted == {"rows of train-1.jsonl": 1, "rows of train-2.csv": 1}
+
+
+def test_a_row_of_a_folder_is_named_by_its_file(tmp_path):
+    folder = write_folder(tmp_path / "f", a_jsonl=[PAIR | {"pair_id": 7}], b_jsonl=[PAIR, PAIR | {"pair_id": 7}])
+    with pytest.raises(InputError, match=r"f, split 'train', b.jsonl, row 2: pair_id 7 is in a.jsonl, row 1 too"):
+        read_pairs(folder)
+    write_folder(tmp_path / "f", b_jsonl=[PAIR, PAIR | {"margin": None}])
+    with pytest.raises(InputError, match=r"f, split 'train', b.jsonl, row 2: the margin's column 'margin'"):
+        read_pairs(folder)
+    (tmp_path / "f" / "b.jsonl").write_text("{")
+    with pytest.raises(InputError, match=r"f/b.jsonl, row 1: cannot be read"):
+        read_pairs(folder)
+
+
+def test_data_in_other_forms_is_no_part_of_a_folder_without_a_word(tmp_path):
+    folder = write_folder(tmp_path / "f", a_jsonl=numbered(1))
+    for name in ("b.tsv", "data.arrow", "b.jsonl.zst", "b.zip"):
+        (tmp_path / "f" / name).write_text("")
+        with pytest.raises(InputError, match=rf"f/{name} is not read: give .parquet, .json, .jsonl or .csv"):
+            read_pairs(folder)
+        (tmp_path / "f" / name).unlink()
+    with pytest.raises(InputError, match=r"empty, split 'train' cannot be read.*none"):
+        (tmp_path / "empty").mkdir()
+        read_pairs(str(tmp_path / "empty"))
+
+
+def test_a_copy_of_a_hub_data_set_keeps_its_configuration(tmp_path):
+    folder = write_folder(tmp_path / "f", x__one_jsonl=numbered(1), x__two_jsonl=numbered(2))
+    card = "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: x/two.jsonl\n---\n# Pairs\n"
+    (tmp_path / "f" / "README.md").write_text(card)
+    assert asked_in(folder) == ["2?"]
 
 
 def test_a_changed_file_or_folder_is_read_anew_and_the_options_count(tmp_path):
     path = tmp_path / "folder" / "train.jsonl"
     path.parent.mkdir()
-    # of a file the same size and modification time, of a folder another time
-    for text, source, time in (("4", path, 1), ("6", path, 1), ("7", path.parent, 1), ("8", path.parent, 2)):
+    # the same size and modification time
+    for text, source in (("4", path), ("6", path), ("7", path.parent), ("8", path.parent)):
         write(path, [PAIR | {"chosen": text, "gap": 3.0}, PAIR | {"gap": 4.0}])
-        os.utime(path, (time, time))
+        os.utime(path, (1, 1))
         assert read_pairs(str(source)).dataset["chosen"][0] == text
     first, again = read_pairs(str(path)), read_pairs(str(path))
     assert first.dataset._fingerprint == again.dataset._fingerprint

@@ -177,7 +177,7 @@ def test_malformed_row_is_named(tmp_path, form, row, message):
 
 def test_same_id_twice_is_named(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [{"uid": "a", "prompt": "c"}, {"uid": "a", "prompt": "d"}])
-    with pytest.raises(InputError, match="rows 1 and 2 have the same id a"):
+    with pytest.raises(InputError, match="row 1 and row 2 have the same id a"):
         PromptDataModule(source, ArenaHard()).setup("predict")
 
 

@@ -32,12 +32,17 @@ def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
             newlines and appends the response and the tokenizer's eos token.
 
     Raises:
-        InputError: there is no template, `chat_template` is neither a file nor a template, or the template calls
-            `strftime_now` with anything but a string literal.
+        InputError: there is no template, or several named ones without a default; `chat_template` is neither a file nor
+            a template; or the template calls `strftime_now` with anything but a string literal.
     """
     if chat_template is None:
         if tokenizer.chat_template is None:
             raise InputError(f"the tokenizer has no chat template: set `chat_template` to a Jinja file or to {PLAIN!r}")
+        if isinstance(named := tokenizer.chat_template, dict) and "default" not in named:
+            names = ", ".join(sorted(named))
+            raise InputError(
+                f"the tokenizer's templates ({names}) lack a default: set data.chat_template to a Jinja file"
+            )
         template = tokenizer.get_chat_template()
     elif chat_template == PLAIN or _is_template(chat_template):
         template = chat_template

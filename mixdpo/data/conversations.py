@@ -32,7 +32,7 @@ def read_samples(
     Args:
         source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
             with .gz).
-        split: split of a hub data set or folder; a single file has only `train`.
+        split: split of a hub data set or folder, or a slice such as train[:9]; a single file has only `train`.
         limit: stop after this many usable rows.
         train_on: the last response of a row only, or all.
         one_each: make a sample of each trained response, with all messages before it. The first sample of a row keeps

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+
 from mixdpo.data import chat_template as chat
-from mixdpo.data.table import room_code
+from mixdpo.data.cut_prompts import ONE_TEXT, Turns, cut_prompt, prompt_turns
+from mixdpo.data.table import place_of, room_code
 from mixdpo.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,22 +36,36 @@ class EncodedPair:
         """Whether a completion is nothing but its end token."""
         return min(len(self.chosen_ids), len(self.rejected_ids)) < 2
 
-    def within(self, max_length: int, max_prompt_length: int, overlong: Overlong = "truncate") -> "EncodedPair | None":
+    def within(
+        self,
+        max_length: int,
+        max_prompt_length: int,
+        overlong: Overlong = "truncate",
+        turns: Callable[[], Turns] = lambda: ONE_TEXT,
+    ) -> "EncodedPair | None":
         """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
-        `truncate` cuts only a pair that is too long. The prompt keeps its last `max_prompt_length` tokens, so a BOS is
-        lost. Each completion then keeps its first `max_length` - prompt tokens, so a cut one loses its end token.
-        Dropped are a pair that is too long (`drop`), a pair cut to two equal completions, and a pair with an empty
+        `truncate` cuts only a pair that is too long. The prompt keeps the tokens that the longer completion leaves, or
+        `max_prompt_length` if those are more; how is said at `cut_prompt`. Each completion then keeps its first
+        `max_length` - prompt tokens, so a cut one loses its end token. Dropped are a pair that is too long (`drop`), a
+        pair whose prompt cannot be cut to the room, a pair cut to two equal completions, and a pair with an empty
         completion.
+
+        Args:
+            turns: -> for each message of the prompt from the first user's on, where its text begins and ends in
+                `prompt_ids`; by default the prompt is one text.
         """
         if not self.chosen_ids or not self.rejected_ids:
             return None
-        if len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids)) <= max_length:
+        longer = max(len(self.chosen_ids), len(self.rejected_ids))
+        if len(self.prompt_ids) + longer <= max_length:
             return self
-        prompt_ids = self.prompt_ids[-max_prompt_length:]
+        prompt_ids, room = self.prompt_ids, max(max_prompt_length, max_length - longer)
+        if overlong == "truncate" and len(prompt_ids) > room:
+            prompt_ids = cut_prompt(prompt_ids, room, turns())
         room = max_length - len(prompt_ids)
         cut = EncodedPair(prompt_ids, self.chosen_ids[:room], self.rejected_ids[:room])
-        return None if overlong == "drop" or cut.chosen_ids == cut.rejected_ids else cut
+        return None if overlong == "drop" or not prompt_ids or cut.chosen_ids == cut.rejected_ids else cut
 
 
 @dataclass(frozen=True)
@@ -213,8 +230,9 @@ def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limi
     try:
         whole = kind.encode(tokenizer, *texts, **options, **weights)
     except InputError as error:
-        raise InputError(f"row {row['row']} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
-    limited = whole.within(**limits)
+        raise InputError(f"{place_of(row)} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
+    turns: Any = {"turns": partial(prompt_turns, tokenizer, texts[0], **options)} if "prompt" in kind.texts else {}
+    limited = whole.within(**limits, **turns)
     cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"
     status = "dropped_empty" if whole.is_empty else cut
     messages = [m for text in texts for m in ([{"content": text}] if isinstance(text, str) else text)]
@@ -228,6 +246,16 @@ def largest_id(*encoded: "Dataset") -> int:
 
     columns = (table.data.column(name) for table in encoded for name in IDS if name in table.column_names)
     return max((pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns), default=0)
+
+
+def sequence_lengths(encoded: "Dataset") -> np.ndarray:
+    """(N,) tokens of the longest sequence of each row: a prompt with its longer response, or a conversation."""
+    import pyarrow.compute as pc
+
+    names = [name for name in IDS if name in encoded.column_names]
+    parts = encoded.select_columns(names).with_format("arrow").iter(1000)
+    sizes = np.concatenate([[pc.list_value_length(part[name]).to_numpy() for name in names] for part in parts], axis=1)
+    return sizes[0] + sizes[1:].max(0, initial=0)
 
 
 def encoding_identity(

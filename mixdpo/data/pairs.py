@@ -24,7 +24,7 @@ def read_pairs(
     Args:
         source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
             with .gz); or `constraints`.
-        split: split of a hub data set or folder; a single file has only `train`.
+        split: split of a hub data set or folder, or a slice such as train[:9]; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
             () reads no margin: all margins are NaN until a margins file replaces them.
         margin_needed: whether data without a known margin column is refused; if not, the margins are NaN.

@@ -22,8 +22,9 @@ Parse = Callable[[dict[str, Any], dict[int, int]], list[dict[str, Any]]]
 
 class Table(NamedTuple):
     """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
-    else the number of the record. `dropped` counts the rows that were kept out, by cause. `noted` counts what is not
-    taken as it is in the other rows, such as blank responses."""
+    else the number of the record. In a folder's table `row` counts through all files, and the column `place` says file
+    and row. `dropped` counts the rows that were kept out, by cause. `noted` counts what is not taken as it is in the
+    other rows, such as blank responses, and what was read of each file of a folder."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
@@ -52,6 +53,7 @@ def read_table(
     opened, text = open_source(source, split), Value("string")
     lists = {"messages": [{"role": text, "content": text}], "weights": [Value("float32")]}
     columns = columns | {"row": "int64", "drop": "string", "noted": "string"}
+    columns |= {} if opened.files is None else {"place": "string"}
     features = Features({name: lists.get(kind) or Value(kind) for name, kind in columns.items()})
     content = json.dumps([opened.name, opened.key, key, limit, room_code()])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -66,10 +68,15 @@ def read_table(
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
-    table, noted = table.select(kept, keep_in_memory=True) if dropped else table, Counter[str]()
+    places = table["place"] if "place" in columns else []
+    noted = Counter(f"rows of {place.rsplit(', row ', 1)[0]}" for place in places)
+    if opened.not_read:
+        noted[f"files of no split, not read: {', '.join(opened.not_read)}"] = len(opened.not_read)
+    table = table.select(kept, keep_in_memory=True) if dropped else table
     for counts in table["noted"]:
         noted.update(json.loads(counts))
-    return Table(table.remove_columns(["drop", "noted"]), dropped, {cause: n for cause, n in noted.items() if cause and n})
+    counted = {cause: count for cause, count in noted.items() if cause and count}
+    return Table(table.remove_columns(["drop", "noted"]), dropped, counted)
 
 
 def room_code() -> list[str]:
@@ -81,17 +88,27 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
     rows_of_ids: dict[int, int] = {}
     usable = 0
     for number, row in source.rows:
+        place = source.place(number)
         try:
             records = parse(row, rows_of_ids)
+            if (earlier := rows_of_ids.get(records[0][id_column])) is not None:
+                name = id_column if id_column in row else "id"
+                raise InputError(f"{name} {row[name]!r:.80} is in {source.place(earlier)} too: each row needs its own.")
         except InputError as error:
-            raise InputError(f"{source.name}, row {number}: {error} Columns present: {', '.join(row)}.") from error
+            raise InputError(f"{source.name}, {place}: {error} Columns present: {', '.join(row)}.") from error
         rows_of_ids |= {record[id_column]: number for record in records}
-        yield from (record | {"row": number, "noted": json.dumps(record["noted"])} for record in records)
+        more = {"row": number} | ({} if source.files is None else {"place": place})
+        yield from (record | more | {"noted": json.dumps(record["noted"])} for record in records)
         usable += not records[0]["drop"]
         if usable == limit:
             return
     if not rows_of_ids:
         raise InputError(f"{source.name} holds no rows: give a file or split with some.")
+
+
+def place_of(row: dict[str, Any]) -> str:
+    """Where a row of a table is in its source, for messages: "row 3", or in a folder "b.csv, row 1"."""
+    return row.get("place") or f"row {row['row']}"
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +120,7 @@ def row_id(row: dict[str, Any], column: str, content: Any, rows_of_ids: dict[int
     """Hash of the row's value in `column`, or else of the row's content and of the number of its repeats so far.
 
     Raises:
-        InputError: the value is no text or whole number, or an earlier row has the same value.
+        InputError: the value is no text or whole number.
     """
     if column not in row:
         repeat, text = 0, json.dumps(content)
@@ -113,7 +130,4 @@ def row_id(row: dict[str, Any], column: str, content: Any, rows_of_ids: dict[int
     name = row[column]
     if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
         raise InputError(f"{column!r} should be text or a whole number, not {name!r:.80}.")
-    number = hash63(checked_text(str(name), column))
-    if number in rows_of_ids:
-        raise InputError(f"{column} {name!r:.80} is in row {rows_of_ids[number]} too: each row needs its own.")
-    return number
+    return hash63(checked_text(str(name), column))

@@ -1,8 +1,10 @@
 """Packed rows through the base: hidden states, the output head, log-probabilities of targets and completions."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from operator import sub
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -10,9 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixdpo.batches.rows import TokenRows, build_rows
+from mixdpo.data.encoding import sequence_lengths
+from mixdpo.data.table import place_of
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
 from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, target_statistics, token_log_probs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _INSTEAD = "set data.pack 0 and data.share_prompt false, or try model.attention eager"
 
@@ -135,13 +142,49 @@ def check_head(model: PreTrainedModel) -> None:
         raise InputError(f"{model.config.model_type} models rescale the head's logits: give a model of another type")
 
 
-def _check_window(config: Any, rows: TokenRows) -> None:
-    """Refuse packed documents longer than the model's sliding window: their tokens would see the whole document."""
+def _window(config: Any) -> int | None:
     config = config.get_text_config()
-    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # GPT-Neo's
-    longest = max(ends[-1] - start for _, start, *ends in rows.documents)
-    if window is not None and getattr(config, "use_sliding_window", True) and longest > window:
+    window: int | None = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # GPT-Neo's
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+def _check_window(config: Any, rows: TokenRows) -> None:
+    """Refuse packed sequences longer than the model's sliding window: their tokens would see all of the sequence. A
+    sequence is the first piece of a document with one further piece."""
+    bounds = (bounds for _, *bounds in rows.documents)
+    longest = max(first - start + max(map(sub, ends, (first, *ends)), default=0) for start, first, *ends in bounds)
+    if (window := _window(config)) is not None and longest > window:
         raise InputError(f"{longest} tokens of a row exceed the sliding window of {window}: lower data.max_length")
+
+
+def check_lengths(model: PreTrainedModel, name: str, tables: Iterable["Dataset"], *, packed: bool) -> str:
+    """Compare the longest sequences of encoded tables with what the model can compute.
+
+    Args:
+        packed: whether sequences share rows, where a sliding window cannot be computed.
+
+    Returns:
+        A warning if sequences are longer than the rotary positions that the model was made with, else "".
+
+    Raises:
+        InputError: a sequence has more tokens than the model has positions or, in shared rows, than its sliding window.
+    """
+    config, beyond = model.config.get_text_config(), 0
+    rotary = any("Rotary" in type(module).__name__ for module in model.modules())
+    known = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    window = (_window(config) if packed else None) or sys.maxsize
+    for table in tables:
+        lengths = sequence_lengths(table)
+        longest, row = int(lengths.max()), table[int(lengths.argmax())]
+        found = f"{place_of(row)} (id {row.get('pair_id', row.get('sample_id'))}) has {longest} tokens, and {name}"
+        if longest > known and not rotary:
+            raise InputError(f"{found} has {known} positions: set data.max_length {known} or less")
+        if longest > window:
+            remedy = f"set data.max_length {window} or less, or data.pack 0 and (for pairs) data.share_prompt false"
+            raise InputError(f"{found} has a sliding window of {window}: {remedy}")
+        beyond += int((lengths > known).sum())
+    told = f"{beyond} rows have more tokens than the {known} positions that {name} was made with"
+    return f"warning: {told}: set data.max_length {known}\n" if beyond else ""
 
 
 def without_cast_cache(device: torch.device) -> torch.autocast:

@@ -3,16 +3,21 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import write_tiny
+from conftest import make_trainer, write_tiny
 from safetensors.torch import load_file, save_file
 
 from bad_input.case import Case, Place, cases
+from datamodules.preference import PreferenceDataModule
+from lightning_modules.margins import MarginModule
 from mixdpo.model.adapters import Lora, add_adapters, add_reference, check_alike
 from mixdpo.model.loading import load_tokenizer
+from mixdpo.signals.signals import CHES
 
 # Models: a copy of the tiny one with a fault.
 
@@ -62,6 +67,23 @@ def trained(place: Place, folder: Path) -> Any:
     return place.fit(model=str(folder))
 
 
+def windowed(do: Callable[[Place, Path], Any]) -> Any:
+    """Where documents are packed; nothing may be computed before the refusal."""
+    return copied(edit_json("config.json", sliding_window=9), do)
+
+
+def signalled(place: Place, folder: Path) -> Any:
+    options = {"quantization": "none", "dtype": "float32", "output": str(place.folder / "a.margins")}
+    data = PreferenceDataModule(place.shared.pairs, tokenizer=str(folder), max_length=64, max_prompt_length=32)
+    make_trainer(place.folder / "run").predict(MarginModule(str(folder), CHES(), **options), data)
+
+
+def warned(place: Place) -> str:
+    with redirect_stdout(StringIO()) as out:
+        copied(edit_json("config.json", max_position_embeddings=12), trained)(place)
+    return out.getvalue()
+
+
 def unusual(name: str) -> Any:
     return lambda place: place.shared.base(write_tiny(name, place.folder / name))
 
@@ -90,6 +112,14 @@ MODELS = [
             "lacks 9 … give a whole model",
         ),
         ("attention that packs nothing", unusual("bloom"), "does not know model.attention … model.attention eager"),
+    ),
+    *cases(
+        "data.max_length",
+        ("above the sliding window", windowed(trained), "tokens, and … sliding window of 9: set data.max_length 9"),
+        ("above it in a signal", windowed(signalled), "tokens, and … sliding window of 9: set data.max_length 9"),
+    ),
+    Case(
+        "data.max_length", "above the rotary positions", warned, ("warning: ", "the 12 positions that"), tolerated=True
     ),
     *cases(
         "tokenizer",

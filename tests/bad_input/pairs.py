@@ -128,7 +128,7 @@ SOURCES = [
             lambda place: read_pairs("org/nothing"),
             "'org/nothing' … On the hub: ID:CONFIG",
         ),
-        ("a folder with a broken file", broken_folder, "data, split 'train' cannot be read"),
+        ("a folder with a broken file", broken_folder, "data/train.jsonl, row 2: cannot be read"),
     ),
     *cases(
         "data",

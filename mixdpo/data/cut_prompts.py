@@ -1,0 +1,40 @@
+"""Where a prompt that is too long is cut: its start and its newest end stay."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mixdpo.data.chat_template import Messages, encode_responses, shared_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+Turns = Sequence[tuple[int, int]]
+"""Where the text of each message, from the first user's on, begins and ends in the ids of a prompt."""
+ONE_TEXT = ((0, sys.maxsize),)
+
+
+def cut_prompt(ids: list[int], room: int, turns: Turns) -> list[int]:
+    """The prompt's newest tokens behind the template's start: BOS, system message and the mark of the turn that is cut.
+    A turn's mark is what stands between the text before and its own text. Nothing if the room is too small."""
+    head, before = ids[: turns[0][0]], turns[0][0]
+    for begin, end in turns:
+        mark = ids[before:begin]
+        start = len(ids) - (room - len(head) - len(mark))
+        if start < min(end, len(ids)):
+            return head + mark + ids[max(start, begin) :]
+        before = end
+    return []
+
+
+def prompt_turns(tokenizer: "Tokenizer", prompt: Messages, **options: Any) -> Turns:
+    """A text is what is gone when its message is empty. Options as for `encode_responses`."""
+    (ids,) = encode_responses(tokenizer, prompt=prompt, **options)
+    turns = []
+    for number in range([message["role"] for message in prompt].index("user"), len(prompt)):
+        without = [*prompt[:number], {**prompt[number], "content": ""}, *prompt[number + 1 :]]
+        (rest,) = encode_responses(tokenizer, prompt=without, **options)
+        begin = shared_length(ids, rest)
+        turns.append((begin, max(begin, len(ids) - shared_length(ids[::-1], rest[::-1]))))
+    return turns
