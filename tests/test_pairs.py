@@ -147,7 +147,7 @@ def test_the_split_of_a_file_is_a_word_in_its_name_or_folder(tmp_path):
     for split in ("train", "validation", "test", "prefs"):
         wanted = {f"{number}?" for number, name in enumerate(SPLIT_FILES) if SPLIT_FILES[name] == split}
         assert set(asked_in(folder, split)) == wanted
-    assert read_pairs(folder, split="prefs").files["files of no split, not read: retrained.jsonl"] == 1
+    assert read_pairs(folder, split="prefs").noted["files of no split, not read: retrained.jsonl"] == 1
     assert set(asked_in(folder, "prefs+validation")) == {"1?", "2?", "7?"}
     with pytest.raises(InputError, match=r"f, split 'held' cannot be read: .*validation: dev/a.jsonl, my-validation-1"):
         read_pairs(folder, split="held")
