@@ -12,13 +12,14 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
+from mixdpo.data.chat_template import GenerationPrompt
 from mixdpo.data.encoding import IDS, Overlong, encode_rows
 from mixdpo.data.messages import prompt_texts, split_by_prompt
 from mixdpo.data.sources import is_one_file
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
-from mixdpo.storage.identity import hash63, refuse_other_run
+from mixdpo.storage.identity import content_hash, hash63, refuse_other_run
 
 REFUSED = (GradientAccumulationScheduler, LearningRateFinder, BatchSizeFinder)
 """Callbacks that would change the planned steps."""
@@ -63,6 +64,8 @@ class PlannedDataModule(L.LightningDataModule):
         pack: NonNegativeInt = 8192,
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        generation_prompt: GenerationPrompt | None = None,
         special_tokens_in_text: bool = False,
         workers: NonNegativeInt = 0,
         processes: PositiveInt | None = None,
@@ -83,6 +86,11 @@ class PlannedDataModule(L.LightningDataModule):
                 padding; 0 gives each row a sequence of its own, padded to the longest.
             overlong: Truncate cuts a longer row to max_length; drop leaves the row out. Both are counted.
             chat_template: Jinja template, a file with one, or `plain` for none; the tokenizer's own if not given.
+            chat_template_kwargs: Variables of the chat template for all rows, such as {enable_thinking: false}. Those
+                of a row's column chat_template_kwargs win.
+            generation_prompt: Context of a response where the template opens a response in another way for generation
+                than in a finished conversation, as with <think>. `asked` trains behind what generation gets, `trained`
+                behind what both share. Null refuses such a template.
             special_tokens_in_text: Let the name of a special token in a text, such as <|im_end|>, become that token. By
                 default the name stays plain text. Rows with such names are counted either way.
             workers: Processes that prepare batches.
@@ -98,8 +106,10 @@ class PlannedDataModule(L.LightningDataModule):
         self.documents = pack > 0  # whether sequences are computed beside others that they must not see
         self.encoding: dict[str, Any] = {"overlong": overlong, "chat_template": chat_template}
         self.encoding["special_tokens_in_text"] = special_tokens_in_text
+        self.encoding |= {"chat_template_kwargs": chat_template_kwargs, "generation_prompt": generation_prompt}
         self.workers, self.processes, self.seed = workers, processes, seed
         self.counts: dict[str, Any] = {}
+        self.unread: dict[str, list[str]] = {}  # as the counts are named -> columns of the source
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
         self._loader: ResumableLoader | None = None
         self._consumed = 0
@@ -137,9 +147,10 @@ class PlannedDataModule(L.LightningDataModule):
         return encoded
 
     def count_read(self, source: str, split: str, table: Any) -> Any:
-        """The data set of a table. Its rows and dropped rows are counted in `counts`."""
+        """The data set of a table. Its rows and dropped rows are counted in `counts`, `unread` has its columns."""
         name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
         self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped}
+        self.unread[name] = table.unread
         return table.dataset
 
     def describe_counts(self) -> list[str]:
@@ -147,7 +158,8 @@ class PlannedDataModule(L.LightningDataModule):
         lines = []
         for name, counts in self.counts.items():
             parts = [f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count]
-            lines.append(f"{name}: {', '.join(parts)}")
+            unread = f"; columns not read: {', '.join(names)}" if (names := self.unread.get(name)) else ""
+            lines.append(f"{name}: {', '.join(parts)}{unread}")
         return lines
 
     def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -251,6 +263,11 @@ class PlannedDataModule(L.LightningDataModule):
         """Everything that decides which rows a position in the epoch means."""
         cut = {"accumulate_grad_batches": self.trainer.accumulate_grad_batches, "devices": self.trainer.world_size}
         return {**self.plan_identity(), "batch_size": self.batch_size, **cut}
+
+
+def hash_of_rows(rows: Any, *columns: str) -> str:
+    """Of these columns, and of what the chat template gets beside them."""
+    return content_hash(zip(*(rows[name] for name in (*columns, "context") if name in rows.column_names), strict=True))
 
 
 def _prompts(rows: Any) -> Iterable[Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.planned import PlannedDataModule
+from datamodules.planned import PlannedDataModule, hash_of_rows
 from mixdpo.batches.batch import PairCollator
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, plan_steps
@@ -82,8 +82,7 @@ class PreferenceDataModule(PlannedDataModule):
             self._margins = read_margins(self.margins_file)
             self._margins.refuse_other(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
-        columns = (train[name] for name in ("pair_id", "prompt", "chosen", "rejected"))
-        self._data = content_hash(zip(*columns, strict=True))
+        self._data = hash_of_rows(train, "pair_id", "prompt", "chosen", "rejected")
         self.train_pairs = self._with_margins(self.encode(train, "train"), self.source)
         if held_out is not None:
             source = self.validation if isinstance(self.validation, str) else self.source

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from mixdpo.data.messages import Message, checked_text, parse_messages, refuse_ignored
+from mixdpo.data.columns import settle_columns
+from mixdpo.data.messages import Message, checked_content, checked_text, parse_messages
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
 
@@ -50,21 +51,24 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
             )
         messages = prompt + completion
     else:
-        texts = {column: checked_text(row.get(column, ""), column) for column in ("instruction", "input", "output")}
+        texts = {column: checked_content(row.get(column, ""), column) for column in ("instruction", "input", "output")}
         question = texts["instruction"] + (f"\n\n{texts['input']}" if texts["input"].strip() else "")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not responses:
         raise InputError(f"no message has the role 'assistant': {[message['role'] for message in messages]}.")
-    refuse_ignored(row, messages)
     return messages[: responses[-1] + 1]
 
 
 def _record(row: dict[str, Any], rows_of_ids: dict[int, int]) -> dict[str, Any]:
     row = without_nulls(row)
     messages = parse_sample(row)
+    form = next(form for form in FORMS if row.keys() >= set(form))
+    read = (*form, *(("input",) if "instruction" in form else ()), "sample_id", "id", "source")
+    settled = settle_columns(row, read, messages)
     id_column = "id" if "id" in row and "sample_id" not in row else "sample_id"
-    sample = {"sample_id": row_id(row, id_column, messages, rows_of_ids), "messages": messages}
+    content = [messages, settled["context"]] if settled["context"] else messages
+    sample = {"sample_id": row_id(row, id_column, content, rows_of_ids), "messages": messages, **settled}
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
     drop = "" if any(m["content"].strip() for m in messages if m["role"] == "assistant") else "empty_completion"
     if messages[0]["role"] == "assistant" or not question.strip():

@@ -1,8 +1,8 @@
-"""A row -> checked messages; which columns are refused; which prompts count as the same."""
+"""A row -> checked messages; which keys they may have; which prompts count as the same."""
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from mixdpo.errors import InputError
@@ -11,15 +11,14 @@ from mixdpo.storage.identity import hash63
 Message = dict[str, str]
 
 
-MESSAGES_AS_TEXT = re.compile(
-    r"""(?s)\s*\[\s*\{(?=.*['"]content['"]\s*:).*['"]role['"]\s*:\s*['"](user|assistant|system)"""
-)
+_ROLE, _CONTENT, _FROM, _VALUE = (rf"""(?=.*['"]{key}['"]\s*:)""" for key in ("role", "content", "from", "value"))
+MESSAGES_AS_TEXT = re.compile(rf"(?s)\s*(?:array\()?\[\s*\{{(?:{_ROLE}{_CONTENT}|{_FROM}{_VALUE})")
+"""The start of a list of messages in JSON, or as Python or numpy prints one."""
 
 
-IGNORED = ("system", "history")  # columns that other trainers put before the prompt
-
-
-UNRENDERED = ("tool_calls", "reasoning_content")  # parts of a message beside its content
+SHOWN_KEYS = ("name", "tool_call_id")  # a chat template may show them
+HARMLESS_KEYS = ("role", "content", *SHOWN_KEYS, "id", "message_id", "timestamp", "created_at", "date", "index")
+KNOWN_KEYS = {*HARMLESS_KEYS, "weight", "train", "loss"}
 
 
 def prompt_texts(prompt: str | Sequence[Message]) -> list[str]:
@@ -56,35 +55,44 @@ def split_by_prompt(
 def parse_messages(row: dict[str, Any], column: str, role: str | None = "assistant") -> list[Message]:
     """The column as messages; a plain string becomes one message of `role`, unless `role` is None.
 
+    A message has `role`, `content` and those of `SHOWN_KEYS` that say something.
+
     Raises:
-        InputError: the value is neither, or the text is a list of messages that a table saved as text.
+        InputError: the value is neither, a text is a list of messages that a table saved as text, or a message has an
+            unknown key that says something.
     """
     value = row.get(column)
     if role is not None and isinstance(value, str):
-        if MESSAGES_AS_TEXT.match(value):
-            raise InputError(f"{column!r} is a list of messages saved as text: {value!r:.80}. Save the data as .jsonl.")
-        return [{"role": role, "content": checked_text(value, column)}]
+        return [{"role": role, "content": checked_content(value, column)}]
     if not isinstance(value, list) or not value:
         raise InputError(f"{column!r} should be {'text or ' if role else ''}a list of messages, not {value!r:.80}.")
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(f"{column!r} holds {message!r:.80}; a message has the keys 'role' and 'content'.")
-        if lost := [key for key in UNRENDERED if message.get(key)]:
-            raise InputError(f"{column!r} holds {' and '.join(lost)}, which is not read: put it in 'content'.")
-    return [{key: checked_text(message[key], f"{column}.{key}") for key in ("role", "content")} for message in value]
+        if lost := [str(key) for key, held in message.items() if key not in KNOWN_KEYS and something(held)]:
+            keys = " and ".join(lost)
+            raise InputError(f"{column!r} holds {keys}, which is not read: put it in 'content' or remove the key.")
+    return [_message(message, column) for message in value]
 
 
-def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
-    """
-    Raises:
-        InputError: the column `system` or `history` holds text that no message repeats. "", "[]", "nan" and "None" are
-            empty.
-    """
-    repeated = ["", "[]", "nan", "None", *(message["content"].strip() for message in messages)]
-    for column in IGNORED:
-        value = row.get(column)
-        if value and not (isinstance(value, str) and value.strip() in repeated):
-            raise InputError(f"the column {column!r} is not read ({value!r:.80}): put it into the prompt or remove it.")
+def _message(given: dict[str, Any], column: str) -> Message:
+    message = {"role": checked_text(given["role"], f"{column}.role")}
+    message["content"] = checked_content(given["content"], f"{column}.content")
+    shown = [key for key in SHOWN_KEYS if something(given.get(key))]
+    return message | {key: checked_text(given[key], f"{column}.{key}") for key in shown}
+
+
+def something(value: Any, repeated: Collection[str] = ()) -> bool:
+    """Whether a value says something: it is not null, NaN or empty, also as text, and no text that is `repeated`."""
+    if isinstance(value, str):
+        return value.strip() not in {"", "[]", "{}", "nan", "None", *repeated}
+    return value == value and value not in (None, [], {})
+
+
+def checked_content(value: Any, column: str) -> str:
+    if MESSAGES_AS_TEXT.match(checked_text(value, column)):
+        raise InputError(f"{column!r} is a list of messages saved as text: {value!r:.80}. Save the data as .jsonl.")
+    return value
 
 
 def checked_text(value: Any, column: str) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from mixdpo.data.messages import Message, parse_messages, refuse_ignored
+from mixdpo.data.columns import settle_columns
+from mixdpo.data.messages import Message, parse_messages
 from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
@@ -49,8 +50,8 @@ def read_pairs(
     return read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed])
 
 
-def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
-    """Prompt messages, chosen and rejected text of a row in standard, conversational, implicit-prompt or mixed form.
+def parse_row(row: dict[str, Any]) -> tuple[list[Message], Message, Message]:
+    """Prompt messages, chosen and rejected response of a row: standard, conversational, implicit-prompt or mixed.
 
     Mixed is UltraFeedback's: a `prompt` string, and conversations that repeat it. A prompt that the responses repeat
     appears once.
@@ -67,29 +68,31 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str]:
         raise InputError(
             "'prompt' (if absent, the messages that 'chosen' and 'rejected' share) should end with role 'user'."
         )
-    refuse_ignored(row, prompt)
     return prompt, _response(chosen, prompt, "chosen"), _response(rejected, prompt, "rejected")
 
 
-def _response(conversation: list[Message], prompt: list[Message], column: str) -> str:
+def _response(conversation: list[Message], prompt: list[Message], column: str) -> Message:
     rest = conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else conversation
     if len(rest) != 1 or rest[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in rest)
         raise InputError(
             f"{column!r} has the roles ({roles}) after the prompt: leave one message, of role 'assistant'."
         )
-    return rest[0]["content"]
+    return rest[0]
 
 
 def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
     present = without_nulls(row)  # a margin of null is refused, not absent: `row` keeps it
-    prompt, chosen, rejected = parse_row(present)
+    prompt, *responses = parse_row(present)
+    chosen, rejected = (response["content"] for response in responses)
     drop = "identical" if chosen.strip() == rejected.strip() else ""
     if not chosen.strip() or not rejected.strip():
         drop = "empty_completion"
     if not prompt[-1]["content"].strip():
         drop = "empty_prompt"
-    pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    pair |= {"pair_id": row_id(present, "pair_id", [prompt, chosen, rejected], rows_of_ids), "drop": drop}
+    pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "drop": drop}
+    pair |= settle_columns(present, ("prompt", "chosen", "rejected", "pair_id", *columns), [*prompt, *responses])
+    content = [prompt, chosen, rejected, *filter(None, [pair["context"]])]
+    pair |= {"pair_id": row_id(present, "pair_id", content, rows_of_ids)}
     # a row that is kept out needs no score
     return pair | {"margin": math.nan if drop or not columns else row_margin(row, columns)}

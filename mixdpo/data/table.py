@@ -22,10 +22,12 @@ Parse = Callable[[dict[str, Any], dict[int, int]], dict[str, Any]]
 
 class Table(NamedTuple):
     """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
-    else the number of the record. `dropped` counts the rows that were kept out, by cause."""
+    else the number of the record. `dropped` counts the rows that were kept out, by cause. `unread` names the columns
+    that say something and are not read. The data set has the column `context` only if a row has a context."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
+    unread: list[str]
 
 
 def read_table(
@@ -35,8 +37,9 @@ def read_table(
 
     Args:
         noun: the word for a row, whose id is the column NOUN_id.
-        parse: a row and {id: row number} of earlier rows -> a record. Its `drop` says why the row is not usable, or "".
-        columns: names and types of the table's columns, without `row` and `drop`; type "messages" is a message list.
+        parse: a row and {id: row number} of earlier rows -> a record. Its `drop` says why the row is not usable, or "";
+            `context` and `unread` are those of `settle_columns`.
+        columns: names and types of the record's other columns; type "messages" is a list of roles and contents.
         key: further options that the table depends on, besides the data, `limit` and the code of this folder.
 
     Raises:
@@ -47,7 +50,7 @@ def read_table(
 
     opened, text = open_source(source, split), Value("string")
     messages = [{"role": text, "content": text}]
-    columns = columns | {"row": "int64", "drop": "string"}
+    columns = columns | {"row": "int64", "drop": "string", "context": "string", "unread": "string"}
     features = Features({name: messages if kind == "messages" else Value(kind) for name, kind in columns.items()})
     content = json.dumps([opened.name, opened.key, key, limit, room_code()])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -62,8 +65,9 @@ def read_table(
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
-    table = table.remove_columns("drop")
-    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped)
+    unread = sorted({name for names in table.unique("unread") for name in json.loads(names)})
+    table = table.remove_columns(["drop", "unread", *(["context"] if table.unique("context") == [""] else [])])
+    return Table(table.select(kept, keep_in_memory=True) if dropped else table, dropped, unread)
 
 
 def room_code() -> list[str]:
@@ -80,7 +84,9 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
         except InputError as error:
             raise InputError(f"{source.name}, row {number}: {error} Columns present: {', '.join(row)}.") from error
         rows_of_ids[record[id_column]] = number
-        yield record | {"row": number}
+        chats = {name: value for name, value in record.items() if isinstance(value, list)}
+        plain = {name: [{key: m[key] for key in ("role", "content")} for m in chat] for name, chat in chats.items()}
+        yield record | plain | {"row": number}
         usable += not record["drop"]
         if usable == limit:
             return

@@ -2,7 +2,7 @@
 prefill, and a row that has ended costs nothing more."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -48,6 +48,7 @@ def generate(
     seed: int = 0,
     progress: bool = True,
     names: Sequence[str] | None = None,
+    values: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[list[Response]]:
     """`samples` responses to each prompt; entry i belongs to prompt i.
 
@@ -65,6 +66,7 @@ def generate(
         seed: the same seed, batch_size and machine give the same responses.
         progress: show a progress bar.
         names: what errors call the prompts; their numbers, if not given.
+        values: `template_values` of the prompts, which the chat template gets; nothing, if not given.
 
     Raises:
         InputError: an option out of range, no chat template, or a prompt that leaves the model no room to respond.
@@ -72,7 +74,7 @@ def generate(
     _check(temperature, top_p, samples, max_new_tokens, batch_size)
     if not prompts:
         return []
-    device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
+    device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names, values)
     _check_room(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer, device)
     pick = partial(_pick, temperature=temperature, top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
@@ -169,14 +171,17 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 def _encode(
-    tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], names: Sequence[str] | None = None
+    tokenizer: Any,
+    prompts: Sequence[str | list[dict[str, str]]],
+    names: Sequence[str] | None = None,
+    values: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[list[int]]:
     template, numbered = load_template(tokenizer, None), names or [str(i + 1) for i in range(len(prompts))]
     encoded: list[list[int]] = []
-    for name, prompt in zip(numbered, prompts, strict=True):
+    for name, prompt, given in zip(numbered, prompts, values or [{}] * len(prompts), strict=True):
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            encoded += encode_responses(tokenizer, template, chat)
+            encoded += encode_responses(tokenizer, template, chat, values=given)
         except InputError as error:
             raise InputError(f"prompt {name}: {error}") from error
     return encoded
