@@ -86,11 +86,9 @@ class PlannedDataModule(L.LightningDataModule):
                 padding; 0 gives each row a sequence of its own, padded to the longest.
             overlong: Truncate cuts a longer row to max_length; drop leaves the row out. Both are counted.
             chat_template: Jinja template, a file with one, or `plain` for none; the tokenizer's own if not given.
-            chat_template_kwargs: Variables of the chat template for all rows, such as {enable_thinking: false}. Those
-                of a row's column chat_template_kwargs win.
-            generation_prompt: Context of a response where the template opens a response in another way for generation
-                than in a finished conversation, as with <think>. `asked` trains behind what generation gets, `trained`
-                behind what both share. Null refuses such a template.
+            chat_template_kwargs: Variables of the template, such as {enable_thinking: false}. Those of a row win.
+            generation_prompt: For a template that opens a response (by <think>) for generation only: `asked` trains
+                behind this opening, `trained` without it. Null refuses such a template.
             special_tokens_in_text: Let the name of a special token in a text, such as <|im_end|>, become that token. By
                 default the name stays plain text. Rows with such names are counted either way.
             workers: Processes that prepare batches.

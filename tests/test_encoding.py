@@ -107,9 +107,9 @@ def test_a_merge_across_the_seam_of_a_template():
 
 def test_a_generation_prompt_that_responses_lack_is_refused_unless_an_option_decides():
     # As R1's distillates do: only the generation prompt opens a thought.
-    tokenizer = word_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\nplus{% endif %}"))
+    tokenizer = word_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\nplus {% endif %}"))
     with pytest.raises(
-        InputError, match=r"after '.*assistant\\nplus', but .*assistant\\nfour.*generation_prompt asked"
+        InputError, match=r"after '.*assistant\\nplus ', but .*assistant\\nfour.*generation_prompt asked"
     ):
         encoded_pair(tokenizer, PROMPT, "four", "two")
     trained = encoded_pair(tokenizer, PROMPT, "four", "two", generation_prompt="trained")
