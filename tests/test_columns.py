@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from mixdpo.data import conversations, encoding, pairs
 from mixdpo.data.chat_template import load_template
-from mixdpo.data.columns import template_values
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.messages import MESSAGES_AS_TEXT
@@ -257,7 +256,7 @@ def test_a_special_token_in_a_schema_stays_text(tmp_path: Any) -> None:
 
 def test_prompts_get_their_tools_and_pairs_made_of_them_keep_them() -> None:
     row = {"prompt": "a", "tools": json.dumps(LOOK), "chat_template_kwargs": {"slow": True, "fast": None}}
-    ids = _encode(TOKENIZER, ["a", "a"], None, [template_values(row), {}])
+    ids = _encode(TOKENIZER, [row, "a"])
     assert [TOKENIZER.decode(each) for each in ids] == [
         rendered([user("a")], *shown, asks=True) for shown in ((LOOK, True), (None, False))
     ]

@@ -110,8 +110,8 @@ class GoldEvaluation(Callback):
         print(f"responses to {len(self._rows)} held-out prompts, {when}")
         tokenizer = load_tokenizer(pl_module.base)
         encoding = pl_module.trainer.datamodule.encoding
-        given = encoding["chat_template"], encoding["chat_template_kwargs"]
-        tokenizer.chat_template = load_template(tokenizer, *given)
+        template = encoding["chat_template"], encoding["chat_template_kwargs"]
+        tokenizer.chat_template = load_template(tokenizer, *template)
         if tokenizer.chat_template == PLAIN:
             raise InputError("GoldEvaluation needs a chat template: give a data.chat_template other than plain")
 

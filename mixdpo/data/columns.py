@@ -33,7 +33,7 @@ def template_values(row: dict[str, Any]) -> dict[str, Any]:
     return values | ({"tools": tools} if tools else {})
 
 
-def _parsed(value: Any, column: str, kind: type) -> Any:
+def _parsed(value: Any, column: str, kind: Any) -> Any:
     """The value, or what its JSON text says. Null counts as absent in it too: a table has every key in every row."""
     if not something(value):
         return kind()

@@ -250,25 +250,23 @@ def largest_id(*encoded: "Dataset") -> int:
 
 
 def encoding_identity(
-    tokenizer: "Tokenizer",
-    chat_template: str | None,
-    special_tokens_in_text: bool = False,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    generation_prompt: chat.GenerationPrompt | None = None,
-    **limits: Any,
+    tokenizer: "Tokenizer", chat_template: str | None, special_tokens_in_text: bool = False, **options: Any
 ) -> dict[str, str]:
     """Everything that decides the ids of a sample or pair, in parts: an error about a stored file names what differs.
 
     Args:
-        limits: `max_length`, `overlong` and, for pairs, `max_prompt_length`.
+        options: `max_length`, `overlong` and, for pairs, `max_prompt_length`; `chat_template_kwargs` and
+            `generation_prompt` where they are set.
 
     Returns:
         "tokenizer" and "template": 16 hex digits each; "lengths": as in "max_length 1024, truncate".
     """
     special = " special tokens in text" if special_tokens_in_text else ""
-    asked = " generation prompt asked" if generation_prompt == "asked" else ""  # trained cuts as null does
-    template = chat.load_template(tokenizer, chat_template, chat_template_kwargs) + special + asked
+    asked = (
+        " generation prompt asked" if options.get("generation_prompt") == "asked" else ""
+    )  # trained cuts as null does
+    template = chat.load_template(tokenizer, chat_template, options.get("chat_template_kwargs")) + special + asked
     parts = {"tokenizer": chat.tokenizer_state(tokenizer), "template": template}
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
-    lengths = [f"{name} {limits[name]}" for name in ("max_length", "max_prompt_length") if name in limits]
-    return digests | {"lengths": ", ".join([*lengths, limits["overlong"]])}
+    lengths = [f"{name} {options[name]}" for name in ("max_length", "max_prompt_length") if name in options]
+    return digests | {"lengths": ", ".join([*lengths, options["overlong"]])}

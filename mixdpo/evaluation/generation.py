@@ -2,7 +2,7 @@
 prefill, and a row that has ended costs nothing more."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixdpo.data.chat_template import encode_responses, load_template
+from mixdpo.data.columns import template_values
 from mixdpo.errors import InputError
 from mixdpo.model.forward import evaluating
+from mixdpo.storage.files import Row
 
 Pick = Callable[[Tensor], Tensor]
 """(B, V) logits -> (B,) next tokens."""
@@ -38,7 +40,7 @@ class Response:
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[str | list[dict[str, str]] | Row],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -48,7 +50,6 @@ def generate(
     seed: int = 0,
     progress: bool = True,
     names: Sequence[str] | None = None,
-    values: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[list[Response]]:
     """`samples` responses to each prompt; entry i belongs to prompt i.
 
@@ -57,7 +58,7 @@ def generate(
     Args:
         model: a Hugging Face causal language model, plain or wrapped by PEFT; its active adapters count.
         tokenizer: its tokenizer, with a chat template.
-        prompts: a user's text, or messages that end with the user's.
+        prompts: a user's text, messages that end with the user's, or a row whose `prompt` is either.
         max_new_tokens: a response is cut at this many tokens.
         batch_size: responses decoded together (prompts in a batch = batch_size // samples, at least one).
         temperature: 0 takes the likeliest token.
@@ -66,7 +67,6 @@ def generate(
         seed: the same seed, batch_size and machine give the same responses.
         progress: show a progress bar.
         names: what errors call the prompts; their numbers, if not given.
-        values: `template_values` of the prompts, which the chat template gets; nothing, if not given.
 
     Raises:
         InputError: an option out of range, no chat template, or a prompt that leaves the model no room to respond.
@@ -74,7 +74,7 @@ def generate(
     _check(temperature, top_p, samples, max_new_tokens, batch_size)
     if not prompts:
         return []
-    device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names, values)
+    device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
     _check_room(model, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer, device)
     pick = partial(_pick, temperature=temperature, top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
@@ -171,17 +171,15 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 def _encode(
-    tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, str]]],
-    names: Sequence[str] | None = None,
-    values: Sequence[Mapping[str, Any]] | None = None,
+    tokenizer: Any, prompts: Sequence[str | list[dict[str, str]] | Row], names: Sequence[str] | None = None
 ) -> list[list[int]]:
     template, numbered = load_template(tokenizer, None), names or [str(i + 1) for i in range(len(prompts))]
     encoded: list[list[int]] = []
-    for name, prompt, given in zip(numbered, prompts, values or [{}] * len(prompts), strict=True):
+    for name, given in zip(numbered, prompts, strict=True):
+        prompt, values = (given["prompt"], template_values(given)) if isinstance(given, dict) else (given, {})
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            encoded += encode_responses(tokenizer, template, chat, values=given)
+            encoded += encode_responses(tokenizer, template, chat, values=values)
         except InputError as error:
             raise InputError(f"prompt {name}: {error}") from error
     return encoded

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mixdpo.data.columns import template_values
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
 from mixdpo.evaluation.formats import PromptResponses
@@ -34,9 +33,7 @@ class Responses:
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[Row], **options: Any) -> list[Response]:
     """One response to each prompt row (key `prompt`); options as for `generate`."""
-    values = [template_values(row) for row in prompts]
-    given = generate(model, tokenizer, [row["prompt"] for row in prompts], values=values, **options)
-    return [response for (response,) in given]
+    return [response for (response,) in generate(model, tokenizer, prompts, **options)]
 
 
 def scored(prompts: Sequence[Row], given: Sequence[Response], scorer: Scorer | None) -> Responses:

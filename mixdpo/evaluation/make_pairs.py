@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mixdpo.constraints.scoring import ConstraintScorer
-from mixdpo.data.columns import SHOWN, template_values
+from mixdpo.data.columns import SHOWN
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Response, generate
@@ -121,5 +121,4 @@ def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Respon
     # bfloat16 is slower than float32 on most CPUs
     trained = read_trained(model, dtype=gpu_dtype() if on_gpu else "float32")
     policy = trained.load("cuda" if on_gpu else "cpu", attention="sdpa")
-    options["values"] = [template_values(row) for row in rows]
-    return generate(policy, trained.tokenizer()[0], [row["prompt"] for row in rows], **options)
+    return generate(policy, trained.tokenizer()[0], rows, **options)
