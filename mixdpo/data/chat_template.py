@@ -19,6 +19,7 @@ Messages = list[dict[str, str]]
 GenerationPrompt = Literal["trained", "asked"]
 PLAIN = "plain"
 TODAY_CALL = re.compile(r"""\bstrftime_now\s*\((?:\s*(?P<quote>["'])(?P<form>[^"']*)(?P=quote)\s*\)|[^)]*\)?)""")
+FIXED = ("messages", "tools", "documents", "add_generation_prompt")  # variables that transformers sets
 DATE = datetime(2024, 7, 26)
 """Replaces today's date in a template that writes today's date, such as Llama-3.2's. The same text then becomes the
 same tokens on every day. Llama's template falls back to the same date."""
@@ -49,13 +50,7 @@ def load_template(
         raise InputError(f"chat_template {chat_template!r} holds no Jinja template (no {{{{ or {{%): give another file")
     values = chat_template_kwargs or {}
     _check_used(template, values)
-    if fixed := values.keys() & {
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        *tokenizer.special_tokens_map,
-    }:
+    if fixed := values.keys() & {*FIXED, *tokenizer.special_tokens_map}:
         raise InputError(f"data.chat_template_kwargs cannot set {', '.join(sorted(fixed))}: give another chat_template")
     given = [f"{{% set {name} = {name} if {name} is defined else {value!r} %}}" for name, value in values.items()]
     return "".join(given) + TODAY_CALL.sub(_dated, template)
@@ -198,8 +193,8 @@ def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[
     if made := [name for name in names if tokenizer.convert_tokens_to_ids(name) in set().union(prompt_ids, *wholes)]:
         raise InputError(UNAVOIDABLE.format(", ".join(made)))
     start = [] if prompt_ids[:1] == start else start
-    ends = [[] if has_end else [eos] for has_end in ended]
-    return [start + prompt_ids, *(start + whole + end for whole, end in zip(wholes, ends, strict=True))]
+    wholes = [whole if has_end else [*whole, eos] for whole, has_end in zip(wholes, ended, strict=True)]
+    return [start + prompt_ids, *(start + whole for whole in wholes)]
 
 
 # Special tokens in a text, such as <|im_end|> in a user's message.
@@ -215,9 +210,8 @@ def control_tokens(tokenizer: "Tokenizer", texts: Iterable[str]) -> set[str]:
 
 def template_marks(tokenizer: "Tokenizer", template: str) -> set[str]:
     """The special tokens that the template itself writes."""
-    return control_tokens(
-        tokenizer, [_render(tokenizer, template, [{"role": "user", "content": "a"}], True, tokenize=False)]
-    )
+    prompt = [{"role": "user", "content": "a"}]
+    return control_tokens(tokenizer, [_render(tokenizer, template, prompt, True, tokenize=False)])
 
 
 @lru_cache(maxsize=8)

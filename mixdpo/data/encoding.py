@@ -262,9 +262,7 @@ def encoding_identity(
         "tokenizer" and "template": 16 hex digits each; "lengths": as in "max_length 1024, truncate".
     """
     special = " special tokens in text" if special_tokens_in_text else ""
-    asked = (
-        " generation prompt asked" if options.get("generation_prompt") == "asked" else ""
-    )  # trained cuts as null does
+    asked = " generation prompt asked" if options.get("generation_prompt") == "asked" else ""
     template = chat.load_template(tokenizer, chat_template, options.get("chat_template_kwargs")) + special + asked
     parts = {"tokenizer": chat.tokenizer_state(tokenizer), "template": template}
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
