@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
+from mixdpo.data.chat_template import GenerationPrompt
 from mixdpo.data.encoding import IDS, Overlong, encode_rows
 from mixdpo.data.messages import prompt_texts, split_by_prompt
 from mixdpo.data.sources import is_one_file
@@ -19,7 +20,7 @@ from mixdpo.data.table import place_of
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
-from mixdpo.storage.identity import hash63, refuse_other_run
+from mixdpo.storage.identity import content_hash, hash63, refuse_other_run
 
 REFUSED = (GradientAccumulationScheduler, LearningRateFinder, BatchSizeFinder)
 """Callbacks that would change the planned steps."""
@@ -64,6 +65,8 @@ class PlannedDataModule(L.LightningDataModule):
         pack: NonNegativeInt = 8192,
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        generation_prompt: GenerationPrompt | None = None,
         special_tokens_in_text: bool = False,
         workers: NonNegativeInt = 0,
         processes: PositiveInt | None = None,
@@ -85,6 +88,9 @@ class PlannedDataModule(L.LightningDataModule):
                 padding; 0 gives each row a sequence of its own, padded to the longest.
             overlong: Truncate cuts a longer row to max_length; drop leaves the row out. Both are counted.
             chat_template: Jinja template, a file with one, or `plain` for none; the tokenizer's own if not given.
+            chat_template_kwargs: Variables of the template, such as {enable_thinking: false}. Those of a row win.
+            generation_prompt: For a template that opens a response (by <think>) for generation only: `asked` trains
+                behind this opening, `trained` without it. Null refuses such a template.
             special_tokens_in_text: Let the name of a special token in a text, such as <|im_end|>, become that token. By
                 default the name stays plain text. Rows with such names are counted either way.
             workers: Processes that prepare batches.
@@ -100,9 +106,11 @@ class PlannedDataModule(L.LightningDataModule):
         self.documents = pack > 0  # whether sequences are computed beside others that they must not see
         self.encoding: dict[str, Any] = {"overlong": overlong, "chat_template": chat_template}
         self.encoding["special_tokens_in_text"] = special_tokens_in_text
+        self.encoding |= {"chat_template_kwargs": chat_template_kwargs, "generation_prompt": generation_prompt}
         self.workers, self.processes, self.seed = workers, processes, seed
         self.counts: dict[str, Any] = {}
         self.doubts: list[str] = []  # warnings about data that is trained on, but probably means something else
+        self.unread: dict[str, list[str]] = {}  # as the counts are named -> columns of the source
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
         self._loader: ResumableLoader | None = None
         self._consumed = 0
@@ -146,6 +154,7 @@ class PlannedDataModule(L.LightningDataModule):
         """The data set of a table. Its rows, dropped and noted rows are counted in `counts`."""
         name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
         self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped, **table.noted}
+        self.unread[name] = table.unread
         return table.dataset
 
     def describe_counts(self) -> list[str]:
@@ -155,7 +164,8 @@ class PlannedDataModule(L.LightningDataModule):
         for name, counts in self.counts.items():
             # words with spaces hold the name of a file
             parts = ((n, what if " " in what else what.replace("_", " ")) for what, n in counts.items() if n)
-            lines.append(f"{name}: {', '.join(f'{count:,} {what}' for count, what in parts)}")
+            unread = f"; columns not read: {', '.join(names)}" if (names := self.unread.get(name)) else ""
+            lines.append(f"{name}: {', '.join(f'{count:,} {what}' for count, what in parts)}{unread}")
         return lines + [f"warning: {doubt}" for doubt in self.doubts]
 
     def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -260,6 +270,11 @@ class PlannedDataModule(L.LightningDataModule):
         """Everything that decides which rows a position in the epoch means."""
         cut = {"accumulate_grad_batches": self.trainer.accumulate_grad_batches, "devices": self.trainer.world_size}
         return {**self.plan_identity(), "batch_size": self.batch_size, **cut}
+
+
+def hash_of_rows(rows: Any, *columns: str) -> str:
+    """Of these columns, and of what the chat template gets beside them."""
+    return content_hash(zip(*(rows[name] for name in (*columns, "context") if name in rows.column_names), strict=True))
 
 
 def _prompts(rows: Any) -> Iterable[Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.planned import PlannedDataModule
+from datamodules.planned import PlannedDataModule, hash_of_rows
 from mixdpo.batches.batch import PairCollator
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, plan_steps
@@ -86,9 +86,8 @@ class PreferenceDataModule(PlannedDataModule):
             self._margins = read_margins(self.margins_file)
             self._margins.refuse_other(self.identity, "encoding of the pairs")
         train, held_out = self.read_and_split(stage)
-        names = ["pair_id", "prompt", "chosen", "rejected"]
-        names += ["chosen_weight"] * any(weight != 1 for weight in train["chosen_weight"])
-        self._data = content_hash(zip(*(train[name] for name in names), strict=True))
+        weights = ["chosen_weight"] * any(weight != 1 for weight in train["chosen_weight"])
+        self._data = hash_of_rows(train, "pair_id", "prompt", "chosen", "rejected", *weights)
         self.train_pairs = self._with_margins(self.encode(train, "train"), self.source)
         if held_out is not None:
             source = self.validation if isinstance(self.validation, str) else self.source

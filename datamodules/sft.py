@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.planned import PlannedDataModule
+from datamodules.planned import PlannedDataModule, hash_of_rows
 from mixdpo.batches.batch import SampleCollator
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, Slices, plan_stages
@@ -71,7 +71,7 @@ class SFTDataModule(PlannedDataModule):
         return self.count_read(source, split, read_samples(source, split=split, limit=self.limit, **self.reading))
 
     def _pool_of(self, samples: Any, name: str) -> TokenPool:
-        data = content_hash(zip(samples["sample_id"], samples["messages"], strict=True))
+        data = hash_of_rows(samples, "sample_id", "messages")
         identity = {"data": data, **encoding_identity(self.encoder, **self.encoding)}
         pool = TokenPool.of(self.encode(samples, name), identity)
         self.counts[name]["response tokens"] = len(pool)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixdpo.data.chat_template import load_template
 from mixdpo.data.cut_prompts import prompt_turns
-from mixdpo.data.encoding import EncodedPair, encode_pair, encode_rows
+from mixdpo.data.encoding import EncodedPair, encode_pair, encode_rows, encoding_identity
 from mixdpo.errors import InputError
 
 # ChatML as SmolLM2 writes it: a newline follows every end token.
@@ -101,16 +101,29 @@ def test_a_merge_across_the_seam_moves_the_boundary_for_both_sides():
 def test_a_merge_across_the_seam_of_a_template():
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}c"
     with pytest.raises(InputError, match="no special token"):
-        encoded_pair(merging_tokenizer(template), user("ca"), "b", "c")
+        encoded_pair(merging_tokenizer(template), user("ca"), "b", "c", generation_prompt="trained")
     pair = encoded_pair(merging_tokenizer(template.removesuffix("c")), user("cca"), "b", "c")
     assert pair == EncodedPair([4, 4], [5, 1], [2, 4, 1])
 
 
-def test_a_generation_prompt_that_responses_lack_is_not_in_the_prompt():
-    # As Qwen3 does: only the generation prompt opens a thought.
-    template = CHATML.replace("assistant\n{% endif %}", "assistant\nplus{% endif %}")
-    pair = encoded_pair(word_tokenizer(template), PROMPT, "four", "two")
-    assert pair == EncodedPair(PROMPT_IDS, [FOUR, END], [TWO, END])
+def test_a_generation_prompt_that_responses_lack_is_refused_unless_an_option_decides():
+    # As R1's distillates do: only the generation prompt opens a thought.
+    tokenizer = word_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\nplus {% endif %}"))
+    with pytest.raises(
+        InputError, match=r"after '.*assistant\\nplus ', but .*assistant\\nfour.*generation_prompt asked"
+    ):
+        encoded_pair(tokenizer, PROMPT, "four", "two")
+    trained = encoded_pair(tokenizer, PROMPT, "four", "two", generation_prompt="trained")
+    assert trained == EncodedPair(PROMPT_IDS, [FOUR, END], [TWO, END])
+    asked = encoded_pair(tokenizer, PROMPT, "four", "two", generation_prompt="asked")
+    assert asked == EncodedPair([*PROMPT_IDS, PLUS], [FOUR, END], [TWO, END])
+    options = {"max_length": 9, "overlong": "drop"}
+    identities = [
+        encoding_identity(tokenizer, None, generation_prompt=by, **options) for by in (None, "trained", "asked")
+    ]
+    assert identities[0] == identities[1] and identities[0]["template"] != identities[2]["template"]
+    with pytest.raises(InputError, match="special token as plain text"):
+        encoded_pair(tokenizer, PROMPT, "four <|im_end|>", "two", generation_prompt="asked")
 
 
 def test_a_template_may_trim_a_response_and_set_its_reasoning_apart():
@@ -324,10 +337,11 @@ def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():
         key(max_length=14),
         key(max_prompt_length=8),
         key(overlong="drop"),
-        key(word_tokenizer(CHATML + " ")),
+        key(word_tokenizer(" " + CHATML)),
+        key(word_tokenizer(CHATML.replace("m.content", "m.content + it")), chat_template_kwargs={"it": ""}),
         key(other_words),
     ]
-    assert len({key(), *changed}) == 6
+    assert len({key(), *changed}) == 7
 
 
 def test_a_second_encoding_comes_from_the_cache_and_two_processes_give_the_same(tmp_path, monkeypatch):

@@ -110,7 +110,9 @@ def test_plain_takes_one_response(tokenizer):
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content):
     template = TEMPLATE.replace("{{ m['content'] }}", content)
     assert encode_sample(tokenizer, chat(*TWO_TURNS[:2]), template).spans == [7, 10]
-    with pytest.raises(InputError, match="an earlier turn changes once message 4 follows"):
+    with pytest.raises(
+        InputError, match=r"an earlier turn changes once message 4 follows|shows the prompt differently"
+    ):
         encode_sample(tokenizer, chat(*TWO_TURNS[:2], ("user", "red"), ("assistant", "tea")), template)
 
 

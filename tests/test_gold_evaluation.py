@@ -274,7 +274,7 @@ def test_responses_of_the_start_are_kept(
         assert times(evaluation(prompts, **{name: other})) == 2, name
     assert times(evaluation(prompts), adapter=str(tmp_path / "run0/adapter")) == 2
     template = tmp_path / "template"
-    template.write_text(TEMPLATE.replace("<|im_start|>{{", "<|im_start|>red {{"))
+    template.write_text(TEMPLATE.replace("<|im_start|>", "<|im_start|>red "))
     assert times(evaluation(prompts), data={"validation": 0.2, "chat_template": str(template)}) == 2
     changed = tmp_path / "changed"
     shutil.copytree(tiny_model, changed)

@@ -291,7 +291,7 @@ def test_every_form_gives_the_prompt_once(tmp_path, form):
 
 
 def test_an_response_in_json_is_an_response(tmp_path):
-    for text in ('[{"content": "hello"}]', '[{"role": "admin", "content": "x"}]', "[{'role': 'user'}]"):
+    for text in ('[{"content": "hello"}]', '[{"from": "Rome", "role": "b"}]', "[{'role': 'user'}]"):
         assert only(tmp_path, PAIR | {"chosen": text})["chosen"] == text
 
 

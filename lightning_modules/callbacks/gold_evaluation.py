@@ -15,6 +15,7 @@ from lightning_modules.callbacks.best_checkpoint import load_best
 from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.chat_template import PLAIN, load_template, tokenizer_state
+from mixdpo.data.columns import template_values
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Response
@@ -108,7 +109,9 @@ class GoldEvaluation(Callback):
     def _responses(self, pl_module: Any, name: Role, when: str) -> Responses:
         print(f"responses to {len(self._rows)} held-out prompts, {when}")
         tokenizer = load_tokenizer(pl_module.base)
-        tokenizer.chat_template = load_template(tokenizer, pl_module.trainer.datamodule.encoding["chat_template"])
+        encoding = pl_module.trainer.datamodule.encoding
+        template = encoding["chat_template"], encoding["chat_template_kwargs"]
+        tokenizer.chat_template = load_template(tokenizer, *template)
         if tokenizer.chat_template == PLAIN:
             raise InputError("GoldEvaluation needs a chat template: give a data.chat_template other than plain")
 
@@ -130,7 +133,8 @@ class GoldEvaluation(Callback):
 
     def _asked(self) -> dict[str, Any]:
         """Options that the responses before and after training must share. The copy may change with free memory."""
-        digest = _digest(json.dumps([row["prompt"] for row in self._rows]))
+        asked = [[row["prompt"], values] if (values := template_values(row)) else row["prompt"] for row in self._rows]
+        digest = _digest(json.dumps(asked))
         return {"GoldEvaluation.prompts": digest, "GoldEvaluation.max_new_tokens": self.options["max_new_tokens"]}
 
     def _depends_on(self, pl_module: Any, tokenizer: Any) -> dict[str, Any]:

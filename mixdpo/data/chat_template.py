@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mixdpo.errors import InputError
 from mixdpo.storage.files import read_text
@@ -16,24 +16,30 @@ if TYPE_CHECKING:
 
 
 Messages = list[dict[str, str]]
+GenerationPrompt = Literal["trained", "asked"]
 PLAIN = "plain"
 TODAY_CALL = re.compile(r"""\bstrftime_now\s*\((?:\s*(?P<quote>["'])(?P<form>[^"']*)(?P=quote)\s*\)|[^)]*\)?)""")
+FIXED = ("messages", "tools", "documents", "add_generation_prompt")  # variables that transformers sets
 DATE = datetime(2024, 7, 26)
 """Replaces today's date in a template that writes today's date, such as Llama-3.2's. The same text then becomes the
 same tokens on every day. Llama's template falls back to the same date."""
 
 
-def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
+def load_template(
+    tokenizer: "Tokenizer", chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> str:
     """The Jinja template to render with, or `"plain"`. `DATE` replaces today's date in the template.
 
     Args:
         tokenizer: the source of the template when `chat_template` is None.
         chat_template: path of a template, a template itself, or `"plain"`. Plain joins the prompt's messages by
             newlines and appends the response and the tokenizer's eos token.
+        chat_template_kwargs: variables of the template and their values, written into it, so that an export keeps them.
 
     Raises:
         InputError: there is no template, or several named ones without a default; `chat_template` is neither a file nor
-            a template; or the template calls `strftime_now` with anything but a string literal.
+            a template; the template does not use a variable, or it calls `strftime_now` with anything but a string
+            literal.
     """
     if chat_template is None:
         if tokenizer.chat_template is None:
@@ -48,7 +54,20 @@ def load_template(tokenizer: "Tokenizer", chat_template: str | None) -> str:
         template = chat_template
     elif not _is_template(template := read_text(Path(chat_template).expanduser())):
         raise InputError(f"chat_template {chat_template!r} holds no Jinja template (no {{{{ or {{%): give another file")
-    return TODAY_CALL.sub(_dated, template)
+    values = chat_template_kwargs or {}
+    _check_used(template, values)
+    if fixed := values.keys() & {*FIXED, *tokenizer.special_tokens_map}:
+        raise InputError(f"data.chat_template_kwargs cannot set {', '.join(sorted(fixed))}: give another chat_template")
+    given = [f"{{% set {name} = {name} if {name} is defined else {value!r} %}}" for name, value in values.items()]
+    return "".join(given) + TODAY_CALL.sub(_dated, template)
+
+
+def _check_used(template: str, values: Iterable[str]) -> None:
+    if unused := [name for name in values if template == PLAIN or not re.search(rf"\b{re.escape(name)}\b", template)]:
+        raise InputError(
+            f"the chat template does not use {', '.join(unused)}: give another `chat_template`, or remove this from "
+            "tools or chat_template_kwargs of the row, or from data.chat_template_kwargs"
+        )
 
 
 def _dated(call: re.Match[str]) -> str:
@@ -68,32 +87,69 @@ def shared_length(*sequences: Any) -> int:
 
 
 def encode_responses(
-    tokenizer: "Tokenizer", template: str, prompt: Messages, *responses: str, special_tokens_in_text: bool = False
+    tokenizer: "Tokenizer",
+    template: str,
+    prompt: Messages,
+    *responses: str | dict[str, str],
+    special_tokens_in_text: bool = False,
+    generation_prompt: GenerationPrompt | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Ids of the prompt and of prompt + each response with its end token, through a template of `load_template`.
 
+    Args:
+        responses: texts, or messages of the assistant.
+        generation_prompt: what precedes a response where the template opens a response in another way (with <think>)
+            for generation: the text that it writes there ("asked"), or in a finished conversation ("trained"); None
+            refuses such a template.
+        values: what the template gets beside the messages, as `template_values` reads it.
+
     Raises:
-        InputError: the template fails, changes the prompt once a response follows, leaves out part of a response, or
-            writes no end token.
+        InputError: the template fails, changes the prompt once a response follows, leaves out part of a response,
+            does not use what it is given, or writes no end token.
     """
-    contents = [*(message["content"] for message in prompt), *responses]
+    values = values or {}
+    _check_used(template, values)
+    turns = [{"role": "assistant", "content": each} if isinstance(each, str) else each for each in responses]
+    answers = [turn["content"] for turn in turns]
+    contents = [*(message["content"] for message in prompt), *answers, json.dumps(values, ensure_ascii=False)]
     as_text = not special_tokens_in_text and bool(control_tokens(tokenizer, contents))
     if template == PLAIN:
-        return _encode_plain(tokenizer, prompt, responses, as_text)
-    chats = [prompt, *([*prompt, {"role": "assistant", "content": response}] for response in responses)]
-    texts = [_render(tokenizer, template, chat, chat is prompt, tokenize=False) for chat in chats]
-    _check_rendered(texts, prompt, responses)
+        return _encode_plain(tokenizer, prompt, answers, as_text)
+    render = partial(_render, tokenizer, template, **values)
+    chats = [prompt, *([*prompt, turn] for turn in turns)]
+    texts = [render(chat, chat is prompt, tokenize=False) for chat in chats]
+    _check_rendered(texts, prompt, answers)
+    if generation_prompt != "trained" and (shared := shared_length(*texts)) < len(texts[0]):
+        if shared < shared_length(render(prompt, False, tokenize=False), *texts[1:]):
+            raise InputError(CHANGED)
+        if generation_prompt is None:
+            whole = next(text for text in texts if not text.startswith(texts[0]))
+            raise InputError(OTHER_START.format(texts[0][-60:], whole[max(0, shared - 40) :][:60]))
+        if as_text:
+            raise InputError(UNAVOIDABLE.format("before data.generation_prompt asked"))
+        texts[1:] = [texts[0] + text[shared:] for text in texts[1:]]
     if as_text:
         if tokenizer.chat_control_tokens is None:
             tokenizer.chat_control_tokens = []  # else <think> and the like, no special tokens, would be text as well
         options = {"sanitize_control_tokens": True, "return_dict": False}
-        encoded = [_render(tokenizer, template, chat, chat is prompt, **options) for chat in chats]
+        encoded = [render(chat, chat is prompt, **options) for chat in chats]
     else:  # the template writes BOS itself: special tokens added here would double it
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [encoded[0], *(_cut_after_end_token(tokenizer, whole) for whole in encoded[1:])]
 
 
-def _render(tokenizer: "Tokenizer", template: str, chat: Messages, is_prompt: bool, **options: bool) -> Any:
+CHANGED = (
+    "the chat template leaves out part of a message, or shows the prompt differently once a response follows: give "
+    "another `chat_template`"
+)
+OTHER_START = (
+    "the chat template asks for a response after {!r}, but writes a finished conversation as {!r}: type "
+    "--data.generation_prompt asked (train behind the first) or trained (behind what both share)"
+)
+
+
+def _render(tokenizer: "Tokenizer", template: str, chat: Messages, is_prompt: bool, /, **options: Any) -> Any:
     """Messages through a template, as text, or as ids in which only the template's own text becomes special tokens."""
     try:
         return tokenizer.apply_chat_template(chat, chat_template=template, add_generation_prompt=is_prompt, **options)
@@ -111,8 +167,7 @@ def _check_rendered(texts: list[str], prompt: Messages, responses: Sequence[str]
     shown = [message["content"].strip() for message in prompt if message["role"] == "system" or message is prompt[-1]]
     trimmed = [("".join(a.split()), "".join(b.split())) for a, b in zip(responses, texts[1:], strict=True)]
     if not all(content in shared for content in shown) or not all(content in text for content, text in trimmed):
-        fault = "leaves out part of a message, or shows the prompt differently once a response follows"
-        raise InputError(f"the chat template {fault}: give another `chat_template`")
+        raise InputError(CHANGED)
 
 
 def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
@@ -128,19 +183,24 @@ def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
 
 
 def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[str], as_text: bool) -> list[list[int]]:
-    """Ids of BOS (if the tokenizer starts a text with BOS) and of the plain text; eos follows a response."""
+    """Ids of BOS (if the tokenizer starts a text with BOS) and of the plain text; eos follows a response. Neither is
+    added to a text that has it: to one that begins with BOS, and to a response that ends in a special token."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise InputError(f"{PLAIN!r} ends a response with the eos token, and the tokenizer has none: set eos_token")
     start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
     text = "\n".join(message["content"] for message in prompt)
-    texts = [text, *(text + response for response in responses)]
+    end = re.compile(rf"({_pattern(tokenizer, len(tokenizer)).pattern})\s*\Z")
+    ended = [not as_text and bool(end.search(response)) for response in responses]
+    texts = [text, *(text + (r.rstrip() if has_end else r) for r, has_end in zip(responses, ended, strict=True))]
     options = {"split_special_tokens": True} if as_text else {}
     prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False, **options)["input_ids"]
     names = control_tokens(tokenizer, texts) if as_text else set()
     if made := [name for name in names if tokenizer.convert_tokens_to_ids(name) in set().union(prompt_ids, *wholes)]:
         raise InputError(UNAVOIDABLE.format(", ".join(made)))
-    return [start + prompt_ids, *(start + whole + [eos] for whole in wholes)]
+    start = [] if prompt_ids[:1] == start else start
+    wholes = [whole if has_end else [*whole, eos] for whole, has_end in zip(wholes, ended, strict=True)]
+    return [start + prompt_ids, *(start + whole for whole in wholes)]
 
 
 # Special tokens in a text, such as <|im_end|> in a user's message.
@@ -152,6 +212,12 @@ def control_tokens(tokenizer: "Tokenizer", texts: Iterable[str]) -> set[str]:
     """The tokenizer's special tokens that the texts hold."""
     find = _pattern(tokenizer, len(tokenizer)).findall
     return {token for text in texts for token in find(text)}
+
+
+def template_marks(tokenizer: "Tokenizer", template: str) -> set[str]:
+    """The special tokens that the template itself writes."""
+    prompt = [{"role": "user", "content": "a"}]
+    return control_tokens(tokenizer, [_render(tokenizer, template, prompt, True, tokenize=False)])
 
 
 @lru_cache(maxsize=8)

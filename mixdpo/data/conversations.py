@@ -3,12 +3,13 @@
 from functools import partial
 from typing import Any, Literal
 
+from mixdpo.data.columns import settle_columns
 from mixdpo.data.messages import (
     Message,
+    checked_content,
     checked_text,
     is_blank,
     parse_messages,
-    refuse_ignored,
     unweighted,
     without_prompt,
 )
@@ -70,16 +71,12 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
             )
         messages = prompt + completion
     else:
-        texts = {column: checked_text(row.get(column, ""), column) for column in ("instruction", "input", "output")}
+        texts = {column: checked_content(row.get(column, ""), column) for column in ("instruction", "input", "output")}
         question = texts["instruction"] + (f"\n\n{texts['input']}" if texts["input"].strip() else "")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not responses:
         raise InputError(f"no message has the role 'assistant': {[message['role'] for message in messages]}.")
-    refuse_ignored(row, messages)
-    if str(row.get("label")).lower() in ("true", "false", "0", "1"):
-        remedy = "keep the good rows without the column, or train a preference loss on pairs of chosen and rejected"
-        raise InputError(f"SFT would imitate bad responses too ('label' {row['label']!r} of KTO): {remedy}.")
     return messages[: responses[-1] + 1]
 
 
@@ -94,8 +91,12 @@ def _records(
     if train_on == "last":
         weights[:-1] = [0.0] * (len(ends) - 1)
     messages = unweighted(messages)
+    form = next(form for form in FORMS if row.keys() >= set(form))
+    read = (*form, *(("input",) if "instruction" in form else ()), "sample_id", "id", "source")
+    settled = settle_columns(row, read, messages)
     id_column = "id" if "id" in row and "sample_id" not in row else "sample_id"
-    sample = {"sample_id": row_id(row, id_column, messages, rows_of_ids), "messages": messages}
+    content = [messages, settled["context"]] if settled["context"] else messages
+    sample = {"sample_id": row_id(row, id_column, content, rows_of_ids), "messages": messages, **settled}
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
     drop = "empty_completion" if all(blank) else "" if any(weights) else "no_trained_response"
     if messages[0]["role"] == "assistant" or is_blank(question):

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ class EncodedSample:
 
 
 def encode_pair(
-    tokenizer: "Tokenizer", prompt: chat.Messages, chosen: str, rejected: str, template: str, **options: bool
+    tokenizer: "Tokenizer", prompt: chat.Messages, chosen: Any, rejected: Any, template: str, **options: Any
 ) -> EncodedPair:
     """Token ids of one pair through a template of `load_template`, with the options of `encode_responses`.
 
@@ -123,7 +124,7 @@ def _boundary(*sequences: list[int]) -> int:
 
 
 def encode_sample(
-    tokenizer: "Tokenizer", messages: chat.Messages, template: str, weights: Sequence[float] = (), **options: bool
+    tokenizer: "Tokenizer", messages: chat.Messages, template: str, weights: Sequence[float] = (), **options: Any
 ) -> EncodedSample:
     """Token ids and trained responses of one conversation through a template of `load_template`, with the options of
     `encode_responses`. `weights` has the weight of each response, all 1 if empty; a response of weight 0 is context
@@ -143,7 +144,7 @@ def encode_sample(
     input_ids: list[int] = []
     spans: list[int] = []
     for index in trained:
-        before, response = messages[:index], messages[index]["content"]
+        before, response = messages[:index], messages[index]
         prompt_ids, whole = chat.encode_responses(tokenizer, template, before, response, **options)
         if chat.shared_length(input_ids, prompt_ids, whole) < len(input_ids):
             remedy = "set data.one_response_per_sample true, or give another `chat_template`"
@@ -172,6 +173,8 @@ def encode_rows(
     *,
     special_tokens_in_text: bool = False,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    generation_prompt: chat.GenerationPrompt | None = None,
     num_proc: int | None = None,
     **limits: Any,
 ) -> tuple["Dataset", dict[str, int]]:
@@ -181,6 +184,8 @@ def encode_rows(
         special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, becomes that token;
             if not, the name stays plain characters.
         chat_template: as for `load_template`; "plain" takes only samples with one response.
+        chat_template_kwargs: as for `load_template`; those of a row's `context` win.
+        generation_prompt: as for `encode_responses`.
         num_proc: number of processes; None encodes in this process.
         limits: the arguments of `EncodedPair.within` or `EncodedSample.within`.
 
@@ -197,16 +202,18 @@ def encode_rows(
     kind = SAMPLES if "messages" in dataset.column_names else PAIRS
     if not 0 < limits.get("max_prompt_length", 1) < limits["max_length"]:
         raise InputError(f"max_length must be above max_prompt_length (1 for samples), and both above 0, not {limits}")
-    template = chat.load_template(tokenizer, chat_template)
+    template = chat.load_template(tokenizer, chat_template, chat_template_kwargs)
     options = {"template": template, "special_tokens_in_text": special_tokens_in_text}
-    features = {name: feature for name, feature in dataset.features.items() if name not in kind.texts}
+    options["generation_prompt"] = generation_prompt
+    texts = [*kind.texts, *({"context"} & {*dataset.column_names})]
+    features = {name: feature for name, feature in dataset.features.items() if name not in texts}
     features |= {name: [Value("int32")] for name in kind.ids}
-    features |= {"truncated": Value("bool"), "status": Value("string"), "special": Value("bool")}
+    features |= {"truncated": Value("bool"), "status": Value("string"), "special": Value("string")}
     # the hash of `datasets` would include the tokenizer's padding and truncation state, which changes with use
     key = [dataset._fingerprint, chat.tokenizer_state(tokenizer), options | limits, room_code()]
     encoded = dataset.map(
         partial(_encode_row, tokenizer=tokenizer, kind=kind, options=options, limits=limits),
-        remove_columns=kind.texts,
+        remove_columns=texts,
         features=Features(features),
         num_proc=num_proc,
         new_fingerprint=hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
@@ -214,7 +221,7 @@ def encode_rows(
     )
     statuses = list(encoded["status"])
     counts = {name: statuses.count(name) for name in ("dropped_overlong", "dropped_empty", "truncated")}
-    counts |= {"special_tokens_in_text": count} if (count := sum(encoded["special"])) else {}
+    counts |= _count_special(encoded["special"], tokenizer, template)
     kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     if not kept:
         raise InputError(f"no {kind.noun} is left of {len(statuses)} ({counts}): raise max_length or truncate.")
@@ -222,10 +229,33 @@ def encode_rows(
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
 
 
+def _count_special(special: Iterable[str], tokenizer: "Tokenizer", template: str) -> dict[str, int]:
+    """The count of rows whose texts hold special tokens, if there are any.
+
+    Raises:
+        InputError: the texts of most rows hold marks that the template writes: they have been through a template.
+    """
+    rows = [json.loads(names) for names in special]
+    count = sum(map(bool, rows))
+    marks = chat.template_marks(tokenizer, template) if template != chat.PLAIN and 2 * count > len(rows) else set()
+    if 2 * (nested := sum(not marks.isdisjoint(names) for names in rows)) > len(rows):
+        raise InputError(
+            f"the texts of {nested} of {len(rows)} rows hold marks of the chat template ({', '.join(sorted(marks))}): "
+            "type --data.chat_template plain --data.special_tokens_in_text true for texts that a template has written"
+        )
+    return {"special_tokens_in_text": count} if count else {}
+
+
 def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limits: Any) -> dict[str, Any]:
     """The ids within their limits. `status` says whether the row is dropped or truncated, and is "" if neither.
-    `special` says whether the texts hold special tokens."""
-    texts = [row[name] for name in kind.texts]
+    `special` lists the special tokens in the texts, as JSON."""
+    context = json.loads(row.get("context") or "{}")
+    keys = chain(context.pop("keys", ()), repeat({}))  # of each message, beside role and content
+    texts = [
+        {"role": "assistant", "content": text} | next(keys) if isinstance(text, str) else [m | next(keys) for m in text]
+        for text in (row[name] for name in kind.texts)
+    ]
+    options = options | context
     weights = {"weights": row["response_weights"]} if "response_weights" in row else {}
     try:
         whole = kind.encode(tokenizer, *texts, **options, **weights)
@@ -235,8 +265,8 @@ def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limi
     limited = whole.within(**limits, **turns)
     cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"
     status = "dropped_empty" if whole.is_empty else cut
-    messages = [m for text in texts for m in ([{"content": text}] if isinstance(text, str) else text)]
-    special = bool(chat.control_tokens(tokenizer, [message["content"] for message in messages]))
+    messages = [message for text in texts for message in (text if isinstance(text, list) else [text])]
+    special = json.dumps(sorted(chat.control_tokens(tokenizer, [message["content"] for message in messages])))
     return vars(limited or whole) | {"truncated": status == "truncated", "status": status, "special": special}
 
 
@@ -259,19 +289,21 @@ def sequence_lengths(encoded: "Dataset") -> np.ndarray:
 
 
 def encoding_identity(
-    tokenizer: "Tokenizer", chat_template: str | None, special_tokens_in_text: bool = False, **limits: Any
+    tokenizer: "Tokenizer", chat_template: str | None, special_tokens_in_text: bool = False, **options: Any
 ) -> dict[str, str]:
     """Everything that decides the ids of a sample or pair, in parts: an error about a stored file names what differs.
 
     Args:
-        limits: `max_length`, `overlong` and, for pairs, `max_prompt_length`.
+        options: `max_length`, `overlong` and, for pairs, `max_prompt_length`; `chat_template_kwargs` and
+            `generation_prompt` where they are set.
 
     Returns:
         "tokenizer" and "template": 16 hex digits each; "lengths": as in "max_length 1024, truncate".
     """
     special = " special tokens in text" if special_tokens_in_text else ""
-    template = chat.load_template(tokenizer, chat_template) + special
+    asked = " generation prompt asked" if options.get("generation_prompt") == "asked" else ""
+    template = chat.load_template(tokenizer, chat_template, options.get("chat_template_kwargs")) + special + asked
     parts = {"tokenizer": chat.tokenizer_state(tokenizer), "template": template}
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
-    lengths = [f"{name} {limits[name]}" for name in ("max_length", "max_prompt_length") if name in limits]
-    return digests | {"lengths": ", ".join([*lengths, limits["overlong"]])}
+    lengths = [f"{name} {options[name]}" for name in ("max_length", "max_prompt_length") if name in options]
+    return digests | {"lengths": ", ".join([*lengths, options["overlong"]])}

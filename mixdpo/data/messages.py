@@ -1,9 +1,9 @@
-"""A row -> checked messages; which columns are refused; which prompts count as the same."""
+"""A row -> checked messages; which keys they may have; which prompts count as the same."""
 
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from mixdpo.errors import InputError
@@ -13,18 +13,15 @@ Message = dict[str, Any]
 """`role`, `content` and, of an assistant's message whose tokens do not weigh 1 in the loss of SFT, `weight` (float)."""
 
 
-MESSAGES_AS_TEXT = re.compile(
-    r"""(?s)\s*\[\s*\{(?=.*['"]content['"]\s*:).*['"]role['"]\s*:\s*['"](user|assistant|system)"""
-)
+_ROLE, _CONTENT, _FROM, _VALUE = (rf"""(?=.*['"]{key}['"]\s*:)""" for key in ("role", "content", "from", "value"))
+MESSAGES_AS_TEXT = re.compile(rf"(?s)\s*(?:array\()?\[\s*\{{(?:{_ROLE}{_CONTENT}|{_FROM}{_VALUE})")
+"""The start of a list of messages in JSON, or as Python or numpy prints one."""
 
 
-IGNORED = ("system", "history")  # columns that other trainers put before the prompt
-
-
-UNRENDERED = ("tool_calls", "reasoning_content")  # parts of a message beside its content
-
-
+SHOWN_KEYS = ("name", "tool_call_id")  # a chat template may show them
+HARMLESS_KEYS = ("role", "content", *SHOWN_KEYS, "id", "message_id", "timestamp", "created_at", "date", "index")
 MARKS = ("weight", "train", "loss")  # keys by which trainers say how much a message is trained on
+KNOWN_KEYS = {*HARMLESS_KEYS, *MARKS}
 
 
 def prompt_texts(prompt: str | Sequence[Message]) -> list[str]:
@@ -72,26 +69,28 @@ def doubts_about_directions(pairs: Any) -> list[str]:
 def parse_messages(row: dict[str, Any], column: str, role: str | None = "assistant") -> list[Message]:
     """The column as messages; a plain string becomes one message of `role`, unless `role` is None.
 
+    A message has `role`, `content` and those of `SHOWN_KEYS` that say something.
+
     Raises:
-        InputError: the value is neither, or the text is a list of messages that a table saved as text.
+        InputError: the value is neither, a text is a list of messages that a table saved as text, or a message has an
+            unknown key that says something.
     """
     value = row.get(column)
     if role is not None and isinstance(value, str):
-        if MESSAGES_AS_TEXT.match(value):
-            raise InputError(f"{column!r} is a list of messages saved as text: {value!r:.80}. Save the data as .jsonl.")
-        return [{"role": role, "content": checked_text(value, column)}]
+        return [{"role": role, "content": checked_content(value, column)}]
     if not isinstance(value, list) or not value:
         raise InputError(f"{column!r} should be {'text or ' if role else ''}a list of messages, not {value!r:.80}.")
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(f"{column!r} holds {message!r:.80}; a message has the keys 'role' and 'content'.")
-        if lost := [key for key in UNRENDERED if message.get(key)]:
-            raise InputError(f"{column!r} holds {' and '.join(lost)}, which is not read: put it in 'content'.")
+        if lost := [str(key) for key, held in message.items() if key not in KNOWN_KEYS and something(held)]:
+            keys = " and ".join(lost)
+            raise InputError(f"{column!r} holds {keys}, which is not read: put it in 'content' or remove the key.")
     return [_checked(message, column) for message in value]
 
 
 def unweighted(messages: list[Message]) -> list[Message]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 def _checked(message: dict[str, Any], column: str) -> Message:
@@ -101,7 +100,9 @@ def _checked(message: dict[str, Any], column: str) -> Message:
         InputError: a text is none, a mark has an impossible value, marks contradict each other, or a message of another
             role than the assistant is marked to be trained on.
     """
-    texts = {key: checked_text(message[key], f"{column}.{key}") for key in ("role", "content")}
+    texts = {"role": checked_text(message["role"], f"{column}.role")}
+    texts["content"] = checked_content(message["content"], f"{column}.content")
+    texts |= {key: checked_text(message[key], f"{column}.{key}") for key in SHOWN_KEYS if something(message.get(key))}
     marks = {key: message[key] for key in MARKS if message.get(key) is not None}
     is_weight = {key: key == "weight" and isinstance(mark, int | float) for key, mark in marks.items()}
     valid = [mark in (0, 1) or (is_weight[key] and 1e-6 <= mark <= 1e6) for key, mark in marks.items()]
@@ -113,17 +114,17 @@ def _checked(message: dict[str, Any], column: str) -> Message:
     return texts | {"weight": weight} if weight != 1 and is_response else texts
 
 
-def refuse_ignored(row: dict[str, Any], messages: list[Message]) -> None:
-    """
-    Raises:
-        InputError: the column `system` or `history` holds text that no message repeats. "", "[]", "nan" and "None" are
-            empty.
-    """
-    repeated = ["", "[]", "nan", "None", *(message["content"].strip() for message in messages)]
-    for column in IGNORED:
-        value = row.get(column)
-        if value and not (isinstance(value, str) and value.strip() in repeated):
-            raise InputError(f"the column {column!r} is not read ({value!r:.80}): put it into the prompt or remove it.")
+def something(value: Any, repeated: Collection[str] = ()) -> bool:
+    """Whether a value says something: it is not null, NaN or empty, also as text, and no text that is `repeated`."""
+    if isinstance(value, str):
+        return value.strip() not in {"", "[]", "{}", "nan", "None", *repeated}
+    return value == value and value not in (None, [], {})
+
+
+def checked_content(value: Any, column: str) -> str:
+    if MESSAGES_AS_TEXT.match(checked_text(value, column)):
+        raise InputError(f"{column!r} is a list of messages saved as text: {value!r:.80}. Save the data as .jsonl.")
+    return value
 
 
 def is_blank(text: str) -> bool:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from mixdpo.data.messages import Message, is_blank, parse_messages, refuse_ignored, unweighted, without_prompt
+from mixdpo.data.columns import settle_columns
+from mixdpo.data.messages import Message, is_blank, parse_messages, unweighted, without_prompt
 from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin
 from mixdpo.data.table import Table, read_table, row_id, without_nulls
 from mixdpo.errors import InputError
@@ -59,8 +60,8 @@ def read_pairs(
     return table
 
 
-def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str, float]:
-    """Prompt messages, chosen and rejected text, and the chosen text's weight in SFT.
+def parse_row(row: dict[str, Any]) -> tuple[list[Message], Message, Message, float]:
+    """Prompt messages, chosen and rejected response, and the chosen response's weight in SFT.
 
     A row has standard, conversational, implicit-prompt or mixed form. Mixed is UltraFeedback's: a `prompt` string,
     and conversations that repeat it. A prompt that the responses repeat appears once.
@@ -82,31 +83,32 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], str, str, float]:
         raise InputError(
             "'prompt' (if absent, the messages that 'chosen' and 'rejected' share) should end with role 'user'."
         )
-    refuse_ignored(row, prompt)
     return prompt, _response(chosen, prompt, "chosen"), _response(rejected, prompt, "rejected"), weight
 
 
-def _response(conversation: list[Message], prompt: list[Message], column: str) -> str:
+def _response(conversation: list[Message], prompt: list[Message], column: str) -> Message:
     rest = conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else conversation
     if len(rest) != 1 or rest[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in rest)
         raise InputError(
             f"{column!r} has the roles ({roles}) after the prompt: leave one message, of role 'assistant'."
         )
-    return rest[0]["content"]
+    return rest[0]
 
 
 def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
     # a margin of null is refused, not absent: `row` keeps it
     present, repeated = without_prompt(without_nulls(row), "chosen", "rejected")
-    prompt, chosen, rejected, weight = parse_row(present)
+    prompt, *responses, weight = parse_row(present)
+    chosen, rejected = (response["content"] for response in responses)
     drop = "identical" if chosen.strip() == rejected.strip() else ""
     if is_blank(chosen) or is_blank(rejected):
         drop = "empty_completion"
     if is_blank(prompt[-1]["content"]):
         drop = "empty_prompt"
     pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_weight": weight}
-    pair["noted"] = {repeated: 1}
-    pair |= {"pair_id": row_id(present, "pair_id", [prompt, chosen, rejected], rows_of_ids), "drop": drop}
+    pair |= settle_columns(present, ("prompt", "chosen", "rejected", "pair_id", *columns), [*prompt, *responses])
+    content = [prompt, chosen, rejected, *filter(None, [pair["context"]])]
+    pair |= {"pair_id": row_id(present, "pair_id", content, rows_of_ids), "drop": drop, "noted": {repeated: 1}}
     # a row that is kept out needs no score
     return pair | {"margin": math.nan if drop or not columns else row_margin(row, columns)}

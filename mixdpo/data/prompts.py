@@ -2,7 +2,8 @@
 
 from itertools import islice
 
-from mixdpo.data.messages import checked_text, is_blank, parse_messages, refuse_ignored
+from mixdpo.data.columns import COLUMNS, PROMPT, settle_columns
+from mixdpo.data.messages import checked_text, is_blank, parse_messages
 from mixdpo.data.sources import open_source
 from mixdpo.errors import InputError
 from mixdpo.storage.files import Row
@@ -25,7 +26,8 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
     for number, row in islice(opened.rows, limit):
         try:
             messages = parse_messages(row, "prompt", "user")
-            refuse_ignored(row, messages)
+            # a scorer may read any column that is no part of the prompt
+            settle_columns(row, [name for name in row if COLUMNS.get(name) != PROMPT], messages)
             checked_text(row.get("part", ""), "part")
             if messages[-1]["role"] != "user" or is_blank(messages[-1]["content"]):
                 raise InputError(

@@ -24,11 +24,13 @@ class Table(NamedTuple):
     """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
     else the number of the record. In a folder's table `row` counts through all files, and the column `place` says file
     and row. `dropped` counts the rows that were kept out, by cause. `noted` counts what is not taken as it is in the
-    other rows, such as blank responses, and what was read of each file of a folder."""
+    other rows, such as blank responses, and what was read of each file of a folder. `unread` names the columns that say
+    something and are not read. The data set has the column `context` only if a row has a context."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
     noted: dict[str, int]
+    unread: list[str]
 
 
 def read_table(
@@ -39,9 +41,10 @@ def read_table(
     Args:
         noun: the word for a row, whose id is the column NOUN_id.
         parse: a row and {id: row number} of earlier rows -> its records. A record's `drop` says why the record is not
-            usable, or ""; its `noted` counts what is not taken as it is, by cause.
-        columns: names and types of the table's columns, without `row`, `drop` and `noted`; type "messages" is a message
-            list, "weights" a list of float32.
+            usable, or ""; its `noted` counts what is not taken as it is, by cause; `context` and `unread` are those of
+            `settle_columns`.
+        columns: names and types of the record's other columns; type "messages" is a list of roles and contents,
+            "weights" a list of float32.
         key: further options that the table depends on, besides the data, `limit` and the code of this folder.
 
     Raises:
@@ -52,7 +55,7 @@ def read_table(
 
     opened, text = open_source(source, split), Value("string")
     lists = {"messages": [{"role": text, "content": text}], "weights": [Value("float32")]}
-    columns = columns | {"row": "int64", "drop": "string", "noted": "string"}
+    columns = columns | {"row": "int64"} | dict.fromkeys(("drop", "noted", "context", "unread"), "string")
     columns |= {} if opened.files is None else {"place": "string"}
     features = Features({name: lists.get(kind) or Value(kind) for name, kind in columns.items()})
     content = json.dumps([opened.name, opened.key, key, limit, room_code()])
@@ -76,7 +79,9 @@ def read_table(
     for counts in table["noted"]:
         noted.update(json.loads(counts))
     counted = {cause: count for cause, count in noted.items() if cause and count}
-    return Table(table.remove_columns(["drop", "noted"]), dropped, counted)
+    unread = sorted({name for names in table.unique("unread") for name in json.loads(names)})
+    unused = ["context"] if table.unique("context") == [""] else []
+    return Table(table.remove_columns(["drop", "noted", "unread", *unused]), dropped, counted, unread)
 
 
 def room_code() -> list[str]:
@@ -98,7 +103,10 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
             raise InputError(f"{source.name}, {place}: {error} Columns present: {', '.join(row)}.") from error
         rows_of_ids |= {record[id_column]: number for record in records}
         more = {"row": number} | ({} if source.files is None else {"place": place})
-        yield from (record | more | {"noted": json.dumps(record["noted"])} for record in records)
+        for record in records:
+            chats = {name: record[name] for name in ("prompt", "messages") if name in record}
+            plain = {name: [{key: m[key] for key in ("role", "content")} for m in chat] for name, chat in chats.items()}
+            yield record | plain | more | {"noted": json.dumps(record["noted"])}
         usable += not records[0]["drop"]
         if usable == limit:
             return

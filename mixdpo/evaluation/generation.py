@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixdpo.data.chat_template import encode_responses, load_template
+from mixdpo.data.columns import template_values
 from mixdpo.errors import InputError
 from mixdpo.model.forward import evaluating
+from mixdpo.storage.files import Row
 
 Pick = Callable[[Tensor], Tensor]
 """(B, V) logits -> (B,) next tokens."""
@@ -38,7 +40,7 @@ class Response:
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[str | list[dict[str, str]] | Row],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -56,7 +58,7 @@ def generate(
     Args:
         model: a Hugging Face causal language model, plain or wrapped by PEFT; its active adapters count.
         tokenizer: its tokenizer, with a chat template.
-        prompts: a user's text, or messages that end with the user's.
+        prompts: a user's text, messages that end with the user's, or a row whose `prompt` is either.
         max_new_tokens: a response is cut at this many tokens.
         batch_size: responses decoded together (prompts in a batch = batch_size // samples, at least one).
         temperature: 0 takes the likeliest token.
@@ -169,14 +171,15 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 def _encode(
-    tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], names: Sequence[str] | None = None
+    tokenizer: Any, prompts: Sequence[str | list[dict[str, str]] | Row], names: Sequence[str] | None = None
 ) -> list[list[int]]:
     template, numbered = load_template(tokenizer, None), names or [str(i + 1) for i in range(len(prompts))]
     encoded: list[list[int]] = []
-    for name, prompt in zip(numbered, prompts, strict=True):
+    for name, given in zip(numbered, prompts, strict=True):
+        prompt, values = (given["prompt"], template_values(given)) if isinstance(given, dict) else (given, {})
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            encoded += encode_responses(tokenizer, template, chat)
+            encoded += encode_responses(tokenizer, template, chat, values=values)
         except InputError as error:
             raise InputError(f"prompt {name}: {error}") from error
     return encoded

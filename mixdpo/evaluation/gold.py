@@ -33,7 +33,7 @@ class Responses:
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[Row], **options: Any) -> list[Response]:
     """One response to each prompt row (key `prompt`); options as for `generate`."""
-    return [response for (response,) in generate(model, tokenizer, [row["prompt"] for row in prompts], **options)]
+    return [response for (response,) in generate(model, tokenizer, prompts, **options)]
 
 
 def scored(prompts: Sequence[Row], given: Sequence[Response], scorer: Scorer | None) -> Responses:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mixdpo.constraints.scoring import ConstraintScorer
+from mixdpo.data.columns import SHOWN
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Response, generate
@@ -98,7 +99,7 @@ def pair_up(
             kept = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
             # Rounded so that equal margins compare equal: 1 - 2/3 and 1/3 - 0 differ in the last bit.
             kept |= {"score_chosen": best, "score_rejected": worst, "margin": round(best - worst, 6)}
-            pairs.append(kept | {key: row[key] for key in ("constraints",) if key in row})
+            pairs.append(kept | {key: row[key] for key in ("constraints", *SHOWN) if key in row})
     return pairs
 
 
@@ -120,4 +121,4 @@ def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Respon
     # bfloat16 is slower than float32 on most CPUs
     trained = read_trained(model, dtype=gpu_dtype() if on_gpu else "float32")
     policy = trained.load("cuda" if on_gpu else "cpu", attention="sdpa")
-    return generate(policy, trained.tokenizer()[0], [row["prompt"] for row in rows], **options)
+    return generate(policy, trained.tokenizer()[0], rows, **options)

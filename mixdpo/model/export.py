@@ -121,6 +121,7 @@ class Trained:
     adapter: Path | None  # PEFT folder; None is the base alone
     loading: dict[str, Any]  # quantization, dtype and attention, as `load_base` takes them
     chat_template: str | None  # as `load_template` takes it
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def load(self, device: Device = "cpu", **loading: Any) -> PeftModel:
         """The base with the adapter, in eval mode. `loading` overrides how the base was loaded in training."""
@@ -130,7 +131,7 @@ class Trained:
     def tokenizer(self) -> tuple[PreTrainedTokenizerBase, str]:
         """The base's tokenizer with the chat template of the training (none after `plain`), and that template."""
         tokenizer = load_tokenizer(self.base)
-        template = load_template(tokenizer, self.chat_template)
+        template = load_template(tokenizer, self.chat_template, self.chat_template_kwargs)
         tokenizer.chat_template = None if template == PLAIN else template
         return tokenizer, template
 
@@ -163,7 +164,8 @@ def read_run(run: Path) -> Trained:
     try:
         model, data = (yaml.safe_load(read_text(path))[part]["init_args"] for part in ("model", "data"))
         loading = {name: model[name] for name in ("quantization", "dtype", "attention")}
-        trained = Trained(model["base"], run / "adapter", loading, data["chat_template"])
+        template = data["chat_template"], data.get("chat_template_kwargs")
+        trained = Trained(model["base"], run / "adapter", loading, *template)
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no config of a run ({error!r}): give a run's folder") from error
     if not all((run / "adapter" / name).is_file() for name in ADAPTER_FILES):
@@ -255,6 +257,6 @@ def _responses(tokenizer: PreTrainedTokenizerBase, template: str) -> TokenRows:
     documents: list[list[Piece]] = []
     for _, row in islice(open_source("constraints", "train").rows, 8):
         prompt = [{"role": "user", "content": row["prompt"]}]
-        prompt_ids, ids = encode_responses(tokenizer, template, prompt, row["chosen"])
+        prompt_ids, ids = encode_responses(tokenizer, template, prompt, row["chosen"], generation_prompt="trained")
         documents.append([Piece(ids, len(documents), (shared_length(prompt_ids, ids), len(ids)))])
     return token_rows(documents, len(documents))

@@ -27,9 +27,10 @@ OTHER = "remove it or give another model.output"
 
 
 def text_hash(pair: Mapping[str, Any]) -> str:
-    """16 hex digits of prompt messages, chosen and rejected response."""
+    """16 hex digits of prompt messages, chosen and rejected response, and of the `context` if there is one."""
     messages = [[message["role"], message["content"]] for message in pair["prompt"]]
-    return hashlib.sha256(json.dumps([messages, pair["chosen"], pair["rejected"]]).encode()).hexdigest()[:16]
+    content = [messages, pair["chosen"], pair["rejected"], *filter(None, [pair.get("context")])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Columns beside the texts of a row: handed to the chat template, refused, or named once."""
+
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from mixdpo.data.messages import Message, checked_text, something
+from mixdpo.errors import InputError
+
+SHOWN: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}  # columns that the chat template gets
+PROMPT = "put its text into a message, or remove the column"
+LABEL = "keep the rows that are to be imitated, and remove the column"
+LOSS = "the roles decide which tokens are trained on; remove the column"
+COLUMNS = {
+    **dict.fromkeys(("system", "system_prompt", "history", "input", "document", "documents"), PROMPT),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), PROMPT),
+    **dict.fromkeys(("label", "kto_tag"), LABEL),
+    **dict.fromkeys(("labels", "input_ids", "completion_mask", "assistant_masks", "loss_mask"), LOSS),
+    **dict.fromkeys(("weight", "weights", "sample_weight", "chosen_weight", "rejected_weight"), LOSS),
+}
+"""Columns that other trainers give a meaning, and what to do. A form may read one, as Alpaca's reads `input`."""
+
+
+def template_values(row: dict[str, Any]) -> dict[str, Any]:
+    """What the chat template gets beside the messages: `tools`, and the values of `chat_template_kwargs`.
+
+    Raises:
+        InputError: a column is of another type, or both give `tools`.
+    """
+    tools, values = (_parsed(row.get(column), column, kind) for column, kind in SHOWN.items())
+    if tools and "tools" in values:
+        raise InputError("'tools' and 'chat_template_kwargs' both give tools: remove one.")
+    return values | ({"tools": tools} if tools else {})
+
+
+def _parsed(value: Any, column: str, kind: Any) -> Any:
+    """The value, or what its JSON text says. Null counts as absent in it too: a table has every key in every row."""
+    if not something(value):
+        return kind()
+    try:
+        value = _without_nulls(json.loads(value if isinstance(value, str) else json.dumps(value)))
+        checked_text(json.dumps(value, ensure_ascii=False), column)
+    except (TypeError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind) or (kind is list and not all(isinstance(each, dict) for each in value)):
+        form = "a list of schemas" if kind is list else "a mapping"
+        raise InputError(f"{column!r} should be {form}, or the JSON text of one.")
+    return value
+
+
+def settle_columns(row: dict[str, Any], read: Collection[str], messages: Sequence[Message]) -> dict[str, str]:
+    """What a record keeps of the columns that its form does not read.
+
+    Returns:
+        `context`: JSON of `values`, those of `template_values`, and of `keys`, a mapping for each message of its keys
+        beside role and content; each only if not empty, and "" for neither.
+        `unread`: JSON list of the columns that say something unheard.
+
+    Raises:
+        InputError: a column of `COLUMNS` says something that no message repeats.
+    """
+    texts = {message["content"].strip() for message in messages}
+    unread = [name for name, value in row.items() if name not in {*read, *SHOWN} and something(value, texts)]
+    for name in unread:
+        if name in COLUMNS:
+            raise InputError(f"the column {name!r} is not read ({row[name]!r:.80}): {COLUMNS[name]}.")
+    keys = [{key: text for key, text in message.items() if key not in ("role", "content")} for message in messages]
+    values = template_values(row)
+    context = ({"values": values} if values else {}) | ({"keys": keys} if any(keys) else {})
+    return {"context": json.dumps(context) if context else "", "unread": json.dumps(unread)}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
