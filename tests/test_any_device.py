@@ -218,7 +218,7 @@ def test_the_order_of_the_rows_changes_no_bit(tiny_model: str, tmp_path: Path) -
 
 
 def test_a_reference_is_fitted_the_same_where_casts_are_kept(tiny_model: str) -> None:
-    sample = {"input_ids": [2, 4, 7, 8, 9, 3], "spans": [3, 6]}
+    sample = {"input_ids": [2, 4, 7, 8, 9, 3], "spans": [3, 6], "response_weights": [1.0]}
     found = []
     for keeps in (False, True):
         torch.manual_seed(0)
