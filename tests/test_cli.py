@@ -323,7 +323,7 @@ def test_a_disk_that_fills_up(
     def full(*_: object) -> None:
         raise OSError(28, "")
 
-    monkeypatch.setattr("lightning_modules.callbacks.run_files.save_adapter", full)
+    monkeypatch.setattr("mixdpo.model.export.save_adapter", full)
     assert in_process(*demo(tmp_path), "--trainer.max_steps", "1", "--data.validation", "0") == 1
     errors = capsys.readouterr().err
     assert "error: cannot write" in errors and "continue with:" in errors and last_step(tmp_path / "tiny") == 1

@@ -1,5 +1,6 @@
 """A continued run is the run that never stopped: same batches, same random numbers, same adapter, bit for bit."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from conftest import adapter_weights, build, fit
 from test_faults import ADAMW, checkpoint, run, same, source, whole
 
+from lightning_modules.callbacks.checkpoint import ExactResume, _random_state
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora
 
@@ -52,3 +54,21 @@ def test_validate_reads_a_checkpoint(tiny_model: str, source: str, tmp_path: Pat
     for name, value in values.items():
         assert value == pytest.approx(float(trained[name])), name
     assert values["val/all/displacement/chosen"] != 0
+
+
+def test_a_later_fit_does_not_draw_the_numbers_of_a_checkpoint_again() -> None:
+    resume = ExactResume()
+    resume._restored = _random_state()
+    resume.on_train_start(None, None)  # type: ignore[arg-type]
+    first = torch.rand(4)
+    resume.on_train_start(None, None)  # type: ignore[arg-type]
+    assert not torch.equal(torch.rand(4), first)
+
+
+def test_a_fit_outside_of_the_main_thread(tiny_model: str, source: str, tmp_path: Path) -> None:
+    """Only the main thread may set handlers of signals, as a notebook's or a tuner's threads are not."""
+    done: list[Any] = []
+    thread = threading.Thread(target=lambda: done.append(fit(tiny_model, source, tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert done and (tmp_path / "run/checkpoints/last.ckpt").exists()

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._restored is not None:
             _set_random_state(self._restored)
+            self._restored = None  # a later fit starts from its own
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._aside = _random_state()
@@ -216,9 +218,10 @@ def _check_disk(folder: Path, module: L.LightningModule) -> None:
 
 
 def _handle_signals(interrupt: Any = signal.default_int_handler, terminate: Any = signal.SIG_DFL) -> None:
-    """Set the handlers of SIGINT and SIGTERM; without arguments, those of Python."""
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, terminate)
+    """Set the handlers of SIGINT and SIGTERM; without arguments, those of Python. Only a program's main thread may."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def _validates(trainer: L.Trainer) -> bool:

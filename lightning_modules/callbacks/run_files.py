@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_modules.callbacks.best_checkpoint import load_best
-from mixdpo.model.export import save_adapter
 from mixdpo.storage.files import write_json
 
 
@@ -42,5 +41,7 @@ class RunFiles(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if best := load_best(trainer, pl_module):
             print(f"adapter/ holds the best {best.monitor}, {float(best.best_model_score):.4f}: {best.best_model_path}")
+        from mixdpo.model.export import save_adapter  # imports PEFT, which a parser need not wait for
+
         if trainer.is_global_zero:
             save_adapter(pl_module.model, Path(trainer.default_root_dir) / "adapter")

@@ -89,8 +89,8 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """A run killed after its last step may lack the files that follow: without a step, Lightning calls no hook."""
-        plan = Path(self.trainer.default_root_dir, self.datamodule.summary_file)  # written as training starts
-        if not plan.exists():
+        # the plan is written as training starts
+        if not Path(self.trainer.default_root_dir, self.datamodule.summary_file).exists():
             print("the run of ckpt_path is complete: nothing is trained, the files after the last step are made anew")
             self.model.to(self.trainer.strategy.root_device)
             for name in ("on_train_start", "on_train_end"):

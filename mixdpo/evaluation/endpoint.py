@@ -13,15 +13,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mixdpo.errors import InputError
-from mixdpo.storage.read import parse_json
+from mixdpo.storage.read import LARGEST, parse_json
 
 Chat = list[dict[str, str]]
 
 
 CONTINUES = "the same command continues"
-
-
-LARGEST_BODY = 16 * 2**20  # bytes, decompressed
 
 
 _URL = re.compile(r"https?://([^/@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^][/:@\s]+)(:[1-9]\d{0,4})?(/\S*)?")
@@ -149,9 +146,9 @@ def _client(base_url: str | None, key: str | None, timeout: float, attempts: int
                     body = bytearray()
                     async for piece in response.aiter_bytes(2**16):
                         body += piece
-                        if len(body) > LARGEST_BODY:
+                        if len(body) > LARGEST:
                             await response.aclose()
-                            raise OpenAIError(f"too long: the body has more than {LARGEST_BODY // 2**20} MB")
+                            raise OpenAIError(f"too long: the body has more than {LARGEST // 2**20} MB")
             except TimeoutError:
                 raise httpx2.ReadTimeout("", request=request) from None
             headers = [(name, value) for name, value in response.headers.multi_items() if name != "content-encoding"]

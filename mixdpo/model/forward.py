@@ -7,9 +7,7 @@ from operator import sub
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.data.encoding import sequence_lengths
@@ -20,16 +18,18 @@ from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 _INSTEAD = "set data.pack 0 and data.share_prompt false, or try model.attention eager"
 
 
-def causal_lm_of(model: Any) -> PreTrainedModel:
+def causal_lm_of(model: Any) -> "PreTrainedModel":
     """The model without PEFT's wrapper; its layers keep their adapters."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
-def predicting_states(model: PeftModel | PreTrainedModel, rows: TokenRows) -> Tensor:
+def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> Tensor:
     """Last-layer hidden states (M, H), after the final norm, that predict the targets in `rows`, in the active role.
 
     A completion's states are those from the last prompt token to the completion's last token but one."""
@@ -42,7 +42,7 @@ def predicting_states(model: PeftModel | PreTrainedModel, rows: TokenRows) -> Te
     return gathered(hidden.flatten(0, 1), rows.source)
 
 
-def _attention_options(causal_lm: PreTrainedModel, rows: TokenRows) -> dict[str, Any]:
+def _attention_options(causal_lm: "PreTrainedModel", rows: TokenRows) -> dict[str, Any]:
     attention, dtype = causal_lm.config._attn_implementation, causal_lm.dtype
     if attention == BY_SEGMENT:  # transformers passes a mask with four axes on, and our attention ignores it
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
@@ -54,7 +54,7 @@ def _attention_options(causal_lm: PreTrainedModel, rows: TokenRows) -> dict[str,
 
 
 @torch.no_grad()
-def check_documents(model: PeftModel | PreTrainedModel) -> None:
+def check_documents(model: "PeftModel | PreTrainedModel") -> None:
     """Check on a few tokens that a response gets the same hidden states alone and beside another response, behind a
     shared prompt.
 
@@ -75,7 +75,7 @@ def check_documents(model: PeftModel | PreTrainedModel) -> None:
         raise InputError(f"{name} models are off by {off:.0%} in a response behind a shared prompt: {_INSTEAD}")
 
 
-def row_log_probs(model: PeftModel | PreTrainedModel, rows: TokenRows, *, exact: bool = False) -> Tensor:
+def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exact: bool = False) -> Tensor:
     """log p of each target in `rows` (M,), in the active role.
 
     The logits of the whole sequence never exist: the head sees only the positions that predict a target.
@@ -87,12 +87,12 @@ def row_log_probs(model: PeftModel | PreTrainedModel, rows: TokenRows, *, exact:
     return token_log_probs(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target, exact=exact)
 
 
-def row_statistics(model: PeftModel, rows: TokenRows) -> tuple[Tensor, ...]:
+def row_statistics(model: "PeftModel", rows: TokenRows) -> tuple[Tensor, ...]:
     """`target_statistics` of each target in `rows`, in the active role."""
     return target_statistics(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target)
 
 
-def output_head(causal_lm: PreTrainedModel) -> Head:
+def output_head(causal_lm: "PreTrainedModel") -> Head:
     """The layer that turns the model's last hidden states into logits.
 
     Raises:
@@ -104,7 +104,7 @@ def output_head(causal_lm: PreTrainedModel) -> Head:
     return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
-def sequence_log_probs(model: PeftModel, rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
+def sequence_log_probs(model: "PeftModel", rows: TokenRows, token_weight: Tensor | None = None) -> SequenceLogProbs:
     """Summed log-probabilities of the 2B completions in `rows` (chosen first, then rejected), in the active role.
 
     Args:
@@ -132,7 +132,7 @@ def summed(values: Tensor, rows: TokenRows, token_weight: Tensor | None = None) 
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
+def check_head(model: "PreTrainedModel") -> None:
     """Refuse a model whose own forward computes other logits than `output_head`."""
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
     own = model(input_ids=ids, use_cache=False).logits.float()
@@ -157,7 +157,7 @@ def _check_window(config: Any, rows: TokenRows) -> None:
         raise InputError(f"{longest} tokens of a row exceed the sliding window of {window}: lower data.max_length")
 
 
-def check_lengths(model: PreTrainedModel, name: str, tables: Iterable["Dataset"], *, packed: bool) -> str:
+def check_lengths(model: "PreTrainedModel", name: str, tables: Iterable["Dataset"], *, packed: bool) -> str:
     """Compare the longest sequences of encoded tables with what the model can compute.
 
     Args:
