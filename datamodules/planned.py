@@ -16,7 +16,6 @@ from mixdpo.data.chat_template import GenerationPrompt
 from mixdpo.data.encoding import IDS, Overlong, encode_rows
 from mixdpo.data.messages import prompt_texts, split_by_prompt
 from mixdpo.data.sources import is_one_file
-from mixdpo.data.table import place_of
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
@@ -110,7 +109,6 @@ class PlannedDataModule(L.LightningDataModule):
         self.workers, self.processes, self.seed = workers, processes, seed
         self.counts: dict[str, Any] = {}
         self.doubts: list[str] = []  # warnings about data that is trained on, but probably means something else
-        self.unread: dict[str, list[str]] = {}  # as the counts are named -> columns of the source
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
         self._loader: ResumableLoader | None = None
         self._consumed = 0
@@ -154,7 +152,6 @@ class PlannedDataModule(L.LightningDataModule):
         """The data set of a table. Its rows, dropped and noted rows are counted in `counts`."""
         name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
         self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped, **table.noted}
-        self.unread[name] = table.unread
         return table.dataset
 
     def describe_counts(self) -> list[str]:
@@ -164,8 +161,7 @@ class PlannedDataModule(L.LightningDataModule):
         for name, counts in self.counts.items():
             # words with spaces hold the name of a file
             parts = ((n, what if " " in what else what.replace("_", " ")) for what, n in counts.items() if n)
-            unread = f"; columns not read: {', '.join(names)}" if (names := self.unread.get(name)) else ""
-            lines.append(f"{name}: {', '.join(f'{count:,} {what}' for count, what in parts)}{unread}")
+            lines.append(f"{name}: {', '.join(f'{count:,} {what}' for count, what in parts)}")
         return lines + [f"warning: {doubt}" for doubt in self.doubts]
 
     def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -291,5 +287,5 @@ def _check_apart(train: Iterable[Any], held_out: Iterable[Any], rows: Any, sourc
     shared = [i for i, prompt in enumerate(held_out) if hash63(str(prompt_texts(prompt))) in known]
     if shared:
         share = f"{len(shared)} of {len(rows)} held-out rows of {source}"
-        first = f"have a prompt that is trained on (first: {place_of(rows[shared[0]])})"
+        first = f"have a prompt that is trained on (first: {rows[shared[0]]['place']})"
         raise InputError(f"{share} {first}: give another data.validation")

@@ -14,7 +14,6 @@ from mixdpo.data.encoding import encoding_identity
 from mixdpo.data.messages import doubts_about_directions
 from mixdpo.data.pairs import read_pairs
 from mixdpo.data.ratings import doubts_about_margins
-from mixdpo.data.table import place_of
 from mixdpo.errors import InputError
 from mixdpo.routing.route import Route, Routing
 from mixdpo.routing.schedules import StepPlan
@@ -121,7 +120,7 @@ class PreferenceDataModule(PlannedDataModule):
         if signal is not None or self.margins_file is not None:
             texts = {pair["pair_id"]: text_hash(pair) for pair in table.dataset}
             if changed := [i for i, (key, text) in enumerate(texts.items()) if self.texts.get(key, text) != text]:
-                first = place_of(table.dataset[changed[0]])
+                first = table.dataset[changed[0]]["place"]
                 raise InputError(
                     f"{len(changed)} pairs of {source} (first: {first}) have the pair_id of another pair of "
                     f"{self.source}: leave pair_id out of both and compute the margins anew"

@@ -46,16 +46,15 @@ class PromptDataModule(L.LightningDataModule):
         if self.prompts:
             return
         opened = open_source(self.source, self.split)
-        seen: dict[str, int] = {}
-        for number, row in islice(opened.rows, self.limit):
+        seen: dict[str, str] = {}
+        for number, place, row in islice(opened.rows, self.limit):
             try:
                 prompt = self.form(number, row)
             except InputError as error:
-                raise InputError(f"{opened.name}, {opened.place(number)}: {error}") from error
+                raise InputError(f"{opened.name}, {place}: {error}") from error
             if prompt.key in seen:
-                places = f"{opened.place(seen[prompt.key])} and {opened.place(number)}"
-                raise InputError(f"{opened.name}: {places} have the same id {prompt.key}")
-            seen[prompt.key] = number
+                raise InputError(f"{opened.name}: {seen[prompt.key]} and {place} have the same id {prompt.key}")
+            seen[prompt.key] = place
             self.prompts.append(prompt)
         if not self.prompts:
             raise InputError(f"{opened.name} holds no prompt: give a file with prompts")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_modules.callbacks.checkpoint import resume_command
 from lightning_modules.callbacks.logging import logs_step, peak_memory_gb
-from mixdpo.data.table import place_of
 from mixdpo.errors import NonFiniteError
 from mixdpo.storage.files import write_json
 
@@ -79,7 +78,7 @@ def _report(trainer: L.Trainer, step: int, norm: Tensor, losses: list[tuple[Any,
     content = {"step": step, "gradient_norm": str(float(norm)), "again": again, "source": data.source, "rows": rows}
     if trainer.is_global_zero:
         write_json(path, content)
-    bad = [place_of(row) for row in rows if isinstance(row["loss"], str)]
+    bad = [row["place"] for row in rows if isinstance(row["loss"], str)]
     what = f"loss of {', '.join(bad[:5])} of {data.source}" if bad else "gradient"
     return (
         f"step {step} has a {what} that is not finite (gradient norm {float(norm):.3g}; {len(bad)} of its {len(rows)} "

@@ -1,5 +1,6 @@
 """Read and check SFT samples: any source, any of the three row forms in, one table of conversations out."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -80,9 +81,7 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
     return messages[: responses[-1] + 1]
 
 
-def _records(
-    row: dict[str, Any], rows_of_ids: dict[int, int], train_on: TrainOn, one_each: bool
-) -> list[dict[str, Any]]:
+def _records(row: dict[str, Any], earlier: Collection[int], train_on: TrainOn, one_each: bool) -> list[dict[str, Any]]:
     row, repeated = without_prompt(without_nulls(row), "completion")
     messages = parse_sample(row)
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -96,7 +95,7 @@ def _records(
     settled = settle_columns(row, read, messages)
     id_column = "id" if "id" in row and "sample_id" not in row else "sample_id"
     content = [messages, settled["context"]] if settled["context"] else messages
-    sample = {"sample_id": row_id(row, id_column, content, rows_of_ids), "messages": messages, **settled}
+    sample = {"sample_id": row_id(row, id_column, content, earlier), "messages": messages, **settled}
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
     drop = "empty_completion" if all(blank) else "" if any(weights) else "no_trained_response"
     if messages[0]["role"] == "assistant" or is_blank(question):

@@ -12,7 +12,7 @@ import numpy as np
 
 from mixdpo.data import chat_template as chat
 from mixdpo.data.cut_prompts import ONE_TEXT, Turns, cut_prompt, prompt_turns
-from mixdpo.data.table import place_of, room_code
+from mixdpo.data.table import room_code
 from mixdpo.errors import InputError
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limi
     try:
         whole = kind.encode(tokenizer, *texts, **options, **weights)
     except InputError as error:
-        raise InputError(f"{place_of(row)} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
+        raise InputError(f"{row['place']} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
     turns: Any = {"turns": partial(prompt_turns, tokenizer, texts[0], **options)} if "prompt" in kind.texts else {}
     limited = whole.within(**limits, **turns)
     cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"

@@ -1,7 +1,7 @@
 """Read and check preference pairs: any source, any of the four row forms in, one table of pairs out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -43,11 +43,11 @@ def read_pairs(
     """
     margin_columns: MarginColumns | None = () if margin == () else None
 
-    def parse(row: dict[str, Any], rows_of_ids: dict[int, int]) -> list[dict[str, Any]]:
+    def parse(row: dict[str, Any], earlier: Collection[int]) -> list[dict[str, Any]]:
         nonlocal margin_columns
         if margin_columns is None:  # of the first row: a later row without them is refused
             margin_columns = find_margin_columns(row, margin, margin_needed)
-        return [_record(row, margin_columns, rows_of_ids)]
+        return [_record(row, margin_columns, earlier)]
 
     columns = {"pair_id": "int64", "prompt": "messages", "chosen": "string", "rejected": "string"}
     columns |= {"chosen_weight": "float32", "margin": "float64"}
@@ -96,7 +96,7 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
     return rest[0]
 
 
-def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, int]) -> dict[str, Any]:
+def _record(row: dict[str, Any], columns: MarginColumns, earlier: Collection[int]) -> dict[str, Any]:
     # a margin of null is refused, not absent: `row` keeps it
     present, repeated = without_prompt(without_nulls(row), "chosen", "rejected")
     prompt, *responses, weight = parse_row(present)
@@ -109,6 +109,6 @@ def _record(row: dict[str, Any], columns: MarginColumns, rows_of_ids: dict[int, 
     pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_weight": weight}
     pair |= settle_columns(present, ("prompt", "chosen", "rejected", "pair_id", *columns), [*prompt, *responses])
     content = [prompt, chosen, rejected, *filter(None, [pair["context"]])]
-    pair |= {"pair_id": row_id(present, "pair_id", content, rows_of_ids), "drop": drop, "noted": {repeated: 1}}
+    pair |= {"pair_id": row_id(present, "pair_id", content, earlier), "drop": drop, "noted": {repeated: 1}}
     # a row that is kept out needs no score
     return pair | {"margin": math.nan if drop or not columns else row_margin(row, columns)}

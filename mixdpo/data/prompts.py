@@ -22,8 +22,8 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
         from mixdpo.constraints.prompts import training_prompts
 
         return training_prompts(limit or 1000, seed)
-    rows, opened = [], open_source(source, "train")
-    for number, row in islice(opened.rows, limit):
+    rows = []
+    for _, place, row in islice(open_source(source, "train").rows, limit):
         try:
             messages = parse_messages(row, "prompt", "user")
             # a scorer may read any column that is no part of the prompt
@@ -34,7 +34,7 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
                     "'prompt' should be text, or messages that end with role 'user', and should not be blank."
                 )
         except InputError as error:
-            raise InputError(f"{source}, {opened.place(number)}: {error}") from error
+            raise InputError(f"{source}, {place}: {error}") from error
         rows.append(row)
     if not rows:
         raise InputError(f"{source!r} holds no prompts: give a file with prompts")

@@ -5,7 +5,6 @@ import gzip
 import json
 import re
 import zlib
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from glob import iglob
 from importlib.resources import files
@@ -28,11 +27,7 @@ DATA_FILE = re.compile(r"\.(parquet|(jsonl?|csv)(\.gz)?)$")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
-# Which files of a folder belong to which split, as `datasets` decides by their names.
 LIKE_DATA = re.compile(r"\.(parquet|jsonl?|ndjson|csv|tsv|arrow|feather|orc|avro|xlsx?|pkl)(\.\w+)?$|\.(zip|tar|t?gz)$")
-DESCRIPTIONS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-SHARD = re.compile(r"data/([\w.]+)-\d{5}-of-\d{5}[^/]*$")
-SPLITS = {"train": "train(ing)?", "validation": "valid(ation)?|val|dev", "test": "test(ing)?|eval(uation)?"}
 CONFIGURATIONS = re.compile(r"---\n((?!---).*\n)*?configs:")  # in a README.md, as hub data sets have them
 
 
@@ -41,18 +36,12 @@ csv.field_size_limit(2**31 - 1)
 
 
 class Source(NamedTuple):
-    """Rows of one source, numbered from 1, and its name for error messages. A folder's files are numbered through."""
+    """Rows of one source, and its name for error messages."""
 
     name: str
     key: str  # changes whenever the content does
-    rows: NumberedRows
-    files: list[tuple[int, str]] | None = None  # of a folder, as reading gets to them: number of rows before, name
-    not_read: Sequence[str] = ()  # files of a folder that belong to no split
-
-    def place(self, number: int) -> str:
-        """Where row `number` is: "row 3", or in a folder "b.csv, row 1"."""
-        before, name = self.files[bisect_left(self.files, (number, "")) - 1] if self.files else (0, "")
-        return f"{name}, row {number - before}".removeprefix(", ")
+    rows: Iterator[tuple[int, str, dict[str, Any]]]  # number from 1; place, "row 3" or in a folder "b.csv, row 1"; row
+    not_read: Sequence[str] = ()  # data files of a folder that belong to no split
 
 
 def open_source(source: str, split: str) -> Source:
@@ -91,7 +80,7 @@ def _open_file(path: Path, split: str) -> Source:
         raise InputError(f"{path} should end in .parquet, .json, .jsonl or .csv; the last three also with .gz.")
     if split != "train":
         raise InputError(f"{path} is one file and has no split {split!r}: use 'train', or name the file that holds it.")
-    return Source(str(path), sha256(path), file_rows(path))
+    return Source(str(path), sha256(path), _placed(file_rows(path)))
 
 
 def _through_datasets(source: str, path: Path, split: str) -> Source:
@@ -105,65 +94,52 @@ def _through_datasets(source: str, path: Path, split: str) -> Source:
         root = error.__cause__ or error
         cause = f"{type(root).__name__}: {str(root).rstrip('.')}. On the hub: ID:CONFIG or {HUB_FILE}OWNER/NAME/FILE"
         raise InputError(f"{name}, split {split!r} cannot be read: {cause}.") from error
-    return Source(f"{name}, split {split!r}", table._fingerprint, enumerate(table, 1))
+    return Source(f"{name}, split {split!r}", table._fingerprint, _placed(enumerate(table, 1)))
+
+
+def _placed(rows: NumberedRows) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    return ((number, f"row {number}", row) for number, row in rows)
 
 
 def _open_folder(path: Path, split: str) -> Source:
-    """Rows of the files of a split, in name order. A slice such as train[:4] is cut from the rows of all its files."""
+    """Rows of a split's files in name order, numbered through. A slice such as train[:4] is cut from all these rows."""
     from datasets import ReadInstruction
 
-    splits, name = _files_by_split(path), f"{path}, split {split!r}"
-    files: list[tuple[int, str]] = []
-    asked = {each: splits[each] for each in re.findall(r"[\w.]+", split) if each in splits}
-    # only a slice has to know how many rows there are
-    rows = {each: 0 if split == each else sum(1 for _ in _rows_of(path, names)) for each, names in asked.items()}
+    splits, name = _files_by_split(path), split.partition("[")[0]
+    names, begin, end = splits.get(name, []), 0, None
     try:
-        cut = [(each.splitname, each.from_, each.to) for each in ReadInstruction.from_spec(split).to_absolute(rows)]
+        if name != split:
+            count = sum(1 for each in names for _ in file_rows(path / each))
+            (cut,) = ReadInstruction.from_spec(split).to_absolute({name: count})
+            begin, end = cut.from_, cut.to
+        if not names:
+            raise ValueError("no such split")
     except (ValueError, AssertionError) as error:
-        known = "; ".join(f"{each}: {', '.join(names[:3])}" for each, names in splits.items())
-        raise InputError(f"{name} cannot be read: {error}. Give a data.split of these ({known or 'none'}).") from None
-    parts = [(asked[each], begin, None if split == each else end) for each, begin, end in cut]
-    key = content_hash((each, sha256(path / each)) for names in asked.values() for each in names)
-    return Source(name, key, _folder_rows(path, parts, files), files, splits.get("", ()))
+        known = "; ".join(f"{each or 'no split'}: {', '.join(names[:3])}" for each, names in splits.items())
+        raise InputError(f"{path}, split {split!r}: {error}. Give a data.split of these ({known or 'none'}).") from None
+    rows = islice(((each, *numbered) for each in names for numbered in file_rows(path / each)), begin, end)
+    placed = ((number, f"{each}, row {own}", row) for number, (each, own, row) in enumerate(rows, 1))
+    key = content_hash((each, sha256(path / each)) for each in names)
+    return Source(f"{path}, split {split!r}", key, placed, splits.get("", ()))
 
 
 def _files_by_split(path: Path) -> dict[str, list[str]]:
-    """Names below the folder, without hidden ones, by split. A file or its folder names the split by a word such as
-    train, dev or test; of data/NAME-00000-of-00001.* any NAME is a split. If none names any, all files are `train`;
-    else a file that names none has the split "".
+    """Names of the folder's data files by split, as `datasets` decides by their names; "" for those of no split.
 
     Raises:
         InputError: a file has data in a form that is not read.
     """
-    splits: dict[str, list[str]] = {}
-    for name in sorted(iglob("**", root_dir=path, recursive=True)):
-        folder, _, file = name.rpartition("/")
-        if LIKE_DATA.search(file) and file not in DESCRIPTIONS and (path / name).is_file():
-            if not DATA_FILE.search(file):
-                raise InputError(f"{path / name} is not read: give .parquet, .json, .jsonl or .csv, or move it away.")
-            shard = SHARD.match(name)
-            for split in [shard[1]] if shard else _named_splits(folder) or _named_splits(file) or [""]:
-                splits.setdefault(split, []).append(name)
-    return {"train": splits[""]} if splits.keys() == {""} else splits
+    from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, get_data_patterns
 
-
-def _named_splits(name: str) -> list[str]:
-    return [split for split, words in SPLITS.items() if re.search(rf"(?<![^-._ 0-9/])({words})(?![^-._ 0-9/])", name)]
-
-
-def _rows_of(path: Path, names: list[str]) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    return ((name, number, row) for name in names for number, row in file_rows(path / name))
-
-
-def _folder_rows(path: Path, parts: Iterable[tuple[list[str], int, int | None]], files: list[Any]) -> NumberedRows:
-    """Rows `begin` to `end` of each part's files, numbered through. `files` gets each file with its first row."""
-    number = 0
-    for names, begin, end in parts:
-        for name, own, row in islice(_rows_of(path, names), begin, end):
-            if not files or files[-1][1] != name:
-                files.append((number, name))
-            number = files[-1][0] + own
-            yield number, row
+    base = path.absolute()
+    names = [name for name in sorted(iglob("**", root_dir=base, recursive=True)) if LIKE_DATA.search(name)]
+    names = [name for name in names if Path(name).name not in FILES_TO_IGNORE]
+    if others := [name for name in names if not DATA_FILE.search(name)]:
+        raise InputError(f"{path / others[0]} is not read: give .parquet, .json, .jsonl or .csv, or move it away.")
+    files = DataFilesDict.from_patterns(get_data_patterns(str(base)), str(base)) if names else {}
+    splits = {split: [name for name in names if str(base / name) in held] for split, held in files.items()}
+    rest = [name for name in names if not any(name in held for held in splits.values())]
+    return splits | ({"": rest} if rest else {})
 
 
 def file_rows(path: Path) -> NumberedRows:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,20 +17,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-Parse = Callable[[dict[str, Any], dict[int, int]], list[dict[str, Any]]]
+Parse = Callable[[dict[str, Any], Collection[int]], list[dict[str, Any]]]
 
 
 class Table(NamedTuple):
     """The usable rows of one source, memory-mapped. The column `row` (int64, from 1) is the line of a JSON-lines file,
-    else the number of the record. In a folder's table `row` counts through all files, and the column `place` says file
-    and row. `dropped` counts the rows that were kept out, by cause. `noted` counts what is not taken as it is in the
-    other rows, such as blank responses, and what was read of each file of a folder. `unread` names the columns that say
-    something and are not read. The data set has the column `context` only if a row has a context."""
+    else the number of the record; in a folder it counts through all files. The column `place` says where the row is, as
+    in "row 3" or, in a folder, "b.csv, row 1". `dropped` counts the rows that were kept out, by cause. `noted` counts
+    what is not taken as it is in the other rows, such as blank responses, what was read of each file of a folder, and
+    files and columns that are not read. The data set has the column `context` only if a row has a context."""
 
     dataset: "Dataset"
     dropped: dict[str, int]
     noted: dict[str, int]
-    unread: list[str]
 
 
 def read_table(
@@ -40,7 +39,7 @@ def read_table(
 
     Args:
         noun: the word for a row, whose id is the column NOUN_id.
-        parse: a row and {id: row number} of earlier rows -> its records. A record's `drop` says why the record is not
+        parse: a row and the ids of earlier rows -> its records. A record's `drop` says why the record is not
             usable, or ""; its `noted` counts what is not taken as it is, by cause; `context` and `unread` are those of
             `settle_columns`.
         columns: names and types of the record's other columns; type "messages" is a list of roles and contents,
@@ -55,8 +54,7 @@ def read_table(
 
     opened, text = open_source(source, split), Value("string")
     lists = {"messages": [{"role": text, "content": text}], "weights": [Value("float32")]}
-    columns = columns | {"row": "int64"} | dict.fromkeys(("drop", "noted", "context", "unread"), "string")
-    columns |= {} if opened.files is None else {"place": "string"}
+    columns = columns | {"row": "int64"} | dict.fromkeys(("place", "drop", "noted", "context", "unread"), "string")
     features = Features({name: lists.get(kind) or Value(kind) for name, kind in columns.items()})
     content = json.dumps([opened.name, opened.key, key, limit, room_code()])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -71,17 +69,17 @@ def read_table(
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
-    places = table["place"] if "place" in columns else []
-    noted = Counter(f"rows of {place.rsplit(', row ', 1)[0]}" for place in places)
-    if opened.not_read:
-        noted[f"files of no split, not read: {', '.join(opened.not_read)}"] = len(opened.not_read)
+    in_folder = (place.rpartition(", row ")[0] for place in table["place"])
+    noted = Counter(f"rows of {file}" for file in in_folder if file)
     table = table.select(kept, keep_in_memory=True) if dropped else table
     for counts in table["noted"]:
         noted.update(json.loads(counts))
-    counted = {cause: count for cause, count in noted.items() if cause and count}
     unread = sorted({name for names in table.unique("unread") for name in json.loads(names)})
+    for what, names in {"files of no split, not read": opened.not_read, "columns not read": unread}.items():
+        noted[f"{what}: {', '.join(names)}"] = len(names)
     unused = ["context"] if table.unique("context") == [""] else []
-    return Table(table.remove_columns(["drop", "noted", "unread", *unused]), dropped, counted, unread)
+    counted = {cause: count for cause, count in noted.items() if cause and count}
+    return Table(table.remove_columns(["drop", "noted", "unread", *unused]), dropped, counted)
 
 
 def room_code() -> list[str]:
@@ -90,33 +88,26 @@ def room_code() -> list[str]:
 
 
 def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None) -> Iterator[dict[str, Any]]:
-    rows_of_ids: dict[int, int] = {}
+    places: dict[int, str] = {}  # of ids
     usable = 0
-    for number, row in source.rows:
-        place = source.place(number)
+    for number, place, row in source.rows:
         try:
-            records = parse(row, rows_of_ids)
-            if (earlier := rows_of_ids.get(records[0][id_column])) is not None:
+            records = parse(row, places)
+            if (earlier := places.get(records[0][id_column])) is not None:
                 name = id_column if id_column in row else "id"
-                raise InputError(f"{name} {row[name]!r:.80} is in {source.place(earlier)} too: each row needs its own.")
+                raise InputError(f"{name} {row[name]!r:.80} is in {earlier} too: each row needs its own.")
         except InputError as error:
             raise InputError(f"{source.name}, {place}: {error} Columns present: {', '.join(row)}.") from error
-        rows_of_ids |= {record[id_column]: number for record in records}
-        more = {"row": number} | ({} if source.files is None else {"place": place})
+        places |= {record[id_column]: place for record in records}
         for record in records:
             chats = {name: record[name] for name in ("prompt", "messages") if name in record}
             plain = {name: [{key: m[key] for key in ("role", "content")} for m in chat] for name, chat in chats.items()}
-            yield record | plain | more | {"noted": json.dumps(record["noted"])}
+            yield record | plain | {"row": number, "place": place, "noted": json.dumps(record["noted"])}
         usable += not records[0]["drop"]
         if usable == limit:
             return
-    if not rows_of_ids:
+    if not places:
         raise InputError(f"{source.name} holds no rows: give a file or split with some.")
-
-
-def place_of(row: dict[str, Any]) -> str:
-    """Where a row of a table is in its source, for messages: "row 3", or in a folder "b.csv, row 1"."""
-    return row.get("place") or f"row {row['row']}"
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +115,7 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {column: value for column, value in row.items() if value is not None}
 
 
-def row_id(row: dict[str, Any], column: str, content: Any, rows_of_ids: dict[int, int]) -> int:
+def row_id(row: dict[str, Any], column: str, content: Any, earlier: Collection[int]) -> int:
     """Hash of the row's value in `column`, or else of the row's content and of the number of its repeats so far.
 
     Raises:
@@ -132,7 +123,7 @@ def row_id(row: dict[str, Any], column: str, content: Any, rows_of_ids: dict[int
     """
     if column not in row:
         repeat, text = 0, json.dumps(content)
-        while (number := hash63(f"{text} {repeat}")) in rows_of_ids:
+        while (number := hash63(f"{text} {repeat}")) in earlier:
             repeat += 1
         return number
     name = row[column]

@@ -255,7 +255,7 @@ def compared(expected: Tensor, base: Tensor, merged: Tensor, trained_in: str, dt
 def _responses(tokenizer: PreTrainedTokenizerBase, template: str) -> TokenRows:
     """Eight built-in prompts with their chosen responses; the 180 response tokens are the targets."""
     documents: list[list[Piece]] = []
-    for _, row in islice(open_source("constraints", "train").rows, 8):
+    for _, _, row in islice(open_source("constraints", "train").rows, 8):
         prompt = [{"role": "user", "content": row["prompt"]}]
         prompt_ids, ids = encode_responses(tokenizer, template, prompt, row["chosen"], generation_prompt="trained")
         documents.append([Piece(ids, len(documents), (shared_length(prompt_ids, ids), len(ids)))])

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.data.encoding import sequence_lengths
-from mixdpo.data.table import place_of
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
 from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, target_statistics, token_log_probs
@@ -176,7 +175,7 @@ def check_lengths(model: "PreTrainedModel", name: str, tables: Iterable["Dataset
     for table in tables:
         lengths = sequence_lengths(table)
         longest, row = int(lengths.max()), table[int(lengths.argmax())]
-        found = f"{place_of(row)} (id {row.get('pair_id', row.get('sample_id'))}) has {longest} tokens, and {name}"
+        found = f"{row['place']} (id {row.get('pair_id', row.get('sample_id'))}) has {longest} tokens, and {name}"
         if longest > known and not rotary:
             raise InputError(f"{found} has {known} positions: set data.max_length {known} or less")
         if longest > window:
