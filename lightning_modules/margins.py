@@ -7,11 +7,10 @@ import lightning as L
 
 from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.batches.batch import Batch
-from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
 from mixdpo.model import loading
 from mixdpo.model.adapters import Lora, add_adapters
-from mixdpo.model.forward import check_documents, check_lengths
+from mixdpo.model.forward import check_data
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.signals.margins_file import MarginsWriter
 
@@ -44,13 +43,8 @@ class MarginModule(L.LightningModule):
                 eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
         """
         super().__init__()
-        self.base, self.signal, self.adapter, self.output, self.wide_weights = (
-            base,
-            signal,
-            adapter,
-            output,
-            wide_weights,
-        )
+        self.base, self.signal, self.adapter, self.output = base, signal, adapter, output
+        self.wide_weights = wide_weights
         self.needs: str = signal.needs  # type: ignore[attr-defined]
         if not {"policy": True, "adapter": bool(adapter)}.get(self.needs, not adapter):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
@@ -73,16 +67,13 @@ class MarginModule(L.LightningModule):
             device = self.trainer.strategy.root_device
             loading.check_card(device, str(self.trainer.precision))
             self.model = load(self.base, **self.loading, wide_weights=self.wide_weights, device=device)
-            tables = self.trainer.datamodule.tables.values()
-            loading.check_vocabulary(self.model, self.base, largest_id(*tables))
+            tables, packed = self.trainer.datamodule.tables.values(), self.trainer.datamodule.documents
             # a reward model computes each sequence alone
-            packed = self.trainer.datamodule.documents and self.needs != "reward model"
-            self.print(check_lengths(self.model, self.base, tables, packed=packed), end="")
+            packed = packed and self.needs != "reward model"
+            self.print(check_data(self.model, self.base, tables, packed=packed), end="")
             used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):
-            if packed:
-                check_documents(self.model)
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
             used["adapter_weights"] = adapter_fingerprint(self.model, "policy") if self.adapter else None
         data, kind = self.trainer.datamodule, type(self.signal)

@@ -16,13 +16,12 @@ from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReferen
 from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
-from mixdpo.data.encoding import largest_id
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
 from mixdpo.model.adapters import Lora, adapter_layers, adapter_state, add_adapters, add_reference, add_stage, towers
-from mixdpo.model.forward import check_documents, check_lengths, output_head
+from mixdpo.model.forward import check_data, output_head
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
-from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, check_vocabulary, load_base, on_the_cpu
+from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, load_base, on_the_cpu
 from mixdpo.model.memory import most_tokens, recompute
 from mixdpo.routing.schedules import StagedCosine, StepPlan
 from mixdpo.storage.identity import refuse_other_run
@@ -110,10 +109,7 @@ class AdapterModule(L.LightningModule):
             self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
         base = load_base(self.base, **self.loading, device=strategy.root_device)
         tables, packed = getattr(data, "tables", {}).values(), getattr(data, "documents", False)
-        check_vocabulary(base, self.base, largest_id(*tables))
-        self.print(check_lengths(base, self.base, tables, packed=packed), end="")
-        if packed:
-            check_documents(base)
+        self.print(check_data(base, self.base, tables, packed=packed), end="")
         if self.adapter is None and (layers := towers(base)):
             self.print(f"{len(layers)} linear layers get no adapter, as no text reaches them (first: {layers[0]})")
         self.model = add_adapters(base, self.lora, self.adapter)

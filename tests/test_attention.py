@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mixdpo.batches.rows import Piece, build_rows, token_rows
 from mixdpo.errors import InputError
-from mixdpo.model.forward import _check_window, check_documents, check_lengths, output_head, predicting_states
+from mixdpo.model.forward import _check_window, check_data, check_documents, output_head, predicting_states
 from mixdpo.model.fused_head import token_log_probs
 from mixdpo.model.loading import load_base
 
@@ -166,15 +166,15 @@ def table(pairs: Any, **more: Any) -> Any:
 @pytest.mark.parametrize(("name", "more"), [("gpt2", {}), ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 48})])
 def test_more_tokens_than_absolute_positions_are_refused(name: str, more: Any, tmp_path: Path) -> None:
     model = load(write_tiny(name, tmp_path, **more), "eager")
-    assert check_lengths(model, "m", [table([pair(60, 68, 1), pair(100, 1, 28)])], packed=False) == ""
+    assert check_data(model, "m", [table([pair(60, 68, 1), pair(100, 1, 28)])], packed=False) == ""
     long = table([pair(1, 1, 1), pair(60, 9, 69), pair(127, 1, 1)])
     with pytest.raises(
         InputError, match=r"^row 2 \(id 71\) has 129 tokens, and m has 128 positions: set data.max_length 128"
     ):
-        check_lengths(model, "m", [table(PAIRS), long], packed=False)
-    assert check_lengths(model, "m", [long.select([0, 2])], packed=False) == ""  # a row that is left out does not count
+        check_data(model, "m", [table(PAIRS), long], packed=False)
+    assert check_data(model, "m", [long.select([0, 2])], packed=False) == ""  # a row that is left out does not count
     with pytest.raises(InputError, match=r"^b.csv, row 1 \(id 71\) has 129 tokens"):
-        check_lengths(
+        check_data(
             model,
             "m",
             [table(long.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]), place=["", "b.csv, row 1", ""])],
@@ -182,7 +182,7 @@ def test_more_tokens_than_absolute_positions_are_refused(name: str, more: Any, t
         )
     sample = datasets.Dataset.from_list([{"sample_id": 7, "row": 4, "input_ids": [5] * 129}])
     with pytest.raises(InputError, match=r"row 4 \(id 7\) has 129 tokens"):
-        check_lengths(model, "m", [sample], packed=True)
+        check_data(model, "m", [sample], packed=True)
 
 
 def test_more_tokens_than_the_window_are_refused_where_sequences_share_rows(tmp_path: Path) -> None:
@@ -190,17 +190,17 @@ def test_more_tokens_than_the_window_are_refused_where_sequences_share_rows(tmp_
     with pytest.raises(
         InputError, match=r"row 4 \(id 73\) has 14 tokens, and m has a sliding window of 13: set data.max"
     ):
-        check_lengths(model, "m", [table(PAIRS)], packed=True)
-    assert check_lengths(model, "m", [table(PAIRS)], packed=False) == ""
-    assert check_lengths(model, "m", [table(PAIRS[:3])], packed=True) == ""
+        check_data(model, "m", [table(PAIRS)], packed=True)
+    assert check_data(model, "m", [table(PAIRS)], packed=False) == ""
+    assert check_data(model, "m", [table(PAIRS[:3])], packed=True) == ""
 
 
 def test_more_tokens_than_rotary_positions_are_warned_about_once(folder: Path) -> None:
     model = load(folder, "eager")
     tables = [table([pair(1, 127, 1), pair(1, 1, 128), pair(99, 1, 50)]), table([pair(1, 128, 1)])]
     told = "warning: 3 rows have more tokens than the 128 positions that m was made with: set data.max_length 128\n"
-    assert check_lengths(model, "m", tables, packed=False) == told
-    assert check_lengths(model, "m", [tables[0].select([0])], packed=False) == ""
+    assert check_data(model, "m", tables, packed=False) == told
+    assert check_data(model, "m", [tables[0].select([0])], packed=False) == ""
 
 
 def test_a_head_that_says_other_logits_than_the_model_is_refused(tiny_model, monkeypatch):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,32 +42,26 @@ def load_template(
             literal.
     """
     if chat_template is None:
-        if tokenizer.chat_template is None:
-            raise InputError(f"the tokenizer has no chat template: set `chat_template` to a Jinja file or to {PLAIN!r}")
-        if isinstance(named := tokenizer.chat_template, dict) and "default" not in named:
-            names = ", ".join(sorted(named))
-            raise InputError(
-                f"the tokenizer's templates ({names}) lack a default: set data.chat_template to a Jinja file"
-            )
+        own = tokenizer.chat_template
+        if own is None or (isinstance(own, dict) and "default" not in own):
+            has = f"named chat templates ({', '.join(own)}) without a default" if own else "no chat template"
+            raise InputError(f"the tokenizer has {has}: set `chat_template` to a Jinja file or to {PLAIN!r}")
         template = tokenizer.get_chat_template()
     elif chat_template == PLAIN or _is_template(chat_template):
         template = chat_template
     elif not _is_template(template := read_text(Path(chat_template).expanduser())):
         raise InputError(f"chat_template {chat_template!r} holds no Jinja template (no {{{{ or {{%): give another file")
     values = chat_template_kwargs or {}
-    _check_used(template, values)
-    if fixed := values.keys() & {*FIXED, *tokenizer.special_tokens_map}:
-        raise InputError(f"data.chat_template_kwargs cannot set {', '.join(sorted(fixed))}: give another chat_template")
+    _check_used(template, values, {*FIXED, *tokenizer.special_tokens_map})
     given = [f"{{% set {name} = {name} if {name} is defined else {value!r} %}}" for name, value in values.items()]
     return "".join(given) + TODAY_CALL.sub(_dated, template)
 
 
-def _check_used(template: str, values: Iterable[str]) -> None:
-    if unused := [name for name in values if template == PLAIN or not re.search(rf"\b{re.escape(name)}\b", template)]:
-        raise InputError(
-            f"the chat template does not use {', '.join(unused)}: give another `chat_template`, or remove this from "
-            "tools or chat_template_kwargs of the row, or from data.chat_template_kwargs"
-        )
+def _check_used(template: str, values: Iterable[str], fixed: Collection[str] = ()) -> None:
+    used = {*re.findall(r"\w+", template)} - {*fixed, PLAIN}
+    if unused := [name for name in values if name not in used]:
+        where = "tools or chat_template_kwargs of the row, or from data.chat_template_kwargs"
+        raise InputError(f"the chat template takes no {', '.join(unused)}: remove this from {where}")
 
 
 def _dated(call: re.Match[str]) -> str:
@@ -124,8 +118,12 @@ def encode_responses(
         if shared < shared_length(render(prompt, False, tokenize=False), *texts[1:]):
             raise InputError(CHANGED)
         if generation_prompt is None:
-            whole = next(text for text in texts if not text.startswith(texts[0]))
-            raise InputError(OTHER_START.format(texts[0][-60:], whole[max(0, shared - 40) :][:60]))
+            whole = next(text for text in texts if not text.startswith(texts[0]))[max(0, shared - 40) :][:60]
+            raise InputError(
+                f"the chat template asks for a response after {texts[0][-60:]!r}, but writes a finished conversation "
+                f"as {whole!r}: type --data.generation_prompt asked (train behind the first) or trained (behind what "
+                "both share)"
+            )
         if as_text:
             raise InputError(UNAVOIDABLE.format("before data.generation_prompt asked"))
         texts[1:] = [texts[0] + text[shared:] for text in texts[1:]]
@@ -136,16 +134,16 @@ def encode_responses(
         encoded = [render(chat, chat is prompt, **options) for chat in chats]
     else:  # the template writes BOS itself: special tokens added here would double it
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [encoded[0], *(_cut_after_end_token(tokenizer, whole) for whole in encoded[1:])]
+    ended = [_to_end_token(tokenizer, whole) for whole in encoded[1:]]
+    if None in ended:
+        tail = tokenizer.decode(encoded[1 + ended.index(None)][-3:])
+        raise InputError(f"a response ends in {tail!r}, no special token: give a `chat_template` that writes eos_token")
+    return [encoded[0], *ended]
 
 
 CHANGED = (
     "the chat template leaves out part of a message, or shows the prompt differently once a response follows: give "
     "another `chat_template`"
-)
-OTHER_START = (
-    "the chat template asks for a response after {!r}, but writes a finished conversation as {!r}: type "
-    "--data.generation_prompt asked (train behind the first) or trained (behind what both share)"
 )
 
 
@@ -170,16 +168,16 @@ def _check_rendered(texts: list[str], prompt: Messages, responses: Sequence[str]
         raise InputError(CHANGED)
 
 
-def _cut_after_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int]:
-    """The ids up to the end token. A model never generates the white space that templates add after the end token."""
+def _to_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int] | None:
+    """The ids up to the end token, or None if they do not end in one. A model never generates the white space that
+    templates add after the end token."""
     for end in range(len(ids), 0, -1):
         text = tokenizer.decode(ids[end - 1 : end])
         if text and not tokenizer.decode(ids[end - 1 : end], skip_special_tokens=True):
             return ids[:end]
         if text.strip():
             break
-    tail = tokenizer.decode(ids[-3:])
-    raise InputError(f"a response ends in {tail!r}, no special token: give a `chat_template` that writes eos_token")
+    return None
 
 
 def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[str], as_text: bool) -> list[list[int]]:
@@ -190,17 +188,14 @@ def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[
         raise InputError(f"{PLAIN!r} ends a response with the eos token, and the tokenizer has none: set eos_token")
     start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
     text = "\n".join(message["content"] for message in prompt)
-    end = re.compile(rf"({_pattern(tokenizer, len(tokenizer)).pattern})\s*\Z")
-    ended = [not as_text and bool(end.search(response)) for response in responses]
-    texts = [text, *(text + (r.rstrip() if has_end else r) for r, has_end in zip(responses, ended, strict=True))]
+    texts = [text, *(text + response for response in responses)]
     options = {"split_special_tokens": True} if as_text else {}
     prompt_ids, *wholes = tokenizer(texts, add_special_tokens=False, verbose=False, **options)["input_ids"]
     names = control_tokens(tokenizer, texts) if as_text else set()
     if made := [name for name in names if tokenizer.convert_tokens_to_ids(name) in set().union(prompt_ids, *wholes)]:
         raise InputError(UNAVOIDABLE.format(", ".join(made)))
     start = [] if prompt_ids[:1] == start else start
-    wholes = [whole if has_end else [*whole, eos] for whole, has_end in zip(wholes, ended, strict=True)]
-    return [start + prompt_ids, *(start + whole for whole in wholes)]
+    return [start + prompt_ids, *(start + (_to_end_token(tokenizer, whole) or [*whole, eos]) for whole in wholes)]
 
 
 # Special tokens in a text, such as <|im_end|> in a user's message.

@@ -18,12 +18,11 @@ ONE_TEXT = ((0, sys.maxsize),)
 def cut_prompt(ids: list[int], room: int, turns: Turns) -> list[int]:
     """The prompt's newest tokens behind the template's start: BOS, system message and the mark of the turn that is cut.
     A turn's mark is what stands between the text before and its own text. Nothing if the room is too small."""
-    head, before = ids[: turns[0][0]], turns[0][0]
+    head = before = turns[0][0]
     for begin, end in turns:
-        mark = ids[before:begin]
-        start = len(ids) - (room - len(head) - len(mark))
+        start = len(ids) - room + head + begin - before
         if start < min(end, len(ids)):
-            return head + mark + ids[max(start, begin) :]
+            return ids[:head] + ids[before:begin] + ids[max(start, begin) :]
         before = end
     return []
 

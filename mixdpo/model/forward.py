@@ -1,7 +1,7 @@
 """Packed rows through the base: hidden states, the output head, log-probabilities of targets and completions."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from operator import sub
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixdpo.batches.rows import TokenRows, build_rows
-from mixdpo.data.encoding import sequence_lengths
+from mixdpo.data.encoding import largest_id, sequence_lengths
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
 from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, target_statistics, token_log_probs
@@ -156,8 +156,8 @@ def _check_window(config: Any, rows: TokenRows) -> None:
         raise InputError(f"{longest} tokens of a row exceed the sliding window of {window}: lower data.max_length")
 
 
-def check_lengths(model: "PreTrainedModel", name: str, tables: Iterable["Dataset"], *, packed: bool) -> str:
-    """Compare the longest sequences of encoded tables with what the model can compute.
+def check_data(model: "PreTrainedModel", name: str, tables: Collection["Dataset"], *, packed: bool) -> str:
+    """Compare encoded tables with what the model can compute, and check packed rows.
 
     Args:
         packed: whether sequences share rows, where a sliding window cannot be computed.
@@ -166,8 +166,11 @@ def check_lengths(model: "PreTrainedModel", name: str, tables: Iterable["Dataset
         A warning if sequences are longer than the rotary positions that the model was made with, else "".
 
     Raises:
-        InputError: a sequence has more tokens than the model has positions or, in shared rows, than its sliding window.
+        InputError: a sequence has a token that the model does not know, or more tokens than the model has positions
+            or, in shared rows, than its sliding window; or `check_documents` fails.
     """
+    if (largest := largest_id(*tables)) >= (ids := model.get_input_embeddings().num_embeddings):
+        raise InputError(f"the model '{name}' knows token ids below {ids}, not {largest}: give its own tokenizer")
     config, beyond = model.config.get_text_config(), 0
     rotary = any("Rotary" in type(module).__name__ for module in model.modules())
     known = getattr(config, "max_position_embeddings", None) or sys.maxsize
@@ -182,6 +185,8 @@ def check_lengths(model: "PreTrainedModel", name: str, tables: Iterable["Dataset
             remedy = f"set data.max_length {window} or less, or data.pack 0 and (for pairs) data.share_prompt false"
             raise InputError(f"{found} has a sliding window of {window}: {remedy}")
         beyond += int((lengths > known).sum())
+    if packed:
+        check_documents(model)
     told = f"{beyond} rows have more tokens than the {known} positions that {name} was made with"
     return f"warning: {told}: set data.max_length {known}\n" if beyond else ""
 

@@ -64,12 +64,6 @@ def check_card(device: torch.device | str, asked: str) -> None:
         raise InputError(f"{card} does not compute in {asked}: give {remedy} (or the CPU, for a run in bfloat16)")
 
 
-def check_vocabulary(model: PreTrainedModel, name: str, largest: int) -> None:
-    """Refuse data whose largest token id the model has no embedding for."""
-    if largest >= (known := model.get_input_embeddings().num_embeddings):
-        raise InputError(f"the model '{name}' knows token ids below {known}, not {largest}: give its own tokenizer")
-
-
 def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
     """A sequence classifier with one label, frozen, in eval mode. Arguments and errors as for `load_base`."""
     model, missing = _load("AutoModelForSequenceClassification", name, **options)
