@@ -8,14 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixdpo.constraints.kinds import KINDS
-from mixdpo.constraints.prompts import (
-    HELD_OUT_SUBJECTS,
-    REQUESTS,
-    TRAINING_SUBJECTS,
-    held_out_prompts,
-    training_prompts,
-)
+from mixdpo.constraints.kinds import KINDS, TASK
+from mixdpo.constraints.prompts import held_out_prompts, training_prompts
 from mixdpo.constraints.scoring import Constraint, ConstraintScorer
 from mixdpo.errors import InputError
 
@@ -128,10 +122,12 @@ def test_prompts_are_seeded_distinct_and_free_of_contradictions():
 
 
 def test_held_out_prompts_share_no_subject_and_unseen_ones_no_kind():
-    assert not set(TRAINING_SUBJECTS) & set(HELD_OUT_SUBJECTS)
+    assert not set(TASK["training_subjects"]) & set(TASK["held_out_subjects"])
     rows = held_out_prompts()
     assert [row["part"] for row in rows] == ["seen"] * 150 + ["unseen"] * 60
-    training_requests = {request.format(subject) for request in REQUESTS for subject in TRAINING_SUBJECTS}
+    training_requests = {
+        request.format(subject) for request in TASK["requests"] for subject in TASK["training_subjects"]
+    }
     for row in rows:
         assert not any(row["prompt"].startswith(request) for request in training_requests)
         assert all(KINDS[kind].trained == (row["part"] == "seen") for kind in kinds_of(row))

@@ -25,7 +25,7 @@ class Kind:
 
     check: Callable[..., bool]
     phrasings: Sequence[str]
-    aspects: frozenset[str]
+    aspects: Sequence[str]
     choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     weight: int = 1
     trained: bool = True
@@ -64,6 +64,4 @@ TASK: dict[str, Any] = json.loads((files("mixdpo") / "constraints" / "constraint
 """Requests, subjects, and all fields of each `Kind` but the check. The order of the kinds decides the drawn prompts."""
 
 
-KINDS = {
-    name: Kind(CHECKS[name], **{**row, "aspects": frozenset(row["aspects"])}) for name, row in TASK["kinds"].items()
-}
+KINDS = {name: Kind(CHECKS[name], **row) for name, row in TASK["kinds"].items()}

@@ -11,16 +11,12 @@ from typing import Any
 from mixdpo.constraints.kinds import KINDS, TASK
 from mixdpo.constraints.scoring import Constraint
 
-REQUESTS, TRAINING_SUBJECTS, HELD_OUT_SUBJECTS = (
-    TASK[name] for name in ("requests", "training_subjects", "held_out_subjects")
-)
-
 
 def training_prompts(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """`count` rows `prompt_id, prompt, constraints, part`, all different, from training subjects and kinds."""
     rng = random.Random(f"training {seed}")
     kinds = [name for name, kind in KINDS.items() if kind.trained]
-    return _draw_prompts(rng, count, TRAINING_SUBJECTS, kinds, "train")
+    return _draw_prompts(rng, count, TASK["training_subjects"], kinds, "train")
 
 
 def held_out_prompts(seed: int = 0, *, seen: int = 150, unseen: int = 60) -> list[dict[str, Any]]:
@@ -28,7 +24,7 @@ def held_out_prompts(seed: int = 0, *, seen: int = 150, unseen: int = 60) -> lis
     rng, rows = random.Random(f"held out {seed}"), []
     for part, count in (("seen", seen), ("unseen", unseen)):
         kinds = [name for name, kind in KINDS.items() if kind.trained == (part == "seen")]
-        rows += _draw_prompts(rng, count, HELD_OUT_SUBJECTS, kinds, part)
+        rows += _draw_prompts(rng, count, TASK["held_out_subjects"], kinds, part)
     return rows
 
 
@@ -38,8 +34,9 @@ def _draw_prompts(
     rows: dict[str, dict[str, Any]] = {}  # by prompt: a repeated prompt is drawn again
     while len(rows) < count:
         constraints = _draw_constraints(rng, kinds, rng.choice((1, 2, 2, 3, 3, 3)))
-        request = rng.choice(REQUESTS).format(rng.choice(subjects))
-        prompt = " ".join([request, *(_ask(rng, constraint) for constraint in constraints)])
+        request = rng.choice(TASK["requests"]).format(rng.choice(subjects))
+        asked = [rng.choice(KINDS[each.kind].phrasings).format(**each.params) for each in constraints]
+        prompt = " ".join([request, *asked])
         listed = [asdict(constraint) for constraint in constraints]
         name = f"{part}-{len(rows):05d}"
         rows.setdefault(prompt, {"prompt_id": name, "prompt": prompt, "constraints": listed, "part": part})
@@ -52,11 +49,7 @@ def _draw_constraints(rng: random.Random, kinds: Sequence[str], count: int) -> l
     fixed: set[str] = set()
     weights = [KINDS[name].weight for name in kinds]
     for name in rng.sample(list(kinds), sum(weights), counts=weights):
-        if len(drawn) < count and not fixed & KINDS[name].aspects:
-            fixed |= KINDS[name].aspects
+        if len(drawn) < count and fixed.isdisjoint(KINDS[name].aspects):
+            fixed.update(KINDS[name].aspects)
             drawn.append(Constraint(name, {key: rng.choice(values) for key, values in KINDS[name].choices.items()}))
     return drawn
-
-
-def _ask(rng: random.Random, constraint: Constraint) -> str:
-    return rng.choice(constraint.rule.phrasings).format(**constraint.params)

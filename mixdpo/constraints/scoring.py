@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixdpo.constraints.checks import words
-from mixdpo.constraints.kinds import KINDS, Kind
+from mixdpo.constraints.kinds import KINDS
 from mixdpo.errors import InputError, check_one_of
 
 
@@ -26,19 +26,15 @@ class Constraint:
 
     def __post_init__(self) -> None:
         check_one_of("a constraint's kind", self.kind, KINDS)
-        types = {name: type(values[0]) for name, values in self.rule.choices.items()}
+        types = {name: type(values[0]) for name, values in KINDS[self.kind].choices.items()}
         if not isinstance(self.params, Mapping) or {key: type(value) for key, value in self.params.items()} != types:
             wanted = {name: kind.__name__ for name, kind in types.items()}
             raise InputError(f"constraint {self.kind!r} takes the params {wanted}, not {self.params!r}")
 
-    @property
-    def rule(self) -> Kind:
-        return KINDS[self.kind]
-
     def holds(self, text: str) -> bool:
         """Whether `text` satisfies the constraint; text without a letter or a digit never does."""
         text = text.strip()
-        return bool(words(text)) and self.rule.check(text, **self.params)
+        return bool(words(text)) and KINDS[self.kind].check(text, **self.params)
 
 
 class ConstraintScorer:
