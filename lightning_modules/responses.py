@@ -14,7 +14,7 @@ import torch
 from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
-from mixdpo.evaluation.endpoint import CONTINUES, complete, without_secrets
+from mixdpo.evaluation.endpoint import CONTINUES, Chat, NoResponse, complete, without_secrets
 from mixdpo.evaluation.formats import Prompt, PromptResponses
 from mixdpo.evaluation.generation import Response, generate
 from mixdpo.evaluation.gold import gold_table
@@ -139,8 +139,7 @@ class ResponseModule(L.LightningModule):
         for prompt in batch:
             groups.setdefault(self._temperature(prompt), []).append(prompt)
         for temperature, prompts in groups.items():
-            missing = [prompt for prompt in prompts if prompt.key not in self.file.rows]
-            if missing:
+            if missing := [prompt for prompt in prompts if prompt.key not in self.file.rows]:
                 self._respond(prompts if self.server is None else missing, temperature)
         return len(batch)  # Lightning warns of None
 
@@ -153,7 +152,7 @@ class ResponseModule(L.LightningModule):
         Raises:
             InputError: a server gave no response to some prompts; the other responses are kept.
         """
-        chats: list[list[dict[str, str]]] = [[] for _ in prompts]
+        chats: list[Chat] = [[] for _ in prompts]
         responses: list[list[Response]] = [[] for _ in prompts]
         failed: dict[int, Exception] = {}
         for turn in range(max(len(prompt.turns) for prompt in prompts)):
@@ -170,7 +169,7 @@ class ResponseModule(L.LightningModule):
         whole = [i for i in range(len(prompts)) if i not in failed]
         self.file.keep([PromptResponses(prompts[i], tuple(responses[i])) for i in whole])
         for error in failed.values():
-            if isinstance(error, InputError):  # the server's fault, not a prompt's
+            if not isinstance(error, NoResponse):  # the server's fault or ours, not a prompt's
                 raise error
         if failed:
             first = min(failed)
@@ -179,12 +178,8 @@ class ResponseModule(L.LightningModule):
                 f"The other responses are kept. Leave such prompts out, or lower model.max_new_tokens; {CONTINUES}"
             )
 
-    def _generate(
-        self, keys: list[str], chats: list[list[dict[str, str]]], temperature: float
-    ) -> Sequence[Response | Exception]:
+    def _generate(self, keys: list[str], chats: list[Chat], temperature: float) -> Sequence[Response | Exception]:
         options: dict[str, Any] = {**self.sampling, "temperature": temperature}
-        if not chats:
-            return []
         if self.server is not None:
             return complete(chats, self.base, self.server, **options, seeds=[self._drawn(chat) for chat in chats])
         # the seed is the batch's own, so that the seed does not depend on what came before an interruption
@@ -193,7 +188,7 @@ class ResponseModule(L.LightningModule):
             groups = generate(self.model, self.tokenizer, chats, batch_size=len(chats), names=keys, **options)
         return [response for (response,) in groups]
 
-    def _drawn(self, chat: list[dict[str, str]]) -> int:
+    def _drawn(self, chat: Chat) -> int:
         return int.from_bytes(hashlib.sha256(json.dumps([self.seed, chat]).encode()).digest()[:4])
 
     def _temperature(self, prompt: Prompt) -> float:

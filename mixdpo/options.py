@@ -3,10 +3,10 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
@@ -22,17 +22,16 @@ BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.op
 ROOMS = ("mixdpo", "lightning_modules", "datamodules")
 
 
-def strict(load: Callable[[str], Any]) -> Callable[[str], Any]:
-    """jsonargparse's loader of YAML, which refuses what `parse_yaml` refuses: a key given twice loses a value."""
-
-    def loaded(text: str) -> Any:
-        parse_yaml(text, "the text", finite=False)
-        return load(text)
-
-    return loaded
+_load_yaml = get_loader("yaml")
 
 
-set_loader("yaml", strict(get_loader("yaml")), (YAMLError, InputError))
+def strict(text: str) -> Any:
+    """What jsonargparse's loader of YAML makes of a text that `parse_yaml` takes: a key given twice loses a value."""
+    parse_yaml(text, "the text", finite=False)
+    return _load_yaml(text)
+
+
+set_loader("yaml", strict, (YAMLError, InputError))
 
 
 class Parser(ArgumentParser):
@@ -86,10 +85,9 @@ def options(name: str) -> None:
     Raises:
         InputError: there is no such class.
     """
-    module, _, attribute = name.rpartition(".")
     kind: Any = None
     with suppress(ImportError, ValueError, AttributeError):
-        kind = getattr(import_module(module), attribute)
+        kind = resolve_name(name)
     if not inspect.isclass(kind):
         raise InputError(f"there is no class {name}: give its whole path, as configs do{nearest_path(name)}")
     described = [inspect.getdoc(documented) for documented in (kind, kind.__init__) if documented.__doc__]

@@ -56,13 +56,12 @@ def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
 def chosen_point(plan: Study, run: str, done: Set[str]) -> Point | None:
     """The grid point with the best score at the first seed. None while a point is missing: every run must
     choose among the same points."""
-    names = [plan.name(run, point, plan.seeds[0]) for point in plan.points]
-    if len(names) == 1:
+    points = {plan.name(run, point, plan.seeds[0]): point for point in plan.points}
+    if len(points) == 1:
         return plan.points[0]
-    if any(name not in done for name in names):
+    if not points.keys() <= done:
         return None
-    scores = [mean_score(plan, name, [str(plan.choose_by)]) for name in names]
-    return plan.points[int(np.argmax(scores))]
+    return points[max(points, key=lambda name: mean_score(plan, name, [str(plan.choose_by)]))]
 
 
 def seeds_done(plan: Study, run: str, done: Set[str]) -> dict[int, str]:

@@ -102,8 +102,7 @@ class Endpoint:
         if not isinstance(error, openai.APIStatusError):
             return f"connection lost: {type(cause).__name__} {cause}" if cause else str(error)
         status, text = error.status_code, _printable(self._without_secrets(str(error.message)))[:300]
-        hint = HINTS.get(402 if error.code == "insufficient_quota" else status)
-        if hint:
+        if hint := HINTS.get(402 if error.code == "insufficient_quota" else status):
             raise InputError(f"{self.url} refuses: HTTP {status}: {text}. To continue, {hint}; {CONTINUES}")
         return f"HTTP {status}: {text}"
 
@@ -129,8 +128,7 @@ def _client(base_url: str | None, key: str | None, timeout: float, attempts: int
         import httpx2
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
     except ImportError:
-        install = "pip install -c constraints.txt -e '.[judge]'"
-        raise InputError(f"a model behind an endpoint needs the package openai: {install}") from None
+        raise InputError("the package openai is missing: pip install -c constraints.txt -e '.[judge]'") from None
     if not base_url and not key:
         raise InputError("no key: set OPENAI_API_KEY, or give the --base_url of a server that needs none")
     if base_url and not _URL.fullmatch(base_url):
@@ -187,20 +185,15 @@ def complete(
         sampling: temperature and top_p.
 
     Returns:
-        Instead of a Response, an InputError where the server cannot be reached or refuses all, and a NoResponse where
-        only this chat has no response.
+        Instead of a Response, a NoResponse where only this chat has no response, and any other error as such: an
+        InputError where the server cannot be reached or refuses all.
     """
     endpoint = Endpoint(model, base_url, attempts=5, timeout=600.0, max_tokens=max_new_tokens, **sampling)
 
-    async def response(chat: Chat, seed: int) -> Any:
-        try:
-            return await endpoint.ask(chat, _generation, seed=seed)
-        except (NoResponse, InputError) as error:
-            return error  # the others go on: they may be paid for
-
     async def all_responses() -> list[Any]:
         async with endpoint.client:
-            return await asyncio.gather(*map(response, chats, seeds))
+            asked = (endpoint.ask(chat, _generation, seed=seed) for chat, seed in zip(chats, seeds, strict=True))
+            return await asyncio.gather(*asked, return_exceptions=True)  # the others go on: they may be paid for
 
     return asyncio.run(all_responses())
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mixdpo.data.chat_template import encode_responses, load_template
 from mixdpo.data.columns import template_values
 from mixdpo.errors import InputError
-from mixdpo.model.forward import evaluating
+from mixdpo.model.forward import causal_lm_of, evaluating
 from mixdpo.storage.files import Row
 
 Pick = Callable[[Tensor], Tensor]
@@ -132,9 +132,8 @@ def _complete(
 
 def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """(B, V) logits of the last position; `cache` grows by the ids."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT model names no argument
-    # transformers 5.24 renamed the argument
-    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    # transformers 5.24 renamed the argument; a PEFT model names none
+    name = "cache" if "cache" in inspect.signature(causal_lm_of(model).forward).parameters else "past_key_values"
     options = {name: cache, "use_cache": True, "logits_to_keep": 1}
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
 

@@ -54,8 +54,7 @@ def compare(before: Responses, after: Responses, parts: Sequence[str]) -> dict[s
         if not np.isnan(before.scores[group]).any()
     }
     for name, field in (("response length, tokens", "tokens"), ("ended by itself", "ended")):
-        values = ([getattr(response, field) for response in responses.given] for responses in (before, after))
-        rows[name] = _row(*(np.array(each, dtype=float) for each in values))
+        rows[name] = _row(*([getattr(each, field) for each in responses.given] for responses in (before, after)))
     return rows
 
 
@@ -65,9 +64,9 @@ def _groups(parts: Sequence[str]) -> dict[str, np.ndarray]:
     return {"all prompts": np.ones(len(parts), dtype=bool)} | named
 
 
-def _row(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+def _row(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> dict[str, float]:
     interval = paired_bootstrap(before, after)
-    means = {"n": len(before), "before": float(before.mean()), "after": float(after.mean())}
+    means = {"n": len(before), "before": float(np.mean(before)), "after": float(np.mean(after))}
     return means | {"difference": interval.mean, "low": interval.low, "high": interval.high}
 
 

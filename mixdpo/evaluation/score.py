@@ -107,14 +107,13 @@ def _rates(columns: Any, difficulties: Any, gamed: Any, samples: int, seed: int)
 
 
 def _rate_rows(rates: Rates, sign: str = "") -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for name, rate in rates.items():
-        cells = ("n/a",) * 3
-        if rate is not None:
-            interval = f"{rate.low:{sign}.2f} to {rate.high:{sign}.2f}"
-            cells = (f"{rate.mean:{sign}.2f}", f"{rate.standard_error:.2f}", interval)
-        rows.append((f"{name}, %", *cells))
-    return rows
+    return [(f"{name}, %", *_cells(rate, sign)) for name, rate in rates.items()]
+
+
+def _cells(rate: Interval | None, sign: str) -> tuple[str, str, str]:
+    if rate is None:
+        return "n/a", "n/a", "n/a"
+    return f"{rate.mean:{sign}.2f}", f"{rate.standard_error:.2f}", f"{rate.low:{sign}.2f} to {rate.high:{sign}.2f}"
 
 
 def _rows_beside(preferences: Any, left_out: dict[str, int], verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:

@@ -95,16 +95,15 @@ class VerdictsWriter(Store):
         """
         remedy = "use the same inputs and options to continue it, or give another --out"
         super().__init__(path, head, noun=NOUN, remedy=remedy)
-        self.verdicts = _by_key(self.get())
+        self.verdicts = {each.key: each for each in _read(self.get())}
 
     def keep(self, *verdicts: Verdict) -> None:
         self.add({f"{each.index} {each.order}": json.dumps(vars(each)).encode() for each in verdicts})
         self.verdicts |= {each.key: each for each in verdicts}
 
 
-def _by_key(entries: Mapping[Key, bytes]) -> dict[tuple[int, Order], Verdict]:
-    verdicts = [Verdict(**json.loads(value)) for value in entries.values()]
-    return {verdict.key: verdict for verdict in verdicts}
+def _read(entries: Mapping[Key, bytes]) -> list[Verdict]:
+    return [Verdict(**json.loads(value)) for value in entries.values()]
 
 
 def read_verdicts(path: str | Path) -> tuple[dict[str, Any], list[Verdict]]:
@@ -116,7 +115,7 @@ def read_verdicts(path: str | Path) -> tuple[dict[str, Any], list[Verdict]]:
     if not Path(path).is_file():
         raise InputError(f"no verdicts file {path}; `mixdpo judge` makes it")
     head, entries = read_store(path, NOUN, "restore it from a copy, or judge anew into another --out")
-    return head, [verdict for _, verdict in sorted(_by_key(entries).items())]
+    return head, sorted(_read(entries), key=lambda verdict: verdict.key)
 
 
 def messages(instruction: str, first: str, second: str) -> list[dict[str, str]]:

@@ -16,13 +16,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
         template: name of a file in this folder, which extends page.html.
         content: what the template shows: plain values.
     """
-    environment = Environment(
-        loader=PackageLoader("mixdpo", "pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=PackageLoader("mixdpo", "pages"), autoescape=True, undefined=StrictUndefined)
     environment.filters["number"] = _number
     text = environment.get_template(template).render(content)
     with written_whole(path) as partial:
