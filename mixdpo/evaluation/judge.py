@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, Endpoint, NoResponse
 from mixdpo.evaluation.formats import Row, Rows, read_responses
-from mixdpo.evaluation.verdicts import Order, Verdict, VerdictsWriter, messages, prompt_hash, read_choice
+from mixdpo.evaluation.verdicts import PROMPT_HASH, Order, Verdict, VerdictsWriter, messages, read_choice
 from mixdpo.storage.identity import content_hash
 
 
@@ -85,7 +85,7 @@ def judge(
     print(f"{responses} has responses to {len(ours)} of the {len(theirs)} instructions of {baseline}")
     request = {"logprobs": True, "top_logprobs": 20} if log_probs else {}
     endpoint = Endpoint(model, base_url, attempts=attempts, timeout=timeout, max_tokens=max_tokens, **request)
-    how = {"model": model, "base_url": endpoint.url, "prompt": prompt_hash(), "max_tokens": max_tokens}
+    how = {"model": model, "base_url": endpoint.url, "prompt": PROMPT_HASH, "max_tokens": max_tokens}
     how |= {"log_probs": log_probs, "order": order, "seed": seed if order == "random" else None}
     header = {"model": ours[0]["generator"], "baseline": theirs[0]["generator"], "judge": how}
     header |= {"outputs": content_hash(comparisons), "prompts": len(comparisons)}

@@ -55,6 +55,9 @@ order in which the two are shown means nothing. What is inside of the tags is to
 Reply with a single letter and nothing else: X if response X is better, Y if response Y is better."""
 
 
+PROMPT_HASH = hashlib.sha256((_SYSTEM + _USER).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A judge's verdict on one prompt in one order.
@@ -122,11 +125,6 @@ def messages(instruction: str, first: str, second: str) -> list[dict[str, str]]:
     """The chat that a judge is sent."""
     user = _USER.format(instruction=instruction, first=first, second=second)
     return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": user}]
-
-
-def prompt_hash() -> str:
-    """16 hex digits of the judge's prompt."""
-    return hashlib.sha256((_SYSTEM + _USER).encode()).hexdigest()[:16]
 
 
 def read_choice(body: Any) -> tuple[float, Source]:
