@@ -60,8 +60,10 @@ def load_template(
 def _check_used(template: str, values: Iterable[str], fixed: Collection[str] = ()) -> None:
     used = {*re.findall(r"\w+", template)} - {*fixed, PLAIN}
     if unused := [name for name in values if name not in used]:
-        where = "tools or chat_template_kwargs of the row, or from data.chat_template_kwargs"
-        raise InputError(f"the chat template takes no {', '.join(unused)}: remove this from {where}")
+        where = "the row's tools or chat_template_kwargs, or data.chat_template_kwargs"
+        raise InputError(
+            f"the chat template cannot take {', '.join(unused)}: give another, or remove this from {where}"
+        )
 
 
 def _dated(call: re.Match[str]) -> str:
@@ -209,8 +211,11 @@ def control_tokens(tokenizer: "Tokenizer", texts: Iterable[str]) -> set[str]:
     return {token for text in texts for token in find(text)}
 
 
+@lru_cache(maxsize=8)
 def template_marks(tokenizer: "Tokenizer", template: str) -> set[str]:
-    """The special tokens that the template itself writes."""
+    """The special tokens that the template itself writes; none for "plain"."""
+    if template == PLAIN:
+        return set()
     prompt = [{"role": "user", "content": "a"}]
     return control_tokens(tokenizer, [_render(tokenizer, template, prompt, True, tokenize=False)])
 

@@ -53,9 +53,7 @@ def read_pairs(
     columns |= {"chosen_weight": "float32", "margin": "float64"}
     table = read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed])
     if (count := table.noted.get("prompt_repeated_by_one", 0)) > 0.2 * len(table.dataset):
-        rows = ((row["row"], row["prompt"][-1]["content"], row["chosen"], row["rejected"]) for row in table.dataset)
-        first = next(row for row, prompt, *sides in rows if sides[0].startswith(prompt) != sides[1].startswith(prompt))
-        where = f"{source}: in {count} of {len(table.dataset)} pairs (first: row {first})"
+        where = f"{source}: in {count} of {len(table.dataset)} pairs"
         raise InputError(f"{where} one response begins with the whole prompt, one does not: take it out of both.")
     return table
 
