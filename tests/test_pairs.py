@@ -76,16 +76,8 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, name):
     else:
         write(tmp_path / name, rows)
     pairs = read_pairs(source)
-    assert pairs.dataset.column_names == [
-        "pair_id",
-        "prompt",
-        "chosen",
-        "rejected",
-        "chosen_weight",
-        "margin",
-        "row",
-        "place",
-    ]
+    columns = ["pair_id", "prompt", "chosen", "rejected", "chosen_weight", "margin", "row", "place"]
+    assert pairs.dataset.column_names == columns
     assert pairs.dataset["prompt"][:] == [[user("2+2?")]] * 2
     assert pairs.dataset["chosen"][:] == ["4", 'four,\n"4"']
     assert pairs.dataset["margin"][:] == [1.5, -2.0]
@@ -138,16 +130,9 @@ def test_files_of_a_folder_need_not_agree_in_columns_and_types(tmp_path):
     assert read_pairs(folder).dataset["margin"][:] == [1, 6.5, 1.5, 1.5]
 
 
-SPLIT_FILES = {
-    "train_jsonl": "train",
-    "my-validation-1_jsonl": "validation",
-    "dev__a_jsonl": "validation",
-    "a__test 2__x_jsonl": "test",
-    "training__b_jsonl": "train",
-    "eval_jsonl": "test",
-    "train__test_jsonl": "train",  # the folder's word counts
-    "retrained_jsonl": "",
-}
+SPLIT_FILES = {"train_jsonl": "train", "my-validation-1_jsonl": "validation", "a-dev_jsonl": "validation"}
+SPLIT_FILES |= {"eval_jsonl": "test", "x__test 2_jsonl": "test", "retrained_jsonl": ""}
+SPLIT_FOLDERS = {"training__b_jsonl": "train", "train__test_jsonl": "train", "data__a-00000-of-00002_jsonl": "a"}
 
 
 def test_the_split_of_a_file_is_a_word_in_its_name_or_folder(tmp_path):
@@ -158,13 +143,13 @@ def test_the_split_of_a_file_is_a_word_in_its_name_or_folder(tmp_path):
         assert set(asked_in(folder, split)) == wanted
     assert read_pairs(folder, split="test").noted["files of no split, not read: retrained.jsonl"] == 1
     for split in ("held", "held[:2]", "test+train", "test[:1]+train[:1]"):
-        message = re.escape(f"f, split '{split}': ") + ".*validation: dev/a.jsonl, my-validation-1"
+        message = re.escape(f"f, split '{split}': ") + ".*validation: a-dev.jsonl, my-validation-1"
         with pytest.raises(InputError, match=message):
             read_pairs(folder, split=split)
 
 
 def test_the_rule_of_splits_is_that_of_datasets(tmp_path):
-    for name, split in {**SPLIT_FILES, "data__prefs-00000-of-00002_jsonl": "prefs"}.items():
+    for name, split in (SPLIT_FILES | SPLIT_FOLDERS).items():
         folder = write_folder(tmp_path / name, **{name: numbered(1)})
         assert datasets.load_dataset(folder).keys() == {split or "train"}
         assert asked_in(folder, split or "train") == ["1?"]
