@@ -181,10 +181,9 @@ def encode_rows(
     """Encode pairs of `read_pairs` or samples of `read_samples`, cached by data, tokenizer, template and limits.
 
     Args:
-        special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, becomes that token;
-            if not, the name stays plain characters.
-        chat_template: as for `load_template`; "plain" takes only samples with one response.
-        chat_template_kwargs: as for `load_template`; those of a row's `context` win.
+        special_tokens_in_text: whether the name of a special token in a text becomes that token, or stays characters.
+        chat_template, chat_template_kwargs: as for `load_template`. "plain" takes only samples with one response. A
+            row's `context` wins over the latter.
         generation_prompt: as for `encode_responses`.
         num_proc: number of processes; None encodes in this process.
         limits: the arguments of `EncodedPair.within` or `EncodedSample.within`.
@@ -223,17 +222,20 @@ def encode_rows(
     counts = {name: statuses.count(name) for name in ("dropped_overlong", "dropped_empty", "truncated")}
     if special := sum(map(bool, encoded["special"])):
         counts["special_tokens_in_text"] = special
-    if 2 * (nested := encoded["special"][:].count(2)) > len(dataset):
-        marks = ", ".join(sorted(chat.template_marks(tokenizer, template)))
-        raise InputError(
-            f"the texts of {nested} of {len(dataset)} rows hold marks of the chat template ({marks}): type "
-            "--data.chat_template plain --data.special_tokens_in_text true for texts that a template has written"
-        )
+    _refuse_nested(encoded["special"][:], chat.template_marks(tokenizer, template) if special else set())
     kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     if not kept:
         raise InputError(f"no {kind.noun} is left of {len(statuses)} ({counts}): raise max_length or truncate.")
     encoded = encoded.remove_columns(["status", "special"])
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
+
+
+def _refuse_nested(special: list[int], marks: set[str]) -> None:
+    if 2 * (nested := special.count(2)) > len(special):
+        raise InputError(
+            f"the texts of {nested} of {len(special)} rows hold marks of the template ({', '.join(sorted(marks))}): "
+            "type --data.chat_template plain --data.special_tokens_in_text true for texts that a template has written"
+        )
 
 
 def _encode_row(row: Any, tokenizer: Any, kind: Kind, options: Any, limits: Any) -> dict[str, Any]:
