@@ -211,7 +211,7 @@ def test_a_changed_file_or_folder_is_read_anew_and_the_options_count(tmp_path):
 
 def test_a_missing_path_is_not_taken_for_a_hub_id(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
-    for source in ("data/x.jsonl", "./folder", "~/x", "a/b/c", "x.csv.gz"):
+    for source in ("data/x.jsonl", "./folder", "~/x", "a/b/c", "x.csv.gz", "one,two"):
         with pytest.raises(InputError, match="no file or folder '") as raised:
             read_pairs(source)
         assert str(Path(source).expanduser()) in str(raised.value)
