@@ -136,7 +136,7 @@ def test_a_prompt_repeated_by_both_responses_is_cut_and_counted(tiny_model, tmp_
 
 def test_a_prompt_repeated_by_many_single_responses_is_refused(tmp_path):
     rows = [*make_pairs(3), repeating(rejected="moon"), repeating(chosen="sun")]
-    with pytest.raises(InputError, match=r"in 2 of 5 pairs one response begins .* take it out of both"):
+    with pytest.raises(InputError, match=r"in 2 of 5 pairs one response begins .* take the prompt out of both"):
         read_pairs(write_pairs(tmp_path / "rows.jsonl", rows))
 
 

@@ -95,8 +95,8 @@ def encode_responses(
 
     Args:
         responses: texts, or messages of the assistant.
-        generation_prompt: what precedes a response where the template opens a response in another way (with <think>)
-            for generation: the text that it writes there ("asked"), or in a finished conversation ("trained"); None
+        generation_prompt: what precedes a response if the template opens a response (with <think>) only where it asks
+            for one. "asked" is the text that asks for a response, "trained" that of a finished conversation. None
             refuses such a template.
         values: what the template gets beside the messages, as `template_values` reads it.
 
@@ -127,7 +127,7 @@ def encode_responses(
                 "both share)"
             )
         if as_text:
-            raise InputError(UNAVOIDABLE.format("before data.generation_prompt asked"))
+            raise InputError(UNAVOIDABLE.format("with data.generation_prompt asked"))
         texts[1:] = [texts[0] + text[shared:] for text in texts[1:]]
     if as_text:
         if tokenizer.chat_control_tokens is None:

@@ -46,8 +46,8 @@ class EncodedPair:
     ) -> "EncodedPair | None":
         """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
-        `truncate` cuts only a pair that is too long. The prompt keeps the tokens that the longer completion leaves, or
-        `max_prompt_length` if those are more; how is said at `cut_prompt`. Each completion then keeps its first
+        `truncate` cuts only a pair that is too long. The prompt keeps as many tokens as the longer completion leaves,
+        at least `max_prompt_length`; `cut_prompt` says which. Each completion then keeps its first
         `max_length` - prompt tokens, so a cut one loses its end token. Dropped are a pair that is too long (`drop`), a
         pair whose prompt cannot be cut to the room, a pair cut to two equal completions, and a pair with an empty
         completion.
@@ -182,16 +182,15 @@ def encode_rows(
 
     Args:
         special_tokens_in_text: whether the name of a special token in a text becomes that token, or stays characters.
-        chat_template, chat_template_kwargs: as for `load_template`. "plain" takes only samples with one response. A
-            row's `context` wins over the latter.
+        chat_template, chat_template_kwargs: as for `load_template`. "plain" takes one response. A row's `context` wins.
         generation_prompt: as for `encode_responses`.
         num_proc: number of processes; None encodes in this process.
         limits: the arguments of `EncodedPair.within` or `EncodedSample.within`.
 
     Returns:
         The data set with the fields of `EncodedPair` or `EncodedSample` and `truncated` (bool) instead of the texts,
-        and the counts `dropped_overlong` (or cut to two equal completions), `dropped_empty` (nothing but end tokens),
-        `truncated` and, where there are such rows, `special_tokens_in_text`.
+        and the counts `dropped_overlong` (or cut to equal completions), `dropped_empty` (only end tokens), `truncated`
+        and, if not 0, `special_tokens_in_text`.
 
     Raises:
         InputError: a row cannot be encoded (the message names the row), all rows are dropped, or a limit is impossible.
