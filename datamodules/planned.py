@@ -76,7 +76,7 @@ class PlannedDataModule(L.LightningDataModule):
         Args:
             tokenizer: Hub id or folder; linked to model.base.
             split: Split of a hub data set or folder to train on, or a slice such as train[:1000]. A word such as test
-                in a file's name, or its folder's, is the file's split; all are `train` if none has any.
+                in the name of a file, or of its folder, is the file's split. Without any such word all are `train`.
             validation: Share of the prompts (not rows) held out, or another source; 0 for none.
             validation_split: Split of the source that `validation` names; `split` if null.
             limit: Number of usable rows to read; all if null.
@@ -87,11 +87,10 @@ class PlannedDataModule(L.LightningDataModule):
                 padding; 0 gives each row a sequence of its own, padded to the longest.
             overlong: Truncate cuts a longer row to max_length; drop leaves the row out. Both are counted.
             chat_template: Jinja template, a file with one, or `plain` for none; the tokenizer's own if not given.
-            chat_template_kwargs: Variables of the template, such as {enable_thinking: false}. Those of a row win.
-            generation_prompt: For a template that opens a response (by <think>) for generation only: `asked` trains
-                behind this opening, `trained` without it. Null refuses such a template.
-            special_tokens_in_text: Let the name of a special token in a text, such as <|im_end|>, become that token. By
-                default the name stays plain text. Rows with such names are counted either way.
+            chat_template_kwargs: Variables of the template, such as {enable_thinking: false}. A row's own win.
+            generation_prompt: For a template that opens a response (with <think>) only to ask for one. `asked` trains
+                responses behind this opening, `trained` without it. Null refuses such a template.
+            special_tokens_in_text: Read the name of a special token in a text (<|im_end|>) as the token, not as characters.
             workers: Processes that prepare batches.
             processes: Processes that tokenise. The token ids are cached, so later runs tokenise nothing.
             seed: Seed of the validation split; for pairs also of ties at the cut, shuffled orders, random assignment.

@@ -50,8 +50,8 @@ class PreferenceDataModule(PlannedDataModule):
                 given, columns with usual names are used.
             margins_file: Margins file of `run.py predict`. Margin columns of the data are then not read.
             max_length: Longest prompt + completion, in tokens.
-            max_prompt_length: Tokens that a prompt keeps at least where a pair exceeds max_length. It is cut to these,
-                or to all that the longer response leaves: its start with the system message and its end stay.
+            max_prompt_length: Tokens that a prompt keeps at least, if its pair exceeds max_length. The prompt keeps
+                more where the longer response leaves room. Its start, with the system message, and its end stay.
             share_prompt: Compute the prompt once for both responses; false gives each a copy. The numbers are the same.
         """
         super().__init__(source, **options)

@@ -41,9 +41,10 @@ class SFTDataModule(PlannedDataModule):
                 `output`.
             slices: Stages of the training data, for self-evolving token cleaning and its controls.
             max_length: Longest conversation, in tokens.
-            train_on: The last response of each row only, or all.
-            one_response_per_sample: Make a sample of each trained response, with all messages before it as its prompt:
-                for templates that show earlier turns differently (Qwen3, Phi-3). max_length then cuts each alone.
+            train_on: `all` trains on every response of a row, `last` on its last response only.
+            one_response_per_sample: Make a sample of each trained response, with all messages before it as its prompt.
+                Set this for templates that show earlier turns differently (Qwen3, Phi-3). max_length holds for each
+                sample.
         """
         super().__init__(source, **options)
         self.reading: dict[str, Any] = {"train_on": train_on, "one_each": one_response_per_sample}

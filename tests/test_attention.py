@@ -159,7 +159,7 @@ def test_windows_that_go_by_other_names(config: Any) -> None:
 
 
 def table(pairs: Any, **more: Any) -> Any:
-    rows = [{"pair_id": 70 + i, "row": i + 1} | pair for i, pair in enumerate(pairs)]
+    rows = [{"pair_id": 70 + i, "row": i + 1, "place": f"row {i + 1}"} | pair for i, pair in enumerate(pairs)]
     return datasets.Dataset.from_list([row | {name: of[i] for name, of in more.items()} for i, row in enumerate(rows)])
 
 
@@ -180,19 +180,17 @@ def test_more_tokens_than_absolute_positions_are_refused(name: str, more: Any, t
             [table(long.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]), place=["", "b.csv, row 1", ""])],
             packed=True,
         )
-    sample = datasets.Dataset.from_list([{"sample_id": 7, "row": 4, "input_ids": [5] * 129}])
+    sample = datasets.Dataset.from_list([{"sample_id": 7, "place": "row 4", "input_ids": [5] * 129}])
     with pytest.raises(InputError, match=r"row 4 \(id 7\) has 129 tokens"):
         check_data(model, "m", [sample], packed=True)
 
 
 def test_more_tokens_than_the_window_are_refused_where_sequences_share_rows(tmp_path: Path) -> None:
-    model = load(write_tiny("mistral", tmp_path, sliding_window=13), "by_segment")
-    with pytest.raises(
-        InputError, match=r"row 4 \(id 73\) has 14 tokens, and m has a sliding window of 13: set data.max"
-    ):
-        check_data(model, "m", [table(PAIRS)], packed=True)
-    assert check_data(model, "m", [table(PAIRS)], packed=False) == ""
-    assert check_data(model, "m", [table(PAIRS[:3])], packed=True) == ""
+    model, pairs = load(write_tiny("mistral", tmp_path, sliding_window=17), "by_segment"), [*PAIRS, pair(10, 1, 8)]
+    with pytest.raises(InputError, match=r"row 5 \(id 74\) has 18 tokens, and m has a sliding window of 17: set data"):
+        check_data(model, "m", [table(pairs)], packed=True)
+    assert check_data(model, "m", [table(pairs)], packed=False) == ""
+    assert check_data(model, "m", [table(PAIRS)], packed=True) == ""
 
 
 def test_more_tokens_than_rotary_positions_are_warned_about_once(folder: Path) -> None:

@@ -158,7 +158,7 @@ class Drawn:
             record = pairs._record(self.row, ("margin",), {})
         else:
             (record,) = conversations._records(self.row, {}, "all", False)
-        record["row"] = 1
+        record["place"] = "row 1"
         options = {"template": load_template(TOKENIZER, None)}
         ids = encoding._encode_row(record, TOKENIZER, kind, options, {"max_length": 2000} | LIMITS[is_pair])
         assert record["drop"] == ids["status"] == "" and set(json.loads(record["unread"])) == self.unread
@@ -239,11 +239,11 @@ def test_a_row_s_variables_win_and_the_option_holds_for_the_others(tmp_path: Any
 def test_a_template_that_drops_what_it_is_given_is_refused(tmp_path: Any, row: Any) -> None:
     for given, name in (({"tools": LOOK}, "tools"), ({"chat_template_kwargs": {"slow": False}}, "slow")):
         for template in (TEMPLATE, "plain"):
-            with pytest.raises(InputError, match=rf"row 1 .*does not use {name}: give another"):
+            with pytest.raises(InputError, match=rf"row 1 .*cannot take {name}: give another"):
                 encoded([row | given], tmp_path, chat_template=template)
-    with pytest.raises(InputError, match=r"does not use slow: .*chat_template_kwargs"):
+    with pytest.raises(InputError, match=r"cannot take slow: .*chat_template_kwargs"):
         encoded([row], tmp_path, chat_template=TEMPLATE, chat_template_kwargs={"slow": False})
-    with pytest.raises(InputError, match="cannot set tools"):
+    with pytest.raises(InputError, match="cannot take tools"):
         encoded([row], tmp_path, chat_template_kwargs={"tools": LOOK})
     for wrong in ("look", "[1", 3, ["look"], {"name": "look"}):
         with pytest.raises(InputError, match="row 1: 'tools' should be a list of schemas"):
@@ -305,7 +305,7 @@ def test_columns_not_read_are_named_once_per_source(tiny_model: str, tmp_path: A
     noted = fit(tiny_model, write_pairs(tmp_path / "noted.jsonl", rows), tmp_path / "b")
     lines = noted.trainer.datamodule.describe_counts()
     assert [line for line in lines if "not read" in line] == [
-        f"read/{tmp_path / 'noted.jsonl'}: 8 pairs; columns not read: lang, notes"
+        f"read/{tmp_path / 'noted.jsonl'}: 8 pairs, 2 columns not read: lang, notes"
     ]
     assert not any("not read" in line for line in plain.trainer.datamodule.describe_counts())
     for name, tensor in plain.state_dict().items():

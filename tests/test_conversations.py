@@ -45,7 +45,7 @@ def test_the_table_its_columns_and_ids(tmp_path):
     rows = [QUESTION | {"id": "p0", "source": "sums"}, QUESTION | {"sample_id": 7, "id": "unused", "source": None}]
     path = write_pairs(tmp_path / "a.jsonl", rows)
     samples = read_samples(path)
-    assert samples.dataset.column_names == ["sample_id", "messages", "response_weights", "source", "row"]
+    assert samples.dataset.column_names == ["sample_id", "messages", "response_weights", "source", "row", "place"]
     assert samples.dataset.features["sample_id"].dtype == "int64"
     expected = [int(hashlib.sha256(name).hexdigest()[:16], 16) >> 1 for name in (b"p0", b"7")]
     assert samples.dataset["sample_id"][:] == expected

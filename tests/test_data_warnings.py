@@ -136,9 +136,7 @@ def test_a_prompt_repeated_by_both_responses_is_cut_and_counted(tiny_model, tmp_
 
 def test_a_prompt_repeated_by_many_single_responses_is_refused(tmp_path):
     rows = [*make_pairs(3), repeating(rejected="moon"), repeating(chosen="sun")]
-    with pytest.raises(
-        InputError, match=r"in 2 of 5 pairs \(first: row 4\) one response begins .* take it out of both"
-    ):
+    with pytest.raises(InputError, match=r"in 2 of 5 pairs one response begins .* take the prompt out of both"):
         read_pairs(write_pairs(tmp_path / "rows.jsonl", rows))
 
 
@@ -184,7 +182,6 @@ def test_each_row_of_the_table_of_verdicts_names_a_test():
     for row in rows[1:]:
         _, verdict, _, test = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
         assert verdict in ("honoured", "refused", "counted", "warned"), row
-        if "<!-- merge:" not in test:
-            file, name = test.strip("`").split("::")
-            shape = f'"{name}"' if file.startswith("bad_input/") else f"def {name}("
-            assert shape in (tests / file).read_text(), row
+        file, name = test.strip("`").split("::")
+        shape = f'"{name}"' if file.startswith("bad_input/") else f"def {name}("
+        assert shape in (tests / file).read_text(), row

@@ -64,7 +64,7 @@ def encoded_pair(tokenizer, *texts, chat_template=None, **options):
 
 def table(*triples):
     rows = [
-        {"pair_id": 10 + i, "prompt": user(p), "chosen": c, "rejected": r, "margin": i / 2, "row": i + 1}
+        {"pair_id": 10 + i, "prompt": user(p), "chosen": c, "rejected": r, "margin": i / 2, "place": f"row {i + 1}"}
         for i, (p, c, r) in enumerate(triples)
     ]
     return datasets.Dataset.from_list(rows)
@@ -175,7 +175,7 @@ def test_a_template_writes_the_same_date_on_all_days():
 
 def test_named_templates_without_a_default_are_named():
     named = {"tool_use": CHATML, "rag": CHATML}
-    with pytest.raises(InputError, match=r"templates \(rag, tool_use\) lack a default: set data.chat_template"):
+    with pytest.raises(InputError, match=r"templates \(.*\) without a default: set `chat_template` to a Jinja file"):
         load_template(word_tokenizer(named), None)
     assert load_template(word_tokenizer(named), CHATML) == CHATML
     assert load_template(word_tokenizer(named | {"default": CHATML}), None) == CHATML
@@ -297,7 +297,7 @@ def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
     data = table(("two plus two", "is four plus", "is two plus"), ("two plus two", "four", "is"))
     encoded, counts = encode_rows(data, word_tokenizer(), max_length=12, max_prompt_length=11)
     assert counts == {"dropped_overlong": 1, "dropped_empty": 0, "truncated": 1}
-    assert (encoded["row"][:], encoded["chosen_ids"][:], encoded["rejected_ids"][:]) == ([2], [[FOUR]], [[IS]])
+    assert (encoded["place"][:], encoded["chosen_ids"][:], encoded["rejected_ids"][:]) == (["row 2"], [[FOUR]], [[IS]])
 
 
 # Tables.
@@ -313,11 +313,11 @@ def three_pairs():
 def test_a_table_truncates_and_counts():
     encoded, counts = encode_rows(three_pairs(), word_tokenizer(), **LIMITS)
     assert counts == {"dropped_overlong": 0, "dropped_empty": 0, "truncated": 1}
-    names = ["chosen_ids", "margin", "pair_id", "prompt_ids", "rejected_ids", "row", "truncated"]
+    names = ["chosen_ids", "margin", "pair_id", "place", "prompt_ids", "rejected_ids", "truncated"]
     assert sorted(encoded.column_names) == names
     assert encoded["truncated"][:] == [False, True, False]
     assert (
-        encoded["pair_id"][:] == [10, 11, 12] and encoded["margin"][:] == [0, 0.5, 1] and encoded["row"][:] == [1, 2, 3]
+        encoded["pair_id"][:] == [10, 11, 12] and encoded["margin"][:] == [0, 0.5, 1] and encoded["place"][2] == "row 3"
     )
     assert encoded["prompt_ids"][:] == [PROMPT_IDS, PROMPT_IDS[:3] + PROMPT_IDS[4:], PROMPT_IDS]
     assert encoded["rejected_ids"][:] == [[TWO, END], [IS, TWO, END], [IS, END]]

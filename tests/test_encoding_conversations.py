@@ -36,7 +36,7 @@ def chat(*turns):
 def table(*conversations):
     rows = [
         {"sample_id": 10 + index, "messages": chat(*turns), "response_weights": [1.0] * (len(turns) // 2)}
-        | {"source": "s", "row": index + 1}
+        | {"source": "s", "place": f"row {index + 1}"}
         for index, turns in enumerate(conversations)
     ]
     return datasets.Dataset.from_list(rows)
@@ -138,15 +138,15 @@ def test_a_table_of_samples_and_what_it_drops(tokenizer):
     hidden = [("user", " ".join(["tea"] * 9)), ("assistant", "red")]  # its response starts at token 14
     rows = (TWO_TURNS, hidden, [("user", "red"), ("assistant", "")], TWO_TURNS[2:])
     encoded, counts = encode(tokenizer, *rows, max_length=14)
-    names = ["input_ids", "response_weights", "row", "sample_id", "source", "spans", "truncated"]
+    names = ["input_ids", "place", "response_weights", "sample_id", "source", "spans", "truncated"]
     assert sorted(encoded.column_names) == names
     assert encoded.features["input_ids"].feature.dtype == encoded.features["spans"].feature.dtype == "int32"
     assert counts == {"dropped_overlong": 1, "dropped_empty": 1, "truncated": 1}
-    assert (encoded["sample_id"][:], encoded["row"][:], encoded["source"][:]) == ([10, 13], [1, 4], ["s", "s"])
+    assert encoded["sample_id"][:] == [10, 13] and encoded["place"][:] == ["row 1", "row 4"]
     assert encoded["spans"][:] == [[7, 10], [6, 8]]
     encoded, counts = encode(tokenizer, *rows, max_length=14, overlong="drop")
     assert counts == {"dropped_overlong": 2, "dropped_empty": 1, "truncated": 0}
-    assert encoded["row"][:] == [4]
+    assert encoded["place"][:] == ["row 4"]
 
 
 def test_the_identity_names_the_part_that_differs(tiny_model):

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -75,7 +76,8 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, name):
     else:
         write(tmp_path / name, rows)
     pairs = read_pairs(source)
-    assert pairs.dataset.column_names == ["pair_id", "prompt", "chosen", "rejected", "chosen_weight", "margin", "row"]
+    columns = ["pair_id", "prompt", "chosen", "rejected", "chosen_weight", "margin", "row", "place"]
+    assert pairs.dataset.column_names == columns
     assert pairs.dataset["prompt"][:] == [[user("2+2?")]] * 2
     assert pairs.dataset["chosen"][:] == ["4", 'four,\n"4"']
     assert pairs.dataset["margin"][:] == [1.5, -2.0]
@@ -128,33 +130,26 @@ def test_files_of_a_folder_need_not_agree_in_columns_and_types(tmp_path):
     assert read_pairs(folder).dataset["margin"][:] == [1, 6.5, 1.5, 1.5]
 
 
-SPLIT_FILES = {
-    "train_jsonl": "train",
-    "my-validation-1_jsonl": "validation",
-    "dev__a_jsonl": "validation",
-    "a__test 2__x_jsonl": "test",
-    "training__b_jsonl": "train",
-    "eval_jsonl": "test",
-    "train__test_jsonl": "train",  # the folder's word counts
-    "data__prefs-00000-of-00002_jsonl": "prefs",
-    "retrained_jsonl": "",
-}
+SPLIT_FILES = {"train_jsonl": "train", "my-validation-1_jsonl": "validation", "a-dev_jsonl": "validation"}
+SPLIT_FILES |= {"eval_jsonl": "test", "x__test 2_jsonl": "test", "retrained_jsonl": ""}
+SPLIT_FOLDERS = {"training__b_jsonl": "train", "train__test_jsonl": "train", "data__a-00000-of-00002_jsonl": "a"}
 
 
 def test_the_split_of_a_file_is_a_word_in_its_name_or_folder(tmp_path):
     files = {name: numbered(number) for number, name in enumerate(SPLIT_FILES)}
     folder = write_folder(tmp_path / "f", **files)
-    for split in ("train", "validation", "test", "prefs"):
+    for split in ("train", "validation", "test"):
         wanted = {f"{number}?" for number, name in enumerate(SPLIT_FILES) if SPLIT_FILES[name] == split}
         assert set(asked_in(folder, split)) == wanted
-    assert read_pairs(folder, split="prefs").noted["files of no split, not read: retrained.jsonl"] == 1
-    assert set(asked_in(folder, "prefs+validation")) == {"1?", "2?", "7?"}
-    with pytest.raises(InputError, match=r"f, split 'held' cannot be read: .*validation: dev/a.jsonl, my-validation-1"):
-        read_pairs(folder, split="held")
+    assert read_pairs(folder, split="test").noted["files of no split, not read: retrained.jsonl"] == 1
+    for split in ("held", "held[:2]", "test+train", "test[:1]+train[:1]"):
+        message = re.escape(f"f, split '{split}': ") + ".*validation: a-dev.jsonl, my-validation-1"
+        with pytest.raises(InputError, match=message):
+            read_pairs(folder, split=split)
 
 
 def test_the_rule_of_splits_is_that_of_datasets(tmp_path):
-    for name, split in SPLIT_FILES.items():
+    for name, split in (SPLIT_FILES | SPLIT_FOLDERS).items():
         folder = write_folder(tmp_path / name, **{name: numbered(1)})
         assert datasets.load_dataset(folder).keys() == {split or "train"}
         assert asked_in(folder, split or "train") == ["1?"]
@@ -188,7 +183,7 @@ def test_data_in_other_forms_is_no_part_of_a_folder_without_a_word(tmp_path):
         with pytest.raises(InputError, match=rf"f/{name} is not read: give .parquet, .json, .jsonl or .csv"):
             read_pairs(folder)
         (tmp_path / "f" / name).unlink()
-    with pytest.raises(InputError, match=r"empty, split 'train' cannot be read.*none"):
+    with pytest.raises(InputError, match=r"empty, split 'train': no such split.*none"):
         (tmp_path / "empty").mkdir()
         read_pairs(str(tmp_path / "empty"))
 
@@ -216,7 +211,7 @@ def test_a_changed_file_or_folder_is_read_anew_and_the_options_count(tmp_path):
 
 def test_a_missing_path_is_not_taken_for_a_hub_id(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
-    for source in ("data/x.jsonl", "./folder", "~/x", "a/b/c", "x.csv.gz"):
+    for source in ("data/x.jsonl", "./folder", "~/x", "a/b/c", "x.csv.gz", "one,two"):
         with pytest.raises(InputError, match="no file or folder '") as raised:
             read_pairs(source)
         assert str(Path(source).expanduser()) in str(raised.value)

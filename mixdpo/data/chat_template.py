@@ -60,8 +60,10 @@ def load_template(
 def _check_used(template: str, values: Iterable[str], fixed: Collection[str] = ()) -> None:
     used = {*re.findall(r"\w+", template)} - {*fixed, PLAIN}
     if unused := [name for name in values if name not in used]:
-        where = "tools or chat_template_kwargs of the row, or from data.chat_template_kwargs"
-        raise InputError(f"the chat template takes no {', '.join(unused)}: remove this from {where}")
+        where = "the row's tools or chat_template_kwargs, or data.chat_template_kwargs"
+        raise InputError(
+            f"the chat template cannot take {', '.join(unused)}: give another, or remove this from {where}"
+        )
 
 
 def _dated(call: re.Match[str]) -> str:
@@ -93,8 +95,8 @@ def encode_responses(
 
     Args:
         responses: texts, or messages of the assistant.
-        generation_prompt: what precedes a response where the template opens a response in another way (with <think>)
-            for generation: the text that it writes there ("asked"), or in a finished conversation ("trained"); None
+        generation_prompt: what precedes a response if the template opens a response (with <think>) only where it asks
+            for one. "asked" is the text that asks for a response, "trained" that of a finished conversation. None
             refuses such a template.
         values: what the template gets beside the messages, as `template_values` reads it.
 
@@ -125,7 +127,7 @@ def encode_responses(
                 "both share)"
             )
         if as_text:
-            raise InputError(UNAVOIDABLE.format("before data.generation_prompt asked"))
+            raise InputError(UNAVOIDABLE.format("with data.generation_prompt asked"))
         texts[1:] = [texts[0] + text[shared:] for text in texts[1:]]
     if as_text:
         if tokenizer.chat_control_tokens is None:
@@ -209,8 +211,11 @@ def control_tokens(tokenizer: "Tokenizer", texts: Iterable[str]) -> set[str]:
     return {token for text in texts for token in find(text)}
 
 
+@lru_cache(maxsize=8)
 def template_marks(tokenizer: "Tokenizer", template: str) -> set[str]:
-    """The special tokens that the template itself writes."""
+    """The special tokens that the template itself writes; none for "plain"."""
+    if template == PLAIN:
+        return set()
     prompt = [{"role": "user", "content": "a"}]
     return control_tokens(tokenizer, [_render(tokenizer, template, prompt, True, tokenize=False)])
 

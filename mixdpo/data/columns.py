@@ -10,7 +10,7 @@ from mixdpo.errors import InputError
 SHOWN: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}  # columns that the chat template gets
 PROMPT = "put its text into a message, or remove the column"
 LABEL = "keep the rows that are to be imitated, and remove the column"
-LOSS = "the roles decide which tokens are trained on; remove the column"
+LOSS = "mark responses by 'weight', 'train' or 'loss' in their messages instead, and remove the column"
 COLUMNS = {
     **dict.fromkeys(("system", "system_prompt", "history", "input", "document", "documents"), PROMPT),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), PROMPT),
@@ -54,7 +54,7 @@ def settle_columns(row: dict[str, Any], read: Collection[str], messages: Sequenc
     Returns:
         `context`: JSON of `values`, those of `template_values`, and of `keys`, a mapping for each message of its keys
         beside role and content; each only if not empty, and "" for neither.
-        `unread`: JSON list of the columns that say something unheard.
+        `unread`: JSON list of the columns that say something and are not read.
 
     Raises:
         InputError: a column of `COLUMNS` says something that no message repeats.

@@ -20,7 +20,7 @@ from mixdpo.storage.identity import hash63
 
 TrainOn = Literal["all", "last"]
 
-FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
+FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output", "input"))
 
 
 def read_samples(
@@ -54,11 +54,11 @@ def read_samples(
     return read_table(source, split, limit, "sample", partial(_records, **options), columns, key=options)
 
 
-def parse_sample(row: dict[str, Any]) -> list[Message]:
-    """The messages of a row in any of the three forms, up to its last response."""
-    forms = [form for form in FORMS if row.keys() >= set(form)]
+def parse_sample(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Message]]:
+    """The form of a row, of the three, and its messages up to its last response."""
+    forms = [form for form in FORMS if row.keys() >= {*form[:2]}]
     if len(forms) != 1:
-        names = ", or ".join(" and ".join(form) for form in FORMS)
+        names = ", or ".join(" and ".join(form[:2]) for form in FORMS)
         raise InputError(
             f"the columns fit {len(forms)} forms of a sample: give the columns of one, {names}. Null counts as absent."
         )
@@ -78,21 +78,19 @@ def parse_sample(row: dict[str, Any]) -> list[Message]:
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not responses:
         raise InputError(f"no message has the role 'assistant': {[message['role'] for message in messages]}.")
-    return messages[: responses[-1] + 1]
+    return forms[0], messages[: responses[-1] + 1]
 
 
 def _records(row: dict[str, Any], earlier: Collection[int], train_on: TrainOn, one_each: bool) -> list[dict[str, Any]]:
     row, repeated = without_prompt(without_nulls(row), "completion")
-    messages = parse_sample(row)
+    form, messages = parse_sample(row)
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     blank = [is_blank(messages[end]["content"]) for end in ends]
     weights = [0.0 if empty else messages[end].get("weight", 1.0) for empty, end in zip(blank, ends, strict=True)]
     if train_on == "last":
         weights[:-1] = [0.0] * (len(ends) - 1)
     messages = unweighted(messages)
-    form = next(form for form in FORMS if row.keys() >= set(form))
-    read = (*form, *(("input",) if "instruction" in form else ()), "sample_id", "id", "source")
-    settled = settle_columns(row, read, messages)
+    settled = settle_columns(row, (*form, "sample_id", "id", "source"), messages)
     id_column = "id" if "id" in row and "sample_id" not in row else "sample_id"
     content = [messages, settled["context"]] if settled["context"] else messages
     sample = {"sample_id": row_id(row, id_column, content, earlier), "messages": messages, **settled}
@@ -106,8 +104,7 @@ def _records(row: dict[str, Any], earlier: Collection[int], train_on: TrainOn, o
         return [sample]
     pieces: list[dict[str, Any]] = []
     for k in [k for k, weight in enumerate(weights) if weight]:
-        own = {"sample_id": hash63(f"{sample['sample_id']} {k}"), "noted": {}} if pieces else {}
-        pieces.append(
-            sample | own | {"messages": messages[: ends[k] + 1], "response_weights": [0.0] * k + [weights[k]]}
-        )
+        piece = sample | {"messages": messages[: ends[k] + 1], "response_weights": [0.0] * k + [weights[k]]}
+        more = {"sample_id": hash63(f"{sample['sample_id']} {k}"), "noted": {}} if pieces else {}
+        pieces.append(piece | more)
     return pieces

@@ -17,7 +17,7 @@ ONE_TEXT = ((0, sys.maxsize),)
 
 def cut_prompt(ids: list[int], room: int, turns: Turns) -> list[int]:
     """The prompt's newest tokens behind the template's start: BOS, system message and the mark of the turn that is cut.
-    A turn's mark is what stands between the text before and its own text. Nothing if the room is too small."""
+    A turn's mark is what stands between the text before and its own text. [] if the room is too small."""
     head = before = turns[0][0]
     for begin, end in turns:
         start = len(ids) - room + head + begin - before
@@ -28,7 +28,7 @@ def cut_prompt(ids: list[int], room: int, turns: Turns) -> list[int]:
 
 
 def prompt_turns(tokenizer: "Tokenizer", prompt: Messages, **options: Any) -> Turns:
-    """A text is what is gone when its message is empty. Options as for `encode_responses`."""
+    """Where each text lies: the tokens that are gone once its message is empty. Options as for `encode_responses`."""
     (ids,) = encode_responses(tokenizer, prompt=prompt, **options)
     turns = []
     for number in range([message["role"] for message in prompt].index("user"), len(prompt)):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
@@ -46,8 +46,8 @@ class EncodedPair:
     ) -> "EncodedPair | None":
         """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
-        `truncate` cuts only a pair that is too long. The prompt keeps the tokens that the longer completion leaves, or
-        `max_prompt_length` if those are more; how is said at `cut_prompt`. Each completion then keeps its first
+        `truncate` cuts only a pair that is too long. The prompt keeps as many tokens as the longer completion leaves,
+        at least `max_prompt_length`; `cut_prompt` says which. Each completion then keeps its first
         `max_length` - prompt tokens, so a cut one loses its end token. Dropped are a pair that is too long (`drop`), a
         pair whose prompt cannot be cut to the room, a pair cut to two equal completions, and a pair with an empty
         completion.
@@ -181,18 +181,16 @@ def encode_rows(
     """Encode pairs of `read_pairs` or samples of `read_samples`, cached by data, tokenizer, template and limits.
 
     Args:
-        special_tokens_in_text: whether the name of a special token in a text, such as <|im_end|>, becomes that token;
-            if not, the name stays plain characters.
-        chat_template: as for `load_template`; "plain" takes only samples with one response.
-        chat_template_kwargs: as for `load_template`; those of a row's `context` win.
+        special_tokens_in_text: whether the name of a special token in a text becomes that token, or stays characters.
+        chat_template, chat_template_kwargs: as for `load_template`. "plain" takes one response. A row's `context` wins.
         generation_prompt: as for `encode_responses`.
         num_proc: number of processes; None encodes in this process.
         limits: the arguments of `EncodedPair.within` or `EncodedSample.within`.
 
     Returns:
         The data set with the fields of `EncodedPair` or `EncodedSample` and `truncated` (bool) instead of the texts,
-        and the counts `dropped_overlong` (or cut to two equal completions), `dropped_empty` (nothing but end tokens),
-        `truncated` and, where there are such rows, `special_tokens_in_text`.
+        and the counts `dropped_overlong` (or cut to equal completions), `dropped_empty` (only end tokens), `truncated`
+        and, if not 0, `special_tokens_in_text`.
 
     Raises:
         InputError: a row cannot be encoded (the message names the row), all rows are dropped, or a limit is impossible.
@@ -208,7 +206,7 @@ def encode_rows(
     texts = [*kind.texts, *({"context"} & {*dataset.column_names})]
     features = {name: feature for name, feature in dataset.features.items() if name not in texts}
     features |= {name: [Value("int32")] for name in kind.ids}
-    features |= {"truncated": Value("bool"), "status": Value("string"), "special": Value("string")}
+    features |= {"truncated": Value("bool"), "status": Value("string"), "special": Value("int8")}
     # the hash of `datasets` would include the tokenizer's padding and truncation state, which changes with use
     key = [dataset._fingerprint, chat.tokenizer_state(tokenizer), options | limits, room_code()]
     encoded = dataset.map(
@@ -221,7 +219,9 @@ def encode_rows(
     )
     statuses = list(encoded["status"])
     counts = {name: statuses.count(name) for name in ("dropped_overlong", "dropped_empty", "truncated")}
-    counts |= _count_special(encoded["special"], tokenizer, template)
+    if special := sum(map(bool, encoded["special"])):
+        counts["special_tokens_in_text"] = special
+    _refuse_nested(encoded["special"][:], chat.template_marks(tokenizer, template) if special else set())
     kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     if not kept:
         raise InputError(f"no {kind.noun} is left of {len(statuses)} ({counts}): raise max_length or truncate.")
@@ -229,63 +229,49 @@ def encode_rows(
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
 
 
-def _count_special(special: Iterable[str], tokenizer: "Tokenizer", template: str) -> dict[str, int]:
-    """The count of rows whose texts hold special tokens, if there are any.
-
-    Raises:
-        InputError: the texts of most rows hold marks that the template writes: they have been through a template.
-    """
-    rows = [json.loads(names) for names in special]
-    count = sum(map(bool, rows))
-    marks = chat.template_marks(tokenizer, template) if template != chat.PLAIN and 2 * count > len(rows) else set()
-    if 2 * (nested := sum(not marks.isdisjoint(names) for names in rows)) > len(rows):
+def _refuse_nested(special: list[int], marks: set[str]) -> None:
+    if 2 * (nested := special.count(2)) > len(special):
         raise InputError(
-            f"the texts of {nested} of {len(rows)} rows hold marks of the chat template ({', '.join(sorted(marks))}): "
+            f"the texts of {nested} of {len(special)} rows hold marks of the template ({', '.join(sorted(marks))}): "
             "type --data.chat_template plain --data.special_tokens_in_text true for texts that a template has written"
         )
-    return {"special_tokens_in_text": count} if count else {}
 
 
-def _encode_row(row: Any, tokenizer: "Tokenizer", kind: Kind, options: Any, limits: Any) -> dict[str, Any]:
+def _encode_row(row: Any, tokenizer: Any, kind: Kind, options: Any, limits: Any) -> dict[str, Any]:
     """The ids within their limits. `status` says whether the row is dropped or truncated, and is "" if neither.
-    `special` lists the special tokens in the texts, as JSON."""
+    `special` is 2 where the texts hold marks of the template, 1 for other special tokens, and 0 for none."""
     context = json.loads(row.get("context") or "{}")
     keys = chain(context.pop("keys", ()), repeat({}))  # of each message, beside role and content
-    texts = [
-        {"role": "assistant", "content": text} | next(keys) if isinstance(text, str) else [m | next(keys) for m in text]
-        for text in (row[name] for name in kind.texts)
-    ]
+    conversation, *responses = (row[name] for name in kind.texts)
+    messages = [*conversation, *({"role": "assistant", "content": response} for response in responses)]
+    messages = [message | more for message, more in zip(messages, keys, strict=False)]
+    texts: Any = [messages[:-2], *messages[-2:]] if responses else [messages]
     options = options | context
     weights = {"weights": row["response_weights"]} if "response_weights" in row else {}
     try:
         whole = kind.encode(tokenizer, *texts, **options, **weights)
     except InputError as error:
         raise InputError(f"{row['place']} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
-    turns: Any = {"turns": partial(prompt_turns, tokenizer, texts[0], **options)} if "prompt" in kind.texts else {}
+    turns = {} if not responses else {"turns": partial(prompt_turns, tokenizer, texts[0], **options)}
     limited = whole.within(**limits, **turns)
     cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"
     status = "dropped_empty" if whole.is_empty else cut
-    messages = [message for text in texts for message in (text if isinstance(text, list) else [text])]
-    special = json.dumps(sorted(chat.control_tokens(tokenizer, [message["content"] for message in messages])))
+    named = chat.control_tokens(tokenizer, [message["content"] for message in messages])
+    special = bool(named) + bool(named and named & chat.template_marks(tokenizer, options["template"]))
     return vars(limited or whole) | {"truncated": status == "truncated", "status": status, "special": special}
 
 
-def largest_id(*encoded: "Dataset") -> int:
-    """The largest token id in encoded tables."""
+def sizes_of(encoded: "Dataset") -> tuple[np.ndarray, int]:
+    """(N,) tokens of the longest sequence of each row, a prompt with its longer response or a conversation; and the
+    largest token id."""
     import pyarrow.compute as pc
 
-    columns = (table.data.column(name) for table in encoded for name in IDS if name in table.column_names)
-    return max((pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns), default=0)
-
-
-def sequence_lengths(encoded: "Dataset") -> np.ndarray:
-    """(N,) tokens of the longest sequence of each row: a prompt with its longer response, or a conversation."""
-    import pyarrow.compute as pc
-
-    names = [name for name in IDS if name in encoded.column_names]
-    parts = encoded.select_columns(names).with_format("arrow").iter(1000)
-    sizes = np.concatenate([[pc.list_value_length(part[name]).to_numpy() for name in names] for part in parts], axis=1)
-    return sizes[0] + sizes[1:].max(0, initial=0)
+    names, lengths, largest = [name for name in IDS if name in encoded.column_names], [], 0
+    for part in encoded.select_columns(names).with_format("arrow").iter(1000):
+        first, *others = (pc.list_value_length(part[name]).to_numpy() for name in names)
+        lengths.append(first + np.max([*others, 0 * first], axis=0))
+        largest = max(largest, *(pc.max(pc.list_flatten(part[name])).as_py() or 0 for name in names))
+    return np.concatenate(lengths), largest
 
 
 def encoding_identity(

@@ -57,11 +57,10 @@ def split_by_prompt(
 
 def doubts_about_directions(pairs: Any) -> list[str]:
     """A warning where A over B and B over A occur for one prompt, among pairs of `read_pairs`."""
-    directions: dict[int, list[int]] = {}  # hash of a prompt and two responses -> pairs in either direction
-    for prompt, *responses in zip(pairs["prompt"], pairs["chosen"], pairs["rejected"], strict=True):
-        key = hash63(json.dumps([prompt_texts(prompt), *sorted(responses)]))
-        directions.setdefault(key, [0, 0])[responses[0] < responses[1]] += 1
-    count = sum(sum(counts) for counts in directions.values() if all(counts))
+    columns = map(prompt_texts, pairs["prompt"]), pairs["chosen"], pairs["rejected"]
+    keys = [tuple(hash63(json.dumps(text)) for text in texts) for texts in zip(*columns, strict=True)]
+    known = set(keys)
+    count = sum((prompt, rejected, chosen) in known for prompt, chosen, rejected in keys)
     said = f"{count:,} of {len(pairs):,} pairs occur in both directions, A over B and B over A for one prompt"
     return [f"{said}: keep one direction"] if count else []
 
@@ -84,8 +83,7 @@ def parse_messages(row: dict[str, Any], column: str, role: str | None = "assista
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(f"{column!r} holds {message!r:.80}; a message has the keys 'role' and 'content'.")
         if lost := [str(key) for key, held in message.items() if key not in KNOWN_KEYS and something(held)]:
-            keys = " and ".join(lost)
-            raise InputError(f"{column!r} holds {keys}, which is not read: put it in 'content' or remove the key.")
+            raise InputError(f"{column!r} holds {' and '.join(lost)}, not read: put it in 'content' or remove the key.")
     return [_checked(message, column) for message in value]
 
 

@@ -53,10 +53,8 @@ def read_pairs(
     columns |= {"chosen_weight": "float32", "margin": "float64"}
     table = read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed])
     if (count := table.noted.get("prompt_repeated_by_one", 0)) > 0.2 * len(table.dataset):
-        rows = ((row["row"], row["prompt"][-1]["content"], row["chosen"], row["rejected"]) for row in table.dataset)
-        first = next(row for row, prompt, *sides in rows if sides[0].startswith(prompt) != sides[1].startswith(prompt))
-        where = f"{source}: in {count} of {len(table.dataset)} pairs (first: row {first})"
-        raise InputError(f"{where} one response begins with the whole prompt, one does not: take it out of both.")
+        where = f"{source}: in {count} of {len(table.dataset)} pairs"
+        raise InputError(f"{where} one response begins with the prompt, one does not: take the prompt out of both.")
     return table
 
 
@@ -69,8 +67,8 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], Message, Message, flo
     sides = [parse_messages(row, column) for column in ("chosen", "rejected")]
     weight, other = (side[-1].get("weight", 1.0) for side in sides)  # no earlier message of a pair is trained on
     if not weight or other != 1:
-        need = "a chosen response above 0 and a rejected one of 1: correct the marks, or leave the row out"
-        raise InputError(f"marks give 'chosen' weight {weight:g} and 'rejected' {other:g}; a pair needs {need}.")
+        need = "a chosen one above 0 and a rejected one of 1: correct the marks, or leave the row out"
+        raise InputError(f"marks give 'chosen' the weight {weight:g} and 'rejected' {other:g}; a pair needs {need}.")
     chosen, rejected = map(unweighted, sides)
     pairs = zip(chosen[:-1], rejected[:-1], strict=False)
     shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]

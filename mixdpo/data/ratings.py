@@ -70,7 +70,7 @@ def doubts_about_margins(margins: Any) -> list[str]:
     said = f"{share * len(margins):,.0f} of {len(margins):,} margins ({share:.0%}) are negative"
     if share > 0.5:
         return [f"{said} (scores swapped?): exchange the columns, data.margin [CHOSEN, REJECTED]"]
-    return [f"{said} and contradict their label, as the hardest pairs: correct or remove them"] if share else []
+    return [f"{said} and contradict their label; they count as the hardest: correct or remove them"] if share else []
 
 
 def _number(value: Any, column: str) -> float:

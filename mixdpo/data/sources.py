@@ -79,7 +79,7 @@ def _open_file(path: Path, split: str) -> Source:
     if not DATA_FILE.search(path.name):
         raise InputError(f"{path} should end in .parquet, .json, .jsonl or .csv; the last three also with .gz.")
     if split != "train":
-        raise InputError(f"{path} is one file and has no split {split!r}: use 'train', or name the file that holds it.")
+        raise InputError(f"{path} is one file and has no split {split!r}: use 'train' and data.limit, or another file.")
     return Source(str(path), sha256(path), _placed(file_rows(path)))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixdpo.batches.rows import TokenRows, build_rows
-from mixdpo.data.encoding import largest_id, sequence_lengths
+from mixdpo.data.encoding import sizes_of
 from mixdpo.errors import InputError
 from mixdpo.model.attention import BY_SEGMENT
 from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, target_statistics, token_log_probs
@@ -169,14 +169,14 @@ def check_data(model: "PreTrainedModel", name: str, tables: Collection["Dataset"
         InputError: a sequence has a token that the model does not know, or more tokens than the model has positions
             or, in shared rows, than its sliding window; or `check_documents` fails.
     """
-    if (largest := largest_id(*tables)) >= (ids := model.get_input_embeddings().num_embeddings):
-        raise InputError(f"the model '{name}' knows token ids below {ids}, not {largest}: give its own tokenizer")
-    config, beyond = model.config.get_text_config(), 0
+    config, ids, beyond = model.config.get_text_config(), model.get_input_embeddings().num_embeddings, 0
     rotary = any("Rotary" in type(module).__name__ for module in model.modules())
     known = getattr(config, "max_position_embeddings", None) or sys.maxsize
     window = (_window(config) if packed else None) or sys.maxsize
     for table in tables:
-        lengths = sequence_lengths(table)
+        lengths, largest = sizes_of(table)
+        if largest >= ids:
+            raise InputError(f"the model '{name}' knows token ids below {ids}, not {largest}: give its own tokenizer")
         longest, row = int(lengths.max()), table[int(lengths.argmax())]
         found = f"{row['place']} (id {row.get('pair_id', row.get('sample_id'))}) has {longest} tokens, and {name}"
         if longest > known and not rotary:

@@ -39,8 +39,8 @@ def load_base(name: str, **options: Any) -> PreTrainedModel:
             model may keep more than a fifth of its weights in `dtype`.
 
     Raises:
-        InputError: the model cannot be loaded, lacks weights, is quantised in part only, or has an output head that is
-            not supported.
+        InputError: the model cannot be loaded, lacks weights, keeps too many of them unquantised, or has an output head
+            that is not supported.
     """
     model, missing = _load("AutoModelForCausalLM", name, **options)
     if missing:

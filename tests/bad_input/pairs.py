@@ -34,7 +34,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no rejected", {"rejected": GONE}, ("'rejected' should be text", "Columns present: prompt, chosen, margin")),
     ("messages saved as text", {"chosen": "[{'role': 'assistant', 'content': 'x'}]"}, ("saved as", "Save the")),
     ("calls of tools", {"chosen": [response("4") | {"tool_calls": [1]}]}, ("tool_calls", "put it in 'content'")),
-    ("a masked chosen", {"chosen": [response("4") | {"train": False}]}, ("'chosen' weight 0 and", "a pair needs a")),
+    ("a masked chosen", {"chosen": [response("4") | {"train": False}]}, ("'chosen' the weight 0", "a pair needs a")),
     ("a weighed rejected", {"rejected": [response("5") | {"weight": 0.5}]}, ("'rejected' 0.5", "correct the marks")),
     ("a system column", {"system": "a"}, ("'system' is not read", "put its text into a message")),
     ("images", {"images": ["a.png"]}, ("'images' is not read", "remove the column")),
