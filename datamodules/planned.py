@@ -90,7 +90,7 @@ class PlannedDataModule(L.LightningDataModule):
             chat_template_kwargs: Variables of the template, such as {enable_thinking: false}. A row's own win.
             generation_prompt: For a template that opens a response (with <think>) only to ask for one. `asked` trains
                 responses behind this opening, `trained` without it. Null refuses such a template.
-            special_tokens_in_text: Read the name of a special token in a text (<|im_end|>) as the token, not as characters.
+            special_tokens_in_text: Read a special token's name in a text (<|im_end|>) as the token, not as characters.
             workers: Processes that prepare batches.
             processes: Processes that tokenise. The token ids are cached, so later runs tokenise nothing.
             seed: Seed of the validation split; for pairs also of ties at the cut, shuffled orders, random assignment.

@@ -93,7 +93,8 @@ class PreferenceDataModule(PlannedDataModule):
             self.validation_pairs = self._with_margins(self.encode(held_out, "validation"), source)
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
-        unread = ~self.route.is_sft & (np.asarray(self.train_pairs["chosen_weight"]) != 1)
+        in_all = getattr(self.trainer.lightning_module, "easy_sft_weight", 0) > 0
+        unread = ~(self.route.is_sft | in_all) & (np.asarray(self.train_pairs["chosen_weight"]) != 1)
         self.counts["train"]["weights_not_read"] = int(unread.sum())
         if held_out is not None and self.route.is_hard.any() and not self.validation_is_hard().any():
             said = f"validation: none of the {len(self.validation_pairs)} pairs is hard, so no metric is of hard pairs"

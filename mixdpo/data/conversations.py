@@ -59,17 +59,13 @@ def parse_sample(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Message]]:
     forms = [form for form in FORMS if row.keys() >= {*form[:2]}]
     if len(forms) != 1:
         names = ", or ".join(" and ".join(form[:2]) for form in FORMS)
-        raise InputError(
-            f"the columns fit {len(forms)} forms of a sample: give the columns of one, {names}. Null counts as absent."
-        )
+        raise InputError(f"the columns fit {len(forms)} forms of a sample: give those of one, {names}.")
     if "messages" in forms[0]:
         messages = parse_messages(row, "messages", None)
     elif "prompt" in forms[0]:
         prompt, completion = parse_messages(row, "prompt", "user"), parse_messages(row, "completion", "assistant")
         if completion[0]["role"] != "assistant" or any(message["role"] == "assistant" for message in prompt):
-            raise InputError(
-                "'completion' should begin with role 'assistant', and 'prompt' lack it: correct or give 'messages'."
-            )
+            raise InputError("'completion' should begin with role 'assistant', and 'prompt' lack it: give 'messages'.")
         messages = prompt + completion
     else:
         texts = {column: checked_content(row.get(column, ""), column) for column in ("instruction", "input", "output")}

@@ -252,7 +252,7 @@ def _encode_row(row: Any, tokenizer: Any, kind: Kind, options: Any, limits: Any)
         whole = kind.encode(tokenizer, *texts, **options, **weights)
     except InputError as error:
         raise InputError(f"{row['place']} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
-    turns = {} if not responses else {"turns": partial(prompt_turns, tokenizer, texts[0], **options)}
+    turns: Any = {} if not responses else {"turns": partial(prompt_turns, tokenizer, texts[0], **options)}
     limited = whole.within(**limits, **turns)
     cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"
     status = "dropped_empty" if whole.is_empty else cut

@@ -78,9 +78,7 @@ def parse_row(row: dict[str, Any]) -> tuple[list[Message], Message, Message, flo
             raise InputError("'prompt' is no message that 'chosen' and 'rejected' share: correct it or leave it out.")
         prompt = shared
     if not prompt or prompt[-1]["role"] != "user":
-        raise InputError(
-            "'prompt' (if absent, the messages that 'chosen' and 'rejected' share) should end with role 'user'."
-        )
+        raise InputError("'prompt' (else what 'chosen' and 'rejected' share) should end with role 'user'.")
     return prompt, _response(chosen, prompt, "chosen"), _response(rejected, prompt, "rejected"), weight
 
 
@@ -88,9 +86,7 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
     rest = conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else conversation
     if len(rest) != 1 or rest[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in rest)
-        raise InputError(
-            f"{column!r} has the roles ({roles}) after the prompt: leave one message, of role 'assistant'."
-        )
+        raise InputError(f"{column!r} has the roles ({roles}) after the prompt: leave one, of role 'assistant'.")
     return rest[0]
 
 

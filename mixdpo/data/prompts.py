@@ -30,9 +30,7 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
             settle_columns(row, [name for name in row if COLUMNS.get(name) != PROMPT], messages)
             checked_text(row.get("part", ""), "part")
             if messages[-1]["role"] != "user" or is_blank(messages[-1]["content"]):
-                raise InputError(
-                    "'prompt' should be text, or messages that end with role 'user', and should not be blank."
-                )
+                raise InputError("'prompt' should be text or messages that end with role 'user', and not be blank.")
         except InputError as error:
             raise InputError(f"{source}, {place}: {error}") from error
         rows.append(row)
