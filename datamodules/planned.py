@@ -50,6 +50,8 @@ class PlannedDataModule(L.LightningDataModule):
     sizes: Callable[[], tuple[list[int], Sequence[float]]]
     loader: Callable[[list[MicroBatch]], ResumableLoader]
     plan_identity: Callable[[], dict[str, str]]
+    _loader: ResumableLoader | None = None
+    _consumed = 0
 
     def __init__(
         self,
@@ -109,8 +111,6 @@ class PlannedDataModule(L.LightningDataModule):
         self.counts: dict[str, Any] = {}
         self.doubts: list[str] = []  # warnings about data that is trained on, but probably means something else
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
-        self._loader: ResumableLoader | None = None
-        self._consumed = 0
 
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
         """Rows to train on, and held-out rows or None.
@@ -183,15 +183,11 @@ class PlannedDataModule(L.LightningDataModule):
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         """This rank's micro-batches of one epoch. Every step is cut into exactly accumulate × world micro-batches."""
         trainer, (tokens, counted) = self.trainer, self.sizes()
-        parts = {
-            "accumulate": trainer.accumulate_grad_batches,
-            "world": trainer.world_size,
-            "rank": trainer.global_rank,
-        }
+        cut = {"accumulate": trainer.accumulate_grad_batches, "world": trainer.world_size, "rank": trainer.global_rank}
         plan: list[MicroBatch] = []
         for step in self._steps(epoch):
             total = float(sum(counted[row] for row in step))
-            plan += [(rows, weight, total) for rows, weight, _ in cut_step(step, tokens, **parts)]
+            plan += [(rows, weight, total) for rows, weight, _ in cut_step(step, tokens, **cut)]
         return plan
 
     def upcoming_samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:

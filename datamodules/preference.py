@@ -104,10 +104,9 @@ class PreferenceDataModule(PlannedDataModule):
             by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"
             routing, is_hard = self.routing, self.route.is_hard
             if routing.hard_action != "sft" or not is_hard.any() or (routing.reshuffle and by_batch):
-                needed = (
-                    "data.routing.hard_action sft and, where selection.scope is batch, data.routing.reshuffle false"
-                )
-                raise InputError(f"model.cleaning needs hard pairs, {needed}; {is_hard.sum()} pairs are hard")
+                needed = "data.routing.hard_action sft and, where selection.scope is batch,"
+                fault = f"model.cleaning needs hard pairs, {needed} data.routing.reshuffle false"
+                raise InputError(f"{fault}; {is_hard.sum()} pairs are hard")
             self.cleaning_pool()
 
     def read(self, source: str, split: str) -> Any:

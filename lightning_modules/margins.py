@@ -14,14 +14,12 @@ from mixdpo.model.forward import check_data
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.signals.margins_file import MarginsWriter
 
-Signal = Callable[[Any, Batch], Any]
-
 
 class MarginModule(L.LightningModule):
     def __init__(
         self,
         base: str,
-        signal: Signal,
+        signal: Callable[[Any, Batch], Any],
         adapter: str | None = None,
         output: str | None = None,
         quantization: loading.Quantization = "nf4",
@@ -61,22 +59,20 @@ class MarginModule(L.LightningModule):
             return
         if self.trainer.world_size > 1:
             raise InputError("predict writes one file: use one device (--trainer.devices 1)")
+        data, kind = self.trainer.datamodule, type(self.signal)
         used: dict[str, str | None] = {"weights": None, "adapter_weights": None, "dtype": None}
         if self.needs != "rating":
             load = loading.load_reward_model if self.needs == "reward model" else loading.load_base
             device = self.trainer.strategy.root_device
             loading.check_card(device, str(self.trainer.precision))
             self.model = load(self.base, **self.loading, wide_weights=self.wide_weights, device=device)
-            tables, packed = self.trainer.datamodule.tables.values(), self.trainer.datamodule.documents
-            # a reward model computes each sequence alone
-            packed = packed and self.needs != "reward model"
-            self.print(check_data(self.model, self.base, tables, packed=packed), end="")
+            packed = data.documents and self.needs != "reward model"  # a reward model computes each sequence alone
+            self.print(check_data(self.model, self.base, data.tables.values(), packed=packed), end="")
             used["weights"] = base_fingerprint(self.model)
             used["dtype"] = ", ".join([*self.loading.values(), self.trainer.precision])
         if self.needs in ("policy", "adapter"):
             self.model = add_adapters(self.model, Lora(rank=1), self.adapter)  # a fresh adapter adds nothing
             used["adapter_weights"] = adapter_fingerprint(self.model, "policy") if self.adapter else None
-        data, kind = self.trainer.datamodule, type(self.signal)
         header = {"signal": f"{kind.__module__}.{kind.__qualname__}", "options": vars(self.signal), "needs": self.needs}
         header |= {"base": self.base, "adapter": self.adapter, **used, **data.identity}
         self.file = MarginsWriter(str(self.output), header, data.texts)

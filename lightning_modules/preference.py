@@ -60,10 +60,8 @@ class PreferenceModule(AdapterModule):
         if self.cleaning is not None and self.cleaning.warm_up_stages:
             raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices: set it to 0 for pairs")
         if self.cleaning is not None and is_online(self.cleaning.scorer):
-            scorer = f"model.cleaning.scorer {self.cleaning.scorer}"
-            raise InputError(
-                f"{scorer} reads the policy of each step, which only SFT can: name base, not policy, or give Random"
-            )
+            fault = f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step, which only SFT can"
+            raise InputError(f"{fault}: name base, not policy, or give Random")
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
         self.reference_cache = reference_cache
         self._kept_log_probs: ReferenceCache | None = None
@@ -140,8 +138,7 @@ class PreferenceModule(AdapterModule):
         if len(batch.preference):
             both = torch.cat([batch.preference, batch.preference + len(batch)])
             compared = policy[both], None if reference is None else reference[both]
-            pairwise = pair_values(*compared, self.preference_loss)
-            values |= {name: (value, easy) for name, value in pairwise.items()}
+            values |= {name: (value, easy) for name, value in pair_values(*compared, self.preference_loss).items()}
         self.train_means.update(values)
         if self.cleaning is not None:
             self.add_kept_weight(batch)
@@ -185,8 +182,7 @@ class PreferenceModule(AdapterModule):
 
     def step_values(self, step: int) -> dict[str, float]:
         self._write_log_probs()
-        mass = learning_rate_mass(self._multipliers[:step], self._plan.sft_share[:step])
-        return super().step_values(step) | mass
+        return super().step_values(step) | learning_rate_mass(self._multipliers[:step], self._plan.sft_share[:step])
 
     def teardown(self, stage: str) -> None:
         self._write_log_probs()

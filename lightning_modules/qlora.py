@@ -27,7 +27,6 @@ from mixdpo.routing.schedules import StagedCosine, StepPlan
 from mixdpo.storage.identity import refuse_other_run
 from mixdpo.token_cleaning.cleaning import Cleaning
 
-Schedule = Callable[[StepPlan], Any]
 COUNTS = ("empty_steps", "reference_version", "stage")  # attributes that a checkpoint holds
 
 
@@ -46,7 +45,7 @@ class AdapterModule(L.LightningModule):
         attention: Attention = "by_segment",
         activation_checkpointing: bool | int | Literal["auto"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule = lazy_instance(StagedCosine),  # noqa: B008
+        schedule: Callable[[StepPlan], Any] = lazy_instance(StagedCosine),  # noqa: B008
         schedule_steps: int | None = None,
         cleaning: Cleaning | None = None,
         wide_weights: bool = False,
@@ -115,10 +114,9 @@ class AdapterModule(L.LightningModule):
         self.model = add_adapters(base, self.lora, self.adapter)
         output_head(base)  # refuses an adapter on the output head
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
-        if self.cleaning is not None:
-            for role in ("cleaning_reference", "previous"):
-                if role in self.cleaning.roles:
-                    add_reference(self.model, role, self.cleaning.reference)
+        for role in ("cleaning_reference", "previous"):
+            if self.cleaning is not None and role in self.cleaning.roles:
+                add_reference(self.model, role, self.cleaning.reference)
         # autocast casts a LoRA layer's input anyway: PEFT would make an fp32 copy of it for nothing
         for layer in adapter_layers(self.model):
             layer.cast_input_dtype_enabled = "mixed" not in self.trainer.precision
@@ -170,27 +168,24 @@ class AdapterModule(L.LightningModule):
         return {*(self.progress_bar if logs else ()), *validation}
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.val_means.compute().items():
-            self.log(name, value.float())  # Lightning keeps fp32; the sums over all ranks are fp64
+        # Lightning keeps fp32; the sums over all ranks are fp64
+        self.log_dict({name: value.float() for name, value in self.val_means.compute().items()})
         self.val_means.reset()
 
     def log_row(self) -> None:
-        """Log the row of the optimizer step just made."""
+        """Log the row of the optimizer step just made. Straight to the loggers, because `self.log` would repeat the
+        last value of a metric that this step does not have, such as the rewards of a step of hard pairs."""
         step = self.trainer.global_step
         values = {**self.train_means.compute(), **self.step_values(step)}
         self.train_means.reset()
         values["lr"] = self._multipliers[step - 1] * self.optimizers().defaults["lr"]
-        self._log_step({name: float(value) for name, value in values.items()} | self.callback_values)
+        row = {name: float(value) for name, value in values.items()} | self.callback_values
         self.callback_values.clear()
-
-    def _log_step(self, values: dict[str, float]) -> None:
-        """Log values of the optimizer step just made. Straight to the loggers, because `self.log` would repeat the last
-        value of a metric that this step does not have, such as the rewards of a step of hard pairs."""
         for logger in self.loggers:
-            logger.log_metrics(values, step=self.trainer.global_step - 1)
+            logger.log_metrics(row, step=step - 1)
             logger.save()  # a run that dies keeps what it logged
-        for name in self.progress_bar & set(values):
-            self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
+        for name in self.progress_bar & set(row):
+            self.log(name, row[name], prog_bar=True, logger=False, batch_size=1)
 
     def learning(self) -> list[torch.Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -243,8 +238,7 @@ class AdapterModule(L.LightningModule):
         options = {"options": self.identity(), "optimizer": _describe(self.optimizers().optimizer)}
         checkpoint["checkpoint_options"] = options | {"rates": self._multipliers[: self.trainer.global_step].tolist()}
         describe_best(self.trainer, checkpoint)
-        counts = {name: getattr(self, name) for name in COUNTS}
-        checkpoint["adapters"] = {"stacked": dict(self.model.stacked), **counts}
+        checkpoint["adapters"] = {"stacked": dict(self.model.stacked)} | {name: getattr(self, name) for name in COUNTS}
         means = torch.stack([self.train_means.sums, self.train_means.counts])
         row = {"means": self.trainer.strategy.reduce(means, reduce_op="sum"), "values": dict(self.callback_values)}
         checkpoint["row"] = row | {"in_step": self.trainer.fit_loop._should_accumulate()}

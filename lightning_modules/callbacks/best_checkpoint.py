@@ -63,9 +63,8 @@ def keep_best(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
             state |= {name: copies.get(state[name], "") for name in ("best_model_path", "kth_best_model_path")}
             if callback.monitor and best and best not in copies:
                 state["best_model_score"] = None
-                rank_zero_warn(
-                    f"the best checkpoint so far, {best}, is gone, or another file: put the file back, continue again"
-                )
+                lost = f"the best checkpoint so far, {best}, is gone, or another file"
+                rank_zero_warn(f"{lost}: put the file back, continue again")
 
 
 def _copies(ckpt_path: str, dirpath: str, state: dict[str, Any]) -> dict[str, str]:

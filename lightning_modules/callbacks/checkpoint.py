@@ -1,7 +1,6 @@
 """The last checkpoint, exact resume, and checkpoint files that appear whole or not at all."""
 
 import io
-import random
 import shlex
 import shutil
 import signal
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 import torch.distributed as dist
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -40,9 +39,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
 class ExactResume(Callback):
     """A resumed run draws the random numbers of a run that never stopped. Validation leaves the random state alone."""
 
-    def __init__(self) -> None:
-        self._restored: dict[str, Any] | None = None
-        self._aside: dict[str, Any] = {}
+    _restored: dict[str, Any] | None = None
+    _aside: dict[str, Any]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random state of every process: dropout draws as many numbers as a process has tokens."""
@@ -80,21 +78,15 @@ def _processor(device: torch.device) -> str:
 
 def _random_state() -> dict[str, Any]:
     """Plain types only, so that a checkpoint loads with `weights_only=True`."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    states = _collect_rng_states()
+    name, keys, *others = states["numpy"]
+    return states | {"numpy": (name, keys.tolist(), *others)}
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():  # else it was saved on another machine
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if len(state["torch.cuda"]) != torch.cuda.device_count():  # saved on another machine
+        state = state | {"torch.cuda": []}
+    _set_rng_states(state)
 
 
 class LastCheckpoint(Checkpoint):

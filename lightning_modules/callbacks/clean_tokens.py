@@ -168,10 +168,8 @@ class CleanTokens(Callback):
         roles = [role for role in self.cleaning.roles if role != "policy"]
         adapters = {role: adapter_fingerprint(model, role) for role in roles}
         if isinstance(self.cleaning.scorer, ExcessLoss) and len(roles) > 1 and len(set(adapters.values())) == 1:
-            names = " and ".join(roles)
-            raise InputError(
-                f"every score would be 0: {names} are one model. Give model.cleaning.reference or warm_up_stages"
-            )
+            same = f"{' and '.join(roles)} are one model"
+            raise InputError(f"every score would be 0: {same}. Give model.cleaning.reference or warm_up_stages")
         computed = {"attention": pl_module.loading["attention"], "device": pl_module.device.type}
         for role, adapter in adapters.items():
             lasting = role == "base" or (self.cleaning.reference is not None and now[1] == 0)
@@ -199,8 +197,8 @@ class CleanTokens(Callback):
             options = {"batch": steps, "always_keep": self._always_keep[tokens]}
             run.scores[tokens] = scores
             run.weights[tokens], threshold = weigh(self.cleaning.selection, scores, offsets, **options)
-        stage = {"stage": trainer.datamodule.stage_of(step), "step": step}
-        self._open_stage = {**stage, "warm_up": warm_up, "threshold": threshold}
+        stage = trainer.datamodule.stage_of(step)
+        self._open_stage = {"stage": stage, "step": step, "warm_up": warm_up, "threshold": threshold}
         if not online:
             self._finish_stage(trainer)
 

@@ -1,7 +1,5 @@
 """A callback for the gold score on held-out prompts, before and after training."""
 
-import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.storage.files import write_json
-from mixdpo.storage.identity import refuse_other_run
+from mixdpo.storage.identity import content_hash, refuse_other_run
 
 
 class GoldEvaluation(Callback):
@@ -77,9 +75,7 @@ class GoldEvaluation(Callback):
                 refuse_other_run(self._restored["asked"], self._asked())
                 self._copy = self._restored["copy"] if self.dequantise is None else self._copy
             elif trainer.ckpt_path and any(getattr(c, "role", None) == "reference" for c in trainer.callbacks):
-                raise InputError(
-                    "the checkpoint lacks GoldEvaluation's responses of the first reference: leave GoldEvaluation out"
-                )
+                raise InputError("the checkpoint lacks responses of the first reference: leave GoldEvaluation out")
             self.before = self._responses(pl_module, "reference", "before training")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -110,15 +106,13 @@ class GoldEvaluation(Callback):
         print(f"responses to {len(self._rows)} held-out prompts, {when}")
         tokenizer = load_tokenizer(pl_module.base)
         encoding = pl_module.trainer.datamodule.encoding
-        template = encoding["chat_template"], encoding["chat_template_kwargs"]
-        tokenizer.chat_template = load_template(tokenizer, *template)
+        tokenizer.chat_template = load_template(tokenizer, encoding["chat_template"], encoding["chat_template_kwargs"])
         if tokenizer.chat_template == PLAIN:
             raise InputError("GoldEvaluation needs a chat template: give a data.chat_template other than plain")
 
         def generated() -> list[Response]:
             if self._copy is not None:
-                copied = merged_copy(pl_module.model, name, self._copy)
-                return greedy(copied, tokenizer, self._rows, **self.options)
+                return greedy(merged_copy(pl_module.model, name, self._copy), tokenizer, self._rows, **self.options)
             # Lightning's own is around the steps only
             with pl_module.trainer.precision_plugin.forward_context(), torch.no_grad(), role(pl_module.model, name):
                 return greedy(pl_module.model, tokenizer, self._rows, **self.options)
@@ -134,7 +128,7 @@ class GoldEvaluation(Callback):
     def _asked(self) -> dict[str, Any]:
         """Options that the responses before and after training must share. The copy may change with free memory."""
         asked = [[row["prompt"], values] if (values := template_values(row)) else row["prompt"] for row in self._rows]
-        digest = _digest(json.dumps(asked))
+        digest = content_hash(asked)
         return {"GoldEvaluation.prompts": digest, "GoldEvaluation.max_new_tokens": self.options["max_new_tokens"]}
 
     def _depends_on(self, pl_module: Any, tokenizer: Any) -> dict[str, Any]:
@@ -144,15 +138,11 @@ class GoldEvaluation(Callback):
             "weights": base_fingerprint(model),
             "adapter": adapter_fingerprint(model, "reference"),
             "ends": repr(model.get_base_model().generation_config.eos_token_id),
-            "tokenizer": _digest(tokenizer_state(tokenizer)),
+            "tokenizer": content_hash([tokenizer_state(tokenizer)]),
             "template": tokenizer.chat_template,
             "asked": self._asked() | {**self.options, "copy": str(self._copy)},
             "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
         }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _validation_summary(trainer: L.Trainer) -> dict[str, str]:

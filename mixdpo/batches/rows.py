@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -69,7 +69,7 @@ class TokenRows(OnDevice):
         """Token ids of each completion behind its prompt, without padding. A pair's chosen completion comes first."""
         for row, start, first, *ends in self.documents:
             ids = self.input_ids[row]
-            for begin, end in zip((first, *ends), ends, strict=False):
+            for begin, end in pairwise((first, *ends)):
                 yield torch.cat([ids[start:first], ids[begin:end]])
 
     def attention_mask(self) -> Tensor:
@@ -80,12 +80,10 @@ class TokenRows(OnDevice):
         rows, length = self.input_ids.shape
         mask = torch.eye(length, dtype=torch.bool, device=self.input_ids.device).repeat(rows, 1, 1, 1)
         for row, start, first, *ends in self.documents:
-            begin = start
-            for end in ends or (first,):
+            for begin, end in pairwise((start, *(ends or (first,)))):
                 if begin > start:
                     mask[row, 0, begin:end, start:first] = True
                 mask[row, 0, begin:end, begin:end] = mask.new_ones(end - begin, end - begin).tril()
-                begin = end
         return mask
 
 

@@ -27,9 +27,8 @@ class TokenPool:
     @classmethod
     def of(cls, samples: Any, identity: Mapping[str, str]) -> "TokenPool":
         counts, digest = [], hashlib.sha256()
-        for ids, spans, weights in zip(
-            samples["input_ids"], samples["spans"], samples["response_weights"], strict=True
-        ):
+        columns = (samples[name] for name in ("input_ids", "spans", "response_weights"))
+        for ids, spans, weights in zip(*columns, strict=True):
             counts.append(sum(spans[1::2]) - sum(spans[::2]))
             digest.update(np.array([len(ids), *ids, *spans], dtype=np.int32).tobytes())
             digest.update(b"" if set(weights) == {1} else np.float32(weights).tobytes())

@@ -5,6 +5,7 @@ that of the model's own forward. Prompt and first response are one causal block;
 So a row costs as much as its documents, and no mask of the whole row exists.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,8 +32,7 @@ def by_segment(
     rows: list[list[Tensor]] = [[] for _ in query]
     for row, start, first, *ends in documents:
         q, k, v = (states[row : row + 1] for states in (query, key, value))
-        begin = start
-        for end in ends or (first,):
+        for begin, end in pairwise((start, *(ends or (first,)))):
             if begin == start:
                 block = (k[:, :, start:end], v[:, :, start:end], None)
             else:
@@ -42,7 +42,6 @@ def by_segment(
                 block = (*seen, mask[None, None])
             part, _ = sdpa_attention_forward(module, q[:, :, begin:end], *block, is_causal=block[2] is None, **options)
             rows[row].append(part)
-            begin = end
     for parts in rows:
         padding = query.shape[2] - sum(part.shape[1] for part in parts)
         parts.append(parts[0].new_zeros(1, padding, *parts[0].shape[2:]))

@@ -87,9 +87,7 @@ def _merged_weights(causal_lm: PreTrainedModel, adapters: list[str]) -> Iterator
             continue
         adapted = isinstance(module, BaseTunerLayer)
         layer = module.get_base_layer() if adapted else module
-        for key, value in layer._parameters.items():
-            if value is None:
-                continue
+        for key, value in layer.named_parameters(recurse=False):
             if key == "weight":
                 deltas = [module.get_delta_weight(name) for name in adapters if adapted and name in module.lora_A]
                 value = dequantize_module_weight(layer)
@@ -237,10 +235,8 @@ def compared(expected: Tensor, base: Tensor, merged: Tensor, trained_in: str, dt
     difference, effect = (merged - expected).double(), (expected - base).double()
     mean, largest, moved = (float(v) for v in (difference.abs().mean(), difference.abs().max(), effect.abs().mean()))
     limits = max(LIMITS.get(name, LIMITS["float32"]) for name in (trained_in, dtype))
-    summary = (
-        f"difference to the policy in nats per token: mean {mean:.2g} (limit {limits[0]:g}), largest {largest:.2g}"
-    )
-    summary += f" (limit {limits[1]:g}); the adapter moves {len(merged)} tokens by {moved:.2g}"
+    summary = f"difference to the policy in nats per token: mean {mean:.2g} (limit {limits[0]:g}), "
+    summary += f"largest {largest:.2g} (limit {limits[1]:g}); the adapter moves {len(merged)} tokens by {moved:.2g}"
     right = mean <= limits[0] and largest <= limits[1]  # NaN is wrong
     if moved and right:
         kept = 1 + float(difference @ effect / effect.square().sum())

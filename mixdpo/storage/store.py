@@ -21,7 +21,6 @@ from mixdpo.storage.read import parse_json
 
 PATIENCE = 8.0  # seconds to wait for another process that has a product's file open
 ALL = "SELECT key, value, checksum FROM entries"
-TABLES = "CREATE TABLE head (content TEXT); CREATE TABLE entries (key PRIMARY KEY, value BLOB, checksum BLOB);"
 
 Key = str | bytes | int
 
@@ -57,8 +56,8 @@ class Store(AbstractContextManager[Any]):
             self._database.execute("BEGIN EXCLUSIVE")
             with self._database:
                 if not self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    for statement in TABLES.split(";"):
-                        self._database.execute(statement)
+                    self._database.execute("CREATE TABLE head (content TEXT)")
+                    self._database.execute("CREATE TABLE entries (key PRIMARY KEY, value BLOB, checksum BLOB)")
                     self._database.execute("INSERT INTO head VALUES (?)", [json.dumps(self.head)])
                 changed = differences(_head(self._database), self.head)
             if changed:

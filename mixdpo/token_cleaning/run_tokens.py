@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixdpo.batches.token_pool import TokenPool, turns
+from mixdpo.batches.token_pool import TokenPool, data_weights, turns
 from mixdpo.errors import InputError
 from mixdpo.storage.files import read_array, read_json, write_json, written_whole
 from mixdpo.storage.identity import refuse_changed
@@ -95,19 +95,13 @@ class RunTokens:
         filled = np.flatnonzero(np.diff(self.pool.offsets))  # reduceat gives an empty sample the next one's token
         return filled[np.logical_or.reduceat(~np.isnan(values), self.pool.offsets[filled])]
 
-    def scored_tokens(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and weights of the scored tokens of these samples."""
-        tokens = self.pool.tokens(samples)
-        is_scored = ~np.isnan(self.scores[tokens])
-        return self.scores[tokens][is_scored], self.weights[tokens][is_scored]
-
     def scored_stages(self) -> list[ScoredStage]:
         stages = []
         for number, entry in enumerate(self.stages):
             if entry["scorer"]:
                 samples = np.flatnonzero(self.decided == number)
-                scores, _ = self.scored_tokens(samples)
-                scores = scores if len(scores) else np.zeros(1)
+                scores = self.scores[self.pool.tokens(samples)]
+                scores = scores[~np.isnan(scores)] if not np.isnan(scores).all() else np.zeros(1)
                 centre = np.median(scores) if entry["threshold"] is None else entry["threshold"]
                 reach = np.quantile(np.abs(scores - centre), 0.95)
                 stages.append(ScoredStage(entry, samples, float(centre), float(reach)))
@@ -195,10 +189,9 @@ def export_labels(run: str, out: str) -> None:
 
 
 def _label(row: dict[str, Any], index: int, weights: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
-    ids = np.array(row["input_ids"])
-    spread, start = np.zeros(len(ids), dtype=np.float32), starts[index]
-    for (first, end), weight in zip(turns(row["spans"]), row["response_weights"], strict=True):
-        spread[first:end] = weights[start : start + end - first] * np.float32(weight)
-        start += end - first
+    ids, start = np.array(row["input_ids"]), starts[index]
+    places = np.concatenate([np.arange(first, end) for first, end in turns(row["spans"])])
+    spread = np.zeros(len(ids), dtype=np.float32)
+    spread[places] = weights[start : start + len(places)] * data_weights([row])
     spread[~(spread > 0)] = 0  # NaN: never reached
     return {"labels": np.where(spread > 0, ids, -100), "weights": spread}  # cross-entropy skips -100

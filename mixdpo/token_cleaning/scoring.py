@@ -30,16 +30,14 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
     file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed. A
     file that cannot be used is replaced by memory, with a warning. Altered and infinite losses count as not known.
     """
-    unknown = np.full(tokens, np.nan, dtype=np.float32)
-    if identity is None:
-        return unknown
-    text = json.dumps(dict(identity), sort_keys=True, indent=2)
-    path = cache_root() / "token_losses" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
-    with or_without("token losses", path):
-        losses = open_checked(path, tokens, "losses")
-        path.with_suffix(".json").write_text(text + "\n")  # for people
-        return losses
-    return unknown
+    if identity is not None:
+        text = json.dumps(dict(identity), sort_keys=True, indent=2)
+        path = cache_root() / "token_losses" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
+        with or_without("token losses", path):
+            losses = open_checked(path, tokens, "losses")
+            path.with_suffix(".json").write_text(text + "\n")  # for people
+            return losses
+    return np.full(tokens, np.nan, dtype=np.float32)
 
 
 def add_losses(
