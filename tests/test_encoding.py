@@ -1,5 +1,7 @@
 """Pairs -> token ids: one boundary for both sides, lengths, counts, and a cache that follows what the ids depend on."""
 
+from functools import partial
+
 import datasets
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mixdpo.data.chat_template import load_template
-from mixdpo.data.cut_prompts import prompt_turns
+from mixdpo.data.cut_prompts import cut_prompt, prompt_turns
 from mixdpo.data.encoding import EncodedPair, encode_pair, encode_rows, encoding_identity
 from mixdpo.errors import InputError
 
@@ -222,9 +224,9 @@ LONG = [*range(1, 14)]
     ],
 )
 def test_a_prompt_keeps_its_start_the_mark_of_the_turn_that_is_cut_and_its_newest_end(room, expected):
-    pair = EncodedPair(LONG, [20, 99], [21, 99]).within(room + 2, 1, turns=lambda: TURNS)
+    pair = EncodedPair(LONG, [20, 99], [21, 99]).within(room + 2, 1, cut=partial(cut_prompt, turns=lambda: TURNS))
     assert pair == (expected and EncodedPair(expected, [20, 99], [21, 99]))
-    lazy = EncodedPair(LONG, [20, 99], [21, 99]).within(15, 1, turns=lambda: pytest.fail("asked"))
+    lazy = EncodedPair(LONG, [20, 99], [21, 99]).within(15, 1, cut=lambda *_: pytest.fail("asked"))
     assert lazy == EncodedPair(LONG, [20, 99], [21, 99])
 
 
@@ -278,7 +280,7 @@ def test_any_cut_pair_is_its_start_a_mark_and_its_end(turns, system, responses, 
     where = prompt_turns(tokenizer, messages, **options)
     found = [tokenizer.decode(whole.prompt_ids[begin:end]) for begin, end in where]
     assert found == [message["content"] for message in messages[system:]]
-    pair = whole.within(*lengths, turns=lambda: where)
+    pair = whole.within(*lengths, cut=partial(cut_prompt, turns=lambda: where))
     head = [*SYSTEM_IDS, START, USER, NEWLINE] if system else [BOS, START, USER, NEWLINE]
     longer = max(map(len, (whole.chosen_ids, whole.rejected_ids)))
     if pair is None or pair == whole:

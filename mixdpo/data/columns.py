@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from mixdpo.data.messages import Message, checked_text, something
+from mixdpo.data.messages import Message, checked_text, something, without_nulls
 from mixdpo.errors import InputError
 
 SHOWN: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}  # columns that the chat template gets
@@ -38,7 +38,7 @@ def _parsed(value: Any, column: str, kind: Any) -> Any:
     if not something(value):
         return kind()
     try:
-        value = _without_nulls(json.loads(value if isinstance(value, str) else json.dumps(value)))
+        value = json.loads(value if isinstance(value, str) else json.dumps(value), object_hook=without_nulls)
         checked_text(json.dumps(value, ensure_ascii=False), column)
     except (TypeError, ValueError, RecursionError):
         value = None
@@ -68,9 +68,3 @@ def settle_columns(row: dict[str, Any], read: Collection[str], messages: Sequenc
     values = template_values(row)
     context = ({"values": values} if values else {}) | ({"keys": keys} if any(keys) else {})
     return {"context": json.dumps(context) if context else "", "unread": json.dumps(unread)}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value

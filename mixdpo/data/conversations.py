@@ -5,16 +5,8 @@ from functools import partial
 from typing import Any, Literal
 
 from mixdpo.data.columns import settle_columns
-from mixdpo.data.messages import (
-    Message,
-    checked_content,
-    checked_text,
-    is_blank,
-    parse_messages,
-    unweighted,
-    without_prompt,
-)
-from mixdpo.data.table import Table, read_table, row_id, without_nulls
+from mixdpo.data.messages import checked_content, checked_text, is_blank, parse_messages, unweighted, without_prompt
+from mixdpo.data.table import Table, read_table, row_id
 from mixdpo.errors import InputError
 from mixdpo.storage.identity import hash63
 
@@ -54,7 +46,7 @@ def read_samples(
     return read_table(source, split, limit, "sample", partial(_records, **options), columns, key=options)
 
 
-def parse_sample(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Message]]:
+def parse_sample(row: dict[str, Any]) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     """The form of a row, of the three, and its messages up to its last response."""
     forms = [form for form in FORMS if row.keys() >= {*form[:2]}]
     if len(forms) != 1:
@@ -78,7 +70,7 @@ def parse_sample(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Message]]:
 
 
 def _records(row: dict[str, Any], earlier: Collection[int], train_on: TrainOn, one_each: bool) -> list[dict[str, Any]]:
-    row, repeated = without_prompt(without_nulls(row), "completion")
+    row, repeated = without_prompt(row, "completion")
     form, messages = parse_sample(row)
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     blank = [is_blank(messages[end]["content"]) for end in ends]

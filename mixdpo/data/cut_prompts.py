@@ -1,7 +1,7 @@
 """Where a prompt that is too long is cut: its start and its newest end stay."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixdpo.data.chat_template import Messages, encode_responses, shared_length
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 Turns = Sequence[tuple[int, int]]
 """Where the text of each message, from the first user's on, begins and ends in the ids of a prompt."""
-ONE_TEXT = ((0, sys.maxsize),)
 
 
-def cut_prompt(ids: list[int], room: int, turns: Turns) -> list[int]:
+def cut_prompt(ids: list[int], room: int, turns: Callable[[], Turns] = lambda: [(0, sys.maxsize)]) -> list[int]:
     """The prompt's newest tokens behind the template's start: BOS, system message and the mark of the turn that is cut.
     A turn's mark is what stands between the text before and its own text. [] if the room is too small."""
-    head = before = turns[0][0]
-    for begin, end in turns:
+    places = turns()
+    head = before = places[0][0]
+    for begin, end in places:
         start = len(ids) - room + head + begin - before
         if start < min(end, len(ids)):
             return ids[:head] + ids[before:begin] + ids[max(start, begin) :]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from mixdpo.data import chat_template as chat
-from mixdpo.data.cut_prompts import ONE_TEXT, Turns, cut_prompt, prompt_turns
+from mixdpo.data.cut_prompts import cut_prompt, prompt_turns
 from mixdpo.data.table import room_code
 from mixdpo.errors import InputError
 
@@ -38,11 +38,7 @@ class EncodedPair:
         return min(len(self.chosen_ids), len(self.rejected_ids)) < 2
 
     def within(
-        self,
-        max_length: int,
-        max_prompt_length: int,
-        overlong: Overlong = "truncate",
-        turns: Callable[[], Turns] = lambda: ONE_TEXT,
+        self, max_length: int, max_prompt_length: int, overlong: Overlong = "truncate", cut: Any = cut_prompt
     ) -> "EncodedPair | None":
         """The pair within `max_length` tokens (prompt + longer completion), or None where it is to be dropped.
 
@@ -53,8 +49,7 @@ class EncodedPair:
         completion.
 
         Args:
-            turns: -> for each message of the prompt from the first user's on, where its text begins and ends in
-                `prompt_ids`; by default the prompt is one text.
+            cut: `cut_prompt`, which takes the prompt for one text, or with the prompt's turns.
         """
         if not self.chosen_ids or not self.rejected_ids:
             return None
@@ -63,10 +58,10 @@ class EncodedPair:
             return self
         prompt_ids, room = self.prompt_ids, max(max_prompt_length, max_length - longer)
         if overlong == "truncate" and len(prompt_ids) > room:
-            prompt_ids = cut_prompt(prompt_ids, room, turns())
+            prompt_ids = cut(prompt_ids, room)
         room = max_length - len(prompt_ids)
-        cut = EncodedPair(prompt_ids, self.chosen_ids[:room], self.rejected_ids[:room])
-        return None if overlong == "drop" or not prompt_ids or cut.chosen_ids == cut.rejected_ids else cut
+        pair = EncodedPair(prompt_ids, self.chosen_ids[:room], self.rejected_ids[:room])
+        return None if overlong == "drop" or not prompt_ids or pair.chosen_ids == pair.rejected_ids else pair
 
 
 @dataclass(frozen=True)
@@ -248,12 +243,13 @@ def _encode_row(row: Any, tokenizer: Any, kind: Kind, options: Any, limits: Any)
     texts: Any = [messages[:-2], *messages[-2:]] if responses else [messages]
     options = options | context
     weights = {"weights": row["response_weights"]} if "response_weights" in row else {}
+    turns = partial(prompt_turns, tokenizer, texts[0], **options)
+    limits = limits | ({"cut": partial(cut_prompt, turns=turns)} if responses else {})
     try:
         whole = kind.encode(tokenizer, *texts, **options, **weights)
+        limited = whole.within(**limits)
     except InputError as error:
         raise InputError(f"{row['place']} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
-    turns: Any = {} if not responses else {"turns": partial(prompt_turns, tokenizer, texts[0], **options)}
-    limited = whole.within(**limits, **turns)
     cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"
     status = "dropped_empty" if whole.is_empty else cut
     named = chat.control_tokens(tokenizer, [message["content"] for message in messages])

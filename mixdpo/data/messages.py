@@ -19,9 +19,8 @@ MESSAGES_AS_TEXT = re.compile(rf"(?s)\s*(?:array\()?\[\s*\{{(?:{_ROLE}{_CONTENT}
 
 
 SHOWN_KEYS = ("name", "tool_call_id")  # a chat template may show them
-HARMLESS_KEYS = ("role", "content", *SHOWN_KEYS, "id", "message_id", "timestamp", "created_at", "date", "index")
 MARKS = ("weight", "train", "loss")  # keys by which trainers say how much a message is trained on
-KNOWN_KEYS = {*HARMLESS_KEYS, *MARKS}
+KNOWN_KEYS = {"role", "content", *SHOWN_KEYS, *MARKS, "id", "message_id", "timestamp", "created_at", "date", "index"}
 
 
 def prompt_texts(prompt: str | Sequence[Message]) -> list[str]:
@@ -131,7 +130,7 @@ def is_blank(text: str) -> bool:
 
 
 def without_prompt(row: dict[str, Any], *columns: str) -> tuple[dict[str, Any], str]:
-    """The row without the prompt's text at the beginning of its completions, as a conversation's prompt appears once.
+    """The row without nulls, and without the prompt's text at the beginning of its completions, as a conversation's prompt appears once.
 
     Args:
         columns: the completions. Nothing is cut unless all of them begin with the whole text of `prompt`: a single
@@ -140,6 +139,7 @@ def without_prompt(row: dict[str, Any], *columns: str) -> tuple[dict[str, Any], 
     Returns:
         The row, and what to count: "prompt_repeated", "prompt_repeated_by_one" (not cut) or "".
     """
+    row = without_nulls(row)
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or len(prompt.split()) < 2:
         return row, ""
@@ -157,3 +157,8 @@ def checked_text(value: Any, column: str) -> str:
     except UnicodeEncodeError as error:
         raise InputError(f"{column!r} holds half a surrogate pair at character {error.start + 1}: remove it.") from None
     return value
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Null counts as absent: a table, and JSON made of one, has every column in every row."""
+    return {column: value for column, value in row.items() if value is not None}

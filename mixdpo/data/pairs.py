@@ -8,7 +8,7 @@ from typing import Any
 from mixdpo.data.columns import settle_columns
 from mixdpo.data.messages import Message, is_blank, parse_messages, unweighted, without_prompt
 from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin
-from mixdpo.data.table import Table, read_table, row_id, without_nulls
+from mixdpo.data.table import Table, read_table, row_id
 from mixdpo.errors import InputError
 
 
@@ -92,7 +92,7 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
 
 def _record(row: dict[str, Any], columns: MarginColumns, earlier: Collection[int]) -> dict[str, Any]:
     # a margin of null is refused, not absent: `row` keeps it
-    present, repeated = without_prompt(without_nulls(row), "chosen", "rejected")
+    present, repeated = without_prompt(row, "chosen", "rejected")
     prompt, *responses, weight = parse_row(present)
     chosen, rejected = (response["content"] for response in responses)
     drop = "identical" if chosen.strip() == rejected.strip() else ""

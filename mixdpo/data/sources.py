@@ -153,10 +153,8 @@ def file_rows(path: Path) -> NumberedRows:
                 if row is not None:
                     yield number, row
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
-        cause = (
-            f"cannot be read: {type(error).__name__}: {str(error)[:300]}. Correct the row, or save the file as UTF-8."
-        )
-        raise InputError(f"{path}, row {number + 1}: {cause}") from error
+        cause = f"{type(error).__name__}: {str(error)[:300]}. Correct the row, or save the file as UTF-8."
+        raise InputError(f"{path}, row {number + 1}: cannot be read: {cause}") from error
 
 
 def _parquet_rows(file: Any) -> NumberedRows:

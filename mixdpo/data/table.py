@@ -110,11 +110,6 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
         raise InputError(f"{source.name} holds no rows: give a file or split with some.")
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Null counts as absent: a table, and JSON made of one, has every column in every row."""
-    return {column: value for column, value in row.items() if value is not None}
-
-
 def row_id(row: dict[str, Any], column: str, content: Any, earlier: Collection[int]) -> int:
     """Hash of the row's value in `column`, or else of the row's content and of the number of its repeats so far.
 
