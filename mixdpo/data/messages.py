@@ -130,7 +130,7 @@ def is_blank(text: str) -> bool:
 
 
 def without_prompt(row: dict[str, Any], *columns: str) -> tuple[dict[str, Any], str]:
-    """The row without nulls, and without the prompt's text at the beginning of its completions, as a conversation's prompt appears once.
+    """The row without nulls, and without the text of its prompt at the beginning of its completions.
 
     Args:
         columns: the completions. Nothing is cut unless all of them begin with the whole text of `prompt`: a single
