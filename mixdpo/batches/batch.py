@@ -104,8 +104,7 @@ class PairCollator:
         chosen, rejected = ([keep or side in self.sft_sides for keep in both] for side in (0, 1))
         layout: dict[str, Any] = {"share_prompt": self.share_prompt, "pack": self.pack}
         rows = build_rows(pairs, chosen, rejected, **layout)
-        some = build_rows(pairs, both, both, **layout) if any(both) and not all(both) else None
-        reference_rows = rows if all(both) else some
+        reference_rows = rows if all(both) else build_rows(pairs, both, both, **layout) if any(both) else None
         batch = Batch(
             "pairs",
             rows,

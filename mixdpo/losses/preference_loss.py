@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mixdpo.errors import InputError
 from mixdpo.model.fused_head import SequenceLogProbs
-from mixdpo.storage.identity import described
 
 Response: TypeAlias = SequenceLogProbs | Tensor
 
@@ -86,10 +85,6 @@ class PreferenceLoss:
         for name, value in self.own.items():
             given = getattr(self, name)
             object.__setattr__(self, name, check_range(name, value if given is None else given))  # it is frozen
-
-    def describe(self) -> str:
-        """Name and hyper-parameters as text, the same in every process."""
-        return described(self)
 
 
 def check_range(name: str, value: float) -> float:

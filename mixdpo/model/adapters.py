@@ -218,9 +218,7 @@ def _check_adapter(name: str, model: PeftModel, adapter: str) -> None:
     with readable(name, "adapter"):
         saved, needed = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(model, adapter_name=adapter)
     if unlike := sorted(saved.keys() ^ needed.keys()):
-        raise InputError(
-            f"adapter '{name}' does not fit model.base, as {unlike[0]} is not in both. "
-            f"Give the base that the adapter was trained on, {config.base_model_name_or_path}"
-        )
+        remedy = f"Give the base that the adapter was trained on, {config.base_model_name_or_path}"
+        raise InputError(f"adapter '{name}' does not fit model.base, as {unlike[0]} is not in both. {remedy}")
     if not all(torch.isfinite(weight).all() for weight in saved.values()):
         raise InputError(f"adapter '{name}' holds NaN or infinite weights: give another adapter")

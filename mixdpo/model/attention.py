@@ -37,8 +37,7 @@ def by_segment(
                 block = (k[:, :, start:end], v[:, :, start:end], None)
             else:
                 seen = [torch.cat([states[:, :, start:first], states[:, :, begin:end]], 2) for states in (k, v)]
-                size = (end - begin, seen[0].shape[2])
-                mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(first - start)
+                mask = torch.ones(end - begin, seen[0].shape[2], dtype=torch.bool, device=q.device).tril(first - start)
                 block = (*seen, mask[None, None])
             part, _ = sdpa_attention_forward(module, q[:, :, begin:end], *block, is_causal=block[2] is None, **options)
             rows[row].append(part)

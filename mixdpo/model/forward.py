@@ -196,9 +196,7 @@ def without_cast_cache(device: torch.device) -> torch.autocast:
 
     A cast that was cached before an optimizer step would hide the step's update. Lightning switches this cache off too.
     """
-    kind = device.type
-    now = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-    return torch.autocast(kind, cache_enabled=False, **now)
+    return torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type), cache_enabled=False)
 
 
 @contextmanager

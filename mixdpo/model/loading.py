@@ -68,10 +68,8 @@ def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
     """A sequence classifier with one label, frozen, in eval mode. Arguments and errors as for `load_base`."""
     model, missing = _load("AutoModelForSequenceClassification", name, **options)
     if (labels := model.config.num_labels) != 1 or missing:
-        raise InputError(
-            f"'{name}' is no reward model: give a sequence classifier with 1 label (has {labels}) "
-            f"and all of its weights (lacks {missing or 'none'})"
-        )
+        remedy = f"with 1 label (has {labels}) and all of its weights (lacks {missing or 'none'})"
+        raise InputError(f"'{name}' is no reward model: give a sequence classifier {remedy}")
     return model.requires_grad_(False).eval()
 
 

@@ -10,10 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from jsonargparse.typing import PositiveFloat
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mixdpo.batches.batch import Batch
-from mixdpo.batches.rows import TokenRows
 from mixdpo.model.adapters import role
 from mixdpo.model.forward import predicting_states, row_log_probs, summed
 from mixdpo.model.fused_head import run_sums
@@ -32,15 +30,6 @@ def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
     """
     chosen, rejected = chosen.double(), rejected.double()  # the difference of two like numbers of order 1e8
     return ((rejected - chosen) * chosen).sum(-1)
-
-
-def rewards(model: PreTrainedModel, rows: TokenRows) -> list[Tensor]:
-    """A reward model's scores of prompt + completion: chosen (B,) and rejected (B,).
-
-    Each completion goes alone and unpadded through the model's own forward, so attention and pooling are the model's.
-    """
-    scores = [model(input_ids=ids[None]).logits.double().reshape(()) for ids in rows.sequences()]
-    return [torch.stack(scores[side::2]) for side in (0, 1)]
 
 
 @dataclass(frozen=True)
@@ -92,13 +81,17 @@ class CHES:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """Score of the chosen minus that of the rejected response by `model.base`, a sequence classifier with one label."""
+    """Score of the chosen minus that of the rejected response by `model.base`, a sequence classifier with one label.
+
+    Each response goes behind its prompt, alone and unpadded, through the model's own forward, so attention and pooling
+    are the model's.
+    """
 
     needs: ClassVar[Needs] = "reward model"
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        chosen, rejected = rewards(model, batch.rows)
-        return chosen - rejected
+        scores = [model(input_ids=ids[None]).logits.double().reshape(()) for ids in batch.rows.sequences()]
+        return torch.stack(scores[::2]) - torch.stack(scores[1::2])
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def read_cleaning(run: str) -> RunTokens:
 def _read_record(folder: Path) -> dict[str, Any]:
     if not (folder / "stages.json").is_file():
         raise InputError(f"{folder} has no stages.json: give a run with token cleaning, for masks its RUN/cleaning")
-    return read_json(folder / "stages.json", {"identity", "tokenizer", "stages"}, AGAIN)
+    return read_json(folder / "stages.json", {*HEAD, "stages"}, AGAIN)
 
 
 def read_masks(folder: Path, identity: Mapping[str, str], tokens: int) -> np.ndarray:
@@ -182,10 +182,9 @@ def export_labels(run: str, out: str) -> None:
     with written_whole(Path(out)) as unfinished:
         labelled.save_to_disk(str(unfinished))
         write_json(unfinished / "identity.json", {k: vars(cleaning)[k] for k in HEAD} | {"run": run})
-    print(
-        f"wrote {out}: {len(reached)} samples, {int((cleaning.weights > 0).sum())} of {len(cleaning.pool)} response "
-        f"tokens have a label; left out {len(samples) - len(reached)} samples that training never reached"
-    )
+    tokens = f"{int((cleaning.weights > 0).sum())} of {len(cleaning.pool)} response tokens have a label"
+    left_out = f"{len(samples) - len(reached)} samples that training never reached"
+    print(f"wrote {out}: {len(reached)} samples, {tokens}; left out {left_out}")
 
 
 def _label(row: dict[str, Any], index: int, weights: np.ndarray, starts: np.ndarray) -> dict[str, Any]:

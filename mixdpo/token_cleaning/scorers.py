@@ -124,8 +124,7 @@ def is_online(scorer: Any) -> bool:
 
 def _min_max(scores: Tensor, sample: Tensor) -> Tensor:
     index = torch.unique(sample, return_inverse=True)[1]
-    low, high = (
-        scores.new_zeros(len(scores)).scatter_reduce(0, index, scores, reduce, include_self=False)[index]
-        for reduce in ("amin", "amax")
-    )
+    start = torch.zeros_like(scores)
+    low = start.scatter_reduce(0, index, scores, "amin", include_self=False)[index]
+    high = start.scatter_reduce(0, index, scores, "amax", include_self=False)[index]
     return (scores - low) / (high - low).masked_fill(high == low, 1)

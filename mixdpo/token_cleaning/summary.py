@@ -27,7 +27,7 @@ def summarise(
     scored = scores[~np.isnan(scores)]
     names, source = np.unique(np.asarray(sources, dtype=str), return_inverse=True)
     tokens, kept_weight = (np.bincount(source[sample], each, len(names)) for each in (None, weights))
-    by_source = zip(names.tolist(), tokens.tolist(), kept_weight, strict=True)
+    columns = zip(names.tolist(), tokens.tolist(), kept_weight, strict=True)
     return {
         "tokens": len(weights),
         "kept_tokens": int(np.count_nonzero(weights)),
@@ -36,9 +36,7 @@ def summarise(
         "samples": len(sources),
         "samples_keeping_nothing": len(sources) - len(np.unique(sample[weights > 0])),
         "mean_abs_score": _ratio(np.abs(scored).sum(), len(scored)),
-        "by_source": {
-            name: {"tokens": count, "kept_share": _ratio(weight, count)} for name, count, weight in by_source
-        },
+        "by_source": {name: {"tokens": m, "kept_share": _ratio(weight, m)} for name, m, weight in columns},
     }
 
 
