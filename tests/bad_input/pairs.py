@@ -95,12 +95,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("nothing", "a.jsonl", "", ("holds no rows", "give a file or split with some")),
     ("no margin column", "a.csv", "prompt,chosen,rejected,stars\na,b,c,1\n", ("no column to take the", "Name yours")),
     ("an archive", "a.jsonl.zip", b"PK", ("should end in .parquet, .json, .jsonl or .csv", "also with .gz")),
-    (
-        "every row dropped",
-        "a.jsonl",
-        LINE.replace('"4"', '" "'),
-        ("no usable pair", "'empty_completion': 1"),
-    ),
+    ("every row dropped", "a.jsonl", LINE.replace('"4"', '" "'), ("no usable pair", "'empty_completion': 1")),
 ]
 
 

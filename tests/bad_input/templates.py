@@ -54,18 +54,10 @@ TEMPLATES = [
         "chat_template",
         ("no such file", encoded(template="no/chat.jinja"), "no/chat.jinja … cannot be read"),
         ("an empty file", encoded(template=lambda p: p.write("chat.jinja", "")), "holds no Jinja template"),
-        (
-            "a syntax error",
-            encoded(template="{% for m in messages %}"),
-            "row 1 (pair_id … Give another template",
-        ),
+        ("a syntax error", encoded(template="{% for m in messages %}"), "row 1 (pair_id … Give another template"),
         ("no system role", encoded(SYSTEM, NO_SYSTEM), "row 2 (pair_id … (system, user) … System role not supported"),
         ("the system message left out", encoded(SYSTEM, HIDDEN), "row 2 (pair_id … leaves out part of a message"),
-        (
-            "today's date",
-            encoded(template="{{ strftime_now(form) }}" + TEMPLATE),
-            "writes today's … with a date",
-        ),
+        ("today's date", encoded(template="{{ strftime_now(form) }}" + TEMPLATE), "writes today's … with a date"),
         ("no end token", encoded(template=shown("<|im_end|>", "")), "no special … writes eos_token"),
         (
             "a response cut",
