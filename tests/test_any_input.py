@@ -95,9 +95,7 @@ GOOD = {
     st.data(),
 )
 @few
-def test_damaged_files_give_rows_or_name_one(
-    folder: Path, name: str, damage: list[tuple[int, bytes]], data: st.DataObject
-) -> None:
+def test_damaged_files_give_rows_or_name_one(folder, name, damage, data) -> None:
     content = GOOD[name]
     for place, new in damage:
         content = content[:place] + new + content[place + len(new) :]

@@ -119,9 +119,7 @@ def adapter(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_the_step_and_it_is_continued_exactly(
-    number: int, run: Any, whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_ends_the_run_after_the_step_and_it_is_continued_exactly(number, run, whole, tmp_path, capsys) -> None:
     """In the first of two micro-batches of the third step."""
     cut = tmp_path / "cut"
     with pytest.raises(Stopped) as stopped:
@@ -201,9 +199,7 @@ def test_a_validation_that_was_cut_off_is_made_up_for(run: Any, tmp_path: Path) 
         ("min", 12, 2),
     ],
 )
-def test_the_best_is_that_of_the_whole_run_wherever_it_was_cut(
-    mode: str, crash_at: int, top: int, run: Any, tmp_path: Path
-) -> None:
+def test_the_best_is_that_of_the_whole_run_wherever_it_was_cut(mode, crash_at, top, run, tmp_path) -> None:
     """By a crash, so that the checkpoint is one from before a validation, which acts at the end of its epoch."""
     best = {name: ModelCheckpoint(monitor="val/all/sft_loss", mode=mode, save_top_k=top) for name in ("whole", "rest")}
     cut = ModelCheckpoint(monitor="val/all/sft_loss", mode=mode, save_top_k=top)
@@ -344,9 +340,7 @@ def other_base(model: str, folder: Path) -> str:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_has_changed_is_named(
-    named: str, change: dict[str, Any], tiny_model: str, source: str, tmp_path: Path, stopped_after_two: str
-) -> None:
+def test_what_has_changed_is_named(named, change, tiny_model, source, tmp_path, stopped_after_two) -> None:
     change = dict(change)
     base = other_base(tiny_model, tmp_path / "base") if change.pop("base", False) else tiny_model
     pairs = write_pairs(tmp_path / "other.jsonl", change.pop("rows")) if "rows" in change else source
@@ -376,9 +370,7 @@ class BadOnce(DPO):
 
 
 @pytest.mark.parametrize("every", [1, 50])
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_gets_into_a_checkpoint(
-    every: int, run: Any, source: str, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_gets_into_a_checkpoint(every, run, source, tmp_path) -> None:
     BadOnce.calls = 0
     with pytest.raises(NonFiniteError) as error:
         run(tmp_path, NonFinite(), every=2, trainer={"log_every_n_steps": every}, preference_loss=BadOnce())
@@ -408,9 +400,7 @@ def test_such_a_step_can_be_left_out(run: Any, tmp_path: Path) -> None:
 # Disk and memory.
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
-    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_too_small_is_refused_before_the_first_step(tiny_model, source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("lightning_modules.callbacks.checkpoint.shutil.disk_usage", lambda _: Namespace(free=1000))
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", **ADAMW)
     with pytest.raises(InputError, match=r"run has 0 MB free.*take 0 MB.*--runs"):

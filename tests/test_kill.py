@@ -148,9 +148,7 @@ def adapter(root: Path) -> bytes:
         ("pairs", "in the final adapter's file", 1, True),
     ],
 )
-def test_killed_at_a_dangerous_moment(
-    kind: str, point: str, call: int, moved: bool, kinds: dict[str, Make], never_killed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_killed_at_a_dangerous_moment(kind, point, call, moved, kinds, never_killed, tmp_path) -> None:
     assert attempt(kinds[kind], tmp_path, arm=lambda: die(*POINTS[point], call)) == signal.SIGKILL
     if moved:
         move(tmp_path / "000", decoy=True)
@@ -161,9 +159,7 @@ def test_killed_at_a_dangerous_moment(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_hundred_kills(
-    kinds: dict[str, Make], never_killed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hundred_kills(kinds, never_killed, tmp_path, capsys) -> None:
     """40 at the dangerous moments (each function in several of its calls), 60 at random ones; half of what they left is
     moved before it is continued, and in half of that another run's best checkpoint lies where it was."""
     calls = {"save_checkpoint": range(1, 7), "replace": range(1, 7), "add_losses": range(1, 5), "save_file": [1]}

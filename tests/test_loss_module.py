@@ -61,9 +61,7 @@ def test_two_steps(name: str, tiny_model: str, source: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["simpo", "slic"])
-def test_reference_free_losses_never_run_the_reference(
-    name: str, tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reference_free_losses_never_run_the_reference(name, tiny_model, source, tmp_path, monkeypatch) -> None:
     """Neither in training nor in validation; 3 forwards of each are the policy's."""
     roles: list[bool] = []
     real = mixdpo.model.forward.predicting_states

@@ -53,9 +53,7 @@ def run(model: str, source: str, folder: Path, routing: Routing, *first: Callbac
 
 
 @pytest.mark.parametrize(("order", "stop", "workers"), [("bucketed", 7, 2), ("shuffled", 5, 0)])
-def test_reshuffled_epochs_resume_exactly(
-    order: str, stop: int, workers: int, tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_reshuffled_epochs_resume_exactly(order, stop, workers, tiny_model, source, tmp_path) -> None:
     """15 steps in three epochs, each in its own order; stopped in the second and at the end of the first."""
     routing = Routing(hard_fraction=0.25, order=order, reshuffle=True, buckets=2)
 
@@ -98,9 +96,7 @@ def test_reshuffled_epochs_resume_exactly(
         ({"order": "bucketed", "buckets": 20}, (0, 1, 2, 3, 4)),  # several in one step are one stage
     ],
 )
-def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(
-    routing: dict[str, Any], starts: tuple[int, ...], tmp_path: Path
-) -> None:
+def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(routing, starts, tmp_path) -> None:
     """20 pairs in steps of 4, 7 of them hard: of the sorted order's fourth step 3 of 4, and all of its last one."""
     margins = np.random.default_rng(0).permutation(20).astype(float)
     data = PreferenceDataModule("unread", Routing(hard_fraction=0.35, **routing), tokenizer="unread", batch_size=4)
@@ -146,9 +142,7 @@ def test_cleaning_wants_steps_that_stay(tiny_model: str, source: str, tmp_path: 
 
 
 @pytest.mark.parametrize("start", ["base", "adapter"])
-def test_the_reference_moves_at_each_bucket_and_resumes_exactly(
-    start: str, tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_the_reference_moves_at_each_bucket_and_resumes_exactly(start, tiny_model, source, tmp_path) -> None:
     """Buckets start at steps 0, 2 and 3: there the policy becomes the reference, and the reference then stays."""
     routing, options = Routing(hard_fraction=0, order="bucketed", buckets=3), {}
     if start == "adapter":

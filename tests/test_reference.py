@@ -70,9 +70,7 @@ def test_a_damaged_file_is_done_without(damage: str) -> None:
     assert cache.get([(b"key", 1)]) == 1  # kept in memory
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(
-    tiny_model: str, source: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_folder_that_cannot_be_written_is_done_without(tiny_model, source, tmp_path, monkeypatch) -> None:
     """One warning in a run, whatever its reference becomes; and the same adapter."""
     trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
     off = fit(tiny_model, source, tmp_path / "off", trainer=trainer, reference_cache=False, lr=1.0)
@@ -128,9 +126,7 @@ def test_a_batch_names_the_completions_that_the_reference_sees(share_prompt: boo
     assert collate(PAIRS, [True] * 4).reference_keys == ()
 
 
-def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(
-    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(tiny_model, source, tmp_path, monkeypatch) -> None:
     modules = []
     trainer = {"max_epochs": 2, "limit_val_batches": 1.0}
     data = {"routing": Routing(hard_fraction=0), "validation": 0.1, "eval_batch_size": 8}
