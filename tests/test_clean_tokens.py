@@ -371,10 +371,9 @@ def test_what_a_stage_starts_with(stage_start: Any, train: Any, plain: Any, monk
     torch.testing.assert_close(trained, alone(plain, with_adapters(plain, final, *stack)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("max_steps", "schedule_steps", "scored"),
-    [(-1, None, [(0, 12), (2, 12), (4, 8)]), (4, None, [(0, 12), (2, 8)]), (4, 6, [(0, 12), (2, 12)])],
-)
+@pytest.mark.parametrize(("max_steps", "schedule_steps", "scored"), [
+    (-1, None, [(0, 12), (2, 12), (4, 8)]), (4, None, [(0, 12), (2, 8)]), (4, 6, [(0, 12), (2, 12)]),
+])  # fmt: skip
 def test_another_epoch_is_cleaned_by_the_reference_in_force(max_steps, schedule_steps, scored, train, earlier):
     """3 steps × 2 epochs, refreshes at steps 2 and 4: step 3 trains again what step 0 trained by the old scores. What
     is never trained again keeps the weights that it was trained with; a run that pauses goes on."""

@@ -96,16 +96,13 @@ def test_score_is_the_share_that_holds():
     assert ConstraintScorer()(row, ["green tea", "GREEN TEA OR BLACK", "", "tea?"]) == [2 / 3, 0, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ({"kind": "max_words", "params": {}}, "max_words"),
-        ({"kind": "max_words", "params": {"n": "3"}}, "int"),
-        ({"kind": "max_words", "params": {"n": True}}, "int"),
-        ({"kind": "lowercase", "params": None}, "lowercase"),
-        ("lowercase", "params"),
-    ],
-)
+@pytest.mark.parametrize(("row", "says"), [
+    ({"kind": "max_words", "params": {}}, "max_words"),
+    ({"kind": "max_words", "params": {"n": "3"}}, "int"),
+    ({"kind": "max_words", "params": {"n": True}}, "int"),
+    ({"kind": "lowercase", "params": None}, "lowercase"),
+    ("lowercase", "params"),
+])  # fmt: skip
 def test_malformed_constraints_are_refused(row, says):
     with pytest.raises(InputError, match=says):
         ConstraintScorer()({"constraints": [row]}, [])

@@ -64,10 +64,9 @@ def test_margins_against_their_label_are_counted(tiny_model, tmp_path, caplog):
     assert "3 of 16 margins (19%) are negative and contradict their label" in line and "swapped" not in line
 
 
-@pytest.mark.parametrize(
-    ("margins", "says"),
-    [([-1, -1, 1, 1], "2 of 4 margins (50%)"), ([-1, -1, 1], "swapped?"), ([0, 0, 1], ""), ([np.nan] * 3, "")],
-)
+@pytest.mark.parametrize(("margins", "says"), [
+    ([-1, -1, 1, 1], "2 of 4 margins (50%)"), ([-1, -1, 1], "swapped?"), ([0, 0, 1], ""), ([np.nan] * 3, ""),
+])  # fmt: skip
 def test_half_is_not_more_than_half(margins, says):
     doubts = doubts_about_margins(np.array(margins, dtype=float))
     assert len(doubts) == bool(says) and says in "".join(doubts)

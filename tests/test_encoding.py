@@ -186,18 +186,15 @@ def test_named_templates_without_a_default_are_named():
 PAIR = EncodedPair([1, 2, 3, 4], [5, 6, 7, 99], [8, 99])
 
 
-@pytest.mark.parametrize(
-    ("max_length", "max_prompt_length", "expected"),
-    [
-        (8, 2, PAIR),  # 4 + 4 fits, so the prompt is left alone
-        (7, 2, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),  # 4 leave 3, and more than 2 may be used
-        (7, 3, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),
-        (5, 3, EncodedPair([2, 3, 4], [5, 6], [8, 99])),
-        (4, 3, EncodedPair([2, 3, 4], [5], [8])),
-        (7, 6, EncodedPair([1, 2, 3, 4], [5, 6, 7], [8, 99])),
-        (5, 4, EncodedPair([1, 2, 3, 4], [5], [8])),
-    ],
-)
+@pytest.mark.parametrize(("max_length", "max_prompt_length", "expected"), [
+    (8, 2, PAIR),  # 4 + 4 fits, so the prompt is left alone
+    (7, 2, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),  # 4 leave 3, and more than 2 may be used
+    (7, 3, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),
+    (5, 3, EncodedPair([2, 3, 4], [5, 6], [8, 99])),
+    (4, 3, EncodedPair([2, 3, 4], [5], [8])),
+    (7, 6, EncodedPair([1, 2, 3, 4], [5, 6, 7], [8, 99])),
+    (5, 4, EncodedPair([1, 2, 3, 4], [5], [8])),
+])  # fmt: skip
 def test_truncation_keeps_the_prompts_end_and_the_completions_start(max_length, max_prompt_length, expected):
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     assert PAIR.within(**limits, overlong="truncate") == expected
@@ -210,17 +207,14 @@ TURNS = [(3, 7), (9, 12)]
 LONG = [*range(1, 14)]
 
 
-@pytest.mark.parametrize(
-    ("room", "expected"),
-    [
-        (12, [1, 2, 3, *range(5, 14)]),
-        (10, [1, 2, 3, *range(7, 14)]),
-        (9, [1, 2, 3, 8, 9, 10, 11, 12, 13]),  # nothing of the first text is left: the second one behind its mark
-        (8, [1, 2, 3, 8, 9, 11, 12, 13]),
-        (7, [1, 2, 3, 8, 9, 12, 13]),
-        (6, None),  # no text would be left
-    ],
-)
+@pytest.mark.parametrize(("room", "expected"), [
+    (12, [1, 2, 3, *range(5, 14)]),
+    (10, [1, 2, 3, *range(7, 14)]),
+    (9, [1, 2, 3, 8, 9, 10, 11, 12, 13]),  # nothing of the first text is left: the second one behind its mark
+    (8, [1, 2, 3, 8, 9, 11, 12, 13]),
+    (7, [1, 2, 3, 8, 9, 12, 13]),
+    (6, None),  # no text would be left
+])  # fmt: skip
 def test_a_prompt_keeps_its_start_the_mark_of_the_turn_that_is_cut_and_its_newest_end(room, expected):
     pair = EncodedPair(LONG, [20, 99], [21, 99]).within(room + 2, 1, turns=lambda: TURNS)
     assert pair == (expected and EncodedPair(expected, [20, 99], [21, 99]))
@@ -238,13 +232,10 @@ SYSTEM_IDS = [BOS, START, SYSTEM, NEWLINE, PLUS, PLUS, END, NEWLINE]
 OPEN_IDS = [END, NEWLINE, START, ASSISTANT, NEWLINE]
 
 
-@pytest.mark.parametrize(
-    ("max_length", "kept"),
-    [
-        (39, [START, USER, NEWLINE, TWO, TWO, TWO, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, FOUR, FOUR, END]),
-        (34, [START, USER, NEWLINE, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, END]),
-    ],
-)
+@pytest.mark.parametrize(("max_length", "kept"), [
+    (39, [START, USER, NEWLINE, TWO, TWO, TWO, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, FOUR, FOUR, END]),
+    (34, [START, USER, NEWLINE, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, END]),
+])  # fmt: skip
 def test_a_cut_prompt_keeps_bos_system_message_and_well_formed_turns(max_length, kept):
     tokenizer = word_tokenizer("<s>" + CHATML, bos=True)
     data = table(("two", "four", "is"), ("two", "four", "is")).to_list()

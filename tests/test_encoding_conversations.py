@@ -99,14 +99,11 @@ def test_plain_takes_one_response(tokenizer):
         encode_sample(tokenizer, chat(("user", "re"), ("assistant", "d")), "plain")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{{ m.content if loop.last or m.role == 'user' else 'sea' }}",  # an earlier response is hidden
-        "{{ m.content if m.role == 'user' or not add_generation_prompt else 'sea' }}",  # … in the prompt alone
-        "{{ m.content }}{% if loop.first and messages | length > 2 %} sea{% endif %}",  # an earlier question is changed
-    ],
-)
+@pytest.mark.parametrize("content", [
+    "{{ m.content if loop.last or m.role == 'user' else 'sea' }}",  # an earlier response is hidden
+    "{{ m.content if m.role == 'user' or not add_generation_prompt else 'sea' }}",  # … in the prompt alone
+    "{{ m.content }}{% if loop.first and messages | length > 2 %} sea{% endif %}",  # an earlier question is changed
+])  # fmt: skip
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content):
     template = TEMPLATE.replace("{{ m['content'] }}", content)
     assert encode_sample(tokenizer, chat(*TWO_TURNS[:2]), template).spans == [7, 10]

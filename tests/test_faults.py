@@ -190,15 +190,12 @@ def test_a_validation_that_was_cut_off_is_made_up_for(run: Any, tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:the best checkpoint so far")
-@pytest.mark.parametrize(
-    ("mode", "crash_at", "top"),
-    [
-        ("max", 7, 1),  # the checkpoint precedes the first validation, which makes the first file
-        ("min", 7, 1),
-        ("min", 12, 1),  # the second validation has replaced the file that the checkpoint names
-        ("min", 12, 2),
-    ],
-)
+@pytest.mark.parametrize(("mode", "crash_at", "top"), [
+    ("max", 7, 1),  # the checkpoint precedes the first validation, which makes the first file
+    ("min", 7, 1),
+    ("min", 12, 1),  # the second validation has replaced the file that the checkpoint names
+    ("min", 12, 2),
+])  # fmt: skip
 def test_the_best_is_that_of_the_whole_run_wherever_it_was_cut(mode, crash_at, top, run, tmp_path) -> None:
     """By a crash, so that the checkpoint is one from before a validation, which acts at the end of its epoch."""
     best = {name: ModelCheckpoint(monitor="val/all/sft_loss", mode=mode, save_top_k=top) for name in ("whole", "rest")}
@@ -327,19 +324,15 @@ def other_base(model: str, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    ("named", "change"),
-    [
-        ("data", {"rows": [row | {"chosen": f"{row['chosen']} red"} for row in make_pairs(20)]}),
-        ("route", {"rows": [row | {"margin": -row["margin"]} for row in make_pairs(20)]}),
-        ("base", {"base": True}),
-        ("preference_loss", {"preference_loss": IPO()}),
-        ("optimizer.lr", {"lr": 2e-2}),
-        ("gradient_clip_val", {"trainer": {"gradient_clip_val": 1.0}}),
-        ("batch_size", {"data": {"batch_size": 2}}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+@pytest.mark.parametrize(("named", "change"), [
+    ("data", {"rows": [row | {"chosen": f"{row['chosen']} red"} for row in make_pairs(20)]}),
+    ("route", {"rows": [row | {"margin": -row["margin"]} for row in make_pairs(20)]}),
+    ("base", {"base": True}),
+    ("preference_loss", {"preference_loss": IPO()}),
+    ("optimizer.lr", {"lr": 2e-2}),
+    ("gradient_clip_val", {"trainer": {"gradient_clip_val": 1.0}}),
+    ("batch_size", {"data": {"batch_size": 2}}),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_what_has_changed_is_named(named, change, tiny_model, source, tmp_path, stopped_after_two) -> None:
     change = dict(change)
     base = other_base(tiny_model, tmp_path / "base") if change.pop("base", False) else tiny_model

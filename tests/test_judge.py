@@ -123,14 +123,11 @@ def test_what_lasts_is_listed_and_asked_again_by_the_next_call(tmp_path, capsys)
     assert judging.lines() == count + 2
 
 
-@pytest.mark.parametrize(
-    ("fault", "expected"),
-    [
-        ("status 401!", "OPENAI_API_KEY"),
-        ("status 404!", "model's name and the server's URL"),
-        ("redirect!", "redirects are not followed"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "expected"), [
+    ("status 401!", "OPENAI_API_KEY"),
+    ("status 404!", "model's name and the server's URL"),
+    ("redirect!", "redirects are not followed"),
+])  # fmt: skip
 def test_what_will_not_pass_ends_it_at_once(tmp_path, fault, expected):
     with Server(in_turn, {4: [fault]}) as server:
         judging = Judging(tmp_path, server.url, 50, concurrency=1)

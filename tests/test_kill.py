@@ -139,15 +139,12 @@ def adapter(root: Path) -> bytes:
     return (max(root.iterdir()) / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("kind", "point", "call", "moved"),
-    [
-        ("pairs", "in the checkpoint's temporary file", 3, False),
-        ("pairs", "before the checkpoint's rename", 7, True),  # after the best one, which is the fifth
-        ("cleaning", "while tokens are scored again", 3, False),
-        ("pairs", "in the final adapter's file", 1, True),
-    ],
-)
+@pytest.mark.parametrize(("kind", "point", "call", "moved"), [
+    ("pairs", "in the checkpoint's temporary file", 3, False),
+    ("pairs", "before the checkpoint's rename", 7, True),  # after the best one, which is the fifth
+    ("cleaning", "while tokens are scored again", 3, False),
+    ("pairs", "in the final adapter's file", 1, True),
+])  # fmt: skip
 def test_killed_at_a_dangerous_moment(kind, point, call, moved, kinds, never_killed, tmp_path) -> None:
     assert attempt(kinds[kind], tmp_path, arm=lambda: die(*POINTS[point], call)) == signal.SIGKILL
     if moved:

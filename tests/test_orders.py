@@ -79,23 +79,20 @@ def test_reshuffled_epochs_resume_exactly(order, stop, workers, tiny_model, sour
     assert whole._plan.sft_share.tolist() == [sum(pair in hard for pair in step) / 4 for step in found]
 
 
-@pytest.mark.parametrize(
-    ("routing", "starts"),
-    [
-        ({"order": "easy_to_hard"}, (0, 3)),
-        ({"order": "hard_to_easy"}, (0, 2)),
-        ({"order": "preference_first", "assignment": "random"}, (0, 3)),
-        ({"order": "sft_first"}, (0, 2)),
-        ({"order": "interleaved"}, (0,)),
-        ({"order": "easy_to_hard", "assignment": "random"}, (0,)),
-        ({"order": "easy_to_hard", "hard_action": "preference"}, (0,)),
-        ({"order": "easy_to_hard", "hard_action": "drop"}, (0,)),
-        ({"order": "sft_first", "easy_action": "drop"}, (0,)),
-        ({"order": "bucketed", "buckets": 2}, (0, 2)),  # half of the third step is enough
-        ({"order": "bucketed", "buckets": 5}, (0, 1, 2, 3, 4)),
-        ({"order": "bucketed", "buckets": 20}, (0, 1, 2, 3, 4)),  # several in one step are one stage
-    ],
-)
+@pytest.mark.parametrize(("routing", "starts"), [
+    ({"order": "easy_to_hard"}, (0, 3)),
+    ({"order": "hard_to_easy"}, (0, 2)),
+    ({"order": "preference_first", "assignment": "random"}, (0, 3)),
+    ({"order": "sft_first"}, (0, 2)),
+    ({"order": "interleaved"}, (0,)),
+    ({"order": "easy_to_hard", "assignment": "random"}, (0,)),
+    ({"order": "easy_to_hard", "hard_action": "preference"}, (0,)),
+    ({"order": "easy_to_hard", "hard_action": "drop"}, (0,)),
+    ({"order": "sft_first", "easy_action": "drop"}, (0,)),
+    ({"order": "bucketed", "buckets": 2}, (0, 2)),  # half of the third step is enough
+    ({"order": "bucketed", "buckets": 5}, (0, 1, 2, 3, 4)),
+    ({"order": "bucketed", "buckets": 20}, (0, 1, 2, 3, 4)),  # several in one step are one stage
+])  # fmt: skip
 def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(routing, starts, tmp_path) -> None:
     """20 pairs in steps of 4, 7 of them hard: of the sorted order's fourth step 3 of 4, and all of its last one."""
     margins = np.random.default_rng(0).permutation(20).astype(float)

@@ -156,17 +156,14 @@ def test_official_forms():
     assert rows[0]["model_id"] == "mine" and rows[0]["answer_id"] != rows[1]["answer_id"]
 
 
-@pytest.mark.parametrize(
-    ("form", "row", "message"),
-    [
-        (AlpacaEval(), {"prompt": "a"}, "'instruction' should be text"),
-        (ArenaHard(), {"uid": "a", "prompt": " "}, "'prompt' is blank"),
-        (MTBench(), {"question_id": "81", "turns": ["a"]}, "'question_id' should be a whole number"),
-        (MTBench(), {"question_id": 81, "turns": ["a", 3]}, "'turns' should be text"),
-        (GSM8K(), {"question": "a", "answer": "42"}, "should end in ####"),
-        (Constraints(), {"prompt": "a", "constraints": [{"kind": "no such"}]}, "a constraint is written"),
-    ],
-)
+@pytest.mark.parametrize(("form", "row", "message"), [
+    (AlpacaEval(), {"prompt": "a"}, "'instruction' should be text"),
+    (ArenaHard(), {"uid": "a", "prompt": " "}, "'prompt' is blank"),
+    (MTBench(), {"question_id": "81", "turns": ["a"]}, "'question_id' should be a whole number"),
+    (MTBench(), {"question_id": 81, "turns": ["a", 3]}, "'turns' should be text"),
+    (GSM8K(), {"question": "a", "answer": "42"}, "should end in ####"),
+    (Constraints(), {"prompt": "a", "constraints": [{"kind": "no such"}]}, "a constraint is written"),
+])  # fmt: skip
 def test_malformed_row_is_named(tmp_path, form, row, message):
     good = {"instruction": "a", "uid": "b", "prompt": "c", "question_id": 1, "turns": ["d"], "question": "e"}
     good |= {"answer": "#### 4", "constraints": [{"kind": "no_commas", "params": {}}]}
@@ -368,17 +365,14 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
     assert len({body["seed"] for body in served}) == 3 + 2
 
 
-@pytest.mark.parametrize(
-    ("verb", "form", "more", "message"),
-    [
-        ("test", "MTBench", (), "MTBench has no gold score"),
-        ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for category 'writing'"),
-        ("fit", "MTBench", (), "does not fit"),
-        ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
-        ("predict", "MTBench", ("--model.run", "nowhere", "--model.server", "x"), "give one model: model.run, or"),
-        ("predict", "MTBench", ("--model.run", "nowhere"), "nowhere"),
-    ],
-)
+@pytest.mark.parametrize(("verb", "form", "more", "message"), [
+    ("test", "MTBench", (), "MTBench has no gold score"),
+    ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for category 'writing'"),
+    ("fit", "MTBench", (), "does not fit"),
+    ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
+    ("predict", "MTBench", ("--model.run", "nowhere", "--model.server", "x"), "give one model: model.run, or"),
+    ("predict", "MTBench", ("--model.run", "nowhere"), "nowhere"),
+])  # fmt: skip
 def test_impossible_wishes(tiny_model, tmp_path, capsys, verb, form, more, message):
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
     assert in_process(*responses(verb, form, source, tmp_path / "runs", tiny_model, *more)) == 1
