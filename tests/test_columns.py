@@ -65,12 +65,8 @@ UNHEARD = [("tool_calls", [{"name": "f"}]), ("reasoning_content", "hm"), ("toxic
 TOOLS = [{"name": "look", "about": "finds", "strict": None}]
 UNREAD = [("prompt_id", "x"), ("stars", 0), ("language", " "), ("split", None)]
 REFUSED = [
-    ("label", False),
-    ("images", ["a"]),
-    ("weight", 0.5),
-    ("completion_mask", [0]),
-    ("documents", [{"text": "a"}]),
-]
+    ("label", False), ("images", ["a"]), ("weight", 0.5), ("completion_mask", [0]), ("documents", [{"text": "a"}]),
+]  # fmt: skip
 REFUSED += [("system", "Be new."), ("system_prompt", "new"), ("history", [["a", "b"]]), ("chosen_weight", 1)]
 EMPTY = [("label", None), ("images", []), ("history", "[]"), ("system", " "), ("labels", "nan"), ("audio", "")]
 

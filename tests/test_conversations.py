@@ -59,13 +59,10 @@ def test_ids_from_content_ignore_the_form_and_stay_apart_when_a_row_repeats(tmp_
 
 def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
     conversations = [
-        ONE_TURN,
-        [user(" \n"), response("4")],
-        [response("Hello"), *ONE_TURN],
-        [system("Be brief."), response("4")],
+        ONE_TURN, [user(" \n"), response("4")], [response("Hello"), *ONE_TURN], [system("Be brief."), response("4")],
         [user("2+2?"), response(" "), user("Well?"), response("")],
         [user("2+2?"), response(""), user("Well?"), response("4")],
-    ]
+    ]  # fmt: skip
     path = write_pairs(tmp_path / "a.jsonl", [{"messages": messages} for messages in conversations])
     for _ in range(2):
         samples = read_samples(path)

@@ -325,13 +325,10 @@ def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():
     other_words = word_tokenizer()
     other_words.add_tokens(["plus two"])
     changed = [
-        key(max_length=14),
-        key(max_prompt_length=8),
-        key(overlong="drop"),
-        key(word_tokenizer(" " + CHATML)),
+        key(max_length=14), key(max_prompt_length=8), key(overlong="drop"), key(word_tokenizer(" " + CHATML)),
         key(word_tokenizer(CHATML.replace("m.content", "m.content + it")), chat_template_kwargs={"it": ""}),
         key(other_words),
-    ]
+    ]  # fmt: skip
     assert len({key(), *changed}) == 7
 
 

@@ -81,22 +81,13 @@ def test_a_request_that_hangs(tmp_path):
 
 
 LASTING = {
-    "status 500!": "HTTP 500: ",
-    "status 429!": "HTTP 429: ",
-    "status 400!": "HTTP 400: ",
-    "truncated!": "the response is no valid JSON ",
-    "cut!": "connection lost: ",
-    "drop!": "connection lost: ",
-    "refusal!": "refused: 'I cannot help with that.'",
-    "null!": "no text: ",
-    "prose!": "no label: 'X is better, I think'",
-    "vague!": "no label among the likeliest tokens: 'The', 'Both'",
-    "empty!": "no chat completion: ",
-    "list!": "no chat completion: ",
-    "deep!": "the response is nested too deeply",
-    "huge!": "too long: the body has more than 16 MB",
-    "bomb!": "too long: the body has more than 16 MB",
-}
+    "status 500!": "HTTP 500: ", "status 429!": "HTTP 429: ", "status 400!": "HTTP 400: ",
+    "truncated!": "the response is no valid JSON ", "cut!": "connection lost: ", "drop!": "connection lost: ",
+    "refusal!": "refused: 'I cannot help with that.'", "null!": "no text: ",
+    "prose!": "no label: 'X is better, I think'", "vague!": "no label among the likeliest tokens: 'The', 'Both'",
+    "empty!": "no chat completion: ", "list!": "no chat completion: ", "deep!": "the response is nested too deeply",
+    "huge!": "too long: the body has more than 16 MB", "bomb!": "too long: the body has more than 16 MB",
+}  # fmt: skip
 
 
 def test_what_lasts_is_listed_and_asked_again_by_the_next_call(tmp_path, capsys):

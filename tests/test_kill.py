@@ -32,11 +32,8 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 
 Make = Callable[[Path], tuple[L.Trainer, Any, Any]]
 OPTIONS: dict[str, Any] = {
-    "lora": Lora(rank=4, alpha=8, dropout=0.3),
-    "optimizer": torch.optim.AdamW,
-    "lr": 1e-2,
-    "schedule": StagedCosine(),
-}
+    "lora": Lora(rank=4, alpha=8, dropout=0.3), "optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule": StagedCosine(),
+}  # fmt: skip
 POINTS: dict[str, tuple[Any, str, str]] = {
     "before the checkpoint is written": (L.Trainer, "save_checkpoint", "before"),
     "in the checkpoint's temporary file": (mixdpo.storage.files, "replace", "torn"),

@@ -57,14 +57,10 @@ def test_pair_values_by_hand():
     """h_w = (1, −2, 1), h_l = (−2, 0, 1), β = .5."""
     values = pair_values(POLICY, REFERENCE, DPO(beta=0.5))
     expected = {
-        "rewards/chosen": [0.5, -1.0, 0.5],
-        "rewards/rejected": [-1.0, 0.0, 0.5],
-        "rewards/margin": [1.5, -1.0, 0.0],
-        "rewards/accuracy": [1.0, 0.0, 0.5],
-        "log_probs/chosen": [-2.0, -2.0, -3.0],
-        "log_probs/rejected": [-3.0, -3.0, -4.0],
-        "displacement/chosen": [1.0, -2.0, 1.0],
-    }
+        "rewards/chosen": [0.5, -1.0, 0.5], "rewards/rejected": [-1.0, 0.0, 0.5], "rewards/margin": [1.5, -1.0, 0.0],
+        "rewards/accuracy": [1.0, 0.0, 0.5], "log_probs/chosen": [-2.0, -2.0, -3.0],
+        "log_probs/rejected": [-3.0, -3.0, -4.0], "displacement/chosen": [1.0, -2.0, 1.0],
+    }  # fmt: skip
     assert set(values) == set(expected) == set(PAIRWISE)
     for name, numbers in expected.items():
         assert values[name].tolist() == pytest.approx(numbers), name

@@ -106,13 +106,10 @@ def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(routing, starts
 
 COUNTED = ("by_preference", "by_sft", "hard_by_preference")
 ACTIONS = [
-    ({"hard_action": "sft"}, 15, 5, 0),
-    ({"hard_action": "sft_rejected"}, 15, 5, 0),
-    ({"hard_action": "sft_both"}, 15, 5, 0),
-    ({"hard_action": "preference"}, 20, 0, 5),
-    ({"hard_action": "drop"}, 15, 0, 0),
-    ({"easy_action": "drop"}, 0, 5, 0),
-]
+    ({"hard_action": "sft"}, 15, 5, 0), ({"hard_action": "sft_rejected"}, 15, 5, 0),
+    ({"hard_action": "sft_both"}, 15, 5, 0), ({"hard_action": "preference"}, 20, 0, 5),
+    ({"hard_action": "drop"}, 15, 0, 0), ({"easy_action": "drop"}, 0, 5, 0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("action", *COUNTED), ACTIONS, ids=str)

@@ -300,14 +300,10 @@ def test_several_turns_and_a_system_message_are_prompt(tmp_path):
 
 def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
     rows = [
-        PAIR,
-        PAIR | {"chosen": " \n"},
-        PAIR | {"rejected": "", "margin": None},
-        PAIR | {"rejected": "4 "},
-        PAIR | {"prompt": " "},
-        PAIR | {"chosen": "four"},
+        PAIR, PAIR | {"chosen": " \n"}, PAIR | {"rejected": "", "margin": None}, PAIR | {"rejected": "4 "},
+        PAIR | {"prompt": " "}, PAIR | {"chosen": "four"},
         {"chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("4")], "margin": 0},
-    ]
+    ]  # fmt: skip
     source = write(tmp_path / "a.jsonl", rows)
     for _ in range(2):
         pairs = read_pairs(source)

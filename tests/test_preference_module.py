@@ -100,12 +100,9 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 CUTS = [
-    {"accumulate": 1, "reference_cache": False},
-    {"accumulate": 4},
-    {"accumulate": 2, "share_prompt": False},
-    {"accumulate": 2, "attention": "eager"},
-    {"accumulate": 1, "activation_checkpointing": True},
-]
+    {"accumulate": 1, "reference_cache": False}, {"accumulate": 4}, {"accumulate": 2, "share_prompt": False},
+    {"accumulate": 2, "attention": "eager"}, {"accumulate": 1, "activation_checkpointing": True},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)

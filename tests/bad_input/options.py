@@ -24,17 +24,9 @@ from mixdpo.token_cleaning.selection import Selection, select
 NAN, INF = float("nan"), float("inf")
 BATCH = Selection(scope="batch")
 OUT_OF_RANGE = {
-    "beta": 0,
-    "label_smoothing": 0.5,
-    "gamma_ratio": -1,
-    "delta": -0.1,
-    "nll_weight": -1,
-    "odds_weight": -2,
-    "length_penalty": -1,
-    "drop_penalty": -1,
-    "tail_weight": 1.1,
-    "sensitivity": -1,
-}
+    "beta": 0, "label_smoothing": 0.5, "gamma_ratio": -1, "delta": -0.1, "nll_weight": -1, "odds_weight": -2,
+    "length_penalty": -1, "drop_penalty": -1, "tail_weight": 1.1, "sensitivity": -1,
+}  # fmt: skip
 # class, options -> what is said
 CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"threshold": 0.5, "hard_fraction": 0.12}, ("give hard_fraction or threshold, not both (0.12 and 0.5)",)),
@@ -184,10 +176,7 @@ def fit_case(how: str, entrance: str, fault: str, says: str, chosen: dict[str, A
 
 
 CASES = [
-    *(loss_case(*option) for option in OUT_OF_RANGE.items()),
-    *(constructed("options")(*row) for row in CONSTRUCTED),
-    *(constructed("module", ("unread",))(*row) for row in MODULES),
-    *WITH_DATA,
-    *(fit_case("fit", *row) for row in FITS),
-    *(fit_case("fit_sft", *row) for row in SFT_FITS),
-]
+    *(loss_case(*option) for option in OUT_OF_RANGE.items()), *(constructed("options")(*row) for row in CONSTRUCTED),
+    *(constructed("module", ("unread",))(*row) for row in MODULES), *WITH_DATA,
+    *(fit_case("fit", *row) for row in FITS), *(fit_case("fit_sft", *row) for row in SFT_FITS),
+]  # fmt: skip
