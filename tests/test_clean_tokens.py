@@ -35,6 +35,7 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random
 from mixdpo.token_cleaning.selection import Selection
 
+SOURCE_ROWS = make_samples(24)
 BASE_LOSS, EVOLVING = Cleaning(scorer=Loss("base"), selection=Selection(0.5)), Cleaning(warm_up_stages=1)
 CONSTANT = Constant(warmup=0.0)
 ADAMW: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule": CONSTANT}
@@ -99,11 +100,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:  # runs that are shared begin before conftest's own, and stay
         patch.setenv("MIXDPO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("data") / "samples.jsonl", make_samples(24))
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from mixdpo.__main__ import RUN_VERBS, VERBS, main
 from mixdpo.errors import InputError
 from mixdpo.options import nearest_path
 
+SOURCE_ROWS = make_pairs(16)
 ROOT = Path(__file__).parents[1]
 METRICS = [
     *("train/loss", "train/preference_loss", "train/sft_loss", "train/hard_fraction"),
@@ -84,11 +85,6 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 def last_step(folder: Path) -> int:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(16))
 
 
 @pytest.fixture(scope="module")

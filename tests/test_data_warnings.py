@@ -96,10 +96,8 @@ def test_many_cut_rows_are_warned_about(tiny_model, tmp_path, caplog, sft):
 
 
 def test_a_fifth_of_cut_rows_is_no_warning(tiny_model, tmp_path, caplog):
-    rows = [
-        row | {"prompt": f"red {row['pair_id']}", "chosen": "tea sun", "rejected": "moon"} for row in make_pairs(15)
-    ]
-    rows = [row | {"chosen": "tea " * 80} if i < 3 else row for i, row in enumerate(rows)]
+    rows = [row | {"prompt": f"red {row['pair_id']}", "rejected": "moon"} for row in make_pairs(15)]
+    rows = [row | {"chosen": "tea " * 80 if i < 3 else "tea sun"} for i, row in enumerate(rows)]
     assert warnings_of(tiny_model, tmp_path, caplog, rows) == []
     assert "3 truncated" in caplog.text
 

@@ -63,9 +63,8 @@ def responses_by_header(ids):
 
 
 def test_two_turns_by_hand(tokenizer):
-    assert encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE) == EncodedSample(
-        TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0]
-    )
+    sample = encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE)
+    assert sample == EncodedSample(TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0])
 
 
 contents = st.lists(st.sampled_from([*WORDS, "user", "assistant"]), max_size=5).map(" ".join)
@@ -107,9 +106,7 @@ def test_plain_takes_one_response(tokenizer):
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content):
     template = TEMPLATE.replace("{{ m['content'] }}", content)
     assert encode_sample(tokenizer, chat(*TWO_TURNS[:2]), template).spans == [7, 10]
-    with pytest.raises(
-        InputError, match=r"an earlier turn changes once message 4 follows|shows the prompt differently"
-    ):
+    with pytest.raises(InputError, match=r"earlier turn changes once message 4 follows|shows the prompt differently"):
         encode_sample(tokenizer, chat(*TWO_TURNS[:2], ("user", "red"), ("assistant", "tea")), template)
 
 

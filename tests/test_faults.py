@@ -28,15 +28,11 @@ from mixdpo.losses import DPO, IPO
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant, StagedCosine
 
+SOURCE_ROWS = make_pairs(20)
 ADAMW: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule": Constant(warmup=0.0)}
 VALIDATED = {"validation": 0.2}
 HARD = {"validation": 0.2, "routing": Routing(hard_fraction=1.0)}
 TWO = {"accumulate_grad_batches": 2}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(20))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import collate, fit, make_pairs, write_pairs
+from conftest import collate, fit
 
 from lightning_modules.callbacks.logging import Throughput
 from mixdpo.losses import DPO
@@ -80,11 +80,6 @@ def test_values_by_difficulty():
     means.reset()
     means.update(by_difficulty({"sft_loss": torch.tensor([2.0])}, collate(pairs[:1], [False], evaluation=True)))
     assert of(means) == {"val/all/sft_loss": 2.0, "val/easy/sft_loss": 2.0}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(12))
 
 
 def test_no_step_is_logged_with_0(tiny_model: str, source: str, tmp_path: Path) -> None:

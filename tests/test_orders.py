@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from conftest import adapter_weights, build, fit, make_pairs
 from lightning.pytorch.callbacks import Callback
 from test_adapters import saved_adapter
 from test_preference_module import first_batch
@@ -21,12 +21,8 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import Random
 from mixdpo.token_cleaning.selection import Selection
 
+SOURCE_ROWS = make_pairs(20)
 STEADY = {"schedule": Constant(warmup=0.0)}
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(20))
 
 
 class Seen(Callback):

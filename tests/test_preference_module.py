@@ -21,11 +21,6 @@ from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(12))
-
-
 def first_batch(trainer: Any, module: PreferenceModule, data: Any) -> Batch:
     """Load weights and data as `fit` does, without training."""
     trainer.strategy._lightning_module = module

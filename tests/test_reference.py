@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, collate, fit, make_pairs, write_pairs
+from conftest import adapter_weights, collate, fit
 from test_preference_module import forwards
 
 import mixdpo.model.reference_cache
@@ -21,11 +21,6 @@ from mixdpo.routing.route import Routing
 
 IDS = [{"prompt_ids": [4, 5, 6, 7, 8][: 2 + i], "chosen_ids": [*range(10, 13 + i)]} for i in range(4)]
 PAIRS = [ids | {"rejected_ids": [20 + i, 21, 3], "margin": float(i), "pair_id": i} for i, ids in enumerate(IDS)]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
 
 
 def assert_same(module: Any, other: Any) -> None:

@@ -36,14 +36,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def questions(count: int, turns: int = 2) -> list[dict[str, Any]]:
     """Of different lengths, in two categories."""
-    return [
-        {
-            "question_id": 81 + i,
-            "category": "writing" if i % 2 else "math",
-            "turns": [" ".join(WORDS[(i + t) % 20] for _ in range(2 + i % 5)) for t in range(turns)],
-        }
-        for i in range(count)
-    ]
+    texts = [[" ".join([WORDS[(i + t) % 20]] * (2 + i % 5)) for t in range(turns)] for i in range(count)]
+    kinds = [{"question_id": 81 + i, "category": "writing" if i % 2 else "math"} for i in range(count)]
+    return [kind | {"turns": said} for kind, said in zip(kinds, texts, strict=True)]
 
 
 def responses(verb: str, form: str, source: str, folder: Path, base: str, *more: str) -> list[str]:
@@ -197,9 +192,7 @@ def test_gsm8k_takes_the_published_responses():
     data = PromptDataModule(str(SHARED / "gsm8k_test.jsonl.gz"), GSM)
     data.setup("test")
     rows = [prompt.row for prompt in data.prompts]
-    assert len(rows) == 1319 and all(
-        GSM.score(p, str(row["answer"])) == 1 for p, row in zip(data.prompts, rows, strict=True)
-    )
+    assert len(rows) == 1319 and {GSM.score(prompt, str(prompt.row["answer"])) for prompt in data.prompts} == {1}
     for prompt, other in zip(data.prompts, rows[1:] + rows[:1], strict=True):
         assert GSM.score(prompt, other["answer"]) == (other["final"] == prompt.row["final"])
 
@@ -225,15 +218,9 @@ def test_gold_score_of_gsm8k_beside_its_own_output(tiny_model, tmp_path):
 
 
 def test_gold_score(tiny_model, tmp_path):
-    rows = [
-        {
-            "prompt_id": f"p{i}",
-            "prompt": WORDS[i],
-            "constraints": [{"kind": "no_commas", "params": {}}, {"kind": "has_number", "params": {}}],
-            "part": "seen" if i < 4 else "unseen",
-        }
-        for i in range(6)
-    ]
+    both = {"constraints": [{"kind": kind, "params": {}} for kind in ("no_commas", "has_number")]}
+    parts = ["seen"] * 4 + ["unseen"] * 2
+    rows = [both | {"prompt_id": f"p{i}", "prompt": WORDS[i], "part": part} for i, part in enumerate(parts)]
     source = write_rows(tmp_path / "prompts.jsonl", rows)
     assert in_process(*responses("test", "Constraints", source, tmp_path, tiny_model)) == 0
     table, written = (tmp_path / "tiny.md").read_text(), json.loads((tmp_path / "tiny.json").read_text())

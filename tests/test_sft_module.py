@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter_weights, build_sft, fit, make_samples, write_pairs
+from conftest import adapter_weights, build_sft, fit, make_samples
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks.checkpoint import LastCheckpoint
@@ -16,6 +16,7 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Random
 from mixdpo.token_cleaning.selection import Selection
 
+SOURCE_ROWS = make_samples(24)
 EVOLVING: dict[str, Any] = {
     "cleaning": Cleaning(scorer=ExcessLoss(), selection=Selection(0.6), warm_up_stages=1),
     "stage_start": "restart",
@@ -27,11 +28,6 @@ EVOLVING: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("samples") / "samples.jsonl", make_samples(24))
 
 
 def run(tiny_model: str, source: str, folder: Path, **options: Any) -> Any:

@@ -124,11 +124,7 @@ SOURCES = [
     *cases(
         "data.source",
         ("no such path", lambda place: read_pairs("/nonexistent/a.jsonl"), "/nonexistent/a.jsonl … Check the path"),
-        (
-            "a hub id that cannot be reached",
-            lambda place: read_pairs("org/nothing"),
-            "'org/nothing' … On the hub: ID:CONFIG",
-        ),
+        ("a hub id out of reach", lambda place: read_pairs("org/nothing"), "'org/nothing' … On the hub: ID:CONFIG"),
         ("a folder with a broken file", broken_folder, "data/train.jsonl, row 2: cannot be read"),
     ),
     *cases(
