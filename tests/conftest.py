@@ -78,6 +78,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_llama(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="module")
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of the module's SOURCE_ROWS, or of twelve pairs; no test may change it."""
+    rows = getattr(request.module, "SOURCE_ROWS", make_pairs(12))
+    return write_pairs(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
+
+
 def collate(pairs: Sequence[Any], is_hard: Sequence[bool], weight: float = 1.0, **options: Any) -> Batch:
     """One micro-batch of all these pairs."""
     step_total = options.pop("step_total", len(pairs))

@@ -77,16 +77,12 @@ def with_message(**fields: Any) -> dict[str, Any]:
 
 
 BODIES: dict[str, Any] = {
-    "refusal": with_message(content=None, refusal="I cannot help with that."),
-    "null": with_message(content=None),
+    "refusal": with_message(content=None, refusal="I cannot help with that."), "null": with_message(content=None),
     "prose": with_message(content="X is better, I think"),
-    "vague": completion({"The": 0.9, "Both": 0.1}, log_probs=True),
-    "empty": {"choices": []},
-    "list": [1, 2],
-    "truncated": json.dumps(completion({"X": 1.0}, log_probs=True))[:150],
-    "deep": "[" * 100_000 + "]" * 100_000,
+    "vague": completion({"The": 0.9, "Both": 0.1}, log_probs=True), "empty": {"choices": []}, "list": [1, 2],
+    "truncated": json.dumps(completion({"X": 1.0}, log_probs=True))[:150], "deep": "[" * 100_000 + "]" * 100_000,
     "huge": " " * (17 * 2**20),
-}
+}  # fmt: skip
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -168,18 +168,12 @@ def test_more_tokens_than_absolute_positions_are_refused(name: str, more: Any, t
     model = load(write_tiny(name, tmp_path, **more), "eager")
     assert check_data(model, "m", [table([pair(60, 68, 1), pair(100, 1, 28)])], packed=False) == ""
     long = table([pair(1, 1, 1), pair(60, 9, 69), pair(127, 1, 1)])
-    with pytest.raises(
-        InputError, match=r"^row 2 \(id 71\) has 129 tokens, and m has 128 positions: set data.max_length 128"
-    ):
+    with pytest.raises(InputError, match=r"^row 2 \(id 71\) has 129 tokens, and m has 128 .*: set data.max_length 128"):
         check_data(model, "m", [table(PAIRS), long], packed=False)
     assert check_data(model, "m", [long.select([0, 2])], packed=False) == ""  # a row that is left out does not count
     with pytest.raises(InputError, match=r"^b.csv, row 1 \(id 71\) has 129 tokens"):
-        check_data(
-            model,
-            "m",
-            [table(long.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]), place=["", "b.csv, row 1", ""])],
-            packed=True,
-        )
+        ids = long.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        check_data(model, "m", [table(ids, place=["", "b.csv, row 1", ""])], packed=True)
     sample = datasets.Dataset.from_list([{"sample_id": 7, "place": "row 4", "input_ids": [5] * 129}])
     with pytest.raises(InputError, match=r"row 4 \(id 7\) has 129 tokens"):
         check_data(model, "m", [sample], packed=True)

@@ -69,9 +69,7 @@ def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Pa
     assert asked == ["prompt 4", "prompt 5"]
 
 
-def test_a_killed_process_loses_no_other_run(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_process_loses_no_other_run(benchmark, monkeypatch, tmp_path, capsys) -> None:
     module, out, written = benchmark("memory_8b"), tmp_path / "memory.json", []
 
     def in_fresh_process(side: Any, *_: Any) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fit, make_pairs, write_pairs
+from conftest import fit, make_pairs
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 from test_cli import contents
@@ -18,14 +18,10 @@ from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.run_files import RunFiles
 from mixdpo.routing.route import Routing
 
+SOURCE_ROWS = make_pairs(20)
 Train, Whole = Callable[..., ModelCheckpoint], tuple[Path, Any]
 FIRST = "epoch=0-step=5.ckpt"
 """The best one where the greatest value counts of what falls: that of the first of three validations."""
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(20))
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +125,7 @@ def test_a_best_file_that_cannot_be_loaded_leaves_the_last_policy(damage: str, t
 # How checkpoints are written.
 
 
-def test_no_checkpoint_goes_through_the_systems_temporary_folder(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_checkpoint_goes_through_the_systems_temporary_folder(train, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
     train(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {FIRST, "last.ckpt"}

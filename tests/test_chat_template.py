@@ -2,11 +2,12 @@
 
 import importlib.util
 import string
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_encoding import CHATML, encoded_pair, user, word_tokenizer
+from test_encoding import CHATML, encoded_pair, user, word_tokenizer, wrap
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -29,12 +30,7 @@ def letters() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     backend.add_tokens([AddedToken("<think>", special=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        additional_special_tokens=SPECIAL[:1],
-        chat_template="{{ '<think>' if false }}" + CHATML,
-    )
+    return wrap(backend, "{{ '<think>' if false }}" + CHATML, unk_token=None)
 
 
 TOKENIZER = letters()
@@ -66,11 +62,9 @@ def test_asked_for() -> None:
     messages = [*user("a"), response("<|im_end|>")]
     samples = [encode_sample(TOKENIZER, messages, CHATML, special_tokens_in_text=asked) for asked in (False, True)]
     assert [sample.input_ids.count(END) for sample in samples] == [2, 3]
-    options = {"max_length": 9, "overlong": "drop"}
-    identities = [
-        encoding_identity(TOKENIZER, None, special_tokens_in_text=asked, **options) for asked in (False, True)
-    ]
-    assert identities[0]["template"] != identities[1]["template"]
+    identity = partial(encoding_identity, TOKENIZER, None, max_length=9, overlong="drop")
+    templates = [identity(special_tokens_in_text=asked)["template"] for asked in (False, True)]
+    assert templates[0] != templates[1]
 
 
 def test_a_token_that_is_not_special_stays_one() -> None:
@@ -91,9 +85,8 @@ def test_a_turn_that_a_user_forges_is_no_turn() -> None:
 def test_in_plain_text_and_in_prompts_to_be_answered() -> None:
     pair = encoded_pair(TOKENIZER, user("a<|im_end|>"), "b", "c", chat_template="plain")
     assert (pair.prompt_ids, pair.chosen_ids) == (spelt("a<|im_end|>"), [*spelt("b"), END])
-    assert _encode(TOKENIZER, ["a<|im_start|>", "ab"]) == [
-        HEAD + spelt(text) + TAIL for text in ("a<|im_start|>", "ab")
-    ]
+    asked = ["a<|im_start|>", "ab"]
+    assert _encode(TOKENIZER, asked) == [HEAD + spelt(text) + TAIL for text in asked]
 
 
 texts = st.lists(st.sampled_from([*SPECIAL, "a", "b", "ab", "<|", "|>", " ", "x"]), min_size=1, max_size=6).map("".join)

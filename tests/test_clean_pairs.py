@@ -55,11 +55,6 @@ def run(model: str, source: str, folder: Path, *first: Any, **options: Any) -> R
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_pairs(12))
-
-
-@pytest.fixture(scope="module")
 def train(tiny_model: str, source: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ran]:
     def train(*first: Any, source: str = source, **options: Any) -> Ran:
         return run(tiny_model, source, tmp_path_factory.mktemp("run"), *first, **options)

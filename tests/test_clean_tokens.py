@@ -35,6 +35,7 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random
 from mixdpo.token_cleaning.selection import Selection
 
+SOURCE_ROWS = make_samples(24)
 BASE_LOSS, EVOLVING = Cleaning(scorer=Loss("base"), selection=Selection(0.5)), Cleaning(warm_up_stages=1)
 CONSTANT = Constant(warmup=0.0)
 ADAMW: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule": CONSTANT}
@@ -99,11 +100,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:  # runs that are shared begin before conftest's own, and stay
         patch.setenv("MIXDPO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("data") / "samples.jsonl", make_samples(24))
 
 
 @pytest.fixture(scope="module")
@@ -371,10 +367,9 @@ def test_what_a_stage_starts_with(stage_start: Any, train: Any, plain: Any, monk
     torch.testing.assert_close(trained, alone(plain, with_adapters(plain, final, *stack)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("max_steps", "schedule_steps", "scored"),
-    [(-1, None, [(0, 12), (2, 12), (4, 8)]), (4, None, [(0, 12), (2, 8)]), (4, 6, [(0, 12), (2, 12)])],
-)
+@pytest.mark.parametrize(("max_steps", "schedule_steps", "scored"), [
+    (-1, None, [(0, 12), (2, 12), (4, 8)]), (4, None, [(0, 12), (2, 8)]), (4, 6, [(0, 12), (2, 12)]),
+])  # fmt: skip
 def test_another_epoch_is_cleaned_by_the_reference_in_force(max_steps, schedule_steps, scored, train, earlier):
     """3 steps × 2 epochs, refreshes at steps 2 and 4: step 3 trains again what step 0 trained by the old scores. What
     is never trained again keeps the weights that it was trained with; a run that pauses goes on."""

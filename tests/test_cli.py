@@ -28,6 +28,7 @@ from mixdpo.__main__ import RUN_VERBS, VERBS, main
 from mixdpo.errors import InputError
 from mixdpo.options import nearest_path
 
+SOURCE_ROWS = make_pairs(16)
 ROOT = Path(__file__).parents[1]
 METRICS = [
     *("train/loss", "train/preference_loss", "train/sft_loss", "train/hard_fraction"),
@@ -87,11 +88,6 @@ def last_step(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(16))
-
-
-@pytest.fixture(scope="module")
 def demo(tiny_model: str, source: str) -> Callable[[Path], list[str]]:
     """Arguments of a run that works, by the folder of runs."""
     return lambda runs: ["--config", "configs/demo.yaml", *options(tiny_model, source, runs)]
@@ -137,9 +133,7 @@ def shared_parser() -> dict[str, Any]:
 
 
 @pytest.fixture
-def parsed(
-    shared_parser: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Any]:
+def parsed(shared_parser, monkeypatch, capfd) -> Callable[..., Any]:
     """The options of a command line over configs/demo.yaml as they are parsed, or the message that refuses them."""
     configs: list[Any] = []
     set_up = run_cli.RunCLI.setup_parser
@@ -315,9 +309,7 @@ def test_what_shows_only_once_model_and_plan_are_there(refused: Callable[..., st
     assert "give --runs and --name instead" in refused("--trainer.default_root_dir", "elsewhere")
 
 
-def test_a_disk_that_fills_up(
-    demo: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up(demo, tmp_path, capsys, monkeypatch) -> None:
     """While the adapter is written, which can be done again from the checkpoint."""
 
     def full(*_: object) -> None:
@@ -411,9 +403,7 @@ def test_validate_and_a_continuation_that_is_refused(finished: Path, capfd: pyte
     assert sorted(finished.parent.iterdir()) == folders and contents(finished) == before
 
 
-def test_a_run_of_its_own_each_time(
-    demo: Callable[..., list[str]], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_its_own_each_time(demo, finished, tmp_path, monkeypatch) -> None:
     """In a process that has inherited the folder of an earlier run: a run of 3 steps, which a second one continues."""
     monkeypatch.setenv("MIXDPO_RUN_FOLDER", str(finished))
     monkeypatch.setattr(sys, "argv", ["run.py"])
@@ -471,9 +461,7 @@ def test_sigterm_prints_the_command_that_continues(demo: Callable[..., list[str]
 
 
 @pytest.mark.parametrize("ends", ["max_steps 3", "max_epochs 1"])
-def test_the_end_of_a_run_can_be_done_again(
-    ends: str, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_end_of_a_run_can_be_done_again(ends, finished, tmp_path, capfd) -> None:
     """A run that had made all its steps, and died before it was validated and wrote the adapter."""
     option, value = ends.split()
     command = ["--config", str(finished / "config.yaml"), "--runs", str(tmp_path), f"--trainer.{option}", value]
@@ -490,9 +478,7 @@ def test_the_end_of_a_run_can_be_done_again(
     assert (second / "cleaning" / "stages.json").stat().st_size > 500
 
 
-def test_the_numbers_that_were_not_finite_are_kept(
-    demo: Callable[..., list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_numbers_that_were_not_finite_are_kept(demo, tmp_path, capfd, monkeypatch) -> None:
     """Nothing else is left of the run: no row was logged yet, and there is no checkpoint."""
     monkeypatch.setattr("test_faults.BadOnce.calls", 0)
     loss = ["--model.preference_loss", "test_faults.BadOnce", "--trainer.log_every_n_steps", "7"]

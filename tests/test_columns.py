@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,12 +66,8 @@ UNHEARD = [("tool_calls", [{"name": "f"}]), ("reasoning_content", "hm"), ("toxic
 TOOLS = [{"name": "look", "about": "finds", "strict": None}]
 UNREAD = [("prompt_id", "x"), ("stars", 0), ("language", " "), ("split", None)]
 REFUSED = [
-    ("label", False),
-    ("images", ["a"]),
-    ("weight", 0.5),
-    ("completion_mask", [0]),
-    ("documents", [{"text": "a"}]),
-]
+    ("label", False), ("images", ["a"]), ("weight", 0.5), ("completion_mask", [0]), ("documents", [{"text": "a"}]),
+]  # fmt: skip
 REFUSED += [("system", "Be new."), ("system_prompt", "new"), ("history", [["a", "b"]]), ("chosen_weight", 1)]
 EMPTY = [("label", None), ("images", []), ("history", "[]"), ("system", " "), ("labels", "nan"), ("audio", "")]
 
@@ -224,15 +221,12 @@ def test_a_row_s_variables_win_and_the_option_holds_for_the_others(tmp_path: Any
     data, _ = encoded(rows, tmp_path, chat_template_kwargs={"slow": True})
     assert texts_of(data, "input_ids") == [f"slowly\n{TURN}", TURN, f"look finds\nslowly\n{TURN}"]
     assert len(set(data["sample_id"])) == 3  # by content, of which tools and variables are a part
+    show = partial(TOKENIZER.apply_chat_template, SAMPLE["messages"], tokenize=False)
     written = load_template(TOKENIZER, None, {"slow": True})  # as an export saves it
-    assert (
-        TOKENIZER.apply_chat_template(SAMPLE["messages"], chat_template=written, tokenize=False) == f"slowly\n{TURN}\n"
-    )
+    assert show(chat_template=written) == f"slowly\n{TURN}\n"
     value = {"slow": ['it\'s "so" %}', None, {"é": 1.5}]}
     shown = load_template(TOKENIZER, "{{ slow[0] }}{{ slow[1] is none }}{{ slow[2]['é'] }}", value)
-    assert (
-        TOKENIZER.apply_chat_template(SAMPLE["messages"], chat_template=shown, tokenize=False) == 'it\'s "so" %}True1.5'
-    )
+    assert show(chat_template=shown) == 'it\'s "so" %}True1.5'
 
 
 @pytest.mark.parametrize("row", [SAMPLE, PAIR])
@@ -260,9 +254,8 @@ def test_a_special_token_in_a_schema_stays_text(tmp_path: Any) -> None:
 def test_prompts_get_their_tools_and_pairs_made_of_them_keep_them() -> None:
     row = {"prompt": "a", "tools": json.dumps(LOOK), "chat_template_kwargs": {"slow": True, "fast": None}}
     ids = _encode(TOKENIZER, [row, "a"])
-    assert [TOKENIZER.decode(each) for each in ids] == [
-        rendered([user("a")], *shown, asks=True) for shown in ((LOOK, True), (None, False))
-    ]
+    expected = [rendered([user("a")], *shown, asks=True) for shown in ((LOOK, True), (None, False))]
+    assert [TOKENIZER.decode(each) for each in ids] == expected
     made = pair_up([row], [[Response("x", 1, True), Response("y", 1, True)]], lambda _, texts: [1.0, 0.0], 0)
     assert made[0]["tools"] == row["tools"] and made[0]["chat_template_kwargs"] == row["chat_template_kwargs"]
 
@@ -303,10 +296,8 @@ def test_columns_not_read_are_named_once_per_source(tiny_model: str, tmp_path: A
     rows[5]["notes"] = "late"
     plain = fit(tiny_model, write_pairs(tmp_path / "plain.jsonl", make_pairs(8)), tmp_path / "a")
     noted = fit(tiny_model, write_pairs(tmp_path / "noted.jsonl", rows), tmp_path / "b")
-    lines = noted.trainer.datamodule.describe_counts()
-    assert [line for line in lines if "not read" in line] == [
-        f"read/{tmp_path / 'noted.jsonl'}: 8 pairs, 2 columns not read: lang, notes"
-    ]
+    (line,) = [line for line in noted.trainer.datamodule.describe_counts() if "not read" in line]
+    assert line == f"read/{tmp_path / 'noted.jsonl'}: 8 pairs, 2 columns not read: lang, notes"
     assert not any("not read" in line for line in plain.trainer.datamodule.describe_counts())
     for name, tensor in plain.state_dict().items():
         assert tensor.equal(noted.state_dict()[name]), name

@@ -14,6 +14,8 @@ from mixdpo.constraints.scoring import Constraint, ConstraintScorer
 from mixdpo.errors import InputError
 
 # kind, params, texts that satisfy it, texts that do not
+NOT_ONE, NO_OBJECT = ["Tea", "A. B.", "A.\nB.", "A\nb.", "A. b"], ["{}", "[1]", '"a"', "{'a': 1}", '{"a": NaN}', "{a"]
+NO_LIST = ["1. a", "1. a\n3. b", "2. a\n1. b", "1. a 2. b"]
 EDGES = [
     ("max_words", {"n": 3}, ["one", "one two three", "well-known - - - tea now", "a\nb\nc"], ["one two three four"]),
     ("min_words", {"n": 3}, ["one two three", "a b c d"], ["one two", "one two -", "a-b-c"]),
@@ -25,30 +27,15 @@ EDGES = [
     ("avoid_word", {"word": "it"}, ["its item", "sit"], ["It.", "it's", "a\nit"]),
     ("starts_with", {"phrase": "Well"}, ["Well, tea", "Well", "  Well now"], ["Wellness", "well", '"Well']),
     ("ends_with", {"phrase": "Enjoy!"}, ["Tea. Enjoy!", "Enjoy!\n"], ["Enjoy", "Enjoy!!", 'Enjoy!"', "enjoy!"]),
-    (
-        "one_sentence",
-        {},
-        ["Tea is 3.5 dollars.", "Why?!", 'She said "go."'],
-        ["Tea", "A. B.", "A.\nB.", "A\nb.", "A. b"],
-    ),
+    ("one_sentence", {}, ["Tea is 3.5 dollars.", "Why?!", 'She said "go."'], NOT_ONE),
     ("two_sentences", {}, ["A. B!", "A.\nB?", "Really?! Yes."], ["A.", "A. B", "A. B. C.", "A.B."]),
     ("ends_question", {}, ["Tea?", "Tea? "], ["Tea?.", '"Tea?"', "Is it tea"]),
     ("has_number", {}, ["2 cups", "a1"], ["two cups"]),
     ("no_digits", {}, ["two cups"], ["2 cups", "a1"]),
     ("quoted", {}, ['"tea"', ' "a b." '], ['"tea', 'tea"', '""', '"a" "b"', "“tea”", "'tea'", '"']),
-    (
-        "json_object",
-        {},
-        ['{"answer": "tea"}', '{"a": [1, null]}'],
-        ["{}", "[1]", '"a"', "{'a': 1}", '{"a": NaN}', "{a"],
-    ),
+    ("json_object", {}, ['{"answer": "tea"}', '{"a": [1, null]}'], NO_OBJECT),
     ("json_object", {}, ['{\n"a": {}\n}'], ['```json\n{"a": 1}\n```', 'Sure: {"a": 1}', "[" * 100_000 + "1"]),
-    (
-        "numbered_list",
-        {"n": 2},
-        ["1. a\n2. b", "Two:\n1) a\n2) b\nDone 3."],
-        ["1. a", "1. a\n3. b", "2. a\n1. b", "1. a 2. b"],
-    ),
+    ("numbered_list", {"n": 2}, ["1. a\n2. b", "Two:\n1) a\n2) b\nDone 3."], NO_LIST),
     ("parentheses", {}, ["tea (hot)", "((a))"], ["tea ()", "tea (hot", "tea (!)", ")a("]),
     ("ends_exclamation", {}, ["Tea!", "Tea?!"], ["Tea!?", "Tea! Now."]),
     ("repeat_word", {"word": "tea", "n": 2}, ["Tea and tea", "tea tea tea"], ["tea team", "tea", "teatea"]),
@@ -90,16 +77,13 @@ def test_score_is_the_share_that_holds():
     assert ConstraintScorer()(row, ["green tea", "GREEN TEA OR BLACK", "", "tea?"]) == [2 / 3, 0, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ({"kind": "max_words", "params": {}}, "max_words"),
-        ({"kind": "max_words", "params": {"n": "3"}}, "int"),
-        ({"kind": "max_words", "params": {"n": True}}, "int"),
-        ({"kind": "lowercase", "params": None}, "lowercase"),
-        ("lowercase", "params"),
-    ],
-)
+@pytest.mark.parametrize(("row", "says"), [
+    ({"kind": "max_words", "params": {}}, "max_words"),
+    ({"kind": "max_words", "params": {"n": "3"}}, "int"),
+    ({"kind": "max_words", "params": {"n": True}}, "int"),
+    ({"kind": "lowercase", "params": None}, "lowercase"),
+    ("lowercase", "params"),
+])  # fmt: skip
 def test_malformed_constraints_are_refused(row, says):
     with pytest.raises(InputError, match=says):
         ConstraintScorer()({"constraints": [row]}, [])

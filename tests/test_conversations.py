@@ -17,23 +17,20 @@ TURNS = [system("Be brief."), user("2+2?"), response("4"), user("Sure?"), respon
 ONE_TURN = [user("2+2?"), response("4")]
 
 
-@pytest.mark.parametrize(
-    ("row", "messages"),
-    [
-        ({"messages": TURNS}, TURNS),
-        ({"messages": [*TURNS, user("Bye"), system("End")]}, TURNS),
-        ({"messages": [ONE_TURN[0], ONE_TURN[1] | {"weight": 1, "train": True, "loss": None}]}, ONE_TURN),
-        ({"messages": ONE_TURN, "prompt": "2+2?", "prompt_id": "x"}, ONE_TURN),  # as UltraChat has it
-        (QUESTION, ONE_TURN),
-        ({"prompt": [system("a"), user("2+2?")], "completion": "4"}, [system("a"), *ONE_TURN]),
-        ({"prompt": "2+2?", "completion": [response("4"), user("Sure?"), response("Yes")]}, TURNS[1:]),
-        ({"instruction": "2+2?", "output": "4"}, ONE_TURN),
-        ({"instruction": "2+2?", "input": " ", "output": "4"}, ONE_TURN),
-        ({"instruction": "Add.", "input": "2\n2", "output": "4"}, [user("Add.\n\n2\n2"), response("4")]),
-        (QUESTION | {"messages": None, "instruction": None, "output": None, "sample_id": None, "id": None}, ONE_TURN),
-        ({"instruction": "2+2?", "output": "4", "input": None, "system": "", "history": None}, ONE_TURN),
-    ],
-)
+@pytest.mark.parametrize(("row", "messages"), [
+    ({"messages": TURNS}, TURNS),
+    ({"messages": [*TURNS, user("Bye"), system("End")]}, TURNS),
+    ({"messages": [ONE_TURN[0], ONE_TURN[1] | {"weight": 1, "train": True, "loss": None}]}, ONE_TURN),
+    ({"messages": ONE_TURN, "prompt": "2+2?", "prompt_id": "x"}, ONE_TURN),  # as UltraChat has it
+    (QUESTION, ONE_TURN),
+    ({"prompt": [system("a"), user("2+2?")], "completion": "4"}, [system("a"), *ONE_TURN]),
+    ({"prompt": "2+2?", "completion": [response("4"), user("Sure?"), response("Yes")]}, TURNS[1:]),
+    ({"instruction": "2+2?", "output": "4"}, ONE_TURN),
+    ({"instruction": "2+2?", "input": " ", "output": "4"}, ONE_TURN),
+    ({"instruction": "Add.", "input": "2\n2", "output": "4"}, [user("Add.\n\n2\n2"), response("4")]),
+    (QUESTION | {"messages": None, "instruction": None, "output": None, "sample_id": None, "id": None}, ONE_TURN),
+    ({"instruction": "2+2?", "output": "4", "input": None, "system": "", "history": None}, ONE_TURN),
+])  # fmt: skip
 def test_every_form_gives_messages_up_to_the_last_response(tmp_path, row, messages):
     (sample,) = read_samples(write_pairs(tmp_path / "a.jsonl", [row])).dataset
     assert sample["messages"] == messages
@@ -62,13 +59,10 @@ def test_ids_from_content_ignore_the_form_and_stay_apart_when_a_row_repeats(tmp_
 
 def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
     conversations = [
-        ONE_TURN,
-        [user(" \n"), response("4")],
-        [response("Hello"), *ONE_TURN],
-        [system("Be brief."), response("4")],
+        ONE_TURN, [user(" \n"), response("4")], [response("Hello"), *ONE_TURN], [system("Be brief."), response("4")],
         [user("2+2?"), response(" "), user("Well?"), response("")],
         [user("2+2?"), response(""), user("Well?"), response("4")],
-    ]
+    ]  # fmt: skip
     path = write_pairs(tmp_path / "a.jsonl", [{"messages": messages} for messages in conversations])
     for _ in range(2):
         samples = read_samples(path)

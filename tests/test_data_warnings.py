@@ -64,10 +64,9 @@ def test_margins_against_their_label_are_counted(tiny_model, tmp_path, caplog):
     assert "3 of 16 margins (19%) are negative and contradict their label" in line and "swapped" not in line
 
 
-@pytest.mark.parametrize(
-    ("margins", "says"),
-    [([-1, -1, 1, 1], "2 of 4 margins (50%)"), ([-1, -1, 1], "swapped?"), ([0, 0, 1], ""), ([np.nan] * 3, "")],
-)
+@pytest.mark.parametrize(("margins", "says"), [
+    ([-1, -1, 1, 1], "2 of 4 margins (50%)"), ([-1, -1, 1], "swapped?"), ([0, 0, 1], ""), ([np.nan] * 3, ""),
+])  # fmt: skip
 def test_half_is_not_more_than_half(margins, says):
     doubts = doubts_about_margins(np.array(margins, dtype=float))
     assert len(doubts) == bool(says) and says in "".join(doubts)
@@ -97,10 +96,8 @@ def test_many_cut_rows_are_warned_about(tiny_model, tmp_path, caplog, sft):
 
 
 def test_a_fifth_of_cut_rows_is_no_warning(tiny_model, tmp_path, caplog):
-    rows = [
-        row | {"prompt": f"red {row['pair_id']}", "chosen": "tea sun", "rejected": "moon"} for row in make_pairs(15)
-    ]
-    rows = [row | {"chosen": "tea " * 80} if i < 3 else row for i, row in enumerate(rows)]
+    rows = [row | {"prompt": f"red {row['pair_id']}", "rejected": "moon"} for row in make_pairs(15)]
+    rows = [row | {"chosen": "tea " * 80 if i < 3 else "tea sun"} for i, row in enumerate(rows)]
     assert warnings_of(tiny_model, tmp_path, caplog, rows) == []
     assert "3 truncated" in caplog.text
 

@@ -1,5 +1,6 @@
 """Pairs -> token ids: one boundary for both sides, lengths, counts, and a cache that follows what the ids depend on."""
 
+import itertools
 from functools import partial
 
 import datasets
@@ -36,9 +37,8 @@ def wrap(backend, template=CHATML, **special):
 def word_tokenizer(template=CHATML, bos=False, **special):
     """One token a word or newline; spaces only separate."""
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
-    )
+    splits = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.add_special_tokens([AddedToken(word, special=True) for word in WORDS[:4]])
     if bos:
         backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
@@ -77,9 +77,8 @@ def table(*triples):
 
 def test_a_pair_through_the_chat_template():
     # the newline after <|im_end|> is the template's and is cut; both sides begin alike, and not in the prompt
-    assert encoded_pair(word_tokenizer(), PROMPT, "is four", "is") == EncodedPair(
-        PROMPT_IDS, [IS, FOUR, END], [IS, END]
-    )
+    pair = encoded_pair(word_tokenizer(), PROMPT, "is four", "is")
+    assert pair == EncodedPair(PROMPT_IDS, [IS, FOUR, END], [IS, END])
 
 
 def test_ids_are_those_of_the_template_without_a_second_bos():
@@ -111,19 +110,15 @@ def test_a_merge_across_the_seam_of_a_template():
 def test_a_generation_prompt_that_responses_lack_is_refused_unless_an_option_decides():
     # As R1's distillates do: only the generation prompt opens a thought.
     tokenizer = word_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\nplus {% endif %}"))
-    with pytest.raises(
-        InputError, match=r"after '.*assistant\\nplus ', but .*assistant\\nfour.*generation_prompt asked"
-    ):
+    with pytest.raises(InputError, match=r"after '.*t\\nplus ', but .*assistant\\nfour.*generation_prompt asked"):
         encoded_pair(tokenizer, PROMPT, "four", "two")
     trained = encoded_pair(tokenizer, PROMPT, "four", "two", generation_prompt="trained")
     assert trained == EncodedPair(PROMPT_IDS, [FOUR, END], [TWO, END])
     asked = encoded_pair(tokenizer, PROMPT, "four", "two", generation_prompt="asked")
     assert asked == EncodedPair([*PROMPT_IDS, PLUS], [FOUR, END], [TWO, END])
-    options = {"max_length": 9, "overlong": "drop"}
-    identities = [
-        encoding_identity(tokenizer, None, generation_prompt=by, **options) for by in (None, "trained", "asked")
-    ]
-    assert identities[0] == identities[1] and identities[0]["template"] != identities[2]["template"]
+    identity = partial(encoding_identity, tokenizer, None, max_length=9, overlong="drop")
+    assert identity() == identity(generation_prompt="trained")
+    assert identity()["template"] != identity(generation_prompt="asked")["template"]
     with pytest.raises(InputError, match="special token as plain text"):
         encoded_pair(tokenizer, PROMPT, "four <|im_end|>", "two", generation_prompt="asked")
 
@@ -188,18 +183,15 @@ def test_named_templates_without_a_default_are_named():
 PAIR = EncodedPair([1, 2, 3, 4], [5, 6, 7, 99], [8, 99])
 
 
-@pytest.mark.parametrize(
-    ("max_length", "max_prompt_length", "expected"),
-    [
-        (8, 2, PAIR),  # 4 + 4 fits, so the prompt is left alone
-        (7, 2, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),  # 4 leave 3, and more than 2 may be used
-        (7, 3, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),
-        (5, 3, EncodedPair([2, 3, 4], [5, 6], [8, 99])),
-        (4, 3, EncodedPair([2, 3, 4], [5], [8])),
-        (7, 6, EncodedPair([1, 2, 3, 4], [5, 6, 7], [8, 99])),
-        (5, 4, EncodedPair([1, 2, 3, 4], [5], [8])),
-    ],
-)
+@pytest.mark.parametrize(("max_length", "max_prompt_length", "expected"), [
+    (8, 2, PAIR),  # 4 + 4 fits, so the prompt is left alone
+    (7, 2, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),  # 4 leave 3, and more than 2 may be used
+    (7, 3, EncodedPair([2, 3, 4], [5, 6, 7, 99], [8, 99])),
+    (5, 3, EncodedPair([2, 3, 4], [5, 6], [8, 99])),
+    (4, 3, EncodedPair([2, 3, 4], [5], [8])),
+    (7, 6, EncodedPair([1, 2, 3, 4], [5, 6, 7], [8, 99])),
+    (5, 4, EncodedPair([1, 2, 3, 4], [5], [8])),
+])  # fmt: skip
 def test_truncation_keeps_the_prompts_end_and_the_completions_start(max_length, max_prompt_length, expected):
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     assert PAIR.within(**limits, overlong="truncate") == expected
@@ -212,17 +204,14 @@ TURNS = [(3, 7), (9, 12)]
 LONG = [*range(1, 14)]
 
 
-@pytest.mark.parametrize(
-    ("room", "expected"),
-    [
-        (12, [1, 2, 3, *range(5, 14)]),
-        (10, [1, 2, 3, *range(7, 14)]),
-        (9, [1, 2, 3, 8, 9, 10, 11, 12, 13]),  # nothing of the first text is left: the second one behind its mark
-        (8, [1, 2, 3, 8, 9, 11, 12, 13]),
-        (7, [1, 2, 3, 8, 9, 12, 13]),
-        (6, None),  # no text would be left
-    ],
-)
+@pytest.mark.parametrize(("room", "expected"), [
+    (12, [1, 2, 3, *range(5, 14)]),
+    (10, [1, 2, 3, *range(7, 14)]),
+    (9, [1, 2, 3, 8, 9, 10, 11, 12, 13]),  # nothing of the first text is left: the second one behind its mark
+    (8, [1, 2, 3, 8, 9, 11, 12, 13]),
+    (7, [1, 2, 3, 8, 9, 12, 13]),
+    (6, None),  # no text would be left
+])  # fmt: skip
 def test_a_prompt_keeps_its_start_the_mark_of_the_turn_that_is_cut_and_its_newest_end(room, expected):
     pair = EncodedPair(LONG, [20, 99], [21, 99]).within(room + 2, 1, cut=partial(cut_prompt, turns=lambda: TURNS))
     assert pair == (expected and EncodedPair(expected, [20, 99], [21, 99]))
@@ -230,23 +219,16 @@ def test_a_prompt_keeps_its_start_the_mark_of_the_turn_that_is_cut_and_its_newes
     assert lazy == EncodedPair(LONG, [20, 99], [21, 99])
 
 
-TALK = [
-    {"role": "system", "content": "plus plus"},
-    {"role": "user", "content": "two two two two"},
-    {"role": "assistant", "content": "four four four"},
-    {"role": "user", "content": "is is is is is"},
-]
+TALK = [{"role": "system", "content": "plus plus"}, *user("two two two two")]
+TALK += [{"role": "assistant", "content": "four four four"}, *user("is is is is is")]
 SYSTEM_IDS = [BOS, START, SYSTEM, NEWLINE, PLUS, PLUS, END, NEWLINE]
 OPEN_IDS = [END, NEWLINE, START, ASSISTANT, NEWLINE]
 
 
-@pytest.mark.parametrize(
-    ("max_length", "kept"),
-    [
-        (39, [START, USER, NEWLINE, TWO, TWO, TWO, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, FOUR, FOUR, END]),
-        (34, [START, USER, NEWLINE, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, END]),
-    ],
-)
+@pytest.mark.parametrize(("max_length", "kept"), [
+    (39, [START, USER, NEWLINE, TWO, TWO, TWO, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, FOUR, FOUR, END]),
+    (34, [START, USER, NEWLINE, END, NEWLINE, START, ASSISTANT, NEWLINE, FOUR, END]),
+])  # fmt: skip
 def test_a_cut_prompt_keeps_bos_system_message_and_well_formed_turns(max_length, kept):
     tokenizer = word_tokenizer("<s>" + CHATML, bos=True)
     data = table(("two", "four", "is"), ("two", "four", "is")).to_list()
@@ -263,18 +245,15 @@ texts = st.lists(st.sampled_from(WORDS[8:]), min_size=1, max_size=6).map(" ".joi
 
 
 @given(
-    turns=st.lists(texts, min_size=1, max_size=4).map(lambda given: given[: len(given) // 2 * 2 + 1] or given[:1]),
+    turns=st.lists(texts, min_size=1, max_size=4).map(lambda given: given[: len(given) - 1 + len(given) % 2]),
     system=st.booleans(),
     responses=st.tuples(texts, texts),
     lengths=st.tuples(st.integers(2, 60), st.integers(1, 60)).filter(lambda pair: pair[1] < pair[0]),
 )
 def test_any_cut_pair_is_its_start_a_mark_and_its_end(turns, system, responses, lengths):
     tokenizer = word_tokenizer("<s>" + CHATML, bos=True)
-    messages = [
-        {"role": "assistant" if i % 2 else "user", "content": text}
-        for i, text in enumerate(turns[: len(turns) - 1 + len(turns) % 2])
-    ]
-    messages = TALK[:1] * system + messages
+    roles = itertools.cycle(("user", "assistant"))
+    messages = TALK[:1] * system + [{"role": next(roles), "content": text} for text in turns]
     options = {"template": tokenizer.chat_template}
     whole = encode_pair(tokenizer, messages, *responses, **options)
     where = prompt_turns(tokenizer, messages, **options)
@@ -318,9 +297,8 @@ def test_a_table_truncates_and_counts():
     names = ["chosen_ids", "margin", "pair_id", "place", "prompt_ids", "rejected_ids", "truncated"]
     assert sorted(encoded.column_names) == names
     assert encoded["truncated"][:] == [False, True, False]
-    assert (
-        encoded["pair_id"][:] == [10, 11, 12] and encoded["margin"][:] == [0, 0.5, 1] and encoded["place"][2] == "row 3"
-    )
+    assert encoded["pair_id"][:] == [10, 11, 12] and encoded["margin"][:] == [0, 0.5, 1]
+    assert encoded["place"][2] == "row 3"
     assert encoded["prompt_ids"][:] == [PROMPT_IDS, PROMPT_IDS[:3] + PROMPT_IDS[4:], PROMPT_IDS]
     assert encoded["rejected_ids"][:] == [[TWO, END], [IS, TWO, END], [IS, END]]
 
@@ -336,13 +314,10 @@ def test_the_cache_key_follows_what_the_ids_depend_on_and_nothing_else():
     other_words = word_tokenizer()
     other_words.add_tokens(["plus two"])
     changed = [
-        key(max_length=14),
-        key(max_prompt_length=8),
-        key(overlong="drop"),
-        key(word_tokenizer(" " + CHATML)),
+        key(max_length=14), key(max_prompt_length=8), key(overlong="drop"), key(word_tokenizer(" " + CHATML)),
         key(word_tokenizer(CHATML.replace("m.content", "m.content + it")), chat_template_kwargs={"it": ""}),
         key(other_words),
-    ]
+    ]  # fmt: skip
     assert len({key(), *changed}) == 7
 
 

@@ -63,9 +63,8 @@ def responses_by_header(ids):
 
 
 def test_two_turns_by_hand(tokenizer):
-    assert encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE) == EncodedSample(
-        TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0]
-    )
+    sample = encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE)
+    assert sample == EncodedSample(TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0])
 
 
 contents = st.lists(st.sampled_from([*WORDS, "user", "assistant"]), max_size=5).map(" ".join)
@@ -99,20 +98,15 @@ def test_plain_takes_one_response(tokenizer):
         encode_sample(tokenizer, chat(("user", "re"), ("assistant", "d")), "plain")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{{ m.content if loop.last or m.role == 'user' else 'sea' }}",  # an earlier response is hidden
-        "{{ m.content if m.role == 'user' or not add_generation_prompt else 'sea' }}",  # … in the prompt alone
-        "{{ m.content }}{% if loop.first and messages | length > 2 %} sea{% endif %}",  # an earlier question is changed
-    ],
-)
+@pytest.mark.parametrize("content", [
+    "{{ m.content if loop.last or m.role == 'user' else 'sea' }}",  # an earlier response is hidden
+    "{{ m.content if m.role == 'user' or not add_generation_prompt else 'sea' }}",  # … in the prompt alone
+    "{{ m.content }}{% if loop.first and messages | length > 2 %} sea{% endif %}",  # an earlier question is changed
+])  # fmt: skip
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content):
     template = TEMPLATE.replace("{{ m['content'] }}", content)
     assert encode_sample(tokenizer, chat(*TWO_TURNS[:2]), template).spans == [7, 10]
-    with pytest.raises(
-        InputError, match=r"an earlier turn changes once message 4 follows|shows the prompt differently"
-    ):
+    with pytest.raises(InputError, match=r"earlier turn changes once message 4 follows|shows the prompt differently"):
         encode_sample(tokenizer, chat(*TWO_TURNS[:2], ("user", "red"), ("assistant", "tea")), template)
 
 

@@ -28,15 +28,11 @@ from mixdpo.losses import DPO, IPO
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant, StagedCosine
 
+SOURCE_ROWS = make_pairs(20)
 ADAMW: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule": Constant(warmup=0.0)}
 VALIDATED = {"validation": 0.2}
 HARD = {"validation": 0.2, "routing": Routing(hard_fraction=1.0)}
 TWO = {"accumulate_grad_batches": 2}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(20))
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +115,7 @@ def adapter(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_the_step_and_it_is_continued_exactly(
-    number: int, run: Any, whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_ends_the_run_after_the_step_and_it_is_continued_exactly(number, run, whole, tmp_path, capsys) -> None:
     """In the first of two micro-batches of the third step."""
     cut = tmp_path / "cut"
     with pytest.raises(Stopped) as stopped:
@@ -192,18 +186,13 @@ def test_a_validation_that_was_cut_off_is_made_up_for(run: Any, tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:the best checkpoint so far")
-@pytest.mark.parametrize(
-    ("mode", "crash_at", "top"),
-    [
-        ("max", 7, 1),  # the checkpoint precedes the first validation, which makes the first file
-        ("min", 7, 1),
-        ("min", 12, 1),  # the second validation has replaced the file that the checkpoint names
-        ("min", 12, 2),
-    ],
-)
-def test_the_best_is_that_of_the_whole_run_wherever_it_was_cut(
-    mode: str, crash_at: int, top: int, run: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("mode", "crash_at", "top"), [
+    ("max", 7, 1),  # the checkpoint precedes the first validation, which makes the first file
+    ("min", 7, 1),
+    ("min", 12, 1),  # the second validation has replaced the file that the checkpoint names
+    ("min", 12, 2),
+])  # fmt: skip
+def test_the_best_is_that_of_the_whole_run_wherever_it_was_cut(mode, crash_at, top, run, tmp_path) -> None:
     """By a crash, so that the checkpoint is one from before a validation, which acts at the end of its epoch."""
     best = {name: ModelCheckpoint(monitor="val/all/sft_loss", mode=mode, save_top_k=top) for name in ("whole", "rest")}
     cut = ModelCheckpoint(monitor="val/all/sft_loss", mode=mode, save_top_k=top)
@@ -331,22 +320,16 @@ def other_base(model: str, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    ("named", "change"),
-    [
-        ("data", {"rows": [row | {"chosen": f"{row['chosen']} red"} for row in make_pairs(20)]}),
-        ("route", {"rows": [row | {"margin": -row["margin"]} for row in make_pairs(20)]}),
-        ("base", {"base": True}),
-        ("preference_loss", {"preference_loss": IPO()}),
-        ("optimizer.lr", {"lr": 2e-2}),
-        ("gradient_clip_val", {"trainer": {"gradient_clip_val": 1.0}}),
-        ("batch_size", {"data": {"batch_size": 2}}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_has_changed_is_named(
-    named: str, change: dict[str, Any], tiny_model: str, source: str, tmp_path: Path, stopped_after_two: str
-) -> None:
+@pytest.mark.parametrize(("named", "change"), [
+    ("data", {"rows": [row | {"chosen": f"{row['chosen']} red"} for row in make_pairs(20)]}),
+    ("route", {"rows": [row | {"margin": -row["margin"]} for row in make_pairs(20)]}),
+    ("base", {"base": True}),
+    ("preference_loss", {"preference_loss": IPO()}),
+    ("optimizer.lr", {"lr": 2e-2}),
+    ("gradient_clip_val", {"trainer": {"gradient_clip_val": 1.0}}),
+    ("batch_size", {"data": {"batch_size": 2}}),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_what_has_changed_is_named(named, change, tiny_model, source, tmp_path, stopped_after_two) -> None:
     change = dict(change)
     base = other_base(tiny_model, tmp_path / "base") if change.pop("base", False) else tiny_model
     pairs = write_pairs(tmp_path / "other.jsonl", change.pop("rows")) if "rows" in change else source
@@ -376,9 +359,7 @@ class BadOnce(DPO):
 
 
 @pytest.mark.parametrize("every", [1, 50])
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_gets_into_a_checkpoint(
-    every: int, run: Any, source: str, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_gets_into_a_checkpoint(every, run, source, tmp_path) -> None:
     BadOnce.calls = 0
     with pytest.raises(NonFiniteError) as error:
         run(tmp_path, NonFinite(), every=2, trainer={"log_every_n_steps": every}, preference_loss=BadOnce())
@@ -408,9 +389,7 @@ def test_such_a_step_can_be_left_out(run: Any, tmp_path: Path) -> None:
 # Disk and memory.
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
-    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_too_small_is_refused_before_the_first_step(tiny_model, source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("lightning_modules.callbacks.checkpoint.shutil.disk_usage", lambda _: Namespace(free=1000))
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", **ADAMW)
     with pytest.raises(InputError, match=r"run has 0 MB free.*take 0 MB.*--runs"):

@@ -30,19 +30,10 @@ def tokenizer():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.4,  # large, so that greedy continuations differ between prompts
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=1,
-    )
-    return LlamaForCausalLM(config).eval()
+    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": 0}
+    shape |= {"bos_token_id": 1, "initializer_range": 0.4}  # so large that greedy continuations differ
+    return LlamaForCausalLM(LlamaConfig(**shape)).eval()
 
 
 def prompt_ids(tokenizer, prompt):

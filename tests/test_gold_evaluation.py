@@ -158,9 +158,7 @@ def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["copy", "as_trained"])
-def test_before_is_the_start_and_after_is_the_policy(
-    name: str, tiny_model: str, watched: tuple[Path, dict[str, Weights]]
-) -> None:
+def test_before_is_the_start_and_after_is_the_policy(name, tiny_model, watched) -> None:
     """Before is the adapter that training starts from, neither the bare base nor the trained policy. The run is the one
     without the callback."""
     from transformers import AutoModelForCausalLM
@@ -208,9 +206,7 @@ def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Pa
     assert "reward accuracy" not in results and "displacement" not in results
 
 
-def test_before_is_the_start_of_a_continued_run(
-    tiny_model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_before_is_the_start_of_a_continued_run(tiny_model, prompts, tmp_path, monkeypatch) -> None:
     """The reference was refreshed before the checkpoint, which is what its responses would be of."""
     options: dict[str, Any] = {"optimizer": torch.optim.AdamW, "lr": 0.3, "schedule": Constant(warmup=0.0)}
 
@@ -242,9 +238,7 @@ class TwiceThat(CountsWord):
         return [2 * score for score in super().__call__(row, texts)]
 
 
-def test_responses_of_the_start_are_kept(
-    tiny_model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_responses_of_the_start_are_kept(tiny_model, prompts, tmp_path, monkeypatch, capsys) -> None:
     """Generated once for runs from the same start; again for whatever they depend on. Scores are never kept."""
     from transformers import AutoModelForCausalLM
 

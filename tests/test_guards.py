@@ -27,9 +27,7 @@ def test_margins_arrive_beside_their_ids(tiny_model: str, tmp_path: Path) -> Non
         assert tokenizer.decode(ids) == f"{row['chosen']} <|im_end|>"
 
 
-def test_resume_when_the_loader_is_built_early(
-    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_when_the_loader_is_built_early(tiny_model, tmp_path, monkeypatch) -> None:
     """Who reads `estimated_stepping_batches` builds the loader before Lightning has its state, and then Lightning never
     restores it: the position must come from the data module. 5 steps, stopped after 2."""
     real = PreferenceModule.configure_optimizers

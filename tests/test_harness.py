@@ -66,9 +66,7 @@ def log_probability(model: Any, tokenizer: Any, question: str, response: str) ->
 
 
 @pytest.mark.parametrize("of", ["run", "base"])
-def test_a_local_task_by_hand(
-    of: str, tiny_model: str, tasks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_local_task_by_hand(of, tiny_model, tasks, tmp_path, capsys) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,7 +1,6 @@
 """Loss and gradient of a step are the same however it is computed: 144 ways, in double precision, against one."""
 
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +42,7 @@ def loss_and_gradient(module: Any, data: Any, layout: dict[str, Any], accumulate
 
 @pytest.mark.long
 @pytest.mark.usefixtures("full_precision_norms")
-def test_a_step_is_the_same_however_it_is_computed(
-    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_is_the_same_however_it_is_computed(tiny_model, tmp_path, monkeypatch) -> None:
     # transformers' eager attention rounds its softmax to fp32 even in a double precision model
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: x.softmax(dim))
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))

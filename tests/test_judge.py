@@ -81,22 +81,13 @@ def test_a_request_that_hangs(tmp_path):
 
 
 LASTING = {
-    "status 500!": "HTTP 500: ",
-    "status 429!": "HTTP 429: ",
-    "status 400!": "HTTP 400: ",
-    "truncated!": "the response is no valid JSON ",
-    "cut!": "connection lost: ",
-    "drop!": "connection lost: ",
-    "refusal!": "refused: 'I cannot help with that.'",
-    "null!": "no text: ",
-    "prose!": "no label: 'X is better, I think'",
-    "vague!": "no label among the likeliest tokens: 'The', 'Both'",
-    "empty!": "no chat completion: ",
-    "list!": "no chat completion: ",
-    "deep!": "the response is nested too deeply",
-    "huge!": "too long: the body has more than 16 MB",
-    "bomb!": "too long: the body has more than 16 MB",
-}
+    "status 500!": "HTTP 500: ", "status 429!": "HTTP 429: ", "status 400!": "HTTP 400: ",
+    "truncated!": "the response is no valid JSON ", "cut!": "connection lost: ", "drop!": "connection lost: ",
+    "refusal!": "refused: 'I cannot help with that.'", "null!": "no text: ",
+    "prose!": "no label: 'X is better, I think'", "vague!": "no label among the likeliest tokens: 'The', 'Both'",
+    "empty!": "no chat completion: ", "list!": "no chat completion: ", "deep!": "the response is nested too deeply",
+    "huge!": "too long: the body has more than 16 MB", "bomb!": "too long: the body has more than 16 MB",
+}  # fmt: skip
 
 
 def test_what_lasts_is_listed_and_asked_again_by_the_next_call(tmp_path, capsys):
@@ -123,14 +114,11 @@ def test_what_lasts_is_listed_and_asked_again_by_the_next_call(tmp_path, capsys)
     assert judging.lines() == count + 2
 
 
-@pytest.mark.parametrize(
-    ("fault", "expected"),
-    [
-        ("status 401!", "OPENAI_API_KEY"),
-        ("status 404!", "model's name and the server's URL"),
-        ("redirect!", "redirects are not followed"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "expected"), [
+    ("status 401!", "OPENAI_API_KEY"),
+    ("status 404!", "model's name and the server's URL"),
+    ("redirect!", "redirects are not followed"),
+])  # fmt: skip
 def test_what_will_not_pass_ends_it_at_once(tmp_path, fault, expected):
     with Server(in_turn, {4: [fault]}) as server:
         judging = Judging(tmp_path, server.url, 50, concurrency=1)

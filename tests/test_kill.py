@@ -32,11 +32,8 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 
 Make = Callable[[Path], tuple[L.Trainer, Any, Any]]
 OPTIONS: dict[str, Any] = {
-    "lora": Lora(rank=4, alpha=8, dropout=0.3),
-    "optimizer": torch.optim.AdamW,
-    "lr": 1e-2,
-    "schedule": StagedCosine(),
-}
+    "lora": Lora(rank=4, alpha=8, dropout=0.3), "optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule": StagedCosine(),
+}  # fmt: skip
 POINTS: dict[str, tuple[Any, str, str]] = {
     "before the checkpoint is written": (L.Trainer, "save_checkpoint", "before"),
     "in the checkpoint's temporary file": (mixdpo.storage.files, "replace", "torn"),
@@ -139,18 +136,13 @@ def adapter(root: Path) -> bytes:
     return (max(root.iterdir()) / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("kind", "point", "call", "moved"),
-    [
-        ("pairs", "in the checkpoint's temporary file", 3, False),
-        ("pairs", "before the checkpoint's rename", 7, True),  # after the best one, which is the fifth
-        ("cleaning", "while tokens are scored again", 3, False),
-        ("pairs", "in the final adapter's file", 1, True),
-    ],
-)
-def test_killed_at_a_dangerous_moment(
-    kind: str, point: str, call: int, moved: bool, kinds: dict[str, Make], never_killed: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("kind", "point", "call", "moved"), [
+    ("pairs", "in the checkpoint's temporary file", 3, False),
+    ("pairs", "before the checkpoint's rename", 7, True),  # after the best one, which is the fifth
+    ("cleaning", "while tokens are scored again", 3, False),
+    ("pairs", "in the final adapter's file", 1, True),
+])  # fmt: skip
+def test_killed_at_a_dangerous_moment(kind, point, call, moved, kinds, never_killed, tmp_path) -> None:
     assert attempt(kinds[kind], tmp_path, arm=lambda: die(*POINTS[point], call)) == signal.SIGKILL
     if moved:
         move(tmp_path / "000", decoy=True)
@@ -161,9 +153,7 @@ def test_killed_at_a_dangerous_moment(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_hundred_kills(
-    kinds: dict[str, Make], never_killed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hundred_kills(kinds, never_killed, tmp_path, capsys) -> None:
     """40 at the dangerous moments (each function in several of its calls), 60 at random ones; half of what they left is
     moved before it is continued, and in half of that another run's best checkpoint lies where it was."""
     calls = {"save_checkpoint": range(1, 7), "replace": range(1, 7), "add_losses": range(1, 5), "save_file": [1]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter_weights, build, collate, fit, make_pairs, write_pairs
+from conftest import adapter_weights, build, collate, fit, make_pairs
 from test_configs import build as build_cli  # noqa: F401  (a fixture, and the one that it takes)
 from test_configs import cli  # noqa: F401
 from test_losses import TABLE
@@ -25,16 +25,12 @@ from mixdpo.model.forward import sequence_log_probs
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 
+SOURCE_ROWS = make_pairs(8)
 pytestmark = pytest.mark.filterwarnings(
     # Lightning 2.6 calls what jsonargparse 4.53 has renamed
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
 )
 EASY, HALF, HARD = ({"routing": Routing(hard_fraction=fraction)} for fraction in (0.0, 0.5, 1.0))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(8))
 
 
 def test_a_loss_over_that_of_a_config(build_cli: Any) -> None:  # noqa: F811
@@ -61,9 +57,7 @@ def test_two_steps(name: str, tiny_model: str, source: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["simpo", "slic"])
-def test_reference_free_losses_never_run_the_reference(
-    name: str, tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reference_free_losses_never_run_the_reference(name, tiny_model, source, tmp_path, monkeypatch) -> None:
     """Neither in training nor in validation; 3 forwards of each are the policy's."""
     roles: list[bool] = []
     real = mixdpo.model.forward.predicting_states

@@ -25,15 +25,11 @@ from mixdpo.signals.margins_file import FORMAT, read_margins
 from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb, Rating
 from mixdpo.storage.store import read_store
 
+SOURCE_ROWS = make_pairs(10)
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings(
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning", "ignore:.*return_predictions"
 )
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_pairs(10))
 
 
 @pytest.fixture(scope="module")

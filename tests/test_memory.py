@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, fit, fit_sft_source, make_pairs, write_pairs
+from conftest import build, fit, fit_sft_source
 from test_preference_module import first_batch
 
 from mixdpo.batches.rows import build_rows
@@ -14,11 +14,6 @@ from mixdpo.model.forward import sequence_log_probs
 from mixdpo.model.loading import load_base
 from mixdpo.model.memory import RESERVED, activation_bytes, floor_flops, linear_sizes
 from mixdpo.routing.route import Routing
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import collate, fit, make_pairs, write_pairs
+from conftest import collate, fit
 
 from lightning_modules.callbacks.logging import Throughput
 from mixdpo.losses import DPO
@@ -57,14 +57,10 @@ def test_pair_values_by_hand():
     """h_w = (1, −2, 1), h_l = (−2, 0, 1), β = .5."""
     values = pair_values(POLICY, REFERENCE, DPO(beta=0.5))
     expected = {
-        "rewards/chosen": [0.5, -1.0, 0.5],
-        "rewards/rejected": [-1.0, 0.0, 0.5],
-        "rewards/margin": [1.5, -1.0, 0.0],
-        "rewards/accuracy": [1.0, 0.0, 0.5],
-        "log_probs/chosen": [-2.0, -2.0, -3.0],
-        "log_probs/rejected": [-3.0, -3.0, -4.0],
-        "displacement/chosen": [1.0, -2.0, 1.0],
-    }
+        "rewards/chosen": [0.5, -1.0, 0.5], "rewards/rejected": [-1.0, 0.0, 0.5], "rewards/margin": [1.5, -1.0, 0.0],
+        "rewards/accuracy": [1.0, 0.0, 0.5], "log_probs/chosen": [-2.0, -2.0, -3.0],
+        "log_probs/rejected": [-3.0, -3.0, -4.0], "displacement/chosen": [1.0, -2.0, 1.0],
+    }  # fmt: skip
     assert set(values) == set(expected) == set(PAIRWISE)
     for name, numbers in expected.items():
         assert values[name].tolist() == pytest.approx(numbers), name
@@ -84,11 +80,6 @@ def test_values_by_difficulty():
     means.reset()
     means.update(by_difficulty({"sft_loss": torch.tensor([2.0])}, collate(pairs[:1], [False], evaluation=True)))
     assert of(means) == {"val/all/sft_loss": 2.0, "val/easy/sft_loss": 2.0}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(12))
 
 
 def test_no_step_is_logged_with_0(tiny_model: str, source: str, tmp_path: Path) -> None:

@@ -69,9 +69,7 @@ def assert_official_reads(official: ModuleType, path: Path) -> None:
     assert official.utils.get_generator_name(None, frame) == rows[0]["generator"]
 
 
-def test_official_reader_loads_what_predict_writes(
-    official: ModuleType, files: list[Path], tiny_model: str, tmp_path: Path
-) -> None:
+def test_official_reader_loads_what_predict_writes(official, files, tiny_model, tmp_path) -> None:
     for path in files:
         assert_official_reads(official, path)
     source = tmp_path / "prompts.json"
@@ -82,9 +80,7 @@ def test_official_reader_loads_what_predict_writes(
     assert [row["instruction"] for row in rows] == list(RESPONSES) and list(rows[0]) == COLUMNS
 
 
-def test_official_evaluation_of_our_files(
-    official: ModuleType, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_official_evaluation_of_our_files(official, files, tmp_path, monkeypatch) -> None:
     """`alpaca_eval` from files to leaderboard, but for the model behind the judge: the longer response wins."""
     shown: list[tuple[str, ...]] = []
 
@@ -123,9 +119,7 @@ def test_official_win_rates_are_ours(official: ModuleType, preferences: list[flo
 
 @pytest.mark.shared
 @pytest.mark.parametrize("model", ["NullModel", "alpaca-7b", "gpt-3.5-turbo-1106_verbose"])
-def test_official_length_controlled_win_rate_is_ours(
-    official: ModuleType, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_official_length_controlled_win_rate_is_ours(official, model, monkeypatch) -> None:
     """But for its L1 penalty and cross-validation: about 0.1 points."""
     folder = SHARED / "lc"
     gamed = str(folder / "df_gamed_reconstructed.csv")

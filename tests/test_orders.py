@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from conftest import adapter_weights, build, fit, make_pairs
 from lightning.pytorch.callbacks import Callback
 from test_adapters import saved_adapter
 from test_preference_module import first_batch
@@ -21,12 +21,8 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import Random
 from mixdpo.token_cleaning.selection import Selection
 
+SOURCE_ROWS = make_pairs(20)
 STEADY = {"schedule": Constant(warmup=0.0)}
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(20))
 
 
 class Seen(Callback):
@@ -53,9 +49,7 @@ def run(model: str, source: str, folder: Path, routing: Routing, *first: Callbac
 
 
 @pytest.mark.parametrize(("order", "stop", "workers"), [("bucketed", 7, 2), ("shuffled", 5, 0)])
-def test_reshuffled_epochs_resume_exactly(
-    order: str, stop: int, workers: int, tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_reshuffled_epochs_resume_exactly(order, stop, workers, tiny_model, source, tmp_path) -> None:
     """15 steps in three epochs, each in its own order; stopped in the second and at the end of the first."""
     routing = Routing(hard_fraction=0.25, order=order, reshuffle=True, buckets=2)
 
@@ -81,26 +75,21 @@ def test_reshuffled_epochs_resume_exactly(
     assert whole._plan.sft_share.tolist() == [sum(pair in hard for pair in step) / 4 for step in found]
 
 
-@pytest.mark.parametrize(
-    ("routing", "starts"),
-    [
-        ({"order": "easy_to_hard"}, (0, 3)),
-        ({"order": "hard_to_easy"}, (0, 2)),
-        ({"order": "preference_first", "assignment": "random"}, (0, 3)),
-        ({"order": "sft_first"}, (0, 2)),
-        ({"order": "interleaved"}, (0,)),
-        ({"order": "easy_to_hard", "assignment": "random"}, (0,)),
-        ({"order": "easy_to_hard", "hard_action": "preference"}, (0,)),
-        ({"order": "easy_to_hard", "hard_action": "drop"}, (0,)),
-        ({"order": "sft_first", "easy_action": "drop"}, (0,)),
-        ({"order": "bucketed", "buckets": 2}, (0, 2)),  # half of the third step is enough
-        ({"order": "bucketed", "buckets": 5}, (0, 1, 2, 3, 4)),
-        ({"order": "bucketed", "buckets": 20}, (0, 1, 2, 3, 4)),  # several in one step are one stage
-    ],
-)
-def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(
-    routing: dict[str, Any], starts: tuple[int, ...], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("routing", "starts"), [
+    ({"order": "easy_to_hard"}, (0, 3)),
+    ({"order": "hard_to_easy"}, (0, 2)),
+    ({"order": "preference_first", "assignment": "random"}, (0, 3)),
+    ({"order": "sft_first"}, (0, 2)),
+    ({"order": "interleaved"}, (0,)),
+    ({"order": "easy_to_hard", "assignment": "random"}, (0,)),
+    ({"order": "easy_to_hard", "hard_action": "preference"}, (0,)),
+    ({"order": "easy_to_hard", "hard_action": "drop"}, (0,)),
+    ({"order": "sft_first", "easy_action": "drop"}, (0,)),
+    ({"order": "bucketed", "buckets": 2}, (0, 2)),  # half of the third step is enough
+    ({"order": "bucketed", "buckets": 5}, (0, 1, 2, 3, 4)),
+    ({"order": "bucketed", "buckets": 20}, (0, 1, 2, 3, 4)),  # several in one step are one stage
+])  # fmt: skip
+def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(routing, starts, tmp_path) -> None:
     """20 pairs in steps of 4, 7 of them hard: of the sorted order's fourth step 3 of 4, and all of its last one."""
     margins = np.random.default_rng(0).permutation(20).astype(float)
     data = PreferenceDataModule("unread", Routing(hard_fraction=0.35, **routing), tokenizer="unread", batch_size=4)
@@ -113,13 +102,10 @@ def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(
 
 COUNTED = ("by_preference", "by_sft", "hard_by_preference")
 ACTIONS = [
-    ({"hard_action": "sft"}, 15, 5, 0),
-    ({"hard_action": "sft_rejected"}, 15, 5, 0),
-    ({"hard_action": "sft_both"}, 15, 5, 0),
-    ({"hard_action": "preference"}, 20, 0, 5),
-    ({"hard_action": "drop"}, 15, 0, 0),
-    ({"easy_action": "drop"}, 0, 5, 0),
-]
+    ({"hard_action": "sft"}, 15, 5, 0), ({"hard_action": "sft_rejected"}, 15, 5, 0),
+    ({"hard_action": "sft_both"}, 15, 5, 0), ({"hard_action": "preference"}, 20, 0, 5),
+    ({"hard_action": "drop"}, 15, 0, 0), ({"easy_action": "drop"}, 0, 5, 0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("action", *COUNTED), ACTIONS, ids=str)
@@ -146,9 +132,7 @@ def test_cleaning_wants_steps_that_stay(tiny_model: str, source: str, tmp_path: 
 
 
 @pytest.mark.parametrize("start", ["base", "adapter"])
-def test_the_reference_moves_at_each_bucket_and_resumes_exactly(
-    start: str, tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_the_reference_moves_at_each_bucket_and_resumes_exactly(start, tiny_model, source, tmp_path) -> None:
     """Buckets start at steps 0, 2 and 3: there the policy becomes the reference, and the reference then stays."""
     routing, options = Routing(hard_fraction=0, order="bucketed", buckets=3), {}
     if start == "adapter":

@@ -230,9 +230,7 @@ def test_a_hub_id_is_fetched_with_its_split_and_configuration(monkeypatch):
     assert read_pairs("org/name:a-b.1").dataset.num_rows == 1
     assert asked == [("org/name", "train_prefs"), ("org/name", "a-b.1", "train")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
-    with pytest.raises(
-        InputError, match=r"'org/name', split 'train' cannot be read: ZeroDiv.*ID:CONFIG.*hf://datasets"
-    ):
+    with pytest.raises(InputError, match=r"'org/name', split 'train' cannot be read: ZeroDiv.*ID:CONFIG.*hf://data"):
         read_pairs("org/name")
 
 
@@ -257,24 +255,19 @@ LINE = json.dumps(PAIR).encode() + b"\n"
 
 # Row forms.
 
+WHOLE = {"chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]}
 FORMS = {
     "standard": PAIR,
     "conversational": PAIR | {"prompt": [user("2+2?")], "chosen": [response("4")], "rejected": [response("5")]},
     "messages and text": PAIR | {"prompt": [user("2+2?")]},
     "text and completions": PAIR | {"chosen": [response("4")], "rejected": [response("5")]},
-    "implicit prompt": {
-        "chosen": [user("2+2?"), response("4")],
-        "rejected": [user("2+2?"), response("5")],
-        "margin": 1.5,
-    },
-    "ultrafeedback": PAIR | {"chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]},
-    "repeated message list": PAIR
-    | {"prompt": [user("2+2?")], "chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]},
+    "implicit prompt": WHOLE | {"margin": 1.5},
+    "ultrafeedback": PAIR | WHOLE,
+    "repeated message list": PAIR | {"prompt": [user("2+2?")]} | WHOLE,
     "empty columns": PAIR | {"system": " ", "history": [], "messages": None},
     "a column that a table has left empty": PAIR | {"system": "nan", "history": "[]"},
     "empty parts of a message": PAIR | {"prompt": [user("2+2?") | {"tool_calls": None, "reasoning_content": ""}]},
-    "null prompt": {"prompt": None, "chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]}
-    | {"margin": 1.5, "pair_id": None},
+    "null prompt": WHOLE | {"prompt": None, "margin": 1.5, "pair_id": None},
 }
 
 
@@ -300,14 +293,10 @@ def test_several_turns_and_a_system_message_are_prompt(tmp_path):
 
 def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
     rows = [
-        PAIR,
-        PAIR | {"chosen": " \n"},
-        PAIR | {"rejected": "", "margin": None},
-        PAIR | {"rejected": "4 "},
-        PAIR | {"prompt": " "},
-        PAIR | {"chosen": "four"},
+        PAIR, PAIR | {"chosen": " \n"}, PAIR | {"rejected": "", "margin": None}, PAIR | {"rejected": "4 "},
+        PAIR | {"prompt": " "}, PAIR | {"chosen": "four"},
         {"chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("4")], "margin": 0},
-    ]
+    ]  # fmt: skip
     source = write(tmp_path / "a.jsonl", rows)
     for _ in range(2):
         pairs = read_pairs(source)

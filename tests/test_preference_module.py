@@ -21,11 +21,6 @@ from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(12))
-
-
 def first_batch(trainer: Any, module: PreferenceModule, data: Any) -> Batch:
     """Load weights and data as `fit` does, without training."""
     trainer.strategy._lightning_module = module
@@ -100,19 +95,14 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 CUTS = [
-    {"accumulate": 1, "reference_cache": False},
-    {"accumulate": 4},
-    {"accumulate": 2, "share_prompt": False},
-    {"accumulate": 2, "attention": "eager"},
-    {"accumulate": 1, "activation_checkpointing": True},
-]
+    {"accumulate": 1, "reference_cache": False}, {"accumulate": 4}, {"accumulate": 2, "share_prompt": False},
+    {"accumulate": 2, "attention": "eager"}, {"accumulate": 1, "activation_checkpointing": True},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.usefixtures("full_precision_norms")
-def test_update_is_the_mean_over_the_step_whatever_the_cut(
-    cut: dict[str, Any], tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_update_is_the_mean_over_the_step_whatever_the_cut(cut, tiny_model, source, tmp_path) -> None:
     """10 training pairs in steps of 4, 4 and 2, mixed micro-batches among them, against a loop in this file."""
     cut = dict(cut)
     trainer = {"accumulate_grad_batches": cut.pop("accumulate"), "precision": "64-true", "max_epochs": 2}
@@ -206,18 +196,14 @@ def test_hard_pairs_rejected_text_is_not_there(hard: bool, accumulate: int, tiny
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 3), (1 / 3, 2), (1.0, 0)])
-def test_steps_of_hard_pairs_never_run_the_reference(
-    fraction: float, expected: int, tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_of_hard_pairs_never_run_the_reference(fraction, expected, tiny_model, source, tmp_path, monkeypatch):
     grads = forwards(monkeypatch)
     fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=fraction)})
     assert grads.count(True) == 3 and grads.count(False) == expected
 
 
 @pytest.mark.parametrize("precision,dtype,cast", [("32-true", "float32", True), ("bf16-mixed", "bfloat16", False)])
-def test_autocast_makes_no_wide_copy_of_an_adapters_input(
-    precision: str, dtype: str, cast: bool, tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_autocast_makes_no_wide_copy_of_an_adapters_input(precision, dtype, cast, tiny_model, source, tmp_path) -> None:
     """And the adapter itself stays in fp32 and learns."""
     module = fit(tiny_model, source, tmp_path / "run", trainer={"precision": precision}, dtype=dtype)
     assert {layer.cast_input_dtype_enabled for layer in adapter_layers(module.model)} == {cast}

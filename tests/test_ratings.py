@@ -36,12 +36,8 @@ def test_decimals_are_numbers():
 
 
 def reward_model_row(chosen="b", rejected="c", scores=(0.1, 0.5, 0.2)):
-    return {
-        "chosen": chosen,
-        "rejected": rejected,
-        "all_generated_responses": ["a", "b", "c"],
-        "all_rm_scores": list(scores),
-    }
+    generated = {"all_generated_responses": ["a", "b", "c"], "all_rm_scores": list(scores)}
+    return {"chosen": chosen, "rejected": rejected} | generated
 
 
 def test_reward_model_scores_are_matched_by_text_or_last_message():

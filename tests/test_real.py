@@ -92,9 +92,7 @@ def step_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_one_step_in_four_bits_moves_the_policy_only(
-    device: str, encoded: list[dict[str, Any]], request: pytest.FixtureRequest
-) -> None:
+def test_one_step_in_four_bits_moves_the_policy_only(device, encoded, request) -> None:
     import bitsandbytes as bnb
 
     model = request.getfixturevalue("model" if device == "cpu" else "gpu_model")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, collate, fit, make_pairs, write_pairs
+from conftest import adapter_weights, collate, fit
 from test_preference_module import forwards
 
 import mixdpo.model.reference_cache
@@ -21,11 +21,6 @@ from mixdpo.routing.route import Routing
 
 IDS = [{"prompt_ids": [4, 5, 6, 7, 8][: 2 + i], "chosen_ids": [*range(10, 13 + i)]} for i in range(4)]
 PAIRS = [ids | {"rejected_ids": [20 + i, 21, 3], "margin": float(i), "pair_id": i} for i, ids in enumerate(IDS)]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
 
 
 def assert_same(module: Any, other: Any) -> None:
@@ -70,9 +65,7 @@ def test_a_damaged_file_is_done_without(damage: str) -> None:
     assert cache.get([(b"key", 1)]) == 1  # kept in memory
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(
-    tiny_model: str, source: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_folder_that_cannot_be_written_is_done_without(tiny_model, source, tmp_path, monkeypatch) -> None:
     """One warning in a run, whatever its reference becomes; and the same adapter."""
     trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
     off = fit(tiny_model, source, tmp_path / "off", trainer=trainer, reference_cache=False, lr=1.0)
@@ -128,9 +121,7 @@ def test_a_batch_names_the_completions_that_the_reference_sees(share_prompt: boo
     assert collate(PAIRS, [True] * 4).reference_keys == ()
 
 
-def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(
-    tiny_model: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(tiny_model, source, tmp_path, monkeypatch) -> None:
     modules = []
     trainer = {"max_epochs": 2, "limit_val_batches": 1.0}
     data = {"routing": Routing(hard_fraction=0), "validation": 0.1, "eval_batch_size": 8}

@@ -36,14 +36,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def questions(count: int, turns: int = 2) -> list[dict[str, Any]]:
     """Of different lengths, in two categories."""
-    return [
-        {
-            "question_id": 81 + i,
-            "category": "writing" if i % 2 else "math",
-            "turns": [" ".join(WORDS[(i + t) % 20] for _ in range(2 + i % 5)) for t in range(turns)],
-        }
-        for i in range(count)
-    ]
+    texts = [[" ".join([WORDS[(i + t) % 20]] * (2 + i % 5)) for t in range(turns)] for i in range(count)]
+    kinds = [{"question_id": 81 + i, "category": "writing" if i % 2 else "math"} for i in range(count)]
+    return [kind | {"turns": said} for kind, said in zip(kinds, texts, strict=True)]
 
 
 def responses(verb: str, form: str, source: str, folder: Path, base: str, *more: str) -> list[str]:
@@ -156,17 +151,14 @@ def test_official_forms():
     assert rows[0]["model_id"] == "mine" and rows[0]["answer_id"] != rows[1]["answer_id"]
 
 
-@pytest.mark.parametrize(
-    ("form", "row", "message"),
-    [
-        (AlpacaEval(), {"prompt": "a"}, "'instruction' should be text"),
-        (ArenaHard(), {"uid": "a", "prompt": " "}, "'prompt' is blank"),
-        (MTBench(), {"question_id": "81", "turns": ["a"]}, "'question_id' should be a whole number"),
-        (MTBench(), {"question_id": 81, "turns": ["a", 3]}, "'turns' should be text"),
-        (GSM8K(), {"question": "a", "answer": "42"}, "should end in ####"),
-        (Constraints(), {"prompt": "a", "constraints": [{"kind": "no such"}]}, "a constraint is written"),
-    ],
-)
+@pytest.mark.parametrize(("form", "row", "message"), [
+    (AlpacaEval(), {"prompt": "a"}, "'instruction' should be text"),
+    (ArenaHard(), {"uid": "a", "prompt": " "}, "'prompt' is blank"),
+    (MTBench(), {"question_id": "81", "turns": ["a"]}, "'question_id' should be a whole number"),
+    (MTBench(), {"question_id": 81, "turns": ["a", 3]}, "'turns' should be text"),
+    (GSM8K(), {"question": "a", "answer": "42"}, "should end in ####"),
+    (Constraints(), {"prompt": "a", "constraints": [{"kind": "no such"}]}, "a constraint is written"),
+])  # fmt: skip
 def test_malformed_row_is_named(tmp_path, form, row, message):
     good = {"instruction": "a", "uid": "b", "prompt": "c", "question_id": 1, "turns": ["d"], "question": "e"}
     good |= {"answer": "#### 4", "constraints": [{"kind": "no_commas", "params": {}}]}
@@ -200,9 +192,7 @@ def test_gsm8k_takes_the_published_responses():
     data = PromptDataModule(str(SHARED / "gsm8k_test.jsonl.gz"), GSM)
     data.setup("test")
     rows = [prompt.row for prompt in data.prompts]
-    assert len(rows) == 1319 and all(
-        GSM.score(p, str(row["answer"])) == 1 for p, row in zip(data.prompts, rows, strict=True)
-    )
+    assert len(rows) == 1319 and {GSM.score(prompt, str(prompt.row["answer"])) for prompt in data.prompts} == {1}
     for prompt, other in zip(data.prompts, rows[1:] + rows[:1], strict=True):
         assert GSM.score(prompt, other["answer"]) == (other["final"] == prompt.row["final"])
 
@@ -228,15 +218,9 @@ def test_gold_score_of_gsm8k_beside_its_own_output(tiny_model, tmp_path):
 
 
 def test_gold_score(tiny_model, tmp_path):
-    rows = [
-        {
-            "prompt_id": f"p{i}",
-            "prompt": WORDS[i],
-            "constraints": [{"kind": "no_commas", "params": {}}, {"kind": "has_number", "params": {}}],
-            "part": "seen" if i < 4 else "unseen",
-        }
-        for i in range(6)
-    ]
+    both = {"constraints": [{"kind": kind, "params": {}} for kind in ("no_commas", "has_number")]}
+    parts = ["seen"] * 4 + ["unseen"] * 2
+    rows = [both | {"prompt_id": f"p{i}", "prompt": WORDS[i], "part": part} for i, part in enumerate(parts)]
     source = write_rows(tmp_path / "prompts.jsonl", rows)
     assert in_process(*responses("test", "Constraints", source, tmp_path, tiny_model)) == 0
     table, written = (tmp_path / "tiny.md").read_text(), json.loads((tmp_path / "tiny.json").read_text())
@@ -368,17 +352,14 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
     assert len({body["seed"] for body in served}) == 3 + 2
 
 
-@pytest.mark.parametrize(
-    ("verb", "form", "more", "message"),
-    [
-        ("test", "MTBench", (), "MTBench has no gold score"),
-        ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for category 'writing'"),
-        ("fit", "MTBench", (), "does not fit"),
-        ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
-        ("predict", "MTBench", ("--model.run", "nowhere", "--model.server", "x"), "give one model: model.run, or"),
-        ("predict", "MTBench", ("--model.run", "nowhere"), "nowhere"),
-    ],
-)
+@pytest.mark.parametrize(("verb", "form", "more", "message"), [
+    ("test", "MTBench", (), "MTBench has no gold score"),
+    ("predict", "MTBench", ("--model.temperature", "{math: 0.5}"), "no value for category 'writing'"),
+    ("fit", "MTBench", (), "does not fit"),
+    ("predict", "MTBench", ("--model.max_new_tokens", "255"), "max_new_tokens"),
+    ("predict", "MTBench", ("--model.run", "nowhere", "--model.server", "x"), "give one model: model.run, or"),
+    ("predict", "MTBench", ("--model.run", "nowhere"), "nowhere"),
+])  # fmt: skip
 def test_impossible_wishes(tiny_model, tmp_path, capsys, verb, form, more, message):
     source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
     assert in_process(*responses(verb, form, source, tmp_path / "runs", tiny_model, *more)) == 1

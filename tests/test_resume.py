@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapter_weights, build, fit
-from test_faults import ADAMW, checkpoint, run, same, source, whole
+from test_faults import ADAMW, SOURCE_ROWS, checkpoint, run, same, whole
 
 from lightning_modules.callbacks.checkpoint import ExactResume, _random_state
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora
 
-__all__ = ["run", "source", "whole"]  # fixtures
+__all__ = ["SOURCE_ROWS", "run", "whole"]  # fixtures, and their rows
 DROPOUT = {"lora": Lora(rank=4, alpha=8, dropout=0.3)}
 
 

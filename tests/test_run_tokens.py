@@ -15,12 +15,10 @@ from mixdpo.token_cleaning.run_tokens import RunTokens, export_labels, read_clea
 NAN = float("nan")
 SAMPLES = [
     {"source": "gsm", "row": 5, "input_ids": [6, 7, 8, 9, 3], "spans": [2, 5], "response_weights": [1]},
-    # never reached
     {"source": "dolly", "row": 6, "input_ids": [6, 10, 11, 12], "spans": [1, 4], "response_weights": [1]},
-    # two turns
-    {"source": "gsm", "row": 9, "input_ids": [6, 13, 3, 7, 14, 15, 3], "spans": [1, 3, 4, 7]}
-    | {"response_weights": [1, 0.25]},
-]
+    {"source": "gsm", "row": 9, "input_ids": [6, 13, 3, 7, 14, 15, 3], "spans": [1, 3, 4, 7]},
+]  # the second is never reached, the third has two turns
+SAMPLES[2]["response_weights"] = [1, 0.25]
 WEIGHTS = [1, 0, 1, NAN, NAN, NAN, 0.5, 0, NAN, 2, 0]
 
 

@@ -79,9 +79,7 @@ def test_both_orders_count_with_their_mean(tmp_path: Path, capsys: pytest.Captur
     assert table["preference for the response shown first, %"][0] == f"{100 * (3.6 / 5 + 2 / 3) / 2:.1f}"
 
 
-def test_lengths_beside_a_difference_are_of_the_same_prompts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lengths_beside_a_difference_are_of_the_same_prompts(tmp_path, capsys) -> None:
     rows = [verdict(i, 0.1 + 0.2 * i) for i in range(4)]
     long = [verdict(4, 0.5, len_model=9000, len_baseline=9000), verdict(5, "timeout", len_model=9000)]
     paths = [write(tmp_path / name, there, model=name) for name, there in (("a", rows + long), ("b", rows))]
@@ -102,9 +100,7 @@ def test_what_the_file_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert table["prompts left out: 0"][0] == "none"
 
 
-def test_no_length_control_is_no_reason_to_hide_the_win_rate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_length_control_is_no_reason_to_hide_the_win_rate(tmp_path, capsys) -> None:
     path = write(tmp_path / "v.jsonl", [verdict(i, 1.0) for i in range(4)])
     score(path, against=path, samples=10)
     printed = capsys.readouterr().out

@@ -69,21 +69,18 @@ SCORES = np.array([3, 1, 1, 1, 0, 2, 1, 0, 0, -1], dtype=np.float32)
 OFFSETS = np.array([0, 4, 5, 10])  # samples (3 1 1 1) (0) (2 1 0 0 -1)
 
 
-@pytest.mark.parametrize(
-    ("options", "kept", "threshold"),
-    [
-        ({"keep_ratio": 0.4}, [0, 1, 2, 5], 1.0),
-        ({"keep_ratio": 0.4, "min_keep": 1}, [0, 1, 2, 4, 5], 1.0),
-        ({"keep_ratio": 0.25}, [0, 5], 2.0),  # round(2.5) is 2
-        ({"keep_ratio": 0.04}, [], None),  # round(0.4) is 0
-        ({"keep_ratio": 1.0}, list(range(10)), -1.0),
-        ({"keep_ratio": 0.5, "scope": "sample"}, [0, 1, 5, 6], None),  # round(2), round(0.5), round(2.5)
-        ({"keep_ratio": 0.5, "scope": "sample", "min_keep": 3}, [0, 1, 2, 4, 5, 6, 7], None),
-        ({"keep_ratio": 0.5, "scope": "batch"}, [0, 1, 2, 5], None),  # samples 0 and 2: round(4.5); 1: round(0.5)
-        ({"threshold": 1.0}, [0, 5], 1.0),
-        ({"threshold": 0.0, "min_keep": 1}, [0, 1, 2, 3, 4, 5, 6], 0.0),
-    ],
-)
+@pytest.mark.parametrize(("options", "kept", "threshold"), [
+    ({"keep_ratio": 0.4}, [0, 1, 2, 5], 1.0),
+    ({"keep_ratio": 0.4, "min_keep": 1}, [0, 1, 2, 4, 5], 1.0),
+    ({"keep_ratio": 0.25}, [0, 5], 2.0),  # round(2.5) is 2
+    ({"keep_ratio": 0.04}, [], None),  # round(0.4) is 0
+    ({"keep_ratio": 1.0}, list(range(10)), -1.0),
+    ({"keep_ratio": 0.5, "scope": "sample"}, [0, 1, 5, 6], None),  # round(2), round(0.5), round(2.5)
+    ({"keep_ratio": 0.5, "scope": "sample", "min_keep": 3}, [0, 1, 2, 4, 5, 6, 7], None),
+    ({"keep_ratio": 0.5, "scope": "batch"}, [0, 1, 2, 5], None),  # samples 0 and 2: round(4.5); 1: round(0.5)
+    ({"threshold": 1.0}, [0, 5], 1.0),
+    ({"threshold": 0.0, "min_keep": 1}, [0, 1, 2, 3, 4, 5, 6], 0.0),
+])  # fmt: skip
 def test_by_hand(options, kept, threshold):
     mask, lowest = select(SCORES, OFFSETS, Selection(**options), batch=np.array([7, 2, 7]))
     assert (np.flatnonzero(mask).tolist(), lowest) == (kept, threshold)

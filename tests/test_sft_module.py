@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter_weights, build_sft, fit, make_samples, write_pairs
+from conftest import adapter_weights, build_sft, fit, make_samples
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks.checkpoint import LastCheckpoint
@@ -16,6 +16,7 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Random
 from mixdpo.token_cleaning.selection import Selection
 
+SOURCE_ROWS = make_samples(24)
 EVOLVING: dict[str, Any] = {
     "cleaning": Cleaning(scorer=ExcessLoss(), selection=Selection(0.6), warm_up_stages=1),
     "stage_start": "restart",
@@ -27,11 +28,6 @@ EVOLVING: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_pairs(tmp_path_factory.mktemp("samples") / "samples.jsonl", make_samples(24))
 
 
 def run(tiny_model: str, source: str, folder: Path, **options: Any) -> Any:
@@ -82,18 +78,14 @@ def check_resuming(stop: int, every: Any, model: str, source: str, folder: Path,
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 @pytest.mark.parametrize("stage_start", ["restart", "fresh_adapter", "continue"])
-def test_killed_and_resumed_equals_never_stopping(
-    stage_start: str, stop: int, tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_equals_never_stopping(stage_start, stop, tiny_model, source, tmp_path) -> None:
     """Killed in each of three stages and where one ends."""
     options = EVOLVING | {"stage_start": stage_start, "data": {"slices": Slices(3)}}
     check_resuming(stop, "stage", tiny_model, source, tmp_path, **options)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
-def test_an_online_scorer_resumes_in_the_middle_of_a_stage(
-    stop: int, tiny_model: str, source: str, tmp_path: Path
-) -> None:
+def test_an_online_scorer_resumes_in_the_middle_of_a_stage(stop, tiny_model, source, tmp_path) -> None:
     """The reference's losses are those of the batches that the stage began with; others round otherwise."""
     rho = Cleaning(scorer=ExcessLoss("policy", "cleaning_reference"), selection=Selection(0.6, scope="batch"))
     check_resuming(stop, 3, tiny_model, source, tmp_path, **EVOLVING | {"cleaning": rho, "stage_start": "continue"})

@@ -95,16 +95,13 @@ ALTERED = "UPDATE entries SET value = x'35' WHERE key = 'a'"
 SWAPPED = "UPDATE entries SET key = CASE key WHEN 'a' THEN 'c' ELSE 'a' END"
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda path: path.write_text(TEXT), "is no file of verdicts, or is damaged"),
-        (lambda path: (path.unlink(), change(path, TABLE)), "is no file of verdicts, or is damaged .*no such table"),
-        (lambda path: (path.unlink(), Store(path, {"base": "b"}, noun="responses").close()), "responses"),
-        (lambda path: change(path, ALTERED), r"altered or is damaged in 1 entries \(first: 'a'\)"),
-        (lambda path: change(path, SWAPPED), "altered or is damaged in 2 entries"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda path: path.write_text(TEXT), "is no file of verdicts, or is damaged"),
+    (lambda path: (path.unlink(), change(path, TABLE)), "is no file of verdicts, or is damaged .*no such table"),
+    (lambda path: (path.unlink(), Store(path, {"base": "b"}, noun="responses").close()), "responses"),
+    (lambda path: change(path, ALTERED), r"altered or is damaged in 1 entries \(first: 'a'\)"),
+    (lambda path: change(path, SWAPPED), "altered or is damaged in 2 entries"),
+])  # fmt: skip
 def test_what_is_not_ours_or_not_whole_is_left_alone(damage: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
     path = tmp_path / "v"
     with open_verdicts(path) as verdicts:

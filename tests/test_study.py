@@ -202,9 +202,7 @@ def wait_for(condition: Any) -> Any:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_study_loses_the_run_in_progress_only(
-    folder: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_study_loses_the_run_in_progress_only(folder, how, monkeypatch) -> None:
     if how == signal.SIGKILL and sys.platform != "linux":
         pytest.skip("a killed study's runs go on where there is no PR_SET_PDEATHSIG")
     path, slow = write_study(folder), folder / "dpo-seed1.slow"

@@ -62,19 +62,16 @@ def row(instruction: str, output: str = "", **more: Any) -> dict[str, Any]:
     return {"instruction": instruction, "output": output, "generator": "g", **more}
 
 
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        ("{", "row 1: cannot be read: JSONDecodeError"),
-        ({}, "row 1: 'instruction' should be text"),
-        ([], "holds no responses"),
-        ([row("a"), {"instruction": "b", "output": None, "generator": "g"}], "row 2: 'output' should be text"),
-        ([row("a", output="\ud83d")], "row 1: 'output' holds half a surrogate pair"),
-        ([row("a"), row("b", generator="h")], "row 2: the generator is 'h'"),
-        ([row("a", tokens="3")], "row 1: 'tokens'"),
-        ([row("a", ended=1)], "row 1: 'ended'"),
-    ],
-)
+@pytest.mark.parametrize(("rows", "said"), [
+    ("{", "row 1: cannot be read: JSONDecodeError"),
+    ({}, "row 1: 'instruction' should be text"),
+    ([], "holds no responses"),
+    ([row("a"), {"instruction": "b", "output": None, "generator": "g"}], "row 2: 'output' should be text"),
+    ([row("a", output="\ud83d")], "row 1: 'output' holds half a surrogate pair"),
+    ([row("a"), row("b", generator="h")], "row 2: the generator is 'h'"),
+    ([row("a", tokens="3")], "row 1: 'tokens'"),
+    ([row("a", ended=1)], "row 1: 'ended'"),
+])  # fmt: skip
 def test_malformed_responses(tmp_path, rows, said):
     path = tmp_path / "outputs.json"
     path.write_text(rows if isinstance(rows, str) else json.dumps(rows))

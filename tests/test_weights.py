@@ -29,9 +29,7 @@ from mixdpo.token_cleaning.selection import Selection
 __all__ = ["full_precision_norms"]  # a fixture
 FIRST, LAST = [user("sun?"), response("red")], [user("moon?"), response("blue tea")]
 EXACT: dict[str, Any] = {"dtype": "float64", "schedule": Constant(warmup=0.0), "make": build_sft}
-REWRITES = TEMPLATE.replace(
-    "{{ m['content'] }}", "{% if loop.last and m.role == 'assistant' %}sea {% endif %}{{ m.content }}"
-)
+REWRITES = TEMPLATE.replace("{{ m['content']", "{{ 'sea ' * (loop.last and m.role == 'assistant') + m.content")
 """Shows a thought in the last turn only, as Qwen3's template does."""
 
 
@@ -43,9 +41,7 @@ def weights_of(path: Path, *conversations: Any, **options: Any) -> list[list[flo
 # What is read.
 
 
-@pytest.mark.parametrize(
-    "mark", [{"weight": 0}, {"weight": 0.0, "loss": 0}, {"train": False}, {"loss": False}], ids=str
-)
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0, "loss": 0}, {"train": False}, {"loss": False}])
 def test_a_masked_response_weighs_nothing_in_all_three_dialects(tmp_path, mark):
     masked = [FIRST[0] | mark, FIRST[1] | mark, *LAST]  # a question may say that it is not trained on
     assert weights_of(tmp_path / "a.jsonl", masked) == [[0, 1]]
@@ -158,9 +154,8 @@ def trained(model: str, rows: Any, folder: Path, **options: Any) -> dict[str, Te
 def test_weights_of_1_change_nothing(tiny_model: str, tmp_path: Path) -> None:
     none, ones = (trained(tiny_model, weighed(6, [mark]), tmp_path / str(mark)) for mark in (None, 1))
     assert all(torch.equal(value, ones[key]) for key, value in none.items())
-    assert (tmp_path / "None" / "plan.json").read_bytes() == (tmp_path / "1" / "plan.json").read_bytes().replace(
-        b"/1/", b"/None/"
-    )
+    plans = [(tmp_path / name / "plan.json").read_bytes() for name in ("None", "1")]
+    assert plans[0] == plans[1].replace(b"/1/", b"/None/")
 
 
 def test_the_pool_s_identity_has_the_weights_that_are_not_1(tiny_model: str, tmp_path: Path) -> None:
@@ -213,8 +208,7 @@ def test_a_weight_of_0_is_a_row_without_that_turns_loss(tiny_model: str, tmp_pat
     """The turn's text is context, as a user's would be: the same tokens under a role that is not trained."""
     masked = [FIRST[0], FIRST[1] | {"loss": False}, *LAST]
     context = [FIRST[0], {"role": "user", "content": "red"}, *LAST]
-    template = TEMPLATE.replace("{{ m['role'] }}", "{% if loop.index == 2 %}assistant{% else %}{{ m.role }}{% endif %}")
-    template = template.replace("{% if loop.index == 2 %}", "{% if m.content == 'red' %}")
+    template = TEMPLATE.replace("m['role']", "('assistant' if m.content == 'red' else m.role)")
     adapters = [
         trained(tiny_model, [{"messages": messages}] * 4, tmp_path / name, data={"chat_template": template})
         for name, messages in (("masked", masked), ("context", context))
@@ -232,12 +226,11 @@ def test_a_template_that_rewrites_earlier_turns_trains_response_by_response(tiny
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
+ONCE = Cleaning(scorer=Loss("base"), selection=Selection(0.6))
 ONLINE = Cleaning(scorer=ExcessLoss("policy", "base"), selection=Selection(0.6, scope="sample"))
 
 
-@pytest.mark.parametrize(
-    "how", [Cleaning(scorer=Loss("base"), selection=Selection(0.6)), ONLINE], ids=["once", "online"]
-)
+@pytest.mark.parametrize("how", [ONCE, ONLINE], ids=["once", "online"])
 @pytest.mark.usefixtures("full_precision_norms")
 def test_cleaning_multiplies(how: Cleaning, tiny_model: str, tmp_path: Path) -> None:
     """weights.npy has cleaning's own decisions; a step is normalised by what both weights leave."""

@@ -106,11 +106,7 @@ MODELS = [
         ("a config cut off", copied(cut("config.json", 40)), ("model'", REMEDY)),
         ("no weights", copied(remove(WEIGHTS)), (WEIGHTS, REMEDY)),
         ("weights cut off", copied(cut(WEIGHTS)), UNLOADED),
-        (
-            "more layers than weights",
-            copied(edit_json("config.json", num_hidden_layers=3)),
-            "lacks 9 … give a whole model",
-        ),
+        ("more layers than weights", copied(edit_json("config.json", num_hidden_layers=3)), "lacks 9 … give a whole"),
         ("attention that packs nothing", unusual("bloom"), "does not know model.attention … model.attention eager"),
     ),
     *cases(
@@ -118,9 +114,7 @@ MODELS = [
         ("above the sliding window", windowed(trained), "tokens, and … sliding window of 9: set data.max_length 9"),
         ("above it in a signal", windowed(signalled), "tokens, and … sliding window of 9: set data.max_length 9"),
     ),
-    Case(
-        "data.max_length", "above the rotary positions", warned, ("warning: ", "the 12 positions that"), tolerated=True
-    ),
+    Case("data.max_length", "above the rotary positions", warned, ("warning: ", "the 12 positions that"), True),
     *cases(
         "tokenizer",
         ("no such folder", lambda place: load_tokenizer("/no/model"), ("tokenizer '/no/model'", REMEDY)),

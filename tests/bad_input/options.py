@@ -24,17 +24,9 @@ from mixdpo.token_cleaning.selection import Selection, select
 NAN, INF = float("nan"), float("inf")
 BATCH = Selection(scope="batch")
 OUT_OF_RANGE = {
-    "beta": 0,
-    "label_smoothing": 0.5,
-    "gamma_ratio": -1,
-    "delta": -0.1,
-    "nll_weight": -1,
-    "odds_weight": -2,
-    "length_penalty": -1,
-    "drop_penalty": -1,
-    "tail_weight": 1.1,
-    "sensitivity": -1,
-}
+    "beta": 0, "label_smoothing": 0.5, "gamma_ratio": -1, "delta": -0.1, "nll_weight": -1, "odds_weight": -2,
+    "length_penalty": -1, "drop_penalty": -1, "tail_weight": 1.1, "sensitivity": -1,
+}  # fmt: skip
 # class, options -> what is said
 CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"threshold": 0.5, "hard_fraction": 0.12}, ("give hard_fraction or threshold, not both (0.12 and 0.5)",)),
@@ -62,10 +54,8 @@ MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
 
 
 def loss_case(option: str, value: float) -> Case:
-    kind = next(
-        kind for kind in vars(losses).values() if option in getattr(kind, "__dataclass_fields__", {"sensitivity"})
-    )
-    kind = losses.BetaDPO if option == "sensitivity" else kind
+    kinds = [kind for kind in vars(losses).values() if option in getattr(kind, "__dataclass_fields__", ())]
+    kind = kinds[0] if kinds else losses.BetaDPO
     says = (f"preference_loss.{option} must be", HYPER_PARAMETERS[option][0])
     return Case("model.preference_loss", f"{option} {value}", lambda place: kind(**{option: value}), says)
 
@@ -100,11 +90,7 @@ WITH_DATA = [
     ),
     *cases(
         "other options",
-        (
-            "more slices than samples",
-            lambda _: plan_stages(2, Slices(3), batch_size=1),
-            "2 samples … data.slices.count",
-        ),
+        ("more slices than samples", lambda _: plan_stages(2, Slices(3), batch_size=1), "2 samples … slices.count"),
         ("a score of NaN", lambda _: select(SCORES, OFFSETS, Selection()), "token 1 is nan … check the scorer"),
         ("a negative weight", lambda _: weigh(None, -SCORES[2:], OFFSETS[:2], **UNWEIGHED), "scores are weights"),
         ("no new tokens", generated(max_new_tokens=0), "max_new_tokens 0 … must be at least 1"),
@@ -138,6 +124,7 @@ def hard(fraction: float, **chosen: Any) -> dict[str, Any]:
     return data(routing=Routing(hard_fraction=fraction, **chosen))
 
 
+BOTH = hard(0.5, hard_action="sft_both")
 MOVING, NOTHING = RefreshReference(role="reference"), Selection(always_keep=["nothing"])
 LOSS, SFT_LOSS = callbacks.EarlyStopping("val/loss"), callbacks.EarlyStopping("val/all/sft_loss")
 ONE_PAIR = {"preference_loss": losses.KTOPair()} | data(batch_size=2) | trainer(accumulate_grad_batches=2)
@@ -150,19 +137,9 @@ FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("model.schedule", "too few multipliers", "must give 4 finite numbers", {"schedule": rising}),
     ("trainer.limit_train_batches", "2", "cuts the … use data.limit", trainer(limit_train_batches=2)),
     ("trainer.max_epochs", "0", "a schedule needs a last step", trainer(max_epochs=0)),
-    (
-        "data.max_prompt_length",
-        "as max_length",
-        "max_length must be above max_prompt_length",
-        data(max_prompt_length=64),
-    ),
+    ("data.max_prompt_length", "as max_length", "must be above max_prompt_length", data(max_prompt_length=64)),
     ("model.cleaning", "no pair is hard", "0 pairs are hard", cleaned() | hard(0.0)),
-    (
-        "model.cleaning",
-        "of rejected responses",
-        "data.routing.hard_action sft",
-        cleaned() | hard(0.5, hard_action="sft_both"),
-    ),
+    ("model.cleaning", "of rejected responses", "data.routing.hard_action sft", cleaned() | BOTH),
     ("RefreshReference", "one stage", "the run has one stage … data.routing.order", trainer(MOVING) | hard(0.0)),
     *(("trainer.callbacks", f"{i}", says, trainer(callback)) for i, (callback, says) in enumerate(OF_THEIR_OWN)),
     ("EarlyStopping", "SFT's name", "did you mean 'val/all/sft_loss' … train/loss", trainer(LOSS) | VALIDATED),
@@ -184,10 +161,7 @@ def fit_case(how: str, entrance: str, fault: str, says: str, chosen: dict[str, A
 
 
 CASES = [
-    *(loss_case(*option) for option in OUT_OF_RANGE.items()),
-    *(constructed("options")(*row) for row in CONSTRUCTED),
-    *(constructed("module", ("unread",))(*row) for row in MODULES),
-    *WITH_DATA,
-    *(fit_case("fit", *row) for row in FITS),
-    *(fit_case("fit_sft", *row) for row in SFT_FITS),
-]
+    *(loss_case(*option) for option in OUT_OF_RANGE.items()), *(constructed("options")(*row) for row in CONSTRUCTED),
+    *(constructed("module", ("unread",))(*row) for row in MODULES), *WITH_DATA,
+    *(fit_case("fit", *row) for row in FITS), *(fit_case("fit_sft", *row) for row in SFT_FITS),
+]  # fmt: skip

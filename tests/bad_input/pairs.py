@@ -95,12 +95,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("nothing", "a.jsonl", "", ("holds no rows", "give a file or split with some")),
     ("no margin column", "a.csv", "prompt,chosen,rejected,stars\na,b,c,1\n", ("no column to take the", "Name yours")),
     ("an archive", "a.jsonl.zip", b"PK", ("should end in .parquet, .json, .jsonl or .csv", "also with .gz")),
-    (
-        "every row dropped",
-        "a.jsonl",
-        LINE.replace('"4"', '" "'),
-        ("no usable pair", "'empty_completion': 1"),
-    ),
+    ("every row dropped", "a.jsonl", LINE.replace('"4"', '" "'), ("no usable pair", "'empty_completion': 1")),
 ]
 
 
@@ -129,11 +124,7 @@ SOURCES = [
     *cases(
         "data.source",
         ("no such path", lambda place: read_pairs("/nonexistent/a.jsonl"), "/nonexistent/a.jsonl … Check the path"),
-        (
-            "a hub id that cannot be reached",
-            lambda place: read_pairs("org/nothing"),
-            "'org/nothing' … On the hub: ID:CONFIG",
-        ),
+        ("a hub id out of reach", lambda place: read_pairs("org/nothing"), "'org/nothing' … On the hub: ID:CONFIG"),
         ("a folder with a broken file", broken_folder, "data/train.jsonl, row 2: cannot be read"),
     ),
     *cases(

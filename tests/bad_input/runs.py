@@ -50,6 +50,10 @@ def pairs(change: Callable[[str], Any]) -> Callable[[Place], tuple[str, ...]]:
     return given
 
 
+def held_out(place: Place) -> tuple[str, ...]:
+    return ("--data.validation", place.shared.pairs)
+
+
 def prompts(place: Place) -> tuple[str, ...]:
     rows = [{"prompt": "red tea", "constraints": [{"kind": "rhymes", "params": {}}]}]
     path = place.write("prompts.jsonl", rows)
@@ -86,12 +90,7 @@ RUNS = [
     run("model", "for predict only", RATING, "does not fit … signals predict"),
     run("model", "for fit only", ("predict", *DEMO), "does not predict … configs/signals", whole=True),
     run("data.source", "not there", ("--data.source", "/no/pairs.jsonl"), "/no/pairs.jsonl … Check the path"),
-    run(
-        "data.validation",
-        "the training pairs",
-        lambda place: ("--data.validation", place.shared.pairs),
-        "have a prompt that is trained on … give another",
-    ),
+    run("data.validation", "the training pairs", held_out, "have a prompt that is trained on … give another"),
     run("trainer.callbacks", "no such class", callback("no.Callback"), f"no.Callback … {HELP}"),
     run("GoldEvaluation", "an unknown constraint", prompts, "red tea … 'rhymes' … kind must be one of"),
     run("GoldEvaluation", "no template", ("--data.chat_template", "plain", *GOLD), "needs a chat template"),

@@ -38,11 +38,7 @@ ROWS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("a completion of the user's", {"prompt": "a", "completion": [user("b")]}, ("'completion' should begin with",)),
     ("an input of a list", ALPACA | {"input": ["x"]}, ("'input' should be text",)),
     ("a history", ALPACA | {"history": [["a", "b"]]}, ("'history' is not read", "or remove the column")),
-    (
-        "a label of KTO",
-        {"prompt": "a", "completion": "b", "label": False},
-        ("'label' is not read (False)", "keep the rows"),
-    ),
+    ("a label of KTO", CHAT | {"label": False}, ("'label' is not read (False)", "keep the rows")),
     ("turns as text in an output", ALPACA | {"output": '[{"role": "bot", "content": "b"}]'}, ("saved as text", "Save")),
     ("an id twice", CHAT | {"id": "one"}, ("id 'one' is in row 1 too", "each row needs its own")),
     ("a sample_id of true", CHAT | {"sample_id": True}, ("'sample_id' should be text or a whole number",)),

@@ -11,15 +11,11 @@ from mixdpo.evaluation.study_run import is_done
 
 def study(**changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
-        "config": "configs/demo.yaml",
-        "folder": "studies/x",
-        "runs": {"dpo": {}, "mixdpo": {"overlay": "configs/controls/mixdpo.yaml"}},
-        "prompts": "prompts.jsonl",
-        "outcomes": {"gold": ["main"]},
-        "control": "dpo",
-        "assumed_sd": {"prompts": 0.3, "seeds": 0.0},
+        "config": "configs/demo.yaml", "folder": "studies/x",
+        "runs": {"dpo": {}, "mixdpo": {"overlay": "configs/controls/mixdpo.yaml"}}, "prompts": "prompts.jsonl",
+        "outcomes": {"gold": ["main"]}, "control": "dpo", "assumed_sd": {"prompts": 0.3, "seeds": 0.0},
         "options": {"data.validation": 0},
-    }
+    }  # fmt: skip
     return {key: value for key, value in (base | changes).items() if value is not ...}
 
 

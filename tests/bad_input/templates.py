@@ -15,14 +15,13 @@ SYSTEM = PAIR | {"prompt": [{"role": "system", "content": "sea"}, {"role": "user
 TURNS = {"messages": [{"role": role, "content": "red"} for role in ("user", "assistant", "user", "assistant")]}
 REFUSAL = "{{ raise_exception('System role not supported') }}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}" + REFUSAL + "{% endif %}" + TEMPLATE
+FISH = PAIR | {"chosen": "blue fish"}
 COUNTING = "{{ messages | length }}" + TEMPLATE
 
 # Templates and tokenizers: a pair is encoded.
 
 
-def encoded(
-    row: dict[str, Any] = PAIR, template: Any = None, change: Callable[[Any], None] | None = None, **limits: Any
-) -> Any:
+def encoded(row: Any = PAIR, template: Any = None, change: Callable[[Any], None] | None = None, **limits: Any) -> Any:
     """Encode the row, the second one of two, by the template and a tokenizer that `change` has changed."""
 
     def do(place: Place) -> str:
@@ -54,24 +53,12 @@ TEMPLATES = [
         "chat_template",
         ("no such file", encoded(template="no/chat.jinja"), "no/chat.jinja … cannot be read"),
         ("an empty file", encoded(template=lambda p: p.write("chat.jinja", "")), "holds no Jinja template"),
-        (
-            "a syntax error",
-            encoded(template="{% for m in messages %}"),
-            "row 1 (pair_id … Give another template",
-        ),
+        ("a syntax error", encoded(template="{% for m in messages %}"), "row 1 (pair_id … Give another template"),
         ("no system role", encoded(SYSTEM, NO_SYSTEM), "row 2 (pair_id … (system, user) … System role not supported"),
         ("the system message left out", encoded(SYSTEM, HIDDEN), "row 2 (pair_id … leaves out part of a message"),
-        (
-            "today's date",
-            encoded(template="{{ strftime_now(form) }}" + TEMPLATE),
-            "writes today's … with a date",
-        ),
+        ("today's date", encoded(template="{{ strftime_now(form) }}" + TEMPLATE), "writes today's … with a date"),
         ("no end token", encoded(template=shown("<|im_end|>", "")), "no special … writes eos_token"),
-        (
-            "a response cut",
-            encoded(PAIR | {"chosen": "blue fish"}, CUT),
-            "row 2 (pair_id … leaves out part of a message",
-        ),
+        ("a response cut", encoded(FISH, CUT), "row 2 (pair_id … leaves out part of a message"),
         ("a prompt that changes", encoded(template=COUNTING), "shows the prompt differently … give another"),
         ("none at all", encoded(change=without("chat_template")), "has no … set `chat_template`"),
     ),
