@@ -173,19 +173,22 @@ class AdapterModule(L.LightningModule):
         self.val_means.reset()
 
     def log_row(self) -> None:
-        """Log the row of the optimizer step just made. Straight to the loggers, because `self.log` would repeat the
-        last value of a metric that this step does not have, such as the rewards of a step of hard pairs."""
+        """Log the row of the optimizer step just made."""
         step = self.trainer.global_step
         values = {**self.train_means.compute(), **self.step_values(step)}
         self.train_means.reset()
         values["lr"] = self._multipliers[step - 1] * self.optimizers().defaults["lr"]
-        row = {name: float(value) for name, value in values.items()} | self.callback_values
+        self._log_step({name: float(value) for name, value in values.items()} | self.callback_values)
         self.callback_values.clear()
+
+    def _log_step(self, values: dict[str, float]) -> None:
+        """Log values of the optimizer step just made. Straight to the loggers, because `self.log` would repeat the last
+        value of a metric that this step does not have, such as the rewards of a step of hard pairs."""
         for logger in self.loggers:
-            logger.log_metrics(row, step=step - 1)
+            logger.log_metrics(values, step=self.trainer.global_step - 1)
             logger.save()  # a run that dies keeps what it logged
-        for name in self.progress_bar & set(row):
-            self.log(name, row[name], prog_bar=True, logger=False, batch_size=1)
+        for name in self.progress_bar & set(values):
+            self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
 
     def learning(self) -> list[torch.Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -167,7 +167,7 @@ def test_texts_that_show_nothing_are_empty(tmp_path, unseen):
     assert read_pairs(write_pairs(tmp_path / "p.jsonl", rows)).dropped == {"empty_prompt": 1, "empty_completion": 2}
     rows = [{"prompt": "a", "completion": c} for c in ("b", unseen)] + [{"prompt": unseen, "completion": "b"}]
     assert read_samples(write_pairs(tmp_path / "s.jsonl", rows)).dropped == {"empty_prompt": 1, "empty_completion": 1}
-    with pytest.raises(InputError, match=r"row 1: .* should not be blank"):
+    with pytest.raises(InputError, match=r"row 1: .* and not be blank"):
         read_prompts(write_pairs(tmp_path / "q.jsonl", [{"prompt": unseen}]))
 
 

@@ -61,7 +61,7 @@ def _check_used(template: str, values: Iterable[str], fixed: Collection[str] = (
     used = {*re.findall(r"\w+", template)} - {*fixed, PLAIN}
     if unused := [name for name in values if name not in used]:
         where = "the row's tools or chat_template_kwargs, or data.chat_template_kwargs"
-        raise InputError(f"the chat template cannot take {', '.join(unused)}: change it, or remove this from {where}")
+        raise InputError(f"the chat template cannot take {', '.join(unused)}: give another, or drop it from {where}")
 
 
 def _dated(call: re.Match[str]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixdpo.errors import InputError
 from mixdpo.model.fused_head import SequenceLogProbs
+from mixdpo.storage.identity import described
 
 Response: TypeAlias = SequenceLogProbs | Tensor
 
@@ -85,6 +86,11 @@ class PreferenceLoss:
         for name, value in self.own.items():
             given = getattr(self, name)
             object.__setattr__(self, name, check_range(name, value if given is None else given))  # it is frozen
+
+    def describe(self) -> str:
+        """Name and hyper-parameters as text, the same in every process. A default that YAML may override has them only
+        from the first call of a method on."""
+        return described(self)
 
 
 def check_range(name: str, value: float) -> float:

@@ -14,7 +14,7 @@ from mixdpo.evaluation.make_pairs import make_pairs, pair_up
 
 CHAT = {"messages": [user("a"), response("b")]}
 ALPACA = {"instruction": "a", "output": "b"}
-ONE_FORM = "give the columns of one, messages, or prompt and completion, or instruction and output"
+ONE_FORM = "give those of one, messages, or prompt and completion, or instruction and output"
 WEIGHED = "mark only the assistant's, by weight (0, or 1e-6 to 1e6), or by train or loss (true or false)"
 
 
@@ -52,7 +52,7 @@ def row_case(fault: str, row: dict[str, Any], says: tuple[str, ...]) -> Case:
     return Case("row of samples", fault, do, ("rows.jsonl, row 2: ", *says))
 
 
-NEED = "'prompt' should be text, or messages that end with role 'user', and should not be blank."
+NEED = "'prompt' should be text or messages that end with role 'user', and not be blank."
 PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("no prompt", {"question": "a"}, ("row 2: ", "'prompt' should be text or a list of messages, not None")),
     ("an empty prompt", {"prompt": ""}, ("row 2: ", NEED)),
