@@ -1,6 +1,7 @@
 """The last checkpoint, exact resume, and checkpoint files that appear whole or not at all."""
 
 import io
+import random
 import shlex
 import shutil
 import signal
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from jsonargparse.typing import PositiveInt
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -78,15 +79,21 @@ def _processor(device: torch.device) -> str:
 
 def _random_state() -> dict[str, Any]:
     """Plain types only, so that a checkpoint loads with `weights_only=True`."""
-    states = _collect_rng_states()
-    name, keys, *others = states["numpy"]
-    return states | {"numpy": (name, keys.tolist(), *others)}
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
-    if len(state["torch.cuda"]) != torch.cuda.device_count():  # saved on another machine
-        state = state | {"torch.cuda": []}
-    _set_rng_states(state)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():  # else it was saved on another machine
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 class LastCheckpoint(Checkpoint):

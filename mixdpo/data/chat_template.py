@@ -58,7 +58,8 @@ def load_template(
 
 
 def _check_used(template: str, values: Iterable[str], fixed: Collection[str] = ()) -> None:
-    used = {*re.findall(r"\w+", template)} - {*fixed, PLAIN}
+    free = [name for name in values if template != PLAIN and name not in fixed]
+    used = [name for name in free if re.search(rf"\b{re.escape(name)}\b", template)]
     if unused := [name for name in values if name not in used]:
         where = "the row's tools or chat_template_kwargs, or data.chat_template_kwargs"
         raise InputError(f"the chat template cannot take {', '.join(unused)}: give another, or drop it from {where}")
