@@ -24,7 +24,7 @@ class MarginModule(L.LightningModule):
         output: str | None = None,
         quantization: loading.Quantization = "nf4",
         dtype: loading.Dtype = "bfloat16",
-        attention: loading.Attention = "by_segment",
+        attention: loading.Attention = "auto",
         wide_weights: bool = False,
     ) -> None:
         """Computes a margin for each pair of the data, small = hard. The same command continues after an interruption.
@@ -37,8 +37,10 @@ class MarginModule(L.LightningModule):
             quantization: How the model is held in memory.
             dtype: Of the model's unquantised weights and of the computation with 4-bit ones.
             wide_weights: Accept a model of which quantization leaves more than a fifth of the weights in `dtype`.
-            attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
-                eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
+            attention: varlen, lower_right and by_segment compute each sequence in a row as the model alone would,
+                without a mask of the row; varlen does so in one kernel (CUDA, half precision). auto takes the first
+                that agrees with transformers' own on a few tokens, and says which. sdpa and eager are transformers'
+                own, with a mask of the whole row (set data.pack 0 with them).
         """
         super().__init__()
         self.base, self.signal, self.adapter, self.output = base, signal, adapter, output

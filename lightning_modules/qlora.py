@@ -42,7 +42,7 @@ class AdapterModule(L.LightningModule):
         adapter: str | None = None,
         quantization: Quantization = "nf4",
         dtype: Dtype = "bfloat16",
-        attention: Attention = "by_segment",
+        attention: Attention = "auto",
         activation_checkpointing: bool | int | Literal["auto"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Callable[[StepPlan], Any] = lazy_instance(StagedCosine),  # noqa: B008
@@ -59,8 +59,10 @@ class AdapterModule(L.LightningModule):
                 instead of the base.
             quantization: How the frozen base is held in memory.
             dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
-            attention: by_segment computes each sequence in a row as the model alone would, without a mask; sdpa and
-                eager are those of transformers, with a mask of the whole row (set data.pack 0 with them).
+            attention: varlen, lower_right and by_segment compute each sequence in a row as the model alone would,
+                without a mask of the row; varlen does so in one kernel (CUDA, half precision). auto takes the first
+                that agrees with transformers' own on a few tokens, and says which. sdpa and eager are transformers'
+                own, with a mask of the whole row (set data.pack 0 with them).
             activation_checkpointing: Recompute activations in the backward pass: less memory, a third more time. A
                 number: only in micro-batches of more tokens. auto: only in those that would not fit into free memory.
             optimizer: Class path and arguments. The optimizer gets the policy adapter's parameters only.
@@ -108,7 +110,8 @@ class AdapterModule(L.LightningModule):
             self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
         base = load_base(self.base, **self.loading, device=strategy.root_device)
         tables, packed = getattr(data, "tables", {}).values(), getattr(data, "documents", False)
-        self.print(check_data(base, self.base, tables, packed=packed), end="")
+        with self.trainer.precision_plugin.forward_context():
+            self.print(check_data(base, self.base, tables, packed=packed), end="")
         if self.adapter is None and (layers := towers(base)):
             self.print(f"{len(layers)} linear layers get no adapter, as no text reaches them (first: {layers[0]})")
         self.model = add_adapters(base, self.lora, self.adapter)

@@ -71,7 +71,7 @@ def test_what_a_model_has(tiny_model: str) -> None:
     from mixdpo.model.loading import load_base
 
     model = load_base(tiny_model, quantization="none", dtype="float32")
-    assert model.config._attn_implementation == "by_segment"
+    assert model.config._attn_implementation == "auto"
     assert isinstance(model.all_tied_weights_keys, dict)
     assert all(isinstance(module._non_persistent_buffers_set, set) for module in model.modules())
     assert any(hasattr(module, "gradient_checkpointing") for module in model.modules())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -30,6 +30,26 @@ class OnDevice:
 
 
 @dataclass
+class Segments(OnDevice):
+    """The index of attention over the documents of R rows, made once a batch. Spans count the R·T flattened positions.
+
+    A segment is a document's first piece with the second, or a further piece. Its queries stand side by side. The keys
+    of a further piece are the first piece and the piece itself. Within a segment the last query sees all of the keys.
+
+    Attributes:
+        queries: [start, end) of each row without its padding: the queries of all segments, in their order.
+        keys: [start, end) of the keys of all segments, in their order.
+        sizes: queries and keys of each segment.
+        cu_seqlens: (2, segments + 1) int32, where each segment's queries (first) and keys (second) begin, and the end.
+    """
+
+    queries: tuple[tuple[int, int], ...]
+    keys: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...]
+    cu_seqlens: Tensor
+
+
+@dataclass
 class TokenRows(OnDevice):
     """Token sequences of one forward pass, and the list of the tokens to predict.
 
@@ -46,7 +66,8 @@ class TokenRows(OnDevice):
         completion: (M,) int64, b for the chosen and B + b for the rejected completion of pair b.
         lengths: (2B,) int64, tokens of each completion, 0 for a completion that is left out.
         runs: (completion, tokens) of each completion in the rows, in the order of the targets.
-        documents: what attends to what, as `mixdpo.model.attention` reads it.
+        documents: what attends to what.
+        segments: the same, as `mixdpo.model.attention` reads it.
         tokens: number of positions that are not padding.
     """
 
@@ -58,6 +79,7 @@ class TokenRows(OnDevice):
     lengths: Tensor
     runs: tuple[tuple[int, int], ...]
     documents: tuple[Document, ...]
+    segments: Segments
     tokens: int
 
     @property
@@ -73,7 +95,7 @@ class TokenRows(OnDevice):
                 yield torch.cat([ids[start:first], ids[begin:end]])
 
     def attention_mask(self) -> Tensor:
-        """(R, 1, T, T) bool, True = may attend: what `by_segment` computes, for other implementations of attention.
+        """(R, 1, T, T) bool, True = may attend: what our attention computes, for transformers' own.
 
         Padding attends to itself, because a softmax over nothing is NaN.
         """
@@ -150,7 +172,20 @@ def token_rows(documents: Sequence[Sequence[Piece]], completions: int, pack: int
     targets, numbers = (torch.tensor(values, dtype=torch.long) for values in (target, completion))
     lengths = torch.bincount(numbers, minlength=completions)
     runs = tuple((number, len(list(run))) for number, run in groupby(completion))
-    return TokenRows(input_ids, positions, tuple(source), targets, numbers, lengths, runs, tuple(bounds), sum(sizes))
+    kept, index = (tuple(source), targets, numbers, lengths, runs), _segments(bounds, used)
+    return TokenRows(input_ids, positions, *kept, tuple(bounds), index, sum(sizes))
+
+
+def _segments(documents: Sequence[Document], used: Sequence[int]) -> Segments:
+    """Of documents in rows of so many tokens."""
+    blocks: list[tuple[tuple[int, int], ...]] = []  # the keys of each segment; its queries are the last span
+    for row, *bounds in documents:
+        start, first, *ends = (row * max(used) + column for column in bounds)
+        blocks += [((start, first), own)[own[0] == start :] for own in pairwise((start, *(ends or (first,))))]
+    sizes = tuple((keys[-1][1] - keys[-1][0], sum(end - begin for begin, end in keys)) for keys in blocks)
+    queries = tuple((row * max(used), row * max(used) + tokens) for row, tokens in enumerate(used))
+    starts = torch.tensor([(0, 0), *sizes]).cumsum(0, dtype=torch.int32)
+    return Segments(queries, tuple(chain.from_iterable(blocks)), sizes, starts.T.contiguous())
 
 
 def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:

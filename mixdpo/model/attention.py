@@ -1,53 +1,104 @@
-"""Attention over the documents of packed rows, registered with transformers as `by_segment`.
+"""Attention over the documents of packed rows, registered with transformers as `varlen`, `lower_right`, `by_segment`.
 
 A document is a sequence, or a prompt with several responses that are blind to each other. A document's attention is
-that of the model's own forward. Prompt and first response are one causal block; each further response is another.
-So a row costs as much as its documents, and no mask of the whole row exists.
+that of the model's own forward. Prompt and first response are one causal segment; each further response is another.
+So a row costs as much as its documents, and no mask of the whole row exists. The three differ in the kernel.
 """
 
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-BY_SEGMENT = "by_segment"
+from mixdpo.batches.rows import Segments
+from mixdpo.model.fused_head import gathered
 
 
-def by_segment(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+def attention(
+    kernel: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention (R, T, heads, D) of query (R, heads, T, D), key and value; without documents it is `sdpa`.
+    """Attention (R, T, heads, D) of query (R, heads, T, D), key and value; 0 at padding.
 
-    `documents`, a sequence of `Document`, comes through the keyword arguments of the model's forward. A layer that is
-    recomputed in backward then gets the same documents.
+    `segments` comes through the keyword arguments of the model's forward, so a layer that is recomputed in backward
+    gets the same: a `Segments`, or () for plain rows, which are causal. Without it the mask says what attends to what,
+    as in generation.
     """
-    documents = options.pop("documents", None)
-    if documents is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    options.pop("is_causal", None)
-    rows: list[list[Tensor]] = [[] for _ in query]
-    for row, start, first, *ends in documents:
-        q, k, v = (states[row : row + 1] for states in (query, key, value))
-        for begin, end in pairwise((start, *(ends or (first,)))):
-            if begin == start:
-                block = (k[:, :, start:end], v[:, :, start:end], None)
-            else:
-                seen = [torch.cat([states[:, :, start:first], states[:, :, begin:end]], 2) for states in (k, v)]
-                mask = torch.ones(end - begin, seen[0].shape[2], dtype=torch.bool, device=q.device).tril(first - start)
-                block = (*seen, mask[None, None])
-            part, _ = sdpa_attention_forward(module, q[:, :, begin:end], *block, is_causal=block[2] is None, **options)
-            rows[row].append(part)
-    for parts in rows:
-        padding = query.shape[2] - sum(part.shape[1] for part in parts)
-        parts.append(parts[0].new_zeros(1, padding, *parts[0].shape[2:]))
-    return torch.cat([torch.cat(parts, 1) for parts in rows]), None
+    segments: Segments | tuple[()] | None = options.pop("segments", None)
+    if not isinstance(segments, Segments):
+        return sdpa_attention_forward(module, query, key, value, mask if segments is None else None, **options)
+    states, dtype = ((query, segments.queries), (key, segments.keys), (value, segments.keys)), computing_dtype(value)
+    # positions may have widened query and key
+    qkv = [gathered(part.transpose(1, 2).flatten(0, 1), spans).to(dtype) for part, spans in states]
+    rows = KERNELS[kernel](*qkv, segments, options.get("scaling")).split([end - at for at, end in segments.queries])
+    return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, 0, 0, query.shape[2] - len(row))) for row in rows]), None
 
 
-AttentionInterface.register(BY_SEGMENT, by_segment)
+def computing_dtype(states: Tensor) -> torch.dtype:
+    """What matrix products of these states are computed in: autocast's dtype, or their own."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
-AttentionMaskInterface.register(BY_SEGMENT, sdpa_mask)  # for generation
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """All segments in one kernel. On other devices than CUDA a loop stands in for the kernel, for tests."""
+    if q.device.type == "cuda":
+        return in_one_kernel(q, k, v, segments, scale)
+    sizes = tuple(zip(*(starts.diff().tolist() for starts in segments.cu_seqlens), strict=True))
+    return _one_by_one(_lower_right, q, k, v, replace(segments, sizes=sizes), scale)
+
+
+def in_one_kernel(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """Attention (queries, heads, D) of q, and of k and v (keys, heads, D) with as many heads or fewer."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = (max(sizes) for sizes in zip(*segments.sizes, strict=True))
+    found: Tensor = varlen_attn(q, k, v, *segments.cu_seqlens, *longest, scale=scale, **_causal(varlen_attn))
+    return found
+
+
+@cache
+def _causal(function: Callable[..., Any]) -> dict[str, Any]:
+    """What says causal and grouped heads to `varlen_attn`, which differs between versions of torch."""
+    asked = {"window_size": (-1, 0), "is_causal": True, "enable_gqa": True}
+    return {name: value for name, value in asked.items() if name in signature(function).parameters}
+
+
+def _one_by_one(kernel: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    queries, keys = zip(*segments.sizes, strict=True)
+    parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
+    # a kernel's tensors are (1, heads, tokens, D)
+    found = [kernel(*(states.transpose(0, 1)[None] for states in part), scale=scale) for part in parts]
+    return torch.cat([part[0].transpose(0, 1) for part in found])
+
+
+def _lower_right(q: Tensor, k: Tensor, v: Tensor, **scale: Any) -> Tensor:
+    """By a flash kernel, without a mask and without repeated keys, where the device has one."""
+    bias = causal_lower_right(q.shape[2], k.shape[2])
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True, **scale)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, **scale: Any) -> Tensor:
+    """By a mask and repeated keys where a response sees its prompt."""
+    if q.shape[2] == k.shape[2]:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **scale)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **scale)
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {"varlen": _varlen, "lower_right": partial(_one_by_one, _lower_right)}
+"""Fastest first; `auto` until `check_documents` chooses."""
+
+KERNELS |= dict.fromkeys(("by_segment", "auto"), partial(_one_by_one, _masked))
+
+for name in KERNELS:
+    AttentionInterface.register(name, partial(attention, name))
+    AttentionMaskInterface.register(name, sdpa_mask)  # for generation

@@ -1,9 +1,8 @@
 """Packed rows through the base: hidden states, the output head, log-probabilities of targets and completions."""
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from operator import sub
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.data.encoding import sizes_of
 from mixdpo.errors import InputError
-from mixdpo.model.attention import BY_SEGMENT
+from mixdpo.model.attention import KERNELS, computing_dtype
 from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, target_statistics, token_log_probs
 
 if TYPE_CHECKING:
@@ -33,45 +32,82 @@ def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> 
 
     A completion's states are those from the last prompt token to the completion's last token but one."""
     causal_lm = causal_lm_of(model)
-    options: dict[str, Any] = {}
-    if not rows.plain:  # plain rows are causal in any architecture: padding comes last
-        _check_window(causal_lm.config, rows)
-        options = {"position_ids": rows.position_ids, **_attention_options(causal_lm, rows)}
+    options = _attention_options(causal_lm, rows)
     hidden: Tensor = causal_lm.base_model(input_ids=rows.input_ids, use_cache=False, **options).last_hidden_state
     return gathered(hidden.flatten(0, 1), rows.source)
 
 
 def _attention_options(causal_lm: "PreTrainedModel", rows: TokenRows) -> dict[str, Any]:
-    attention, dtype = causal_lm.config._attn_implementation, causal_lm.dtype
-    if attention == BY_SEGMENT:  # transformers passes a mask with four axes on, and our attention ignores it
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
-        return {"attention_mask": mask, "documents": rows.documents}
+    attention, dtype, window = causal_lm.config._attn_implementation, causal_lm.dtype, _window(causal_lm.config)
+    if rows.plain and not (attention in KERNELS and rows.input_ids.shape[1] <= window):
+        return {}  # plain rows are causal in any architecture: padding comes last
+    _check_window(causal_lm.config, rows)
+    options: dict[str, Any] = {"position_ids": rows.position_ids}
+    if attention in KERNELS:  # transformers hands a mask with four axes on, without a look that waits for the device
+        options["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
+        return options | {"segments": () if rows.plain else rows.segments}
     mask = rows.attention_mask()
     if attention == "eager":  # adds its mask to the scores instead of choosing by it
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    return {"attention_mask": mask}
+    return options | {"attention_mask": mask}
 
 
-@torch.no_grad()
-def check_documents(model: "PeftModel | PreTrainedModel") -> None:
-    """Check on a few tokens that a response gets the same hidden states alone and beside another response, behind a
-    shared prompt.
+def check_documents(model: "PeftModel | PreTrainedModel", *, packed: bool = True) -> str:
+    """Check the attention on a few tokens: sequences get the same hidden states and gradient as alone in transformers'
+    own attention; if `packed`, in packed rows as well, beside another response, behind a shared prompt. `auto` becomes
+    the fastest that passes. If none of ours does, transformers' own is taken.
+
+    Returns:
+        Lines that say what was chosen of several and what was refused, or "".
 
     Raises:
-        InputError: the hidden states differ, as in models with state spaces or with biases by distance.
+        InputError: the hidden states differ in transformers' own as well, as in models with state spaces.
     """
-    causal_lm = causal_lm_of(model)
-    pair = {"prompt_ids": [*range(3, 9)], "chosen_ids": [*range(9, 20)], "rejected_ids": [*range(20, 25)]}
-    device, both = next(causal_lm.parameters()).device, ([pair, pair], [True] * 2, [True] * 2)
-    name = causal_lm.config.model_type
-    alone = predicting_states(model, build_rows(*both, share_prompt=False).to(device))
+    causal_lm, told, fault = causal_lm_of(model), "", ""
+    weight, asked = next(causal_lm.parameters()), causal_lm.config._attn_implementation
+    native, half = "sdpa" if asked in KERNELS else asked, computing_dtype(weight).itemsize < 4
+    flash = weight.is_cuda and half and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    ours = ("varlen", "lower_right", "by_segment")[0 if flash else 2 if weight.is_cuda else 1 :]
+    layouts = [rows.to(weight.device) for rows in _probes(75 if weight.is_cuda else 17)[: 2 if packed else 1]]
+    for attention in dict.fromkeys((*(ours if asked == "auto" else (asked,)), native)):
+        fault = _fault_of(causal_lm, attention, native, layouts, tolerance=0.1 if half else 1e-3)
+        if not fault:
+            return told + (f"attention is computed by {attention}\n" if told or asked == "auto" else "")
+        told += f"warning: {attention} attention is not used: {causal_lm.config.model_type} models {fault}\n"
+    raise InputError(f"{causal_lm.config.model_type} models {fault}: {_INSTEAD}")
+
+
+def _probes(longest: int) -> tuple[TokenRows, TokenRows]:
+    """Two pairs in rows of their own and packed in one row. The longest sequence has so many tokens."""
+    ids, half = [3 + 7 * i % 37 for i in range(longest)], longest // 2
+    texts = ((ids[:6], ids[6:], ids[-5:]), (ids[half:], ids[:3], ids[1:half]))
+    pairs = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), text, strict=True)) for text in texts]
+    both = (pairs, [True] * 2, [True] * 2)
+    return build_rows(*both, share_prompt=False), build_rows(*both, pack=sys.maxsize)
+
+
+def _fault_of(causal_lm: Any, attention: str, native: str, layouts: Sequence[TokenRows], tolerance: float) -> str:
+    """How an attention differs from `native` in rows of few tokens, or "". The model is left with this attention."""
     try:
-        shared = predicting_states(model, build_rows(*both, pack=100).to(device))
+        causal_lm.config._attn_implementation = native
+        expected = _states_and_gradient(causal_lm, layouts[0])
+        causal_lm.config._attn_implementation = attention
+        found = [_states_and_gradient(causal_lm, rows) for rows in layouts]
     except (TypeError, ValueError, RuntimeError) as error:  # of a forward that takes no such mask
-        raise InputError(f"{name} models cannot be computed in packed rows ({error}): {_INSTEAD}") from error
-    off, tolerance = float((shared - alone).norm() / alone.norm()), 0.1 if alone.element_size() < 4 else 1e-3
-    if not off <= tolerance:
-        raise InputError(f"{name} models are off by {off:.0%} in a response behind a shared prompt: {_INSTEAD}")
+        return f"cannot be computed in these rows ({' '.join(str(error).split()):.300})"
+    off = torch.stack([(a - b).norm() / b.norm() for each in found for a, b in zip(each, expected, strict=True)]).max()
+    return "" if off <= tolerance else f"are off by {float(off):.0%} in a response behind a shared prompt"
+
+
+def _states_and_gradient(causal_lm: "PreTrainedModel", rows: TokenRows) -> tuple[Tensor, ...]:
+    """Hidden states of each completion, and the gradient (H,) of their weighted sum to a factor on all embeddings."""
+    embedding = causal_lm.get_input_embeddings()
+    factor = torch.ones_like(embedding.weight[0]).requires_grad_()
+    with embedding.register_forward_hook(lambda _module, _ids, states: states * factor), torch.enable_grad():
+        states = predicting_states(causal_lm, rows)
+        weights = torch.linspace(-1, 1, states.numel(), dtype=torch.float32, device=states.device)
+        (gradient,) = torch.autograd.grad(states.float().flatten() @ weights, factor)
+    return (*states.detach().split([tokens for _, tokens in rows.runs]), gradient)
 
 
 def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exact: bool = False) -> Tensor:
@@ -141,29 +177,30 @@ def check_head(model: "PreTrainedModel") -> None:
         raise InputError(f"{model.config.model_type} models rescale the head's logits: give a model of another type")
 
 
-def _window(config: Any) -> int | None:
+def _window(config: Any) -> int:
     config = config.get_text_config()
-    window: int | None = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # GPT-Neo's
-    return window if getattr(config, "use_sliding_window", True) else None
+    names = ("sliding_window", "window_size", "attention_chunk_size")  # the second is GPT-Neo's, the third Llama 4's
+    windows = [getattr(config, name, None) for name in names] if getattr(config, "use_sliding_window", True) else []
+    return min(filter(None, windows), default=sys.maxsize)
 
 
 def _check_window(config: Any, rows: TokenRows) -> None:
     """Refuse packed sequences longer than the model's sliding window: their tokens would see all of the sequence. A
     sequence is the first piece of a document with one further piece."""
-    bounds = (bounds for _, *bounds in rows.documents)
-    longest = max(first - start + max(map(sub, ends, (first, *ends)), default=0) for start, first, *ends in bounds)
-    if (window := _window(config)) is not None and longest > window:
+    longest = max(keys for _, keys in rows.segments.sizes)
+    if longest > (window := _window(config)):
         raise InputError(f"{longest} tokens of a row exceed the sliding window of {window}: lower data.max_length")
 
 
 def check_data(model: "PreTrainedModel", name: str, tables: Collection["Dataset"], *, packed: bool) -> str:
-    """Compare encoded tables with what the model can compute, and check packed rows.
+    """Compare encoded tables with what the model can compute, and check its attention.
 
     Args:
         packed: whether sequences share rows, where a sliding window cannot be computed.
 
     Returns:
-        A warning if sequences are longer than the rotary positions that the model was made with, else "".
+        What `check_documents` says, and a warning if sequences are longer than the rotary positions that the model was
+        made with.
 
     Raises:
         InputError: a sequence has a token that the model does not know, or more tokens than the model has positions
@@ -172,7 +209,7 @@ def check_data(model: "PreTrainedModel", name: str, tables: Collection["Dataset"
     config, ids, beyond = model.config.get_text_config(), model.get_input_embeddings().num_embeddings, 0
     rotary = any("Rotary" in type(module).__name__ for module in model.modules())
     known = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    window = (_window(config) if packed else None) or sys.maxsize
+    window = _window(config) if packed else sys.maxsize
     for table in tables:
         lengths, largest = sizes_of(table)
         if largest >= ids:
@@ -185,10 +222,10 @@ def check_data(model: "PreTrainedModel", name: str, tables: Collection["Dataset"
             remedy = f"set data.max_length {window} or less, or data.pack 0 and (for pairs) data.share_prompt false"
             raise InputError(f"{found} has a sliding window of {window}: {remedy}")
         beyond += int((lengths > known).sum())
-    if packed:
-        check_documents(model)
+    ours = model.config._attn_implementation in KERNELS and model.get_output_embeddings()  # a reward model has no head
+    chosen = check_documents(model, packed=packed) if packed or ours else ""
     told = f"{beyond} rows have more tokens than the {known} positions that {name} was made with"
-    return f"warning: {told}: set data.max_length {known}\n" if beyond else ""
+    return chosen + (f"warning: {told}: set data.max_length {known}\n" if beyond else "")
 
 
 def without_cast_cache(device: torch.device) -> torch.autocast:

@@ -62,13 +62,14 @@ class SequenceLogProbs:
 
 
 def gathered(hidden: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Rows [start, end) of hidden (N, H), one span after the other (M, H). Spans may overlap.
+    """Rows [start, end) of hidden (N, …), one span after the other (M, …). Spans may overlap. One span is not copied.
 
     Its gradient is that of `split` and `cat`: sums in a fixed order, unlike those of indexing on CUDA.
     """
     cuts = sorted({0, len(hidden), *chain.from_iterable(spans)})
     pieces, place = hidden.split([b - a for a, b in pairwise(cuts)]), {cut: i for i, cut in enumerate(cuts)}
-    return torch.cat([piece for start, end in spans for piece in pieces[place[start] : place[end]]])
+    wanted = [piece for start, end in spans for piece in pieces[place[start] : place[end]]]
+    return wanted[0] if len(wanted) == 1 else torch.cat(wanted)
 
 
 def run_sums(values: Tensor, runs: Sequence[tuple[int, int]], count: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixdpo.errors import InputError
-from mixdpo.model.attention import BY_SEGMENT
+from mixdpo.model.attention import KERNELS
 from mixdpo.model.forward import check_head
 from mixdpo.model.packaged import model_folder
 
@@ -21,7 +21,7 @@ Quantization = Literal["nf4", "int8", "none"]
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
-Attention = Literal["by_segment", "sdpa", "eager"]
+Attention = Literal["auto", "varlen", "lower_right", "by_segment", "sdpa", "eager"]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -79,7 +79,7 @@ def _load(
     *,
     quantization: Quantization = "nf4",
     dtype: Dtype = "bfloat16",
-    attention: Attention = "by_segment",
+    attention: Attention = "auto",
     device: torch.device | str = "cpu",
     wide_weights: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -99,7 +99,7 @@ def _load(
             use_safetensors=True,  # the other format is a pickle
             trust_remote_code=False,  # without it transformers asks on stdin, and a piped "y" runs code
         )
-    if attention == BY_SEGMENT and not model._supports_sdpa:  # such a model would ignore our attention and its mask
+    if attention in KERNELS and not model._supports_sdpa:  # such a model would ignore our attention and its mask
         raise InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
     if config is not None and not wide_weights:
         _check_narrow(model, name)
