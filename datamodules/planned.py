@@ -1,25 +1,26 @@
 """Shared by both data modules: read, split and encode rows; plan the steps before training; resume exactly."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
+from datamodules.cutting import cut_by_tokens, cut_into
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
 from mixdpo.data.chat_template import GenerationPrompt
 from mixdpo.data.encoding import IDS, Overlong, encode_rows
-from mixdpo.data.messages import prompt_texts, split_by_prompt
+from mixdpo.data.messages import prompts_of, refuse_shared_prompts, split_by_prompt
 from mixdpo.data.sources import is_one_file
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
-from mixdpo.storage.identity import content_hash, hash63, refuse_other_run
+from mixdpo.storage.identity import content_hash, refuse_other_run
 
 REFUSED = (GradientAccumulationScheduler, LearningRateFinder, BatchSizeFinder)
 """Callbacks that would change the planned steps."""
@@ -32,6 +33,7 @@ class PlannedDataModule(L.LightningDataModule):
         noun: the word for a row, "pair" or "sample".
         cleans_by_stage: whether tokens are scored and ranked at the start of each stage, or those of the whole epoch
             at once.
+        plan_rows: a stage of Lightning -> reads, encodes and plans the rows, once.
         read: a source and its split -> the rows as a data set; counts the dropped rows.
         epoch_plan: an epoch -> its steps and stages. All epochs have as many, starting at the same steps.
         _steps: an epoch -> the rows of each optimizer step.
@@ -43,6 +45,7 @@ class PlannedDataModule(L.LightningDataModule):
 
     noun: str
     cleans_by_stage: bool
+    plan_rows: Callable[[str], None]
     read: Callable[[str, str], Any]
     epoch_plan: Callable[..., StepPlan]
     _steps: Callable[..., list[tuple[int, ...]]]
@@ -52,6 +55,8 @@ class PlannedDataModule(L.LightningDataModule):
     plan_identity: Callable[[], dict[str, str]]
     _loader: ResumableLoader | None = None
     _consumed = 0
+    cut: Mapping[str, Any] = {}
+    """How the steps are cut, for route.json or plan.json, if by tokens: `cut_into`."""
 
     def __init__(
         self,
@@ -63,6 +68,7 @@ class PlannedDataModule(L.LightningDataModule):
         limit: PositiveInt | None = None,
         batch_size: PositiveInt = 32,
         eval_batch_size: PositiveInt = 8,
+        micro_batch_tokens: PositiveInt | Literal["auto"] | None = None,
         pack: NonNegativeInt = 8192,
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
@@ -82,9 +88,10 @@ class PlannedDataModule(L.LightningDataModule):
             validation: Share of the prompts (not rows) held out, or another source; 0 for none.
             validation_split: Split of the source that `validation` names; `split` if null.
             limit: Number of usable rows to read; all if null.
-            batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches. At
-                once run batch_size / trainer.accumulate_grad_batches / devices rows.
+            batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches.
             eval_batch_size: Rows per validation batch.
+            micro_batch_tokens: Cut steps into the fewest micro-batches of at most so many tokens, not into
+                trainer.accumulate_grad_batches. auto: what the card holds, by estimate; on a CPU the trainer's number.
             pack: Most tokens of a packed sequence. Rows of a micro-batch share a sequence, blind to each other, without
                 padding; 0 gives each row a sequence of its own, padded to the longest.
             overlong: Truncate cuts a longer row to max_length; drop leaves the row out. Both are counted.
@@ -107,10 +114,17 @@ class PlannedDataModule(L.LightningDataModule):
         self.encoding: dict[str, Any] = {"overlong": overlong, "chat_template": chat_template}
         self.encoding["special_tokens_in_text"] = special_tokens_in_text
         self.encoding |= {"chat_template_kwargs": chat_template_kwargs, "generation_prompt": generation_prompt}
-        self.workers, self.processes, self.seed = workers, processes, seed
+        self.workers, self.processes, self.seed, self.micro_batch_tokens = workers, processes, seed, micro_batch_tokens
         self.counts: dict[str, Any] = {}
         self.doubts: list[str] = []  # warnings about data that is trained on, but probably means something else
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
+
+    def setup(self, stage: str) -> None:
+        """Read, encode and plan the rows. For training, cut the steps, before anything counts the micro-batches."""
+        self.plan_rows(stage)
+        if stage == "fit":
+            self.row_sizes = self.sizes()  # reads all token ids
+            cut_by_tokens(self)
 
     def read_and_split(self, stage: str) -> tuple[Any, Any]:
         """Rows to train on, and held-out rows or None.
@@ -125,10 +139,10 @@ class PlannedDataModule(L.LightningDataModule):
         train = self.read(self.source, self.split)
         if isinstance(self.validation, str):
             held_out = self.read(self.validation, self.validation_split)
-            _check_apart(_prompts(train), _prompts(held_out), held_out, self.validation)
+            refuse_shared_prompts(train, held_out, self.validation)
             return train, held_out
         if self.validation:
-            kept, out = split_by_prompt(_prompts(train), self.validation, self.seed)
+            kept, out = split_by_prompt(prompts_of(train), self.validation, self.seed)
             return train.select(kept), train.select(out)
         self.trainer.limit_val_batches = 0
         return train, None
@@ -182,7 +196,7 @@ class PlannedDataModule(L.LightningDataModule):
 
     def micro_batches(self, epoch: int = 0) -> list[MicroBatch]:
         """This rank's micro-batches of one epoch. Every step is cut into exactly accumulate × world micro-batches."""
-        trainer, (tokens, counted) = self.trainer, self.sizes()
+        trainer, (tokens, counted) = self.trainer, self.row_sizes
         cut = {"accumulate": trainer.accumulate_grad_batches, "world": trainer.world_size, "rank": trainer.global_rank}
         plan: list[MicroBatch] = []
         for step in self._steps(epoch):
@@ -201,10 +215,8 @@ class PlannedDataModule(L.LightningDataModule):
         epoch, step = divmod(step, length)
         end = ends[bisect_right(ends, step)] if self.cleans_by_stage else length
         coming = list(enumerate(self.pool_steps(epoch)))[step:end]
-        # schedule_steps is the whole run, and max_steps then only pauses it
-        total = self._steps_of_run(self.trainer.lightning_module.schedule_steps or self.trainer.max_steps)
-        if (left := total - (epoch + 1) * length) > 0:  # a third epoch comes after all of the second
-            coming += list(enumerate(self.pool_steps(epoch + 1)))[:left]
+        left = max(0, self._steps_of_whole_run() - (epoch + 1) * length)
+        coming += list(enumerate(self.pool_steps(epoch + 1)))[:left]  # a third epoch comes after all of the second
         # of a sample that comes twice, the first time counts
         comes = {sample: number for number, samples in reversed(coming) for sample in samples}
         in_order = sorted(comes)
@@ -226,6 +238,15 @@ class PlannedDataModule(L.LightningDataModule):
             raise InputError("a schedule needs a last step: give trainer.max_epochs or trainer.max_steps, above 0")
         return total
 
+    def _steps_of_whole_run(self) -> int:
+        # schedule_steps is the whole run, and max_steps then only pauses it
+        return self._steps_of_run(self.trainer.lightning_module.schedule_steps or self.trainer.max_steps)
+
+    def all_steps(self) -> list[tuple[int, ...]]:
+        """The steps of the run's epochs; those that are the same in several epochs once."""
+        epochs = -(-self._steps_of_whole_run() // len(self.epoch))
+        return list(dict.fromkeys(step for epoch in range(epochs) for step in self._steps(epoch)))
+
     def stage_of(self, step: int) -> int:
         """Number, from 0, of the stage that optimizer step `step` of the run belongs to."""
         starts = self.epoch.stage_starts
@@ -241,17 +262,19 @@ class PlannedDataModule(L.LightningDataModule):
         return self._loader
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed": self._loader.consumed if self._loader else 0, "run": self._identity()}
+        return {"consumed": self._loader.consumed if self._loader else 0, "run": self._identity(), "cut": self.cut}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue in the middle of the epoch. Lightning may build the loader before or after this call, so module and
-        loader both keep the position.
+        loader both keep the position. `micro_batch_tokens: auto` cuts as the checkpoint's run did, on any card.
 
         Raises:
             InputError: the checkpoint's run had other data, routes or batches.
         """
         if self.trainer.state.fn != "fit":
             return  # validation of a checkpoint may use any rows
+        if self.micro_batch_tokens == "auto":
+            cut_into(self, state["run"]["accumulate_grad_batches"], state.get("cut", {}).get("limit"))
         refuse_other_run(state["run"], self._identity())
         self._consumed = state["consumed"]
         if self._loader is not None:
@@ -266,21 +289,3 @@ class PlannedDataModule(L.LightningDataModule):
 def hash_of_rows(rows: Any, *columns: str) -> str:
     """Of these columns, and of what the chat template gets beside them."""
     return content_hash(zip(*(rows[name] for name in (*columns, "context") if name in rows.column_names), strict=True))
-
-
-def _prompts(rows: Any) -> Iterable[Any]:
-    """The messages before the first response of each row. Rows with the same prompt land on one side of the split."""
-    if "prompt" in rows.column_names:
-        return rows["prompt"]
-    # one at a time: the rows may exceed memory
-    return (messages[: [m["role"] for m in messages].index("assistant")] for messages in rows["messages"])
-
-
-def _check_apart(train: Iterable[Any], held_out: Iterable[Any], rows: Any, source: str) -> None:
-    """Refuse held-out prompts that are trained on: a metric on such prompts would mean nothing."""
-    known = {hash63(str(prompt_texts(prompt))) for prompt in train}
-    shared = [i for i, prompt in enumerate(held_out) if hash63(str(prompt_texts(prompt))) in known]
-    if shared:
-        share = f"{len(shared)} of {len(rows)} held-out rows of {source}"
-        first = f"have a prompt that is trained on (first: {rows[shared[0]]['place']})"
-        raise InputError(f"{share} {first}: give another data.validation")

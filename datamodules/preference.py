@@ -65,7 +65,7 @@ class PreferenceDataModule(PlannedDataModule):
         self.route: Route = None  # type: ignore[assignment]  # until setup
         self._pool: TokenPool | None = None
 
-    def setup(self, stage: str) -> None:
+    def plan_rows(self, stage: str) -> None:
         """Read, split, encode and route. For a module that cleans tokens, make the pool of cleaning too.
 
         Raises:
@@ -148,7 +148,7 @@ class PreferenceDataModule(PlannedDataModule):
         """The content of `route.json`: the route's summary, how many rows were read, dropped or truncated, warnings."""
         source = {"margins": {"file": self.margins_file, **self._margins.header}} if self._margins else {}
         run = {"counts": self.counts, "warnings": self.doubts, "batch_size": self.batch_size, "seed": self.seed}
-        return {**self.route.summary(), **run, **source}
+        return {**self.route.summary(), **run, **source, "micro_batches": self.cut or None}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)
@@ -233,11 +233,11 @@ class PreferenceDataModule(PlannedDataModule):
         collator = PairCollator(pairs, is_hard, share_prompt=self.share_prompt, pack=self.pack, **options)
         return ResumableLoader(plan, collator, workers=self.workers)
 
-    @staticmethod
-    def _tokens(pairs: Any, is_sft: Any, learnt: tuple[int, ...] = (0,)) -> list[int]:
+    def _tokens(self, pairs: Any, is_sft: Any, learnt: tuple[int, ...] = (0,)) -> list[int]:
         """Tokens that training computes for each pair, without the responses that SFT does not learn."""
-        rows = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_sft, strict=True)
-        return [len(prompt) + sum(len(sides[i]) for i in (learnt if sft else (0, 1))) for prompt, *sides, sft in rows]
+        columns = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], is_sft, strict=True)
+        rows = ((prompt, [sides[i] for i in (learnt if sft else (0, 1))]) for prompt, *sides, sft in columns)
+        return [len(prompt) * (1 if self.share_prompt else len(mine)) + sum(map(len, mine)) for prompt, mine in rows]
 
 
 def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:

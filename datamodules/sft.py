@@ -52,7 +52,7 @@ class SFTDataModule(PlannedDataModule):
         self.encoding |= {"max_length": max_length}
         self.pool: TokenPool = None  # type: ignore[assignment]  # until setup
 
-    def setup(self, stage: str) -> None:
+    def plan_rows(self, stage: str) -> None:
         if self.pool is not None:
             return
         train, held_out = self.read_and_split(stage)
@@ -82,7 +82,7 @@ class SFTDataModule(PlannedDataModule):
         """The content of `plan.json`: the stages, how many rows were read, dropped and truncated, and warnings."""
         stages = [{"slice": s.slice, "samples": len(s.samples), "steps": len(s.steps)} for s in self.stages]
         run = {"counts": self.counts, "warnings": self.doubts, "batch_size": self.batch_size, "seed": self.slices.seed}
-        return {"stages": stages, **run}
+        return {"stages": stages, **run, "micro_batches": self.cut or None}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return [step for stage in self.stages for step in stage.steps]

@@ -188,8 +188,10 @@ class PreferenceModule(AdapterModule):
         self._write_log_probs()
 
     def on_fit_start(self) -> None:
-        together = self.trainer.datamodule.batch_size // self.trainer.accumulate_grad_batches
-        if getattr(self.preference_loss, "batch_statistics", False) and together < 2:
+        data, statistics = self.trainer.datamodule, getattr(self.preference_loss, "batch_statistics", False)
+        if statistics and data.micro_batch_tokens == "auto":
+            raise InputError(f"{self._loss_name} takes means over micro-batches: give data.micro_batch_tokens a number")
+        if statistics and data.batch_size // self.trainer.accumulate_grad_batches < 2:
             raise InputError(f"{self._loss_name} takes means, but gets one pair: halve trainer.accumulate_grad_batches")
 
     def on_train_start(self) -> None:

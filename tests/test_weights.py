@@ -14,10 +14,9 @@ from test_preference_module import first_batch, full_precision_norms
 from test_processes import FORK, assert_close
 from torch import Tensor
 
-from datamodules.planned import _prompts
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.encoding import encode_sample
-from mixdpo.data.messages import prompt_texts
+from mixdpo.data.messages import prompt_texts, prompts_of
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.route import Routing
@@ -76,7 +75,7 @@ def test_one_response_a_sample(tmp_path):
     ids = pieces.dataset["sample_id"][:]
     assert [ids[0], *ids[2:]] == whole.dataset["sample_id"][:] and len(set(ids)) == 4
     assert read_samples(path, one_each=True, limit=1).dataset["row"][:] == [1, 1]
-    prompts = [prompt_texts(prompt) for prompt in _prompts(pieces.dataset)]  # what decides the side of the split
+    prompts = [prompt_texts(prompt) for prompt in prompts_of(pieces.dataset)]  # what decides the side of the split
     assert prompts == [["sun?"], ["sun?"], ["moon?"], ["sun?"]]
     twice = [row | {"id": "a"} for row in rows]
     with pytest.raises(InputError, match="row 2: id 'a' is in row 1 too"):

@@ -113,6 +113,9 @@ class CleanTokens(Callback):
         cleaning = self.cleaning
         if trainer.world_size > 1 and is_online(cleaning.scorer):
             raise InputError(f"{cleaning.scorer} scores tokens in each step: give --trainer.devices 1")
+        by_batch = is_online(cleaning.scorer) and cleaning.selection and cleaning.selection.scope == "batch"
+        if by_batch and trainer.datamodule.micro_batch_tokens == "auto":  # the card would decide what is ranked
+            raise InputError("selection.scope batch ranks a micro-batch: set data.micro_batch_tokens to a number")
         if cleaning.warm_up_stages >= len(trainer.datamodule.epoch.stage_starts):
             raise InputError("cleaning.warm_up_stages leaves no stage to clean: raise data.slices.count")
         refreshed = any(isinstance(callback, RefreshReference) for callback in trainer.callbacks)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import Literal
 
 import numpy as np
@@ -29,17 +30,31 @@ def cut_step(step: Sequence[int], tokens: Sequence[int], *, accumulate: int, wor
         step: indices of the step's pairs.
         tokens: tokens of every pair in the data, by index.
     """
-    bins: list[list[int]] = [[] for _ in range(accumulate * world)]
-    loads = [0] * len(bins)
+    # a heap, the lightest first, and of equal load the emptier one, so that the first pairs spread
+    bins: list[tuple[int, int, int, list[int]]] = [(0, 0, number, []) for number in range(accumulate * world)]
     for index in sorted(step, key=lambda i: -tokens[i]):
-        # among bins of equal load the emptier first, so that the first pairs spread
-        lightest = min(range(len(bins)), key=lambda b: (loads[b], len(bins[b]), b))
-        bins[lightest].append(index)
-        loads[lightest] += tokens[index]
+        load, count, number, pairs = bins[0]
+        heapreplace(bins, (load + tokens[index], count + 1, number, [*pairs, index]))
     filler = (min(step, key=lambda i: tokens[i]),)
-    heaviest_first = sorted(range(len(bins)), key=lambda b: (-loads[b], b))
-    mine = [bins[b] for b in heaviest_first][rank::world]
-    return [(tuple(pairs), 1.0, len(step)) if pairs else (filler, 0.0, len(step)) for pairs in mine]
+    mine = sorted(bins, key=lambda each: (-each[0], each[2]))[rank::world]  # the heaviest first
+    return [(tuple(each[3]), 1.0, len(step)) if each[3] else (filler, 0.0, len(step)) for each in mine]
+
+
+def heaviest(steps: Sequence[Sequence[int]], tokens: Sequence[int], number: int) -> tuple[int, MicroBatch]:
+    """Tokens and rows of the heaviest micro-batch of steps that are cut into `number` each, over all ranks."""
+    first = (cut_step(step, tokens, accumulate=number, world=1, rank=0)[0] for step in steps)
+    return max((sum(tokens[i] for i in each[0]), each) for each in first)
+
+
+def micro_batches_needed(steps: Sequence[Sequence[int]], tokens: Sequence[int], *, most: int, world: int) -> int:
+    """The least `accumulate` with which no micro-batch of any step has more than `most` tokens. No row may have more.
+
+    A further micro-batch never makes the heaviest one heavier.
+    """
+    needed = max(-(-sum(tokens[i] for i in step) // (most * world)) for step in steps)
+    while heaviest(steps, tokens, needed * world)[0] > most:
+        needed += 1
+    return needed
 
 
 @dataclass(frozen=True)

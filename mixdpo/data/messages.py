@@ -162,3 +162,21 @@ def checked_text(value: Any, column: str) -> str:
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """Null counts as absent: a table, and JSON made of one, has every column in every row."""
     return {column: value for column, value in row.items() if value is not None}
+
+
+def prompts_of(rows: Any) -> Iterable[Any]:
+    """The messages before the first response of each row. Rows with the same prompt land on one side of the split."""
+    if "prompt" in rows.column_names:
+        return rows["prompt"]
+    # one at a time: the rows may exceed memory
+    return (messages[: [m["role"] for m in messages].index("assistant")] for messages in rows["messages"])
+
+
+def refuse_shared_prompts(train: Any, held_out: Any, source: str) -> None:
+    """Refuse held-out prompts that are trained on: a metric on such prompts would mean nothing."""
+    known = {hash63(str(prompt_texts(prompt))) for prompt in prompts_of(train)}
+    shared = [i for i, prompt in enumerate(prompts_of(held_out)) if hash63(str(prompt_texts(prompt))) in known]
+    if shared:
+        share = f"{len(shared)} of {len(held_out)} held-out rows of {source}"
+        first = f"have a prompt that is trained on (first: {held_out[shared[0]]['place']})"
+        raise InputError(f"{share} {first}: give another data.validation")

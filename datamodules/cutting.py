@@ -1,0 +1,36 @@
+"""Steps cut by tokens: as few micro-batches as keep each of them within a limit."""
+
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from mixdpo.batches.steps import heaviest, micro_batches_needed
+from mixdpo.errors import InputError
+
+
+def cut_by_tokens(data: Any) -> None:
+    """Decide how many micro-batches all steps of a planned data module have, if it has a limit.
+
+    Raises:
+        InputError: the trainer cuts the steps too, or a row alone has too many tokens.
+    """
+    trainer, option, (tokens, _) = data.trainer, data.micro_batch_tokens, data.row_sizes
+    if (most := trainer.lightning_module.micro_batch_limit() if option == "auto" else option) is None:
+        return  # the trainer's number counts, on a CPU with auto too
+    if (now := trainer.accumulate_grad_batches) not in (1, data.cut.get("a_step")):
+        raise InputError(f"data.micro_batch_tokens cuts steps: set trainer.accumulate_grad_batches to 1 (now {now})")
+    longest = max((row for step in data.all_steps() for row in step), key=tokens.__getitem__)
+    if (needed := tokens[longest]) > most:
+        fault = f"{data.tables['train'][longest]['place']} has {needed} tokens, and a micro-batch at most {most}"
+        raise InputError(f"{fault}: set data.micro_batch_tokens to {needed} or more, or lower data.max_length")
+    cut_into(data, micro_batches_needed(data.all_steps(), tokens, most=most, world=trainer.world_size), int(most))
+
+
+def cut_into(data: Any, number: int, limit: int | None) -> None:
+    """Cut every step into this number of micro-batches a device, and say so. Sets `data.cut`: the number, the limit in
+    tokens, the tokens of the heaviest micro-batch, and which share of the micro-batches is filler."""
+    steps, together, data.trainer.accumulate_grad_batches = data.all_steps(), number * data.trainer.world_size, number
+    most, filler = heaviest(steps, data.row_sizes[0], together)[0], sum(max(0, together - len(step)) for step in steps)
+    data.cut = {"a_step": number, "limit": limit, "heaviest": most, "filler": filler / (together * len(steps))}
+    said = f"steps are cut into {number} micro-batches of at most {limit or most} tokens (the heaviest: {most})"
+    rank_zero_info(f"{said}; {data.cut['filler']:.1%} of them are filler")
