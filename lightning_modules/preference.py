@@ -148,7 +148,7 @@ class PreferenceModule(AdapterModule):
     def _open_cache(self) -> ReferenceCache | None:
         """The cache of the reference's current weights. Open the cache before a step: a hash of all weights is slow."""
         if self.reference_cache and self.needs_reference and self._kept_log_probs is None:
-            computed = [*self.loading.values(), str(self.trainer.precision), self.device.type]
+            computed = [*self.loading.values(), *self.fused_layers, str(self.trainer.precision), self.device.type]
             adapter = adapter_fingerprint(self.model, "reference")
             identity = {"weights": self.base_weights(), "adapter": adapter, "computed": computed}
             dtype = "float64" if self.loading["dtype"] == "float64" else "float32"

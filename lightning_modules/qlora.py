@@ -10,6 +10,7 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.autograd.graph import increment_version
 
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
@@ -20,6 +21,7 @@ from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
 from mixdpo.model.adapters import Lora, adapter_layers, adapter_state, add_adapters, add_reference, add_stage, towers
 from mixdpo.model.forward import check_data, output_head
+from mixdpo.model.fused_layers import Part, fuse
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, load_base, on_the_cpu
 from mixdpo.model.memory import most_tokens, recompute
@@ -49,6 +51,7 @@ class AdapterModule(L.LightningModule):
         schedule_steps: int | None = None,
         cleaning: Cleaning | None = None,
         wide_weights: bool = False,
+        fused_layers: tuple[Part, ...] = ("lora", "norm", "swiglu"),
     ) -> None:
         """A frozen base with LoRA adapters.
 
@@ -72,12 +75,14 @@ class AdapterModule(L.LightningModule):
             cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
             wide_weights: Accept a base of which quantization leaves more than a fifth of the weights in `dtype`, such
                 as the experts of a mixture.
+            fused_layers: Layers that are computed in fewer operations and keep less memory for backward, with numbers
+                equal up to rounding: those with an adapter, RMSNorm, SwiGLU. [] computes all as PEFT and transformers.
         """
         super().__init__()
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
         self.loading: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "attention": attention}
         self.loading |= {"wide_weights": True} if wide_weights else {}
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.fused_layers = activation_checkpointing, sorted(fused_layers)
         self._recompute_above: Any = 0 if activation_checkpointing is True else activation_checkpointing  # tokens
         self.optimizer, self.schedule, self.schedule_steps = optimizer, schedule, schedule_steps
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
@@ -123,6 +128,7 @@ class AdapterModule(L.LightningModule):
         # autocast casts a LoRA layer's input anyway: PEFT would make an fp32 copy of it for nothing
         for layer in adapter_layers(self.model):
             layer.cast_input_dtype_enabled = "mixed" not in self.trainer.precision
+        self.print(fuse(self.model, self.fused_layers), end="")
         self.model.train()
         if self.activation_checkpointing == "auto":
             with self.trainer.precision_plugin.forward_context():
@@ -196,11 +202,15 @@ class AdapterModule(L.LightningModule):
         for name in self.progress_bar & set(values):
             self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
 
+    def on_fit_start(self) -> None:
+        increment_version(self.learning())  # DDP and callbacks may have written past autograd: see `fuse`
+
     def learning(self) -> list[torch.Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.learning())
+        optimizer.register_step_post_hook(lambda *_: increment_version(self.learning()))  # bitsandbytes takes pointers
         data, steps = self.trainer.datamodule, self.schedule_steps
         if steps is not None and steps < (planned := len(data.step_plan())):
             raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps: raise it")
@@ -232,7 +242,7 @@ class AdapterModule(L.LightningModule):
         """Options that a continued run must have kept, besides those of the data."""
         trainer = self.trainer
         parts: dict[str, Any] = {"data module": type(trainer.datamodule).__qualname__, "base": self.base_weights()}
-        parts |= {"lora": str(self.lora), "loading": str(self.loading)}
+        parts |= {"lora": str(self.lora), "loading": str(self.loading), "fused_layers": str(self.fused_layers)}
         parts |= {"precision": str(trainer.precision), "cleaning": self.cleaning and self.cleaning.identity()}
         parts |= {name: getattr(trainer, name) for name in ("gradient_clip_val", "gradient_clip_algorithm")}
         refreshed = {c.role: str(c) for c in trainer.callbacks if isinstance(c, RefreshReference)}

@@ -56,10 +56,12 @@ def test_the_probe_counts_what_long_rows_hold_until_backward(model: Any, shared:
 @pytest.mark.parametrize(("asked", "expected"), [(True, 3), (False, 0), (45, 1), ("auto", 0)])
 def test_long_micro_batches_alone_are_recomputed(asked, expected, tiny_model, source, tmp_path, monkeypatch):
     """So many of the three longest. A layer that is recomputed runs twice; auto has all the memory of this machine."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
-    calls, forward = [], LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda *inputs: (calls.append(1), forward(*inputs))[1])
+    calls, forward = [], LlamaAttention.forward
+    monkeypatch.setattr(
+        LlamaAttention, "forward", lambda *inputs, **more: (calls.append(1), forward(*inputs, **more))[1]
+    )
     options = {"activation_checkpointing": asked, "reference_cache": False}
     data = {"routing": Routing(hard_fraction=1.0), "batch_size": 1}
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", data=data, **options)
