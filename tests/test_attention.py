@@ -1,25 +1,31 @@
 """Packed rows give each sequence what the model gives it alone, whatever computes the attention, or are refused."""
 
+import re
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_upper_left
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixdpo.batches.rows import Piece, build_rows, token_rows
 from mixdpo.errors import InputError
+from mixdpo.model import attention
 from mixdpo.model.forward import _check_window, check_data, check_documents, output_head, predicting_states
 from mixdpo.model.fused_head import token_log_probs
 from mixdpo.model.loading import load_base
 
 DRAW = torch.Generator().manual_seed(3)
+CUDA = torch.device("cuda")
 ARCHITECTURES = ["llama", "qwen2", "gemma2"]
 
 
@@ -60,7 +66,7 @@ def load(folder: Path, attention: str) -> Any:
     return load_base(str(folder), quantization="none", dtype="float64", attention=attention).eval()
 
 
-@pytest.mark.parametrize("attention", ["by_segment", "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["varlen", "lower_right", "by_segment", "sdpa", "eager"])
 def test_log_probs_and_gradients_are_those_of_each_sequence_alone(folder: Path, attention: str) -> None:
     if folder.name.startswith("gemma2") and attention != "eager":
         with pytest.raises(InputError, match="eager"):
@@ -199,6 +205,211 @@ def test_a_head_that_says_other_logits_than_the_model_is_refused(tiny_model, mon
     monkeypatch.setattr("mixdpo.model.forward.output_head", lambda model: replace(output_head(model), cap=0.1))
     with pytest.raises(InputError, match="llama models rescale the head's logits"):
         load_base(tiny_model, quantization="none", dtype="float32")
+
+
+# Kernels and the choice among them.
+
+SIZES = [[7, 5, 20], [1, 1, 1], [33], [9, 18], [2, 3, 4, 5]]  # of the pieces of documents
+DOCUMENTS = [[Piece([7] * size) for size in pieces] for pieces in SIZES]
+
+
+def heads_of(rows: Any) -> list[torch.Tensor]:
+    """Query of four heads, key and value of two."""
+    count, width = rows.input_ids.shape
+    shapes = [(count, width, heads, 8) for heads in (4, 2, 2)]
+    drawn = (torch.randn(shape, generator=DRAW, dtype=torch.float64) for shape in shapes)
+    return [states.transpose(1, 2).requires_grad_() for states in drawn]
+
+
+@pytest.mark.parametrize("pack", [0, 40, 1000])
+@pytest.mark.parametrize("kernel", ["varlen", "lower_right", "by_segment"])
+def test_kernels_against_a_mask_of_the_whole_row(kernel: str, pack: int) -> None:
+    """Values and gradients, with grouped heads; nothing comes out of padding, and nothing goes into it."""
+    rows = token_rows(DOCUMENTS, 0, pack)
+    states = heads_of(rows)
+    repeated = [states[0], *(part.repeat_interleave(2, 1) for part in states[1:])]
+    expected = F.scaled_dot_product_attention(*repeated, rows.attention_mask(), scale=0.3).transpose(1, 2)
+    used = torch.stack([torch.arange(expected.shape[1]) < end for _, end in last_columns(rows)])
+    expected = expected * used[..., None, None]
+    found, _ = attention.attention(kernel, None, *states, None, segments=rows.segments, scaling=0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.randn(expected.shape, generator=DRAW, dtype=torch.float64)
+    gradients = [torch.autograd.grad((each * weights).sum(), states) for each in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def last_columns(rows: Any) -> list[tuple[int, int]]:
+    return sorted({row: ends[-1] for row, *ends in rows.documents}.items())
+
+
+def test_the_index_by_hand() -> None:
+    """Rows of 6 columns: [aaab bb], padding 0; [c c | d . .]."""
+    rows = token_rows([[Piece([1] * 3), Piece([2]), Piece([3] * 2)], [Piece([4] * 2)], [Piece([5])]], 0, 6)
+    index = rows.segments
+    assert index.queries == ((0, 6), (6, 9)) and index.sizes == ((4, 4), (2, 5), (2, 2), (1, 1))
+    assert index.keys == ((0, 4), (0, 3), (4, 6), (6, 8), (8, 9))
+    assert index.cu_seqlens.tolist() == [[0, 4, 6, 8, 9], [0, 4, 9, 11, 12]]
+    assert index.cu_seqlens.dtype == torch.int32 and index.cu_seqlens[1].is_contiguous()
+
+
+def plain_varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, scale: Any) -> torch.Tensor:
+    """By a loop over tokens and heads."""
+    found, groups = torch.zeros_like(q), q.shape[1] // k.shape[1]
+    assert (max_q, max_k) == tuple(int(cuts.diff().max()) for cuts in (cu_q, cu_k))
+    for (begin, end), (first, last) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        for token, head in product(range(begin, end), range(q.shape[1])):
+            seen = slice(first, last - (end - token) + 1)
+            found[token, head] = (k[seen, head // groups] @ q[token, head] * scale).softmax(0) @ v[seen, head // groups]
+    return found
+
+
+def of_this_torch(q, k, v, *cuts, scale=None, window_size=(-1, -1), enable_gqa=False):
+    assert window_size == (-1, 0) and enable_gqa
+    return plain_varlen(q, k, v, *cuts, scale=scale)
+
+
+def of_an_older_torch(q, k, v, *cuts, is_causal=False, scale=None):
+    assert is_causal
+    return plain_varlen(q, k, v, *cuts, scale=scale)
+
+
+@pytest.mark.parametrize("function", [of_this_torch, of_an_older_torch])
+def test_what_the_kernel_of_cuda_is_asked_for(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two versions of `varlen_attn`, in place of the loop that stands in for it on a CPU."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+    monkeypatch.setitem(attention.KERNELS, "varlen", attention.in_one_kernel)
+    rows = token_rows(DOCUMENTS, 0, 40)
+    states = heads_of(rows)
+    expected, found = (
+        attention.attention(kernel, None, *states, None, segments=rows.segments, scaling=0.3)[0]
+        for kernel in ("by_segment", "varlen")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_kernel_of_this_torch_takes_what_it_is_given() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert attention._causal(varlen_attn).keys() & {"window_size", "is_causal"}
+
+
+def top_left(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Any, scale: Any) -> torch.Tensor:
+    """A response's first token sees the prompt's first token only."""
+    kernel = lambda *states, scale: F.scaled_dot_product_attention(  # noqa: E731
+        *states, causal_upper_left(states[0].shape[2], states[1].shape[2]), scale=scale, enable_gqa=True
+    )
+    return attention._one_by_one(kernel, q, k, v, segments, scale)
+
+
+def other_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Any, scale: Any) -> torch.Tensor:
+    """Each query sees the keys that stand one before its own."""
+    return attention._one_by_one(attention._lower_right, q, k.roll(1, 0), v.roll(1, 0), segments, scale)
+
+
+def wrong_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Any, scale: Any) -> torch.Tensor:
+    """Right values; keys get no gradient, as though they were constants."""
+    return attention._one_by_one(attention._lower_right, q, k.detach(), v, segments, scale)
+
+
+def nothing(*_: Any) -> torch.Tensor:
+    raise RuntimeError("FlashAttention only supports\nAmpere GPUs")
+
+
+def not_a_number(q: torch.Tensor, *_: Any) -> torch.Tensor:
+    return q * torch.nan
+
+
+WRONG = {
+    top_left: r"llama models are off by \d+\.\d% in a resp",
+    other_keys: "off by",
+    wrong_backward: "off by",
+    nothing: r"cannot be computed in these rows \(FlashAttention only supports Ampere GPUs\)",
+    not_a_number: "off by nan%",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_kernel_is_named_and_the_next_one_taken(wrong, dtype, tiny_model, monkeypatch) -> None:
+    model = load_base(tiny_model, quantization="none", dtype=dtype)
+    for parameter in model.parameters():
+        parameter.data *= 2  # of a fresh model all tokens are nearly alike
+    monkeypatch.setitem(attention.KERNELS, "lower_right", wrong)
+    told = check_documents(model)
+    assert re.fullmatch(rf"warning: lower_right .*{WRONG[wrong]}.*\nattention is computed by by_segment\n", told)
+    assert model.config._attn_implementation == "by_segment"
+    monkeypatch.setitem(attention.KERNELS, "by_segment", wrong)
+    model.config._attn_implementation = "auto"
+    assert check_documents(model).endswith(
+        "by_segment attention is not used: "
+        + told.split(": ", 2)[2].split("\n")[0]
+        + "\nattention is computed by sdpa\n"
+    )
+    model.config._attn_implementation = "by_segment"  # asked for by name
+    assert check_documents(model).endswith("attention is computed by sdpa\n")
+
+
+def test_what_auto_tries_on_a_device(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_base(tiny_model, quantization="none", dtype="float32")
+    assert check_documents(model) == "attention is computed by lower_right\n" and check_documents(model) == ""
+
+
+def test_layers_that_drop_the_segments_are_not_trusted(tmp_path: Path) -> None:
+    """StableLM's do. The mask that stands for them is not a number, so nothing is silently wrong in plain rows either."""
+    model = load(write_tiny("stablelm", tmp_path), "auto")
+    for packed in (True, False):
+        model.config._attn_implementation = "auto"
+        told = check_data(model, "m", [table(PAIRS)], packed=packed)
+        assert "lower_right attention is not used" in told and told.endswith("attention is computed by sdpa\n")
+    found = in_rows(model, rows_of(PAIRS, share=False))
+    torch.testing.assert_close(found, one_by_one(model, PAIRS), rtol=1e-5, atol=1e-6)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select")
+        self.count += func.overloadpacket.__name__ in waits
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [(False, 0), (True, 0), (True, 100)])
+@pytest.mark.parametrize("kernel", ["lower_right", "by_segment", "sdpa"])
+def test_no_forward_or_backward_waits(kernel: str, layout: Any, tiny_model: str) -> None:
+    """A single sequence as well, where transformers looks for packed ones; its own attention shows that this counts."""
+    model = load_base(tiny_model, quantization="none", dtype="float32", attention=kernel)
+    pairs = PAIRS[:1] if layout[0] else [{**PAIRS[0], "prompt_ids": [5] * 5}]
+    pairs = [{name: [i % 20 for i in ids] for name, ids in pair.items()} for pair in pairs]
+    rows = build_rows(pairs, [True] * len(pairs), [layout[0]] * len(pairs), *layout)
+    assert rows.plain == (not layout[0])
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    with Waits() as mode:
+        predicting_states(model, rows).sum().backward()
+    assert embeddings.grad is not None and mode.count == int(kernel == "sdpa" and rows.plain)
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu() -> None:
+    """`varlen` and `lower_right` against `by_segment` in bf16, values and gradients; what is padding stays 0."""
+    rows, found = token_rows([[Piece([7] * 9 * size) for size in pieces] for pieces in SIZES], 0, 700).to(CUDA), {}
+    drawn = [states.detach().to(CUDA, torch.bfloat16) for states in heads_of(rows)]
+    for kernel in ("by_segment", "lower_right", "varlen"):
+        states = [part.clone().requires_grad_() for part in drawn]
+        values, _ = attention.attention(kernel, None, *states, None, segments=rows.segments, scaling=0.3)
+        weights = torch.linspace(-1, 1, values.numel(), device=CUDA).view_as(values)
+        found[kernel] = [values.detach(), *torch.autograd.grad((values.float() * weights).sum(), states)]
+    for kernel in ("lower_right", "varlen"):
+        for part, expected in zip(found[kernel], found["by_segment"], strict=True):
+            assert (part.float() - expected.float()).norm() < 0.02 * expected.float().norm()
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_one_kernel_on_a_gpu(tiny_model: str) -> None:
+    model = load_base(tiny_model, quantization="none", dtype="bfloat16", device="cuda")
+    assert check_documents(model) == "attention is computed by varlen\n"
 
 
 @pytest.mark.gpu

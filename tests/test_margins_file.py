@@ -73,7 +73,7 @@ def test_file(tiny_model, source, made):
     expected = {"signal": "mixdpo.signals.signals.CHES", "options": {"normalised": False}, "needs": "policy"}
     expected |= {"base": tiny_model, "weights": weights, "adapter": None, "adapter_weights": None, "source": source}
     expected |= {"lengths": "max_length 64, max_prompt_length 32, truncate", "pairs": 10}
-    expected |= {"dtype": "none, float32, by_segment, 32-true"}
+    expected |= {"dtype": "none, float32, auto, 32-true"}
     assert expected.items() <= file.header.items() and {"date", "tokenizer", "template", "data"} <= file.header.keys()
     assert [path.name for path in Path(made).parent.iterdir()] == ["a.margins"]
 

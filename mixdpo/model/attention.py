@@ -6,7 +6,6 @@ So a row costs as much as its documents, and no mask of the whole row exists. Th
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from inspect import signature
 from typing import Any
@@ -21,19 +20,20 @@ from transformers.masking_utils import sdpa_mask
 from mixdpo.batches.rows import Segments
 from mixdpo.model.fused_head import gathered
 
+BIAS = causal_lower_right(1, 1)
+"""Set to each call's lengths: inside a dispatch mode, such as that of fake tensors, no new one can be made."""
 
-def attention(
-    kernel: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
+
+def attention(kernel: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
     """Attention (R, T, heads, D) of query (R, heads, T, D), key and value; 0 at padding.
 
     `segments` comes through the keyword arguments of the model's forward, so a layer that is recomputed in backward
-    gets the same: a `Segments`, or () for plain rows, which are causal. Without it the mask says what attends to what,
-    as in generation.
+    gets the same: a `Segments`, or True for plain rows, which are causal. Without it the mask says what attends to
+    what, as in generation.
     """
-    segments: Segments | tuple[()] | None = options.pop("segments", None)
-    if not isinstance(segments, Segments):
-        return sdpa_attention_forward(module, query, key, value, mask if segments is None else None, **options)
+    segments: Segments | bool = options.pop("segments", False)
+    if isinstance(segments, bool):
+        return sdpa_attention_forward(module, query, key, value, None if segments else mask, **options)
     states, dtype = ((query, segments.queries), (key, segments.keys), (value, segments.keys)), computing_dtype(value)
     # positions may have widened query and key
     qkv = [gathered(part.transpose(1, 2).flatten(0, 1), spans).to(dtype) for part, spans in states]
@@ -47,21 +47,20 @@ def computing_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Any:
     """All segments in one kernel. On other devices than CUDA a loop stands in for the kernel, for tests."""
     if q.device.type == "cuda":
         return in_one_kernel(q, k, v, segments, scale)
     sizes = tuple(zip(*(starts.diff().tolist() for starts in segments.cu_seqlens), strict=True))
-    return _one_by_one(_lower_right, q, k, v, replace(segments, sizes=sizes), scale)
+    return _one_by_one(_lower_right, q, k, v, Segments((), (), sizes, segments.cu_seqlens), scale)
 
 
-def in_one_kernel(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+def in_one_kernel(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Any:
     """Attention (queries, heads, D) of q, and of k and v (keys, heads, D) with as many heads or fewer."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest = (max(sizes) for sizes in zip(*segments.sizes, strict=True))
-    found: Tensor = varlen_attn(q, k, v, *segments.cu_seqlens, *longest, scale=scale, **_causal(varlen_attn))
-    return found
+    return varlen_attn(q, k, v, *segments.cu_seqlens, *longest, scale=scale, **_causal(varlen_attn))
 
 
 @cache
@@ -81,8 +80,8 @@ def _one_by_one(kernel: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments
 
 def _lower_right(q: Tensor, k: Tensor, v: Tensor, **scale: Any) -> Tensor:
     """By a flash kernel, without a mask and without repeated keys, where the device has one."""
-    bias = causal_lower_right(q.shape[2], k.shape[2])
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True, **scale)
+    BIAS.seq_len_q, BIAS.seq_len_kv = q.shape[2], k.shape[2]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, BIAS, enable_gqa=True, **scale)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, **scale: Any) -> Tensor:
