@@ -102,7 +102,7 @@ def write_tiny(name: str, folder: Path, **options: Any) -> Path:
         "gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "sliding_window": 64},
         "bloom": {"n_head": 4, "n_layer": 2},
     }
-    config = transformers.AutoConfig.for_model(name, **shape, **more.get(name, {}), **options)
+    config = transformers.AutoConfig.for_model(name, **shape | more.get(name, {}) | options)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 

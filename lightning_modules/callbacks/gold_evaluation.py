@@ -141,12 +141,7 @@ class GoldEvaluation(Callback):
             "tokenizer": content_hash([tokenizer_state(tokenizer)]),
             "template": tokenizer.chat_template,
             "asked": self._asked() | {**self.options, "copy": str(self._copy)},
-            "computed": [
-                *pl_module.loading.values(),
-                *pl_module.fused_layers,
-                str(trainer.precision),
-                str(pl_module.device),
-            ],
+            "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
         }
 
 
