@@ -13,7 +13,7 @@ SHOWN = ("train/loss", "train/preference_loss", "train/sft_loss", "cleaning/kept
 class StepBar(TQDMProgressBar):
     """Counts optimizer steps. Shows only numbers that the host has already, those of the last logged row: Lightning's
     bars fetch their numbers from the device, and so wait for the device. Without a terminal a run prints about a line
-    for 5 % of its steps, and other bars print their beginning and end."""
+    for 5 % of its steps and nothing in validation, and other bars print their beginning and end."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else sys.maxsize)
@@ -23,6 +23,9 @@ class StepBar(TQDMProgressBar):
 
     def print(self, *values: Any, sep: str = " ", **options: Any) -> None:
         tqdm.write(sep.join(map(str, values)), **options)  # Lightning's own is silent where there is no bar yet
+
+    def init_validation_tqdm(self) -> Any:
+        return super().init_validation_tqdm() if sys.stdout.isatty() else tqdm(disable=True)
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         plan, made, hidden = trainer.datamodule.step_plan(), trainer.global_step, not sys.stdout.isatty()
