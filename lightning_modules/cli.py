@@ -1,6 +1,7 @@
 """The command line: `mixdpo VERB …` and `python run.py …`. Lightning is imported only where a verb needs a Trainer."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: list[str] | None = None) -> None:
     """`run.py …`: a user's mistake is one message on stderr and exit status 1, and leaves no empty run folder."""
+    # before torch is imported, which reads either name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|.*isinstance.treespec|.*does not have many workers")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())

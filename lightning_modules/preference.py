@@ -26,7 +26,7 @@ from mixdpo.token_cleaning.scoring import fit_adapter
 
 
 class PreferenceModule(AdapterModule):
-    progress_bar = frozenset({"train/loss", "rewards/accuracy", "tokens_per_second"})
+    monitored = frozenset({"train/loss", "rewards/accuracy", "tokens_per_second"})
     plan_file = "route.json"
 
     def __init__(

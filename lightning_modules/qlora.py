@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.autograd.graph import increment_version
 
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
 from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
+from lightning_modules.optimizer import choose_kernels, describe
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.errors import InputError
@@ -33,7 +35,8 @@ COUNTS = ("empty_steps", "reference_version", "stage")  # attributes that a chec
 
 
 class AdapterModule(L.LightningModule):
-    progress_bar: frozenset[str] = frozenset()
+    monitored: frozenset[str] = frozenset()
+    """Names of a logged row that callbacks can monitor."""
     plan_file: str
     """File of the plan, as the data module must call it too: route.json for pairs, plan.json for samples."""
 
@@ -91,8 +94,9 @@ class AdapterModule(L.LightningModule):
         self._base_weights = ""
         self.train_means, self.val_means, self.row_losses = NamedMeans(()), NamedMeans(()), torch.zeros(0)
         self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
+        self.logged: dict[str, float] = {}  # the last row
         self.empty_steps, self.reference_version, self.stage = 0, 0, 0  # version: refreshes of the cleaning reference
-        self._kept_weight = torch.zeros(())  # of the tokens that the step has trained so far
+        self._kept_weight = torch.zeros(())  # of the tokens that the step has trained so far, on the host
         self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
         self._checkpoint_options: dict[str, Any] | None = None  # of the run that is continued; None in a fresh run
 
@@ -155,13 +159,14 @@ class AdapterModule(L.LightningModule):
 
     def add_kept_weight(self, batch: Batch) -> None:
         """Add the weight of the tokens that a micro-batch trains to that of the step."""
-        kept = batch.token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
-        self._kept_weight = self._kept_weight.to(kept.device) + kept
+        self._kept_weight += (batch.host or batch).token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
 
     def kept_in_step(self, optimizer: torch.optim.Optimizer) -> float:
         """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps
-        no token leaves no gradient, so the optimizer stays. Zero gradients would move Adam, by earlier gradients."""
-        kept = float(self.trainer.strategy.reduce(self._kept_weight, reduce_op="sum"))
+        no token leaves no gradient, so the optimizer stays. Zero gradients would move Adam, by earlier gradients.
+        Several devices wait for each other here; a single device has the weight on the host."""
+        weight = self._kept_weight if self.trainer.world_size == 1 else self._kept_weight.to(self.device)
+        kept = float(self.trainer.strategy.reduce(weight, reduce_op="sum"))
         self._kept_weight = torch.zeros(())
         if kept == 0:
             self.empty_steps += 1
@@ -177,7 +182,7 @@ class AdapterModule(L.LightningModule):
         data must have been set up. metrics.csv has further names, which go to the loggers only."""
         logs = 0 < self.trainer.log_every_n_steps <= len(self.trainer.datamodule.step_plan())
         validation = self.validation_names() if self.trainer.limit_val_batches else ()
-        return {*(self.progress_bar if logs else ()), *validation}
+        return {*(self.monitored if logs else ()), *validation}
 
     def on_validation_epoch_end(self) -> None:
         # Lightning keeps fp32; the sums over all ranks are fp64
@@ -199,8 +204,17 @@ class AdapterModule(L.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values, step=self.trainer.global_step - 1)
             logger.save()  # a run that dies keeps what it logged
-        for name in self.progress_bar & set(values):
-            self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
+        self.logged = values
+        for name in self.monitored & set(values):
+            self.log(name, values[name], logger=False, batch_size=1)
+
+    def configure_gradient_clipping(self, optimizer: Any, *given: Any, **options: Any) -> None:
+        """As Lightning clips in full precision. Under bf16-mixed Lightning takes the gradients of a fused optimizer for
+        scaled ones, and refuses. Under 16-mixed they are."""
+        if self.trainer.precision == "16-mixed":
+            return super().configure_gradient_clipping(optimizer, *given, **options)
+        limit, algorithm = self.trainer.gradient_clip_val or 0, self.trainer.gradient_clip_algorithm or "norm"
+        Precision.clip_gradients(self.trainer.precision_plugin, optimizer, limit, algorithm)  # type: ignore[arg-type]
 
     def on_fit_start(self) -> None:
         increment_version(self.learning())  # DDP and callbacks may have written past autograd: see `fuse`
@@ -211,6 +225,7 @@ class AdapterModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.learning())
         optimizer.register_step_post_hook(lambda *_: increment_version(self.learning()))  # bitsandbytes takes pointers
+        choose_kernels(optimizer, self.trainer.strategy.root_device, str(self.trainer.precision))
         data, steps = self.trainer.datamodule, self.schedule_steps
         if steps is not None and steps < (planned := len(data.step_plan())):
             raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps: raise it")
@@ -236,7 +251,7 @@ class AdapterModule(L.LightningModule):
                 f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). The "
                 f"schedule depends on the planned steps, now {len(self._plan)}: keep max_steps, or give schedule_steps"
             )
-        refuse_other_run(self._checkpoint_options["optimizer"], _describe(optimizer))
+        refuse_other_run(self._checkpoint_options["optimizer"], describe(optimizer))
 
     def identity(self) -> dict[str, Any]:
         """Options that a continued run must have kept, besides those of the data."""
@@ -254,7 +269,7 @@ class AdapterModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self._learnt_state()
-        options = {"options": self.identity(), "optimizer": _describe(self.optimizers().optimizer)}
+        options = {"options": self.identity(), "optimizer": describe(self.optimizers().optimizer)}
         checkpoint["checkpoint_options"] = options | {"rates": self._multipliers[: self.trainer.global_step].tolist()}
         describe_best(self.trainer, checkpoint)
         checkpoint["adapters"] = {"stacked": dict(self.model.stacked)} | {name: getattr(self, name) for name in COUNTS}
@@ -286,8 +301,3 @@ class AdapterModule(L.LightningModule):
     def _learnt_state(self) -> dict[str, torch.Tensor]:
         """The adapters, and the buffers of a preference loss that has some."""
         return adapter_state(self) | {k: v for k, v in self.named_buffers() if k.startswith("preference_loss.")}
-
-
-def _describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    values = {name: value for name, value in optimizer.defaults.items() if isinstance(value, int | float | str | tuple)}
-    return {"optimizer": type(optimizer).__name__} | {f"optimizer.{name}": str(value) for name, value in values.items()}

@@ -20,7 +20,7 @@ StageStart = Literal["continue", "restart", "fresh_adapter"]
 
 
 class SFTModule(AdapterModule):
-    progress_bar = frozenset({"train/loss", "cleaning/kept_fraction", "tokens_per_second"})
+    monitored = frozenset({"train/loss", "cleaning/kept_fraction", "tokens_per_second"})
     plan_file = "plan.json"
 
     def __init__(self, base: str, stage_start: StageStart = "continue", **options: Any) -> None:
@@ -68,7 +68,7 @@ class SFTModule(AdapterModule):
         offsets, scores = np.array([0, *batch.rows.lengths.cumsum(0).tolist()]), batch.scores.float().cpu().numpy()
         one = np.zeros(len(batch), dtype=int)  # scope batch is the micro-batch: more is not known yet
         weights, _ = weigh(self.cleaning.selection, scores, offsets, batch=one, always_keep=batch.always_keep)
-        batch.token_weight = batch.token_weight * torch.from_numpy(weights).to(batch.token_weight)
+        batch.reweigh(weights)
 
     def _record(self, batch: Batch, log_probs: Tensor) -> None:
         """Keep the values that the step's row, non_finite.json and the kept weight are made of."""

@@ -212,23 +212,6 @@ def test_autocast_makes_no_wide_copy_of_an_adapters_input(precision, dtype, cast
     assert any(value.any() for name, value in weights.items() if "lora_B" in name)
 
 
-@pytest.mark.gpu
-def test_a_step_on_a_gpu_waits_only_where_it_logs(tiny_model: str, source: str, tmp_path: Path) -> None:
-    trainer = {"accelerator": "gpu", "devices": 1, "log_every_n_steps": 1000, "precision": "bf16-mixed"}
-    fitter, module, data = build(tiny_model, source, tmp_path / "run", trainer=trainer)
-    step = module.training_step
-
-    def watched(batch: Batch, batch_idx: int) -> torch.Tensor:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return step(batch, batch_idx)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    module.training_step = watched  # type: ignore[method-assign]
-    fitter.fit(module, data)
-
-
 def test_a_folder_of_mixed_forms_trains_the_adapter_of_one_file(tiny_model, tmp_path):
     rows, folder = make_pairs(10), tmp_path / "data"
     folder.mkdir()

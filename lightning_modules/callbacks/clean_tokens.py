@@ -124,7 +124,7 @@ class CleanTokens(Callback):
             raise InputError("nothing makes the warmed-up policy the cleaning_reference: add callback RefreshReference")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        token = batch.token.cpu().numpy()
+        token = (batch.host or batch).token.numpy()
         if not trainer.strategy.reduce_boolean_decision(bool((token >= 0).any()), all=False):
             return  # easy pairs on all ranks: the first hard pair on any rank starts the scoring on all
         now = [trainer.datamodule.stage_of(trainer.global_step), pl_module.reference_version]
@@ -132,17 +132,16 @@ class CleanTokens(Callback):
         online = is_online(self.cleaning.scorer) and not warm_up
         if now != self._scored or (online and now != self._losses_of):
             self._score(trainer, pl_module, now, warm_up, online)
-        device = batch.token.device
         if online:
+            device = batch.token.device
             batch.losses = {name: torch.from_numpy(values[token]).to(device) for name, values in self._losses.items()}
             batch.always_keep = self._always_keep[token]
         else:
-            weights = np.where(token >= 0, self._tokens.weights[token], np.float32(1))
-            batch.token_weight = batch.token_weight * torch.from_numpy(weights).to(device)
+            batch.reweigh(np.where(token >= 0, self._tokens.weights[token], np.float32(1)))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if getattr(batch, "scores", None) is not None and batch.count:
-            token = batch.token.cpu().numpy()
+            token = (batch.host or batch).token.numpy()
             self._tokens.scores[token] = batch.scores.float().cpu().numpy()
             self._tokens.weights[token] = (batch.token_weight / batch.data_weight).float().cpu().numpy()
 

@@ -54,8 +54,9 @@ def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
 
 
 class Throughput(Callback):
-    """Logs tokens_per_second (of the policy, without padding), pairs_ or samples_per_second, memory/peak_gb and
-    floor_share: the time of the step's necessary operations at the rate of a matrix product, over the step's time."""
+    """Logs tokens_per_second (of the policy, without padding), pairs_ or samples_per_second, memory/peak_gb, on CUDA
+    memory/reserved_gb, and floor_share: the time of the step's necessary operations at the rate of a matrix product,
+    over the step's time."""
 
     def __init__(self) -> None:
         # tokens, rows, operations, seconds: since the last row, all
@@ -84,6 +85,8 @@ class Throughput(Callback):
         tokens, rows, flops, seconds = self._sums.tolist()
         rates = {"tokens_per_second": tokens / seconds, f"{batch.unit}_per_second": rows / seconds}
         rates |= {"floor_share": flops / self._rate / seconds, "memory/peak_gb": peak_memory_gb(pl_module.device)}
+        if pl_module.device.type == "cuda":
+            rates["memory/reserved_gb"] = torch.cuda.max_memory_reserved(pl_module.device) / 1e9
         pl_module.callback_values.update(rates)
         self._sums = np.zeros(4)
 

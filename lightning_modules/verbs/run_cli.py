@@ -10,12 +10,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
 from lightning_modules.callbacks.logging import Throughput
+from lightning_modules.callbacks.progress import StepBar
 from lightning_modules.callbacks.run_files import RunConfig, RunFiles
 from lightning_modules.verbs.messages import HELP
 from mixdpo.errors import InputError, check_one_of
@@ -82,6 +84,10 @@ class RunCLI(LightningCLI):
                 options["logger"] = [kind(str(folder), name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
         else:
             options["logger"] = False
+        given = self.config_init[self.subcommand].trainer
+        own = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
+        if given.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in own):
+            options["callbacks"] = [StepBar(), *own]
         try:
             return super().instantiate_trainer(**options)
         except ValueError as error:

@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixdpo.batches.rows import OnDevice, TokenRows, build_rows, sample_rows
+from mixdpo.batches.rows import OnDevice, TokenRows, build_rows, sample_rows, to_device
 from mixdpo.batches.steps import MicroBatch
 from mixdpo.batches.token_pool import TokenPool, data_weights
 
@@ -44,6 +44,7 @@ class Batch(OnDevice):
         losses: role -> (M,) losses known before the step, for a scorer that reads the policy as well.
         always_keep: (M,) bool array, tokens that the selection of such a scorer always keeps, or None.
         scores: (M,) scores that such a scorer gave in the step.
+        host: the batch before it was moved to a device: its tensors can be read without waiting. None if not moved.
     """
 
     unit: str
@@ -67,9 +68,19 @@ class Batch(OnDevice):
     losses: dict[str, Tensor] | None = None
     always_keep: Any = None
     scores: Tensor | None = None
+    host: "Batch | None" = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def to(self, device: torch.device) -> Self:
+        return replace(super().to(device), host=self)
+
+    def reweigh(self, weights: np.ndarray) -> None:
+        """Multiply `token_weight` by weights (M,), on the host and on the device."""
+        host = self.host or self
+        host.token_weight = host.token_weight * torch.from_numpy(weights).float()
+        self.token_weight = to_device(host.token_weight, self.ids.device)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,12 @@ Document = tuple[int, ...]
 ends. A further piece attends to the first piece and itself. Its positions follow those of the first piece."""
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device; neither the host nor the GPU waits for the copy."""
+    pinned = tensor.pin_memory() if (tensor.device.type, device.type) == ("cpu", "cuda") else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 class OnDevice:
     """A dataclass whose tensors go to another device together."""
 
@@ -23,8 +29,7 @@ class OnDevice:
             if isinstance(part, OnDevice) and id(part) not in moved:
                 moved[id(part)] = part.to(device)
             elif isinstance(part, Tensor) and id(part) not in moved:
-                pinned = part.pin_memory() if (part.device.type, device.type) == ("cpu", "cuda") else part
-                moved[id(part)] = pinned.to(device, non_blocking=True)
+                moved[id(part)] = to_device(part, device)
         changes = {name: moved[id(part)] for name, part in vars(self).items() if id(part) in moved}
         return replace(self, **changes)  # type: ignore[type-var]  # only dataclasses inherit from it
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixdpo.batches.batch import Batch
+from mixdpo.batches.rows import to_device
 from mixdpo.model.adapters import role
 from mixdpo.model.forward import row_log_probs
 from mixdpo.storage.files import cache_root
@@ -47,8 +48,7 @@ class ReferenceCache:
         `write` writes the computed values to the file later, because writing waits for the device.
         """
         if (known := self.get(batch.reference_keys)) is not None:
-            values, device = torch.tensor(known), batch.reference_rows.target.device
-            return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+            return to_device(torch.tensor(known), batch.reference_rows.target.device)
         values = reference_log_probs(model, batch)
         self._new.append((batch.reference_keys, values))
         return values

@@ -1,0 +1,32 @@
+"""The kernels of an optimizer, and what a continued run must have kept of the optimizer."""
+
+from typing import Any
+
+import torch
+
+KERNELS = ("fused", "foreach")
+"""Options that decide how an update is computed, and not what."""
+
+
+def choose_kernels(optimizer: torch.optim.Optimizer, device: torch.device, precision: str) -> None:
+    """Let Adam and AdamW update by the fused kernel on CUDA, if neither `fused` nor `foreach` was given. The fused
+    kernel needs no temporary copies of the moments. Under 16-mixed a fused optimizer would see scaled gradients until
+    after clipping. A checkpoint of another device does not change the choice."""
+    given = any(optimizer.defaults.get(name) is not None for name in KERNELS)
+    if isinstance(optimizer, torch.optim.Adam) and device.type == "cuda" and precision != "16-mixed" and not given:
+        for options in (optimizer.defaults, *optimizer.param_groups):
+            options["fused"] = True
+    optimizer.register_load_state_dict_pre_hook(_keep_kernels)
+
+
+def _keep_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False):  # torch refuses other groups
+        saved.update({name: own[name] for name in KERNELS if name in own})
+
+
+def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's class and numbers, without its kernels: a run may continue on another device."""
+    given = {
+        k: v for k, v in optimizer.defaults.items() if isinstance(v, int | float | str | tuple) and k not in KERNELS
+    }
+    return {"optimizer": type(optimizer).__name__} | {f"optimizer.{name}": str(value) for name, value in given.items()}
