@@ -102,7 +102,7 @@ def _load(
     if attention == BY_SEGMENT and not model._supports_sdpa:  # such a model would ignore our attention and its mask
         raise InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
     if config is not None and not wide_weights:
-        _check_narrow(model, name)
+        check_narrow(model, name)
     _keep_weights_in_place(model)
     return model, sorted(loading["missing_keys"])
 
@@ -127,7 +127,7 @@ def _keep_weights_in_place(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _check_narrow(model: PreTrainedModel, name: str) -> None:
+def check_narrow(model: PreTrainedModel, name: str) -> None:
     """Refuse a model of which more than a fifth stayed wide: bitsandbytes quantises linear layers, and not the experts
     of a mixture, which are one parameter of rank 3. Embeddings and the head, which are always wide, do not count."""
     head, narrow, wide = model.get_output_embeddings(), 0, Counter[str]()
