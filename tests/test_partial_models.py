@@ -59,9 +59,9 @@ def test_the_share_of_wide_weights(tiny_model, monkeypatch):
         base.extra = torch.nn.Linear(size // 64, 64, bias=False)
         if refused:
             with pytest.raises(InputError, match=r"20% of the weights of 'x' are not quantised \(Linear\)"):
-                loading._check_narrow(base, "x")
+                loading.check_narrow(base, "x")
         else:
-            loading._check_narrow(base, "x")
+            loading.check_narrow(base, "x")
 
 
 def test_accepted_experts_train_and_are_part_of_the_identity(mixture, tiny_model, tmp_path):

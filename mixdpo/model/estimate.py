@@ -1,0 +1,334 @@
+"""Memory of a training step, predicted from the model's configuration: no weights, no data, no GPU.
+
+A step of the real architecture runs on fake tensors by our own functions, with 2 and 4 layers and a few numbers of
+tokens. Memory is linear in the layers, and in the tokens between and beyond these numbers. The storages that are alive
+are added up, with what kernels take in passing. `allowance` stands for what is not simulated: CUDA's context,
+workspaces of cuBLAS, fragmentation. The outlier columns of int8 are left out too.
+"""
+
+import copy
+import weakref
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import psutil
+import torch
+from bitsandbytes import functional as bnb_functional
+from bitsandbytes import nn as bnb_nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public name for it
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from mixdpo.batches.rows import TokenRows, build_rows
+from mixdpo.errors import InputError
+from mixdpo.model.adapters import Lora, adapter_layers, add_adapters, role
+from mixdpo.model.forward import sequence_log_probs
+from mixdpo.model.loading import check_narrow
+from mixdpo.model.memory import linear_sizes, recompute
+
+PHASES = ("loaded", "reference", "forward", "backward", "optimizer")
+NAMES = ("tokens", "weights", "adapters", "moments", "kept", *PHASES)
+
+
+DEPTHS = (2, 4)
+DOCUMENTS = {False: (1, 2), True: (1, 2, 5)}
+"""In the simulated micro-batches, by whether activations are recomputed. The peak of a small recomputed micro-batch is
+not in its activations: memory is linear in the tokens from 4 documents on, and from the first if they are kept."""
+
+
+WORTHWHILE = 2048
+"""Tokens of a micro-batch from which on `auto` does not recompute, as recomputing takes a third more time."""
+
+
+RESERVED = 0.25
+"""Share of a computer's free memory that is left to others."""
+
+
+_simulated: dict[tuple[str, bool], np.ndarray] = {}  # of the process: what decides the memory -> `_simulate`
+
+
+def allowance(card: float) -> float:
+    """Bytes of a card of `card` bytes that training cannot have: 1 GB for CUDA's context, 5 % for fragmentation."""
+    return 1e9 + 0.05 * card
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Memory of a step in bytes, by the tokens of its heaviest micro-batch. What is asked for is simulated once in a
+    process. A step is taken to have several micro-batches, so gradients are held while later ones run.
+
+    Args:
+        optimizer: makes the optimizer from its parameters.
+        loading: `quantization`, `dtype`, `attention` and, if true, `wide_weights`, as for `load_base`.
+        device: "cuda" or "cpu": whose kernels, allocator and optimizer defaults are simulated.
+        precision: of Lightning's Trainer.
+        with_reference: a reference runs before the policy.
+        frozen_adapters: number of adapters beside the policy, such as a reference or earlier stages.
+        length: longest prompt + response in tokens. It matters only to attention other than by_segment.
+
+    Raises:
+        InputError: at any question, if the architecture, its layers or the optimizer cannot be simulated.
+    """
+
+    config: PretrainedConfig
+    lora: Lora
+    optimizer: Callable[..., Any]
+    loading: Mapping[str, Any]
+    device: str = "cuda"
+    precision: str = "bf16-mixed"
+    with_reference: bool = True
+    frozen_adapters: int = 0
+    length: int = 1024
+
+    def _key(self) -> str:
+        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+        # whether there is a momentum counts, not how large the momentum is
+        options = {name: value if value is None else bool(value) for name, value in optimizer.defaults.items()}
+        rest = vars(self) | {"config": self.config.to_dict() | {"_name_or_path": ""}, "optimizer": type(optimizer)}
+        return f"{rest} {options}"
+
+    def at(self, tokens: float, recomputed: bool) -> dict[str, float]:
+        """The peak of each of `PHASES`; `weights`, the policy's `adapters`, the optimizer's `moments` on the device;
+        `kept`, what is kept until backward."""
+        if (key := (self._key(), recomputed)) not in _simulated:
+            _simulated[key] = _simulate(self, recomputed)
+        known = _simulated[key]
+        piece = min(max(bisect_right(known[:, 0], tokens), 1), len(known) - 1)
+        low, high = known[piece - 1 : piece + 1]
+        line = low + (high - low) * (tokens - low[0]) / (high[0] - low[0])
+        line[-len(PHASES) :] += line[NAMES.index("adapters")] * self.frozen_adapters
+        return dict(zip(NAMES, line.tolist(), strict=True))
+
+    def peak(self, tokens: float, recomputed: bool) -> tuple[float, str]:
+        """The peak, and the phase that has it."""
+        return max((size, name) for name, size in self.at(tokens, recomputed).items() if name in PHASES)
+
+    def most_tokens(self, memory: float, recomputed: bool) -> int:
+        """Most tokens of a micro-batch whose step fits into `memory` bytes; 0 if none does."""
+        return bisect_left(range(1, 2**40), True, key=lambda tokens: self.peak(tokens, recomputed)[0] > memory)
+
+    def memory_of(self, device: torch.device) -> float:
+        """Bytes that training can have: of a GPU all but the allowance, whoever uses the GPU now; of a computer's free
+        memory three quarters, beside the model, which is taken to be loaded."""
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            return total - allowance(total)
+        return (1 - RESERVED) * psutil.virtual_memory().available + self.at(0, False)["loaded"]
+
+    def micro_batch_limit(self, memory: float, checkpointing: bool | int | str) -> int:
+        """Most tokens that a micro-batch may have in `memory` bytes under this `model.activation_checkpointing`. Under
+        auto activations are recomputed if fewer than `WORTHWHILE` tokens fit otherwise."""
+        kept = 0 if checkpointing is True else self.most_tokens(memory, False)
+        enough = kept >= WORTHWHILE if checkpointing == "auto" else checkpointing is False or kept < int(checkpointing)
+        return kept if enough else self.most_tokens(memory, True)
+
+    def linear_sizes(self) -> tuple[int, int]:
+        """`memory.linear_sizes` of the whole model."""
+        with torch.device("meta"):
+            return linear_sizes(_skeleton(self, self.config.get_text_config().num_hidden_layers))
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that are alive, and each phase's peak of them."""
+
+    def __init__(self, on_cuda: bool) -> None:
+        super().__init__()
+        self.on_cuda, self.now, self.phase = on_cuda, 0, PHASES[0]
+        self.live: dict[int, int] = {}
+        self.peaks: dict[str, int] = {}
+
+    def start(self, phase: str) -> None:
+        self.phase, self.peaks[phase] = phase, self.now
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name == "_local_scalar_dense":
+            return 1  # a fake tensor has no value: Adam's number of steps, or a check's answer
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.live:
+                grain = 512 if self.on_cuda else 1  # of CUDA's caching allocator
+                self.live[key] = -(-storage.nbytes() // grain) * grain
+                self.now += self.live[key]
+                weakref.finalize(storage, self._drop, key)
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now + self._in_passing(name, args))
+        return made
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+    def _in_passing(self, name: str, args: Any) -> int:
+        """Bytes that a kernel takes and gives back: a weight as dequantised, what attention's backward sums in fp32."""
+        if name == "gemm_4bit" and (args[0].numel() > 512 * args[0].shape[-1] or not self.on_cuda):
+            return prod(args[2]) * args[0].element_size() + prod(args[2]) // 8
+        if self.on_cuda and name == "logsumexp":
+            return args[0].nbytes
+        return 2 * args[1].nbytes if self.on_cuda and "attention" in name and "backward" in name else 0
+
+
+def _cuda_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any) -> Tensor:
+    """What `scaled_dot_product_attention` does on CUDA in half precision: flash attention without a mask or with one
+    that is causal from the lower right; otherwise the memory-efficient kernel, which adds the mask as a tensor."""
+    causal, scale, aten = options.get("is_causal", False), options.get("scale"), torch.ops.aten
+    if attn_mask is None or type(attn_mask).__name__ == "CausalBias":
+        causal = causal or attn_mask is not None
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[0]
+    bias = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+    bias = nn.functional.pad(bias, (0, -bias.shape[-1] % 16))[..., : bias.shape[-1]].expand(*query.shape[:3], -1)
+    inputs = (query, key, value, bias, query.requires_grad, 0.0, causal)
+    return aten._scaled_dot_product_efficient_attention(*inputs, scale=scale)[0]
+
+
+def _skeleton(of: MemoryModel, layers: int) -> Any:
+    """The architecture with this number of layers, as `load_base` makes it, but for values and quantisation."""
+    config = copy.deepcopy(of.config)
+    text, config.quantization_config = config.get_text_config(), None
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    options = {"dtype": getattr(torch, of.loading["dtype"]), "attn_implementation": of.loading["attention"]}
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+def _quantise(of: MemoryModel, model: Any) -> None:
+    """Replace every linear layer but the head by bitsandbytes' layer, with tensors of the sizes that it holds."""
+    in_4bit, head = of.loading["quantization"] == "nf4", model.get_output_embeddings()
+    kind, tensors = (bnb_nn.Linear4bit, _nf4) if in_4bit else (bnb_nn.Linear8bitLt, _int8)
+    setattr(model, "is_loaded_in_4bit" if in_4bit else "is_loaded_in_8bit", True)  # for PEFT
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear and layer is not head:
+                new = kind.__new__(kind)
+                nn.Module.__init__(new)  # its own makes parameters of a kind that a fake tensor cannot become
+                tensors(new, layer.weight)
+                new.in_features, new.out_features, new.bias = layer.in_features, layer.out_features, layer.bias
+                setattr(parent, name, new)
+    if not of.loading.get("wide_weights"):
+        check_narrow(model, of.config.model_type)
+
+
+def _nf4(new: Any, wide: Tensor) -> None:
+    state = bnb_functional.QuantState
+    absmax, packed = (torch.empty(-(-wide.numel() // size), dtype=torch.uint8) for size in (64, 2))
+    second = state(torch.empty(-(-len(absmax) // 256)), None, torch.empty(256), 256, None, torch.float32)
+    first = state(absmax, wide.shape, torch.empty(16), 64, "nf4", wide.dtype, torch.empty(()), second)
+    new.weight = nn.Parameter(packed[:, None], requires_grad=False)
+    options = {"quant_type": "nf4", "quant_storage": torch.uint8, "quant_state": first}
+    vars(new.weight).update(options, compress_statistics=True, bnb_quantized=True)
+    vars(new).update(options, compute_dtype=wide.dtype, compute_type_is_set=True, support_avx512bf16_for_cpu=False)
+
+
+def _int8(new: Any, wide: Tensor) -> None:
+    new.weight = nn.Parameter(torch.empty(wide.shape, dtype=torch.int8), requires_grad=False)
+    vars(new.weight).update(CB=new.weight.data, SCB=torch.empty(len(wide)))
+    new.index, new.state = None, bnb_nn.modules.bnb.MatmulLtState()
+    new.state.has_fp16_weights = False
+
+
+def _simulate(of: MemoryModel, recomputed: bool) -> np.ndarray:
+    """(micro-batches, `NAMES`), the values of `MemoryModel.at` at the simulated numbers of tokens."""
+    layers, kind = of.config.get_text_config().num_hidden_layers, of.config.model_type
+    try:
+        if layers <= DEPTHS[1]:
+            return _steps(of, layers, recomputed)
+        low, high = (_steps(of, depth, recomputed) for depth in DEPTHS)
+        with torch.device("meta"):
+            few, more, whole = (_skeleton(of, depth).num_parameters() for depth in (*DEPTHS, layers))
+        share = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    except InputError:
+        raise
+    except Exception as error:  # of any architecture's code on fake tensors: an open list
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"the memory of {kind} models cannot be estimated ({reason})") from error
+    if abs(few + (more - few) * share - whole) > 0.001 * whole:
+        raise InputError(f"the memory of {kind} models cannot be estimated, as their layers are not alike")
+    return low + (high - low) * share
+
+
+def _steps(of: MemoryModel, layers: int, recomputed: bool) -> np.ndarray:
+    """As `_simulate`, of a model with so many layers."""
+    # pairs behind a prompt of a quarter of the length; in one row where attention can tell them apart
+    prompt, response = ([1] * (of.length * share // 4) for share in (1, 3))
+    pair = {"prompt_ids": prompt, "chosen_ids": response, "rejected_ids": response}
+    pack = 2**60 * (of.loading["attention"] not in ("sdpa", "eager"))
+    micro_batches = [build_rows([pair] * n, [True] * n, [True] * n, pack=pack) for n in DOCUMENTS[recomputed]]
+    attention = _cuda_attention if of.device == "cuda" else nn.functional.scaled_dot_product_attention
+    fake, live = FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes(of.device == "cuda")
+    replaced = patch.object(nn.functional, "scaled_dot_product_attention", attention)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), replaced, fake, live:
+        model = _skeleton(of, layers)
+        if of.loading["quantization"] != "none":
+            _quantise(of, model)
+        model.requires_grad_(False).train()
+        sizes = [live.now]
+        model = _with_adapters(of, model)
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        recompute(model, recomputed)
+        sizes.append(live.now)
+        optimizer = _optimizer(of, [p for p in model.parameters() if p.requires_grad])
+        sizes.append(live.now)
+        kept = [_step(of, model, optimizer, rows, live) for rows in micro_batches]
+    fixed = np.diff([0, *sizes])
+    return np.array([[rows.tokens, *fixed, *each] for rows, each in zip(micro_batches, kept, strict=True)], dtype=float)
+
+
+def _with_adapters(of: MemoryModel, model: Any) -> Any:
+    """The model with the policy's adapter, in the dtypes that a run has."""
+    with patch.object(nn.Module, "to", lambda module, *_, **__: module):  # a fake parameter cannot become another one
+        model = add_adapters(model, of.lora)
+    wide = torch.float64 if of.loading["dtype"] == "float64" else torch.float32
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(of.precision, wide)
+    for layer in adapter_layers(model):
+        layer.cast_input_dtype_enabled = "mixed" not in of.precision
+        for matrix in (layer.lora_A["policy"], layer.lora_B["policy"]):
+            matrix.weight = nn.Parameter(matrix.weight.detach().to(dtype))
+    return model
+
+
+def _optimizer(of: MemoryModel, learning: list[Tensor]) -> Any:
+    """The training's optimizer, with the state that it has after a first step."""
+    optimizer = of.optimizer(learning)
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
+    if hasattr(optimizer, "init_state"):  # of bitsandbytes, whose steps are in place
+        for number, parameter in enumerate(learning):
+            optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
+            if optimizer.is_paged and of.device == "cuda" and parameter.numel() >= 1e5:  # then not on the card
+                optimizer.state[parameter].update(state1=None, state2=None)
+        optimizer.step = lambda: None
+    elif not type(optimizer).__module__.startswith("torch.optim."):
+        fault = f"the memory of the optimizer {type(optimizer).__name__} cannot be estimated"
+        raise InputError(f"{fault}: give one of torch.optim or bitsandbytes.optim")
+    for group in optimizer.param_groups:
+        if of.device == "cuda" and group.get("foreach", 0) is None and not group.get("fused"):
+            group["foreach"] = True  # torch's choice on CUDA
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def _step(of: MemoryModel, model: Any, optimizer: Any, rows: TokenRows, live: _LiveBytes) -> list[int]:
+    """A step whose last micro-batch is `rows`: the bytes that are kept until backward, and the peaks."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    live.start("loaded")
+    before, half = live.now, torch.bfloat16 if of.precision == "bf16-mixed" else torch.float16
+    with torch.autocast("cpu", half, enabled="mixed" in of.precision, cache_enabled=False):
+        live.start("reference")
+        with torch.no_grad(), role(model, "reference"):
+            reference = sequence_log_probs(model, rows).sums if of.with_reference else 0
+        live.start("forward")
+        loss = (sequence_log_probs(model, rows).sums - reference).sum()
+    kept = live.now - before
+    live.start("backward")
+    loss.backward()
+    del loss, reference
+    live.start("optimizer")
+    optimizer.step()
+    return [kept, *(live.peaks[phase] for phase in PHASES)]
