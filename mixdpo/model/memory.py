@@ -28,8 +28,13 @@ def floor_flops(sizes: tuple[int, int], rows: TokenRows) -> float:
 
 
 def matrix_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations per second of (512 × width) · (width × 4 width) products: the best of those that fit into the time."""
-    left, right = (torch.ones(*size, device=device, dtype=dtype) for size in ((512, width), (width, 4 * width)))
+    """Operations per second of (512 × width) · (width × 4 width) products: the best of those that fit into the time.
+
+    The matrices are random: a GPU takes more power for them than for ones, and then lowers its clock. They are drawn by
+    a generator of their own, so the run's random numbers stay as they are.
+    """
+    draw = {"device": device, "dtype": dtype, "generator": torch.Generator(device).manual_seed(0)}
+    left, right = (torch.randn(*size, **draw) for size in ((512, width), (width, 4 * width)))
     best, until, repeats = 0.0, time.perf_counter() + seconds, 20 if device.type == "cuda" else 1
     while time.perf_counter() < until:
         started = time.perf_counter()
