@@ -150,7 +150,7 @@ FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("EarlyStopping", "nothing held out", "a metric of this run: rewards/accuracy", trainer(SFT_LOSS)),
     ("model.preference_loss", "means over one pair", "halve trainer.accumulate_grad_batches", ONE_PAIR),
     ("model.preference_loss", "means of the card's", "KTOPair … give data.micro_batch_tokens a number", CARD),
-    ("data.micro_batch_tokens", "and a number", "set trainer.accumulate_grad_batches to 1 (now 2)", BOTH_CUT),
+    ("data.micro_batch_tokens", "and a number", "accumulate_grad_batches (now 2) to 1, or … null", BOTH_CUT),
     ("data.micro_batch_tokens", "fewer than a row's", LONG_ROW, data(micro_batch_tokens=20)),
 ]
 SFT_FITS: list[tuple[str, str, str, dict[str, Any]]] = [
