@@ -215,8 +215,8 @@ class PlannedDataModule(L.LightningDataModule):
         epoch, step = divmod(step, length)
         end = ends[bisect_right(ends, step)] if self.cleans_by_stage else length
         coming = list(enumerate(self.pool_steps(epoch)))[step:end]
-        left = max(0, self._steps_of_whole_run() - (epoch + 1) * length)
-        coming += list(enumerate(self.pool_steps(epoch + 1)))[:left]  # a third epoch comes after all of the second
+        # as many of the next one as the run has left: a third epoch comes after all of the second
+        coming += zip(range(self._run_length() - (epoch + 1) * length), self.pool_steps(epoch + 1), strict=False)
         # of a sample that comes twice, the first time counts
         comes = {sample: number for number, samples in reversed(coming) for sample in samples}
         in_order = sorted(comes)
@@ -238,13 +238,13 @@ class PlannedDataModule(L.LightningDataModule):
             raise InputError("a schedule needs a last step: give trainer.max_epochs or trainer.max_steps, above 0")
         return total
 
-    def _steps_of_whole_run(self) -> int:
+    def _run_length(self) -> int:
         # schedule_steps is the whole run, and max_steps then only pauses it
         return self._steps_of_run(self.trainer.lightning_module.schedule_steps or self.trainer.max_steps)
 
     def all_steps(self) -> list[tuple[int, ...]]:
         """The steps of the run's epochs; those that are the same in several epochs once."""
-        epochs = -(-self._steps_of_whole_run() // len(self.epoch))
+        epochs = -(-self._run_length() // len(self.epoch))
         return list(dict.fromkeys(step for epoch in range(epochs) for step in self._steps(epoch)))
 
     def stage_of(self, step: int) -> int:

@@ -86,6 +86,9 @@ def test_config_builds(build, config):
     assert cli.config.fit.name == config.stem
     # no filler rows: a step divides into its micro-batches
     assert cli.datamodule.batch_size % cli.trainer.accumulate_grad_batches == 0
+    of_a_gpu = config.parent.name in ("mixdpo", "paper") or config.stem == "own_pairs"
+    assert (cli.datamodule.micro_batch_tokens == "auto") == of_a_gpu
+    assert not of_a_gpu or (cli.trainer.accumulate_grad_batches == 1 and cli.model.activation_checkpointing == "auto")
     assert cli.datamodule.encoding.get("max_prompt_length", 0) < cli.datamodule.encoding["max_length"]
     assert f"python run.py --config {config.relative_to(ROOT)}" in config.read_text("utf-8")
 
@@ -187,7 +190,7 @@ def test_paper_choices_and_overrides_arrive(build):
     cli = build(ROOT / "configs/mixdpo/llama3_8b.yaml")
     assert cli.model.preference_loss == DPO(beta=0.01, label_smoothing=0.1)
     assert cli.datamodule.routing == Routing(threshold=0.5, hard_fraction=None)
-    assert (cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches, cli.trainer.max_epochs) == (160, 160, 1)
+    assert (cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches, cli.trainer.max_epochs) == (160, 1, 1)
     assert cli.trainer.precision == "bf16-mixed"
     options = "--model.preference_loss.beta 0.05 --data.routing.hard_fraction 0.3 --trainer.max_steps 7"
     cli = build(ROOT / "configs/demo.yaml", *options.split())

@@ -89,10 +89,6 @@ def _report(trainer: L.Trainer, step: int, norm: Tensor, losses: list[tuple[Any,
     )
 
 
-WARMED_UP = ("cuda",)
-"""Devices whose memory runs out at once, not by swapping."""
-
-
 class OutOfMemory(Callback):
     """Adds to an out-of-memory error the options to change, with numbers. On CUDA the heaviest micro-batch of the plan
     runs once before the first step: memory that does not suffice for it ends the run now, not after hours."""
@@ -100,22 +96,19 @@ class OutOfMemory(Callback):
     _batch: tuple[int, str, int] | None = None  # rows, unit and tokens of the micro-batch in progress
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if pl_module.device.type not in WARMED_UP or trainer.fit_loop.done:
-            return
-        data, together = trainer.datamodule, trainer.accumulate_grad_batches * trainer.world_size
-        batch = data.loader([]).collator(heaviest(data.all_steps(), data.row_sizes[0], together)[1])
-        self.on_train_batch_start(trainer, pl_module, batch)
-        twin = copy(pl_module)  # has the same model; what it counts, remembers or caches does not reach the run
-        twin._modules, twin.trainer = dict(pl_module._modules), trainer
-        of_run = pl_module.train_means, getattr(pl_module, "preference_loss", None)
-        twin.train_means, twin.preference_loss = deepcopy(of_run)
-        twin.reference_cache, twin._kept_log_probs = False, None
-        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-        with isolate_rng(), trainer.precision_plugin.train_step_context():
-            loss = twin.training_step(batch, 0)
-        loss.backward()
-        pl_module.zero_grad()
-        self._batch = None
+        if pl_module.on_gpu and not trainer.fit_loop.done:
+            data, together = trainer.datamodule, trainer.accumulate_grad_batches * trainer.world_size
+            batch = data.loader([]).collator(heaviest(data.all_steps(), data.row_sizes[0], together)[1])
+            self.on_train_batch_start(trainer, pl_module, batch)
+            twin = copy(pl_module)  # of the same model; what it counts, remembers or caches does not reach the run
+            twin._modules, twin.trainer, twin.reference_cache = dict(pl_module._modules), trainer, False
+            of_run = pl_module.train_means, getattr(pl_module, "preference_loss", None)
+            (twin.train_means, twin.preference_loss), twin._kept_log_probs = deepcopy(of_run), None
+            with isolate_rng(), trainer.precision_plugin.train_step_context():
+                loss = twin.training_step(trainer.strategy.batch_to_device(batch), 0)
+            loss.backward()
+            pl_module.zero_grad()
+            self._batch = None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
         self._batch = batch.count, batch.unit, batch.rows.tokens

@@ -128,6 +128,10 @@ BOTH = hard(0.5, hard_action="sft_both")
 MOVING, NOTHING = RefreshReference(role="reference"), Selection(always_keep=["nothing"])
 LOSS, SFT_LOSS = callbacks.EarlyStopping("val/loss"), callbacks.EarlyStopping("val/all/sft_loss")
 ONE_PAIR = {"preference_loss": losses.KTOPair()} | data(batch_size=2) | trainer(accumulate_grad_batches=2)
+CARD = {"preference_loss": losses.KTOPair()} | data(micro_batch_tokens="auto")
+BOTH_CUT = data(micro_batch_tokens=100) | trainer(accumulate_grad_batches=2)
+LONG_ROW = "row 8 of … pairs.jsonl has 34 tokens, a micro-batch 20 at most … data.micro_batch_tokens to 34 or more"
+RANKED = cleaned(ExcessLoss(worse="policy"), Selection(0.5, scope="batch")) | data(micro_batch_tokens="auto")
 OF_THEIR_OWN = [  # callbacks that would move the planned steps
     (callbacks.GradientAccumulationScheduler({0: 2}), "set data.batch_size"),
     (callbacks.LearningRateFinder(), "LearningRateFinder"),
@@ -145,11 +149,15 @@ FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("EarlyStopping", "SFT's name", "did you mean 'val/all/sft_loss' … train/loss", trainer(LOSS) | VALIDATED),
     ("EarlyStopping", "nothing held out", "a metric of this run: rewards/accuracy", trainer(SFT_LOSS)),
     ("model.preference_loss", "means over one pair", "halve trainer.accumulate_grad_batches", ONE_PAIR),
+    ("model.preference_loss", "means of the card's", "KTOPair … give data.micro_batch_tokens a number", CARD),
+    ("data.micro_batch_tokens", "and a number", "accumulate_grad_batches (now 2) to 1, or … null", BOTH_CUT),
+    ("data.micro_batch_tokens", "fewer than a row's", LONG_ROW, data(micro_batch_tokens=20)),
 ]
 SFT_FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("data.slices", "two epochs", "set trainer.max_epochs 1", data(slices=Slices(2)) | trainer(max_epochs=2)),
     ("model.cleaning", "no stage left", "leaves no stage to clean", cleaned(Random(), warm_up_stages=1)),
     ("model.cleaning", "a reference that is the base", "every score would be 0 … Give model.cleaning.", cleaned()),
+    ("model.cleaning", "ranked in a card's batch", "set data.micro_batch_tokens to a number", RANKED),
     ("model.cleaning", "a token that is none", "has no token 'nothing'", cleaned(Random(), NOTHING)),
     ("RefreshReference", "nothing to refresh", "neither the scorer nor", trainer(RefreshReference())),
     ("EarlyStopping", "a name of pairs", "'val/all/sft_loss' … did you mean 'val/loss'", trainer(SFT_LOSS) | VALIDATED),
