@@ -53,6 +53,7 @@ def test_a_step_is_the_same_however_it_is_computed(tiny_model, tmp_path, monkeyp
         trainer, module, data = build(tiny_model, source, tmp_path / attention, **options)
         first_batch(trainer, module, data)
         perturb_policy(module)
+        assert module.model.config._attn_implementation == attention
         cuts = (2,) if attention in ("lower_right", "varlen") else (1, 2, 6)
         ways = product(LAYOUTS.values(), cuts, (False, True), ("online", "cached"))
         for layout, accumulate, again, reference in ways:
