@@ -130,6 +130,7 @@ class AdapterModule(L.LightningModule):
         if self.activation_checkpointing == "auto":
             with self.trainer.precision_plugin.forward_context():
                 self._recompute_above = most_tokens(self.model)
+            increment_version(self.learning())  # drops its casts: DDP may write past autograd before the first step
             self.print(f"activations are recomputed for micro-batches of more than {self._recompute_above} tokens")
         if self.activation_checkpointing is not False:
             base.activation_checkpointing_enable({"use_reentrant": False})
@@ -196,15 +197,12 @@ class AdapterModule(L.LightningModule):
         for name in self.progress_bar & set(values):
             self.log(name, values[name], prog_bar=True, logger=False, batch_size=1)
 
-    def on_fit_start(self) -> None:
-        increment_version(self.learning())  # DDP and callbacks may have written past autograd: see `fuse`
-
     def learning(self) -> list[torch.Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.learning())
-        optimizer.register_step_post_hook(lambda *_: increment_version(self.learning()))  # bitsandbytes takes pointers
+        optimizer.register_step_post_hook(lambda *_: increment_version(self.learning()))  # see `fuse`
         data, steps = self.trainer.datamodule, self.schedule_steps
         if steps is not None and steps < (planned := len(data.step_plan())):
             raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps: raise it")
