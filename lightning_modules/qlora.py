@@ -245,15 +245,12 @@ class AdapterModule(L.LightningModule):
         limit, algorithm = self.trainer.gradient_clip_val or 0, self.trainer.gradient_clip_algorithm or "norm"
         Precision.clip_gradients(self.trainer.precision_plugin, optimizer, limit, algorithm)  # type: ignore[arg-type]
 
-    def on_fit_start(self) -> None:
-        increment_version(self.learning())  # DDP and callbacks may have written past autograd: see `fuse`
-
     def learning(self) -> list[torch.Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.learning())
-        optimizer.register_step_post_hook(lambda *_: increment_version(self.learning()))  # bitsandbytes takes pointers
+        optimizer.register_step_post_hook(lambda *_: increment_version(self.learning()))  # see `fuse`
         choose_kernels(optimizer, self.trainer.strategy.root_device, str(self.trainer.precision))
         data, steps = self.trainer.datamodule, self.schedule_steps
         if steps is not None and steps < (planned := len(data.step_plan())):

@@ -19,6 +19,7 @@ from mixdpo.model.adapters import Lora, adapter_state, add_adapters, add_referen
 from mixdpo.model.forward import predicting_states, row_log_probs
 from mixdpo.model.fused_layers import _CASTS, _SwiGLU, fuse
 from mixdpo.model.loading import load_base
+from mixdpo.token_cleaning.scoring import fit_adapter
 
 ALL = ("lora", "norm", "swiglu")
 FULL = {"quantization": "none", "dtype": "float32"}
@@ -109,6 +110,8 @@ def test_half_precision_is_off_by_no_more_than_before(tiny_model: str) -> None:
                 [float((a - b).detach().norm()) for a, b in zip(found, (losses(exact), gradients(exact)), strict=True)]
             )
         assert all(0 < mine < 1.3 * before for before, mine in zip(*errors, strict=True)), errors
+    own, fused = (made(tiny_model, each, "bfloat16") for each in ((), ("lora",)))  # a wider adapter, and no autocast
+    assert torch.equal(losses(fused), losses(own))
 
 
 # Casts, once a step.
@@ -146,16 +149,18 @@ def test_casts_are_made_once_until_a_weight_changes(change: str, recomputed: boo
     if recomputed:
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     seen = torch.zeros(())
-    for _ in range(2):
+    for without_gradient in (torch.inference_mode, torch.no_grad):
         with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
-            with torch.inference_mode():
+            with without_gradient():
                 validated = losses(model)
             assert torch.equal(losses(model), validated)  # training reads what a validation has cast
             for _ in range(2):  # micro-batches
                 losses(model).sum().backward()
+            assert all(p.grad is not None for name, p in model.named_parameters() if ".policy." in name)
             assert casts.count == 2 * 2 * 7  # A and B of seven layers in two blocks
             assert torch.equal(losses(copy.deepcopy(model)), validated) and (validated - seen).abs().max() > 0.01
         CHANGES[change](model)
+        model.zero_grad()
         seen = validated
 
 
@@ -170,24 +175,39 @@ class ByPointer(torch.optim.SGD):
 
 
 class Start(L.Callback):
-    """Writes the start of the run without autograd's knowledge, once `auto` has computed with another one."""
+    """Writes the start of the run once `auto` has computed with another one."""
+
+    def __init__(self, by_pointer: bool) -> None:
+        self.by_pointer = by_pointer
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        for weight in adapter_state(pl_module.model).values():
-            weight.data.add_(0.01)
+        for weight in adapter_state(pl_module.model).values():  # a detached tensor, which shares the weight's version
+            (weight.data if self.by_pointer else weight).add_(0.01)
 
 
 def test_a_run_hears_of_weights_written_by_pointer(tiny_model: str, source: str, tmp_path: Path) -> None:
     kinds = (torch.optim.SGD, ByPointer, partial(torch.optim.AdamW, fused=True), torch.optim.AdamW)
     runs = []
     for number, (optimizer, parts) in enumerate([*((kind, ALL) for kind in kinds), (torch.optim.SGD, ())]):
-        options = {**BF16, "trainer": BF16["trainer"] | {"callbacks": [Start()], "max_epochs": 2}}
+        options = {**BF16, "trainer": BF16["trainer"] | {"callbacks": [Start(number != 0)]}}
         options |= {"optimizer": optimizer, "fused_layers": parts, "lr": 1.0 if number in (0, 1, 4) else 0.02}
         module = fit(tiny_model, source, tmp_path / str(number), **options)
         runs.append(torch.cat([weight.flatten() for weight in adapter_weights(module).values()]))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
     for one, other in ((2, 3), (0, 4)):
         assert (runs[one] - runs[other]).norm() < 0.02 * runs[other].norm()
+
+
+def test_a_frozen_adapter_that_was_asked_can_be_fitted(tiny_model: str) -> None:
+    model = made(tiny_model, ALL, "bfloat16")
+    add_reference(model, "cleaning_reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        with role(model, "cleaning_reference"):
+            before = losses(model)
+        sample = {"input_ids": [2, 4, 7, 8, 9, 3], "spans": [3, 6], "response_weights": [1.0]}
+        fit_adapter(model, "cleaning_reference", [sample] * 4, learning_rate=0.05, batch_size=2)
+        with role(model, "cleaning_reference"):
+            assert (losses(model) - before).abs().max() > 0.01
 
 
 # Which layers fit.
@@ -263,5 +283,4 @@ def test_a_quarter_less_is_kept(dtype: str, most: float, tmp_path: Path) -> None
     base = str(write_tiny("llama", tmp_path, **shape, head_dim=64, num_hidden_layers=1))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         found = {parts: kept(made(base, parts, dtype)) for parts in ((), *((part,) for part in ALL), ALL)}
-    print(dtype, {",".join(parts) or "none": f"{count:.0f}" for parts, count in found.items()})
     assert found[ALL] < most * found[()] and max(found.values()) == found[()]

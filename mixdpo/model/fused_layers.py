@@ -25,8 +25,8 @@ def fuse(model: nn.Module, parts: Collection[Part]) -> str:
     """Give the layers of the model their fused forward. Adapters may be added before or after.
 
     - lora: scale and sum inside the product with B. Under autocast A and B are cast once a step. Only a change that
-      raises `Tensor._version` renews a cast: after a write to `.data`, or by a kernel that is given a pointer, call
-      `torch.autograd.graph.increment_version`.
+      raises `Tensor._version` renews a cast. Fused and bitsandbytes' optimizers and writes to `.data` do not: call
+      `torch.autograd.graph.increment_version` behind them.
     - norm: one RMSNorm kernel on CUDA, which keeps the input in the input's dtype.
     - swiglu: backward computes silu(gate) and its product with `up` again.
 
