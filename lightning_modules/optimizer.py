@@ -26,7 +26,6 @@ def _keep_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
 
 def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's class and numbers, without its kernels: a run may continue on another device."""
-    given = {
-        k: v for k, v in optimizer.defaults.items() if isinstance(v, int | float | str | tuple) and k not in KERNELS
-    }
-    return {"optimizer": type(optimizer).__name__} | {f"optimizer.{name}": str(value) for name, value in given.items()}
+    plain = {n: value for n, value in optimizer.defaults.items() if isinstance(value, int | float | str | tuple)}
+    values = {f"optimizer.{name}": str(value) for name, value in plain.items() if name not in KERNELS}
+    return {"optimizer": type(optimizer).__name__} | values

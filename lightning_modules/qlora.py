@@ -175,9 +175,6 @@ class AdapterModule(L.LightningModule):
         if self.activation_checkpointing is not False:
             recompute(self.model, rows.tokens > self._recompute_above)
 
-    def micro_batch_limit(self) -> int | None:
-        return None
-
     def mean_over_step(self, total: torch.Tensor, batch: Batch) -> torch.Tensor:
         """A micro-batch's part of the step's mean. Lightning divides by a rank's micro-batches, DDP by the ranks."""
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.step_total)

@@ -441,6 +441,24 @@ def test_a_logger_of_ones_own_moves_no_file(demo: Callable[..., list[str]], tmp_
 
 
 @pytest.mark.slow
+def test_the_bar_is_ours_or_the_users_or_none(demo, tmp_path, monkeypatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr("lightning.Trainer.fit", lambda self, *_, **__: found.append(self.progress_bar_callback))
+    monkeypatch.setattr(run_cli.RunCLI, "after_fit", lambda _: None)
+    for given in (["true"], ["true", "--trainer.callbacks+=TQDMProgressBar"], ["false"]):
+        assert in_process(*demo(tmp_path / "runs"), "--trainer.enable_progress_bar", *given) == 0
+    assert [type(bar).__name__ for bar in found] == ["StepBar", "TQDMProgressBar", "NoneType"]
+
+
+@pytest.mark.parametrize("given", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "UNREAD"])
+def test_cuda_memory_grows_in_expandable_segments(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {given: "a user's"}
+    monkeypatch.setattr(cli.os, "environ", environment)
+    monkeypatch.setattr(run_cli, "start", lambda _: None)
+    cli.run([])
+    assert environment["PYTORCH_ALLOC_CONF"] == ("expandable_segments:True" if given == "UNREAD" else "a user's")
+
+
 def test_sigterm_prints_the_command_that_continues(demo: Callable[..., list[str]], tmp_path: Path) -> None:
     """A real process, stopped after its first checkpoint; the printed command ends the run."""
     arguments = [*demo(tmp_path), "--trainer.max_epochs", "20", "--checkpoint.every_n_steps", "1"]

@@ -17,6 +17,7 @@ class StepBar(TQDMProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else sys.maxsize)
+        self.train_progress_bar = tqdm(disable=True)  # until training starts
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         return {name.split("/")[1]: pl_module.logged[name] for name in SHOWN if name in pl_module.logged}
@@ -50,3 +51,4 @@ class StepBar(TQDMProgressBar):
         """The bar is the run's, not the epoch's."""
 
     on_train_batch_end = on_train_epoch_start
+    on_exception = TQDMProgressBar.on_train_end
