@@ -32,7 +32,7 @@ PAIRS = ROOT / "mixdpo" / "constraints" / "constraints_pairs.jsonl"
 def base_and_pairs(folder: str, tiny: bool) -> tuple[str, str]:
     base = small_base(tiny)
     if base != TINY_BASE:
-        return base, os.environ.get("SOURCE", str(PAIRS))
+        return base, str(PAIRS)
     from tiny import make_pairs, write_pairs
 
     return base, write_pairs(Path(folder) / "pairs.jsonl", make_pairs(48))
@@ -123,7 +123,8 @@ def memory(tiny: bool, out: Path) -> Found:
 def trl(tiny: bool, out: Path) -> Found:
     """benchmarks/preference_step.py on the device: ours and TRL's, reference online."""
     with tempfile.TemporaryDirectory() as folder:
-        base, source = base_and_pairs(folder, tiny)
+        base, built_in = base_and_pairs(folder, tiny)
+        source = os.environ.get("SOURCE", built_in)
         numbers = ["--pairs", "4" if tiny else "16", "--rounds", "1", "--cases", "online"]
         how = ["--accelerator", DEVICE.type, "--dtype", "float32" if tiny else "bfloat16"]
         yield from other("preference_step.py", "trl.json", out, "--model", base, "--source", source, *numbers, *how)

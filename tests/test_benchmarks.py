@@ -139,20 +139,18 @@ def test_no_part_stops_the_next_one(tmp_path) -> None:
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text("#!/bin/sh\ncase $2 in facts) sleep 60 ;; starts) exit 3 ;; esac\n")
     python.chmod(0o755)
-    given = {"PARTS": "facts:1 starts:9 tests:9", "OUT": str(out), "PYTHON": str(python), "BUDGET": "60"}
-    command = ["bash", str(BENCHMARKS / "device.sh")]
-    for budget in ("60", "5"):
-        subprocess.run(
-            command, env=os.environ | given | {"BUDGET": budget}, check=True, timeout=30, capture_output=True
-        )
-        ends = [line.split("\t")[2] for line in (out / "parts.tsv").read_text().splitlines()]
-        assert ends == (["stopped after 1 s", "exit 3", "exit 0"] if budget == "60" else ["no time left"] * 3)
+    given = os.environ | {"PARTS": "facts:1 starts:9 tests:9", "OUT": str(out), "PYTHON": str(python)}
+    for budget, expected in ("60", ["stopped after 1 s", "exit 3", "exit 0"]), ("5", ["no time left"] * 3):
+        command = ["bash", str(BENCHMARKS / "device.sh")]
+        subprocess.run(command, env=given | {"BUDGET": budget}, check=True, timeout=30)
+        assert [line.split("\t")[2] for line in (out / "parts.tsv").read_text().splitlines()] == expected
+
+
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("trl", "resume")]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "part", ["facts", "starts", "waits", "parity", "speed", "memory", "trl", "resume", "generation"]
-)
+@pytest.mark.parametrize("part", ["facts", "starts", "waits", "parity", "speed", "memory", "generation", *SLOW])
 def test_each_part_runs_with_small_models_on_a_cpu(part: str, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/device.py", part, "--tiny", "--out", str(tmp_path)]
     subprocess.run(command, cwd=BENCHMARKS.parent, env=os.environ | {"PYTHONPATH": "."}, check=True)
