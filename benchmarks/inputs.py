@@ -23,6 +23,7 @@ LLAMA_8B = {
 }
 TINY = LLAMA_8B | {"vocab_size": 49_152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+TINY_BASE = str(Path(tempfile.gettempdir()) / "mixdpo-tiny")
 
 
 def real_pairs(source: Path, model: str, count: int, longest: int, longest_prompt: int) -> list[dict[str, Any]]:
@@ -80,7 +81,9 @@ def random_nf4(shape: dict[str, Any], device: torch.device, attention: str = "by
 
     config, narrow = LlamaConfig(**shape), {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
+        )
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model.config).to(device)  # its buffers are computed, not drawn
     for name, layer in list(model.named_modules()):
@@ -109,6 +112,21 @@ def random_policy(shape: dict[str, Any], device: torch.device, rank: int = 16, a
     return model
 
 
+def wide_llama(shape: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """Random weights; gradients go through every layer to the embedding's weights and no others."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    import mixdpo.model.attention  # noqa: F401  # registers our attention
+
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(**shape), dtype=dtype, attn_implementation="eager", trust_remote_code=False
+        )
+    model.requires_grad_(False).get_input_embeddings().weight.requires_grad_(True)
+    return model.train()
+
+
 def same_start(model: Any, adapter: str) -> None:
     """A by the layer's name, B = 0."""
     for name, parameter in model.named_parameters():
@@ -125,6 +143,5 @@ def small_base(tiny: bool = False) -> str:
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from tiny import write_llama
 
-    folder = Path(tempfile.gettempdir()) / "mixdpo-tiny"
-    folder.mkdir(exist_ok=True)
-    return write_llama(folder)
+    Path(TINY_BASE).mkdir(exist_ok=True)
+    return write_llama(Path(TINY_BASE))

@@ -153,7 +153,8 @@ def tried(asked: Question, tiny: bool) -> dict[str, Any]:
 
 def row(run: dict[str, Any]) -> list[Any]:
     way = "recomputed" if run["recompute"] else "kept"
-    cells = [f"{run[key]:.2f}" if key in run else None for key in ("peak_gb", "reserved_gb", "tokens_per_second")]
+    keys = ("peak_gb", "reserved_gb", "tokens_per_second", "floor_share")
+    cells = [f"{run[key]:.2f}" if key in run else None for key in keys]
     return [f"{run['side']}, r {run['rank']}, 2 × {run['length']}, {way}", run["limit_gb"], run["fits"], *cells]
 
 
@@ -174,7 +175,7 @@ def main() -> None:
         found["runs"].append(asked._asdict() | tried(asked, options.tiny))
         print(found["runs"][-1], flush=True)
         options.out.write_text(json.dumps(found, indent=2) + "\n")
-    heads = ["one pair", "GB at most", "fits", "peak, GB", "reserved, GB", "tokens/s"]
+    heads = ["one pair", "GB at most", "fits", "peak, GB", "reserved, GB", "tokens/s", "floor share"]
     print("\n" + table(heads, map(row, found["runs"])))
 
 

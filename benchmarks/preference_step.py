@@ -10,9 +10,9 @@ Both sides: SmolLM2-135M-Instruct, LoRA r 16 on all linear layers with the same 
 its own; sides alternate, the second round in reverse. Timed is training alone, from its first step to its last, and
 memory is the peak of the process in that time (with --accelerator cuda of its tensors on the GPU). TRL runs with its
 defaults, and as fast as its documentation makes it: no checkpointing, and pairs sorted by length, as grouping by length
-would. Speed is compared with the faster of the two, memory with the leaner. The floor is the time of the operations that
-no exact method can do without (the prompt once, no padding, no recompute) at the matrix rate of the same process. TRL
-has no routing: MixDPO is held against its plain DPO on the same pairs.
+would. Speed is compared with the faster of the two, memory with the leaner. The floor is the time of the operations
+that no exact method can do without (the prompt once, no padding, no recompute) at the matrix rate of the same process.
+TRL has no routing: MixDPO is held against its plain DPO on the same pairs.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import torch
 from test_pairs import PAIR, write
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -72,20 +73,88 @@ def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Pa
 def test_a_killed_process_loses_no_other_run(benchmark, monkeypatch, tmp_path, capsys) -> None:
     module, out, written = benchmark("memory_8b"), tmp_path / "memory.json", []
 
-    def in_fresh_process(side: Any, *_: Any) -> dict[str, float]:
+    def in_fresh_process(side: Any, asked: Any, tiny: bool) -> dict[str, float]:
         written.append(len(json.loads(out.read_text())["runs"]) if out.exists() else 0)
         if side is module.trl:
             raise BrokenProcessPool
         return {"peak_gb": 1.5, "tokens_per_second": 2.0}
 
     monkeypatch.setattr(module, "GPU", False)
-    monkeypatch.setattr(module, "random_model", lambda *_: None)
     monkeypatch.setattr(module, "in_fresh_process", in_fresh_process)
-    monkeypatch.setattr(sys, "argv", ["memory_8b.py", "--tiny", "--ranks", "1,2", "--lengths", "8", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["memory_8b.py", "--tiny", "--out", str(out)])
     module.main()
-    assert written == [0, 1, 2, 3]
-    assert [run["fits"] for run in json.loads(out.read_text())["runs"]] == [True, None, True, None]
-    assert "| trl, r 2, 2 × 8 | – | – | – | – |" in capsys.readouterr().out
+    assert written == [*range(8)]
+    assert [run["fits"] for run in json.loads(out.read_text())["runs"]] == [True] * 3 + [None] + [True] * 4
+    assert "| trl, r 16, 2 × 32, recomputed | – | – | – | – | – | – |" in capsys.readouterr().out
+
+
+def test_weights_drawn_on_the_device_are_packed_and_whole(benchmark) -> None:
+    inputs = benchmark("inputs")
+    model = inputs.random_policy(inputs.TINY, torch.device("cpu"), rank=4)
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    assert len(layers) == 2 * 7 * 2  # bitsandbytes' in PEFT's
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_the_accelerator_is_an_option_and_part_of_the_reports_name(benchmark, monkeypatch, tmp_path, capsys) -> None:
+    module, out, seen = benchmark("preference_step"), tmp_path / "new" / "step.json", []
+    monkeypatch.setattr(module, "real_pairs", lambda *_: [])
+    monkeypatch.setattr(module, "about", dict)
+    monkeypatch.setattr(module, "ablation", lambda setting, *_: seen.append(setting["accelerator"]) or [])
+    for options, there in ((), False), (("--accelerator", "cuda"), True), (("--accelerator", "cuda"), False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        monkeypatch.setattr(sys, "argv", ["preference_step.py", *options, "--ablation", "--out", str(out)])
+        if seen != ["cpu", "cuda"]:
+            module.main()
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "--accelerator cuda: there is no CUDA device" in capsys.readouterr().err
+    assert [*json.loads(out.read_text())] == ["ablation, float32", "ablation, float32, cuda"]
+
+
+def test_a_part_that_fails_keeps_what_it_found(benchmark, monkeypatch, tmp_path, capsys) -> None:
+    module = benchmark("device")
+
+    def part(tiny: bool, out: Path) -> Any:
+        yield "first", {"ms": 1.5, "said": ["a|b"]}
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(module, "PARTS", {"facts": part, "speed": lambda *_: iter([("way", {"error": "no"})])})
+    for name, error in (("facts", RuntimeError), ("speed", SystemExit)):
+        monkeypatch.setattr(sys, "argv", ["device.py", name, "--tiny", "--out", str(tmp_path)])
+        with pytest.raises(error):
+            module.main()
+    found = json.loads((tmp_path / "device.json").read_text())
+    assert found["facts"]["error"] == "RuntimeError: no kernel" and found["speed"]["found"]["way"] == {"error": "no"}
+    assert {"device", "versions", "commit", "command"} <= found["facts"]["about"].keys()
+    (tmp_path / "parts.tsv").write_text("facts\t3 s\texit 1\nwaits\t9 s\tstopped after 9 s\n")
+    module.print_table(tmp_path)
+    shown = capsys.readouterr().out
+    assert "| facts | 3 s, exit 1 | RuntimeError: no kernel |\n|  | first | ms 1.5; said a¦b |\n| waits | 9 s" in shown
+
+
+def test_no_part_stops_the_next_one(tmp_path) -> None:
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text("#!/bin/sh\ncase $2 in facts) sleep 60 ;; starts) exit 3 ;; esac\n")
+    python.chmod(0o755)
+    given = os.environ | {"PARTS": "facts:1 starts:9 tests:9", "OUT": str(out), "PYTHON": str(python)}
+    for budget, expected in ("60", ["stopped after 1 s", "exit 3", "exit 0"]), ("5", ["no time left"] * 3):
+        command = ["bash", str(BENCHMARKS / "device.sh")]
+        subprocess.run(command, env=given | {"BUDGET": budget}, check=True, timeout=30)
+        assert [line.split("\t")[2] for line in (out / "parts.tsv").read_text().splitlines()] == expected
+
+
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("trl", "resume")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", ["facts", "starts", "waits", "parity", "speed", "memory", "generation", *SLOW])
+def test_each_part_runs_with_small_models_on_a_cpu(part: str, tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/device.py", part, "--tiny", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=BENCHMARKS.parent, env=os.environ | {"PYTHONPATH": "."}, check=True)
+    assert json.loads((tmp_path / "device.json").read_text())[part]["found"]
 
 
 CLOCK = """

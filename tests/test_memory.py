@@ -12,7 +12,7 @@ from mixdpo.batches.rows import build_rows
 from mixdpo.model.adapters import Lora, add_adapters
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.model.loading import load_base
-from mixdpo.model.memory import RESERVED, activation_bytes, floor_flops, linear_sizes
+from mixdpo.model.memory import RESERVED, activation_bytes, floor_flops, linear_sizes, matrix_rate
 from mixdpo.routing.route import Routing
 
 
@@ -36,6 +36,15 @@ def test_the_floor_by_hand(tiny_model: str, model: Any) -> None:
     pairs, layouts = [pair(10, 4, 6), pair(3, 1, 1)], [(True, 0), (True, 100), (False, 0)]
     floors = [floor_flops((10, 1), build_rows(pairs, [True] * 2, [True] * 2, *layout)) for layout in layouts]
     assert floors == [4 * (10 * (20 + 5) + 12), 4 * (10 * (20 + 5) + 12), 4 * (10 * (30 + 8) + 12)]
+
+
+def test_the_matrix_rate_is_of_random_data_and_leaves_the_runs_random_numbers(monkeypatch) -> None:
+    drawn, randn, before = [], torch.randn, torch.get_rng_state()
+    monkeypatch.setattr("torch.randn", lambda *size, **more: drawn.append(randn(*size, **more)) or drawn[-1])
+    assert matrix_rate(8, torch.device("cpu"), torch.bfloat16, seconds=0.01) > 0
+    assert [tuple(each.shape) for each in drawn] == [(512, 8), (8, 32)]
+    assert all(0.8 < each.float().std() < 1.2 and each.dtype == torch.bfloat16 for each in drawn)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(("shared", "most"), [(False, 1.1), (True, 1 / (1 - RESERVED))])
