@@ -54,6 +54,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "a mask of the whole row (sdpa)": {"data": {"pack": 0}, "model": {"attention": "sdpa"}},
     "all logits at once": {"tile": 10**9},
     "recompute always": {"model": {"activation_checkpointing": True}},
+    "LoRA by PEFT": {"model": {"fused_layers": ["norm", "swiglu"]}},
+    "RMSNorm by transformers": {"model": {"fused_layers": ["lora", "swiglu"]}},
+    "SwiGLU by transformers": {"model": {"fused_layers": ["lora", "norm"]}},
+    "none of the three": {"model": {"fused_layers": []}},
 }
 
 
@@ -90,7 +94,8 @@ def same_start(model: Any, adapter: str) -> None:
         if f"lora_A.{adapter}" in name:
             generator = torch.Generator().manual_seed(sum(map(ord, name.split(".lora_A")[0].split("layers.")[-1])))
             fresh = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
-            parameter.data.copy_(fresh)
+            with torch.no_grad():
+                parameter.copy_(fresh)
 
 
 def ours(setting: dict[str, Any], path: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:

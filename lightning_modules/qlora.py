@@ -10,7 +10,6 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch.autograd.graph import increment_version
 
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
@@ -130,7 +129,8 @@ class AdapterModule(L.LightningModule):
         if self.activation_checkpointing == "auto":
             with self.trainer.precision_plugin.forward_context():
                 self._recompute_above = most_tokens(self.model)
-            increment_version(self.learning())  # drops its casts: DDP may write past autograd before the first step
+            # drops the probe's casts: DDP may write past autograd before the first step
+            torch.autograd.graph.increment_version(self.learning())
             self.print(f"activations are recomputed for micro-batches of more than {self._recompute_above} tokens")
         if self.activation_checkpointing is not False:
             base.activation_checkpointing_enable({"use_reentrant": False})
@@ -202,7 +202,8 @@ class AdapterModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.learning())
-        optimizer.register_step_post_hook(lambda *_: increment_version(self.learning()))  # see `fuse`
+        # some optimizers write past autograd: see `fuse`
+        optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(self.learning()))
         data, steps = self.trainer.datamodule, self.schedule_steps
         if steps is not None and steps < (planned := len(data.step_plan())):
             raise InputError(f"model.schedule_steps {steps} is less than the run's {planned} steps: raise it")
