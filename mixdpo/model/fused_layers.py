@@ -44,10 +44,13 @@ def _kind(module: Any) -> Any:
     """The part that the module is, judged by what its class computes: Gemma's norm multiplies by 1 + weight."""
     if isinstance(module, LoraLayer):  # by name, as PEFT has bitsandbytes' only where that is installed
         return "lora" if type(module).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") else None
-    children, parameters = (
-        " ".join(sorted(n for n, _ in f())) for f in (module.named_children, module.named_parameters)
-    )
-    if not (_epsilon(module) and parameters == "weight") and children != "act_fn down_proj gate_proj up_proj":
+    children, parameters = sorted(n for n, _ in module.named_children()), [n for n, _ in module.named_parameters()]
+    if not (_epsilon(module) and parameters == ["weight"]) and children != [
+        "act_fn",
+        "down_proj",
+        "gate_proj",
+        "up_proj",
+    ]:
         return None
     x, weight = (torch.linspace(*ends, 32, device="cpu") for ends in ((-20, 20), (0.5, 2)))
     alike = SimpleNamespace(weight=weight, variance_epsilon=0.1, eps=0.1, act_fn=getattr(module, "act_fn", None))
