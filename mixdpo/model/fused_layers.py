@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 Part = Literal["lora", "norm", "swiglu"]
+MLP = ["act_fn", "down_proj", "gate_proj", "up_proj"]
 _CASTS: WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = WeakKeyDictionary()
 """Layer -> what its weight was cast from, and the cast. In no module, so that a model can be copied and pickled."""
 
@@ -45,12 +46,7 @@ def _kind(module: Any) -> Any:
     if isinstance(module, LoraLayer):  # by name, as PEFT has bitsandbytes' only where that is installed
         return "lora" if type(module).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") else None
     children, parameters = sorted(n for n, _ in module.named_children()), [n for n, _ in module.named_parameters()]
-    if not (_epsilon(module) and parameters == ["weight"]) and children != [
-        "act_fn",
-        "down_proj",
-        "gate_proj",
-        "up_proj",
-    ]:
+    if not (_epsilon(module) and parameters == ["weight"]) and children != MLP:
         return None
     x, weight = (torch.linspace(*ends, 32, device="cpu") for ends in ((-20, 20), (0.5, 2)))
     alike = SimpleNamespace(weight=weight, variance_epsilon=0.1, eps=0.1, act_fn=getattr(module, "act_fn", None))
@@ -113,8 +109,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, *matrices: Tensor) -> Any:
         ctx.save_for_backward(gate, up, *matrices)
-        product = silu(gate) * up
-        return product, *(linear(product, a) for a in matrices)
+        return (product := silu(gate) * up), *(linear(product, a) for a in matrices)
 
     @staticmethod
     def backward(ctx: Any, of_product: Tensor, *of_h: Tensor) -> Any:
