@@ -53,6 +53,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "a mask of the whole row (sdpa)": {"data": {"pack": 0}, "model": {"attention": "sdpa"}},
     "all logits at once": {"tile": 10**9},
     "recompute always": {"model": {"activation_checkpointing": True}},
+    "LoRA by PEFT": {"model": {"fused_layers": ["norm", "swiglu"]}},
+    "RMSNorm by transformers": {"model": {"fused_layers": ["lora", "swiglu"]}},
+    "SwiGLU by transformers": {"model": {"fused_layers": ["lora", "norm"]}},
+    "none of the three": {"model": {"fused_layers": []}},
 }
 
 

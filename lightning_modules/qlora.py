@@ -11,7 +11,6 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch.autograd.graph import increment_version
 
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
@@ -247,7 +246,8 @@ class AdapterModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.learning())
-        optimizer.register_step_post_hook(lambda *_: increment_version(self.learning()))  # see `fuse`
+        # some optimizers write past autograd: see `fuse`
+        optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(self.learning()))
         choose_kernels(optimizer, self.trainer.strategy.root_device, str(self.trainer.precision))
         data, steps = self.trainer.datamodule, self.schedule_steps
         if steps is not None and steps < (planned := len(data.step_plan())):

@@ -19,7 +19,6 @@ from test_adapters import saved_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.preference import PreferenceDataModule
-from lightning_modules.callbacks.faults import is_out_of_memory
 from lightning_modules.margins import MarginModule
 from mixdpo.batches.rows import build_rows
 from mixdpo.batches.steps import Slices
@@ -27,6 +26,7 @@ from mixdpo.model.adapters import Lora, add_adapters, add_reference, stack_polic
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.fused_head import gathered, run_sums
 from mixdpo.model.loading import load_base
+from mixdpo.model.memory import is_out_of_memory
 from mixdpo.routing.route import Routing
 from mixdpo.signals.margins_file import read_margins
 from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb

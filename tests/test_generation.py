@@ -1,5 +1,7 @@
 """Generation against `model.generate` on a tiny random Llama."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -145,3 +147,33 @@ def test_options_out_of_range_are_refused(model, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     with pytest.raises(InputError, match="chat template"):
         generate(model, bare, ["w1"], max_new_tokens=2, batch_size=1)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("another fault")])
+def test_fewer_at_once_where_memory_runs_out(error, model, tokenizer, monkeypatch, capsys):
+    """Greedy responses are the same; with one prompt at once, or another fault, the error is raised."""
+    options = {"max_new_tokens": 6, "batch_size": 8, "progress": False}
+    expected, forward = generate(model, tokenizer, PROMPTS * 2, **options), model.forward
+
+    def limited(most):
+        def refusing(**inputs):
+            if len(inputs["input_ids"]) > most:
+                raise error
+            return forward(**inputs)
+
+        refusing.__signature__ = inspect.signature(forward)
+        monkeypatch.setattr(model, "forward", refusing)
+
+    limited(3)
+    if not isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="another fault"):
+            generate(model, tokenizer, PROMPTS * 2, **options)
+        return
+    assert generate(model, tokenizer, PROMPTS * 2, **options) == expected
+    told = (
+        "out of memory with 8 prompts at once: 4 from here on\nout of memory with 4 prompts at once: 2 from here on\n"
+    )
+    assert capsys.readouterr().err == told
+    limited(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, tokenizer, PROMPTS, **options)

@@ -172,8 +172,7 @@ class CleanTokens(Callback):
         if isinstance(self.cleaning.scorer, ExcessLoss) and len(roles) > 1 and len(set(adapters.values())) == 1:
             same = f"{' and '.join(roles)} are one model"
             raise InputError(f"every score would be 0: {same}. Give model.cleaning.reference or warm_up_stages")
-        computed = {"attention": pl_module.loading["attention"], "device": pl_module.device.type}
-        computed["fused_layers"] = ",".join(pl_module.fused_layers)
+        computed = {"computed": str([pl_module.loading["attention"], *pl_module.fused_layers, pl_module.device.type])}
         for role, adapter in adapters.items():
             lasting = role == "base" or (self.cleaning.reference is not None and now[1] == 0)
             if role not in self._losses or not lasting:

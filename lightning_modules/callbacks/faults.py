@@ -16,6 +16,7 @@ from lightning_modules.callbacks.checkpoint import resume_command
 from lightning_modules.callbacks.logging import logs_step, peak_memory_gb
 from mixdpo.batches.steps import heaviest
 from mixdpo.errors import NonFiniteError
+from mixdpo.model.memory import is_out_of_memory
 from mixdpo.storage.files import write_json
 
 
@@ -134,11 +135,3 @@ class OutOfMemory(Callback):
             f"ones, until the memory is enough: {first}; model.activation_checkpointing true; data.max_length "
             f"{length // 2} (now {length}); model.optimizer bitsandbytes.optim.PagedAdamW8bit"
         )
-
-
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Messages of running out of memory: of the CPU, the driver (`torch.AcceleratorError`), cuBLAS (`RuntimeError`)."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)

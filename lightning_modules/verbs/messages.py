@@ -7,8 +7,8 @@ from argparse import ArgumentError
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.callbacks.faults import is_out_of_memory
 from mixdpo.errors import InputError, NonFiniteError, nearest
+from mixdpo.model.memory import is_out_of_memory
 from mixdpo.options import UNKNOWN_OPTION, nearest_path
 
 HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"

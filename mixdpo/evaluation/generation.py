@@ -2,6 +2,7 @@
 prefill, and a row that has ended costs nothing more."""
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from mixdpo.data.chat_template import encode_responses, load_template
 from mixdpo.data.columns import template_values
 from mixdpo.errors import InputError
 from mixdpo.model.forward import causal_lm_of, evaluating
+from mixdpo.model.memory import is_out_of_memory
 from mixdpo.storage.files import Row
 
 Pick = Callable[[Tensor], Tensor]
@@ -60,11 +62,12 @@ def generate(
         tokenizer: its tokenizer, with a chat template.
         prompts: a user's text, messages that end with the user's, or a row whose `prompt` is either.
         max_new_tokens: a response is cut at this many tokens.
-        batch_size: responses decoded together (prompts in a batch = batch_size // samples, at least one).
+        batch_size: responses decoded together (prompts in a batch = batch_size // samples, at least one). Where memory
+            runs out, fewer prompts are decoded together from there on, which standard error says.
         temperature: 0 takes the likeliest token.
         top_p: sample among the likeliest tokens that hold this much probability.
         samples: responses per prompt.
-        seed: the same seed, batch_size and machine give the same responses.
+        seed: the same seed, batch_size and machine give the same responses, unless memory runs out.
         progress: show a progress bar.
         names: what errors call the prompts; their numbers, if not given.
 
@@ -85,9 +88,17 @@ def generate(
     width = max(1, batch_size // samples)
     results: list[list[Response]] = [[] for _ in encoded]
     with evaluating(model), torch.no_grad(), tqdm(total=len(order), unit="prompt", disable=not progress) as bar:
-        for start in range(0, len(order), width):
-            batch = order[start : start + width]
-            completions = _complete(model, [encoded[index] for index in batch], **options)
+        while order:
+            batch = order[:width]
+            try:
+                completions = _complete(model, [encoded[index] for index in batch], **options)
+            except (RuntimeError, MemoryError) as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
+                    raise
+                width = len(batch) // 2
+                print(f"out of memory with {len(batch)} prompts at once: {width} from here on", file=sys.stderr)
+                continue
+            del order[:width]
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
                 results[batch[row // samples]].append(Response(text, len(ids), ids[-1] in ends.tolist()))

@@ -29,8 +29,8 @@ from mixdpo.errors import InputError
 from mixdpo.model.loading import readable
 
 Role = Literal["policy", "reference", "base", "cleaning_reference", "previous"]
-PLAIN = (None, False, "none")  # values of the further options in a plain LoRA
-NOT_PLAIN = ("modules_to_save", "use_dora", "bias", "lora_bias", "alora_invocation_tokens", "arrow_config")
+# further options of LoRA, and their values in a plain one
+FURTHER, PLAIN = ("modules_to_save", "use_dora", "bias", "lora_bias", "alora_invocation_tokens"), (None, False, "none")
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _check_adapter(name: str, model: PeftModel, adapter: str) -> None:
     PEFT draws missing weights at random and ignores unknown weights.
     """
     config = model.peft_config[adapter]
-    extra = [key for key in NOT_PLAIN if getattr(config, key, None) not in PLAIN]
+    extra = [key for key in FURTHER if getattr(config, key, None) not in PLAIN]
     if config.peft_type != "LORA" or extra:
         raise InputError(f"adapter '{name}' is no plain LoRA, but {config.peft_type} with {extra}: give a plain one")
     with readable(name, "adapter"):

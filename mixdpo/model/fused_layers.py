@@ -3,7 +3,6 @@
 Numbers are equal up to rounding. Weights keep their names, and modules their classes.
 """
 
-from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 Part = Literal["lora", "norm", "swiglu"]
-MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+MLP = ["act_fn", "down_proj", "gate_proj", "up_proj"]
 _CASTS: WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = WeakKeyDictionary()
 """Layer -> what its weight was cast from, and the cast. In no module, so that a model can be copied and pickled."""
 
 
-def fuse(model: nn.Module, parts: Collection[Part]) -> str:
+def fuse(model: nn.Module, parts: list[Part] | tuple[Part, ...]) -> str:
     """Give the layers of the model their fused forward. Adapters may be added before or after.
 
     - lora: scale and sum inside the product with B. Under autocast A and B are cast once a step. Only a change that
@@ -39,23 +38,22 @@ def fuse(model: nn.Module, parts: Collection[Part]) -> str:
     for module, kind in kinds.items():
         module.forward = partial(_FORWARD[kind], module)  # unlike a closure, copied and pickled with the module
     unfit = ", ".join(sorted(set(parts) - set(kinds.values())))
-    return f"model.fused_layers: this model has no layer for {unfit}\n" if unfit else ""
+    return unfit and f"model.fused_layers: this model has no layer for {unfit}\n"
 
 
 def _kind(module: Any) -> Any:
     """The part that the module is, judged by what its class computes: Gemma's norm multiplies by 1 + weight."""
     if isinstance(module, LoraLayer):  # by name, as PEFT has bitsandbytes' only where that is installed
         return "lora" if type(module).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") else None
-    children, parameters = ([n for n, _ in each] for each in (module.named_children(), module.named_parameters()))
-    if not (_epsilon(module) and parameters == ["weight"]) and set(children) != MLP:
+    children, parameters = sorted(n for n, _ in module.named_children()), [n for n, _ in module.named_parameters()]
+    if not (_epsilon(module) and parameters == ["weight"]) and children != MLP:
         return None
     x, weight = (torch.linspace(*ends, 32, device="cpu") for ends in ((-20, 20), (0.5, 2)))
-    alike: dict[str, Any] = {"weight": weight, "variance_epsilon": 0.1, "eps": 0.1, "gate_proj": nn.Identity()}
-    alike |= {"up_proj": torch.cos, "down_proj": torch.exp, "act_fn": getattr(module, "act_fn", None)}
+    alike = SimpleNamespace(weight=weight, variance_epsilon=0.1, eps=0.1, act_fn=getattr(module, "act_fn", None))
+    alike.gate_proj, alike.up_proj, alike.down_proj = nn.Identity(), torch.cos, torch.exp
     wanted = {"norm": rms_norm(x, (32,), weight, 0.1), "swiglu": torch.exp(silu(x) * torch.cos(x))}
     with suppress(AttributeError, TypeError):  # its forward reads more than a plain layer has
-        computed = type(module).forward(SimpleNamespace(**alike), x)
-        return next((kind for kind, values in wanted.items() if torch.allclose(computed, values)), None)
+        return next((kind for kind, y in wanted.items() if torch.allclose(type(module).forward(alike, x), y)), None)
 
 
 def _epsilon(norm: Any) -> Any:
@@ -68,9 +66,10 @@ def _norm_forward(norm: Any, x: Tensor) -> Tensor:
 
 
 def _lora_forward(layer: Any, x: Tensor, *given: Tensor) -> Tensor:
-    """base(x) + Σ scale · x Aᵀ Bᵀ over the active adapters, whose x Aᵀ may be given."""
+    """base(x) + Σ scale · x Aᵀ Bᵀ over the active adapters; the x Aᵀ of all of them may be given."""
     result, adapters = layer.base_layer(x), _adapters(layer, x)
-    given = given or tuple(linear(dropout(x.to(a.dtype)), a) for a, _, _, dropout in adapters)
+    if len(given) < len(adapters):
+        given = tuple(linear(dropout(x.to(a.dtype)), a) for a, _, _, dropout in adapters)
     for (_, b, scaling, _), h in zip(adapters, given, strict=True):
         if result.dtype == h.dtype:
             result = torch.addmm(result.flatten(0, -2), h.flatten(0, -2), b.T, alpha=scaling).view_as(result)
@@ -81,9 +80,8 @@ def _lora_forward(layer: Any, x: Tensor, *given: Tensor) -> Tensor:
 
 def _adapters(layer: Any, x: Tensor) -> list[Any]:
     """A (r, in), B (out, r), scale and dropout of each active adapter."""
-    off = layer.disable_adapters or layer.merged
     matrices, others = (layer.lora_A, layer.lora_B), (layer.scaling, layer.lora_dropout)
-    names = [name for name in layer.active_adapters if name in layer.lora_A and not off]
+    names = [] if layer.disable_adapters or layer.merged else [n for n in layer.active_adapters if n in layer.lora_A]
     return [(*(_cast(m[name], x.device.type) for m in matrices), *(other[name] for other in others)) for name in names]
 
 
@@ -100,8 +98,8 @@ def _cast(holder: Any, device: str) -> Tensor:
 def _swiglu_forward(mlp: Any, x: Tensor) -> Tensor:
     gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
     adapters = _adapters(down, gate) if isinstance(vars(down).get("forward"), partial) else []
-    drops = any(drop.training and getattr(drop, "p", 0) for *_, drop in adapters)
-    matrices = [a for a, *_ in adapters if a.dtype == gate.dtype and not drops]
+    # adapters that read what `down` reads: neither cast nor dropped out
+    matrices = [a for a, _, _, d in adapters if a.dtype == gate.dtype and not (d.training and vars(d).get("p"))]
     return down(*_SwiGLU.apply(gate, up, *matrices))
 
 
@@ -111,11 +109,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, *matrices: Tensor) -> Any:
         ctx.save_for_backward(gate, up, *matrices)
-        product = silu(gate) * up
-        return product, *(linear(product, a) for a in matrices)
+        return (product := silu(gate) * up), *(linear(product, a) for a in matrices)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_product: Tensor, *of_h: Tensor) -> Any:
         gate, up, *matrices = ctx.saved_tensors
         active = silu(gate)

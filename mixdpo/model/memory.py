@@ -8,6 +8,14 @@ from torch import nn
 from mixdpo.batches.rows import TokenRows
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Messages of running out of memory: of the CPU, the driver (`torch.AcceleratorError`), cuBLAS (`RuntimeError`)."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
 def linear_sizes(causal_lm: nn.Module) -> tuple[int, int]:
     """Numbers of weights in the body's linear layers and in the output head, whether tied or quantised."""
     head = causal_lm.get_output_embeddings()  # type: ignore[operator]
