@@ -73,9 +73,10 @@ def ours(folder: str, rank: int, length: int, gigabytes: float | None) -> dict[s
     from mixdpo.batches.rows import build_rows
     from mixdpo.losses import DPO
     from mixdpo.model.adapters import Lora, add_adapters, role
+    from mixdpo.model.estimate import MemoryModel, allowance
     from mixdpo.model.forward import sequence_log_probs
     from mixdpo.model.loading import load_base
-    from mixdpo.model.memory import most_tokens, recompute
+    from mixdpo.model.memory import recompute
 
     cap(gigabytes)
     device = torch.device("cuda" if GPU else "cpu")
@@ -86,12 +87,13 @@ def ours(folder: str, rank: int, length: int, gigabytes: float | None) -> dict[s
     pair = {name: torch.randint(0, 40_000, (size,), generator=draw).tolist() for name, size in sizes.items()}
     rows = build_rows([pair], [True], [True]).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    with torch.autocast(device.type, torch.bfloat16):
-        most = most_tokens(model)
-    if GPU:  # what is free under the cap is less than what the device has free
-        limit = gigabytes * 1e9 if gigabytes else torch.cuda.get_device_properties(0).total_memory
-        free = min(limit - torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0])
-        most = int(most * free / torch.cuda.mem_get_info()[0])
+    loading = {"quantization": "nf4", "dtype": "bfloat16", "attention": "by_segment"}
+    of_adam = torch.optim.AdamW
+    memory = MemoryModel(base.config, Lora(rank=rank, alpha=2 * rank), of_adam, loading, device.type)
+    limit = memory.memory_of(device)
+    if GPU and gigabytes:
+        limit = min(limit, gigabytes * 1e9 - allowance(gigabytes * 1e9))
+    most = memory.most_tokens(limit, False)
     base.activation_checkpointing_enable({"use_reentrant": False})
     recompute(model, rows.tokens > most)
 

@@ -11,6 +11,7 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 from unittest.mock import patch
@@ -86,6 +87,7 @@ class MemoryModel:
     frozen_adapters: int = 0
     length: int = 1024
 
+    @cached_property
     def _key(self) -> str:
         optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
         # whether there is a momentum counts, not how large the momentum is
@@ -96,7 +98,7 @@ class MemoryModel:
     def at(self, tokens: float, recomputed: bool) -> dict[str, float]:
         """The peak of each of `PHASES`; `weights`, the policy's `adapters`, the optimizer's `moments` on the device;
         `kept`, what is kept until backward."""
-        if (key := (self._key(), recomputed)) not in _simulated:
+        if (key := (self._key, recomputed)) not in _simulated:
             _simulated[key] = _simulate(self, recomputed)
         known = _simulated[key]
         piece = min(max(bisect_right(known[:, 0], tokens), 1), len(known) - 1)
@@ -124,7 +126,9 @@ class MemoryModel:
     def micro_batch_limit(self, memory: float, checkpointing: bool | int | str) -> int:
         """Most tokens that a micro-batch may have in `memory` bytes under this `model.activation_checkpointing`. Under
         auto activations are recomputed if fewer than `WORTHWHILE` tokens fit otherwise."""
-        kept = 0 if checkpointing is True else self.most_tokens(memory, False)
+        if checkpointing is True:
+            return self.most_tokens(memory, True)
+        kept = self.most_tokens(memory, False)
         enough = kept >= WORTHWHILE if checkpointing == "auto" else checkpointing is False or kept < int(checkpointing)
         return kept if enough else self.most_tokens(memory, True)
 
@@ -297,9 +301,10 @@ def _optimizer(of: MemoryModel, learning: list[Tensor]) -> Any:
     for parameter in learning:
         parameter.grad = torch.zeros_like(parameter)
     if hasattr(optimizer, "init_state"):  # of bitsandbytes, whose steps are in place
+        paged, optimizer.is_paged = optimizer.is_paged, False  # a page cannot be fake
         for number, parameter in enumerate(learning):
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
-            if optimizer.is_paged and of.device == "cuda" and parameter.numel() >= 1e5:  # then not on the card
+            if paged and of.device == "cuda" and parameter.numel() >= 1e5:  # then not on the card
                 optimizer.state[parameter].update(state1=None, state2=None)
         optimizer.step = lambda: None
     elif not type(optimizer).__module__.startswith("torch.optim."):
