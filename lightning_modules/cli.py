@@ -25,11 +25,15 @@ def run(arguments: list[str] | None = None) -> None:
         logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
     # on CPUs with AVX-512 BF16, bitsandbytes warns of a missing kernel that only inference would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from lightning_modules.verbs import estimate, messages, run_cli
+    from lightning_modules.verbs import messages, run_cli
 
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        estimate.estimate(arguments[1:]) if arguments[:1] == ["estimate"] else run_cli.start(arguments)
+        if arguments[:1] == ["estimate"]:
+            from lightning_modules.verbs.estimate import estimate
+
+            return estimate(arguments[1:])
+        run_cli.start(arguments)
     except Stopped as stop:
         sys.exit(128 + stop.signal)  # LastCheckpoint has printed the command that continues
     except Exception as error:
