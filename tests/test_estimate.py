@@ -192,7 +192,7 @@ def test_the_verb(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture
     run([*words, *lengths, "--trainer.accumulate_grad_batches", "2"])
     assert "rank 8: 3 steps, 720 tokens" in capsys.readouterr().out
     by_lengths = json.loads((tmp_path / "out.json").read_text())
-    assert by_lengths["micro_batch"] == 120 and by_lengths["adapters"] == found["adapters"] / 2
+    assert by_lengths["micro_batch"] == 120 and by_lengths["kept"]["adapters"] == found["kept"]["adapters"] / 2
     with pytest.raises(SystemExit, match="--lengths must be PROMPT,CHOSEN,REJECTED"):
         run([*words, "--lengths", "10,20"])
     assert not Path("runs/own_pairs").exists()
