@@ -30,7 +30,12 @@ def run(arguments: list[str] | None = None) -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lightning_modules.verbs import messages, run_cli
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["estimate"]:
+            from lightning_modules.verbs.estimate import estimate
+
+            return estimate(arguments[1:])
         run_cli.start(arguments)
     except Stopped as stop:
         sys.exit(128 + stop.signal)  # LastCheckpoint has printed the command that continues

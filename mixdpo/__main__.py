@@ -12,6 +12,7 @@ RUN_VERBS = {
     "validate": "measure a checkpoint on the held-out rows",
     "predict": "write a signal's margins of pairs, or a model's responses to prompts",
     "test": "score a model's responses to prompts",
+    "estimate": "predict the memory and hours of a run of a config on a GPU",
 }
 # verb: (function, what it does). A function is imported only when its verb is used.
 VERBS = {

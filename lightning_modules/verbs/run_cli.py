@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def new_run_folder(runs: Path, name: str) -> Path:
     return folder
 
 
-def start(arguments: list[str] | None = None) -> RunCLI:
+def start(arguments: list[str] | None = None, kind: Callable[..., RunCLI] = RunCLI) -> RunCLI:
     """Parse, build and run; `--config X` means `fit --config X`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
@@ -168,7 +169,7 @@ def start(arguments: list[str] | None = None) -> RunCLI:
     first, known = (arguments or ["-h"])[0], (*LightningCLI.subcommands(), "-h", "--help")
     check_one_of("the first word (a config file needs --config before it)", first, known)
     sys.argv[1:] = arguments  # Lightning starts further processes with these words
-    return RunCLI(
+    return kind(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,

