@@ -15,18 +15,18 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
 from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
-from lightning_modules.optimizer import choose_kernels, describe
+from lightning_modules.memory import memory_model, most_kept
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.errors import InputError
 from mixdpo.metrics import NamedMeans
 from mixdpo.model.adapters import Lora, adapter_layers, adapter_state, add_adapters, add_reference, add_stage, towers
-from mixdpo.model.estimate import MemoryModel
 from mixdpo.model.forward import check_data, output_head
 from mixdpo.model.fused_layers import Part, fuse
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
-from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, load_base, load_config, on_the_cpu
+from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, load_base, on_the_cpu
 from mixdpo.model.memory import recompute
+from mixdpo.model.optimizer import choose_kernels, describe
 from mixdpo.routing.schedules import StagedCosine, StepPlan
 from mixdpo.storage.identity import refuse_other_run
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -135,39 +135,17 @@ class AdapterModule(L.LightningModule):
         self.print(fuse(self.model, self.fused_layers), end="")
         self.model.train()
         if self.activation_checkpointing == "auto":
-            self._recompute_above = self._most_kept()
+            self._recompute_above = most_kept(self)
             self.print(f"activations are recomputed for micro-batches of more than {self._recompute_above} tokens")
         if self.activation_checkpointing is not False:
             base.activation_checkpointing_enable({"use_reentrant": False})
 
-    def memory_model(self, device: str, precision: str, data: Any) -> MemoryModel:
-        """The memory of this module's training on `device` ("cuda" or "cpu"), from the options and the configurations
-        of base and adapter."""
-        roles = {"cleaning_reference", "previous"}.intersection(self.cleaning.roles if self.cleaning else ())
-        stages = len(getattr(data, "stages", ())) if getattr(self, "stage_start", "") == "fresh_adapter" else 1
-        frozen = len(roles) + (self.adapter is not None) + max(stages, 1) - 1
-        lora, reference = Lora.of(self.adapter) if self.adapter else self.lora, getattr(self, "needs_reference", False)
-        length = getattr(data, "encoding", {}).get("max_length", 1024)
-        made = (load_config(self.base), lora, self.optimizer, self.loading, device, precision)
-        return MemoryModel(*made, reference, frozen, length)
-
     def micro_batch_limit(self) -> int | None:
         """Most tokens of a micro-batch on the run's GPU, before the model is loaded; None on a CPU. 0: none fits."""
-        device, trainer = self.trainer.strategy.root_device, self.trainer
-        if device.type != "cuda":
+        if (device := self.trainer.strategy.root_device).type != "cuda":
             return None
-        model = self.memory_model("cuda", str(trainer.precision), trainer.datamodule)
-        return model.micro_batch_limit(model.memory_of(device), self.activation_checkpointing)
-
-    def _most_kept(self) -> int:
-        """Most tokens of a micro-batch that fits into memory without recomputation."""
-        device, trainer = self.trainer.strategy.root_device, self.trainer
-        try:
-            model = self.memory_model(device.type, str(trainer.precision), trainer.datamodule)
-            return model.most_tokens(model.memory_of(device), False)
-        except InputError as error:  # of an architecture or optimizer that trains all the same
-            self.print(f"warning: {error}")
-            return 0
+        memory = memory_model(self, "cuda")
+        return memory.micro_batch_limit(memory.memory_of(device), self.activation_checkpointing)
 
     def recompute_if_long(self, rows: TokenRows) -> None:
         """Recompute activations if the rows are long. Call this before a forward pass that a backward pass follows."""

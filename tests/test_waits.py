@@ -25,8 +25,8 @@ from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
 from lightning_modules.callbacks.logging import Throughput, logs_step
 from lightning_modules.callbacks.progress import StepBar
 from lightning_modules.callbacks.run_files import RunFiles
-from lightning_modules.optimizer import choose_kernels
 from lightning_modules.qlora import AdapterModule
+from mixdpo.model.optimizer import choose_kernels
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import StepPlan
 from mixdpo.token_cleaning.cleaning import Cleaning

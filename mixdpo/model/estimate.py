@@ -25,9 +25,11 @@ from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters, role
 from mixdpo.model.forward import sequence_log_probs
+from mixdpo.model.fused_layers import fuse
 from mixdpo.model.live_bytes import PHASES, LiveBytes, cuda_attention
 from mixdpo.model.loading import check_narrow
 from mixdpo.model.memory import linear_sizes, recompute
+from mixdpo.model.optimizer import choose_kernels
 
 NAMES = ("tokens", "weights", "adapters", "moments", "kept", *PHASES)
 
@@ -61,7 +63,8 @@ class MemoryModel:
 
     Args:
         optimizer: makes the optimizer from its parameters.
-        loading: `quantization`, `dtype`, `attention` and, if true, `wide_weights`, as for `load_base`.
+        loading: as for `load_base`: `quantization`, `dtype`, `attention` and, if true, `wide_weights`; and
+            `fused_layers`, the parts that `fuse` gets.
         device: "cuda" or "cpu": whose kernels, allocator and optimizer defaults are simulated.
         precision: of Lightning's Trainer.
         with_reference: a reference runs before the policy.
@@ -140,8 +143,10 @@ def _skeleton(of: MemoryModel, layers: int) -> Any:
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    options = {"dtype": getattr(torch, of.loading["dtype"]), "attn_implementation": of.loading["attention"]}
-    return AutoModelForCausalLM.from_config(config, **options)
+    attention = {"auto": "lower_right", "varlen": "lower_right"}.get(of.loading["attention"], of.loading["attention"])
+    return AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, of.loading["dtype"]), attn_implementation=attention
+    )
 
 
 def _quantise(of: MemoryModel, model: Any) -> None:
@@ -214,19 +219,22 @@ def _steps(of: MemoryModel, layers: int, recomputed: bool) -> np.ndarray:
     attention = cuda_attention if of.device == "cuda" else nn.functional.scaled_dot_product_attention
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(of.device == "cuda")
     replaced = patch.object(nn.functional, "scaled_dot_product_attention", attention)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), replaced, fake, live:
-        model = _skeleton(of, layers)
-        if of.loading["quantization"] != "none":
-            _quantise(of, model)
-        model.requires_grad_(False).train()
-        sizes = [live.now]
-        model = _with_adapters(of, model)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), replaced:
+        with fake, live:
+            model = _skeleton(of, layers)
+            if of.loading["quantization"] != "none":
+                _quantise(of, model)
+            model.requires_grad_(False).train()
+            sizes = [live.now]
+            model = _with_adapters(of, model)
+        sizes.append(live.now)
+        fuse(model, of.loading.get("fused_layers", ()))  # checks layers by numbers, which fake tensors have not
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
         recompute(model, recomputed)
-        sizes.append(live.now)
-        optimizer = _optimizer(of, [p for p in model.parameters() if p.requires_grad])
-        sizes.append(live.now)
-        kept = [_step(of, model, optimizer, rows, live) for rows in micro_batches]
+        with fake, live:
+            optimizer = _optimizer(of, [p for p in model.parameters() if p.requires_grad])
+            sizes.append(live.now)
+            kept = [_step(of, model, optimizer, rows, live) for rows in micro_batches]
     fixed = np.diff([0, *sizes])
     return np.array([[rows.tokens, *fixed, *each] for rows, each in zip(micro_batches, kept, strict=True)], dtype=float)
 
@@ -259,6 +267,7 @@ def _optimizer(of: MemoryModel, learning: list[Tensor]) -> Any:
     elif not type(optimizer).__module__.startswith("torch.optim."):
         fault = f"the memory of the optimizer {type(optimizer).__name__} cannot be estimated"
         raise InputError(f"{fault}: give one of torch.optim or bitsandbytes.optim")
+    choose_kernels(optimizer, torch.device(of.device), of.precision)
     for group in optimizer.param_groups:
         if of.device == "cuda" and group.get("foreach", 0) is None and not group.get("fused"):
             group["foreach"] = True  # torch's choice on CUDA

@@ -7,7 +7,6 @@ from torch import nn
 
 from mixdpo.batches.rows import TokenRows
 
-
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """Messages of running out of memory: of the CPU, the driver (`torch.AcceleratorError`), cuBLAS (`RuntimeError`)."""
 

@@ -1,0 +1,38 @@
+"""What a module's training takes of its device, by the estimate, before the model is loaded."""
+
+from typing import Any
+
+from mixdpo.errors import InputError
+from mixdpo.model.adapters import Lora
+from mixdpo.model.estimate import MemoryModel
+from mixdpo.model.loading import load_config
+
+
+def memory_model(module: Any, device: str) -> MemoryModel:
+    """The memory of the training on `device` ("cuda" or "cpu"), from the options of module, data and trainer, and from
+    the configurations of base and adapter."""
+    data, cleaning = module.trainer.datamodule, module.cleaning
+    roles = {"cleaning_reference", "previous"}.intersection(cleaning.roles if cleaning else ())
+    stacked = len(data.stages) - 1 if getattr(module, "stage_start", "") == "fresh_adapter" else 0
+    return MemoryModel(
+        load_config(module.base),
+        Lora.of(module.adapter) if module.adapter else module.lora,
+        module.optimizer,
+        module.loading | {"fused_layers": module.fused_layers},
+        device,
+        str(module.trainer.precision),
+        with_reference=getattr(module, "needs_reference", False),
+        frozen_adapters=len(roles) + stacked + (module.adapter is not None),
+        length=data.encoding["max_length"],
+    )
+
+
+def most_kept(module: Any) -> int:
+    """Most tokens of a micro-batch that fits into the memory of the run's device without recomputation."""
+    device = module.trainer.strategy.root_device
+    try:
+        memory = memory_model(module, device.type)
+        return memory.most_tokens(memory.memory_of(device), False)
+    except InputError as error:  # of an architecture or optimizer that trains all the same
+        module.print(f"warning: {error}")
+        return 0
