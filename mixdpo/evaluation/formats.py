@@ -1,6 +1,6 @@
 """Prompts and responses as the official benchmarks write them, and the tasks that need no judge.
 
-A form is a small frozen dataclass that a config names by its class path. Called with (number, row), a form gives a
+A form is a small class that a config names by its class path. Called with (number, row), a form gives a
 `Prompt`; `rows(responses, name)` go into a file with `suffix`; a task also has `score(prompt, text)`.
 """
 
@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,10 @@ from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.messages import checked_text
 from mixdpo.data.sources import file_rows
 from mixdpo.errors import InputError
+from mixdpo.storage.files import Row
 
 if TYPE_CHECKING:  # a judge reads responses, and needs no transformers
     from mixdpo.evaluation.generation import Response
-
-
-Row = Mapping[str, Any]
-
-
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,6 @@ class PromptResponses:
     responses: "tuple[Response, ...]"
 
 
-@dataclass(frozen=True)
 class AlpacaEval:
     """AlpacaEval: reads `instruction` (and `dataset`), writes a file for alpaca_eval's `--model_outputs`."""
 
@@ -62,14 +56,13 @@ class AlpacaEval:
     def __call__(self, number: int, row: Row) -> Prompt:
         return Prompt(str(number), (_text(row, "instruction"),), row)
 
-    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> list[Row]:
         return [
             {"dataset": a.prompt.row.get("dataset", "unknown"), "instruction": a.prompt.turns[0], **_columns(a, name)}
             for a in responses
         ]
 
 
-@dataclass(frozen=True)
 class ArenaHard:
     """Arena-Hard-Auto, v0.1 or v2.0: reads its question.jsonl (`uid`, `prompt`, `category`), writes a model_answer
     file. Its style control reads more columns: add these with Arena-Hard's own add_markdown_info.py.
@@ -80,7 +73,7 @@ class ArenaHard:
     def __call__(self, number: int, row: Row) -> Prompt:
         return Prompt(_text(row, "uid"), (_text(row, "prompt"),), row, str(row.get("category", "")))
 
-    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> list[Row]:
         return [self._row(a) | _signed(a, name, "ans_id", "model") for a in responses]
 
     def _row(self, asked: PromptResponses) -> dict[str, Any]:
@@ -90,7 +83,6 @@ class ArenaHard:
         return {"uid": asked.prompt.key, "messages": chat, "metadata": metadata}
 
 
-@dataclass(frozen=True)
 class MTBench:
     """MT-Bench: reads FastChat's question.jsonl (`question_id`, `category`, `turns`) or the rows of the hub's
     HuggingFaceH4/mt_bench_prompts (`prompt_id`, `category`, `prompt`), writes a model_answer file."""
@@ -104,7 +96,7 @@ class MTBench:
         texts = tuple(checked_text(text, turns) for text in row[turns])
         return Prompt(str(row[key]), texts, row, str(row.get("category", "")))
 
-    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> list[Row]:
         rows = [self._row(a) | _signed(a, name, "answer_id", "model_id") for a in responses]
         return sorted(rows, key=lambda row: row["question_id"])
 
@@ -126,13 +118,11 @@ def _columns(asked: PromptResponses, name: str) -> dict[str, Any]:
     return {"output": response.text, "generator": name, "tokens": response.tokens, "ended": response.ended}
 
 
-def scored_rows(task: Any, responses: Sequence[PromptResponses], name: str) -> Rows:
+def scored_rows(task: Any, responses: Sequence[PromptResponses], name: str) -> list[Row]:
     """Each prompt's row with its response and gold score. No new column is named `answer`, which GSM8K has."""
-    scores = [task.score(a.prompt, a.responses[0].text) for a in responses]
-    return [{**a.prompt.row, **_columns(a, name), "score": s} for a, s in zip(responses, scores, strict=True)]
+    return [a.prompt.row | _columns(a, name) | {"score": task.score(a.prompt, a.responses[0].text)} for a in responses]
 
 
-@dataclass(frozen=True)
 class Constraints:
     """The built-in task: `prompt` and `constraints`; the score is the share of constraints that hold."""
 
@@ -200,13 +190,13 @@ def _text(row: Row, column: str) -> str:
 _EXPECTED = "Give AlpacaEval's format: a JSON list of objects with instruction, output and generator"
 
 
-def read_responses(path: str | Path) -> Rows:
-    """Rows of a file in AlpacaEval's format: the responses of one model.
+def read_responses(path: str | Path) -> list[Row]:
+    """list[Row] of a file in AlpacaEval's format: the responses of one model.
 
     Raises:
         InputError: there is no such file, a row is malformed, or the responses are of several models.
     """
-    rows: Rows = []
+    rows: list[Row] = []
     for number, row in file_rows(Path(path)):
         where = f"{path}, row {number}"
         try:

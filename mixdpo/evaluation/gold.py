@@ -48,11 +48,8 @@ def compare(before: Responses, after: Responses, parts: Sequence[str]) -> dict[s
     Args:
         parts: P names; each part of the prompts is reported apart as well.
     """
-    rows = {
-        f"gold score, {name}": _row(before.scores[group], after.scores[group])
-        for name, group in _groups(parts).items()
-        if not np.isnan(before.scores[group]).any()
-    }
+    groups = {} if np.isnan(before.scores).any() else _groups(parts)
+    rows = {f"gold score, {name}": _row(before.scores[g], after.scores[g]) for name, g in groups.items()}
     for name, field in (("response length, tokens", "tokens"), ("ended by itself", "ended")):
         rows[name] = _row(*([getattr(each, field) for each in responses.given] for responses in (before, after)))
     return rows
@@ -74,10 +71,8 @@ def markdown(rows: Mapping[str, Mapping[str, float]], summary: Mapping[str, str]
     """The table that a run ends with: `compare`'s rows, then the single values of a summary."""
     lines = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"]
     for name, row in rows.items():
-        digits = 1 if "tokens" in name else 3
-        change = Interval(row["difference"], row["low"], row["high"])
-        means = f"{row['before']:.{digits}f} | {row['after']:.{digits}f}"
-        lines.append(f"| {name} | {row['n']} | {means} | {change:+.{digits}f} |")
+        form, change = ".1f" if "tokens" in name else ".3f", Interval(row["difference"], row["low"], row["high"])
+        lines.append(f"| {name} | {row['n']} | {row['before']:{form}} | {row['after']:{form}} | {change:+{form}} |")
     lines += ["", "| training and held-out pairs | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in summary.items())])
 

@@ -7,14 +7,14 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, Endpoint, NoResponse
-from mixdpo.evaluation.formats import Row, Rows, read_responses
+from mixdpo.evaluation.formats import Row, read_responses
 from mixdpo.evaluation.verdicts import PROMPT_HASH, Order, Verdict, VerdictsWriter, messages, read_choice
 from mixdpo.storage.identity import content_hash
 
@@ -90,9 +90,8 @@ def judge(
     header = {"model": ours[0]["generator"], "baseline": theirs[0]["generator"], "judge": how}
     header |= {"outputs": content_hash(comparisons), "prompts": len(comparisons)}
     path = Path(out) if out else Path(responses).with_suffix(".verdicts.sqlite")
-    both: list[Order] = ["model_first", "baseline_first"]
-    orders = {c: both if order == "both" else [drawn_order(c.instruction, seed)] for c in comparisons[:limit]}
-    questions: Questions = {(c.index, each): c for c, asked in orders.items() for each in asked}
+    asked = ((c, each) for c in comparisons[:limit] for each in get_args(Order))
+    questions = {(c.index, each): c for c, each in asked if order == "both" or each == drawn_order(c.instruction, seed)}
     return _judge(endpoint, questions, header, path, concurrency)
 
 
@@ -118,7 +117,7 @@ def _judge(endpoint: Endpoint, questions: Questions, header: Row, path: Path, at
     return int(bool(failed))
 
 
-def match(ours: Rows, theirs: Rows, source: str | Path) -> list[Comparison]:
+def match(ours: list[Row], theirs: list[Row], source: str | Path) -> list[Comparison]:
     """Each row of the model with the baseline's row of the same instruction, in the model's order.
 
     The k-th row of an instruction belongs to the baseline's k-th. Other instructions of the baseline are left out.

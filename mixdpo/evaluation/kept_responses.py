@@ -67,8 +67,7 @@ def _machine() -> dict[str, Any]:
     """Code, versions and processors, which decide how responses round and are generated."""
     import transformers
 
-    modules = generation, export, tokenization
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (generation, export, tokenization))
     return {
         "code": hashlib.sha256(code).hexdigest()[:16],
         "versions": [torch.__version__, transformers.__version__],

@@ -72,11 +72,7 @@ def make_pairs(
 
 
 def pair_up(
-    rows: Sequence[Row],
-    responses: Sequence[Sequence[Response]],
-    scorer: Scorer,
-    seed: int,
-    min_score: float = -math.inf,
+    rows: Sequence[Row], responses: Sequence[list[Response]], scorer: Scorer, seed: int, min_score: float = -math.inf
 ) -> list[Row]:
     """Pairs of all prompts, in the prompts' order.
 

@@ -3,7 +3,6 @@
 import json
 import re
 from argparse import ArgumentError
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -113,16 +112,12 @@ class Study:
         return re.sub(r"[^\w.+-]", "_", "-".join([run, *values, f"seed{seed}"]))
 
     def arguments(self, run: str, point: Point, seed: int) -> Arguments:
-        plan, arguments = self.runs[run], [("--config", self.config), *_flags(self.options)]
-        arguments += [("--config", plan.overlay)] if plan.overlay else []
-        arguments += [*_flags(plan.options), *_flags(point)]
+        plan, given = self.runs[run], [("config", self.config), *self.options.items()]
+        given += [("config", plan.overlay)] if plan.overlay else []
         # the data's seed orders ties, shuffles and draws random routes; it splits nothing, see data.validation
-        arguments += _flags({"seed_everything": seed, "data.seed": seed, "runs": self.folder})
-        return [*arguments, ("--name", self.name(run, point, seed))]
-
-
-def _flags(options: Mapping[str, Any]) -> Arguments:
-    return [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in options.items()]
+        given += [*plan.options.items(), *point.items(), ("seed_everything", seed), ("data.seed", seed)]
+        given += [("runs", self.folder), ("name", self.name(run, point, seed))]
+        return [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in given]
 
 
 def read_study(path: str | Path) -> Study:
