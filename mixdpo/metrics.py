@@ -60,7 +60,7 @@ def pair_values(policy: SequenceLogProbs, reference: SequenceLogProbs | None, lo
     ratios = sums if reference is None else sums - reference.sums.detach()
     chosen, rejected = (beta * (ratios / policy.lengths if averaged else ratios)).chunk(2)
     values = chosen, rejected, chosen - rejected, accuracy(chosen, rejected), *(sums / policy.lengths).chunk(2)
-    named = dict(zip(PAIRWISE[:-1], values, strict=True))
+    named = dict(zip(PAIRWISE[:-1], values, strict=True))  # the last one needs a reference
     return named if reference is None else named | {"displacement/chosen": ratios.chunk(2)[0]}
 
 

@@ -6,13 +6,11 @@ Phrasings and allowed combinations are in constraints.json.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of constraint.
 
     Args:
@@ -27,7 +25,7 @@ class Kind:
     check: Callable[..., bool]
     phrasings: Sequence[str]
     aspects: Sequence[str]
-    choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    choices: Mapping[str, Sequence[Any]] = {}
     weight: int = 1
     trained: bool = True
 

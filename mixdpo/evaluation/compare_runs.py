@@ -28,9 +28,7 @@ HEADING = "| {} | chosen | seeds × prompts | mean [95 %] | tokens | ended | aga
 
 MEAN = "| {run} | {chosen} | {seeds} × {prompts} | {mean:.3f} [{low:.3f}, {high:.3f}] | {tokens:.1f} | {ended:.3f} |"
 
-DIFFERENCE = (
-    " {control} | {difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}] | {verdict} | {detectable:.3f} |"
-)
+GAIN = " {control} | {difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}] | {verdict} | {detectable:.3f} |"
 
 NONE = " {control} | | | |"
 
@@ -77,7 +75,7 @@ def write_tables(plan: Study, done: Set[str]) -> str:
         writer.writerows(row for of_outcome in rows.values() for row in of_outcome)
     lines = []
     for outcome, of_outcome in rows.items():
-        table = [(MEAN + (DIFFERENCE if "difference" in row else NONE)).format(**row) for row in of_outcome]
+        table = [(MEAN + (GAIN if "difference" in row else NONE)).format(**row) for row in of_outcome]
         lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""]
     for run in plan.runs:
         absent = [str(seed) for seed in plan.seeds if seed not in seeds_done(plan, run, done)]

@@ -107,9 +107,8 @@ def _judge(endpoint: Endpoint, questions: Questions, header: Row, path: Path, at
         except KeyboardInterrupt:
             print(f"stopped: {CONTINUES}")
             return 130
-        verdicts = [writer.verdicts[key] for key in questions]
-    failed = sorted(verdict.failed for verdict in verdicts if verdict.failed is not None)
-    print(f"judged {len(verdicts) - len(failed)} of {len(verdicts)}, failed {len(failed)}")
+    failed = sorted(v.failed for key, v in writer.verdicts.items() if key in questions and v.failed is not None)
+    print(f"judged {len(questions) - len(failed)} of {len(questions)}, failed {len(failed)}")
     for _, each in groupby(failed, lambda reason: reason.partition(":")[0]):
         reasons = list(each)
         print(f"  failed: {len(reasons)} x {reasons[0]}")

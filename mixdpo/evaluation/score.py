@@ -2,10 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +18,7 @@ Rates = dict[str, Interval | None]
 """Name of a win rate -> its estimate; None where there is none."""
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """One verdicts file, prompt by prompt.
 
     Attributes:
@@ -156,8 +154,7 @@ def judged_prompts(path: str) -> Judged:
         if failed or len(of_prompt) < orders:
             left_out[failed[0] if failed else "judged in one order only"] += 1
         else:
-            preference = fmean(verdict.preference for verdict in of_prompt)
-            prompts[index] = preference, of_prompt[0].len_model, of_prompt[0].len_baseline
+            prompts[index] = fmean(v.preference for v in of_prompt), of_prompt[0].len_model, of_prompt[0].len_baseline
     left_out["not judged yet"] = head["prompts"] - len({verdict.index for verdict in verdicts})
     reasons = {reason: count for reason, count in left_out.most_common() if count}
     if len(prompts) < 2:
@@ -166,8 +163,7 @@ def judged_prompts(path: str) -> Judged:
 
 
 def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return fmean(values) if values else float("nan")
+    return fmean(list(values) or [np.nan])
 
 
 def shared_prompts(judged: Sequence[Judged]) -> list[int]:

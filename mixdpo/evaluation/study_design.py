@@ -82,9 +82,8 @@ class Study:
             raise InputError("runs, outcomes, seeds and each list of the grid need at least one entry")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: {self.seeds} has a seed twice: give each once")
-        for name in self.runs:
-            if self.control_of(name) not in self.runs:
-                raise InputError(f"runs.{name}: no run is called {self.control_of(name)!r}, its control: name a run")
+        if lost := [run for run in self.runs if self.control_of(run) not in self.runs]:
+            raise InputError(f"runs.{lost[0]}: no run is called {self.control_of(lost[0])!r}, its control: name a run")
         if self.options.get("data.validation") != 0 and not isinstance(self.options.get("data.validation"), str):
             raise InputError("options: data.validation must be 0 or a file: a share would be split anew for each seed")
         if len(self.points) > 1 and self.choose_by is None:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Set
 from difflib import ndiff
-from functools import partial
 from pathlib import Path
 
 from mixdpo.data.prompts import read_prompts
@@ -117,7 +116,7 @@ def _start(plan: Study, name: str, arguments: Arguments, threads: int) -> subpro
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             start_new_session=True,  # Ctrl-C reaches the study alone, which ends the whole group
             # PR_SET_PDEATHSIG: nothing else ends a run when the study is killed
-            preexec_fn=partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL) if sys.platform == "linux" else None,
+            preexec_fn=(lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)) if sys.platform == "linux" else None,
         )
 
 
