@@ -42,11 +42,8 @@ REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accu
 PAIRWISE = (*REWARDS, "log_probs/chosen", "log_probs/rejected", "displacement/chosen")
 LOSSES = ("train/loss", "train/preference_loss", "train/sft_loss", "train/hard_fraction")
 TRAINING = (*LOSSES, "cleaning/kept_fraction", "cleaning/empty_fraction", *PAIRWISE)
-VALIDATION = tuple(
-    f"val/{group}/{name}"
-    for group in ("all", "easy", "hard")
-    for name in ("preference_loss", "sft_loss", *PAIRWISE, "length_accuracy")
-)
+MEASURED = ("preference_loss", "sft_loss", *PAIRWISE, "length_accuracy")
+VALIDATION = tuple(f"val/{group}/{name}" for group in ("all", "easy", "hard") for name in MEASURED)
 
 
 def pair_values(policy: SequenceLogProbs, reference: SequenceLogProbs | None, loss: Any) -> dict[str, Tensor]:
@@ -62,16 +59,9 @@ def pair_values(policy: SequenceLogProbs, reference: SequenceLogProbs | None, lo
     sums = policy.sums.detach()
     ratios = sums if reference is None else sums - reference.sums.detach()
     chosen, rejected = (beta * (ratios / policy.lengths if averaged else ratios)).chunk(2)
-    log_prob_chosen, log_prob_rejected = (sums / policy.lengths).chunk(2)
-    values = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margin": chosen - rejected,
-        "rewards/accuracy": accuracy(chosen, rejected),
-        "log_probs/chosen": log_prob_chosen,
-        "log_probs/rejected": log_prob_rejected,
-    }
-    return values if reference is None else values | {"displacement/chosen": ratios.chunk(2)[0]}
+    values = chosen, rejected, chosen - rejected, accuracy(chosen, rejected), *(sums / policy.lengths).chunk(2)
+    named = dict(zip(PAIRWISE[:-1], values, strict=True))  # the last one needs a reference
+    return named if reference is None else named | {"displacement/chosen": ratios.chunk(2)[0]}
 
 
 def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -14,23 +14,18 @@ from mixdpo.constraints.scoring import Constraint
 
 def training_prompts(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """`count` rows `prompt_id, prompt, constraints, part`, all different, from training subjects and kinds."""
-    rng = random.Random(f"training {seed}")
-    kinds = [name for name, kind in KINDS.items() if kind.trained]
-    return _draw_prompts(rng, count, TASK["training_subjects"], kinds, "train")
+    return _draw_prompts(random.Random(f"training {seed}"), count, "train")
 
 
 def held_out_prompts(seed: int = 0, *, seen: int = 150, unseen: int = 60) -> list[dict[str, Any]]:
     """Rows as in training, on other subjects: `seen` with trained kinds, `unseen` with the other kinds only."""
-    rng, rows = random.Random(f"held out {seed}"), []
-    for part, count in (("seen", seen), ("unseen", unseen)):
-        kinds = [name for name, kind in KINDS.items() if kind.trained == (part == "seen")]
-        rows += _draw_prompts(rng, count, TASK["held_out_subjects"], kinds, part)
-    return rows
+    rng = random.Random(f"held out {seed}")
+    return _draw_prompts(rng, seen, "seen") + _draw_prompts(rng, unseen, "unseen")
 
 
-def _draw_prompts(
-    rng: random.Random, count: int, subjects: Sequence[str], kinds: Sequence[str], part: str
-) -> list[dict[str, Any]]:
+def _draw_prompts(rng: random.Random, count: int, part: str) -> list[dict[str, Any]]:
+    subjects = TASK["training_subjects" if part == "train" else "held_out_subjects"]
+    kinds = [name for name, kind in KINDS.items() if kind.trained == (part != "unseen")]
     rows: dict[str, dict[str, Any]] = {}  # by prompt: a repeated prompt is drawn again
     while len(rows) < count:
         constraints = _draw_constraints(rng, kinds, rng.choice((1, 2, 2, 3, 3, 3)))

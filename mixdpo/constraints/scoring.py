@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixdpo.constraints.checks import words
-from mixdpo.constraints.kinds import KINDS
+from mixdpo.constraints.kinds import KINDS, words
 from mixdpo.errors import InputError, check_one_of
 
 

@@ -33,13 +33,12 @@ class Interval:
         return _interval(self.mean - other.mean, self.resamples - other.resamples)
 
     def __format__(self, spec: str) -> str:
-        mean, low, high = (format(value, spec) for value in (self.mean, self.low, self.high))
-        return f"{mean} [{low}, {high}]"
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 def _interval(mean: float, resamples: np.ndarray) -> Interval:
-    low, high = np.quantile(resamples, [0.025, 0.975])
-    return Interval(float(mean), float(low), float(high), resamples)
+    low, high = np.quantile(resamples, [0.025, 0.975]).tolist()
+    return Interval(float(mean), low, high, resamples)
 
 
 def one_way_bootstrap(statistic: Callable[..., ArrayLike], items: int, samples: int, seed: int = 0) -> Interval:
@@ -101,11 +100,9 @@ def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000) -> Interval
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise InputError(f"need a table of finite values, seeds by prompts, not one of shape {values.shape}")
     rng, (seeds, prompts) = np.random.default_rng(0), values.shape
-    drawn_seeds = rng.integers(seeds, size=(samples, seeds))
-    means = np.empty(samples)
-    rows = max(1, _BLOCK // (prompts * seeds))
-    for start in range(0, samples, rows):
-        of_seeds = values[drawn_seeds[start : start + rows]].mean(1)  # (rows, N)
+    means = []
+    for drawn_seeds in np.array_split(rng.integers(seeds, size=(samples, seeds)), 1 + samples * values.size // _BLOCK):
+        of_seeds = values[drawn_seeds].mean(1)  # (rows, N)
         drawn = rng.integers(prompts, size=of_seeds.shape)
-        means[start : start + rows] = np.take_along_axis(of_seeds, drawn, 1).mean(1)
-    return _interval(values.mean(), means)
+        means.append(np.take_along_axis(of_seeds, drawn, 1).mean(1))
+    return _interval(values.mean(), np.concatenate(means))

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,7 @@ from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import two_way_bootstrap
 from mixdpo.evaluation.study_design import Point, Study
-from mixdpo.storage.files import written_whole
-
-Row = dict[str, Any]
+from mixdpo.storage.files import Row, written_whole
 
 POWER = 2.8
 """1.96 + 0.84: a difference of so many standard errors is found with power 80 % at a two-sided 5 %."""
@@ -30,9 +28,7 @@ HEADING = "| {} | chosen | seeds × prompts | mean [95 %] | tokens | ended | aga
 
 MEAN = "| {run} | {chosen} | {seeds} × {prompts} | {mean:.3f} [{low:.3f}, {high:.3f}] | {tokens:.1f} | {ended:.3f} |"
 
-DIFFERENCE = (
-    " {control} | {difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}] | {verdict} | {detectable:.3f} |"
-)
+GAIN = " {control} | {difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}] | {verdict} | {detectable:.3f} |"
 
 NONE = " {control} | | | |"
 
@@ -41,11 +37,10 @@ def detectable(plan: Study, prompts: int) -> str:
     """The smallest difference that the study can detect, in words, before the first run."""
     sd, seeds = plan.assumed_sd, len(plan.seeds)
     smallest = POWER * (sd.prompts**2 / prompts + sd.seeds**2 / seeds) ** 0.5
-    return (
-        f"smallest detectable difference (power 80 %, two-sided 5 %): {smallest:.3f} with {prompts} prompts, {seeds} "
-        f"seeds, if the difference's standard deviation is {sd.prompts:g} over prompts, {sd.seeds:g} over seeds; a "
-        "smaller difference is undecided, not absent"
-    )
+    size = f"{smallest:.3f} with {prompts} prompts, {seeds} seeds"
+    spread = f"the difference's standard deviation is {sd.prompts:g} over prompts, {sd.seeds:g} over seeds"
+    limit = f"smallest detectable difference (power 80 %, two-sided 5 %): {size}, if {spread}"
+    return f"{limit}; a smaller difference is undecided, not absent"
 
 
 def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
@@ -73,14 +68,14 @@ def seeds_done(plan: Study, run: str, done: Set[str]) -> dict[int, str]:
 
 def write_tables(plan: Study, done: Set[str]) -> str:
     """Write table.csv and table.md to the study's folder; returns the latter."""
-    rows = {outcome: _rows(plan, done, outcome) for outcome in plan.outcomes}
+    rows = {outcome: list(_rows(plan, done, outcome)) for outcome in plan.outcomes}
     with written_whole(Path(plan.folder, "table.csv")) as partial, partial.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(row for of_outcome in rows.values() for row in of_outcome)
     lines = []
     for outcome, of_outcome in rows.items():
-        table = [(MEAN + (DIFFERENCE if "difference" in row else NONE)).format(**row) for row in of_outcome]
+        table = [(MEAN + (GAIN if "difference" in row else NONE)).format(**row) for row in of_outcome]
         lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""]
     for run in plan.runs:
         absent = [str(seed) for seed in plan.seeds if seed not in seeds_done(plan, run, done)]
@@ -91,13 +86,12 @@ def write_tables(plan: Study, done: Set[str]) -> str:
     return text
 
 
-def _rows(plan: Study, done: Set[str], outcome: str) -> list[Row]:
+def _rows(plan: Study, done: Set[str], outcome: str) -> Iterator[Row]:
     """A row of each run with a finished seed, and one of the policy that the control started from."""
     parts = plan.outcomes[outcome]
     jobs = {run: seeds_done(plan, run, done) for run in plan.runs}
     tables = {run: {seed: _values(plan, name, parts) for seed, name in names.items()} for run, names in jobs.items()}
     tables[START] = {seed: _values(plan, name, parts, "before") for seed, name in jobs[plan.control].items()}
-    rows = []
     for run, by_seed in tables.items():
         if not by_seed:
             continue
@@ -106,9 +100,9 @@ def _rows(plan: Study, done: Set[str], outcome: str) -> list[Row]:
         control = plan.control_of(run) if run in plan.runs else plan.control
         chosen = ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in point.items())
         row = {"outcome": outcome, "run": run, "chosen": chosen, "seeds": len(by_seed), "prompts": scores.shape[1]}
-        row |= _interval(scores, "mean", "") | {"tokens": tokens.mean(), "ended": ended.mean()}
-        rows.append(row | _difference(by_seed, tables[control], "" if run == control else control))
-    return rows
+        mean = two_way_bootstrap(scores)
+        row |= {"mean": mean.mean, "low": mean.low, "high": mean.high, "tokens": tokens.mean(), "ended": ended.mean()}
+        yield row | _difference(by_seed, tables[control], "" if run == control else control)
 
 
 def _difference(ours: Mapping[int, Any], theirs: Mapping[int, Any], control: str) -> Row:
@@ -118,15 +112,10 @@ def _difference(ours: Mapping[int, Any], theirs: Mapping[int, Any], control: str
         return {"control": control}
     if len(both) < len(ours):  # the row's other numbers are of all its seeds
         control += f" (seeds {', '.join(map(str, both))})"
-    row = _interval(np.stack([ours[seed][0] - theirs[seed][0] for seed in both]), "difference", "difference_")
-    low, high = row["difference_low"], row["difference_high"]
-    verdict = "decided" if low > 0 or high < 0 else "undecided"
-    return {"control": control, **row, "verdict": verdict, "detectable": POWER * (high - low) / (2 * 1.96)}
-
-
-def _interval(values: np.ndarray, name: str, prefix: str) -> Row:
-    interval = two_way_bootstrap(values)
-    return {name: interval.mean, f"{prefix}low": interval.low, f"{prefix}high": interval.high}
+    gain = two_way_bootstrap(np.stack([ours[seed][0] - theirs[seed][0] for seed in both]))
+    row = {"control": control, "difference": gain.mean, "difference_low": gain.low, "difference_high": gain.high}
+    verdict = "decided" if gain.low > 0 or gain.high < 0 else "undecided"
+    return row | {"verdict": verdict, "detectable": POWER * (gain.high - gain.low) / (2 * 1.96)}
 
 
 def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -> np.ndarray:

@@ -153,9 +153,8 @@ def _client(base_url: str | None, key: str | None, timeout: float, attempts: int
             return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
 
     limits = httpx2.Timeout(timeout, connect=min(10.0, 0.8 * timeout))
-    client = Client(timeout=limits, follow_redirects=False)
-    options: dict[str, Any] = {"timeout": limits, "http_client": client, "max_retries": attempts - 1}
-    return AsyncOpenAI(api_key=key or "none", base_url=base_url, **options)
+    options = {"timeout": limits, "http_client": Client(timeout=limits, follow_redirects=False)}
+    return AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=attempts - 1, **options)
 
 
 def secrets(key: str | None, url: str | None) -> list[str]:

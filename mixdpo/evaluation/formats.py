@@ -1,14 +1,14 @@
 """Prompts and responses as the official benchmarks write them, and the tasks that need no judge.
 
-A form is a small frozen dataclass that a config names by its class path. Called with (number, row), a form gives a
-`Prompt`; `rows(responses, name)` go into a file with `suffix`; a task also has `score(prompt, text)`.
+A form is a class that a config names by its class path. Called with (number, row), a form gives a `Prompt`;
+`rows(responses, name)` go into a file with `suffix`; a task also has `score(prompt, text)`.
 """
 
 import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,10 @@ from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.messages import checked_text
 from mixdpo.data.sources import file_rows
 from mixdpo.errors import InputError
+from mixdpo.storage.files import Row
 
 if TYPE_CHECKING:  # a judge reads responses, and needs no transformers
     from mixdpo.evaluation.generation import Response
-
-
-Row = Mapping[str, Any]
-
-
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,24 +48,27 @@ class PromptResponses:
     responses: "tuple[Response, ...]"
 
 
-@dataclass(frozen=True)
-class AlpacaEval:
-    """AlpacaEval: reads `instruction` (and `dataset`), writes a file for alpaca_eval's `--model_outputs`."""
+class Form:
+    """Writes `row(asked, name)` for each prompt."""
 
     suffix = ".json"
+
+    def rows(self: Any, responses: Sequence[PromptResponses], name: str) -> list[Row]:
+        return [self.row(each, name) for each in responses]
+
+
+class AlpacaEval(Form):
+    """AlpacaEval: reads `instruction` (and `dataset`), writes a file for alpaca_eval's `--model_outputs`."""
 
     def __call__(self, number: int, row: Row) -> Prompt:
         return Prompt(str(number), (_text(row, "instruction"),), row)
 
-    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
-        return [
-            {"dataset": a.prompt.row.get("dataset", "unknown"), "instruction": a.prompt.turns[0], **_columns(a, name)}
-            for a in responses
-        ]
+    def row(self, asked: PromptResponses, name: str) -> Row:
+        prompt = {"dataset": asked.prompt.row.get("dataset", "unknown"), "instruction": asked.prompt.turns[0]}
+        return prompt | _columns(asked, name)
 
 
-@dataclass(frozen=True)
-class ArenaHard:
+class ArenaHard(Form):
     """Arena-Hard-Auto, v0.1 or v2.0: reads its question.jsonl (`uid`, `prompt`, `category`), writes a model_answer
     file. Its style control reads more columns: add these with Arena-Hard's own add_markdown_info.py.
     """
@@ -80,18 +78,15 @@ class ArenaHard:
     def __call__(self, number: int, row: Row) -> Prompt:
         return Prompt(_text(row, "uid"), (_text(row, "prompt"),), row, str(row.get("category", "")))
 
-    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
-        return [self._row(a) | _signed(a, name, "ans_id", "model") for a in responses]
-
-    def _row(self, asked: PromptResponses) -> dict[str, Any]:
+    def row(self, asked: PromptResponses, name: str) -> Row:
         (question,), (response,) = asked.prompt.turns, asked.responses
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": {"answer": response.text}}]
         metadata = {"token_len": response.tokens, "ended": response.ended}
-        return {"uid": asked.prompt.key, "messages": chat, "metadata": metadata}
+        row = {"uid": asked.prompt.key, "messages": chat, "metadata": metadata}
+        return row | _signed(asked, name, "ans_id", "model")
 
 
-@dataclass(frozen=True)
-class MTBench:
+class MTBench(Form):
     """MT-Bench: reads FastChat's question.jsonl (`question_id`, `category`, `turns`) or the rows of the hub's
     HuggingFaceH4/mt_bench_prompts (`prompt_id`, `category`, `prompt`), writes a model_answer file."""
 
@@ -104,14 +99,14 @@ class MTBench:
         texts = tuple(checked_text(text, turns) for text in row[turns])
         return Prompt(str(row[key]), texts, row, str(row.get("category", "")))
 
-    def rows(self, responses: Sequence[PromptResponses], name: str) -> Rows:
-        rows = [self._row(a) | _signed(a, name, "answer_id", "model_id") for a in responses]
-        return sorted(rows, key=lambda row: row["question_id"])
+    def rows(self, responses: Sequence[PromptResponses], name: str) -> list[Row]:
+        return sorted(super().rows(responses, name), key=lambda row: row["question_id"])
 
-    def _row(self, asked: PromptResponses) -> dict[str, Any]:
+    def row(self, asked: PromptResponses, name: str) -> Row:
         columns = {key: [getattr(each, key) for each in asked.responses] for key in ("text", "tokens", "ended")}
         choices = [{"index": 0, "turns": columns.pop("text")}]
-        return {"question_id": int(asked.prompt.key), "choices": choices, "generate_params": columns}
+        row = {"question_id": int(asked.prompt.key), "choices": choices, "generate_params": columns}
+        return row | _signed(asked, name, "answer_id", "model_id")
 
 
 def _signed(asked: PromptResponses, name: str, id_column: str, model_column: str) -> dict[str, Any]:
@@ -126,18 +121,15 @@ def _columns(asked: PromptResponses, name: str) -> dict[str, Any]:
     return {"output": response.text, "generator": name, "tokens": response.tokens, "ended": response.ended}
 
 
-def scored_rows(task: Any, responses: Sequence[PromptResponses], name: str) -> Rows:
+class Task(Form):
     """Each prompt's row with its response and gold score. No new column is named `answer`, which GSM8K has."""
-    scores = [task.score(a.prompt, a.responses[0].text) for a in responses]
-    return [{**a.prompt.row, **_columns(a, name), "score": s} for a, s in zip(responses, scores, strict=True)]
+
+    def row(self: Any, asked: PromptResponses, name: str) -> Row:
+        return asked.prompt.row | _columns(asked, name) | {"score": self.score(asked.prompt, asked.responses[0].text)}
 
 
-@dataclass(frozen=True)
-class Constraints:
+class Constraints(Task):
     """The built-in task: `prompt` and `constraints`; the score is the share of constraints that hold."""
-
-    suffix = ".json"
-    rows = scored_rows
 
     def __call__(self, number: int, row: Row) -> Prompt:
         prompt = Prompt(str(row.get("prompt_id", number)), (_text(row, "prompt"),), row, str(row.get("part", "")))
@@ -149,7 +141,7 @@ class Constraints:
 
 
 @dataclass(frozen=True)
-class GSM8K:
+class GSM8K(Task):
     """GSM8K: `question` and `answer`, which ends in `#### number`. The score is 1 if the number of the response,
     behind #### or else the last one, is equal.
 
@@ -158,8 +150,6 @@ class GSM8K:
     """
 
     request: str = "Reason step by step, and end with a line: #### and the number."
-    suffix = ".json"
-    rows = scored_rows
 
     def __call__(self, number: int, row: Row) -> Prompt:
         if _number_behind_marks(_text(row, "answer")) is None:
@@ -200,13 +190,13 @@ def _text(row: Row, column: str) -> str:
 _EXPECTED = "Give AlpacaEval's format: a JSON list of objects with instruction, output and generator"
 
 
-def read_responses(path: str | Path) -> Rows:
-    """Rows of a file in AlpacaEval's format: the responses of one model.
+def read_responses(path: str | Path) -> list[Row]:
+    """list[Row] of a file in AlpacaEval's format: the responses of one model.
 
     Raises:
         InputError: there is no such file, a row is malformed, or the responses are of several models.
     """
-    rows: Rows = []
+    rows: list[Row] = []
     for number, row in file_rows(Path(path)):
         where = f"{path}, row {number}"
         try:

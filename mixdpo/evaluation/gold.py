@@ -1,10 +1,8 @@
 """Gold scores, which need no judge: of greedy responses before and after training, and of a model's responses to a
 benchmark."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +16,7 @@ Scorer = Callable[[dict[str, Any], list[str]], Any]
 """(prompt row, responses) -> a score for each; larger is better."""
 
 
-@dataclass(frozen=True)
-class Responses:
+class Responses(NamedTuple):
     """P responses of one model, and their gold scores (P,); NaN without a scorer."""
 
     given: Sequence[Response]
@@ -48,11 +45,8 @@ def compare(before: Responses, after: Responses, parts: Sequence[str]) -> dict[s
     Args:
         parts: P names; each part of the prompts is reported apart as well.
     """
-    rows = {
-        f"gold score, {name}": _row(before.scores[group], after.scores[group])
-        for name, group in _groups(parts).items()
-        if not np.isnan(before.scores[group]).any()
-    }
+    groups = {} if np.isnan(before.scores).any() else _groups(parts)
+    rows = {f"gold score, {name}": _row(before.scores[g], after.scores[g]) for name, g in groups.items()}
     for name, field in (("response length, tokens", "tokens"), ("ended by itself", "ended")):
         rows[name] = _row(*([getattr(each, field) for each in responses.given] for responses in (before, after)))
     return rows
@@ -74,10 +68,8 @@ def markdown(rows: Mapping[str, Mapping[str, float]], summary: Mapping[str, str]
     """The table that a run ends with: `compare`'s rows, then the single values of a summary."""
     lines = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"]
     for name, row in rows.items():
-        digits = 1 if "tokens" in name else 3
-        change = Interval(row["difference"], row["low"], row["high"])
-        means = f"{row['before']:.{digits}f} | {row['after']:.{digits}f}"
-        lines.append(f"| {name} | {row['n']} | {means} | {change:+.{digits}f} |")
+        form, change = ".1f" if "tokens" in name else ".3f", Interval(row["difference"], row["low"], row["high"])
+        lines.append(f"| {name} | {row['n']} | {row['before']:{form}} | {row['after']:{form}} | {change:+{form}} |")
     lines += ["", "| training and held-out pairs | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in summary.items())])
 
@@ -91,8 +83,7 @@ def gold_table(answered: Sequence[PromptResponses], scores: np.ndarray) -> str:
     """
     lines = ["| gold score | n | mean [95 % interval] |", "|---|---|---|"]
     for name, group in _groups([a.prompt.category for a in answered]).items():
-        mean = paired_bootstrap(np.zeros(group.sum()), scores[group])
-        lines.append(f"| {name} | {group.sum()} | {mean:.3f} |")
+        lines.append(f"| {name} | {group.sum()} | {paired_bootstrap(np.zeros(group.sum()), scores[group]):.3f} |")
     texts, tokens, ended = zip(*(vars(a.responses[-1]).values() for a in answered), strict=True)
     means = {"response length, tokens": f"{np.mean(tokens):.1f}", "ended by itself": f"{np.mean(ended):.3f}"}
     means["empty responses"] = f"{np.mean([not text.strip() for text in texts]):.3f}"
@@ -110,6 +101,6 @@ def scores_of(scorer: Scorer, row: Row, texts: list[str]) -> list[float]:
         scores = [float(score) for score in scorer(row, texts)]
     except InputError as error:
         raise InputError(f"{prompt}: {error}") from error
-    if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+    if len(scores) != len(texts) or not np.isfinite(scores).all():
         raise InputError(f"{prompt}: the scorer gave {scores} for {len(texts)} texts; give one finite number each")
     return scores

@@ -7,14 +7,14 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, Endpoint, NoResponse
-from mixdpo.evaluation.formats import Row, Rows, read_responses
+from mixdpo.evaluation.formats import Row, read_responses
 from mixdpo.evaluation.verdicts import PROMPT_HASH, Order, Verdict, VerdictsWriter, messages, read_choice
 from mixdpo.storage.identity import content_hash
 
@@ -90,9 +90,8 @@ def judge(
     header = {"model": ours[0]["generator"], "baseline": theirs[0]["generator"], "judge": how}
     header |= {"outputs": content_hash(comparisons), "prompts": len(comparisons)}
     path = Path(out) if out else Path(responses).with_suffix(".verdicts.sqlite")
-    both: list[Order] = ["model_first", "baseline_first"]
-    orders = {c: both if order == "both" else [drawn_order(c.instruction, seed)] for c in comparisons[:limit]}
-    questions: Questions = {(c.index, each): c for c, asked in orders.items() for each in asked}
+    asked = ((c, each) for c in comparisons[:limit] for each in get_args(Order))
+    questions = {(c.index, each): c for c, each in asked if order == "both" or each == drawn_order(c.instruction, seed)}
     return _judge(endpoint, questions, header, path, concurrency)
 
 
@@ -108,9 +107,8 @@ def _judge(endpoint: Endpoint, questions: Questions, header: Row, path: Path, at
         except KeyboardInterrupt:
             print(f"stopped: {CONTINUES}")
             return 130
-        verdicts = [writer.verdicts[key] for key in questions]
-    failed = sorted(verdict.failed for verdict in verdicts if verdict.failed is not None)
-    print(f"judged {len(verdicts) - len(failed)} of {len(verdicts)}, failed {len(failed)}")
+    failed = sorted(v.failed for key, v in writer.verdicts.items() if key in questions and v.failed is not None)
+    print(f"judged {len(questions) - len(failed)} of {len(questions)}, failed {len(failed)}")
     for _, each in groupby(failed, lambda reason: reason.partition(":")[0]):
         reasons = list(each)
         print(f"  failed: {len(reasons)} x {reasons[0]}")
@@ -118,7 +116,7 @@ def _judge(endpoint: Endpoint, questions: Questions, header: Row, path: Path, at
     return int(bool(failed))
 
 
-def match(ours: Rows, theirs: Rows, source: str | Path) -> list[Comparison]:
+def match(ours: list[Row], theirs: list[Row], source: str | Path) -> list[Comparison]:
     """Each row of the model with the baseline's row of the same instruction, in the model's order.
 
     The k-th row of an instruction belongs to the baseline's k-th. Other instructions of the baseline are left out.

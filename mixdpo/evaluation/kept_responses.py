@@ -11,7 +11,6 @@ import torch
 from mixdpo.data import chat_template as tokenization
 from mixdpo.evaluation import generation
 from mixdpo.evaluation.formats import Prompt, PromptResponses
-from mixdpo.evaluation.generation import Response
 from mixdpo.model import export
 from mixdpo.storage.files import cache_root
 from mixdpo.storage.store import Store
@@ -47,7 +46,7 @@ class ResponsesFile(Store):
         self.rows |= {a.prompt.key: a.responses for a in answered}
 
 
-def kept_responses(of: Mapping[str, Any], make: Callable[[], list[Response]]) -> list[Response]:
+def kept_responses(of: Mapping[str, Any], make: Callable[[], list[generation.Response]]) -> list[generation.Response]:
     """The responses of `make`, or those kept from an earlier call with the same `of`.
 
     Args:
@@ -67,19 +66,16 @@ def _machine() -> dict[str, Any]:
     """Code, versions and processors, which decide how responses round and are generated."""
     import transformers
 
-    modules = generation, export, tokenization
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
-    return {
-        "code": hashlib.sha256(code).hexdigest()[:16],
-        "versions": [torch.__version__, transformers.__version__],
-        "cpu": [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (generation, export, tokenization))
+    versions = [torch.__version__, transformers.__version__]
+    cpu = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"code": hashlib.sha256(code).hexdigest()[:16], "versions": versions, "cpu": cpu, "gpu": gpu}
 
 
-def _written(responses: Sequence[Response]) -> bytes:
+def _written(responses: Sequence[generation.Response]) -> bytes:
     return json.dumps([vars(response) for response in responses]).encode()
 
 
-def _read(value: bytes) -> list[Response]:
-    return [Response(**row) for row in json.loads(value)]
+def _read(value: bytes) -> list[generation.Response]:
+    return [generation.Response(**row) for row in json.loads(value)]

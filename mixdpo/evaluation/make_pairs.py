@@ -1,6 +1,5 @@
 """On-policy preference pairs: sample a model, score the samples, set the best against the worst."""
 
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ def make_pairs(
     prompts: str = "builtin",
     scorer: Scorer | None = None,
     samples: int = 4,
-    min_score: float = -math.inf,
+    min_score: float = -np.inf,
     max_new_tokens: int = 80,
     temperature: float = 0.9,
     batch_size: int = 96,
@@ -72,11 +71,7 @@ def make_pairs(
 
 
 def pair_up(
-    rows: Sequence[Row],
-    responses: Sequence[Sequence[Response]],
-    scorer: Scorer,
-    seed: int,
-    min_score: float = -math.inf,
+    rows: Sequence[Row], responses: Sequence[list[Response]], scorer: Scorer, seed: int, min_score: float = -np.inf
 ) -> list[Row]:
     """Pairs of all prompts, in the prompts' order.
 

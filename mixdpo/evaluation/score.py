@@ -2,10 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +18,7 @@ Rates = dict[str, Interval | None]
 """Name of a win rate -> its estimate; None where there is none."""
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """One verdicts file, prompt by prompt.
 
     Attributes:
@@ -124,9 +122,8 @@ def _rows_beside(preferences: Any, left_out: dict[str, int], verdicts: Sequence[
     """
     reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
     prompts = list({verdict.index: verdict for verdict in verdicts}.values())
-    known = [(verdict.order, verdict.preference) for verdict in verdicts if verdict.preference is not None]
-    model_first = _mean(preference for order, preference in known if order == "model_first")
-    baseline_first = _mean(1 - preference for order, preference in known if order == "baseline_first")
+    model_first = _mean(v.preference for v in verdicts if v.order == "model_first" and v.failed is None)
+    baseline_first = _mean(1 - v.preference for v in verdicts if v.order == "baseline_first" and v.failed is None)
     means = {
         "length of the model's responses, characters": _mean(verdict.len_model for verdict in prompts),
         "length of the baseline's responses, characters": _mean(verdict.len_baseline for verdict in prompts),
@@ -153,13 +150,11 @@ def judged_prompts(path: str) -> Judged:
     prompts, left_out = {}, Counter[str]()
     for index, each in groupby(verdicts, lambda verdict: verdict.index):
         of_prompt = list(each)
-        preferences = [verdict.preference for verdict in of_prompt if verdict.preference is not None]
-        if failed := [verdict.failed.partition(":")[0] for verdict in of_prompt if verdict.failed is not None]:
-            left_out[failed[0]] += 1
-        elif len(preferences) < orders:
-            left_out["judged in one order only"] += 1
+        failed = [verdict.failed.partition(":")[0] for verdict in of_prompt if verdict.failed is not None]
+        if failed or len(of_prompt) < orders:
+            left_out[failed[0] if failed else "judged in one order only"] += 1
         else:
-            prompts[index] = fmean(preferences), of_prompt[0].len_model, of_prompt[0].len_baseline
+            prompts[index] = fmean(v.preference for v in of_prompt), of_prompt[0].len_model, of_prompt[0].len_baseline
     left_out["not judged yet"] = head["prompts"] - len({verdict.index for verdict in verdicts})
     reasons = {reason: count for reason, count in left_out.most_common() if count}
     if len(prompts) < 2:
@@ -168,8 +163,7 @@ def judged_prompts(path: str) -> Judged:
 
 
 def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return fmean(values) if values else float("nan")
+    return fmean(list(values) or [np.nan])
 
 
 def shared_prompts(judged: Sequence[Judged]) -> list[int]:

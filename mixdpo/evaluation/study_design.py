@@ -3,7 +3,6 @@
 import json
 import re
 from argparse import ArgumentError
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -83,9 +82,8 @@ class Study:
             raise InputError("runs, outcomes, seeds and each list of the grid need at least one entry")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: {self.seeds} has a seed twice: give each once")
-        for name in self.runs:
-            if self.control_of(name) not in self.runs:
-                raise InputError(f"runs.{name}: no run is called {self.control_of(name)!r}, its control: name a run")
+        if lost := [run for run in self.runs if self.control_of(run) not in self.runs]:
+            raise InputError(f"runs.{lost[0]}: no run is called {self.control_of(lost[0])!r}, its control: name a run")
         if self.options.get("data.validation") != 0 and not isinstance(self.options.get("data.validation"), str):
             raise InputError("options: data.validation must be 0 or a file: a share would be split anew for each seed")
         if len(self.points) > 1 and self.choose_by is None:
@@ -113,16 +111,12 @@ class Study:
         return re.sub(r"[^\w.+-]", "_", "-".join([run, *values, f"seed{seed}"]))
 
     def arguments(self, run: str, point: Point, seed: int) -> Arguments:
-        plan, arguments = self.runs[run], [("--config", self.config), *_flags(self.options)]
-        arguments += [("--config", plan.overlay)] if plan.overlay else []
-        arguments += [*_flags(plan.options), *_flags(point)]
+        plan, given = self.runs[run], [("config", self.config), *self.options.items()]
+        given += [("config", plan.overlay)] if plan.overlay else []
         # the data's seed orders ties, shuffles and draws random routes; it splits nothing, see data.validation
-        arguments += _flags({"seed_everything": seed, "data.seed": seed, "runs": self.folder})
-        return [*arguments, ("--name", self.name(run, point, seed))]
-
-
-def _flags(options: Mapping[str, Any]) -> Arguments:
-    return [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in options.items()]
+        given += [*plan.options.items(), *point.items(), ("seed_everything", seed), ("data.seed", seed)]
+        given += [("runs", self.folder), ("name", self.name(run, point, seed))]
+        return [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in given]
 
 
 def read_study(path: str | Path) -> Study:

@@ -61,13 +61,11 @@ def study(study: str) -> int:
 
 def known_jobs(plan: Study, done: Set[str]) -> dict[str, Arguments]:
     """The jobs with known options: all points at the first seed, the chosen point at the other seeds."""
-    jobs = {}
-    for seed in plan.seeds:
-        for run in plan.runs:
-            chosen = chosen_point(plan, run, done)
-            for point in plan.points if seed == plan.seeds[0] else [] if chosen is None else [chosen]:
-                jobs[plan.name(run, point, seed)] = plan.arguments(run, point, seed)
-    return jobs
+    first, *others = plan.seeds
+    chosen = {run: point for run in plan.runs if (point := chosen_point(plan, run, done)) is not None}
+    jobs = [(run, point, first) for run in plan.runs for point in plan.points]
+    jobs += [(run, point, seed) for seed in others for run, point in chosen.items()]
+    return {plan.name(*job): plan.arguments(*job) for job in jobs}
 
 
 def add_finished(plan: Study, done: set[str]) -> set[str]:
@@ -117,7 +115,8 @@ def _start(plan: Study, name: str, arguments: Arguments, threads: int) -> subpro
             stdin=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             start_new_session=True,  # Ctrl-C reaches the study alone, which ends the whole group
-            preexec_fn=_die_with_the_study if sys.platform == "linux" else None,
+            # PR_SET_PDEATHSIG: nothing else ends a run when the study is killed
+            preexec_fn=(lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)) if sys.platform == "linux" else None,
         )
 
 
@@ -160,12 +159,6 @@ def is_done(plan: Study, name: str, arguments: Arguments) -> bool:
     kinds = {"-": "then ", "+": "now "}  # in order: of two values of one option the later one counts
     lines = ndiff(record["identity"], _identity(arguments))
     if changed := [kinds[line[0]] + line[2:] for line in lines if line[0] in kinds]:
-        raise InputError(
-            f"{path} is done, but with other options or files: {'; '.join(changed)}. Change them back, "
-            f"give the study another folder, or remove {path} to repeat the run"
-        )
+        remedy = f"Change them back, give the study another folder, or remove {path} to repeat the run"
+        raise InputError(f"{path} is done, but with other options or files: {'; '.join(changed)}. {remedy}")
     return True
-
-
-def _die_with_the_study() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing else ends a run when the study is killed

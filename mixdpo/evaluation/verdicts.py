@@ -141,18 +141,15 @@ def read_choice(body: Any) -> tuple[float, Source]:
     if refusal or choice.get("finish_reason") == "content_filter":
         raise ValueError(f"refused: {str(refusal or 'content filter')[:200]!r}")
     if tokens := (choice.get("logprobs") or {}).get("content"):
-        return first_by_log_probs(_alternatives(tokens)), "log_probs"
+        # the likeliest tokens at the first place that is more than white space
+        place = next((token for token in tokens if token["token"].strip()), tokens[0])
+        listed = [place, *(place.get("top_logprobs") or [])]
+        return first_by_log_probs({each["token"]: 0.0 + each["logprob"] for each in listed}), "log_probs"
     if text is None:
         raise ValueError(f"no text: the judge ended with {choice.get('finish_reason')!r}; try a larger max_tokens")
     if (label := str(text).strip()) not in LABELS:
         raise ValueError(f"no label: {str(text)[:80]!r}")
     return float(label == LABELS[0]), "text"
-
-
-def _alternatives(tokens: list[dict[str, Any]]) -> dict[str, float]:
-    """Log-probabilities of the likeliest tokens at the first place that is more than white space."""
-    place = next((token for token in tokens if token["token"].strip()), tokens[0])
-    return {each["token"]: 0.0 + each["logprob"] for each in [place, *(place.get("top_logprobs") or [])]}
 
 
 def first_by_log_probs(alternatives: Mapping[str, float]) -> float:
