@@ -51,14 +51,11 @@ class SPPO(PreferenceLoss, beta=0.001):
         return (pairs.h_w - target) ** 2 + (pairs.h_l + target) ** 2
 
 
-class CalDPO(PreferenceLoss, beta=0.001):
+class CalDPO(SPPO, beta=0.001):
     """−log σ(Δ) + (h_w − 1/(2β))² + (h_l + 1/(2β))². Xiao et al. 2024 (arXiv 2412.14516)."""
 
-    sft_weight = 2e5
-
     def loss(self, pairs: Pairs) -> Tensor:
-        target = 1 / (2 * self.beta)
-        return -logsigmoid(pairs.delta) + ((pairs.h_w - target) ** 2 + (pairs.h_l + target) ** 2)
+        return -logsigmoid(pairs.delta) + super().loss(pairs)
 
 
 class SLiC(PreferenceLoss, delta=1.0, nll_weight=0.1):
