@@ -127,8 +127,8 @@ def encode_responses(
             raise InputError(UNAVOIDABLE.format("with data.generation_prompt asked"))
         texts[1:] = [texts[0] + text[shared:] for text in texts[1:]]
     if as_text:
-        if tokenizer.chat_control_tokens is None:
-            tokenizer.chat_control_tokens = []  # else <think> and the like, no special tokens, would be text as well
+        # None would make text of <think> and the like as well, which are no special tokens
+        tokenizer.chat_control_tokens = tokenizer.chat_control_tokens or []
         options = {"sanitize_control_tokens": True, "return_dict": False}
         encoded = [render(chat, chat is prompt, **options) for chat in chats]
     else:  # the template writes BOS itself: special tokens added here would double it

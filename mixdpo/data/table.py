@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -115,10 +116,8 @@ def row_id(row: dict[str, Any], column: str, content: Any, earlier: Collection[i
         InputError: the value is no text or whole number.
     """
     if column not in row:
-        repeat, text = 0, json.dumps(content)
-        while (number := hash63(f"{text} {repeat}")) in earlier:
-            repeat += 1
-        return number
+        numbers = (hash63(f"{json.dumps(content)} {repeat}") for repeat in count())
+        return next(number for number in numbers if number not in earlier)
     name = row[column]
     if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
         raise InputError(f"{column!r} should be text or a whole number, not {name!r:.80}.")

@@ -67,9 +67,8 @@ def select(
         InputError: a score is not finite.
     """
     scores = np.asarray(scores)
-    if not np.isfinite(scores).all():
-        token = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise InputError(f"the score of token {token} is {scores[token]}, not a finite number: check the scorer")
+    if len(bad := np.flatnonzero(~np.isfinite(scores))):
+        raise InputError(f"the score of token {bad[0]} is {scores[bad[0]]}, not a finite number: check the scorer")
     if always_keep is not None:
         scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
     threshold = selection.threshold
