@@ -173,10 +173,10 @@ def export_labels(run: str, out: str) -> None:
     if not len(reached):
         raise InputError(f"{run}: training has reached none of the {len(samples)} samples: nothing to export")
     arrays = {"weights": cleaning.weights, "starts": cleaning.pool.offsets[reached]}
-    labelled = samples.select(reached).map(_label, with_indices=True, fn_kwargs=arrays, keep_in_memory=True)
-    labelled = labelled.select_columns(["sample_id", "source", "input_ids", "labels", "weights"])
+    labelled = samples.select(reached, keep_in_memory=True)
+    labelled = labelled.map(_label, with_indices=True, fn_kwargs=arrays, keep_in_memory=True)
     with written_whole(Path(out)) as unfinished:
-        labelled.save_to_disk(str(unfinished))
+        labelled.select_columns(["sample_id", "source", "input_ids", "labels", "weights"]).save_to_disk(str(unfinished))
         write_json(unfinished / "identity.json", {k: vars(cleaning)[k] for k in HEAD} | {"run": run})
     tokens = f"{int((cleaning.weights > 0).sum())} of {len(cleaning.pool)} response tokens have a label"
     left_out = f"{len(samples) - len(reached)} samples that training never reached"
