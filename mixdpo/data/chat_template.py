@@ -6,19 +6,21 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mixdpo.errors import InputError
 from mixdpo.storage.files import read_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 Messages = list[dict[str, str]]
 GenerationPrompt = Literal["trained", "asked"]
 PLAIN = "plain"
 TODAY_CALL = re.compile(r"""\bstrftime_now\s*\((?:\s*(?P<quote>["'])(?P<form>[^"']*)(?P=quote)\s*\)|[^)]*\)?)""")
+IN_TEMPLATE = re.compile(r"\{\{|\{%")
 FIXED = ("messages", "tools", "documents", "add_generation_prompt")  # variables that transformers sets
 DATE = datetime(2024, 7, 26)
 """Replaces today's date in a template that writes today's date, such as Llama-3.2's. The same text then becomes the
@@ -26,7 +28,7 @@ same tokens on every day. Llama's template falls back to the same date."""
 
 
 def load_template(
-    tokenizer: "Tokenizer", chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: Tokenizer, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> str:
     """The Jinja template to render with, or `"plain"`. `DATE` replaces today's date in the template.
 
@@ -47,9 +49,9 @@ def load_template(
             has = f"named chat templates ({', '.join(own)}) without a default" if own else "no chat template"
             raise InputError(f"the tokenizer has {has}: set `chat_template` to a Jinja file or to {PLAIN!r}")
         template = tokenizer.get_chat_template()
-    elif chat_template == PLAIN or _is_template(chat_template):
+    elif chat_template == PLAIN or IN_TEMPLATE.search(chat_template):
         template = chat_template
-    elif not _is_template(template := read_text(Path(chat_template).expanduser())):
+    elif not IN_TEMPLATE.search(template := read_text(Path(chat_template).expanduser())):
         raise InputError(f"chat_template {chat_template!r} holds no Jinja template (no {{{{ or {{%): give another file")
     values = chat_template_kwargs or {}
     _check_used(template, values, {*FIXED, *tokenizer.special_tokens_map})
@@ -71,10 +73,6 @@ def _dated(call: re.Match[str]) -> str:
     return repr(DATE.strftime(call["form"]))
 
 
-def _is_template(text: str) -> bool:
-    return "{{" in text or "{%" in text
-
-
 def shared_length(*sequences: Any) -> int:
     """Length of the longest common prefix. The first and the last in lexicographic order share no longer one."""
     first, last = min(sequences), max(sequences)
@@ -82,7 +80,7 @@ def shared_length(*sequences: Any) -> int:
 
 
 def encode_responses(
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     template: str,
     prompt: Messages,
     *responses: str | dict[str, str],
@@ -129,8 +127,8 @@ def encode_responses(
             raise InputError(UNAVOIDABLE.format("with data.generation_prompt asked"))
         texts[1:] = [texts[0] + text[shared:] for text in texts[1:]]
     if as_text:
-        if tokenizer.chat_control_tokens is None:
-            tokenizer.chat_control_tokens = []  # else <think> and the like, no special tokens, would be text as well
+        # None would make text of <think> and the like as well, which are no special tokens
+        tokenizer.chat_control_tokens = tokenizer.chat_control_tokens or []
         options = {"sanitize_control_tokens": True, "return_dict": False}
         encoded = [render(chat, chat is prompt, **options) for chat in chats]
     else:  # the template writes BOS itself: special tokens added here would double it
@@ -148,7 +146,7 @@ CHANGED = (
 )
 
 
-def _render(tokenizer: "Tokenizer", template: str, chat: Messages, is_prompt: bool, /, **options: Any) -> Any:
+def _render(tokenizer: Tokenizer, template: str, chat: Messages, is_prompt: bool, /, **options: Any) -> Any:
     """Messages through a template, as text, or as ids in which only the template's own text becomes special tokens."""
     try:
         return tokenizer.apply_chat_template(chat, chat_template=template, add_generation_prompt=is_prompt, **options)
@@ -169,7 +167,7 @@ def _check_rendered(texts: list[str], prompt: Messages, responses: Sequence[str]
         raise InputError(CHANGED)
 
 
-def _to_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int] | None:
+def _to_end_token(tokenizer: Tokenizer, ids: list[int]) -> list[int] | None:
     """The ids up to the end token, or None if they do not end in one. A model never generates the white space that
     templates add after the end token."""
     for end in range(len(ids), 0, -1):
@@ -181,7 +179,7 @@ def _to_end_token(tokenizer: "Tokenizer", ids: list[int]) -> list[int] | None:
     return None
 
 
-def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[str], as_text: bool) -> list[list[int]]:
+def _encode_plain(tokenizer: Tokenizer, prompt: Messages, responses: Sequence[str], as_text: bool) -> list[list[int]]:
     """Ids of BOS (if the tokenizer starts a text with BOS) and of the plain text; eos follows a response. Neither is
     added to a text that has it: to one that begins with BOS, and to a response that ends in a special token."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -204,14 +202,14 @@ def _encode_plain(tokenizer: "Tokenizer", prompt: Messages, responses: Sequence[
 UNAVOIDABLE = "the tokenizer cannot keep a special token as plain text ({}): set data.special_tokens_in_text true"
 
 
-def control_tokens(tokenizer: "Tokenizer", texts: Iterable[str]) -> set[str]:
+def control_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> set[str]:
     """The tokenizer's special tokens that the texts hold."""
     find = _pattern(tokenizer, len(tokenizer)).findall
     return {token for text in texts for token in find(text)}
 
 
 @lru_cache(maxsize=8)
-def template_marks(tokenizer: "Tokenizer", template: str) -> set[str]:
+def template_marks(tokenizer: Tokenizer, template: str) -> set[str]:
     """The special tokens that the template itself writes; none for "plain"."""
     if template == PLAIN:
         return set()
@@ -220,12 +218,12 @@ def template_marks(tokenizer: "Tokenizer", template: str) -> set[str]:
 
 
 @lru_cache(maxsize=8)
-def _pattern(tokenizer: "Tokenizer", size: int) -> re.Pattern[str]:
+def _pattern(tokenizer: Tokenizer, size: int) -> re.Pattern[str]:
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
 
-def tokenizer_state(tokenizer: "Tokenizer") -> str:
+def tokenizer_state(tokenizer: Tokenizer) -> str:
     """Everything that decides the ids of a text, as JSON. The padding and truncation state is left out: use changes it.
 
     Raises:

@@ -61,9 +61,8 @@ def settle_columns(row: dict[str, Any], read: Collection[str], messages: Sequenc
     """
     texts = {message["content"].strip() for message in messages}
     unread = [name for name, value in row.items() if name not in {*read, *SHOWN} and something(value, texts)]
-    for name in unread:
-        if name in COLUMNS:
-            raise InputError(f"the column {name!r} is not read ({row[name]!r:.80}): {COLUMNS[name]}.")
+    if name := next((name for name in unread if name in COLUMNS), None):
+        raise InputError(f"the column {name!r} is not read ({row[name]!r:.80}): {COLUMNS[name]}.")
     keys = [{key: text for key, text in message.items() if key not in ("role", "content")} for message in messages]
     values = template_values(row)
     context = ({"values": values} if values else {}) | ({"keys": keys} if any(keys) else {})

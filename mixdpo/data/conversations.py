@@ -46,8 +46,8 @@ def read_samples(
     return read_table(source, split, limit, "sample", partial(_records, **options), columns, key=options)
 
 
-def parse_sample(row: dict[str, Any]) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """The form of a row, of the three, and its messages up to its last response."""
+def parse_sample(row: dict[str, Any]) -> tuple[tuple[str, ...], list[dict[str, Any]], list[int]]:
+    """The form of a row, of the three, its messages up to its last response, and the places of the responses."""
     forms = [form for form in FORMS if row.keys() >= {*form[:2]}]
     if len(forms) != 1:
         names = ", or ".join(" and ".join(form[:2]) for form in FORMS)
@@ -66,13 +66,12 @@ def parse_sample(row: dict[str, Any]) -> tuple[tuple[str, ...], list[dict[str, A
     responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not responses:
         raise InputError(f"no message has the role 'assistant': {[message['role'] for message in messages]}.")
-    return forms[0], messages[: responses[-1] + 1]
+    return forms[0], messages[: responses[-1] + 1], responses
 
 
 def _records(row: dict[str, Any], earlier: Collection[int], train_on: TrainOn, one_each: bool) -> list[dict[str, Any]]:
     row, repeated = without_prompt(row, "completion")
-    form, messages = parse_sample(row)
-    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    form, messages, ends = parse_sample(row)
     blank = [is_blank(messages[end]["content"]) for end in ends]
     weights = [0.0 if empty else messages[end].get("weight", 1.0) for empty, end in zip(blank, ends, strict=True)]
     if train_on == "last":

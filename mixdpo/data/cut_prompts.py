@@ -2,13 +2,9 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mixdpo.data.chat_template import Messages, encode_responses, shared_length
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-
+from mixdpo.data.chat_template import Messages, Tokenizer, encode_responses, shared_length
 
 Turns = Sequence[tuple[int, int]]
 """Where the text of each message, from the first user's on, begins and ends in the ids of a prompt."""
@@ -27,7 +23,7 @@ def cut_prompt(ids: list[int], room: int, turns: Callable[[], Turns] = lambda: [
     return []
 
 
-def prompt_turns(tokenizer: "Tokenizer", prompt: Messages, **options: Any) -> Turns:
+def prompt_turns(tokenizer: Tokenizer, prompt: Messages, **options: Any) -> Turns:
     """Where each text lies: the tokens that are gone once its message is empty. Options as for `encode_responses`."""
     (ids,) = encode_responses(tokenizer, prompt=prompt, **options)
     turns = []

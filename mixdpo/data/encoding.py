@@ -6,19 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mixdpo.data import chat_template as chat
 from mixdpo.data.cut_prompts import cut_prompt, prompt_turns
-from mixdpo.data.table import room_code
+from mixdpo.data.table import Dataset, room_code
 from mixdpo.errors import InputError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase as Tokenizer
-
 
 Overlong = Literal["truncate", "drop"]
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
@@ -96,7 +91,7 @@ class EncodedSample:
 
 
 def encode_pair(
-    tokenizer: "Tokenizer", prompt: chat.Messages, chosen: Any, rejected: Any, template: str, **options: Any
+    tokenizer: chat.Tokenizer, prompt: chat.Messages, chosen: Any, rejected: Any, template: str, **options: Any
 ) -> EncodedPair:
     """Token ids of one pair through a template of `load_template`, with the options of `encode_responses`.
 
@@ -119,7 +114,7 @@ def _boundary(*sequences: list[int]) -> int:
 
 
 def encode_sample(
-    tokenizer: "Tokenizer", messages: chat.Messages, template: str, weights: Sequence[float] = (), **options: Any
+    tokenizer: chat.Tokenizer, messages: chat.Messages, template: str, weights: Sequence[float] = (), **options: Any
 ) -> EncodedSample:
     """Token ids and trained responses of one conversation through a template of `load_template`, with the options of
     `encode_responses`. `weights` has the weight of each response, all 1 if empty; a response of weight 0 is context
@@ -163,8 +158,8 @@ SAMPLES = Kind("sample", ["messages"], encode_sample, ("input_ids", "spans"))
 
 
 def encode_rows(
-    dataset: "Dataset",
-    tokenizer: "Tokenizer",
+    dataset: Dataset,
+    tokenizer: chat.Tokenizer,
     *,
     special_tokens_in_text: bool = False,
     chat_template: str | None = None,
@@ -172,7 +167,7 @@ def encode_rows(
     generation_prompt: chat.GenerationPrompt | None = None,
     num_proc: int | None = None,
     **limits: Any,
-) -> tuple["Dataset", dict[str, int]]:
+) -> tuple[Dataset, dict[str, int]]:
     """Encode pairs of `read_pairs` or samples of `read_samples`, cached by data, tokenizer, template and limits.
 
     Args:
@@ -257,7 +252,7 @@ def _encode_row(row: Any, tokenizer: Any, kind: Kind, options: Any, limits: Any)
     return vars(limited or whole) | {"truncated": status == "truncated", "status": status, "special": special}
 
 
-def sizes_of(encoded: "Dataset") -> tuple[np.ndarray, int]:
+def sizes_of(encoded: Dataset) -> tuple[np.ndarray, int]:
     """(N,) tokens of the longest sequence of each row, a prompt with its longer response or a conversation; and the
     largest token id."""
     import pyarrow.compute as pc
@@ -271,7 +266,7 @@ def sizes_of(encoded: "Dataset") -> tuple[np.ndarray, int]:
 
 
 def encoding_identity(
-    tokenizer: "Tokenizer", chat_template: str | None, special_tokens_in_text: bool = False, **options: Any
+    tokenizer: chat.Tokenizer, chat_template: str | None, special_tokens_in_text: bool = False, **options: Any
 ) -> dict[str, str]:
     """Everything that decides the ids of a sample or pair, in parts: an error about a stored file names what differs.
 

@@ -29,9 +29,7 @@ def prompt_texts(prompt: str | Sequence[Message]) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def split_by_prompt(
-    prompts: Iterable[str | Sequence[Message]], fraction: float, seed: int
-) -> tuple[list[int], list[int]]:
+def split_by_prompt(prompts: Iterable[Any], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices for (training, validation); all pairs of one prompt land on one side.
 
     The side is a hash of (prompt, seed) alone, so adding rows moves no other row; `fraction` is met on average.
@@ -175,8 +173,7 @@ def prompts_of(rows: Any) -> Iterable[Any]:
 def refuse_shared_prompts(train: Any, held_out: Any, source: str) -> None:
     """Refuse held-out prompts that are trained on: a metric on such prompts would mean nothing."""
     known = {hash63(str(prompt_texts(prompt))) for prompt in prompts_of(train)}
-    shared = [i for i, prompt in enumerate(prompts_of(held_out)) if hash63(str(prompt_texts(prompt))) in known]
-    if shared:
+    if shared := [i for i, prompt in enumerate(prompts_of(held_out)) if hash63(str(prompt_texts(prompt))) in known]:
         share = f"{len(shared)} of {len(held_out)} held-out rows of {source}"
         first = f"have a prompt that is trained on (first: {held_out[shared[0]]['place']})"
         raise InputError(f"{share} {first}: give another data.validation")

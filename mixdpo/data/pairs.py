@@ -95,9 +95,8 @@ def _record(row: dict[str, Any], columns: MarginColumns, earlier: Collection[int
     present, repeated = without_prompt(row, "chosen", "rejected")
     prompt, *responses, weight = parse_row(present)
     chosen, rejected = (response["content"] for response in responses)
-    drop = "identical" if chosen.strip() == rejected.strip() else ""
-    if is_blank(chosen) or is_blank(rejected):
-        drop = "empty_completion"
+    blank = is_blank(chosen) or is_blank(rejected)
+    drop = "empty_completion" if blank else "identical" if chosen.strip() == rejected.strip() else ""
     if is_blank(prompt[-1]["content"]):
         drop = "empty_prompt"
     pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_weight": weight}

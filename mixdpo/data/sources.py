@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from mixdpo.errors import InputError
 from mixdpo.storage.files import sha256
 from mixdpo.storage.identity import content_hash
+from mixdpo.storage.read import unique_keys
 
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 
@@ -145,8 +146,7 @@ def _files_by_split(path: Path) -> dict[str, list[str]]:
 def file_rows(path: Path) -> NumberedRows:
     """Rows of a data file. Lines are decoded singly, so that a fault is named by its own row."""
     number = 0
-    kind = DATA_FILE.search(path.name)
-    read = {"parquet": _parquet_rows, "csv": _csv_rows}.get(kind[2] or kind[1] if kind else "", _json_rows)
+    read = {".parquet": _parquet_rows, ".csv": _csv_rows}.get(Path(path.name.removesuffix(".gz")).suffix, _json_rows)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, row in read(file):
@@ -178,13 +178,7 @@ def _json_rows(lines: Iterable[bytes]) -> NumberedRows:
             yield number, _json_object(DECODER.decode(text))
 
 
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(named := dict(pairs)) < len(pairs):
-        raise ValueError(f"an object names a key twice: {', '.join(key for key, _ in pairs)}")
-    return named
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_named_once)
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def _json_object(row: Any) -> dict[str, Any]:

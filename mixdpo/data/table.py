@@ -1,22 +1,23 @@
 """Rows of any source -> one memory-mapped table of records, with row numbers, ids and counts of dropped rows."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from mixdpo.data.messages import checked_text
 from mixdpo.data.sources import Source, open_source
 from mixdpo.errors import InputError
-from mixdpo.storage.identity import hash63
+from mixdpo.storage.identity import content_hash, hash63
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import datasets
 
 
+Dataset: TypeAlias = "datasets.Dataset"
 Parse = Callable[[dict[str, Any], Collection[int]], list[dict[str, Any]]]
 
 
@@ -27,7 +28,7 @@ class Table(NamedTuple):
     what is not taken as it is in the other rows, such as blank responses, what was read of each file of a folder, and
     files and columns that are not read. The data set has the column `context` only if a row has a context."""
 
-    dataset: "Dataset"
+    dataset: Dataset
     dropped: dict[str, int]
     noted: dict[str, int]
 
@@ -56,8 +57,7 @@ def read_table(
     lists = {"messages": [{"role": text, "content": text}], "weights": [Value("float32")]}
     columns = columns | {"row": "int64"} | dict.fromkeys(("place", "drop", "noted", "context", "unread"), "string")
     features = Features({name: lists.get(kind) or Value(kind) for name, kind in columns.items()})
-    content = json.dumps([opened.name, opened.key, key, limit, room_code()])
-    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:32]
+    fingerprint = content_hash([opened.name, opened.key, key, limit, room_code()])
     rows = partial(_table_rows, opened, parse, f"{noun}_id", limit)
     try:
         table = Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
@@ -69,8 +69,7 @@ def read_table(
     dropped = dict(Counter(cause for cause in causes if cause))
     if not kept:
         raise InputError(f"{opened.name} has no usable {noun} ({len(causes)} rows read, kept out: {dropped}).")
-    in_folder = (place.rpartition(", row ")[0] for place in table["place"])
-    noted = Counter(f"rows of {file}" for file in in_folder if file)
+    noted = Counter(f"rows of {file}" for place in table["place"] if (file := place.rpartition(", row ")[0]))
     table = table.select(kept, keep_in_memory=True) if dropped else table
     for counts in table["noted"]:
         noted.update(json.loads(counts))
@@ -117,10 +116,8 @@ def row_id(row: dict[str, Any], column: str, content: Any, earlier: Collection[i
         InputError: the value is no text or whole number.
     """
     if column not in row:
-        repeat, text = 0, json.dumps(content)
-        while (number := hash63(f"{text} {repeat}")) in earlier:
-            repeat += 1
-        return number
+        numbers = (hash63(f"{json.dumps(content)} {repeat}") for repeat in count())
+        return next(number for number in numbers if number not in earlier)
     name = row[column]
     if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
         raise InputError(f"{column!r} should be text or a whole number, not {name!r:.80}.")

@@ -29,8 +29,7 @@ class KTOPair(PreferenceLoss, beta=0.1):
 
     batch_statistics = True
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         everywhere, _ = over_ranks(torch.stack([pairs.h_w, pairs.h_l], dim=-1))
         k_w, k_l = relu(everywhere.sum(0) / max(len(everywhere), 1))
         return (sigmoid(self.beta * (k_l - pairs.h_w)) + sigmoid(self.beta * (pairs.h_l - k_w))) / 2

@@ -6,7 +6,7 @@ Letters and arguments: `preference_loss`.
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from mixdpo.losses.preference_loss import Pairs, PreferenceLoss, Response
+from mixdpo.losses.preference_loss import Pairs, PreferenceLoss
 
 
 class DPO(PreferenceLoss, beta=0.1, label_smoothing=0.0):
@@ -14,9 +14,8 @@ class DPO(PreferenceLoss, beta=0.1, label_smoothing=0.0):
 
     With ε > 0, −(1−ε) log σ(βΔ) − ε log σ(−βΔ): MixDPO's set-ups for LLaMA and Mistral."""
 
-    def __call__(self, *responses: Response) -> Tensor:
-        delta = Pairs(*responses).delta
-        kept, flipped = -logsigmoid(self.beta * delta), -logsigmoid(-self.beta * delta)
+    def loss(self, pairs: Pairs) -> Tensor:
+        kept, flipped = -logsigmoid(self.beta * pairs.delta), -logsigmoid(-self.beta * pairs.delta)
         return (1 - self.label_smoothing) * kept + self.label_smoothing * flipped
 
 
@@ -30,25 +29,22 @@ class Robust(PreferenceLoss, beta=0.1, label_smoothing=0.1):
 
     The loss is unbiased under flipped labels, so it may be negative."""
 
-    def __call__(self, *responses: Response) -> Tensor:
-        delta = Pairs(*responses).delta
-        kept, flipped = -logsigmoid(self.beta * delta), -logsigmoid(-self.beta * delta)
+    def loss(self, pairs: Pairs) -> Tensor:
+        kept, flipped = -logsigmoid(self.beta * pairs.delta), -logsigmoid(-self.beta * pairs.delta)
         return ((1 - self.label_smoothing) * kept - self.label_smoothing * flipped) / (1 - 2 * self.label_smoothing)
 
 
 class IRPO(PreferenceLoss, beta=0.1, nll_weight=1.0):
     """−log σ(βΔ) − α m_w: DPO + NLL. Pang et al. 2024 (arXiv 2404.19733)."""
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         return -logsigmoid(self.beta * pairs.delta) - self.nll_weight * pairs.m_w
 
 
 class RDPO(PreferenceLoss, beta=0.1, length_penalty=0.05):
     """−log σ(βΔ + α (L_w − L_l)): what length explains need not be learnt. Park et al. 2024 (arXiv 2403.19159)."""
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         return -logsigmoid(self.beta * pairs.delta + self.length_penalty * (pairs.length_w - pairs.length_l))
 
 
@@ -57,8 +53,7 @@ class DPOP(PreferenceLoss, beta=0.3, drop_penalty=50.0):
 
     The chosen response may not become less likely than under the reference."""
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         return -logsigmoid(self.beta * (pairs.delta - self.drop_penalty * relu(-pairs.h_w)))
 
 
@@ -67,15 +62,14 @@ class DPONorm(PreferenceLoss, beta=5.0):
 
     averaged = True
 
-    def __call__(self, *responses: Response) -> Tensor:
-        return -logsigmoid(self.beta * Pairs(*responses).mean_delta)
+    def loss(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(self.beta * pairs.mean_delta)
 
 
 class LDDPO(PreferenceLoss, beta=0.1, tail_weight=0.5):
     """DPO with tokens past min(L_w, L_l) weighted α, under policy and reference. Liu et al. 2024 (arXiv 2409.06411)."""
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         s_w, s_l, r_w, r_l = pairs.shared_sums
         shared = (s_w - r_w) - (s_l - r_l)
         return -logsigmoid(self.beta * (shared + self.tail_weight * (pairs.delta - shared)))

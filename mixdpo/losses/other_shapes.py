@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, sigmoid
 from torch.nn.functional import logsigmoid, relu
 
-from mixdpo.losses.preference_loss import Pairs, PreferenceLoss, Response
+from mixdpo.losses.preference_loss import Pairs, PreferenceLoss
 
 
 class IPO(PreferenceLoss, beta=0.1):
@@ -15,22 +15,21 @@ class IPO(PreferenceLoss, beta=0.1):
 
     averaged, sft_weight = True, 7.0
 
-    def __call__(self, *responses: Response) -> Tensor:
-        return (Pairs(*responses).mean_delta - 1 / (2 * self.beta)) ** 2
+    def loss(self, pairs: Pairs) -> Tensor:
+        return (pairs.mean_delta - 1 / (2 * self.beta)) ** 2
 
 
 class Hinge(PreferenceLoss, beta=0.05):
     """max(0, 1 − βΔ): RSO's hinge. Liu et al. 2023 (arXiv 2309.06657)."""
 
-    def __call__(self, *responses: Response) -> Tensor:
-        return relu(1 - self.beta * Pairs(*responses).delta)
+    def loss(self, pairs: Pairs) -> Tensor:
+        return relu(1 - self.beta * pairs.delta)
 
 
 class APOZero(PreferenceLoss, beta=0.1):
     """(1 − σ(βh_w)) + σ(βh_l). D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7."""
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         return sigmoid(-self.beta * pairs.h_w) + sigmoid(self.beta * pairs.h_l)
 
 
@@ -38,8 +37,7 @@ class APODown(PreferenceLoss, beta=0.1):
     """σ(βh_w) + (1 − σ(βΔ)), for chosen responses worse than the model's own. D'Oosterlinck et al. 2024 (arXiv
     2408.06266), eq. 8."""
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         return sigmoid(self.beta * pairs.h_w) + sigmoid(-self.beta * pairs.delta)
 
 
@@ -48,19 +46,16 @@ class SPPO(PreferenceLoss, beta=0.001):
 
     sft_weight = 2e5
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs, target = Pairs(*responses), 1 / (2 * self.beta)
+    def loss(self, pairs: Pairs) -> Tensor:
+        target = 1 / (2 * self.beta)
         return (pairs.h_w - target) ** 2 + (pairs.h_l + target) ** 2
 
 
-class CalDPO(PreferenceLoss, beta=0.001):
+class CalDPO(SPPO, beta=0.001):
     """−log σ(Δ) + (h_w − 1/(2β))² + (h_l + 1/(2β))². Xiao et al. 2024 (arXiv 2412.14516)."""
 
-    sft_weight = 2e5
-
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs, target = Pairs(*responses), 1 / (2 * self.beta)
-        return -logsigmoid(pairs.delta) + ((pairs.h_w - target) ** 2 + (pairs.h_l + target) ** 2)
+    def loss(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(pairs.delta) + super().loss(pairs)
 
 
 class SLiC(PreferenceLoss, delta=1.0, nll_weight=0.1):
@@ -68,8 +63,7 @@ class SLiC(PreferenceLoss, delta=1.0, nll_weight=0.1):
 
     needs_reference, sft_weight = False, 220.0
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         return relu(self.delta - pairs.s_w + pairs.s_l) - self.nll_weight * pairs.s_w
 
 
@@ -78,8 +72,7 @@ class SimPO(PreferenceLoss, beta=2.0, gamma_ratio=0.5):
 
     needs_reference, averaged = False, True
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         return -logsigmoid(self.beta * (pairs.m_w - pairs.m_l - self.gamma_ratio))
 
 
@@ -90,8 +83,7 @@ class ORPO(PreferenceLoss, odds_weight=0.1):
 
     needs_reference, averaged = False, True
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         m_w, m_l = pairs.m_w.clamp(max=-1e-6), pairs.m_l.clamp(max=-1e-6)
         log_odds = m_w - m_l - torch.log(torch.expm1(m_w) / torch.expm1(m_l))
         return -pairs.m_w - self.odds_weight * logsigmoid(log_odds)
@@ -102,6 +94,5 @@ class CPO(PreferenceLoss, beta=0.1, nll_weight=1.0):
 
     needs_reference = False
 
-    def __call__(self, *responses: Response) -> Tensor:
-        pairs = Pairs(*responses)
+    def loss(self, pairs: Pairs) -> Tensor:
         return -logsigmoid(self.beta * (pairs.s_w - pairs.s_l)) - self.nll_weight * pairs.m_w

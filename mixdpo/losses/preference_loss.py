@@ -49,8 +49,8 @@ class PreferenceLoss:
         class Mine(PreferenceLoss):
             slope: float = 0.1
 
-            def __call__(self, *responses: Response) -> Tensor:
-                return -logsigmoid(self.slope * Pairs(*responses).delta)
+            def loss(self, pairs: Pairs) -> Tensor:
+                return -logsigmoid(self.slope * pairs.delta)
 
     Attributes:
         needs_reference: False for a loss that is called on (chosen, rejected) only. No reference is then computed.
@@ -86,6 +86,9 @@ class PreferenceLoss:
         for name, value in self.own.items():
             given = getattr(self, name)
             object.__setattr__(self, name, check_range(name, value if given is None else given))  # it is frozen
+
+    def __call__(self, *responses: Response) -> Tensor:
+        return self.loss(Pairs(*responses))
 
     def describe(self) -> str:
         """Name and hyper-parameters as text, the same in every process. A default that YAML may override has them only

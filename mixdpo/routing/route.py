@@ -218,10 +218,9 @@ def _arrange(routing: Routing, trained: np.ndarray, is_hard: np.ndarray) -> tupl
 
 def _interleaved(easy: np.ndarray, hard: np.ndarray) -> np.ndarray:
     """Hard pair k of H among all N stands at ⌊(k + ½) N / H⌋: of any w neighbours ⌊w H / N⌋ or ⌈w H / N⌉ are hard."""
-    order, is_hard = np.empty(len(easy) + len(hard), dtype=np.int64), np.zeros(len(easy) + len(hard), dtype=bool)
-    is_hard[(2 * np.arange(len(hard)) + 1) * len(order) // (2 * max(len(hard), 1))] = True
-    order[is_hard], order[~is_hard] = hard, easy
-    return order
+    k = np.arange(len(hard))
+    places = (2 * k + 1) * (len(easy) + len(hard)) // (2 * max(len(hard), 1))
+    return np.insert(easy, places - k, hard)  # `insert` counts the easy ones only
 
 
 def _shuffled(order: np.ndarray, stages: np.ndarray, pair_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -101,8 +101,7 @@ class StagedCosine(Cosine):
     """
 
     def __call__(self, plan: StepPlan) -> np.ndarray:
-        ends = [*plan.stage_starts[1:], len(plan)]
-        return np.concatenate([self.decayed(end - start) for start, end in zip(plan.stage_starts, ends, strict=True)])
+        return np.concatenate([self.decayed(steps) for steps in np.diff([*plan.stage_starts, len(plan)])])
 
 
 class StagedLinear(StagedCosine, Linear):

@@ -11,16 +11,14 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mixdpo.data.table import Dataset
 from mixdpo.errors import InputError
 from mixdpo.storage.files import read_text, write_rows
 from mixdpo.storage.identity import differences
 from mixdpo.storage.read import parse_json
 from mixdpo.storage.store import Store
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 FORMAT = "mixdpo margins 1"
 ANEW = "compute it anew by run.py predict"
@@ -47,7 +45,7 @@ class MarginsFile:
         """Whether the margins were computed by the model to be trained. They then fit no other model."""
         return self.header["needs"] in ("policy", "adapter")
 
-    def add_to(self, pairs: "Dataset", texts: Mapping[int, str], source: str) -> "Dataset":
+    def add_to(self, pairs: Dataset, texts: Mapping[int, str], source: str) -> Dataset:
         """The pairs, with their margins replaced by those of this file. `texts`: pair id -> text hash.
 
         Raises:

@@ -27,7 +27,7 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it", larges
     """
     try:
         _check_size(text, largest)
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise InputError(f"{where} is nested too deeply: {remedy}") from None
     except ValueError as error:
@@ -39,7 +39,8 @@ def _check_size(text: str | bytes, largest: int) -> None:
         raise ValueError(f"larger than {largest / 2**20:.0f} MB")
 
 
-def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` that refuses, by a ValueError, a key that stands twice."""
     content: dict[str, Any] = {}
     for key, value in items:
         if key in content:

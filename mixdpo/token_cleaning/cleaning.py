@@ -15,8 +15,6 @@ from mixdpo.storage.identity import described
 from mixdpo.token_cleaning.scorers import READABLE, ExcessLoss, TokenStatistics, is_online
 from mixdpo.token_cleaning.selection import Selection, select
 
-Scorer = Callable[[TokenStatistics], Any]
-
 
 @dataclass(frozen=True)
 class Cleaning:
@@ -37,7 +35,7 @@ class Cleaning:
         masks: Folder RUN/cleaning of an earlier run on the same data and model: its weights instead of new scores.
     """
 
-    scorer: Scorer = lazy_instance(ExcessLoss)  # noqa: RUF009
+    scorer: Callable[[TokenStatistics], Any] = lazy_instance(ExcessLoss)  # noqa: RUF009
     selection: Selection | None = Selection()  # noqa: RUF009
     reference: str | None = None
     reference_lr: float = 1e-4

@@ -3,17 +3,15 @@
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jsonargparse.typing import NonNegativeInt
 
 from mixdpo.batches.token_pool import turns
+from mixdpo.data.chat_template import Tokenizer
 from mixdpo.pages.render import write_page
 from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 BLUE, ORANGE = "4292de", "f68c32"  # light enough to carry black text; page.html has the same two
 
@@ -53,7 +51,7 @@ def _title(stage: ScoredStage) -> str:
     return f"Stage {stage.summary['stage']}, from step {stage.summary['step']}"
 
 
-def _sample(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage: ScoredStage) -> dict[str, Any]:
+def _sample(cleaning: RunTokens, tokenizer: Tokenizer, index: int, stage: ScoredStage) -> dict[str, Any]:
     """Title and parts of a sample: a text for context, a mapping for each shown piece of a response."""
     row, tokens = cleaning.pool.samples[index], slice(*cleaning.pool.offsets[[index, index + 1]])
     ids, weights = row["input_ids"], cleaning.weights[tokens]
@@ -65,12 +63,11 @@ def _sample(cleaning: RunTokens, tokenizer: "Tokenizer", index: int, stage: Scor
         parts += _response(tokenizer, ids[first:last], labels[used : used + last - first], stage)
         end, used = last, used + last - first
     names = filter(None, [row["source"], f"row {row['row']}", f"sample {row['sample_id']}"])
-    title = f"{_title(stage)}; {', '.join(names)}"
-    title += f"; {len(labels):,} response tokens, {(weights > 0).mean():.0%} kept"
+    title = f"{_title(stage)}; {', '.join(names)}; {len(labels):,} response tokens, {(weights > 0).mean():.0%} kept"
     return {"title": title, "parts": [*parts, tokenizer.decode(ids[end:]).strip()]}
 
 
-def _response(tokenizer: "Tokenizer", ids: list[int], labels: list[Any], stage: ScoredStage) -> Iterator[dict]:
+def _response(tokenizer: Tokenizer, ids: list[int], labels: list[Any], stage: ScoredStage) -> Iterator[dict]:
     """The pieces of a response. `labels`: (score, weight) of each of the `ids`."""
     for start, end, text in visible_units(tokenizer, ids):
         scores, weights = zip(*labels[start:end], strict=True)
@@ -91,7 +88,7 @@ def _colour(score: float, stage: ScoredStage) -> str:
     return "#" + bytes((255 + abs(strength) * (full - 255.0)).round().astype(np.uint8)).hex()
 
 
-def visible_units(tokenizer: "Tokenizer", ids: list[int]) -> Iterator[tuple[int, int, str]]:
+def visible_units(tokenizer: Tokenizer, ids: list[int]) -> Iterator[tuple[int, int, str]]:
     """(start, end, text): the tokens start … end - 1 together make whole characters; ▯ where none do.
 
     A byte-level tokenizer splits a character over tokens, each of which decodes to U+FFFD.

@@ -172,15 +172,11 @@ def export_labels(run: str, out: str) -> None:
     reached, samples = cleaning.samples_with(cleaning.weights), cleaning.pool.samples
     if not len(reached):
         raise InputError(f"{run}: training has reached none of the {len(samples)} samples: nothing to export")
-    labelled = samples.select(reached, keep_in_memory=True).map(
-        _label,
-        with_indices=True,
-        fn_kwargs={"weights": cleaning.weights, "starts": cleaning.pool.offsets[reached]},
-        remove_columns=list(set(samples.column_names) - {"sample_id", "source", "input_ids"}),
-        keep_in_memory=True,
-    )
+    arrays = {"weights": cleaning.weights, "starts": cleaning.pool.offsets[reached]}
+    labelled = samples.select(reached, keep_in_memory=True)
+    labelled = labelled.map(_label, with_indices=True, fn_kwargs=arrays, keep_in_memory=True)
     with written_whole(Path(out)) as unfinished:
-        labelled.save_to_disk(str(unfinished))
+        labelled.select_columns(["sample_id", "source", "input_ids", "labels", "weights"]).save_to_disk(str(unfinished))
         write_json(unfinished / "identity.json", {k: vars(cleaning)[k] for k in HEAD} | {"run": run})
     tokens = f"{int((cleaning.weights > 0).sum())} of {len(cleaning.pool)} response tokens have a label"
     left_out = f"{len(samples) - len(reached)} samples that training never reached"

@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from torch import nn
 from tqdm.auto import tqdm
 
 from mixdpo.batches.rows import sample_rows
@@ -14,10 +16,6 @@ from mixdpo.batches.token_pool import TokenPool, data_weights
 from mixdpo.model.adapters import Role, role
 from mixdpo.model.forward import evaluating, row_log_probs, without_cast_cache
 from mixdpo.storage.files import cache_root, open_checked, or_without
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 
 MOST_PADDING = 0.15
 """Share of a row: a batch ends where the next sample would be padded by more."""
@@ -41,7 +39,7 @@ def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.nd
 
 
 def add_losses(
-    losses: np.ndarray, model: "PeftModel", name: Role, pool: TokenPool, samples: np.ndarray, batch_tokens: int = 4096
+    losses: np.ndarray, model: PeftModel, name: Role, pool: TokenPool, samples: np.ndarray, batch_tokens: int = 4096
 ) -> None:
     """Compute what is still NaN in `losses` for these samples: −log p of each response token under the role, in nats.
 
@@ -82,18 +80,17 @@ def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int
 
 
 def fit_adapter(
-    model: "PeftModel", name: Role, samples: Sequence[Mapping[str, Any]], *, learning_rate: float, batch_size: int
+    model: PeftModel, name: Role, samples: Sequence[Mapping[str, Any]], *, learning_rate: float, batch_size: int
 ) -> None:
     """Fit a frozen adapter: one pass of SFT over the samples in their order, by AdamW (no weight decay, constant rate).
 
     The loss of a step is the mean over its response tokens, weighted as the data says. One sample is computed at a
     time. Only the adapter `name` changes, and it requires no gradient afterwards.
     """
-    parameters = [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
+    parameters = nn.ParameterList(parameter for key, parameter in model.named_parameters() if f".{name}." in key)
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    parameters.requires_grad_(True)
     with role(model, name), without_cast_cache(device):  # at backward as well
         for start in tqdm(range(0, len(samples), batch_size), desc=f"fitting {name}", unit="step"):
             step = samples[start : start + batch_size]
@@ -104,5 +101,4 @@ def fit_adapter(
             torch._foreach_div_([p.grad for p in parameters if p.grad is not None], float(data_weights(step).sum()))
             optimizer.step()
             optimizer.zero_grad()
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+    parameters.requires_grad_(False)

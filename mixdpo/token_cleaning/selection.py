@@ -8,8 +8,6 @@ import numpy as np
 
 from mixdpo.errors import InputError, choose_one
 
-Scope = Literal["global", "sample", "batch"]
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -29,7 +27,7 @@ class Selection:
 
     keep_ratio: float | None = None
     threshold: float | None = None
-    scope: Scope = "global"
+    scope: Literal["global", "sample", "batch"] = "global"
     min_keep: int = 0
     always_keep: tuple[str, ...] | list[str] = ()
 
@@ -69,9 +67,8 @@ def select(
         InputError: a score is not finite.
     """
     scores = np.asarray(scores)
-    if not np.isfinite(scores).all():
-        token = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise InputError(f"the score of token {token} is {scores[token]}, not a finite number: check the scorer")
+    if len(bad := np.flatnonzero(~np.isfinite(scores))):
+        raise InputError(f"the score of token {bad[0]} is {scores[bad[0]]}, not a finite number: check the scorer")
     if always_keep is not None:
         scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
     threshold = selection.threshold
@@ -84,21 +81,24 @@ def select(
             if count := max(round(selection.keep_ratio * len(group)), np.count_nonzero(group == np.inf)):
                 mask[tokens], cut = _best(group, count)
                 threshold = float(cut) if selection.scope == "global" and cut < np.inf else None
-    _top_up(mask, scores, offsets, selection.min_keep)
+    wanted = np.minimum(selection.min_keep, np.diff(offsets))
+    kept = np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
+    for sample in np.flatnonzero(kept < wanted):  # its best tokens, which contain the ones kept so far
+        tokens = slice(offsets[sample], offsets[sample + 1])
+        mask[tokens], _ = _best(scores[tokens], wanted[sample])
     return mask, threshold
 
 
-def _groups(offsets: np.ndarray, scope: Scope, batch: np.ndarray | None) -> Iterator[slice | np.ndarray]:
+def _groups(offsets: np.ndarray, scope: str, batch: np.ndarray | None) -> Iterator[slice | np.ndarray]:
     """The tokens that are ranked together: as a slice, or as indices in file order."""
     if scope == "global":
         yield slice(0, int(offsets[-1]))
     elif scope == "sample":
         yield from map(slice, offsets[:-1].tolist(), offsets[1:].tolist())
     else:
-        order = np.argsort(batch, kind="stable")
-        starts = np.unique(np.asarray(batch)[order], return_index=True)[1]
-        for samples in np.split(order, starts)[1:]:
-            yield np.concatenate([np.arange(offsets[n], offsets[n + 1]) for n in samples])
+        of_token = np.repeat(batch, np.diff(offsets))
+        tokens = np.argsort(of_token, kind="stable")
+        yield from np.split(tokens, np.flatnonzero(np.diff(of_token[tokens])) + 1)
 
 
 def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.floating]:
@@ -107,12 +107,3 @@ def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.floating]:
     mask = scores > cut
     mask[np.flatnonzero(scores == cut)[: count - np.count_nonzero(mask)]] = True
     return mask, cut
-
-
-def _top_up(mask: np.ndarray, scores: np.ndarray, offsets: np.ndarray, least: int) -> None:
-    """Where a sample keeps fewer than `least` tokens, keep its `least` best, which contain the ones kept so far."""
-    wanted = np.minimum(least, np.diff(offsets))
-    kept = np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
-    for sample in np.flatnonzero(kept < wanted):
-        tokens = slice(offsets[sample], offsets[sample + 1])
-        mask[tokens], _ = _best(scores[tokens], wanted[sample])

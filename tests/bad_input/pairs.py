@@ -86,7 +86,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("a cut line", "a.jsonl", LINE + LINE[:-9], ("row 2: ", "JSONDecodeError", FIX)),
     ("a byte that is no UTF-8", "a.jsonl", LINE.encode() + b'{"prompt": "\xff"}\n', ("row 2: ", FIX)),
     ("a number as a row", "a.jsonl", LINE + "3\n", ("row 2: ", "an object of named columns, not a int")),
-    ("a key twice", "a.jsonl", LINE + LINE.replace('"margin"', '"chosen"'), ("row 2: ", "names a key twice", FIX)),
+    ("a key twice", "a.jsonl", LINE + LINE.replace('"margin"', '"chosen"'), ("row 2: ", "'chosen' stands twice", FIX)),
     ("a number of 5000 digits", "a.jsonl", LINE.replace("1.5", "1" * 5000), ("row 1: ", "4300 digits", FIX)),
     ("gzip with a wrong check sum", "a.jsonl.gz", PACKED[:-8] + b"\0" * 8, ("BadGzipFile: CRC", FIX)),
     ("too many values", "a.csv", f"{CSV}a,b,c,1,2\n", ("row 2: ", "5 values under 4 column names", FIX)),
