@@ -1,7 +1,6 @@
 """`mixdpo estimate CONFIG`: what a run will take of a GPU, before the run starts. No weights are read."""
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 
+from lightning_modules.memory import memory_model
 from lightning_modules.verbs.run_cli import RunCLI, start
 from mixdpo.errors import InputError
-from mixdpo.model.estimate import PHASES, allowance
+from mixdpo.model.estimate import allowance
+from mixdpo.storage.files import write_json
 
 # GB, and TFLOP/s of dense bf16 products (T4: fp16), from NVIDIA's whitepapers of the architectures GA102 (sums in
 # fp32), Ada (the same), A100, H100 (SXM), Turing, and from the data sheet of the L4 (half of the rate with sparsity)
@@ -24,11 +25,9 @@ def estimate(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("mixdpo estimate", description=__doc__, allow_abbrev=False)
     parser.add_argument("config", help="config of run.py; options of run.py fit may follow")
     parser.add_argument("--card", choices=[*SIZES, *CARDS], help="GB or a name; all sizes if not given")
-    parser.add_argument("--lengths", help="tokens PROMPT,CHOSEN,REJECTED or LENGTH,RESPONSE where there is no data yet")
+    parser.add_argument("--lengths", help="tokens PROMPT,CHOSEN,REJECTED or PROMPT,RESPONSE where there is no data yet")
     parser.add_argument("--rows", type=int, default=10_000, help="of the data, with --lengths (%(default)s)")
-    parser.add_argument(
-        "--share", type=float, default=0.4, help="of a card's rate that is reached (%(default)s, a guess)"
-    )
+    parser.add_argument("--share", type=float, default=0.4, help="of a card's rate, reached by a guess (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     options, rest = parser.parse_known_args(arguments)
     start(["fit", "--config", options.config, *rest], partial(EstimateCLI, options))
@@ -42,87 +41,88 @@ class EstimateCLI(RunCLI):
         super().__init__(*arguments, **more)
 
     def instantiate_trainer(self, **_: Any) -> L.Trainer:
-        """A trainer on the CPU, to plan the steps."""
-        given = self.config.fit.trainer
-        devices = given.devices if isinstance(given.devices, int) and given.devices > 0 else 1
-        cut = {"accumulate_grad_batches": given.accumulate_grad_batches * devices, "devices": 1, "accelerator": "cpu"}
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": []}
-        return L.Trainer(max_steps=given.max_steps, max_epochs=given.max_epochs, **cut, **quiet)
+        """A trainer on the CPU, which plans the steps of one device."""
+        kept = ("max_steps", "max_epochs", "accumulate_grad_batches", "precision")
+        given = {name: self.config.fit.trainer[name] for name in kept}
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        return L.Trainer(accelerator="cpu", devices=1, callbacks=[], **given, **quiet)
 
     def fit(self, model: Any, datamodule: Any, **_: Any) -> None:
         """What Lightning calls in the place of the trainer's `fit`."""
-        found: dict[str, Any] = self._by_lengths(datamodule) if self.options.lengths else self._by_data(datamodule)
-        memory = model.memory_model("cuda", str(self.config.fit.trainer.precision or "32-true"), datamodule)
+        self.trainer.strategy.connect(model)
+        model.trainer = datamodule.trainer = self.trainer
+        self.trainer.datamodule = datamodule  # type: ignore[attr-defined]
+        memory, found = memory_model(model, "cuda"), dict[str, Any](self._plan(datamodule))
         body, head = memory.linear_sizes()
-        products, checkpointing = body * found["tokens"] + head * found["targets"], model.activation_checkpointing
-        reference = 2 * products * found.pop("compared") * memory.with_reference
-        for again, name in ((False, "kept"), (True, "recomputed")):
-            at, more = (memory.at(found["micro_batch"] + extra, again) for extra in (0, 1))
-            tflop = (4 * products + reference + 2 * again * body * found["tokens"]) / 1e12
-            found[name] = at | {"kept_per_token": more["kept"] - at["kept"], "tflop": tflop}
-        found["cards"] = {}
-        for card in [self.options.card] if self.options.card else SIZES:
-            size, rate = (SIZES | CARDS)[card]
-            most = [memory.most_tokens(size * 1e9 - allowance(size * 1e9), again) for again in (False, True)]
-            above = {True: 0, False: 2**40, "auto": most[0]}.get(checkpointing, checkpointing)
-            again = found["micro_batch"] > above
-            hours = found["recomputed" if again else "kept"]["tflop"] / rate / self.options.share / 3600
-            fits = ("recomputed" if again else "kept") if found["micro_batch"] <= most[again] else "no"
-            found["cards"][card] = {"fits": fits, "most_kept": most[0], "most_recomputed": most[1], "hours": hours}
+        products = body * found["tokens"] + head * found["targets"]
+        cost = 4 * products + 2 * memory.with_reference * found["compared"] * products
+        found["tflop"] = {"kept": cost / 1e12, "recomputed": (cost + 2 * body * found["tokens"]) / 1e12}
+        found |= {name: memory.at(0, False)[name] for name in ("weights", "adapters", "moments")}
+        for name, again in (("kept", False), ("recomputed", True)):
+            found[f"{name}_per_token"] = memory.at(10_001, again)["kept"] - memory.at(10_000, again)["kept"]
+        cards = {self.options.card: (SIZES | CARDS)[self.options.card]} if self.options.card else SIZES
+        cut, rule = datamodule.micro_batch_tokens, model.activation_checkpointing
+        found["cards"] = {name: self._on_card(found, memory, cut, rule, *card) for name, card in cards.items()}
         print(described(found, self.options.share, f"{model.base}, rank {memory.lora.rank}"))
         if self.options.out:
-            self.options.out.write_text(json.dumps(found, indent=1) + "\n")
+            write_json(self.options.out, found)
+
+    def _on_card(self, found: Any, memory: Any, cut: Any, rule: Any, size: int, rate: float) -> dict[str, Any]:
+        room = size * 1e9 - allowance(size * 1e9)
+        most = [memory.most_tokens(room, again) for again in (False, True)]
+        limit = memory.micro_batch_limit(room, rule) if cut == "auto" else cut or found["micro_batch"]
+        tokens = max(found["longest"], min(limit, found["step"]))
+        again = tokens > {True: 0, False: 2**40, "auto": most[0]}.get(rule, rule)
+        peak, phase = memory.peak(tokens, again)
+        hours = found["tflop"]["recomputed" if again else "kept"] / rate / self.options.share / 3600
+        row = {"fits": tokens <= most[again], "tokens": tokens, "recomputed": again, "peak": peak, "phase": phase}
+        return row | {"most_kept": most[0], "most_recomputed": most[1], "hours": hours}
+
+    def _plan(self, data: Any) -> dict[str, float]:
+        """Steps; tokens and targets of all steps; tokens of the longest row, of the heaviest step and, as the trainer
+        or a limit cuts steps, of the heaviest micro-batch; the share of the tokens that the reference computes."""
+        if not self.options.lengths:
+            data.setup("fit")
+            tokens, steps = np.array(data.row_sizes[0]), len(data.step_plan())
+            compared, targets = np.ones(len(tokens)), data.row_sizes[1]
+            if data.noun == "pair":
+                compared, prompts = ~data.route.is_sft, [len(ids) for ids in data.train_pairs["prompt_ids"]]
+                targets = tokens - prompts
+            cut = [tokens[list(rows)].sum() for rows, *_ in data.micro_batches()]
+            heaviest = max(tokens[list(step)].sum() for step in data.all_steps())
+        else:
+            sizes = [int(size) for size in self.options.lengths.split(",") if size.isdecimal()]
+            if len(sizes) != (3 if data.noun == "pair" else 2):
+                raise InputError("--lengths must be PROMPT,CHOSEN,REJECTED for pairs, PROMPT,RESPONSE for samples")
+            tokens, compared = np.full(self.options.rows, sum(sizes)), np.ones(self.options.rows)
+            targets, limits = tokens - sizes[0], [self.trainer.max_steps, self.trainer.max_epochs]
+            limits[1] *= -(-len(tokens) // data.batch_size)
+            steps, heaviest = min(n for n in limits if n >= 0), sum(sizes) * data.batch_size
+            cut = [sum(sizes) * -(-data.batch_size // self.trainer.accumulate_grad_batches)]
+        passes = steps * data.batch_size / len(tokens)
+        all_steps = {"steps": steps, "tokens": passes * tokens.sum(), "targets": passes * np.sum(targets)}
+        one = {"longest": max(tokens), "step": heaviest, "micro_batch": max(cut)}
+        found = all_steps | one | {"compared": (tokens * compared).sum() / tokens.sum()}
+        return {name: float(value) for name, value in found.items()}
 
     def after_fit(self) -> None:
-        pass
-
-    def _by_data(self, data: Any) -> dict[str, float]:
-        """Tokens and targets of all steps, steps, tokens of the heaviest micro-batch, share seen by the reference."""
-        self.trainer.strategy.connect(self.model)
-        data.trainer = self.model.trainer = self.trainer
-        data.setup("fit")
-        tokens, targets = (np.asarray(each) for each in data.sizes())
-        compared, steps = np.ones(len(tokens)), len(data.step_plan())
-        if hasattr(data, "route"):
-            targets = tokens - [len(ids) for ids in data.train_pairs["prompt_ids"]]
-            compared = ~data.route.is_sft
-        passes = steps * data.batch_size / len(tokens)
-        return {
-            "tokens": passes * tokens.sum(),
-            "targets": passes * targets.sum(),
-            "steps": steps,
-            "micro_batch": int(max(tokens[list(rows)].sum() for rows, *_ in data.micro_batches())),
-            "compared": (tokens * compared).sum() / tokens.sum(),
-        }
-
-    def _by_lengths(self, data: Any) -> dict[str, float]:
-        sizes = [int(size) for size in self.options.lengths.split(",") if size.isdecimal()]
-        if len(sizes) != (3 if data.noun == "pair" else 2):
-            raise InputError("--lengths must be PROMPT,CHOSEN,REJECTED for pairs, LENGTH,RESPONSE for samples")
-        tokens, targets = (sum(sizes), sum(sizes[1:])) if len(sizes) == 3 else sizes
-        epoch, trainer = -(-self.options.rows // data.batch_size), self.trainer
-        epochs = epoch * (trainer.max_epochs or 1) if trainer.max_epochs != -1 else trainer.max_steps
-        steps = epochs if trainer.max_steps < 0 else min(epochs, trainer.max_steps)
-        rows, together = steps * data.batch_size, -(-data.batch_size // trainer.accumulate_grad_batches)
-        totals = {"tokens": rows * tokens, "targets": rows * targets, "steps": steps}
-        return totals | {"micro_batch": together * tokens, "compared": 1.0}
+        """Nothing was trained."""
 
 
 def described(found: dict[str, Any], share: float, title: str) -> str:
     """The numbers as text, in GB of 1e9 bytes."""
-    lines = [f"{title}: {found['steps']:,} steps, {found['tokens']:,.0f} tokens"]
-    sizes = ", ".join(f"{name} {found['kept'][name] / 1e9:.2f} GB" for name in ("weights", "adapters", "moments"))
-    lines += [sizes, f"heaviest micro-batch: {found['micro_batch']:,} tokens"]
-    for name in ("kept", "recomputed"):
-        at = found[name]
-        peak = max(PHASES, key=lambda phase: at[phase])
-        size, more = at[peak] / 1e9, at["kept_per_token"] / 1e6
-        costs = f"{more:.2f} MB kept a token, {at['tflop']:,.0f} TFLOP"
-        lines.append(f"  activations {name:<10}  peak {size:6.2f} GB in {peak}, {costs}")
-    lines.append("beside it 1 GB for CUDA's context and 5 % of the card for fragmentation\n")
-    lines.append("card       fits         most tokens of a micro-batch: kept / recomputed    hours")
+    sizes = ", ".join(f"{name} {found[name] / 1e9:.2f} GB" for name in ("weights", "adapters", "moments"))
+    lines = [f"{title}: {found['steps']:,.0f} steps, {found['tokens']:,.0f} tokens; {sizes}"]
+    for name, tflop in found["tflop"].items():
+        lines.append(
+            f"activations {name}: {found[f'{name}_per_token'] / 1e6:.2f} MB a token; {tflop:,.0f} TFLOP in all"
+        )
+    lines.append("1 GB for CUDA's context and 5 % of the card for fragmentation are set aside\n")
+    rows = [("card", "fits", "micro-batch", "activations", "peak, GB", "in", "most kept", "recomputed", "hours")]
     for card, row in found["cards"].items():
-        most = f"{row['most_kept']:,} / {row['most_recomputed']:,}"
-        lines.append(f"{card:<9}  {row['fits']:<11}  {most:>45}  {row['hours']:7.2f}")
+        words = card, "yes" if row["fits"] else "no", f"{row['tokens']:,.0f}", ("kept", "recomputed")[row["recomputed"]]
+        numbers = f"{row['peak'] / 1e9:.2f}", row["phase"], f"{row['most_kept']:,}", f"{row['most_recomputed']:,}"
+        rows.append((*words, *numbers, f"{row['hours']:.2f}"))
+    lines += ["  ".join(f"{cell:>11}" for cell in row) for row in rows]
     rate = f"{share:.0%} of the card's published dense bf16 rate, of an RTX 4090 for a card without a name"
-    return "\n".join([*lines, f"hours: at {rate}; nothing is measured here"])
+    return "\n".join([*lines, "micro-batch, most: tokens", f"hours: at {rate}; nothing is measured here"])

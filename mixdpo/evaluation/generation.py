@@ -3,7 +3,7 @@ prefill, and a row that has ended costs nothing more."""
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -22,6 +22,9 @@ from mixdpo.storage.files import Row
 
 Pick = Callable[[Tensor], Tensor]
 """(B, V) logits -> (B,) next tokens."""
+
+LOOK = {"cuda": 16}
+"""Tokens after which the host looks at which rows have ended, as a look waits for the device; 1 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -79,66 +82,86 @@ def generate(
         return []
     device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
     _check_room(model, encoded, max_new_tokens)
-    ends = _end_tokens(model, tokenizer, device)
-    pick = partial(_pick, temperature=temperature, top_p=top_p, generator=torch.Generator(device).manual_seed(seed))
-    pad = tokenizer.pad_token_id or 0  # padding is masked, so any id serves where a tokenizer has none
-    options = {"pick": pick, "pad": pad, "ends": ends, "samples": samples, "max_new_tokens": max_new_tokens}
-    # Longest first: the first batch is the peak of memory, so what fits there fits.
-    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-    width = max(1, batch_size // samples)
+    options: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens}
+    generator, options["ends"] = torch.Generator(device).manual_seed(seed), _end_tokens(model, tokenizer)
+    options["pick"] = partial(_pick, temperature=temperature, top_p=top_p, generator=generator)
+    options["pad"] = tokenizer.pad_token_id or 0  # padding is masked, so any id serves where a tokenizer has none
     results: list[list[Response]] = [[] for _ in encoded]
-    with evaluating(model), torch.no_grad(), tqdm(total=len(order), unit="prompt", disable=not progress) as bar:
-        while order:
-            batch = order[:width]
-            try:
-                completions = _complete(model, [encoded[index] for index in batch], **options)
-            except (RuntimeError, MemoryError) as error:
-                if len(batch) == 1 or not is_out_of_memory(error):
-                    raise
-                width = len(batch) // 2
-                print(f"out of memory with {len(batch)} prompts at once: {width} from here on", file=sys.stderr)
-                continue
-            del order[:width]
+    with evaluating(model), torch.no_grad(), tqdm(total=len(encoded), unit="prompt", disable=not progress) as bar:
+        for batch, completions in _batches(model, encoded, max(1, batch_size // samples), options):
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
-                results[batch[row // samples]].append(Response(text, len(ids), ids[-1] in ends.tolist()))
+                results[batch[row // samples]].append(Response(text, len(ids), ids[-1] in options["ends"]))
             bar.update(len(batch))
     return results
 
 
+def _batches(
+    model: nn.Module, encoded: list[list[int]], width: int, options: dict[str, Any]
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Numbers of `width` prompts at a time, or of fewer once memory has run out, and their completions."""
+    # Longest first: the first batch is the peak of memory, so what fits there fits.
+    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+    while batch := order[:width]:
+        try:
+            completions = _complete(model, [encoded[index] for index in batch], **options)
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            width = len(batch) // 2
+            print(f"out of memory with {len(batch)} prompts at once: {width} from here on", file=sys.stderr)
+            continue
+        del order[:width]
+        yield batch, completions
+
+
 def _complete(
-    model: nn.Module, prompts: list[list[int]], *, pick: Pick, pad: int, ends: Tensor, samples: int, max_new_tokens: int
+    model: nn.Module,
+    prompts: list[list[int]],
+    *,
+    pick: Pick,
+    pad: int,
+    ends: Set[int],
+    samples: int,
+    max_new_tokens: int,
 ) -> list[list[int]]:
-    """Token ids of `samples` completions per prompt, samples of one prompt side by side. Tokens `ends` (E,) end one."""
+    """Token ids of `samples` completions per prompt, samples of one prompt side by side. A token of `ends` ends one."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    cache, device = DynamicCache(config=model.config), next(model.parameters()).device
     shared = 0 if getattr(model.config, "sliding_window", None) else _shared_start(prompts)  # padding fills a window
     if shared:
-        ids = torch.tensor([prompts[0][:shared]], device=ends.device)
-        _step(model, ids, torch.ones_like(ids), torch.arange(shared, device=ends.device)[None], cache)
+        ids = torch.tensor([prompts[0][:shared]], device=device)
+        _step(model, ids, torch.ones_like(ids), torch.arange(shared, device=device)[None], cache)
         cache.batch_repeat_interleave(len(prompts))
-    ids, mask = _left_pad([prompt[shared:] for prompt in prompts], pad, ends.device)  # (P, T - shared) both
+    ids, mask = _left_pad([prompt[shared:] for prompt in prompts], pad, device)  # (P, T - shared) both
     mask = torch.cat([mask.new_ones(len(mask), shared), mask], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
     logits = _step(model, ids, mask, positions, cache).repeat_interleave(samples, 0)  # (P * samples, V)
     cache.batch_repeat_interleave(samples)
     mask = mask.repeat_interleave(samples, 0)
-    alive = torch.arange(len(mask), device=mask.device)  # rows still decoded
-    completions: list[list[int]] = [[] for _ in range(len(mask))]
+    alive, pending = [*range(len(mask))], []  # rows still decoded; their tokens since the last look
+    completions: list[list[int]] = [[] for _ in alive]
     for produced in range(1, max_new_tokens + 1):
-        tokens = pick(logits)
-        for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
-            completions[row].append(token)
-        open_rows = (~torch.isin(tokens, ends)).nonzero().squeeze(1)
-        if not len(open_rows) or produced == max_new_tokens:
-            break
-        if len(open_rows) < len(alive):
-            alive, tokens, mask = alive[open_rows], tokens[open_rows], mask[open_rows]
-            cache.batch_select_indices(open_rows)
+        pending.append(tokens := pick(logits))
+        if produced % LOOK.get(device.type, 1) == 0 or produced == max_new_tokens:
+            seen, pending = [_until_end(row, ends) for row in torch.stack(pending, 1).tolist()], []
+            for row, ids in zip(alive, seen, strict=True):
+                completions[row] += ids
+            still = [i for i, ids in enumerate(seen) if ids[-1] not in ends]
+            if not still or produced == max_new_tokens:
+                break
+            if len(still) < len(alive):
+                open_rows, alive = torch.tensor(still, device=device), [alive[i] for i in still]
+                tokens, mask = tokens[open_rows], mask[open_rows]
+                cache.batch_select_indices(open_rows)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = _step(model, tokens[:, None], mask, mask.sum(1, keepdim=True) - 1, cache)
     return completions
+
+
+def _until_end(ids: list[int], ends: Set[int]) -> list[int]:
+    return ids[: next((place for place, token in enumerate(ids, 1) if token in ends), None)]
 
 
 def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
@@ -195,10 +218,9 @@ def _encode(
     return encoded
 
 
-def _end_tokens(model: nn.Module, tokenizer: Any, device: torch.device) -> Tensor:
+def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    return torch.tensor(sorted(ends - {None}), dtype=torch.long, device=device)
+    return {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
 
 
 def _check_room(model: nn.Module, encoded: list[list[int]], max_new_tokens: int) -> None:

@@ -26,7 +26,7 @@ from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters, role
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.model.fused_layers import fuse
-from mixdpo.model.live_bytes import PHASES, LiveBytes, cuda_attention
+from mixdpo.model.live_bytes import PHASES, LiveBytes, kernels_of
 from mixdpo.model.loading import check_narrow
 from mixdpo.model.memory import linear_sizes, recompute
 from mixdpo.model.optimizer import choose_kernels
@@ -216,10 +216,8 @@ def _steps(of: MemoryModel, layers: int, recomputed: bool) -> np.ndarray:
     pair = {"prompt_ids": prompt, "chosen_ids": response, "rejected_ids": response}
     pack = 2**60 * (of.loading["attention"] not in ("sdpa", "eager"))
     micro_batches = [build_rows([pair] * n, [True] * n, [True] * n, pack=pack) for n in DOCUMENTS[recomputed]]
-    attention = cuda_attention if of.device == "cuda" else nn.functional.scaled_dot_product_attention
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(of.device == "cuda")
-    replaced = patch.object(nn.functional, "scaled_dot_product_attention", attention)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), replaced:
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         with fake, live:
             model = _skeleton(of, layers)
             if of.loading["quantization"] != "none":
@@ -231,7 +229,7 @@ def _steps(of: MemoryModel, layers: int, recomputed: bool) -> np.ndarray:
         fuse(model, of.loading.get("fused_layers", ()))  # checks layers by numbers, which fake tensors have not
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
         recompute(model, recomputed)
-        with fake, live:
+        with kernels_of(of.device), fake, live:
             optimizer = _optimizer(of, [p for p in model.parameters() if p.requires_grad])
             sizes.append(live.now)
             kept = [_step(of, model, optimizer, rows, live) for rows in micro_batches]

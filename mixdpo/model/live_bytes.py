@@ -1,12 +1,17 @@
 """The bytes that live while fake tensors are computed, and what CUDA's kernels take where there is no CUDA."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
+
+from mixdpo.model import fused_layers
 
 PHASES = ("loaded", "reference", "forward", "backward", "optimizer")
 
@@ -49,7 +54,20 @@ class LiveBytes(TorchDispatchMode):
         return 2 * args[1].nbytes if self.on_cuda and "attention" in name and "backward" in name else 0
 
 
-def cuda_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any) -> Tensor:
+@contextmanager
+def kernels_of(device: str) -> Iterator[None]:
+    """Inside the block a simulation for "cuda" computes by what stands for CUDA's kernels."""
+    if device != "cuda":
+        yield
+        return
+    with (
+        patch.object(nn.functional, "scaled_dot_product_attention", _cuda_attention),
+        patch.object(fused_layers, "rms_norm", _CudaRMSNorm.apply),
+    ):
+        yield
+
+
+def _cuda_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any) -> Tensor:
     """What `scaled_dot_product_attention` does on CUDA in half precision: flash attention without a mask or with one
     that is causal from the lower right; otherwise the memory-efficient kernel, which adds the mask as a tensor."""
     causal, scale, aten = options.get("is_causal", False), options.get("scale"), torch.ops.aten
@@ -60,3 +78,16 @@ def cuda_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *res
     bias = nn.functional.pad(bias, (0, -bias.shape[-1] % 16))[..., : bias.shape[-1]].expand(*query.shape[:3], -1)
     inputs = (query, key, value, bias, query.requires_grad, 0.0, causal)
     return aten._scaled_dot_product_efficient_attention(*inputs, scale=scale)[0]
+
+
+class _CudaRMSNorm(torch.autograd.Function):
+    """What `rms_norm` keeps on CUDA, where it is one kernel: the input, and one fp32 number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _shape: Any, weight: Tensor, _epsilon: float) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32), weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0]), None, None, None
