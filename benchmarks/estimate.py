@@ -1,7 +1,7 @@
 """Is `mixdpo estimate` right, and what does it say of the shipped configs for a GPU?
 
     python benchmarks/estimate.py check [--models llama,qwen2,mistral,smollm2]   -> benchmarks/results/estimate.md
-    python benchmarks/estimate.py cards                                          the table of all configs for a GPU
+    python benchmarks/estimate.py cards        the table of all configs for a GPU, as it stands in docs/reproducing.md
 
 `check` compares the predicted peak of a step on the CPU with what torch.profiler sees allocated in a real step. `cards`
 needs no hub: the sizes of the configs' models, as published, are below. The lengths are those of docs/reproducing.md.
@@ -13,6 +13,7 @@ import io
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters, role
 from mixdpo.model.estimate import MemoryModel
 from mixdpo.model.forward import sequence_log_probs
+from mixdpo.model.fused_layers import fuse
 from mixdpo.model.loading import load_base, load_config
 from mixdpo.model.memory import recompute
 
 TINY = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-LENGTH = 600
+LENGTH, FUSED = 600, ("lora", "norm", "swiglu")
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 WIDE |= {"num_key_value_heads": 8, "tie_word_embeddings": False}
 LLAMA_3B = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
@@ -46,37 +48,47 @@ MODELS = {  # a part of the name of model.base -> what its config.json says
 }
 
 
-def configs() -> list[Path]:
-    """All for a GPU."""
-    rooms = ("configs/mixdpo", "configs/token_cleaning/paper")
-    return [Path("configs/own_pairs.yaml"), *(path for room in rooms for path in sorted(Path(room).glob("*.yaml")))]
+CONFIGS = {  # a config for a GPU -> its rows, as docs/reproducing.md has them
+    "own_pairs": 10_000,
+    **dict.fromkeys(("mixdpo/llama3_8b", "mixdpo/mistral_7b", "mixdpo/qwen2.5_7b"), 61_135),
+    **{"mixdpo/argilla_7k": 6_750, "mixdpo/llama3_instruct": 59_900, "mixdpo/mistral_instruct": 59_700},
+    "mixdpo/ultrainteract": 20_000,
+    **{f"token_cleaning/paper/{name}": 50_000 for name in ("llama3.2_3b", "llama3.1_8b", "mistral_7b")},
+}
 
 
-def estimated(config: Path, folder: Path) -> dict[str, Any]:
+def estimated(config: str, folder: Path) -> dict[str, Any]:
     """The verb's numbers for a config, with the architecture of its base in the place of the base."""
     from lightning_modules.cli import run
 
-    text = config.read_text()
+    text = Path(f"configs/{config}.yaml").read_text()
     base = next(line.split("base: ")[1].split()[0] for line in text.splitlines() if " base: " in line)
     sizes = next(sizes for name, sizes in MODELS.items() if name in base.lower().replace("llama-3.1", "llama-3"))
     (folder / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 131_072}))
-    lengths = "495,330" if "token_cleaning" in str(config) else "121,288,288"
-    words = ["estimate", str(config), "--lengths", lengths, "--model.base", str(folder), "--out", str(folder / "out")]
+    lengths = "165,330" if config.startswith("token_cleaning") else "121,288,288"
+    words = ["estimate", f"configs/{config}.yaml", "--lengths", lengths, "--rows", str(CONFIGS[config])]
     with contextlib.redirect_stdout(io.StringIO()):
-        run(words)
-    return {"base": base, **json.loads((folder / "out").read_text())}
+        run([*words, "--model.base", str(folder), "--out", str(folder / "out")])
+    return json.loads((folder / "out").read_text())
 
 
-def cards() -> str:
+def cards(configs: Sequence[str] = tuple(CONFIGS)) -> str:
+    def cell(card: dict[str, Any]) -> str:
+        kind = ("kept", "recomputed")[card["recomputed"]]
+        return f"{card['tokens']:,.0f} {kind}, {card['peak'] / 1e9:.1f} GB" if card["fits"] else "does not fit"
+
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for config in configs():
+        for config in configs:
             found = estimated(config, Path(folder))
-            peak = max(found["recomputed"][phase] for phase in ("reference", "forward", "backward", "optimizer")) / 1e9
-            most = [f"{found['cards'][card]['most_recomputed']:,}" for card in ("12", "16", "24")]
-            rows.append([f"{config.parent.name}/{config.stem}", f"{found['micro_batch']:,}", f"{peak:.1f}", *most])
+            sizes = [f"{found[name] / 1e9:.1f}" for name in ("weights", "adapters", "moments")]
+            a_token = [f"{found[f'{name}_per_token'] / 1e6:.2f}" for name in ("kept", "recomputed")]
+            by_card = [cell(found["cards"][size]) for size in ("12", "16", "24")]
+            hours = found["cards"]["24"]["hours"]
+            rows.append([f"`{config}`", " + ".join(sizes), " / ".join(a_token), *by_card, f"{hours:.1f}"])
             print(rows[-1], file=sys.stderr, flush=True)
-    return table(["config", "heaviest micro-batch", "peak, GB", "most tokens on 12 GB", "16 GB", "24 GB"], rows)
+    head = ["config", "weights + adapters + moments, GB", "MB a token, kept / recomputed", "12 GB", "16 GB", "24 GB"]
+    return table([*head, "hours"], rows)
 
 
 def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows, device: str) -> int:
@@ -85,6 +97,8 @@ def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows
     model = add_adapters(base, Lora(rank=16, alpha=32)).train()
     for layer in adapter_layers(model):
         layer.cast_input_dtype_enabled = False  # as AdapterModule
+    fuse(model, FUSED)
+    base.set_attn_implementation("lower_right")
     base.activation_checkpointing_enable({"use_reentrant": False})
     recompute(model, recomputed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -108,12 +122,10 @@ def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows
     tensors |= {value for state in optimizer.state.values() for value in state.values()}
     for module in model.modules():
         for holder in (getattr(module, "quant_state", None), getattr(module, "state", None)):
-            values = (
-                [*vars(holder).values(), *vars(getattr(holder, "state2", None) or base.config).values()]
-                if holder
-                else []
-            )
-            tensors |= {value for value in values if isinstance(value, torch.Tensor)}
+            for part in (holder, getattr(holder, "state2", None)):
+                tensors |= {
+                    value for value in getattr(part, "__dict__", {}).values() if isinstance(value, torch.Tensor)
+                }
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         micro_batch(rows)
@@ -136,7 +148,7 @@ def compared(name: str, quantization: Any, recomputed: bool, device: str = "cpu"
             transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         pair = {"prompt_ids": [5] * 150, "chosen_ids": [6] * (LENGTH - 150), "rejected_ids": [7] * 350}
         rows = build_rows([pair] * 2, [True] * 2, [True] * 2, pack=8192)
-        loading = {"quantization": quantization, "dtype": "bfloat16", "attention": "by_segment"}
+        loading = {"quantization": quantization, "dtype": "bfloat16", "attention": "lower_right", "fused_layers": FUSED}
         made = (load_config(folder), Lora(rank=16, alpha=32), torch.optim.AdamW, loading, device)
         predicted, _ = MemoryModel(*made, length=LENGTH).peak(rows.tokens, recomputed)
         return step_bytes(folder, quantization, recomputed, rows, device), predicted

@@ -13,7 +13,7 @@ def memory_model(module: Any, device: str) -> MemoryModel:
     the configurations of base and adapter."""
     data, cleaning = module.trainer.datamodule, module.cleaning
     roles = {"cleaning_reference", "previous"}.intersection(cleaning.roles if cleaning else ())
-    stacked = len(data.stages) - 1 if getattr(module, "stage_start", "") == "fresh_adapter" else 0
+    stages = getattr(module, "stage_start", "") == "fresh_adapter" and (data.slices.only or range(data.slices.count))
     return MemoryModel(
         load_config(module.base),
         Lora.of(module.adapter) if module.adapter else module.lora,
@@ -22,7 +22,7 @@ def memory_model(module: Any, device: str) -> MemoryModel:
         device,
         str(module.trainer.precision),
         with_reference=getattr(module, "needs_reference", False),
-        frozen_adapters=len(roles) + stacked + (module.adapter is not None),
+        frozen_adapters=len(roles) + len(stages or [0]) - 1 + (module.adapter is not None),
         length=data.encoding["max_length"],
     )
 

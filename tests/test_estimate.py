@@ -13,12 +13,13 @@ import transformers
 from conftest import build, make_pairs, write_pairs
 
 from lightning_modules.cli import run
+from lightning_modules.memory import memory_model
 from mixdpo.errors import InputError
 from mixdpo.model import estimate
 from mixdpo.model.adapters import Lora
 from mixdpo.model.estimate import MemoryModel, allowance
 
-LOADING = {"quantization": "nf4", "dtype": "bfloat16", "attention": "by_segment"}
+LOADING = {"quantization": "nf4", "dtype": "bfloat16", "attention": "auto"}
 OPTIONS = {"accelerator": "cpu", "precision": "bf16-mixed"}
 
 
@@ -158,7 +159,7 @@ def test_a_gpu_has_its_total_memory_less_the_allowance(
         "datamodule": data,
     }
     module._trainer = SimpleNamespace(**parts)
-    expected = module.memory_model("cuda", "32-true", data)
+    expected = memory_model(module, "cuda")
     assert module.micro_batch_limit() == expected.most_tokens(8e9 - allowance(8e9), False) > 10_000
 
 
@@ -174,25 +175,32 @@ def test_an_architecture_that_cannot_be_simulated_is_recomputed_and_says_so(
 @pytest.mark.filterwarnings("ignore")  # of jsonargparse, as in every run
 def test_the_verb(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
-    words = [
-        "estimate",
-        "configs/own_pairs.yaml",
-        "--model.base",
-        tiny_model,
-        "--data.source",
-        source,
-        "--data.limit",
-        "12",
-    ]
-    words += ["--out", str(tmp_path / "out.json"), "--card", "12", "--data.batch_size", "4"]
-    run([*words, "--trainer.accumulate_grad_batches", "2"])
+    words = ["estimate", "configs/own_pairs.yaml", "--model.base", tiny_model, "--data.source", source]
+    words += ["--out", str(tmp_path / "out.json"), "--card", "12", "--data.batch_size", "4", "--data.validation", "0"]
+    run(words)
     found, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
-    assert found["steps"] == 3 and found["cards"]["12"]["fits"] == "recomputed" and "rank 16: 3 steps" in printed
+    card = found["cards"]["12"]
+    assert found["steps"] == 3 and card["fits"] and "rank 16: 3 steps" in printed
+    assert found["longest"] < card["tokens"] == found["step"] == found["micro_batch"] < card["most_kept"]
     lengths = ["--lengths", "10,20,30", "--rows", "9", "--model.lora.rank", "8"]
-    run([*words, *lengths, "--trainer.accumulate_grad_batches", "2"])
+    run([*words, *lengths, "--data.micro_batch_tokens", "130", "--model.activation_checkpointing", "100"])
     assert "rank 8: 3 steps, 720 tokens" in capsys.readouterr().out
     by_lengths = json.loads((tmp_path / "out.json").read_text())
-    assert by_lengths["micro_batch"] == 120 and by_lengths["kept"]["adapters"] == found["kept"]["adapters"] / 2
+    assert by_lengths["adapters"] == found["adapters"] / 2 and by_lengths["longest"] == 60
+    card = by_lengths["cards"]["12"]
+    assert card["tokens"] == 130 and card["recomputed"]
+    rate = by_lengths["tflop"]["recomputed"] / card["hours"] / 3600
+    assert rate == pytest.approx(0.4 * 165.2)  # a card of so many GB without a name
     with pytest.raises(SystemExit, match="--lengths must be PROMPT,CHOSEN,REJECTED"):
         run([*words, "--lengths", "10,20"])
     assert not Path("runs/own_pairs").exists()
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # of jsonargparse, as in every run
+def test_the_table_of_cards_is_what_the_verb_says() -> None:
+    """Every config for a GPU; docs/reproducing.md takes memory and hours from the table."""
+    made = benchmark.cards()
+    assert made in Path("docs/reproducing.md").read_text("utf-8")
+    shipped = {path for path in Path("configs").rglob("*.yaml") if "micro_batch_tokens: auto" in path.read_text()}
+    assert {f"configs/{name}.yaml" for name in benchmark.CONFIGS} == {str(path) for path in shipped}

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixdpo.errors import InputError
+from mixdpo.evaluation import generation
 from mixdpo.evaluation.generation import Response, _nucleus, generate
 
 WORDS = [f"w{index}" for index in range(36)]
@@ -49,7 +50,10 @@ def greedy_by_transformers(model, tokenizer, prompt, length):
     return made[0, ids.shape[1] :].tolist()
 
 
-def test_greedy_equals_transformers(model, tokenizer):
+@pytest.mark.parametrize("look", [1, 5, 16])
+def test_greedy_equals_transformers(look, model, tokenizer, monkeypatch):
+    """However rarely the host looks at what has ended."""
+    monkeypatch.setitem(generation.LOOK, "cpu", look)
     wanted = [greedy_by_transformers(model, tokenizer, prompt, 12) for prompt in PROMPTS]
     for batch_size in (1, 3, 8):
         made = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size, progress=False)
@@ -57,7 +61,9 @@ def test_greedy_equals_transformers(model, tokenizer):
     assert len({row[0].text for row in made}) == len(PROMPTS)
 
 
-def test_rows_that_end_leave_the_others_unchanged(model, tokenizer):
+@pytest.mark.parametrize("look", [1, 7])
+def test_rows_that_end_leave_the_others_unchanged(look, model, tokenizer, monkeypatch):
+    monkeypatch.setitem(generation.LOOK, "cpu", look)
     free = [greedy_by_transformers(model, tokenizer, prompt, 12) for prompt in PROMPTS]
     # Make an end token of what the second prompt says third: rows now end at different steps.
     end = free[1][2]
