@@ -48,8 +48,8 @@ MODELS = {  # a part of the name of model.base -> what its config.json says
 }
 
 
-CONFIGS = {  # a config for a GPU -> its rows, as docs/reproducing.md has them
-    "own_pairs": 10_000,
+CONFIGS = {  # a config for a GPU, and options -> its rows, as docs/reproducing.md has them
+    **{f"own_pairs{options}": 10_000 for options in ("", " --model.lora.rank 64", " --model.lora.rank 128")},
     **dict.fromkeys(("mixdpo/llama3_8b", "mixdpo/mistral_7b", "mixdpo/qwen2.5_7b"), 61_135),
     **{"mixdpo/argilla_7k": 6_750, "mixdpo/llama3_instruct": 59_900, "mixdpo/mistral_instruct": 59_700},
     "mixdpo/ultrainteract": 20_000,
@@ -61,12 +61,13 @@ def estimated(config: str, folder: Path) -> dict[str, Any]:
     """The verb's numbers for a config, with the architecture of its base in the place of the base."""
     from lightning_modules.cli import run
 
-    text = Path(f"configs/{config}.yaml").read_text()
+    name, *options = config.split()
+    text = Path(f"configs/{name}.yaml").read_text()
     base = next(line.split("base: ")[1].split()[0] for line in text.splitlines() if " base: " in line)
     sizes = next(sizes for name, sizes in MODELS.items() if name in base.lower().replace("llama-3.1", "llama-3"))
     (folder / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 131_072}))
     lengths = "165,330" if config.startswith("token_cleaning") else "121,288,288"
-    words = ["estimate", f"configs/{config}.yaml", "--lengths", lengths, "--rows", str(CONFIGS[config])]
+    words = ["estimate", f"configs/{name}.yaml", *options, "--lengths", lengths, "--rows", str(CONFIGS[config])]
     with contextlib.redirect_stdout(io.StringIO()):
         run([*words, "--model.base", str(folder), "--out", str(folder / "out")])
     return json.loads((folder / "out").read_text())

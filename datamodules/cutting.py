@@ -15,12 +15,15 @@ def cut_by_tokens(data: Any) -> None:
         InputError: the trainer cuts the steps too, or a row alone has too many tokens.
     """
     trainer, option, (tokens, _) = data.trainer, data.micro_batch_tokens, data.row_sizes
-    if (most := trainer.lightning_module.micro_batch_limit() if option == "auto" else option) is None:
-        return  # the trainer's number counts, on a CPU with auto too
+    if option is None:
+        return
+    longest = max((row for step in data.all_steps() for row in step), key=tokens.__getitem__)
+    needed = tokens[longest]
+    if (most := trainer.lightning_module.micro_batch_limit(needed) if option == "auto" else option) is None:
+        return  # on a CPU the trainer's number counts
     if (now := trainer.accumulate_grad_batches) not in (1, data.cut.get("a_step")):
         raise InputError(f"set trainer.accumulate_grad_batches (now {now}) to 1, or data.micro_batch_tokens to null")
-    longest = max((row for step in data.all_steps() for row in step), key=tokens.__getitem__)
-    if (needed := tokens[longest]) > most:
+    if needed > most:
         fault = f"{data.tables['train'][longest]['place']} of {data.source} has {needed} tokens, a micro-batch {most}"
         raise InputError(f"{fault} at most: set data.micro_batch_tokens to {needed} or more, or lower data.max_length")
     cut_into(data, micro_batches_needed(data.all_steps(), tokens, most=most, world=trainer.world_size), int(most))

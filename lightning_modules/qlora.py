@@ -140,12 +140,13 @@ class AdapterModule(L.LightningModule):
         if self.activation_checkpointing is not False:
             base.activation_checkpointing_enable({"use_reentrant": False})
 
-    def micro_batch_limit(self) -> int | None:
-        """Most tokens of a micro-batch on the run's GPU, before the model is loaded; None on a CPU. 0: none fits."""
+    def micro_batch_limit(self, longest: int) -> int | None:
+        """Most tokens of a micro-batch on the run's GPU, before the model is loaded; None on a CPU. 0: none fits.
+        `longest`: tokens of the longest row."""
         if (device := self.trainer.strategy.root_device).type != "cuda":
             return None
         memory = memory_model(self, "cuda")
-        return memory.micro_batch_limit(memory.memory_of(device), self.activation_checkpointing)
+        return memory.micro_batch_limit(memory.memory_of(device), self.activation_checkpointing, longest)
 
     def recompute_if_long(self, rows: TokenRows) -> None:
         """Recompute activations if the rows are long. Call this before a forward pass that a backward pass follows."""
@@ -162,7 +163,8 @@ class AdapterModule(L.LightningModule):
 
     def add_kept_weight(self, batch: Batch) -> None:
         """Add the weight of the tokens that a micro-batch trains to that of the step."""
-        self._kept_weight += (batch.host or batch).token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
+        kept = (batch.host or batch).token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
+        self._kept_weight = self._kept_weight + kept
 
     def kept_in_step(self, optimizer: torch.optim.Optimizer) -> float:
         """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps

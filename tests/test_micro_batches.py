@@ -113,7 +113,7 @@ def test_auto_keeps_the_number_of_the_checkpoint_on_any_card(
     later: int | None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def limited(folder: Path, limit: int | None, **more: Any) -> Any:
-        monkeypatch.setattr(AdapterModule, "micro_batch_limit", lambda self: limit)
+        monkeypatch.setattr(AdapterModule, "micro_batch_limit", lambda self, longest: limit)
         return run(folder, data={"micro_batch_tokens": "auto"}, **DROPOUT, **more)
 
     expected = limited(tmp_path / "whole", 70)

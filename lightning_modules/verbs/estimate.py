@@ -70,7 +70,7 @@ class EstimateCLI(RunCLI):
     def _on_card(self, found: Any, memory: Any, cut: Any, rule: Any, size: int, rate: float) -> dict[str, Any]:
         room = size * 1e9 - allowance(size * 1e9)
         most = [memory.most_tokens(room, again) for again in (False, True)]
-        limit = memory.micro_batch_limit(room, rule) if cut == "auto" else cut or found["micro_batch"]
+        limit = memory.micro_batch_limit(room, rule, found["longest"]) if cut == "auto" else cut or found["micro_batch"]
         tokens = max(found["longest"], min(limit, found["step"]))
         again = tokens > {True: 0, False: 2**40, "auto": most[0]}.get(rule, rule)
         peak, phase = memory.peak(tokens, again)

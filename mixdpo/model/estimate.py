@@ -121,13 +121,13 @@ class MemoryModel:
             return total - allowance(total)
         return (1 - RESERVED) * psutil.virtual_memory().available + self.at(0, False)["loaded"]
 
-    def micro_batch_limit(self, memory: float, checkpointing: bool | int | str) -> int:
+    def micro_batch_limit(self, memory: float, checkpointing: bool | int | str, longest: int) -> int:
         """Most tokens that a micro-batch may have in `memory` bytes under this `model.activation_checkpointing`. Under
-        auto activations are recomputed if fewer than `WORTHWHILE` tokens fit otherwise."""
+        auto activations are recomputed if fewer than `WORTHWHILE` tokens, or than `longest`, fit otherwise."""
         if checkpointing is True:
             return self.most_tokens(memory, True)
-        kept = self.most_tokens(memory, False)
-        enough = kept >= WORTHWHILE if checkpointing == "auto" else checkpointing is False or kept < int(checkpointing)
+        kept, needed = self.most_tokens(memory, False), max(WORTHWHILE, longest)
+        enough = kept >= needed if checkpointing == "auto" else checkpointing is False or kept < int(checkpointing)
         return kept if enough else self.most_tokens(memory, True)
 
     def linear_sizes(self) -> tuple[int, int]:
