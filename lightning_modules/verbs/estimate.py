@@ -10,6 +10,7 @@ import numpy as np
 
 from lightning_modules.memory import memory_model
 from lightning_modules.verbs.run_cli import RunCLI, start
+from mixdpo.batches.steps import heaviest
 from mixdpo.errors import InputError
 from mixdpo.model.estimate import allowance
 from mixdpo.storage.files import write_json
@@ -81,28 +82,28 @@ class EstimateCLI(RunCLI):
     def _plan(self, data: Any) -> dict[str, float]:
         """Steps; tokens and targets of all steps; tokens of the longest row, of the heaviest step and, as the trainer
         or a limit cuts steps, of the heaviest micro-batch; the share of the tokens that the reference computes."""
-        if not self.options.lengths:
-            data.setup("fit")
-            tokens, steps = np.array(data.row_sizes[0]), len(data.step_plan())
-            compared, targets = np.ones(len(tokens)), data.row_sizes[1]
-            if data.noun == "pair":
-                compared, prompts = ~data.route.is_sft, [len(ids) for ids in data.train_pairs["prompt_ids"]]
-                targets = tokens - prompts
-            cut = [tokens[list(rows)].sum() for rows, *_ in data.micro_batches()]
-            heaviest = max(tokens[list(step)].sum() for step in data.all_steps())
+        sizes, pairs, trainer = (
+            self.options.lengths and self.options.lengths.split(","),
+            data.noun == "pair",
+            self.trainer,
+        )
+        if sizes and len(sizes) != 2 + pairs:
+            raise InputError("--lengths must be PROMPT,CHOSEN,REJECTED for pairs, PROMPT,RESPONSE for samples")
+        if sizes:
+            prompts, *responses = map(int, sizes)
+            tokens, targets, compared = np.full((self.options.rows, 3), (prompts + sum(responses), sum(responses), 1)).T
+            epoch, planned = -(-len(tokens) // data.batch_size), [range(min(data.batch_size, len(tokens)))]
+            steps = min(n for n in (trainer.max_steps, epoch * trainer.max_epochs) if n >= 0)
         else:
-            sizes = [int(size) for size in self.options.lengths.split(",") if size.isdecimal()]
-            if len(sizes) != (3 if data.noun == "pair" else 2):
-                raise InputError("--lengths must be PROMPT,CHOSEN,REJECTED for pairs, PROMPT,RESPONSE for samples")
-            tokens, compared = np.full(self.options.rows, sum(sizes)), np.ones(self.options.rows)
-            targets, limits = tokens - sizes[0], [self.trainer.max_steps, self.trainer.max_epochs]
-            limits[1] *= -(-len(tokens) // data.batch_size)
-            steps, heaviest = min(n for n in limits if n >= 0), sum(sizes) * data.batch_size
-            cut = [sum(sizes) * -(-data.batch_size // self.trainer.accumulate_grad_batches)]
+            data.setup("fit")
+            tokens, planned, steps = np.array(data.row_sizes[0]), data.all_steps(), len(data.step_plan())
+            prompts: Any = [len(ids) for ids in data.train_pairs["prompt_ids"]] if pairs else 0
+            targets, compared = (tokens - prompts, ~data.route.is_sft) if pairs else (data.row_sizes[1], tokens > 0)
+        step, micro_batch = (heaviest(planned, tokens.tolist(), n)[0] for n in (1, trainer.accumulate_grad_batches))
         passes = steps * data.batch_size / len(tokens)
-        all_steps = {"steps": steps, "tokens": passes * tokens.sum(), "targets": passes * np.sum(targets)}
-        one = {"longest": max(tokens), "step": heaviest, "micro_batch": max(cut)}
-        found = all_steps | one | {"compared": (tokens * compared).sum() / tokens.sum()}
+        found = {"steps": steps, "tokens": passes * tokens.sum(), "targets": passes * np.sum(targets)}
+        found |= {"longest": max(tokens), "step": step, "micro_batch": micro_batch}
+        found["compared"] = (tokens * compared).sum() / tokens.sum()
         return {name: float(value) for name, value in found.items()}
 
     def after_fit(self) -> None:

@@ -11,17 +11,11 @@ KERNELS = ("fused", "foreach")
 def choose_kernels(optimizer: torch.optim.Optimizer, device: torch.device, precision: str) -> None:
     """Let Adam and AdamW update by the fused kernel on CUDA, if neither `fused` nor `foreach` was given. The fused
     kernel needs no temporary copies of the moments. Under 16-mixed a fused optimizer would see scaled gradients until
-    after clipping. A checkpoint of another device does not change the choice."""
+    after clipping. A continued run keeps its kernel: the fused one computes on CPUs too."""
     given = any(optimizer.defaults.get(name) is not None for name in KERNELS)
     if isinstance(optimizer, torch.optim.Adam) and device.type == "cuda" and precision != "16-mixed" and not given:
         for options in (optimizer.defaults, *optimizer.param_groups):
             options["fused"] = True
-    optimizer.register_load_state_dict_pre_hook(_keep_kernels)
-
-
-def _keep_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False):  # torch refuses other groups
-        saved.update({name: own[name] for name in KERNELS if name in own})
 
 
 def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
