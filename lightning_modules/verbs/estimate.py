@@ -90,14 +90,14 @@ class EstimateCLI(RunCLI):
         if sizes and len(sizes) != 2 + pairs:
             raise InputError("--lengths must be PROMPT,CHOSEN,REJECTED for pairs, PROMPT,RESPONSE for samples")
         if sizes:
-            prompts, *responses = map(int, sizes)
-            tokens, targets, compared = np.full((self.options.rows, 3), (prompts + sum(responses), sum(responses), 1)).T
+            shared, *responses = map(int, sizes)
+            tokens, targets, compared = np.full((self.options.rows, 3), (shared + sum(responses), sum(responses), 1)).T
             epoch, planned = -(-len(tokens) // data.batch_size), [range(min(data.batch_size, len(tokens)))]
             steps = min(n for n in (trainer.max_steps, epoch * trainer.max_epochs) if n >= 0)
         else:
             data.setup("fit")
             tokens, planned, steps = np.array(data.row_sizes[0]), data.all_steps(), len(data.step_plan())
-            prompts: Any = [len(ids) for ids in data.train_pairs["prompt_ids"]] if pairs else 0
+            prompts = [len(ids) for ids in data.train_pairs["prompt_ids"]] if pairs else 0
             targets, compared = (tokens - prompts, ~data.route.is_sft) if pairs else (data.row_sizes[1], tokens > 0)
         step, micro_batch = (heaviest(planned, tokens.tolist(), n)[0] for n in (1, trainer.accumulate_grad_batches))
         passes = steps * data.batch_size / len(tokens)
