@@ -134,8 +134,7 @@ class CleanTokens(Callback):
             self._score(trainer, pl_module, now, warm_up, online)
         if online:
             device = batch.token.device
-            losses = {name: values[token] for name, (values, _) in self._losses.items()}
-            batch.losses = {name: torch.from_numpy(values).to(device) for name, values in losses.items()}
+            batch.losses = {name: torch.from_numpy(loss[token]).to(device) for name, (loss, _) in self._losses.items()}
             batch.always_keep = self._always_keep[token]
         else:
             batch.reweigh(np.where(token >= 0, self._tokens.weights[token], np.float32(1)))

@@ -51,8 +51,8 @@ def add_losses(
     missing = {i for i in samples if np.isnan(losses[pool.of_sample(i)]).any()}
     # batches of all samples, of which complete ones are skipped: an interrupted pass goes on with the same batches, so
     # with the same rounding
-    batches = _by_length(samples, [len(pool.samples[i]["input_ids"]) for i in samples], batch_tokens) if missing else []
-    batches = [batch for batch in batches if missing.intersection(batch)]
+    lengths = {i: len(pool.samples[i]["input_ids"]) for i in samples} if missing else {}
+    batches = [batch for batch in _by_length(lengths, batch_tokens) if missing.intersection(batch)]
     with evaluating(model), torch.no_grad(), role(model, name), without_cast_cache(device):
         for batch in tqdm(batches, desc=f"scoring with {name}", unit="batch", disable=not batches):
             rows = sample_rows([pool.samples[i] for i in batch]).to(device)
@@ -65,19 +65,17 @@ def add_losses(
                 store.add({i: values.tobytes() for i, values in new.items() if np.isfinite(values).all()})
 
 
-def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def _by_length(lengths: Mapping[int, int], batch_tokens: int) -> list[list[int]]:
     """Samples sorted by length, cut where the padded batch would exceed the tokens.
 
     The longest come first: a run without enough memory fails at once.
     """
-    order = sorted(range(len(samples)), key=lambda k: (-lengths[k], samples[k]))
     batches: list[list[int]] = []
-    width = 0
-    for k in order:
-        if not batches or (len(batches[-1]) + 1) * width > batch_tokens or lengths[k] < (1 - MOST_PADDING) * width:
+    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        width = lengths[batches[-1][0]] if batches else 0
+        if not width or (len(batches[-1]) + 1) * width > batch_tokens or lengths[i] < (1 - MOST_PADDING) * width:
             batches.append([])
-            width = lengths[k]
-        batches[-1].append(samples[k])
+        batches[-1].append(i)
     return batches
 
 
