@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,7 +25,7 @@ from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, Role, adapters_of, add_adapters, role
 from mixdpo.model.forward import row_log_probs
 from mixdpo.model.loading import Quantization, load_base, load_tokenizer
-from mixdpo.storage.files import read_json, read_yaml, written_whole
+from mixdpo.storage.files import read_json, read_text, written_whole
 
 Device = Literal["cpu", "cuda"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
@@ -159,11 +160,11 @@ def read_trained(
 def read_run(run: Path) -> Trained:
     path = run / "config.yaml"
     try:
-        model, data = (read_yaml(path)[part]["init_args"] for part in ("model", "data"))
+        model, data = (yaml.safe_load(read_text(path))[part]["init_args"] for part in ("model", "data"))
         loading = {name: model[name] for name in ("quantization", "dtype", "attention")}
         template = data["chat_template"], data.get("chat_template_kwargs")
         trained = Trained(model["base"], run / "adapter", loading, *template)
-    except (KeyError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no config of a run ({error!r}): give a run's folder") from error
     if not all((run / "adapter" / name).is_file() for name in ADAPTER_FILES):
         raise InputError(f"the training of {run} has not ended: continue it with --ckpt_path {run}/checkpoints/…")
