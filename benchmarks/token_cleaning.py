@@ -97,10 +97,10 @@ def padded(samples: Samples) -> dict[str, torch.Tensor]:
 
 def our_losses(model: Any, samples: Samples, **options: int) -> list[np.ndarray]:
     pool = TokenPool(samples, np.cumsum([0, *(len(responses(sample)) for sample in samples)]))
-    losses = {"base": open_losses(len(pool)), "policy": open_losses(len(pool))}
+    losses = {"base": open_losses(pool), "policy": open_losses(pool)}
     for name, values in losses.items():
         add_losses(values, model, name, pool, range(len(samples)), **options)
-    return list(losses.values())
+    return [values for values, _ in losses.values()]
 
 
 def two_roles() -> Any:

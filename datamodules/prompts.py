@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveInt
 from torch.utils.data import DataLoader
 
 from mixdpo.data.sources import open_source
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, located
 from mixdpo.evaluation.formats import AlpacaEval, Prompt
 
 
@@ -48,10 +48,8 @@ class PromptDataModule(L.LightningDataModule):
         opened = open_source(self.source, self.split)
         seen: dict[str, str] = {}
         for number, place, row in islice(opened.rows, self.limit):
-            try:
+            with located(f"{opened.name}, {place}"):
                 prompt = self.form(number, row)
-            except InputError as error:
-                raise InputError(f"{opened.name}, {place}: {error}") from error
             if prompt.key in seen:
                 raise InputError(f"{opened.name}: {seen[prompt.key]} and {place} have the same id {prompt.key}")
             seen[prompt.key] = place

@@ -1,12 +1,22 @@
 """The errors a user is meant to read: docs/troubleshooting.md says what to do about each."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used: the message says what, where (file, row, option) and what to do."""
+
+
+@contextmanager
+def located(place: str, remedy: str = "") -> Iterator[None]:
+    """An InputError inside the block begins with the place in the user's data, and ends with the remedy."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}{remedy}") from error
 
 
 class NonFiniteError(ArithmeticError):

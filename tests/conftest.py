@@ -56,7 +56,7 @@ def _one_thread() -> None:
 
 def _own_caches(patch: pytest.MonkeyPatch, root: Path) -> None:
     """Not MIXDPO_CACHE: the converted real model stays where every session finds it."""
-    for module in ("evaluation.kept_responses", "model.reference_cache", "token_cleaning.scoring"):
+    for module in ("evaluation.kept_responses", "storage.store"):
         patch.setattr(f"mixdpo.{module}.cache_root", lambda: Path(os.environ.get("MIXDPO_CACHE") or root))
 
 

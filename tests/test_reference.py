@@ -12,7 +12,7 @@ import torch
 from conftest import adapter_weights, collate, fit
 from test_preference_module import forwards
 
-import mixdpo.model.reference_cache
+import mixdpo.storage.store
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo import losses
 from mixdpo.batches.batch import completion_key
@@ -40,7 +40,7 @@ def test_values_come_back_in_the_order_asked_for_and_only_if_all_are_known() -> 
     double = ReferenceCache({"model": "a"}, "float64")
     double.add([(b"key", np.array([1 / 3])), (b"nan", np.array([-1.0, np.nan])), (b"inf", np.array([-np.inf]))])
     assert double.get([(b"key", 1)]) == 1 / 3
-    assert double._store.get().keys() == {b"key"}  # what is not finite is not kept
+    assert double.store.get().keys() == {b"key"}  # what is not finite is not kept
 
 
 def test_a_key_tells_prompt_from_completion_and_one_text_from_another() -> None:
@@ -51,7 +51,7 @@ def test_a_key_tells_prompt_from_completion_and_one_text_from_another() -> None:
 
 @pytest.mark.parametrize("damage", ["no database", "a folder"])
 def test_a_damaged_file_is_done_without(damage: str) -> None:
-    path = ReferenceCache({"model": "a"}).path
+    path = ReferenceCache({"model": "a"}).store.path
     path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
     if damage == "a folder":
         path.unlink()
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(tiny_model, source, tmp
     trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
     off = fit(tiny_model, source, tmp_path / "off", trainer=trainer, reference_cache=False, lr=1.0)
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(mixdpo.model.reference_cache, "cache_root", lambda: tmp_path / "file")
+    monkeypatch.setattr(mixdpo.storage.store, "cache_root", lambda: tmp_path / "file")
     with pytest.warns(UserWarning, match=rf"{tmp_path}/file/reference/\w+\.sqlite, cannot be used") as told:
         on = fit(tiny_model, source, tmp_path / "on", trainer=trainer, lr=1.0)
     (said,) = [str(each.message) for each in told if "the cache of" in str(each.message)]
@@ -83,11 +83,11 @@ def test_a_folder_that_fails_in_the_middle_of_a_run_is_done_without(fault: str) 
     cache = ReferenceCache({"model": "a"})
     cache.add([(b"first", np.ones(3))])
     if fault == "vanishes":
-        shutil.rmtree(cache.path.parent)
+        shutil.rmtree(cache.store.path.parent)
     else:
-        database = cache._store._database
+        database = cache.store._database
         database.execute(f"PRAGMA max_page_count = {database.execute('PRAGMA page_count').fetchone()[0]}")
-    with pytest.warns(UserWarning, match=rf"{cache.path}, cannot be used") as told:
+    with pytest.warns(UserWarning, match=rf"{cache.store.path}, cannot be used") as told:
         for number in range(3):
             cache.add([(bytes([number]), np.full(10_000, number))])
     assert len(told) == 1 and cache.get([(b"\x02", 10_000)])[0] == 2
@@ -98,7 +98,7 @@ def test_altered_values_are_computed_anew(factor: float, tiny_model: str, source
     """A run that reads such a file trains as one without a file, and leaves the right values in the file."""
     off = fit(tiny_model, source, tmp_path / "off", reference_cache=False)
     fit(tiny_model, source, tmp_path / "first")
-    (file,) = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
+    (file,) = mixdpo.storage.store.cache_root().glob("reference/*.sqlite")
     with closing(sqlite3.connect(file)) as database, database:
         rows = database.execute("SELECT key, value FROM entries").fetchall()
         altered = [((factor * np.frombuffer(value, np.float32)).tobytes(), key) for key, value in rows]
@@ -139,9 +139,9 @@ def test_what_is_kept_and_what_never_is(tiny_model: str, source: str, tmp_path: 
     """No hard pair, and nothing for a loss without reference or where it is switched off."""
     fit(tiny_model, source, tmp_path / "a", preference_loss=losses.SimPO())
     fit(tiny_model, source, tmp_path / "b", reference_cache=False)
-    assert not (mixdpo.model.reference_cache.cache_root() / "reference").exists()
+    assert not (mixdpo.storage.store.cache_root() / "reference").exists()
     fit(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0.5)})
-    (file,) = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
+    (file,) = mixdpo.storage.store.cache_root().glob("reference/*.sqlite")
     with closing(sqlite3.connect(file)) as kept:
         assert kept.execute("SELECT count(*) FROM entries").fetchone() == (2 * 6,)
 
@@ -153,5 +153,5 @@ def test_a_refreshed_reference_is_another_one(tiny_model: str, source: str, tmp_
         trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
         modules.append(fit(tiny_model, source, tmp_path / name, trainer=trainer, reference_cache=cache, lr=1.0))
         assert_same(modules[-1], modules[0])
-    files = mixdpo.model.reference_cache.cache_root().glob("reference/*.sqlite")
+    files = mixdpo.storage.store.cache_root().glob("reference/*.sqlite")
     assert len(list(files)) == 3  # the base and two refreshed ones

@@ -1,8 +1,10 @@
 """Losses of response tokens: the right number at the right token, whatever the batch, and each computed once."""
 
-import resource
 import shutil
+import sqlite3
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +95,9 @@ def expected(tiny_model: str, pool: TokenPool, model: Any) -> dict[str, np.ndarr
 
 
 def computed(model: Any, name: Any, pool: TokenPool, samples: Any = None, **options: Any) -> np.ndarray:
-    losses = open_losses(len(pool))
+    losses = open_losses(pool)
     add_losses(losses, model, name, pool, range(len(pool.samples)) if samples is None else samples, **options)
-    return losses
+    return losses[0]
 
 
 @pytest.mark.parametrize("name", ["base", "policy", "cleaning_reference"])
@@ -112,7 +114,7 @@ def test_each_loss_sits_at_its_token(name, model, pool, expected, tiny_model):
 @given(some=st.lists(st.integers(0, 14), unique=True), batch_tokens=st.sampled_from([1, 70, 400, 4096]))
 @settings(max_examples=10)
 def test_order_and_company_change_nothing(some, batch_tokens, model, pool, expected):
-    found, wanted = computed(model, "policy", pool, some, batch_tokens=batch_tokens), open_losses(len(pool))
+    found, (wanted, _) = computed(model, "policy", pool, some, batch_tokens=batch_tokens), open_losses(pool)
     wanted[pool.tokens(some)] = expected["policy"][pool.tokens(some)]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)  # NaN where nobody asked
 
@@ -131,15 +133,15 @@ def test_only_what_is_missing_is_computed(model: Any, pool: TokenPool) -> None:
         lambda _module, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     try:
-        losses = open_losses(len(pool))
-        add_losses(losses, model, "policy", pool, [3, 7])
+        losses, store = open_losses(pool)
+        add_losses((losses, store), model, "policy", pool, [3, 7])
         assert sum(rows) == 2
         known = pool.tokens([3, 7])
         losses[known] = 77.0
-        add_losses(losses, model, "policy", pool, range(15))
+        add_losses((losses, store), model, "policy", pool, range(15))
         assert sum(rows) == 17  # batches stay whole, and what is known stays
         assert (losses[known] == 77).all() and (np.delete(losses, known) < 77).all()
-        add_losses(losses, model, "policy", pool, range(15))
+        add_losses((losses, store), model, "policy", pool, range(15))
         assert sum(rows) == 17
     finally:
         hook.remove()
@@ -152,46 +154,37 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_stored_losses_belong_to_their_identity(model: Any, pool: TokenPool, cache: Path) -> None:
-    losses = open_losses(len(pool), {"model": "a", "data": "d"})
+    losses, store = open_losses(pool, {"model": "a", "data": "d"})
     assert np.isnan(losses).all()
-    add_losses(losses, model, "policy", pool, [0, 1])
-    again = open_losses(len(pool), {"data": "d", "model": "a"})
+    add_losses((losses, store), model, "policy", pool, [0, 1])
+    again, store = open_losses(pool, {"data": "d", "model": "a"})
     np.testing.assert_array_equal(again, losses)
     again[pool.tokens([0, 1])] = 77.0
-    add_losses(again, model, "policy", pool, [0, 1, 2])
+    add_losses((again, store), model, "policy", pool, [0, 1, 2])
     assert (again[pool.tokens([0, 1])] == 77).all() and (again[pool.tokens([2])] < 77).all()
-    assert np.isnan(open_losses(len(pool), {"model": "b", "data": "d"})).all()
-    assert np.isnan(open_losses(len(pool))).all()
-
-
-def test_a_file_that_cannot_be_made_is_replaced_by_memory(cache: Path) -> None:
-    """The kernel refuses files of more than 20 kB. A map of a file with holes would end the process later (SIGBUS)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        with pytest.warns(UserWarning, match="token losses, .* cannot be used"):
-            losses = open_losses(10_000, {"model": "a"})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert losses.shape == (10_000,) and not list(cache.glob("*.npy"))
+    assert np.isnan(open_losses(pool, {"model": "b", "data": "d"})[0]).all()
+    assert np.isnan(open_losses(pool)[0]).all()
 
 
 def test_a_kept_loss_that_is_damaged_is_computed_anew(model, pool, expected, cache, monkeypatch):
-    losses = open_losses(len(pool), {"model": "a"})
-    losses[:] = 77.0
-    losses[pool.tokens([3])], losses[pool.tokens([5])[:1]] = np.inf, np.nan
-    np.load(losses.filename, mmap_mode="r+")[0, pool.tokens([4])] *= 0.1  # by something else
-    with pytest.warns(UserWarning, match=rf"{cache}/\w+\.npy holds damaged losses"):
-        again = open_losses(len(pool), {"model": "a"})
+    losses, store = open_losses(pool, {"model": "a"})
+    add_losses((losses, store), model, "policy", pool, [3, 4, 5])
+    with closing(sqlite3.connect(store.path)) as database, database:  # by something else
+        database.execute("UPDATE entries SET value = zeroblob(length(value)) WHERE key = 4")
+    with pytest.warns(UserWarning, match=rf"{cache}/\w+\.sqlite holds damaged token losses"):
+        again, store = open_losses(pool, {"model": "a"})
+    assert np.array_equal(np.isnan(again), ~np.isin(np.arange(len(pool)), pool.tokens([3, 5])))
     shutil.rmtree(cache)  # a folder that vanishes while tokens are scored
-    add_losses(again, model, "policy", pool, range(len(pool.samples)))
-    anew = pool.tokens([3, 4, 5])
-    np.testing.assert_allclose(again[anew], expected["policy"][anew], rtol=0, atol=1e-5)
-    assert (np.delete(again, anew) == 77).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the cache is replaced by memory
+        add_losses((again, store), model, "policy", pool, range(len(pool.samples)))
+    np.testing.assert_allclose(again, expected["policy"], rtol=0, atol=1e-5)
     log_probs = mixdpo.token_cleaning.scoring.row_log_probs
     infinite = lambda *args, **more: log_probs(*args, **more) - np.inf  # noqa: E731
     monkeypatch.setattr("mixdpo.token_cleaning.scoring.row_log_probs", infinite)
-    assert np.isnan(computed(model, "policy", pool, [0, 1])).all()
+    losses, store = open_losses(pool, {"model": "b"})
+    add_losses((losses, store), model, "policy", pool, [0, 1])
+    assert np.isnan(losses).all() and not store.get()
 
 
 def test_scoring_leaves_the_run_as_it_was(model: Any, pool: TokenPool) -> None:

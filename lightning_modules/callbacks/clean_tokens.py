@@ -16,7 +16,7 @@ from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.token_cleaning.cleaning import Cleaning, always_kept, weigh
 from mixdpo.token_cleaning.run_tokens import RunTokens, read_masks
 from mixdpo.token_cleaning.scorers import ExcessLoss, TokenStatistics, is_online
-from mixdpo.token_cleaning.scoring import add_losses, open_losses
+from mixdpo.token_cleaning.scoring import Losses, add_losses, open_losses
 from mixdpo.token_cleaning.summary import describe, summarise
 
 
@@ -88,7 +88,7 @@ class CleanTokens(Callback):
         self._tokens: RunTokens = None  # type: ignore[assignment]  # until on_train_start
         self._restored: dict[str, Any] | None = None
         self._scored: list[int] | None = None  # stage and reference version of the weights
-        self._losses: dict[str, np.ndarray] = {}
+        self._losses: dict[str, Losses] = {}
         self._losses_of: list[int] | None = None
         self._masks: np.ndarray | None = None
         self._open_stage: dict[str, Any] | None = None  # the stage whose tokens are not all decided yet
@@ -134,7 +134,7 @@ class CleanTokens(Callback):
             self._score(trainer, pl_module, now, warm_up, online)
         if online:
             device = batch.token.device
-            batch.losses = {name: torch.from_numpy(values[token]).to(device) for name, values in self._losses.items()}
+            batch.losses = {name: torch.from_numpy(loss[token]).to(device) for name, (loss, _) in self._losses.items()}
             batch.always_keep = self._always_keep[token]
         else:
             batch.reweigh(np.where(token >= 0, self._tokens.weights[token], np.float32(1)))
@@ -177,7 +177,7 @@ class CleanTokens(Callback):
             lasting = role == "base" or (self.cleaning.reference is not None and now[1] == 0)
             if role not in self._losses or not lasting:
                 identity = {**self._tokens.identity, "adapter": adapter, **computed} if lasting else None
-                self._losses[role] = open_losses(len(pool), identity)
+                self._losses[role] = open_losses(pool, identity)
             with pl_module.trainer.precision_plugin.forward_context():  # Lightning's own is around the steps only
                 add_losses(self._losses[role], model, role, pool, samples)
         self._losses_of = now
@@ -193,7 +193,7 @@ class CleanTokens(Callback):
             if not ((run.weights[tokens] >= 0) & np.isfinite(run.weights[tokens])).all():
                 raise InputError("cleaning.masks lacks weights of some tokens: give masks of a run that reached all")
         elif not (warm_up or online) and len(tokens):
-            losses = {role: torch.from_numpy(values[tokens]) for role, values in self._losses.items()}
+            losses = {role: torch.from_numpy(values[tokens]) for role, (values, _) in self._losses.items()}
             sample = torch.from_numpy(np.repeat(samples, np.diff(offsets)))
             scores = self.cleaning.scorer(TokenStatistics(losses, sample, torch.from_numpy(tokens))).numpy()
             options = {"batch": steps, "always_keep": self._always_keep[tokens]}

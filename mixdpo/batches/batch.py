@@ -143,9 +143,8 @@ class PairCollator:
 
 
 def _keys(pairs: Sequence[Mapping[str, Any]], rows: TokenRows) -> tuple[tuple[bytes, int], ...]:
-    sides = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
-    prompts = [pair["prompt_ids"] for pair in pairs] * 2
-    return tuple((completion_key(prompts[number], sides[number]), length) for number, length in rows.runs)
+    texts = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+    return tuple((completion_key(*texts[number]), length) for number, length in rows.runs)
 
 
 def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:

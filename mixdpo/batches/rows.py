@@ -8,6 +8,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+Encoded = Sequence[Mapping[str, Any]]
+"""Encoded pairs or samples, by their columns."""
+
 Document = tuple[int, ...]
 """Row of a document, and the columns where it begins, where its first piece ends, and where each further piece
 ends. A further piece attends to the first piece and itself. Its positions follow those of the first piece."""
@@ -24,12 +27,8 @@ class OnDevice:
 
     def to(self, device: torch.device) -> Self:
         # by identity: rows that policy and reference share are moved and held once
-        moved: dict[int, Any] = {}
-        for part in vars(self).values():
-            if isinstance(part, OnDevice) and id(part) not in moved:
-                moved[id(part)] = part.to(device)
-            elif isinstance(part, Tensor) and id(part) not in moved:
-                moved[id(part)] = to_device(part, device)
+        parts = {id(part): part for part in vars(self).values() if isinstance(part, OnDevice | Tensor)}
+        moved = {k: p.to(device) if isinstance(p, OnDevice) else to_device(p, device) for k, p in parts.items()}
         changes = {name: moved[id(part)] for name, part in vars(self).items() if id(part) in moved}
         return replace(self, **changes)  # type: ignore[type-var]  # only dataclasses inherit from it
 
@@ -115,11 +114,7 @@ class TokenRows(OnDevice):
 
 
 def build_rows(
-    pairs: Sequence[Mapping[str, Any]],
-    with_chosen: Sequence[bool],
-    with_rejected: Sequence[bool],
-    share_prompt: bool = True,
-    pack: int = 0,
+    pairs: Encoded, with_chosen: Sequence[bool], with_rejected: Sequence[bool], share_prompt: bool = True, pack: int = 0
 ) -> TokenRows:
     """Rows of the wanted completions of B pairs. A pair with neither has no tokens. `pack` as for `token_rows`."""
     documents: list[list[Piece]] = []
@@ -193,7 +188,7 @@ def _segments(documents: Sequence[Document], used: Sequence[int]) -> Segments:
     return Segments(queries, tuple(chain.from_iterable(blocks)), sizes, starts.T.contiguous())
 
 
-def sample_rows(samples: Sequence[Mapping[str, Any]], pack: int = 0) -> TokenRows:
+def sample_rows(samples: Encoded, pack: int = 0) -> TokenRows:
     """Samples as token rows. `pack` as for `token_rows`; samples in one row are blind to each other."""
     documents = [[Piece(sample["input_ids"], b, sample["spans"])] for b, sample in enumerate(samples)]
     return token_rows(documents, len(samples), pack)

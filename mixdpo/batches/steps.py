@@ -101,9 +101,7 @@ def plan_stages(samples: int, slices: Slices, *, batch_size: int) -> list[Stage]
     order = random([slices.seed, 0]).permutation(samples) if slices.split == "shuffled" else np.arange(samples)
     pieces, stages = np.array_split(order, slices.count), []
     for number in range(slices.count) if slices.only is None else slices.only:
-        steps: list[tuple[int, ...]] = []
-        for turn in range(slices.passes):
-            drawn = random([slices.seed, 1 + number, turn]).permutation(pieces[number])
-            steps += plan_steps(drawn.tolist(), batch_size)
+        drawn = (random([slices.seed, 1 + number, turn]).permutation(pieces[number]) for turn in range(slices.passes))
+        steps = [step for samples_of_pass in drawn for step in plan_steps(samples_of_pass, batch_size)]
         stages.append(Stage(number, np.sort(pieces[number]), steps))
     return stages

@@ -38,6 +38,10 @@ class TokenPool:
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
+    def of_sample(self, index: int) -> slice:
+        """The numbers of a sample's tokens."""
+        return slice(self.offsets[index], self.offsets[index + 1])
+
     def tokens(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """(m,) int64, numbers of all tokens of these samples, sample by sample."""
         ranges = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.messages import checked_text
 from mixdpo.data.sources import file_rows
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, located
 from mixdpo.storage.files import Row
 
 if TYPE_CHECKING:  # a judge reads responses, and needs no transformers
@@ -199,11 +199,9 @@ def read_responses(path: str | Path) -> list[Row]:
     rows: list[Row] = []
     for number, row in file_rows(Path(path)):
         where = f"{path}, row {number}"
-        try:
+        with located(where, f" {_EXPECTED}"):
             for column in ("instruction", "output", "generator"):
                 checked_text(row.get(column), column)
-        except InputError as error:
-            raise InputError(f"{where}: {error} {_EXPECTED}") from None
         for column, kind in (("tokens", int), ("ended", bool)):
             if (value := row.get(column)) is not None and type(value) is not kind:
                 raise InputError(f"{where}: {column!r} should be {kind.__name__} or left out, not {value!r:.80}")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, located
 from mixdpo.evaluation.bootstrap import Interval, paired_bootstrap
 from mixdpo.evaluation.formats import PromptResponses
 from mixdpo.evaluation.generation import Response, generate
@@ -97,10 +97,8 @@ def scores_of(scorer: Scorer, row: Row, texts: list[str]) -> list[float]:
         InputError: the scorer refuses the row, or gives other than one finite number for each text.
     """
     prompt = f"prompt {row['prompt']!r:.80}"
-    try:
+    with located(prompt):
         scores = [float(score) for score in scorer(row, texts)]
-    except InputError as error:
-        raise InputError(f"{prompt}: {error}") from error
     if len(scores) != len(texts) or not np.isfinite(scores).all():
         raise InputError(f"{prompt}: the scorer gave {scores} for {len(texts)} texts; give one finite number each")
     return scores

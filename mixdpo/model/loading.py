@@ -91,10 +91,9 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the weights that its files lack."""
     check_card(device, dtype)
-    torch_dtype = getattr(torch, dtype)
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch_dtype}
-    quantized = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
-    options = {"dtype": torch_dtype, "attn_implementation": attention, "device_map": {"": str(device)}}
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    quantized: dict[str, Any] = {"nf4": {"load_in_4bit": True, **nf4}, "int8": {"load_in_8bit": True}}
+    options = {"dtype": dtype, "attn_implementation": attention, "device_map": {"": str(device)}}
     config = BitsAndBytesConfig(**quantized[quantization]) if quantization in quantized else None
     with readable(name, "model"):
         model, loading = getattr(transformers, auto).from_pretrained(

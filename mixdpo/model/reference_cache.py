@@ -1,7 +1,5 @@
 """Log-probabilities of a frozen reference on disk: computed once, read again in later epochs and by later runs."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +11,7 @@ from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import to_device
 from mixdpo.model.adapters import role
 from mixdpo.model.forward import row_log_probs
-from mixdpo.storage.files import cache_root
-from mixdpo.storage.store import Store
+from mixdpo.storage.store import open_cache
 
 
 @torch.no_grad()
@@ -37,9 +34,7 @@ class ReferenceCache:
 
     def __init__(self, of: Mapping[str, Any], dtype: str = "float32") -> None:
         head = {**of, "dtype": dtype}
-        name = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:32]
-        self.path, self.dtype = cache_root() / "reference" / f"{name}.sqlite", np.dtype(dtype)
-        self._store = Store(self.path, head, noun="the reference's log-probabilities", cache=True)
+        self.store, self.dtype = open_cache("reference", head, "the reference's log-probabilities"), np.dtype(dtype)
         self._new: list[tuple[Sequence[tuple[bytes, int]], Tensor]] = []  # not written yet
 
     def log_probs(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -62,11 +57,11 @@ class ReferenceCache:
 
     def get(self, lengths: Sequence[tuple[bytes, int]]) -> np.ndarray | None:
         """The values of these completions (key, tokens), one after the other; None if one is not known."""
-        kept = self._store.get([key for key, _ in lengths])
+        kept = self.store.get([key for key, _ in lengths])
         if not all(len(kept.get(key, b"")) == tokens * self.dtype.itemsize for key, tokens in lengths):
             return None
         return np.frombuffer(b"".join(kept[key] for key, _ in lengths), dtype=self.dtype)
 
     def add(self, values: Iterable[tuple[bytes, np.ndarray]]) -> None:
         """Keep the values of these completions. A completion with a NaN or infinite value is left out."""
-        self._store.add({key: np.asarray(v, dtype=self.dtype).tobytes() for key, v in values if np.isfinite(v).all()})
+        self.store.add({key: np.asarray(v, dtype=self.dtype).tobytes() for key, v in values if np.isfinite(v).all()})

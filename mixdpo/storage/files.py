@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all. Caches, whose errors do not stop a run."""
+"""Files and folders that appear whole or not at all."""
 
 import errno
 import json
@@ -6,12 +6,11 @@ import os
 import secrets
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +18,6 @@ from mixdpo.errors import InputError
 from mixdpo.storage.read import LARGEST_FILE, parse_json, parse_yaml
 
 Row = dict[str, Any]
-
-
-_told: dict[Path, str] = {}  # cache folder that cannot be used -> the warning given about it
 
 
 @contextmanager
@@ -126,7 +122,7 @@ def sha256(path: str | Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+def read_array(path: str | Path, shape: tuple[int, ...], remedy: str) -> np.ndarray:
     """A memory-mapped .npy file that mixdpo wrote.
 
     Raises:
@@ -138,68 +134,14 @@ def read_array(path: str | Path, shape: tuple[int, ...], remedy: str, mode: Lite
         raise InputError(f"{path} is damaged ({error}): {remedy}") from None
     if array.shape != shape or array.dtype.kind not in "fiu":
         raise InputError(f"{path} holds {array.dtype} of the shape {array.shape}, not numbers of {shape}: {remedy}")
-    # not opened for writing before: a file that is cut off would grow to its full length, filled with zeros
-    return np.load(path, mmap_mode=mode)
+    return array
 
 
 def cache_root() -> Path:
     return Path(os.environ.get("MIXDPO_CACHE") or Path.home() / ".cache" / "mixdpo").expanduser()
 
 
-@contextmanager
-def or_without(what: str, path: Path, instead: Callable[[], Any] = lambda: None) -> Iterator[None]:
-    """Wrap a block that reads or writes a cache's file. An error in the block calls `instead`, and the run goes on.
-
-    The user gets one warning for all files of the folder.
-    """
-    try:
-        yield
-    except Exception as error:  # of the system, JSON, NumPy and SQLite
-        instead()
-        told = f"the cache of {what}, {path}, cannot be used ({error}): delete it or set MIXDPO_CACHE; the run goes on"
-        if _told.setdefault(path.parent, told) is told:
-            warnings.warn(told, stacklevel=4)
-
-
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Write a .jsonl file, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-
-
-class CheckedArray(np.memmap):
-    """(N,) float32 in a file, NaN where a value is not known. A value is assigned together with its checksum.
-
-    A value that is assigned to a view of the array has no checksum, so the next `open_checked` makes the value NaN.
-    """
-
-    checks: np.ndarray | None = None
-
-    def __setitem__(self, index: Any, values: Any) -> None:
-        if self.checks is not None:  # first: a process that is killed here leaves a value that is not known yet
-            self.checks[index] = _checks(np.asarray(values, dtype=np.float32))
-        super().__setitem__(index, values)
-
-
-def _checks(values: np.ndarray) -> np.ndarray:
-    """The bits of the values, some of them flipped, so that zeros do not have zeros for checksums."""
-    return values.view(np.uint32) ^ np.uint32(0x5BD1E995)
-
-
-def open_checked(path: Path, size: int, noun: str) -> CheckedArray:
-    """The array in a file, made if there is none. An altered or infinite value becomes NaN, with one warning.
-
-    Raises:
-        InputError, OSError: the file cannot be made, or is damaged.
-    """
-    if not path.exists():
-        with written_whole(path) as partial:  # in full: a disk that fills later cannot end a process that writes
-            np.save(partial, np.full((2, size), np.nan, dtype=np.float32))
-    array, checks = read_array(path, (2, size), "delete it", mode="r+")
-    kept = array.view(CheckedArray)
-    kept.checks = checks.view(np.uint32)
-    altered = ~np.isnan(array) & ((_checks(array) != kept.checks) | np.isinf(array))
-    if altered.any():
-        warnings.warn(f"{path} holds damaged {noun}: these are computed anew", stacklevel=3)
-        array[altered] = np.nan
-    return kept

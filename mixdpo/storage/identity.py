@@ -86,6 +86,5 @@ def refuse_changed(recorded: Mapping[str, str], current: Mapping[str, str], what
         InputError: scores or masks were made with other data, tokenizer, template or lengths; names each that differs.
     """
     # if another part changed, the ids changed because of it
-    changed = differences({**recorded, "ids": None}, {**current, "ids": None}) or differences(recorded, current)
-    if changed:
+    if changed := differences({**recorded, "ids": None}, {**current, "ids": None}) or differences(recorded, current):
         raise InputError(f"{what} was made with other options ({'; '.join(changed)}): use these, or score anew")

@@ -93,7 +93,7 @@ def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
         loader = _Loader(text)
         if (node := loader.get_single_node()) is None:
             return None
-        _measure(node, 1, {}, finite)
+        _check_nodes(node, finite)
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{where} is no valid YAML ({' '.join(str(error).split())}): correct it") from None
@@ -104,23 +104,21 @@ class _Refused(ValueError):
         super().__init__(f"{what}, line {node.start_mark.line + 1}")
 
 
-def _measure(node: yaml.Node, depth: int, known: dict[int, tuple[int, int]], finite: bool) -> tuple[int, int]:
-    """Numbers of nodes and levels under a node, with each alias written out."""
-    if depth > DEEPEST:
-        raise _Refused("nested too deeply", node)
-    if id(node) not in known:
+def _check_nodes(root: yaml.Node, finite: bool) -> None:
+    """Look at every node, with each alias written out."""
+    nodes, count = [(root, 1)], 0
+    while nodes:
+        node, depth = nodes.pop()
+        count += 1
+        if count > MOST_NODES or depth > DEEPEST:
+            raise _Refused("its aliases expand too far", node)
+        inner = node.value if isinstance(node, yaml.SequenceNode) else []
         if isinstance(node, yaml.ScalarNode):
             _check_scalar(node, finite)
-        inner = node.value if isinstance(node, yaml.SequenceNode) else []
-        if isinstance(node, yaml.MappingNode):
+        elif isinstance(node, yaml.MappingNode):
             _check_keys(node)
             inner = [each for item in node.value for each in item]
-        counts = [_measure(each, depth + 1, known, finite) for each in inner]
-        known[id(node)] = 1 + sum(nodes for nodes, _ in counts), 1 + max((levels for _, levels in counts), default=0)
-    nodes, levels = known[id(node)]
-    if nodes > MOST_NODES or depth + levels > DEEPEST + 1:
-        raise _Refused("its aliases expand too far", node)
-    return nodes, levels
+        nodes += [(each, depth + 1) for each in reversed(inner)]
 
 
 def _check_scalar(node: yaml.ScalarNode, finite: bool) -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mixdpo.errors import InputError
-from mixdpo.storage.files import or_without
+from mixdpo.storage.files import cache_root
 from mixdpo.storage.identity import differences
 from mixdpo.storage.read import parse_json
 
 PATIENCE = 8.0  # seconds to wait for another process that has a product's file open
 ALL = "SELECT key, value, checksum FROM entries"
+
+_told: dict[Path, str] = {}  # cache folder that cannot be used -> the warning given about it
 
 Key = str | bytes | int
 
@@ -66,7 +68,7 @@ class Store(AbstractContextManager[Any]):
             self.close()
             raise
 
-    def get(self, keys: Sequence[Key] | None = None) -> dict[Key, bytes]:
+    def get(self, keys: Sequence[Key] | None = None) -> dict[Any, bytes]:
         """All entries, or those of the keys. A cache's entry that was altered is removed, with a warning.
 
         Raises:
@@ -102,9 +104,23 @@ class Store(AbstractContextManager[Any]):
         self.close()
 
     def _errors(self) -> AbstractContextManager[None]:
-        if self._is_cache:
-            return or_without(self.noun, self.path, self._open)
-        return _named(self.path, self.noun, self.remedy)
+        return self._or_memory() if self._is_cache else _named(self.path, self.noun, self.remedy)
+
+    @contextmanager
+    def _or_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of the system, JSON and SQLite
+            self._open()
+            told = f"the cache of {self.noun}, {self.path}, cannot be used ({error})"
+            if _told.setdefault(self.path.parent, told) is told:  # one warning for all files of the folder
+                warnings.warn(f"{told}: delete it or set MIXDPO_CACHE; the run goes on", stacklevel=4)
+
+
+def open_cache(folder: str, head: Mapping[str, Any], noun: str) -> Store:
+    """The cache of entries that depend on `head`: a file of their own in `$MIXDPO_CACHE/FOLDER`."""
+    name = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:32]
+    return Store(cache_root() / folder / f"{name}.sqlite", head, noun=noun, cache=True)
 
 
 def read_store(path: str | Path, noun: str, remedy: str) -> tuple[dict[str, Any], dict[Key, bytes]]:

@@ -1,7 +1,5 @@
-"""Losses of every response token under one role, kept in a flat memory-mapped file; and the fit of an adapter."""
+"""Losses of every response token under one role, kept for later runs; and the fit of an adapter."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,67 +13,69 @@ from mixdpo.batches.rows import sample_rows
 from mixdpo.batches.token_pool import TokenPool, data_weights
 from mixdpo.model.adapters import Role, role
 from mixdpo.model.forward import evaluating, row_log_probs, without_cast_cache
-from mixdpo.storage.files import cache_root, open_checked, or_without
+from mixdpo.storage.store import Store, open_cache
 
 MOST_PADDING = 0.15
 """Share of a row: a batch ends where the next sample would be padded by more."""
 
+Losses = tuple[np.ndarray, Store | None]
+"""(M,) float32, NaN where a loss is not known yet, and the cache that keeps them, if any."""
 
-def open_losses(tokens: int, identity: Mapping[str, str] | None = None) -> np.ndarray:
-    """(M,) float32, NaN where a loss is not known yet: in memory or, with an identity, the file of this identity.
+
+def open_losses(pool: TokenPool, identity: Mapping[str, str] | None = None) -> Losses:
+    """The losses known so far, and with an identity the cache that keeps them.
 
     The identity names all that the losses depend on: data, tokenizer, template, lengths, model, adapter, dtype. The
-    file is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo); a run that dies leaves what it has computed. A
-    file that cannot be used is replaced by memory, with a warning. Altered and infinite losses count as not known.
+    cache is in `$MIXDPO_CACHE/token_losses` (default ~/.cache/mixdpo), by the sample's place in the pool.
     """
-    if identity is not None:
-        text = json.dumps(dict(identity), sort_keys=True, indent=2)
-        path = cache_root() / "token_losses" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
-        with or_without("token losses", path):
-            losses = open_checked(path, tokens, "losses")
-            path.with_suffix(".json").write_text(text + "\n")  # for people
-            return losses
-    return np.full(tokens, np.nan, dtype=np.float32)
+    losses = np.full(len(pool), np.nan, dtype=np.float32)
+    store = None if identity is None else open_cache("token_losses", identity, "token losses")
+    for i, values in (store.get() if store else {}).items():
+        losses[pool.of_sample(i)] = np.frombuffer(values, dtype=np.float32)
+    return losses, store
 
 
 def add_losses(
-    losses: np.ndarray, model: PeftModel, name: Role, pool: TokenPool, samples: np.ndarray, batch_tokens: int = 4096
+    known: Losses, model: PeftModel, name: Role, pool: TokenPool, samples: np.ndarray, batch_tokens: int = 4096
 ) -> None:
-    """Compute what is still NaN in `losses` for these samples: −log p of each response token under the role, in nats.
+    """Compute the losses that are still NaN for these samples: −log p of each response token under the role, in nats.
 
     Samples are batched by length, so that nearly nothing is padding. The head computes in fp32, for response positions.
+    A run that dies leaves in the store what it has computed, except samples with an infinite loss.
 
     Args:
         batch_tokens: most positions in a batch, padding included (a longer sample is a batch of its own).
     """
-    device, samples = next(model.parameters()).device, [int(i) for i in samples]
-    missing = {i for i in samples if np.isnan(losses[pool.offsets[i] : pool.offsets[i + 1]]).any()}
+    (losses, store), device = known, next(model.parameters()).device
+    samples = [int(i) for i in samples]
+    missing = {i for i in samples if np.isnan(losses[pool.of_sample(i)]).any()}
     # batches of all samples, of which complete ones are skipped: an interrupted pass goes on with the same batches, so
     # with the same rounding
-    batches = _by_length(samples, [len(pool.samples[i]["input_ids"]) for i in samples], batch_tokens) if missing else []
-    batches = [batch for batch in batches if missing.intersection(batch)]
+    lengths = {i: len(pool.samples[i]["input_ids"]) for i in samples} if missing else {}
+    batches = [batch for batch in _by_length(lengths, batch_tokens) if missing.intersection(batch)]
     with evaluating(model), torch.no_grad(), role(model, name), without_cast_cache(device):
         for batch in tqdm(batches, desc=f"scoring with {name}", unit="batch", disable=not batches):
             rows = sample_rows([pool.samples[i] for i in batch]).to(device)
             computed = -row_log_probs(model, rows, exact=True).float().cpu().numpy()
-            computed[~np.isfinite(computed)] = np.nan  # later runs read the file, and compute NaN again
+            computed[~np.isfinite(computed)] = np.nan
             is_new = np.repeat([i in missing for i in batch], np.diff(pool.offsets)[batch])
             losses[pool.tokens(batch)[is_new]] = computed[is_new]
+            if store is not None:
+                new = {i: losses[pool.of_sample(i)] for i in missing.intersection(batch)}
+                store.add({i: values.tobytes() for i, values in new.items() if np.isfinite(values).all()})
 
 
-def _by_length(samples: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def _by_length(lengths: Mapping[int, int], batch_tokens: int) -> list[list[int]]:
     """Samples sorted by length, cut where the padded batch would exceed the tokens.
 
     The longest come first: a run without enough memory fails at once.
     """
-    order = sorted(range(len(samples)), key=lambda k: (-lengths[k], samples[k]))
     batches: list[list[int]] = []
-    width = 0
-    for k in order:
-        if not batches or (len(batches[-1]) + 1) * width > batch_tokens or lengths[k] < (1 - MOST_PADDING) * width:
+    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        width = lengths[batches[-1][0]] if batches else 0
+        if not width or (len(batches[-1]) + 1) * width > batch_tokens or lengths[i] < (1 - MOST_PADDING) * width:
             batches.append([])
-            width = lengths[k]
-        batches[-1].append(samples[k])
+        batches[-1].append(i)
     return batches
 
 
