@@ -232,8 +232,8 @@ class PlannedDataModule(L.LightningDataModule):
         return StepPlan.of_epochs([self.epoch_plan(epoch) for epoch in range(-(-total // len(self.epoch)))], total)
 
     def _steps_of_run(self, max_steps: int) -> int:
-        max_epochs = -1 if self.trainer.max_epochs is None else self.trainer.max_epochs
-        total = min((steps for steps in (max_steps, len(self.epoch) * max_epochs) if steps >= 0), default=0)
+        of_epochs = len(self.epoch) * self.trainer.max_epochs  # negative without a limit, as max_steps
+        total = min((steps for steps in (max_steps, of_epochs) if steps >= 0), default=0)
         if not total:
             raise InputError("a schedule needs a last step: give trainer.max_epochs or trainer.max_steps, above 0")
         return total

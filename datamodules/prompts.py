@@ -52,9 +52,8 @@ class PromptDataModule(L.LightningDataModule):
                 prompt = self.form(number, row)
             except InputError as error:
                 raise InputError(f"{opened.name}, {place}: {error}") from error
-            if prompt.key in seen:
-                raise InputError(f"{opened.name}: {seen[prompt.key]} and {place} have the same id {prompt.key}")
-            seen[prompt.key] = place
+            if (first := seen.setdefault(prompt.key, place)) != place:
+                raise InputError(f"{opened.name}: {first} and {place} have the same id {prompt.key}")
             self.prompts.append(prompt)
         if not self.prompts:
             raise InputError(f"{opened.name} holds no prompt: give a file with prompts")

@@ -125,9 +125,7 @@ class PreferenceModule(AdapterModule):
         self.val_means.update(by_difficulty(values, batch))
 
     def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
-        """Keep the values that the step's row, non_finite.json and the kept weight are made of."""
         losses, preference, sft_losses = routed
-        self.row_losses = losses.detach()
         weight, easy, hard = batch.weight, batch.weight[batch.preference], batch.weight[batch.sft]
         values = {"train/loss": (losses, weight), "train/hard_fraction": (batch.is_hard.float(), weight)}
         values |= {"train/preference_loss": (preference, easy), "train/sft_loss": (sft_losses, hard)}
@@ -139,9 +137,7 @@ class PreferenceModule(AdapterModule):
             both = torch.cat([batch.preference, batch.preference + len(batch)])
             compared = policy[both], None if reference is None else reference[both]
             values |= {name: (value, easy) for name, value in pair_values(*compared, self.preference_loss).items()}
-        self.train_means.update(values)
-        if self.cleaning is not None:
-            self.add_kept_weight(batch)
+        self.record(batch, losses.detach(), values)
 
     # The reference's log-probabilities on disk.
 
@@ -151,8 +147,9 @@ class PreferenceModule(AdapterModule):
             computed = [*self.loading.values(), *self.fused_layers, str(self.trainer.precision), self.device.type]
             adapter = adapter_fingerprint(self.model, "reference")
             identity = {"weights": self.base_weights(), "adapter": adapter, "computed": computed}
-            dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
-            self._kept_log_probs = ReferenceCache(identity, dtype)
+            self._kept_log_probs = ReferenceCache(
+                identity, "float64" if self.loading["dtype"] == "float64" else "float32"
+            )
         return self._kept_log_probs
 
     def _write_log_probs(self) -> None:

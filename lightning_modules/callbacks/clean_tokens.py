@@ -86,24 +86,21 @@ class CleanTokens(Callback):
     def __init__(self, cleaning: Cleaning) -> None:
         self.cleaning = cleaning
         self._tokens: RunTokens = None  # type: ignore[assignment]  # until on_train_start
-        self._restored: dict[str, Any] | None = None
-        self._scored: list[int] | None = None  # stage and reference version of the weights
+        self._restored: dict[str, Any] = {}
         self._losses: dict[str, np.ndarray] = {}
         self._losses_of: list[int] | None = None
-        self._masks: np.ndarray | None = None
-        self._open_stage: dict[str, Any] | None = None  # the stage whose tokens are not all decided yet
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._check(trainer, pl_module)
-        data, cleaning, pool = trainer.datamodule, self.cleaning, trainer.datamodule.cleaning_pool()
+        data, cleaning, pool = trainer.datamodule, self.cleaning, trainer.datamodule.pool
         dtype = f"{pl_module.loading['dtype']}, {trainer.precision}"
         identity = {**pool.identity, "model": pl_module.base_weights(), "dtype": dtype}
         self._tokens = RunTokens.undecided(pool, identity, data.tokenizer)
-        if self._restored is not None:
-            self._tokens.restore(self._restored)
-            self._scored, self._open_stage = self._restored["scored"], self._restored["open"]
-        if cleaning.masks is not None:
-            self._masks = read_masks(Path(cleaning.masks), identity, len(pool))
+        if restored := self._restored:
+            self._tokens.restore(restored)
+        self._scored: list[int] | None = restored.get("scored")  # stage and reference version of the weights
+        self._open_stage: dict[str, Any] | None = restored.get("open")  # the stage whose tokens are not all decided yet
+        self._masks = read_masks(Path(cleaning.masks), identity, len(pool)) if cleaning.masks is not None else None
         self._always_keep = always_kept(cleaning.selection, pool, data.tokenizer)
         if trainer.is_global_zero:
             self._tokens.write_samples(Path(trainer.default_root_dir) / "cleaning")
@@ -227,4 +224,4 @@ class CleanTokens(Callback):
         return {**self._tokens.state(), "scored": self._scored, "open": self._open_stage} if self._tokens else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict or None
+        self._restored = state_dict
