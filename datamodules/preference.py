@@ -55,10 +55,9 @@ class PreferenceDataModule(PlannedDataModule):
             share_prompt: Compute the prompt once for both responses; false gives each a copy. The numbers are the same.
         """
         super().__init__(source, **options)
-        self.margins_file = margins_file
-        self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
+        self.routing, self.validation_threshold, self.share_prompt = routing, validation_threshold, share_prompt
+        self.margin, self.margins_file = margin, margins_file
         self.encoding |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
-        self.share_prompt = share_prompt
         self.documents = self.documents or share_prompt
         self._margins: MarginsFile | None = None
         self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written

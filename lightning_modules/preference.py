@@ -56,14 +56,13 @@ class PreferenceModule(AdapterModule):
         # described now: a user's own loss may change its attributes in training
         self._loss_name = getattr(preference_loss, "describe", partial(described, preference_loss))()
         self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
-        self.easy_sft_weight = easy_sft_weight
+        self.easy_sft_weight, self.reference_cache = easy_sft_weight, reference_cache
         if self.cleaning is not None and self.cleaning.warm_up_stages:
             raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices: set it to 0 for pairs")
         if self.cleaning is not None and is_online(self.cleaning.scorer):
             fault = f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step, which only SFT can"
             raise InputError(f"{fault}: name base, not policy, or give Random")
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
-        self.reference_cache = reference_cache
         self._kept_log_probs: ReferenceCache | None = None
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
 
@@ -198,8 +197,7 @@ class PreferenceModule(AdapterModule):
         is_given = cleaning is None or cleaning.reference or "cleaning_reference" not in cleaning.roles
         if self.trainer.global_step or is_given:
             return
-        samples = self.trainer.datamodule.easy_samples()
-        if not samples:
+        if not (samples := self.trainer.datamodule.easy_samples()):
             raise InputError("there is no easy pair to fit a cleaning reference to: give model.cleaning.reference")
         options = {"learning_rate": cleaning.reference_lr, "batch_size": self.trainer.datamodule.batch_size}
         with self.trainer.precision_plugin.forward_context():  # Lightning's own is around the steps only

@@ -90,14 +90,12 @@ class AdapterModule(L.LightningModule):
         self.optimizer, self.schedule, self.schedule_steps = optimizer, schedule, schedule_steps
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
         self.model: Any = None  # until configure_model
-        self.start_fingerprint: str | None = None  # of the adapter that training starts from; None for the base
         self._base_weights = ""
         self.train_means, self.val_means = NamedMeans(()), NamedMeans(())
         self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
         self.logged: dict[str, float] = {}  # the last row
         self.empty_steps, self.reference_version, self.stage = 0, 0, 0  # version: refreshes of the cleaning reference
         self._kept_weight = torch.zeros(())  # of the tokens that the step has trained so far, on the host
-        self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
         self._checkpoint_options: dict[str, Any] | None = None  # of the run that is continued; None in a fresh run
 
     def configure_callbacks(self) -> list[Any]:
@@ -125,6 +123,7 @@ class AdapterModule(L.LightningModule):
             self.print(f"{len(layers)} linear layers get no adapter, as no text reaches them (first: {layers[0]})")
         self.model = add_adapters(base, self.lora, self.adapter)
         output_head(base)  # refuses an adapter on the output head
+        # of the adapter that training starts from; None for the base
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
         for role in ("cleaning_reference", "previous"):
             if self.cleaning is not None and role in self.cleaning.roles:

@@ -67,9 +67,8 @@ class ResponseModule(L.LightningModule):
         super().__init__()
         if not (run or base) or (run and server):
             raise InputError("give one model: model.run, or model.base (alone, or with model.server)")
-        self.trained = Trained(str(base), None, {}, None)  # with a server, `base` is a name there
-        if server is None:
-            self.trained = read_trained(run or str(base), quantization, dtype, chat_template)
+        served = Trained(str(base), None, {}, None)  # `base` is a name on the server
+        self.trained = read_trained(run or str(base), quantization, dtype, chat_template) if server is None else served
         self.base = self.trained.base
         self.output, self.dequantise, self.server = output, dequantise, server
         self.temperature, self.seed = temperature, seed

@@ -36,7 +36,6 @@ class SFTModule(AdapterModule):
         super().__init__(base, **options)
         self.stage_start = stage_start
         self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
-        self._step_tokens = 0.0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Runs after the callbacks' hook, so that a reference is refreshed with the policy before the stage."""

@@ -59,9 +59,8 @@ class RefreshReference(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         step, stage_of = trainer.global_step, trainer.datamodule.stage_of
-        if step == self._refreshed_at or step == 0:
-            return  # a later micro-batch of the same step, or nothing learnt yet
-        if stage_of(step) == stage_of(step - 1) if self.every == "stage" else step % self.every:
+        is_due = stage_of(step) != stage_of(step - 1) if self.every == "stage" else step % self.every == 0
+        if not is_due or step in (0, self._refreshed_at):  # nothing learnt yet, or a later micro-batch of the same step
             return
         model = pl_module.model
         self._refreshed_at = step

@@ -61,8 +61,7 @@ class Throughput(Callback):
     def __init__(self) -> None:
         # tokens, rows, operations, seconds: since the last row, all
         self._sums, self._totals = np.zeros(4), np.zeros(4)
-        self._started, self._sizes, self._rate = 0.0, (0, 0), 1.0
-        self.mean_rows_per_second = float("nan")  # over the whole run up to the last logged step
+        self._started, self.mean_rows_per_second = 0.0, float("nan")  # mean over the run up to the last logged step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         base = pl_module.model.get_base_model()
