@@ -71,9 +71,8 @@ class ExactResume(Callback):
 
 def _processor(device: torch.device) -> str:
     """Name of a kind of processor that rounds alike: a GPU's model name, or a CPU's instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def _random_state() -> dict[str, Any]:

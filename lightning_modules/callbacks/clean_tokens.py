@@ -163,10 +163,9 @@ class CleanTokens(Callback):
         The losses of the base, and of a given reference before its first refresh, are kept on disk for later runs.
         """
         pool, model = self._tokens.pool, pl_module.model
-        roles = [role for role in self.cleaning.roles if role != "policy"]
-        adapters = {role: adapter_fingerprint(model, role) for role in roles}
-        if isinstance(self.cleaning.scorer, ExcessLoss) and len(roles) > 1 and len(set(adapters.values())) == 1:
-            same = f"{' and '.join(roles)} are one model"
+        adapters = {role: adapter_fingerprint(model, role) for role in self.cleaning.roles if role != "policy"}
+        if isinstance(self.cleaning.scorer, ExcessLoss) and len(adapters) > 1 and len(set(adapters.values())) == 1:
+            same = f"{' and '.join(adapters)} are one model"
             raise InputError(f"every score would be 0: {same}. Give model.cleaning.reference or warm_up_stages")
         computed = {"computed": str([pl_module.loading["attention"], *pl_module.fused_layers, pl_module.device.type])}
         for role, adapter in adapters.items():
