@@ -159,7 +159,8 @@ class AdapterModule(L.LightningModule):
         self.row_losses = batch.ids[: batch.count], losses[: batch.count]
         self.train_means.update(means)
         if self.cleaning is not None:
-            self._kept_weight += (batch.host or batch).token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
+            kept = (batch.host or batch).token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
+            self._kept_weight = self._kept_weight + kept  # not in place: OutOfMemory's copy of the module has it too
 
     def kept_in_step(self, optimizer: torch.optim.Optimizer) -> float:
         """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps
