@@ -182,8 +182,7 @@ class PlannedDataModule(L.LightningDataModule):
         table, key = self.tables["train"], f"{self.noun}_id"
         place = {row_id: index for index, row_id in enumerate(table[key])}
         rows = [table[place[row_id]] for row_id in ids]
-        names = [name for name in IDS if name in table.column_names]
-        texts = [{name.removesuffix("_ids"): self.encoder.decode(row[name]) for name in names} for row in rows]
+        texts = [{n.removesuffix("_ids"): self.encoder.decode(row[n]) for n in IDS if n in row} for row in rows]
         where = [{name: row[name] for name in ("row", "place", key) if name in row} for row in rows]
         return [place | text for place, text in zip(where, texts, strict=True)]
 
@@ -232,9 +231,8 @@ class PlannedDataModule(L.LightningDataModule):
         return StepPlan.of_epochs([self.epoch_plan(epoch) for epoch in range(-(-total // len(self.epoch)))], total)
 
     def _steps_of_run(self, max_steps: int) -> int:
-        max_epochs = -1 if self.trainer.max_epochs is None else self.trainer.max_epochs
-        total = min((steps for steps in (max_steps, len(self.epoch) * max_epochs) if steps >= 0), default=0)
-        if not total:
+        of_epochs = len(self.epoch) * self.trainer.max_epochs  # negative without a limit, as max_steps
+        if not (total := min((steps for steps in (max_steps, of_epochs) if steps >= 0), default=0)):
             raise InputError("a schedule needs a last step: give trainer.max_epochs or trainer.max_steps, above 0")
         return total
 

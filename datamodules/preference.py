@@ -55,15 +55,14 @@ class PreferenceDataModule(PlannedDataModule):
             share_prompt: Compute the prompt once for both responses; false gives each a copy. The numbers are the same.
         """
         super().__init__(source, **options)
-        self.margins_file = margins_file
-        self.routing, self.margin, self.validation_threshold = routing, margin, validation_threshold
+        self.routing, self.validation_threshold, self.share_prompt = routing, validation_threshold, share_prompt
+        self.margin, self.margins_file = margin, margins_file
         self.encoding |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
-        self.share_prompt = share_prompt
         self.documents = self.documents or share_prompt
         self._margins: MarginsFile | None = None
         self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route = None  # type: ignore[assignment]  # until setup
-        self._pool: TokenPool | None = None
+        self.pool: TokenPool | None = None  # of a module that cleans tokens, after setup
 
     def plan_rows(self, stage: str) -> None:
         """Read, split, encode and route. For a module that cleans tokens, make the pool of cleaning too.
@@ -104,10 +103,9 @@ class PreferenceDataModule(PlannedDataModule):
             by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"
             routing, is_hard = self.routing, self.route.is_hard
             if routing.hard_action != "sft" or not is_hard.any() or (routing.reshuffle and by_batch):
-                needed = "data.routing.hard_action sft and, where selection.scope is batch,"
-                fault = f"model.cleaning needs hard pairs, {needed} data.routing.reshuffle false"
-                raise InputError(f"{fault}; {is_hard.sum()} pairs are hard")
-            self.cleaning_pool()
+                fault = f"model.cleaning needs hard pairs ({is_hard.sum()} are), data.routing.hard_action sft"
+                raise InputError(f"{fault} and, where selection.scope is batch, data.routing.reshuffle false")
+            self.pool = self._cleaning_pool()
 
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
@@ -156,11 +154,8 @@ class PreferenceDataModule(PlannedDataModule):
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         """A stage starts with the first step in which at least half the pairs belong to that stage or a later one."""
         sft_share = np.array([self.route.is_sft[list(step)].mean() for step in self._steps(epoch)])
-        places, starts = plan_steps(self.route.stages.tolist(), self.batch_size), [0]
-        for stage in range(1, int(self.route.stages[-1]) + 1):
-            first = int(np.argmax([np.mean(np.array(step) >= stage) >= 0.5 for step in places]))
-            starts += [first] if first > starts[-1] else []
-        return StepPlan(sft_share, tuple(starts))
+        stages = [step[len(step) // 2] for step in plan_steps(self.route.stages.tolist(), self.batch_size)]  # they rise
+        return StepPlan(sft_share, (0, *(1 + np.flatnonzero(np.diff(stages))).tolist()))
 
     def sizes(self) -> tuple[list[int], list[int]]:
         tokens = self._tokens(self.train_pairs, self.route.is_sft, self.route.sft_sides)
@@ -168,9 +163,9 @@ class PreferenceDataModule(PlannedDataModule):
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
         first_token = None
-        if self._pool is not None:
+        if self.pool is not None:
             first_token = np.full(len(self.route.is_hard), -1)
-            first_token[self._on_side(hard=True)] = self._pool.offsets[:-1]
+            first_token[self._on_side(hard=True)] = self.pool.offsets[:-1]
         routes = {"is_sft": self.route.is_sft.tolist(), "sft_sides": self.route.sft_sides, "first_token": first_token}
         loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), **routes)
         loader.replan = self.micro_batches if self.routing.reshuffle else None
@@ -179,14 +174,12 @@ class PreferenceDataModule(PlannedDataModule):
     def plan_identity(self) -> dict[str, str]:
         return {"data": self._data, **self.identity, "route": self.route.fingerprint()}
 
-    def cleaning_pool(self) -> TokenPool:
+    def _cleaning_pool(self) -> TokenPool:
         """The chosen responses of the hard pairs."""
-        if self._pool is None:
-            hard = self.train_pairs.select(self._on_side(hard=True))
-            samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
-            hard_pairs = f"{len(hard)}, {content_hash(hard['pair_id'])}"
-            self._pool = TokenPool.of(samples, {"data": self._data, "hard pairs": hard_pairs, **self.identity})
-        return self._pool
+        hard = self.train_pairs.select(self._on_side(hard=True))
+        samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
+        hard_pairs = f"{len(hard)}, {content_hash(hard['pair_id'])}"
+        return TokenPool.of(samples, {"data": self._data, "hard pairs": hard_pairs, **self.identity})
 
     def easy_samples(self) -> list[dict[str, Any]]:
         """The chosen responses of the easy pairs, which the default cleaning reference learns."""

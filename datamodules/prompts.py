@@ -50,14 +50,13 @@ class PromptDataModule(L.LightningDataModule):
         for number, place, row in islice(opened.rows, self.limit):
             with located(f"{opened.name}, {place}"):
                 prompt = self.form(number, row)
-            if prompt.key in seen:
-                raise InputError(f"{opened.name}: {seen[prompt.key]} and {place} have the same id {prompt.key}")
-            seen[prompt.key] = place
+            if (first := seen.setdefault(prompt.key, place)) != place:
+                raise InputError(f"{opened.name}: {first} and {place} have the same id {prompt.key}")
             self.prompts.append(prompt)
         if not self.prompts:
             raise InputError(f"{opened.name} holds no prompt: give a file with prompts")
 
-    def batches(self) -> list[list[Prompt]]:
+    def predict_dataloader(self) -> Any:
         """Batches in which a prompt still lacks its response, longest first: the first batch is the peak of memory.
 
         All prompts are cut into batches, because sampling depends on the batch.
@@ -65,10 +64,8 @@ class PromptDataModule(L.LightningDataModule):
         missing = {prompt.key for prompt in self.trainer.lightning_module.file.missing}  # type: ignore[union-attr]
         ordered = sorted(self.prompts, key=lambda prompt: -sum(map(len, prompt.turns)))
         cut = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
-        return [batch for batch in cut if any(prompt.key in missing for prompt in batch)]
-
-    def predict_dataloader(self) -> Any:
-        return DataLoader(self.batches(), batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+        left: Any = [batch for batch in cut if any(prompt.key in missing for prompt in batch)]
+        return DataLoader(left, batch_size=None, collate_fn=lambda batch: batch)
 
     test_dataloader = predict_dataloader
 

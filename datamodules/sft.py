@@ -59,7 +59,7 @@ class SFTDataModule(PlannedDataModule):
         self.pool = self._pool_of(train, "train")
         self.validation_pool = self._pool_of(held_out, "validation") if held_out is not None else None
         held_out_sources = set(self.validation_pool.samples["source"]) if self.validation_pool else set()
-        self.sources = sorted({*self.pool.samples["source"], *held_out_sources})
+        self.sources = {name: i for i, name in enumerate(sorted({*self.pool.samples["source"], *held_out_sources}))}
         # with more sources, only the held-out loss over all sources is reported
         self.reported_sources = sorted(held_out_sources - {""}) if len(held_out_sources) <= 50 else []
         self.stages = plan_stages(len(self.pool.samples), self.slices, batch_size=self.batch_size)
@@ -99,15 +99,11 @@ class SFTDataModule(PlannedDataModule):
     def plan_identity(self) -> dict[str, str]:
         return {**self.pool.identity, "steps": content_hash(self._steps())}
 
-    def cleaning_pool(self) -> TokenPool:
-        return self.pool
-
     def val_dataloader(self) -> ResumableLoader:
         samples = self.validation_pool.samples
         plan = self.validation_batches([len(ids) for ids in samples["input_ids"]], samples["sample_id"][:])
         return self.loader(plan, self.validation_pool)
 
     def loader(self, plan: list[MicroBatch], pool: TokenPool | None = None) -> ResumableLoader:
-        sources = {name: index for index, name in enumerate(self.sources)}
-        collator = SampleCollator(self.pool if pool is None else pool, sources, pack=self.pack)
+        collator = SampleCollator(self.pool if pool is None else pool, self.sources, pack=self.pack)
         return ResumableLoader(plan, collator, workers=self.workers)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 
-from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.batches.batch import Batch
 from mixdpo.errors import InputError
 from mixdpo.model import loading
@@ -52,8 +52,8 @@ class MarginModule(L.LightningModule):
         self.model: Any = None
         self.file: Any = None  # until configure_model
 
-    def configure_callbacks(self) -> list[Any]:
-        return [CloseFile()]
+    def configure_callbacks(self) -> list[Any]:  # after an error Lightning calls no teardown
+        return [LambdaCallback(on_exception=lambda *_: self.file and self.file.close())]
 
     @loading.on_the_cpu()
     def configure_model(self) -> None:
@@ -83,8 +83,7 @@ class MarginModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
         pair_ids: list[int] = batch.ids.tolist()
-        if not self.file.margins.keys() >= set(pair_ids):
-            self.file.append(pair_ids, self.signal(self.model, batch).tolist())
+        self.file.append(pair_ids, self.signal(self.model, batch).tolist())
         return pair_ids  # Lightning warns of None
 
     def teardown(self, stage: str) -> None:

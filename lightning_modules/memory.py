@@ -27,6 +27,16 @@ def memory_model(module: Any, device: str) -> MemoryModel:
     )
 
 
+def micro_batch_limit(module: Any, longest: int) -> int | None:
+    """Most tokens of a micro-batch on the run's GPU, before the model is loaded; None on a CPU. 0: none fits.
+
+    `longest`: tokens of the longest row."""
+    if (device := module.trainer.strategy.root_device).type != "cuda":
+        return None
+    memory = memory_model(module, "cuda")
+    return memory.micro_batch_limit(memory.memory_of(device), module.activation_checkpointing, longest)
+
+
 def most_kept(module: Any) -> int:
     """Most tokens of a micro-batch that fits into the memory of the run's device without recomputation."""
     device = module.trainer.strategy.root_device

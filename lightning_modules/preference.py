@@ -56,14 +56,13 @@ class PreferenceModule(AdapterModule):
         # described now: a user's own loss may change its attributes in training
         self._loss_name = getattr(preference_loss, "describe", partial(described, preference_loss))()
         self.sft_weight = getattr(preference_loss, "sft_weight", 1.0) if sft_weight is None else sft_weight
-        self.easy_sft_weight = easy_sft_weight
+        self.easy_sft_weight, self.reference_cache = easy_sft_weight, reference_cache
         if self.cleaning is not None and self.cleaning.warm_up_stages:
             raise InputError("model.cleaning.warm_up_stages belongs to SFT on slices: set it to 0 for pairs")
         if self.cleaning is not None and is_online(self.cleaning.scorer):
             fault = f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step, which only SFT can"
             raise InputError(f"{fault}: name base, not policy, or give Random")
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
-        self.reference_cache = reference_cache
         self._kept_log_probs: ReferenceCache | None = None
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
 
@@ -125,9 +124,7 @@ class PreferenceModule(AdapterModule):
         self.val_means.update(by_difficulty(values, batch))
 
     def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
-        """Keep the values that the step's row, non_finite.json and the kept weight are made of."""
         losses, preference, sft_losses = routed
-        self.row_losses = losses.detach()
         weight, easy, hard = batch.weight, batch.weight[batch.preference], batch.weight[batch.sft]
         values = {"train/loss": (losses, weight), "train/hard_fraction": (batch.is_hard.float(), weight)}
         values |= {"train/preference_loss": (preference, easy), "train/sft_loss": (sft_losses, hard)}
@@ -139,9 +136,7 @@ class PreferenceModule(AdapterModule):
             both = torch.cat([batch.preference, batch.preference + len(batch)])
             compared = policy[both], None if reference is None else reference[both]
             values |= {name: (value, easy) for name, value in pair_values(*compared, self.preference_loss).items()}
-        self.train_means.update(values)
-        if self.cleaning is not None:
-            self.add_kept_weight(batch)
+        self.record(batch, losses.detach(), values)
 
     # The reference's log-probabilities on disk.
 
@@ -151,8 +146,9 @@ class PreferenceModule(AdapterModule):
             computed = [*self.loading.values(), *self.fused_layers, str(self.trainer.precision), self.device.type]
             adapter = adapter_fingerprint(self.model, "reference")
             identity = {"weights": self.base_weights(), "adapter": adapter, "computed": computed}
-            dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
-            self._kept_log_probs = ReferenceCache(identity, dtype)
+            self._kept_log_probs = ReferenceCache(
+                identity, "float64" if self.loading["dtype"] == "float64" else "float32"
+            )
         return self._kept_log_probs
 
     def _write_log_probs(self) -> None:
@@ -201,8 +197,7 @@ class PreferenceModule(AdapterModule):
         is_given = cleaning is None or cleaning.reference or "cleaning_reference" not in cleaning.roles
         if self.trainer.global_step or is_given:
             return
-        samples = self.trainer.datamodule.easy_samples()
-        if not samples:
+        if not (samples := self.trainer.datamodule.easy_samples()):
             raise InputError("there is no easy pair to fit a cleaning reference to: give model.cleaning.reference")
         options = {"learning_rate": cleaning.reference_lr, "batch_size": self.trainer.datamodule.batch_size}
         with self.trainer.precision_plugin.forward_context():  # Lightning's own is around the steps only

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_modules.callbacks.best_checkpoint import describe_best, keep_best
 from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
 from lightning_modules.callbacks.logging import LogRows, refuse_missing_metrics
-from lightning_modules.memory import memory_model, most_kept
+from lightning_modules.memory import micro_batch_limit, most_kept
 from mixdpo.batches.batch import Batch
 from mixdpo.batches.rows import TokenRows
 from mixdpo.errors import InputError
@@ -90,14 +90,12 @@ class AdapterModule(L.LightningModule):
         self.optimizer, self.schedule, self.schedule_steps = optimizer, schedule, schedule_steps
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint checks their keys instead
         self.model: Any = None  # until configure_model
-        self.start_fingerprint: str | None = None  # of the adapter that training starts from; None for the base
         self._base_weights = ""
-        self.train_means, self.val_means, self.row_losses = NamedMeans(()), NamedMeans(()), torch.zeros(0)
+        self.train_means, self.val_means = NamedMeans(()), NamedMeans(())
         self.callback_values: dict[str, float] = {}  # what callbacks add to the row of the step
         self.logged: dict[str, float] = {}  # the last row
         self.empty_steps, self.reference_version, self.stage = 0, 0, 0  # version: refreshes of the cleaning reference
         self._kept_weight = torch.zeros(())  # of the tokens that the step has trained so far, on the host
-        self._multipliers, self._plan = np.ones(0), StepPlan(np.ones(0))
         self._checkpoint_options: dict[str, Any] | None = None  # of the run that is continued; None in a fresh run
 
     def configure_callbacks(self) -> list[Any]:
@@ -125,6 +123,7 @@ class AdapterModule(L.LightningModule):
             self.print(f"{len(layers)} linear layers get no adapter, as no text reaches them (first: {layers[0]})")
         self.model = add_adapters(base, self.lora, self.adapter)
         output_head(base)  # refuses an adapter on the output head
+        # of the adapter that training starts from; None for the base
         self.start_fingerprint = adapter_fingerprint(self.model, "policy") if self.adapter else None
         for role in ("cleaning_reference", "previous"):
             if self.cleaning is not None and role in self.cleaning.roles:
@@ -140,13 +139,7 @@ class AdapterModule(L.LightningModule):
         if self.activation_checkpointing is not False:
             base.activation_checkpointing_enable({"use_reentrant": False})
 
-    def micro_batch_limit(self, longest: int) -> int | None:
-        """Most tokens of a micro-batch on the run's GPU, before the model is loaded; None on a CPU. 0: none fits.
-        `longest`: tokens of the longest row."""
-        if (device := self.trainer.strategy.root_device).type != "cuda":
-            return None
-        memory = memory_model(self, "cuda")
-        return memory.micro_batch_limit(memory.memory_of(device), self.activation_checkpointing, longest)
+    micro_batch_limit = micro_batch_limit
 
     def recompute_if_long(self, rows: TokenRows) -> None:
         """Recompute activations if the rows are long. Call this before a forward pass that a backward pass follows."""
@@ -161,10 +154,13 @@ class AdapterModule(L.LightningModule):
         """Further values of the row of step `step` in metrics.csv."""
         return {} if self.cleaning is None else {"cleaning/empty_steps": float(self.empty_steps)}
 
-    def add_kept_weight(self, batch: Batch) -> None:
-        """Add the weight of the tokens that a micro-batch trains to that of the step."""
-        kept = (batch.host or batch).token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
-        self._kept_weight = self._kept_weight + kept
+    def record(self, batch: Batch, losses: torch.Tensor, means: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Keep the ids and losses (B,) for non_finite.json, what the step's row is made of, and the kept weight."""
+        self.row_losses = batch.ids[: batch.count], losses[: batch.count]
+        self.train_means.update(means)
+        if self.cleaning is not None:
+            kept = (batch.host or batch).token_weight.sum(dtype=torch.float32) * float(batch.count > 0)
+            self._kept_weight = self._kept_weight + kept  # not in place: OutOfMemory's copy of the module has it too
 
     def kept_in_step(self, optimizer: torch.optim.Optimizer) -> float:
         """Weight of the tokens that the step trains, over its micro-batches and devices. A step that keeps
@@ -237,24 +233,22 @@ class AdapterModule(L.LightningModule):
         if self._multipliers.shape != (len(self._plan),) or not np.isfinite(self._multipliers).all():
             rates = f"{self._multipliers!r:.80}"
             raise InputError(f"model.schedule must give {len(self._plan)} finite numbers, one a step, not {rates}")
-        self._refuse_other_rates(optimizer)
+        if self._checkpoint_options is not None:
+            self._refuse_other_rates(self._checkpoint_options["rates"])
+            refuse_other_run(self._checkpoint_options["optimizer"], describe(optimizer))
         last = len(self._multipliers) - 1
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(self._multipliers[min(step, last)]))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
-    def _refuse_other_rates(self, optimizer: torch.optim.Optimizer) -> None:
+    def _refuse_other_rates(self, used: list[float]) -> None:
         """A continued run must be what the run with these options would have been from its first step on."""
-        if self._checkpoint_options is None:
-            return
-        used, now = self._checkpoint_options["rates"], self._multipliers.tolist()
-        same = [isclose(*rates, rel_tol=1e-9, abs_tol=1e-12) for rates in zip(used, now, strict=False)]
-        if not all(same) or len(now) < len(used):  # another CPU may round a cosine otherwise
+        same = [isclose(*rates, rel_tol=1e-9, abs_tol=1e-12) for rates in zip(used, self._multipliers, strict=False)]
+        if not all(same) or len(self._plan) < len(used):  # another CPU may round a cosine otherwise
             step = [*same, False].index(False)
             raise InputError(
                 f"cannot resume: the learning-rate schedule changed (step {step} had {used[step]:.4g} × peak). The "
                 f"schedule depends on the planned steps, now {len(self._plan)}: keep max_steps, or give schedule_steps"
             )
-        refuse_other_run(self._checkpoint_options["optimizer"], describe(optimizer))
 
     def identity(self) -> dict[str, Any]:
         """Options that a continued run must have kept, besides those of the data."""

@@ -10,8 +10,8 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
-from lightning_modules.callbacks.run_files import CloseFile
 from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.errors import InputError
 from mixdpo.evaluation.endpoint import CONTINUES, Chat, NoResponse, complete, without_secrets
@@ -67,9 +67,8 @@ class ResponseModule(L.LightningModule):
         super().__init__()
         if not (run or base) or (run and server):
             raise InputError("give one model: model.run, or model.base (alone, or with model.server)")
-        self.trained = Trained(str(base), None, {}, None)  # with a server, `base` is a name there
-        if server is None:
-            self.trained = read_trained(run or str(base), quantization, dtype, chat_template)
+        served = Trained(str(base), None, {}, None)  # `base` is a name on the server
+        self.trained = read_trained(run or str(base), quantization, dtype, chat_template) if server is None else served
         self.base = self.trained.base
         self.output, self.dequantise, self.server = output, dequantise, server
         self.temperature, self.seed = temperature, seed
@@ -77,7 +76,7 @@ class ResponseModule(L.LightningModule):
         self.model: Any = None  # None until configure_model, as tokenizer and file
         self.tokenizer: Any = None
         self.copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
-        self.file: ResponsesFile = None  # type: ignore[assignment]
+        self.file: Any = None
 
     @property
     def path(self) -> Path:
@@ -86,8 +85,8 @@ class ResponseModule(L.LightningModule):
         suffix = self.trainer.datamodule.form.suffix  # type: ignore[attr-defined]
         return given if given.suffix == suffix else given.with_name(given.name + suffix)
 
-    def configure_callbacks(self) -> list[Any]:
-        return [CloseFile()]
+    def configure_callbacks(self) -> list[Any]:  # after an error Lightning calls no teardown
+        return [LambdaCallback(on_exception=lambda *_: self.file and self.file.close())]
 
     @on_the_cpu()
     def configure_model(self) -> None:
@@ -116,12 +115,9 @@ class ResponseModule(L.LightningModule):
 
     def _depends_on(self, data: Any) -> dict[str, Any]:
         asked = json.dumps([(prompt.key, prompt.turns, prompt.category) for prompt in data.prompts])
-        head = {
-            "base": self.base,
-            "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
-            "sampling": {**self.sampling, "temperature": self.temperature, "seed": self.seed},
-            "batch_size": data.batch_size,
-        }
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        sampling = {**self.sampling, "temperature": self.temperature, "seed": self.seed}
+        head = {"base": self.base, "prompts": digest, "sampling": sampling, "batch_size": data.batch_size}
         if self.server is not None:
             return head | {"server": without_secrets(self.server)}
         state = tokenizer_state(self.tokenizer) + self.tokenizer.chat_template
@@ -135,10 +131,8 @@ class ResponseModule(L.LightningModule):
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> int:
         """Each temperature of the batch is a generation of its own. A generation without one of its responses is
         repeated whole, because sampling depends on all prompts of a generation."""
-        groups: dict[float, list[Prompt]] = {}
-        for prompt in batch:
-            groups.setdefault(self._temperature(prompt), []).append(prompt)
-        for temperature, prompts in groups.items():
+        for temperature in dict.fromkeys(map(self._temperature, batch)):
+            prompts = [prompt for prompt in batch if self._temperature(prompt) == temperature]
             if missing := [prompt for prompt in prompts if prompt.key not in self.file.rows]:
                 self._respond(prompts if self.server is None else missing, temperature)
         return len(batch)  # Lightning warns of None
@@ -163,11 +157,10 @@ class ResponseModule(L.LightningModule):
             for i, response in zip(asked, new, strict=True):
                 if isinstance(response, Exception):
                     failed[i] = response
-                    continue
-                responses[i].append(response)
-                chats[i].append({"role": "assistant", "content": response.text})
-        whole = [i for i in range(len(prompts)) if i not in failed]
-        self.file.keep([PromptResponses(prompts[i], tuple(responses[i])) for i in whole])
+                else:
+                    responses[i].append(response)
+                    chats[i].append({"role": "assistant", "content": response.text})
+        self.file.keep([PromptResponses(p, tuple(responses[i])) for i, p in enumerate(prompts) if i not in failed])
         for error in failed.values():
             if not isinstance(error, NoResponse):  # the server's fault or ours, not a prompt's
                 raise error
@@ -205,8 +198,7 @@ class ResponseModule(L.LightningModule):
         self.file.close()
         if self.file.missing:
             return print(f"{len(self.file.missing)} prompts have no response yet: the same command continues")
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        rows: list[dict[str, Any]] = data.form.rows(self.file.answered, self.path.stem)
+        rows = self.trainer.datamodule.form.rows(self.file.answered, self.path.stem)  # type: ignore[attr-defined]
         write = write_json if self.path.suffix == ".json" else write_rows
         write(self.path, rows)
         responses = [response for a in self.file.answered for response in a.responses]

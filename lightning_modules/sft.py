@@ -36,7 +36,6 @@ class SFTModule(AdapterModule):
         super().__init__(base, **options)
         self.stage_start = stage_start
         self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
-        self._step_tokens = 0.0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Runs after the callbacks' hook, so that a reference is refreshed with the policy before the stage."""
@@ -71,11 +70,9 @@ class SFTModule(AdapterModule):
         batch.reweigh(weights)
 
     def _record(self, batch: Batch, log_probs: Tensor) -> None:
-        """Keep the values that the step's row, non_finite.json and the kept weight are made of."""
-        self.row_losses = -run_sums(log_probs, batch.rows.runs, len(batch)) / batch.rows.lengths
+        losses = -run_sums(log_probs, batch.rows.runs, len(batch)) / batch.rows.lengths
         weight, kept = batch.token_weight, (batch.token_weight / batch.data_weight, batch.data_weight)
-        self.train_means.update({"train/loss": (-log_probs, weight), "cleaning/kept_fraction": kept})
-        self.add_kept_weight(batch)
+        self.record(batch, losses, {"train/loss": (-log_probs, weight), "cleaning/kept_fraction": kept})
         self._step_tokens = batch.step_total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -104,6 +101,6 @@ class SFTModule(AdapterModule):
         source = batch.source[batch.rows.completion]
         weighted = {f"val/{name}": (value, batch.token_weight) for name, value in values.items()}
         for name in self.trainer.datamodule.reported_sources:
-            weight = batch.token_weight * (source == self.trainer.datamodule.sources.index(name))
+            weight = batch.token_weight * (source == self.trainer.datamodule.sources[name])
             weighted[f"val/loss/{name}"] = (values["loss"], weight)
         self.val_means.update(weighted)

@@ -79,7 +79,7 @@ class Ran:
 
     @property
     def pool(self) -> Any:
-        return self.data.cleaning_pool()
+        return self.data.pool
 
     def array(self, name: str) -> np.ndarray:
         return np.load(self.folder / "cleaning" / f"{name}.npy")

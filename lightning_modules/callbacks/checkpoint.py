@@ -41,7 +41,6 @@ class ExactResume(Callback):
     """A resumed run draws the random numbers of a run that never stopped. Validation leaves the random state alone."""
 
     _restored: dict[str, Any] | None = None
-    _aside: dict[str, Any]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random state of every process: dropout draws as many numbers as a process has tokens."""
@@ -72,9 +71,8 @@ class ExactResume(Callback):
 
 def _processor(device: torch.device) -> str:
     """Name of a kind of processor that rounds alike: a GPU's model name, or a CPU's instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{device.type} with {torch.backends.cpu.get_cpu_capability()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def _random_state() -> dict[str, Any]:
@@ -164,8 +162,7 @@ class LastCheckpoint(Checkpoint):
             return self._hold(trainer)
         # max_steps too, so that a run which ends in mid-epoch is validated: Lightning validates where an epoch ends
         trainer.should_stop |= self._stops or 0 < trainer.max_steps <= trainer.global_step
-        last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        ends = (trainer.is_last_batch and last_epoch) or trainer.should_stop
+        ends = trainer.should_stop or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs)
         # a signal may reach one process only
         stops = trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)
         if ends or stops or _validates(trainer) or trainer.global_step % self.every_n_steps == 0:

@@ -59,9 +59,8 @@ class RefreshReference(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         step, stage_of = trainer.global_step, trainer.datamodule.stage_of
-        if step == self._refreshed_at or step == 0:
-            return  # a later micro-batch of the same step, or nothing learnt yet
-        if stage_of(step) == stage_of(step - 1) if self.every == "stage" else step % self.every:
+        is_due = stage_of(step) != stage_of(step - 1) if self.every == "stage" else step % self.every == 0
+        if not is_due or step in (0, self._refreshed_at):  # nothing learnt yet, or a later micro-batch of the same step
             return
         model = pl_module.model
         self._refreshed_at = step
@@ -86,24 +85,21 @@ class CleanTokens(Callback):
     def __init__(self, cleaning: Cleaning) -> None:
         self.cleaning = cleaning
         self._tokens: RunTokens = None  # type: ignore[assignment]  # until on_train_start
-        self._restored: dict[str, Any] | None = None
-        self._scored: list[int] | None = None  # stage and reference version of the weights
+        self._restored: dict[str, Any] = {}
         self._losses: dict[str, Losses] = {}
         self._losses_of: list[int] | None = None
-        self._masks: np.ndarray | None = None
-        self._open_stage: dict[str, Any] | None = None  # the stage whose tokens are not all decided yet
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._check(trainer, pl_module)
-        data, cleaning, pool = trainer.datamodule, self.cleaning, trainer.datamodule.cleaning_pool()
+        data, cleaning, pool = trainer.datamodule, self.cleaning, trainer.datamodule.pool
         dtype = f"{pl_module.loading['dtype']}, {trainer.precision}"
         identity = {**pool.identity, "model": pl_module.base_weights(), "dtype": dtype}
         self._tokens = RunTokens.undecided(pool, identity, data.tokenizer)
-        if self._restored is not None:
-            self._tokens.restore(self._restored)
-            self._scored, self._open_stage = self._restored["scored"], self._restored["open"]
-        if cleaning.masks is not None:
-            self._masks = read_masks(Path(cleaning.masks), identity, len(pool))
+        if restored := self._restored:
+            self._tokens.restore(restored)
+        self._scored: list[int] | None = restored.get("scored")  # stage and reference version of the weights
+        self._open_stage: dict[str, Any] | None = restored.get("open")  # the stage whose tokens are not all decided yet
+        self._masks = read_masks(Path(cleaning.masks), identity, len(pool)) if cleaning.masks is not None else None
         self._always_keep = always_kept(cleaning.selection, pool, data.tokenizer)
         if trainer.is_global_zero:
             self._tokens.write_samples(Path(trainer.default_root_dir) / "cleaning")
@@ -167,10 +163,9 @@ class CleanTokens(Callback):
         The losses of the base, and of a given reference before its first refresh, are kept on disk for later runs.
         """
         pool, model = self._tokens.pool, pl_module.model
-        roles = [role for role in self.cleaning.roles if role != "policy"]
-        adapters = {role: adapter_fingerprint(model, role) for role in roles}
-        if isinstance(self.cleaning.scorer, ExcessLoss) and len(roles) > 1 and len(set(adapters.values())) == 1:
-            same = f"{' and '.join(roles)} are one model"
+        adapters = {role: adapter_fingerprint(model, role) for role in self.cleaning.roles if role != "policy"}
+        if isinstance(self.cleaning.scorer, ExcessLoss) and len(adapters) > 1 and len(set(adapters.values())) == 1:
+            same = f"{' and '.join(adapters)} are one model"
             raise InputError(f"every score would be 0: {same}. Give model.cleaning.reference or warm_up_stages")
         computed = {"computed": str([pl_module.loading["attention"], *pl_module.fused_layers, pl_module.device.type])}
         for role, adapter in adapters.items():
@@ -227,4 +222,4 @@ class CleanTokens(Callback):
         return {**self._tokens.state(), "scored": self._scored, "open": self._open_stage} if self._tokens else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict or None
+        self._restored = state_dict

@@ -30,15 +30,11 @@ class NonFinite(Callback):
                 between. skip: check every step, which waits for the device, and leave out each step that is not finite.
         """
         self.action = action
-        self._ids: Any = None
         self._losses: list[tuple[Any, Tensor]] = []  # ids and losses of the micro-batches since the last step
         self._steps: list[tuple[int, Tensor, list[tuple[Any, Tensor]]]] = []  # not checked yet: number, norm, losses
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._ids = batch.ids[: batch.count]
-
     def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
-        self._losses.append((self._ids, pl_module.row_losses[: len(self._ids)]))
+        self._losses.append(pl_module.row_losses)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])

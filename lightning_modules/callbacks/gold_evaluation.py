@@ -84,9 +84,8 @@ class GoldEvaluation(Callback):
         best = load_best(trainer, pl_module)  # RunFiles, which comes later, loads the same
         after = self._responses(pl_module, "policy", "after training")
         rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
-        if best is None:
-            summary = _validation_summary(trainer)
-        else:  # the last validation was of another policy
+        summary = _validation_summary(trainer)
+        if best is not None:  # the last validation was of another policy
             summary = {"responses after training": f"of the best {best.monitor}, {best.best_model_score:.4f}"}
         throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
         summary |= {

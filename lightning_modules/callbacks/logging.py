@@ -61,7 +61,7 @@ class Throughput(Callback):
     def __init__(self) -> None:
         # tokens, rows, operations, seconds: since the last row, all
         self._sums, self._totals = np.zeros(4), np.zeros(4)
-        self._started, self._sizes, self._rate = 0.0, (0, 0), 1.0
+        self._started, self.mean_rows_per_second = 0.0, float("nan")  # mean over the run up to the last logged step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         base = pl_module.model.get_base_model()
@@ -82,6 +82,7 @@ class Throughput(Callback):
         if not logs_step(trainer):
             return
         self._totals += self._sums
+        self.mean_rows_per_second = self._totals[1] / self._totals[3]
         tokens, rows, flops, seconds = self._sums.tolist()
         rates = {"tokens_per_second": tokens / seconds, f"{batch.unit}_per_second": rows / seconds}
         rates |= {"floor_share": flops / self._rate / seconds, "memory/peak_gb": peak_memory_gb(pl_module.device)}
@@ -89,12 +90,6 @@ class Throughput(Callback):
             rates["memory/reserved_gb"] = torch.cuda.max_memory_reserved(pl_module.device) / 1e9
         pl_module.callback_values.update(rates)
         self._sums = np.zeros(4)
-
-    @property
-    def mean_rows_per_second(self) -> float:
-        """Over the whole run up to the last logged step."""
-        _, rows, _, seconds = self._totals
-        return rows / seconds if seconds else float("nan")
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,7 +1,6 @@
 """Files that a run writes around its steps: its options, the plan of the data, the adapter."""
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -9,14 +8,6 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_modules.callbacks.best_checkpoint import load_best
 from mixdpo.storage.files import write_json
-
-
-class CloseFile(Callback):
-    """Closes the module's file after an error or an interrupt, where Lightning calls no teardown."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        if pl_module.file is not None:
-            pl_module.file.close()
 
 
 class RunConfig(SaveConfigCallback):

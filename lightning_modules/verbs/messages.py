@@ -54,8 +54,6 @@ def _innermost(message: str) -> str:
     lines = dict.fromkeys(line.strip(" -.") for line in reason.splitlines())
     reason = " or ".join(line for line in lines if line and not NOISE.match(line))
     path = re.search(r"(?:class_path'?[=: ]+'|val='|^(?=[\w.]+$))([\w.]+)", value)
-    if path and NOT_FOUND.search(reason):
-        meant = nearest_path(path[1])
-    else:
-        meant = nearest(value, re.findall(r"'([\w.-]+)'(?=[^][]*\])", reason))
+    choices = re.findall(r"'([\w.-]+)'(?=[^][]*\])", reason)
+    meant = nearest_path(path[1]) if path and NOT_FOUND.search(reason) else nearest(value, choices)
     return f"{key}: {reason}{value and f', not {value}'}{meant} ({HELP})"

@@ -161,9 +161,8 @@ def new_run_folder(runs: Path, name: str) -> Path:
     return folder
 
 
-def start(arguments: list[str] | None = None, kind: Callable[..., RunCLI] = RunCLI) -> RunCLI:
+def start(arguments: list[str], kind: Callable[..., RunCLI] = RunCLI) -> RunCLI:
     """Parse, build and run; `--config X` means `fit --config X`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
     first, known = (arguments or ["-h"])[0], (*LightningCLI.subcommands(), "-h", "--help")
