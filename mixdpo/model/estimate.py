@@ -145,7 +145,7 @@ def _skeleton(of: MemoryModel, layers: int) -> Any:
         text.layer_types = text.layer_types[:layers]
     attention = {"auto": "lower_right", "varlen": "lower_right"}.get(of.loading["attention"], of.loading["attention"])
     return AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, of.loading["dtype"]), attn_implementation=attention
+        config, dtype=getattr(torch, of.loading["dtype"]), attn_implementation=attention, trust_remote_code=False
     )
 
 
