@@ -80,6 +80,9 @@ def calls(path: Path) -> list[tuple[str, set[str], int]]:
     return found
 
 
+LOADS = ("from_pretrained", "from_config", "load_dataset")
+
+
 def test_every_load_says_that_it_trusts_no_code() -> None:
     """Where it is not said, transformers asks on stdin: in a script with `yes |` before it that is a yes."""
     loads = []
@@ -87,10 +90,7 @@ def test_every_load_says_that_it_trusts_no_code() -> None:
         for path in sorted((ROOT / folder).rglob("*.py")):
             for name, false, line in calls(path):
                 owner, _, method = name.partition(".")
-                if method in ("from_pretrained", "from_config", "load_dataset") and owner not in (
-                    "PeftModel",
-                    "LoraConfig",
-                ):
+                if method in LOADS and owner not in ("PeftModel", "LoraConfig"):
                     loads.append((f"{path.relative_to(ROOT)}:{line}", "trust_remote_code" in false))
     assert len(loads) >= 10
     assert not [where for where, said in loads if not said]
