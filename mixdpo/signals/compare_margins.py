@@ -12,11 +12,9 @@ COLUMNS = ("hardest", "share", "by chance", "Jaccard", "by chance", "ties at A's
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation of x and y (N,), equal values at their mean rank; NaN if one side is constant."""
-    from scipy.stats import rankdata  # spearmanr would warn of a constant side
+    from scipy.stats import spearmanr
 
-    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale else float("nan")
+    return float(spearmanr(x, y).statistic)
 
 
 def overlap(x: np.ndarray, y: np.ndarray, fraction: float) -> dict[str, float]:
