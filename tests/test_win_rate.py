@@ -93,12 +93,12 @@ def test_against_a_plain_loop(with_difficulty: bool, gamed: int) -> None:
     assert length_controlled(**data, gamed=extra)[0] == pytest.approx(expected, abs=1e-5)
 
 
-def plain_length_controlled(preferences: Any, deltas: Any, difficulty: Any, gamed: GamedBaselines | None) -> float:
+def plain_length_controlled(preferences: Any, deltas: Any, difficulty: Any, gamed: np.ndarray | None) -> float:
     """Newton's method in plain loops: an independent reading of the formula."""
     spread, terms = stdev(deltas.tolist()), [0.0] * len(deltas) if difficulty is None else difficulty.tolist()
     rows = [(math.tanh(d / spread), b, 1.0, p, 1.0) for d, b, p in zip(deltas, terms, preferences, strict=True)]
-    if gamed:
-        theirs = gamed  # a row that is not gamed weighs as the model's
+    if gamed is not None:
+        theirs = gamed.tolist()  # a row that is not gamed weighs as the model's
         rows += [(math.tanh(d), 0.0 if difficulty is None else b, n, p, 1.0 if n else 0.1) for p, d, b, n in theirs]
     weights = [0.0, 0.0, 0.0]
     for _ in range(30):

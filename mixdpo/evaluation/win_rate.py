@@ -195,7 +195,8 @@ def read_difficulties(path: str, indices: Sequence[int]) -> np.ndarray:
 
 
 def read_gamed(path: str) -> np.ndarray:
-    """The gamed baselines (M, 4) of a .csv file, in the order of `_GAMED`. Rows without a preference are left out, as AlpacaEval does.
+    """The gamed baselines (M, 4) of a .csv file, columns as in `_GAMED`. Rows without a preference are left out, as
+    AlpacaEval does.
 
     Raises:
         InputError: the file cannot be read, lacks a column, or has a number out of range.
