@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Value
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.model.loading import load_tokenizer
-from mixdpo.token_cleaning.report import _colour, visible_units
+from mixdpo.token_cleaning.report import _response, visible_units
 from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
 
 NAN = float("nan")
@@ -115,7 +115,8 @@ def test_the_whole_page(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert low["title"].splitlines() == ["' sun'", "score 0.4, weight 0"]
     assert high["class"] == "token" and low["class"] == "token dropped"
     # 0.1 is also the 95 % quantile of the distances, so both have their full colour
-    assert high["style"] == "background:#4292de" and low["style"] == "background:#f68c32"
+    mix = "background:color-mix(in srgb, var(--{}) {}%, white)".format
+    assert high["style"] == mix("blue", 100.0) and low["style"] == mix("orange", 100.0)
     last = page.tokens[39]
     assert last["class"] == "token dropped" and last["title"].endswith("weight 0")
     assert page.tokens[-2]["title"].endswith("score -0.15, weight 1")
@@ -132,11 +133,10 @@ def test_whatever_a_file_holds_is_escaped(run: str) -> None:
     assert page_of(run)[1].count("&lt;script&gt;") >= 9
 
 
-def test_a_score_at_the_threshold_is_white_and_half_way_is_pale() -> None:
-    stage = ScoredStage({}, np.array([]), centre=0.5, reach=0.2)
-    assert (_colour(0.5, stage), _colour(0.9, stage), _colour(-9, stage)) == ("#ffffff", "#4292de", "#f68c32")
-    # white (255, 255, 255) to blue (66, 146, 222): the middle is (160.5, 200.5, 238.5), rounded to even
-    assert _colour(0.6, stage) in ("#a0c8ee", "#a1c9ef") and _colour(NAN, stage) == "none"
+def test_a_score_at_the_threshold_is_white_and_half_way_is_pale(tiny_model: str) -> None:
+    stage, scores = ScoredStage({}, np.array([]), centre=0.5, reach=0.2), [0.5, 0.9, -9, 0.6, NAN]
+    pieces = _response(load_tokenizer(tiny_model), [6] * 5, [(score, 1.0) for score in scores], stage)
+    assert [piece["strength"] for piece in pieces] == pytest.approx([0, 1, -1, 0.5, NAN], nan_ok=True)
 
 
 def test_samples_of_a_stage_may_lie_anywhere(tmp_path: Path, tiny_model: str) -> None:
@@ -202,4 +202,4 @@ def test_line_breaks_markup_and_split_characters_on_the_page(tmp_path: Path) -> 
     assert "&lt;</span>" in text and "&amp;</span>" in text
     split = page.tokens[6]  # scores 0.6 and 0.4 about 0.5, the second of the two tokens is cut
     assert re.findall(r"score (\S+), weight (\S+)", split["title"]) == [("0.6", "1"), ("0.4", "0")]
-    assert split["class"] == "token dropped" and split["style"] == "background:#ffffff"
+    assert split["class"] == "token dropped" and " 0.0%, white" in split["style"]

@@ -150,14 +150,14 @@ class Drawn:
     def check(self) -> None:
         """Encode the row by this project, and compare."""
         is_pair = "chosen" in self.row
-        kind = encoding.PAIRS if is_pair else encoding.SAMPLES
+        noun = "pair" if is_pair else "sample"
         if is_pair:
             record = pairs._record(self.row, ("margin",), {})
         else:
             (record,) = conversations._records(self.row, {}, "all", False)
         record["place"] = "row 1"
         options = {"template": load_template(TOKENIZER, None)}
-        ids = encoding._encode_row(record, TOKENIZER, kind, options, {"max_length": 2000} | LIMITS[is_pair])
+        ids = encoding._encode_row(record, TOKENIZER, noun, options, {"max_length": 2000} | LIMITS[is_pair])
         assert record["drop"] == ids["status"] == "" and set(json.loads(record["unread"])) == self.unread
         if is_pair:
             assert TOKENIZER.decode(ids["prompt_ids"]) == rendered(self.prompt, self.tools, self.slow, asks=True)

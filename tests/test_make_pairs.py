@@ -1,7 +1,6 @@
 """Which samples become pairs, the file that is written, and the command line."""
 
 import json
-import random
 
 import pytest
 
@@ -33,7 +32,8 @@ class Shortest:
 
 
 def selected(texts, scores, seed=0):
-    return subject.select_pair(texts, scores, random.Random(seed))
+    pairs = subject.pair_up([{"prompt": "?"}], [responses(*texts)], lambda row, given: scores, seed)
+    return next((((p["chosen"], p["score_chosen"]), (p["rejected"], p["score_rejected"])) for p in pairs), None)
 
 
 def test_best_against_worst():

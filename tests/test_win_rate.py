@@ -13,7 +13,6 @@ from scipy.special import expit, logit
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.win_rate import (
-    GamedBaselines,
     read_difficulties,
     read_gamed,
     resampled_length_controlled,
@@ -46,10 +45,10 @@ def length_controlled(*columns: Any, **more: Any) -> tuple[float, np.ndarray]:
     return rate.mean, weights
 
 
-def gamed_baselines(count: int, seed: int = 1) -> GamedBaselines:
+def gamed_baselines(count: int, seed: int = 1) -> np.ndarray:
     rng = np.random.default_rng(seed)
     not_gamed = (np.arange(count) % 5 == 4).astype(float)
-    return GamedBaselines(rng.uniform(size=count), rng.normal(size=count), rng.normal(size=count), not_gamed)
+    return np.column_stack([rng.uniform(size=count), *rng.normal(size=(2, count)), not_gamed])
 
 
 def test_win_rates_by_hand() -> None:
@@ -94,12 +93,12 @@ def test_against_a_plain_loop(with_difficulty: bool, gamed: int) -> None:
     assert length_controlled(**data, gamed=extra)[0] == pytest.approx(expected, abs=1e-5)
 
 
-def plain_length_controlled(preferences: Any, deltas: Any, difficulty: Any, gamed: GamedBaselines | None) -> float:
+def plain_length_controlled(preferences: Any, deltas: Any, difficulty: Any, gamed: np.ndarray | None) -> float:
     """Newton's method in plain loops: an independent reading of the formula."""
     spread, terms = stdev(deltas.tolist()), [0.0] * len(deltas) if difficulty is None else difficulty.tolist()
     rows = [(math.tanh(d / spread), b, 1.0, p, 1.0) for d, b, p in zip(deltas, terms, preferences, strict=True)]
-    if gamed:
-        theirs = zip(*vars(gamed).values(), strict=True)  # a row that is not gamed weighs as the model's
+    if gamed is not None:
+        theirs = gamed.tolist()  # a row that is not gamed weighs as the model's
         rows += [(math.tanh(d), 0.0 if difficulty is None else b, n, p, 1.0 if n else 0.1) for p, d, b, n in theirs]
     weights = [0.0, 0.0, 0.0]
     for _ in range(30):

@@ -9,12 +9,11 @@ from mixdpo.errors import InputError
 
 SHOWN: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}  # columns that the chat template gets
 PROMPT = "put its text into a message, or remove the column"
-LABEL = "keep the rows that are to be imitated, and remove the column"
 LOSS = "mark responses by 'weight', 'train' or 'loss' in their messages instead, and remove the column"
 COLUMNS = {
     **dict.fromkeys(("system", "system_prompt", "history", "input", "document", "documents"), PROMPT),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), PROMPT),
-    **dict.fromkeys(("label", "kto_tag"), LABEL),
+    **dict.fromkeys(("label", "kto_tag"), "keep the rows that are to be imitated, and remove the column"),
     **dict.fromkeys(("labels", "input_ids", "completion_mask", "assistant_masks", "loss_mask"), LOSS),
     **dict.fromkeys(("weight", "weights", "sample_weight", "chosen_weight", "rejected_weight"), LOSS),
 }

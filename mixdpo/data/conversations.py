@@ -89,9 +89,7 @@ def _records(row: dict[str, Any], earlier: Collection[int], train_on: TrainOn, o
     sample |= {"response_weights": weights, "noted": {"blank_responses": sum(blank), repeated: 1}}
     if drop or not one_each:
         return [sample]
-    pieces: list[dict[str, Any]] = []
-    for k in [k for k, weight in enumerate(weights) if weight]:
-        piece = sample | {"messages": messages[: ends[k] + 1], "response_weights": [0.0] * k + [weights[k]]}
-        more = {"sample_id": hash63(f"{sample['sample_id']} {k}"), "noted": {}} if pieces else {}
-        pieces.append(piece | more)
-    return pieces
+    trained = [k for k, weight in enumerate(weights) if weight]
+    names = [{}, *({"sample_id": hash63(f"{sample['sample_id']} {k}"), "noted": {}} for k in trained[1:])]
+    cuts = ({"messages": messages[: ends[k] + 1], "response_weights": [0.0] * k + [weights[k]]} for k in trained)
+    return [sample | own | cut for own, cut in zip(names, cuts, strict=True)]

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from mixdpo.errors import InputError
 
 Overlong = Literal["truncate", "drop"]
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
+TEXTS = {"pair": ["prompt", "chosen", "rejected"], "sample": ["messages"]}
+"""The noun for a row -> the columns of its texts."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,11 @@ class EncodedPair:
         `truncate` cuts only a pair that is too long. The prompt keeps as many tokens as the longer completion leaves,
         at least `max_prompt_length`; `cut_prompt` says which. Each completion then keeps its first
         `max_length` - prompt tokens, so a cut one loses its end token. Dropped are a pair that is too long (`drop`), a
-        pair whose prompt cannot be cut to the room, a pair cut to two equal completions, and a pair with an empty
-        completion.
+        pair whose prompt cannot be cut to the room, and a pair cut to two equal completions.
 
         Args:
             cut: `cut_prompt`, which takes the prompt for one text, or with the prompt's turns.
         """
-        if not self.chosen_ids or not self.rejected_ids:
-            return None
         longer = max(len(self.chosen_ids), len(self.rejected_ids))
         if len(self.prompt_ids) + longer <= max_length:
             return self
@@ -144,19 +143,6 @@ def encode_sample(
     return EncodedSample(input_ids, spans, list(trained.values()))
 
 
-class Kind(NamedTuple):
-    """A kind of table: the noun for a row, the columns of its texts, the function texts -> ids, the columns of ids."""
-
-    noun: str
-    texts: list[str]
-    encode: Callable[..., EncodedPair | EncodedSample]
-    ids: tuple[str, ...]
-
-
-PAIRS = Kind("pair", ["prompt", "chosen", "rejected"], encode_pair, IDS[:3])
-SAMPLES = Kind("sample", ["messages"], encode_sample, ("input_ids", "spans"))
-
-
 def encode_rows(
     dataset: Dataset,
     tokenizer: chat.Tokenizer,
@@ -187,25 +173,25 @@ def encode_rows(
     """
     from datasets import Features, Value
 
-    kind = SAMPLES if "messages" in dataset.column_names else PAIRS
+    noun, ids = ("sample", ("input_ids", "spans")) if "messages" in dataset.column_names else ("pair", IDS[:3])
     if not 0 < limits.get("max_prompt_length", 1) < limits["max_length"]:
         raise InputError(f"max_length must be above max_prompt_length (1 for samples), and both above 0, not {limits}")
     template = chat.load_template(tokenizer, chat_template, chat_template_kwargs)
     options = {"template": template, "special_tokens_in_text": special_tokens_in_text}
     options["generation_prompt"] = generation_prompt
-    texts = [*kind.texts, *({"context"} & {*dataset.column_names})]
+    texts = [*TEXTS[noun], *({"context"} & {*dataset.column_names})]
     features = {name: feature for name, feature in dataset.features.items() if name not in texts}
-    features |= {name: [Value("int32")] for name in kind.ids}
+    features |= {name: [Value("int32")] for name in ids}
     features |= {"truncated": Value("bool"), "status": Value("string"), "special": Value("int8")}
     # the hash of `datasets` would include the tokenizer's padding and truncation state, which changes with use
     key = [dataset._fingerprint, chat.tokenizer_state(tokenizer), options | limits, room_code()]
     encoded = dataset.map(
-        partial(_encode_row, tokenizer=tokenizer, kind=kind, options=options, limits=limits),
+        partial(_encode_row, tokenizer=tokenizer, noun=noun, options=options, limits=limits),
         remove_columns=texts,
         features=Features(features),
         num_proc=num_proc,
         new_fingerprint=hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
-        desc=f"Encoding {kind.noun}s",
+        desc=f"Encoding {noun}s",
     )
     statuses = list(encoded["status"])
     counts = {name: statuses.count(name) for name in ("dropped_overlong", "dropped_empty", "truncated")}
@@ -214,7 +200,7 @@ def encode_rows(
     _refuse_nested(encoded["special"][:], chat.template_marks(tokenizer, template) if special else set())
     kept = [index for index, status in enumerate(statuses) if not status.startswith("dropped")]
     if not kept:
-        raise InputError(f"no {kind.noun} is left of {len(statuses)} ({counts}): raise max_length or truncate.")
+        raise InputError(f"no {noun} is left of {len(statuses)} ({counts}): raise max_length or truncate.")
     encoded = encoded.remove_columns(["status", "special"])
     return (encoded if len(kept) == len(statuses) else encoded.select(kept, keep_in_memory=True)), counts
 
@@ -227,12 +213,12 @@ def _refuse_nested(special: list[int], marks: set[str]) -> None:
         )
 
 
-def _encode_row(row: Any, tokenizer: Any, kind: Kind, options: Any, limits: Any) -> dict[str, Any]:
+def _encode_row(row: Any, tokenizer: Any, noun: str, options: Any, limits: Any) -> dict[str, Any]:
     """The ids within their limits. `status` says whether the row is dropped or truncated, and is "" if neither.
     `special` is 2 where the texts hold marks of the template, 1 for other special tokens, and 0 for none."""
     context = json.loads(row.get("context") or "{}")
     keys = chain(context.pop("keys", ()), repeat({}))  # of each message, beside role and content
-    conversation, *responses = (row[name] for name in kind.texts)
+    conversation, *responses = (row[name] for name in TEXTS[noun])
     messages = [*conversation, *({"role": "assistant", "content": response} for response in responses)]
     messages = [message | more for message, more in zip(messages, keys, strict=False)]
     texts: Any = [messages[:-2], *messages[-2:]] if responses else [messages]
@@ -240,11 +226,12 @@ def _encode_row(row: Any, tokenizer: Any, kind: Kind, options: Any, limits: Any)
     weights = {"weights": row["response_weights"]} if "response_weights" in row else {}
     turns = partial(prompt_turns, tokenizer, texts[0], **options)
     limits = limits | ({"cut": partial(cut_prompt, turns=turns)} if responses else {})
+    encode: Any = encode_pair if responses else encode_sample
     try:
-        whole = kind.encode(tokenizer, *texts, **options, **weights)
+        whole = encode(tokenizer, *texts, **options, **weights)
         limited = whole.within(**limits)
     except InputError as error:
-        raise InputError(f"{row['place']} ({kind.noun}_id {row[f'{kind.noun}_id']}): {error}") from error
+        raise InputError(f"{row['place']} ({noun}_id {row[f'{noun}_id']}): {error}") from error
     cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"
     status = "dropped_empty" if whole.is_empty else cut
     named = chat.control_tokens(tokenizer, [message["content"] for message in messages])

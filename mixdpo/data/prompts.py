@@ -14,10 +14,8 @@ def read_prompts(source: str, limit: int | None = None, seed: int = 0) -> list[R
     `limit` new prompts of that task (default 1000).
 
     Raises:
-        InputError: the limit is below 1, the file is missing or empty, or a row has no `prompt` or a blank one.
+        InputError: the file is missing or empty, or a row has no `prompt` or a blank one.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit must be at least 1, not {limit}")
     if source == "builtin":
         from mixdpo.constraints.prompts import training_prompts
 

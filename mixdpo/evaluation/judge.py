@@ -109,9 +109,8 @@ def _judge(endpoint: Endpoint, questions: Questions, header: Row, path: Path, at
             return 130
     failed = sorted(v.failed for key, v in writer.verdicts.items() if key in questions and v.failed is not None)
     print(f"judged {len(questions) - len(failed)} of {len(questions)}, failed {len(failed)}")
-    for _, each in groupby(failed, lambda reason: reason.partition(":")[0]):
-        reasons = list(each)
-        print(f"  failed: {len(reasons)} x {reasons[0]}")
+    for _, (first, *others) in groupby(failed, lambda reason: reason.partition(":")[0]):
+        print(f"  failed: {1 + len(others)} x {first}")
     print(f"python -m mixdpo score {path}")
     return int(bool(failed))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.columns import SHOWN
@@ -14,9 +15,6 @@ from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Response, generate
 from mixdpo.evaluation.gold import Scorer, scores_of
 from mixdpo.storage.files import Row, write_rows
-
-Scored = tuple[str, float]
-"""A response and its score."""
 
 
 def make_pairs(
@@ -29,7 +27,7 @@ def make_pairs(
     max_new_tokens: int = 80,
     temperature: float = 0.9,
     batch_size: int = 96,
-    limit: int | None = None,
+    limit: PositiveInt | None = None,
     seed: int = 0,
 ) -> None:
     """Sample a model on prompts, score the samples and write pairs: of each prompt the best against the worst.
@@ -73,7 +71,7 @@ def make_pairs(
 def pair_up(
     rows: Sequence[Row], responses: Sequence[list[Response]], scorer: Scorer, seed: int, min_score: float = -np.inf
 ) -> list[Row]:
-    """Pairs of all prompts, in the prompts' order.
+    """Of each prompt the best response and the worst, in the prompts' order; none where all score the same.
 
     Args:
         rows: prompt rows (P,).
@@ -88,22 +86,18 @@ def pair_up(
     pairs: list[Row] = []
     for index, (row, sampled) in enumerate(zip(rows, responses, strict=True)):
         texts = [response.text.strip() for response in sampled if response.ended and response.text.strip()]
-        pair = select_pair(texts, scores_of(scorer, row, texts), random.Random(f"{seed} {index}")) if texts else None
-        if pair is not None and pair[0][1] >= min_score:
-            (chosen, best), (rejected, worst) = pair
+        if not texts:
+            continue
+        ranked = list(dict(zip(texts, scores_of(scorer, row, texts), strict=True)).items())
+        random.Random(f"{seed} {index}").shuffle(ranked)
+        ranked.sort(key=lambda pair: -pair[1])
+        (chosen, best), (rejected, worst) = ranked[0], ranked[-1]
+        if best > worst and best >= min_score:
             kept = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
             # Rounded so that equal margins compare equal: 1 - 2/3 and 1/3 - 0 differ in the last bit.
             kept |= {"score_chosen": best, "score_rejected": worst, "margin": round(best - worst, 6)}
             pairs.append(kept | {key: row[key] for key in ("constraints", *SHOWN) if key in row})
     return pairs
-
-
-def select_pair(texts: Sequence[str], scores: Sequence[float], rng: random.Random) -> tuple[Scored, Scored] | None:
-    """(chosen, score), (rejected, score): the best and the worst, ties broken by `rng`. None if all score the same."""
-    ranked = list(dict(zip(texts, scores, strict=True)).items())
-    rng.shuffle(ranked)
-    ranked.sort(key=lambda pair: -pair[1])
-    return (ranked[0], ranked[-1]) if ranked[0][1] > ranked[-1][1] else None
 
 
 def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Response]]:

@@ -80,8 +80,6 @@ class Study:
     def __post_init__(self) -> None:
         if not (self.runs and self.outcomes and self.seeds and all(self.grid.values())):
             raise InputError("runs, outcomes, seeds and each list of the grid need at least one entry")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds: {self.seeds} has a seed twice: give each once")
         if lost := [run for run in self.runs if self.control_of(run) not in self.runs]:
             raise InputError(f"runs.{lost[0]}: no run is called {self.control_of(lost[0])!r}, its control: name a run")
         if self.options.get("data.validation") != 0 and not isinstance(self.options.get("data.validation"), str):
@@ -90,9 +88,9 @@ class Study:
             raise InputError("choose_by: name the part of the prompts by which a point of the grid is chosen")
         if chosen := [name for name, parts in self.outcomes.items() if self.choose_by in parts]:
             raise InputError(f"outcomes.{chosen[0]}: {self.choose_by} chooses the grid point and cannot be an outcome")
-        names = [self.name(run, point, self.seeds[0]) for run in self.runs for point in self.points]
+        names = [self.name(*job) for job in product(self.runs, self.points, self.seeds)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InputError(f"grid, runs: two runs would be called {twice[0]}: choose other values or names")
+            raise InputError(f"grid, runs, seeds: two runs would be called {twice[0]}: choose other values or names")
 
     @property
     def points(self) -> list[Point]:

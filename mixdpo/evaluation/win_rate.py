@@ -5,7 +5,6 @@ stores 1 + preference.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,29 +29,15 @@ _SEPARATED = 1e-6  # mean of sides · d that is no rounding of the solver
 
 
 _GAMED = ("preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
+"""Columns of the gamed baselines (M, 4): comparisons of the baseline with itself, told to be verbose or concise, which
+hold the length effect in place. Preference in [0, 1]; Δ / std(Δ); difficulty of the instruction; 0, or 1 for a row that
+counts as one of the model's."""
 
 
 _HUB = "AlpacaEval's file is in the data set tatsu-lab/alpaca_eval on the Hugging Face hub"
 
 
 _INSTEAD = "report the win rate alone, or judge more prompts"
-
-
-@dataclass(frozen=True)
-class GamedBaselines:
-    """Comparisons of the baseline with itself, told to be verbose or concise. They hold the length effect in place.
-
-    Attributes:
-        preferences: (M,) in [0, 1].
-        std_delta_len: (M,) Δ / std(Δ).
-        difficulty: (M,) of the instruction.
-        not_gamed: (M,) 0, or 1 for a row that counts as one of the model's.
-    """
-
-    preferences: np.ndarray
-    std_delta_len: np.ndarray
-    difficulty: np.ndarray
-    not_gamed: np.ndarray
 
 
 def resampled_win_rates(preferences: ArrayLike, samples: int = 1000, seed: int = 0) -> tuple[Interval, Interval]:
@@ -92,7 +77,7 @@ def resampled_length_controlled(
     len_model: ArrayLike,
     len_baseline: ArrayLike,
     difficulty: ArrayLike | None = None,
-    gamed: GamedBaselines | None = None,
+    gamed: np.ndarray | None = None,
     *,
     samples: int = 1000,
     seed: int = 0,
@@ -112,7 +97,7 @@ def resampled_length_controlled(
         len_model: (N,) characters of the model's responses.
         len_baseline: (N,) characters of the baseline's responses.
         difficulty: (N,) of the instructions; None leaves the term out.
-        gamed: rows that hold a and b in place; None fits the N prompts alone.
+        gamed: (M, 4) rows of `read_gamed`, which hold a and b in place; None fits the N prompts alone.
 
     Returns:
         The weights a, b (not without `difficulty`) and c of the fit to all prompts, and the win rate.
@@ -137,7 +122,7 @@ def resampled_length_controlled(
     return fit, one_way_bootstrap(rate, len(prompts), samples, seed)
 
 
-def _design(prompts: np.ndarray, gamed: GamedBaselines | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _design(prompts: np.ndarray, gamed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features (N + M, 2 or 3), labels and weights (N + M,).
 
     Args:
@@ -149,14 +134,14 @@ def _design(prompts: np.ndarray, gamed: GamedBaselines | None) -> tuple[np.ndarr
     features = np.column_stack([length, difficulty, ones])
     if gamed is None:
         return features, preferences, ones
-    difficulty = gamed.difficulty[:, None][:, : difficulty.shape[1]]
-    more = np.column_stack([np.tanh(gamed.std_delta_len), difficulty, gamed.not_gamed])
-    weights = np.where(gamed.not_gamed, 1.0, GAMED_WEIGHT)
-    parts = (features, more), (preferences, gamed.preferences), (ones, weights)
+    labels, length, not_gamed = gamed[:, 0], gamed[:, 1], gamed[:, 3]
+    more = np.column_stack([np.tanh(length), gamed[:, 2 : 2 + difficulty.shape[1]], not_gamed])
+    weights = np.where(not_gamed, 1.0, GAMED_WEIGHT)
+    parts = (features, more), (preferences, labels), (ones, weights)
     return tuple(map(np.concatenate, parts))  # type: ignore[return-value]
 
 
-def _weights(prompts: np.ndarray, gamed: GamedBaselines | None, start: np.ndarray, pull: float = 0.0) -> np.ndarray:
+def _weights(prompts: np.ndarray, gamed: np.ndarray | None, start: np.ndarray, pull: float = 0.0) -> np.ndarray:
     """Weights of the features: maximum likelihood for soft labels, by Newton steps in a trust region.
 
     Args:
@@ -209,17 +194,18 @@ def read_difficulties(path: str, indices: Sequence[int]) -> np.ndarray:
     return np.array([difficulties[index] for index in indices])
 
 
-def read_gamed(path: str) -> GamedBaselines:
-    """Gamed baselines from a .csv file. Rows without a preference are left out, as AlpacaEval does.
+def read_gamed(path: str) -> np.ndarray:
+    """The gamed baselines (M, 4) of a .csv file, columns as in `_GAMED`. Rows without a preference are left out, as
+    AlpacaEval does.
 
     Raises:
         InputError: the file cannot be read, lacks a column, or has a number out of range.
     """
-    columns = np.array([row for _, row in _numbers(path, _GAMED) if not np.isnan(row[0])]).reshape(-1, 4).T
-    fits = np.isfinite(columns).all() and ((columns[0] >= 0) & (columns[0] <= 1)).all() and {*columns[3]} <= {0, 1}
-    if not columns.size or not fits:
+    gamed = np.array([row for _, row in _numbers(path, _GAMED) if not np.isnan(row[0])]).reshape(-1, 4)
+    in_range = np.isfinite(gamed).all() and (gamed[:, 0] == gamed[:, 0].clip(0, 1)).all()
+    if not len(gamed) or not in_range or not {*gamed[:, 3]} <= {0, 1}:
         raise InputError(f"{path}: need finite numbers, each preference from 0 to 1, on at least one row; {_HUB}")
-    return GamedBaselines(*columns)
+    return gamed
 
 
 def _numbers(path: str, names: Sequence[str]) -> Iterator[tuple[int, list[float]]]:

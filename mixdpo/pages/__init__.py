@@ -1,0 +1,1 @@
+"""The templates of HTML pages. Every value is escaped."""

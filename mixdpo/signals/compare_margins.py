@@ -12,11 +12,9 @@ COLUMNS = ("hardest", "share", "by chance", "Jaccard", "by chance", "ties at A's
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation of x and y (N,), equal values at their mean rank; NaN if one side is constant."""
-    from scipy.stats import rankdata  # spearmanr would warn of a constant side
+    from scipy.stats import spearmanr
 
-    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale else float("nan")
+    return float(spearmanr(x, y).statistic)
 
 
 def overlap(x: np.ndarray, y: np.ndarray, fraction: float) -> dict[str, float]:
@@ -40,8 +38,8 @@ def _membership(margins: np.ndarray, count: int) -> tuple[np.ndarray, int]:
     return below + ties * ((count - below.sum()) / ties.sum()), int(ties.sum())
 
 
-def compared(a: MarginsFile, b: MarginsFile) -> tuple[np.ndarray, np.ndarray]:
-    """Margins (N,) of either file, for the pairs that both files hold with the same text.
+def compared(a: MarginsFile, b: MarginsFile) -> np.ndarray:
+    """(2, N) margins of either file, for the pairs that both files hold with the same text.
 
     Raises:
         InputError: the files share no pair.
@@ -49,8 +47,7 @@ def compared(a: MarginsFile, b: MarginsFile) -> tuple[np.ndarray, np.ndarray]:
     common = [(margin, b.pairs[i][1]) for i, (text, margin) in a.pairs.items() if b.pairs.get(i, ("",))[0] == text]
     if not common:
         raise InputError(f"{a.path} and {b.path} have no pair in common: give two files of the same data")
-    x, y = np.array(common).T
-    return x, y
+    return np.array(common).T
 
 
 def compare(a: str, b: str) -> None:

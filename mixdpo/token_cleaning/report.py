@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from jsonargparse.typing import NonNegativeInt
 
 from mixdpo.batches.token_pool import turns
 from mixdpo.data.chat_template import Tokenizer
-from mixdpo.pages.render import write_page
+from mixdpo.storage.files import written_whole
 from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
-
-BLUE, ORANGE = "4292de", "f68c32"  # light enough to carry black text; page.html has the same two
 
 
 def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed: int = 0) -> None:
@@ -35,9 +34,8 @@ def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed:
     kept, reached = (int(which.sum()) for which in (cleaning.weights > 0, ~np.isnan(cleaning.weights)))
     summary = f"{len(cleaning.pool.samples):,} samples with {len(cleaning.pool):,} response tokens; training has "
     summary += f"reached {reached:,} of these and kept {kept:,} ({kept / max(reached, 1):.1%})"
-    write_page(
-        Path(out) if out else Path(run) / "report.html",
-        "cleaning.html",
+    environment = Environment(loader=PackageLoader("mixdpo", "pages"), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("cleaning.html").render(
         title=f"Token cleaning: {Path(run).resolve().name}",
         summary=[summary],
         stages=cleaning.stages,
@@ -45,6 +43,10 @@ def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed:
         samples=[_sample(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed)],
         identity=cleaning.identity,
     )
+    path = Path(out) if out else Path(run) / "report.html"
+    with written_whole(path) as partial:
+        partial.write_text(page, "utf-8")
+    print(f"wrote {path}")
 
 
 def _title(stage: ScoredStage) -> str:
@@ -75,17 +77,9 @@ def _response(tokenizer: Tokenizer, ids: list[int], labels: list[Any], stage: Sc
         yield {
             "text": text.replace("\n", "↵\n"),
             "title": "\n".join([repr(text), *lines]),
-            "colour": _colour(np.mean(scores), stage),
+            "strength": np.clip((np.mean(scores) - stage.centre) / (stage.reach or 1), -1, 1),
             "cut": 0 in weights,
         }
-
-
-def _colour(score: float, stage: ScoredStage) -> str:
-    if np.isnan(score):
-        return "none"
-    strength = np.clip((score - stage.centre) / (stage.reach or 1), -1, 1)
-    full = np.frombuffer(bytes.fromhex(BLUE if strength > 0 else ORANGE), dtype=np.uint8)
-    return "#" + bytes((255 + abs(strength) * (full - 255.0)).round().astype(np.uint8)).hex()
 
 
 def visible_units(tokenizer: Tokenizer, ids: list[int]) -> Iterator[tuple[int, int, str]]:

@@ -62,7 +62,11 @@ class ExcessLoss:
     def __call__(self, statistics: TokenStatistics) -> Tensor:
         """(M,) in nats, or in [0, 1] where normalised."""
         excess = statistics.losses[self.worse] - statistics.losses[self.better]
-        return _min_max(excess, statistics.sample) if self.normalise else excess
+        if not self.normalise:
+            return excess
+        start, index = torch.zeros_like(excess), torch.unique(statistics.sample, return_inverse=True)[1]
+        low, high = (start.scatter_reduce(0, index, excess, how, include_self=False)[index] for how in ("amin", "amax"))
+        return (excess - low) / (high - low).masked_fill(high == low, 1)
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,3 @@ class Random:
 def is_online(scorer: Any) -> bool:
     """Whether scores need the policy of the step, so that no score can be computed before the step."""
     return "policy" in scorer.roles
-
-
-def _min_max(scores: Tensor, sample: Tensor) -> Tensor:
-    index = torch.unique(sample, return_inverse=True)[1]
-    start = torch.zeros_like(scores)
-    low = start.scatter_reduce(0, index, scores, "amin", include_self=False)[index]
-    high = start.scatter_reduce(0, index, scores, "amax", include_self=False)[index]
-    return (scores - low) / (high - low).masked_fill(high == low, 1)

@@ -106,7 +106,6 @@ CASES = [
         "file of prompts",
         ("no such file", lambda place: read_prompts("/no.jsonl"), "/no.jsonl … Check the path"),
         ("nothing in it", lambda place: read_prompts(place.write("p.jsonl", "\n")), "p.jsonl … give a file"),
-        ("a limit of 0", lambda place: read_prompts("builtin", 0), "limit must be at least 1"),
     ),
     *cases(
         "make-pairs",

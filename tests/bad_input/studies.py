@@ -22,7 +22,7 @@ def study(**changes: Any) -> dict[str, Any]:
 STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("a misspelt key", study(seed=[0]), ("Option 'seed' is not accepted", "did you mean 'seeds'?")),
     ("a key missing", study(control=...), ("arguments are required: control",)),
-    ("a seed twice", study(seeds=[1, 1]), ("has a seed twice", "give each once")),
+    ("a seed twice", study(seeds=[1, 1]), ("would be called dpo-seed1", "choose other values")),
     ("no runs", study(runs={}), ("need at least one entry",)),
     ("a misspelt key of a run", study(runs={"dpo": {"overlays": "x"}}), ('"runs"', "Option 'overlays'", "did you")),
     ("an unknown control", study(control="sft"), ("runs.dpo: no run is called 'sft', its control",)),
