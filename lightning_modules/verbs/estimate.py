@@ -84,10 +84,10 @@ class EstimateCLI(RunCLI):
         or a limit cuts steps, of the heaviest micro-batch; the share of the tokens that the reference computes."""
         pairs, trainer = data.noun == "pair", self.trainer
         if self.options.lengths:
-            prompts, *responses = map(int, self.options.lengths.split(","))
+            prompt, *responses = map(int, self.options.lengths.split(","))
             if len(responses) != 1 + pairs:
                 raise InputError("--lengths must be PROMPT,CHOSEN,REJECTED for pairs, PROMPT,RESPONSE for samples")
-            tokens, targets, compared = np.full((self.options.rows, 3), (prompts + sum(responses), sum(responses), 1)).T
+            tokens, targets, compared = np.full((self.options.rows, 3), (prompt + sum(responses), sum(responses), 1)).T
             epoch, planned = -(-len(tokens) // data.batch_size), [range(min(data.batch_size, len(tokens)))]
             steps = min(n for n in (trainer.max_steps, epoch * trainer.max_epochs) if n >= 0)
         else:

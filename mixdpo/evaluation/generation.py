@@ -24,6 +24,9 @@ from mixdpo.storage.files import Row
 Ids = list[list[int]]
 """Token ids of several texts."""
 
+Prompt = str | list[dict[str, str]] | Row
+"""A user's text, messages that end with the user's, or a row whose `prompt` is either."""
+
 Pick = Callable[[Tensor], Tensor]
 """(B, V) logits -> (B,) next tokens."""
 
@@ -49,7 +52,7 @@ class Response:
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, str]] | Row],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -193,9 +196,7 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter(-1, indices, ordered.masked_fill(outside, 0.0))
 
 
-def _encode(
-    tokenizer: Any, prompts: Sequence[str | list[dict[str, str]] | Row], names: Sequence[str] | None = None
-) -> Ids:
+def _encode(tokenizer: Any, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Ids:
     template, numbered = load_template(tokenizer, None), names or [str(i + 1) for i in range(len(prompts))]
     encoded: Ids = []
     for name, given in zip(numbered, prompts, strict=True):

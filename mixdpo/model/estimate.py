@@ -3,7 +3,7 @@
 A step of the real architecture runs on fake tensors by our own functions, with 2 and 4 layers and a few numbers of
 tokens. Memory is linear in the layers, and in the tokens between and beyond these numbers. The storages that are alive
 are added up, with what kernels take in passing. `allowance` stands for what is not simulated: CUDA's context,
-workspaces of cuBLAS, fragmentation. The outlier columns of int8 are left out too.
+workspaces of cuBLAS, fragmentation. int8 bases are refused.
 """
 
 import copy
@@ -42,10 +42,6 @@ not in its activations: memory is linear in the tokens from 4 documents on, and 
 
 WORTHWHILE = 2048
 """Tokens of a micro-batch from which on `auto` does not recompute, as recomputing takes a third more time."""
-
-
-RESERVED = 0.25
-"""Share of a computer's free memory that is left to others."""
 
 
 _simulated: dict[tuple[str, bool], np.ndarray] = {}  # of the process: what decides the memory -> `_simulate`
@@ -115,11 +111,11 @@ class MemoryModel:
 
     def memory_of(self, device: torch.device) -> float:
         """Bytes that training can have: of a GPU all but the allowance, whoever uses the GPU now; of a computer's free
-        memory three quarters, beside the model, which is taken to be loaded."""
+        memory three quarters, as others need some, beside the model, which is taken to be loaded."""
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
             return total - allowance(total)
-        return (1 - RESERVED) * psutil.virtual_memory().available + self.at(0, False)["loaded"]
+        return 0.75 * psutil.virtual_memory().available + self.at(0, False)["loaded"]
 
     def micro_batch_limit(self, memory: float, checkpointing: bool | int | str, longest: int) -> int:
         """Most tokens that a micro-batch may have in `memory` bytes under this `model.activation_checkpointing`. Under
@@ -149,39 +145,26 @@ def _skeleton(of: MemoryModel, layers: int) -> Any:
 
 
 def _quantise(of: MemoryModel, model: Any) -> None:
-    """Make every linear layer but the head bitsandbytes' layer, with tensors of the sizes that it holds."""
-    from bitsandbytes import nn as bnb_nn
+    """Make every linear layer but the head bitsandbytes' of 4 bits, with tensors of the sizes that it holds."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
 
-    in_4bit, head = of.loading["quantization"] == "nf4", model.get_output_embeddings()
-    kind, quantise = (bnb_nn.Linear4bit, _nf4) if in_4bit else (bnb_nn.Linear8bitLt, _int8)
-    setattr(model, "is_loaded_in_4bit" if in_4bit else "is_loaded_in_8bit", True)  # for PEFT
+    if of.loading["quantization"] != "nf4":
+        raise InputError("the memory of an int8 base cannot be estimated: give model.quantization nf4 or none")
+    model.is_loaded_in_4bit, head = True, model.get_output_embeddings()  # the flag is for PEFT
     for layer in model.modules():
         if type(layer) is nn.Linear and layer is not head:
-            layer.__class__ = kind  # a new one would make parameters of a kind that a fake tensor cannot become
-            quantise(layer, layer.weight)
+            wide = layer.weight
+            absmax, packed = (torch.empty(-(-wide.numel() // size), dtype=torch.uint8) for size in (64, 2))
+            second = QuantState(torch.empty(-(-len(absmax) // 256)), None, torch.empty(256), 256, None, torch.float32)
+            first = QuantState(absmax, wide.shape, torch.empty(16), 64, "nf4", wide.dtype, torch.empty(()), second)
+            layer.__class__ = Linear4bit  # a new one would make a parameter of a kind that a fake tensor cannot become
+            layer.weight = nn.Parameter(packed[:, None], requires_grad=False)
+            options = {"quant_type": "nf4", "quant_storage": torch.uint8, "quant_state": first}
+            vars(layer.weight).update(options, compress_statistics=True, bnb_quantized=True)
+            vars(layer).update(compute_dtype=wide.dtype, compute_type_is_set=True, support_avx512bf16_for_cpu=False)
     if not of.loading.get("wide_weights"):
         check_narrow(model, of.config.model_type)
-
-
-def _nf4(layer: Any, wide: Tensor) -> None:
-    from bitsandbytes.functional import QuantState
-
-    absmax, packed = (torch.empty(-(-wide.numel() // size), dtype=torch.uint8) for size in (64, 2))
-    second = QuantState(torch.empty(-(-len(absmax) // 256)), None, torch.empty(256), 256, None, torch.float32)
-    first = QuantState(absmax, wide.shape, torch.empty(16), 64, "nf4", wide.dtype, torch.empty(()), second)
-    layer.weight = nn.Parameter(packed[:, None], requires_grad=False)
-    options = {"quant_type": "nf4", "quant_storage": torch.uint8, "quant_state": first}
-    vars(layer.weight).update(options, compress_statistics=True, bnb_quantized=True)
-    vars(layer).update(options, compute_dtype=wide.dtype, compute_type_is_set=True, support_avx512bf16_for_cpu=False)
-
-
-def _int8(layer: Any, wide: Tensor) -> None:
-    from bitsandbytes import MatmulLtState
-
-    layer.weight = nn.Parameter(torch.empty(wide.shape, dtype=torch.int8), requires_grad=False)
-    vars(layer.weight).update(CB=layer.weight.data, SCB=torch.empty(len(wide)))
-    layer.index, layer.state = None, MatmulLtState()
-    layer.state.has_fp16_weights = False
 
 
 def _simulate(of: MemoryModel, recomputed: bool) -> np.ndarray:

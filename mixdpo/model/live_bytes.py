@@ -1,6 +1,7 @@
 """The bytes that live while fake tensors are computed, and what CUDA's kernels take where there is no CUDA."""
 
 import weakref
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
@@ -19,8 +20,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, on_cuda: bool) -> None:
         super().__init__()
         self.on_cuda, self.now, self.phase = on_cuda, 0, PHASES[0]
-        self.live: dict[int, int] = {}
-        self.peaks: dict[str, int] = {}
+        self.live, self.peaks = dict[int, int](), Counter[str]()
 
     def start(self, phase: str) -> None:
         self.phase, self.peaks[phase] = phase, self.now
@@ -36,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
                 self.live[key] = -(-storage.nbytes() // grain) * grain
                 self.now += self.live[key]
                 weakref.finalize(storage, self._drop, key)
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now + self._in_passing(name, args))
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now + self._in_passing(name, args))
         return made
 
     def _drop(self, key: int) -> None:
