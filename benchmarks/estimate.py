@@ -122,11 +122,9 @@ def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows
     tensors = {*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)}
     tensors |= {value for state in optimizer.state.values() for value in state.values()}
     for module in model.modules():
-        for holder in (getattr(module, "quant_state", None), getattr(module, "state", None)):
-            for part in (holder, getattr(holder, "state2", None)):
-                tensors |= {
-                    value for value in getattr(part, "__dict__", {}).values() if isinstance(value, torch.Tensor)
-                }
+        state = getattr(module, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            tensors |= {value for value in getattr(part, "__dict__", {}).values() if isinstance(value, torch.Tensor)}
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         micro_batch(rows)
@@ -159,7 +157,7 @@ def compared(name: str, quantization: Any, recomputed: bool, device: str = "cpu"
 
 def check(models: list[str]) -> str:
     rows = []
-    for name, quantization, recomputed in product(models, ("nf4", "int8", "none"), (False, True)):
+    for name, quantization, recomputed in product(models, ("nf4", "none"), (False, True)):
         measured, predicted = compared(name, quantization, recomputed)
         numbers = [f"{measured / 1e6:.1f}", f"{predicted / 1e6:.1f}", f"{predicted / measured - 1:+.1%}"]
         rows.append([name, quantization, "recomputed" if recomputed else "kept", *numbers])

@@ -82,16 +82,12 @@ class EstimateCLI(RunCLI):
     def _plan(self, data: Any) -> dict[str, float]:
         """Steps; tokens and targets of all steps; tokens of the longest row, of the heaviest step and, as the trainer
         or a limit cuts steps, of the heaviest micro-batch; the share of the tokens that the reference computes."""
-        sizes, pairs, trainer = (
-            self.options.lengths and self.options.lengths.split(","),
-            data.noun == "pair",
-            self.trainer,
-        )
-        if sizes and len(sizes) != 2 + pairs:
-            raise InputError("--lengths must be PROMPT,CHOSEN,REJECTED for pairs, PROMPT,RESPONSE for samples")
-        if sizes:
-            shared, *responses = map(int, sizes)
-            tokens, targets, compared = np.full((self.options.rows, 3), (shared + sum(responses), sum(responses), 1)).T
+        pairs, trainer = data.noun == "pair", self.trainer
+        if self.options.lengths:
+            prompt, *responses = map(int, self.options.lengths.split(","))
+            if len(responses) != 1 + pairs:
+                raise InputError("--lengths must be PROMPT,CHOSEN,REJECTED for pairs, PROMPT,RESPONSE for samples")
+            tokens, targets, compared = np.full((self.options.rows, 3), (prompt + sum(responses), sum(responses), 1)).T
             epoch, planned = -(-len(tokens) // data.batch_size), [range(min(data.batch_size, len(tokens)))]
             steps = min(n for n in (trainer.max_steps, epoch * trainer.max_epochs) if n >= 0)
         else:
@@ -115,9 +111,8 @@ def described(found: dict[str, Any], share: float, title: str) -> str:
     sizes = ", ".join(f"{name} {found[name] / 1e9:.2f} GB" for name in ("weights", "adapters", "moments"))
     lines = [f"{title}: {found['steps']:,.0f} steps, {found['tokens']:,.0f} tokens; {sizes}"]
     for name, tflop in found["tflop"].items():
-        lines.append(
-            f"activations {name}: {found[f'{name}_per_token'] / 1e6:.2f} MB a token; {tflop:,.0f} TFLOP in all"
-        )
+        megabytes = found[f"{name}_per_token"] / 1e6
+        lines.append(f"activations {name}: {megabytes:.2f} MB a token; {tflop:,.0f} TFLOP in all")
     lines.append("1 GB for CUDA's context and 5 % of the card for fragmentation are set aside\n")
     rows = [("card", "fits", "micro-batch", "activations", "peak, GB", "in", "most kept", "recomputed", "hours")]
     for card, row in found["cards"].items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from mixdpo.data.chat_template import encode_responses, load_template
@@ -19,6 +20,12 @@ from mixdpo.errors import InputError
 from mixdpo.model.forward import causal_lm_of, evaluating
 from mixdpo.model.memory import is_out_of_memory
 from mixdpo.storage.files import Row
+
+Ids = list[list[int]]
+"""Token ids of several texts."""
+
+Prompt = str | list[dict[str, str]] | Row
+"""A user's text, messages that end with the user's, or a row whose `prompt` is either."""
 
 Pick = Callable[[Tensor], Tensor]
 """(B, V) logits -> (B,) next tokens."""
@@ -45,7 +52,7 @@ class Response:
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[str | list[dict[str, str]] | Row],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -82,29 +89,27 @@ def generate(
         return []
     device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
     _check_room(model, encoded, max_new_tokens)
-    options: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens}
-    generator, options["ends"] = torch.Generator(device).manual_seed(seed), _end_tokens(model, tokenizer)
-    options["pick"] = partial(_pick, temperature=temperature, top_p=top_p, generator=generator)
-    options["pad"] = tokenizer.pad_token_id or 0  # padding is masked, so any id serves where a tokenizer has none
+    generator, ends = torch.Generator(device).manual_seed(seed), _end_tokens(model, tokenizer)
+    pick = partial(_pick, temperature=temperature, top_p=top_p, generator=generator)
+    pad = tokenizer.pad_token_id or 0  # padding is masked, so any id serves where a tokenizer has none
+    complete = partial(_complete, model, pick=pick, pad=pad, ends=ends, samples=samples, max_new_tokens=max_new_tokens)
     results: list[list[Response]] = [[] for _ in encoded]
     with evaluating(model), torch.no_grad(), tqdm(total=len(encoded), unit="prompt", disable=not progress) as bar:
-        for batch, completions in _batches(model, encoded, max(1, batch_size // samples), options):
+        for batch, completions in _batches(complete, encoded, max(1, batch_size // samples)):
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             for row, (text, ids) in enumerate(zip(texts, completions, strict=True)):
-                results[batch[row // samples]].append(Response(text, len(ids), ids[-1] in options["ends"]))
+                results[batch[row // samples]].append(Response(text, len(ids), ids[-1] in ends))
             bar.update(len(batch))
     return results
 
 
-def _batches(
-    model: nn.Module, encoded: list[list[int]], width: int, options: dict[str, Any]
-) -> Iterator[tuple[list[int], list[list[int]]]]:
+def _batches(complete: Callable[[Ids], Ids], encoded: Ids, width: int) -> Iterator[tuple[list[int], Ids]]:
     """Numbers of `width` prompts at a time, or of fewer once memory has run out, and their completions."""
     # Longest first: the first batch is the peak of memory, so what fits there fits.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     while batch := order[:width]:
         try:
-            completions = _complete(model, [encoded[index] for index in batch], **options)
+            completions = complete([encoded[index] for index in batch])
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
@@ -116,15 +121,8 @@ def _batches(
 
 
 def _complete(
-    model: nn.Module,
-    prompts: list[list[int]],
-    *,
-    pick: Pick,
-    pad: int,
-    ends: Set[int],
-    samples: int,
-    max_new_tokens: int,
-) -> list[list[int]]:
+    model: nn.Module, prompts: Ids, *, pick: Pick, pad: int, ends: Set[int], samples: int, max_new_tokens: int
+) -> Ids:
     """Token ids of `samples` completions per prompt, samples of one prompt side by side. A token of `ends` ends one."""
     from transformers import DynamicCache
 
@@ -134,14 +132,17 @@ def _complete(
         ids = torch.tensor([prompts[0][:shared]], device=device)
         _step(model, ids, torch.ones_like(ids), torch.arange(shared, device=device)[None], cache)
         cache.batch_repeat_interleave(len(prompts))
-    ids, mask = _left_pad([prompt[shared:] for prompt in prompts], pad, device)  # (P, T - shared) both
+    rows = [torch.tensor(prompt[shared:]) for prompt in prompts]
+    ids = pad_sequence(rows, True, pad, "left").to(device)  # (P, T - shared)
+    # from lengths: the pad id may well be the end token, which prompts contain
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").to(device)
     mask = torch.cat([mask.new_ones(len(mask), shared), mask], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
     logits = _step(model, ids, mask, positions, cache).repeat_interleave(samples, 0)  # (P * samples, V)
     cache.batch_repeat_interleave(samples)
     mask = mask.repeat_interleave(samples, 0)
     alive, pending = [*range(len(mask))], []  # rows still decoded; their tokens since the last look
-    completions: list[list[int]] = [[] for _ in alive]
+    completions: Ids = [[] for _ in alive]
     for produced in range(1, max_new_tokens + 1):
         pending.append(tokens := pick(logits))
         if produced % LOOK.get(device.type, 1) == 0 or produced == max_new_tokens:
@@ -172,18 +173,10 @@ def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache:
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
 
 
-def _shared_start(prompts: list[list[int]]) -> int:
+def _shared_start(prompts: Ids) -> int:
     """Number of tokens that all prompts begin with (system message, template). At least one token of each is left."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
-
-
-def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(P, T) ids and mask. The mask comes from lengths: the pad id may well be the end token, which prompts contain."""
-    width = max(map(len, rows))
-    ids = [[pad] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _pick(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
@@ -203,11 +196,9 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter(-1, indices, ordered.masked_fill(outside, 0.0))
 
 
-def _encode(
-    tokenizer: Any, prompts: Sequence[str | list[dict[str, str]] | Row], names: Sequence[str] | None = None
-) -> list[list[int]]:
+def _encode(tokenizer: Any, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Ids:
     template, numbered = load_template(tokenizer, None), names or [str(i + 1) for i in range(len(prompts))]
-    encoded: list[list[int]] = []
+    encoded: Ids = []
     for name, given in zip(numbered, prompts, strict=True):
         prompt, values = (given["prompt"], template_values(given)) if isinstance(given, dict) else (given, {})
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -223,14 +214,13 @@ def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     return {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
 
 
-def _check_room(model: nn.Module, encoded: list[list[int]], max_new_tokens: int) -> None:
+def _check_room(model: nn.Module, encoded: Ids, max_new_tokens: int) -> None:
     """Refuse prompts and responses beyond the model's positions, where a model writes nonsense."""
     longest = max(map(len, encoded))
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
-        raise InputError(
-            f"{longest} prompt tokens + max_new_tokens {max_new_tokens} exceed the model's {room} positions: cut either"
-        )
+        asked = f"{longest} prompt tokens + max_new_tokens {max_new_tokens}"
+        raise InputError(f"{asked} exceed the model's {room} positions: cut either")
 
 
 def _check(temperature: float, top_p: float, samples: int, max_new_tokens: int, batch_size: int) -> None:

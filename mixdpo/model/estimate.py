@@ -3,7 +3,7 @@
 A step of the real architecture runs on fake tensors by our own functions, with 2 and 4 layers and a few numbers of
 tokens. Memory is linear in the layers, and in the tokens between and beyond these numbers. The storages that are alive
 are added up, with what kernels take in passing. `allowance` stands for what is not simulated: CUDA's context,
-workspaces of cuBLAS, fragmentation. The outlier columns of int8 are left out too.
+workspaces of cuBLAS, fragmentation. int8 bases are refused.
 """
 
 import copy
@@ -31,7 +31,7 @@ from mixdpo.model.loading import check_narrow
 from mixdpo.model.memory import linear_sizes, recompute
 from mixdpo.model.optimizer import choose_kernels
 
-NAMES = ("tokens", "weights", "adapters", "moments", "kept", *PHASES)
+NAMES = ("tokens", "weights", "adapters", "gradients", "moments", "kept", *PHASES)
 
 
 DEPTHS = (2, 4)
@@ -42,10 +42,6 @@ not in its activations: memory is linear in the tokens from 4 documents on, and 
 
 WORTHWHILE = 2048
 """Tokens of a micro-batch from which on `auto` does not recompute, as recomputing takes a third more time."""
-
-
-RESERVED = 0.25
-"""Share of a computer's free memory that is left to others."""
 
 
 _simulated: dict[tuple[str, bool], np.ndarray] = {}  # of the process: what decides the memory -> `_simulate`
@@ -94,8 +90,8 @@ class MemoryModel:
         return f"{rest} {options}"
 
     def at(self, tokens: float, recomputed: bool) -> dict[str, float]:
-        """The peak of each of `PHASES`; `weights`, the policy's `adapters`, the optimizer's `moments` on the device;
-        `kept`, what is kept until backward."""
+        """The peak of each of `PHASES`; `weights`, the policy's `adapters` and `gradients`, the optimizer's `moments`
+        on the device; `kept`, what is kept until backward."""
         if (key := (self._key, recomputed)) not in _simulated:
             _simulated[key] = _simulate(self, recomputed)
         known = _simulated[key]
@@ -115,11 +111,11 @@ class MemoryModel:
 
     def memory_of(self, device: torch.device) -> float:
         """Bytes that training can have: of a GPU all but the allowance, whoever uses the GPU now; of a computer's free
-        memory three quarters, beside the model, which is taken to be loaded."""
+        memory three quarters, as others need some, beside the model, which is taken to be loaded."""
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
             return total - allowance(total)
-        return (1 - RESERVED) * psutil.virtual_memory().available + self.at(0, False)["loaded"]
+        return 0.75 * psutil.virtual_memory().available + self.at(0, False)["loaded"]
 
     def micro_batch_limit(self, memory: float, checkpointing: bool | int | str, longest: int) -> int:
         """Most tokens that a micro-batch may have in `memory` bytes under this `model.activation_checkpointing`. Under
@@ -143,50 +139,32 @@ def _skeleton(of: MemoryModel, layers: int) -> Any:
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    attention = {"auto": "lower_right", "varlen": "lower_right"}.get(of.loading["attention"], of.loading["attention"])
-    return AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, of.loading["dtype"]), attn_implementation=attention, trust_remote_code=False
-    )
+    dtype, attention = getattr(torch, of.loading["dtype"]), of.loading["attention"]
+    attention = {"auto": "lower_right", "varlen": "lower_right"}.get(attention, attention)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
 
 
 def _quantise(of: MemoryModel, model: Any) -> None:
-    """Replace every linear layer but the head by bitsandbytes' layer, with tensors of the sizes that it holds."""
-    from bitsandbytes import nn as bnb_nn
+    """Make every linear layer but the head bitsandbytes' of 4 bits, with tensors of the sizes that it holds."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
 
-    in_4bit, head = of.loading["quantization"] == "nf4", model.get_output_embeddings()
-    kind, tensors = (bnb_nn.Linear4bit, _nf4) if in_4bit else (bnb_nn.Linear8bitLt, _int8)
-    setattr(model, "is_loaded_in_4bit" if in_4bit else "is_loaded_in_8bit", True)  # for PEFT
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear and layer is not head:
-                new = kind.__new__(kind)
-                nn.Module.__init__(new)  # its own makes parameters of a kind that a fake tensor cannot become
-                tensors(new, layer.weight)
-                new.in_features, new.out_features, new.bias = layer.in_features, layer.out_features, layer.bias
-                setattr(parent, name, new)
+    if of.loading["quantization"] != "nf4":
+        raise InputError("the memory of an int8 base cannot be estimated: give model.quantization nf4 or none")
+    model.is_loaded_in_4bit, head = True, model.get_output_embeddings()  # the flag is for PEFT
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer is not head:
+            wide = layer.weight
+            absmax, packed = (torch.empty(-(-wide.numel() // size), dtype=torch.uint8) for size in (64, 2))
+            second = QuantState(torch.empty(-(-len(absmax) // 256)), None, torch.empty(256), 256, None, torch.float32)
+            first = QuantState(absmax, wide.shape, torch.empty(16), 64, "nf4", wide.dtype, torch.empty(()), second)
+            layer.__class__ = Linear4bit  # a new one would make a parameter of a kind that a fake tensor cannot become
+            layer.weight = nn.Parameter(packed[:, None], requires_grad=False)
+            options = {"quant_type": "nf4", "quant_storage": torch.uint8, "quant_state": first}
+            vars(layer.weight).update(options, compress_statistics=True, bnb_quantized=True)
+            vars(layer).update(compute_dtype=wide.dtype, compute_type_is_set=True, support_avx512bf16_for_cpu=False)
     if not of.loading.get("wide_weights"):
         check_narrow(model, of.config.model_type)
-
-
-def _nf4(new: Any, wide: Tensor) -> None:
-    from bitsandbytes.functional import QuantState
-
-    absmax, packed = (torch.empty(-(-wide.numel() // size), dtype=torch.uint8) for size in (64, 2))
-    second = QuantState(torch.empty(-(-len(absmax) // 256)), None, torch.empty(256), 256, None, torch.float32)
-    first = QuantState(absmax, wide.shape, torch.empty(16), 64, "nf4", wide.dtype, torch.empty(()), second)
-    new.weight = nn.Parameter(packed[:, None], requires_grad=False)
-    options = {"quant_type": "nf4", "quant_storage": torch.uint8, "quant_state": first}
-    vars(new.weight).update(options, compress_statistics=True, bnb_quantized=True)
-    vars(new).update(options, compute_dtype=wide.dtype, compute_type_is_set=True, support_avx512bf16_for_cpu=False)
-
-
-def _int8(new: Any, wide: Tensor) -> None:
-    from bitsandbytes import MatmulLtState
-
-    new.weight = nn.Parameter(torch.empty(wide.shape, dtype=torch.int8), requires_grad=False)
-    vars(new.weight).update(CB=new.weight.data, SCB=torch.empty(len(wide)))
-    new.index, new.state = None, MatmulLtState()
-    new.state.has_fp16_weights = False
 
 
 def _simulate(of: MemoryModel, recomputed: bool) -> np.ndarray:
@@ -230,7 +208,11 @@ def _steps(of: MemoryModel, layers: int, recomputed: bool) -> np.ndarray:
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
         recompute(model, recomputed)
         with kernels_of(of.device), fake, live:
-            optimizer = _optimizer(of, [p for p in model.parameters() if p.requires_grad])
+            learning = [p for p in model.parameters() if p.requires_grad]
+            for parameter in learning:
+                parameter.grad = torch.zeros_like(parameter)
+            sizes.append(live.now)
+            optimizer = _optimizer(of, learning)
             sizes.append(live.now)
             kept = [_step(of, model, optimizer, rows, live) for rows in micro_batches]
     fixed = np.diff([0, *sizes])
@@ -253,8 +235,6 @@ def _with_adapters(of: MemoryModel, model: Any) -> Any:
 def _optimizer(of: MemoryModel, learning: list[Tensor]) -> Any:
     """The training's optimizer, with the state that it has after a first step."""
     optimizer = of.optimizer(learning)
-    for parameter in learning:
-        parameter.grad = torch.zeros_like(parameter)
     if hasattr(optimizer, "init_state"):  # of bitsandbytes, whose steps are in place
         paged, optimizer.is_paged = optimizer.is_paged, False  # a page cannot be fake
         for number, parameter in enumerate(learning):
@@ -270,14 +250,11 @@ def _optimizer(of: MemoryModel, learning: list[Tensor]) -> Any:
         if of.device == "cuda" and group.get("foreach", 0) is None and not group.get("fused"):
             group["foreach"] = True  # torch's choice on CUDA
     optimizer.step()
-    optimizer.zero_grad()
     return optimizer
 
 
 def _step(of: MemoryModel, model: Any, optimizer: Any, rows: TokenRows, live: LiveBytes) -> list[int]:
     """A step whose last micro-batch is `rows`: the bytes that are kept until backward, and the peaks."""
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.zeros_like(parameter)
     live.start("loaded")
     before, half = live.now, torch.bfloat16 if of.precision == "bf16-mixed" else torch.float16
     with torch.autocast("cpu", half, enabled="mixed" in of.precision, cache_enabled=False):

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear, silu
 
 Part = Literal["lora", "norm", "swiglu"]
 MLP = ["act_fn", "down_proj", "gate_proj", "up_proj"]
@@ -51,7 +51,7 @@ def _kind(module: Any) -> Any:
     x, weight = (torch.linspace(*ends, 32, device="cpu") for ends in ((-20, 20), (0.5, 2)))
     alike = SimpleNamespace(weight=weight, variance_epsilon=0.1, eps=0.1, act_fn=getattr(module, "act_fn", None))
     alike.gate_proj, alike.up_proj, alike.down_proj = nn.Identity(), torch.cos, torch.exp
-    wanted = {"norm": rms_norm(x, (32,), weight, 0.1), "swiglu": torch.exp(silu(x) * torch.cos(x))}
+    wanted = {"norm": nn.functional.rms_norm(x, (32,), weight, 0.1), "swiglu": torch.exp(silu(x) * torch.cos(x))}
     with suppress(AttributeError, TypeError):  # its forward reads more than a plain layer has
         return next((kind for kind, y in wanted.items() if torch.allclose(type(module).forward(alike, x), y)), None)
 
@@ -62,7 +62,7 @@ def _epsilon(norm: Any) -> Any:
 
 def _norm_forward(norm: Any, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # autocast would widen the input on CUDA
-        return rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), _epsilon(norm))
+        return nn.functional.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), _epsilon(norm))
 
 
 def _lora_forward(layer: Any, x: Tensor, *given: Tensor) -> Tensor:

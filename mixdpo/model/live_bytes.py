@@ -1,8 +1,8 @@
 """The bytes that live while fake tensors are computed, and what CUDA's kernels take where there is no CUDA."""
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
 from unittest.mock import patch
@@ -10,8 +10,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
-
-from mixdpo.model import fused_layers
 
 PHASES = ("loaded", "reference", "forward", "backward", "optimizer")
 
@@ -22,8 +20,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, on_cuda: bool) -> None:
         super().__init__()
         self.on_cuda, self.now, self.phase = on_cuda, 0, PHASES[0]
-        self.live: dict[int, int] = {}
-        self.peaks: dict[str, int] = {}
+        self.live, self.peaks = dict[int, int](), Counter[str]()
 
     def start(self, phase: str) -> None:
         self.phase, self.peaks[phase] = phase, self.now
@@ -39,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
                 self.live[key] = -(-storage.nbytes() // grain) * grain
                 self.now += self.live[key]
                 weakref.finalize(storage, self._drop, key)
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now + self._in_passing(name, args))
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now + self._in_passing(name, args))
         return made
 
     def _drop(self, key: int) -> None:
@@ -54,17 +51,10 @@ class LiveBytes(TorchDispatchMode):
         return 2 * args[1].nbytes if self.on_cuda and "attention" in name and "backward" in name else 0
 
 
-@contextmanager
-def kernels_of(device: str) -> Iterator[None]:
+def kernels_of(device: str) -> AbstractContextManager[Any]:
     """Inside the block a simulation for "cuda" computes by what stands for CUDA's kernels."""
-    if device != "cuda":
-        yield
-        return
-    with (
-        patch.object(nn.functional, "scaled_dot_product_attention", _cuda_attention),
-        patch.object(fused_layers, "rms_norm", _CudaRMSNorm.apply),
-    ):
-        yield
+    kernels: dict[str, Any] = {"scaled_dot_product_attention": _cuda_attention, "rms_norm": _CudaRMSNorm.apply}
+    return patch.multiple(nn.functional, **kernels) if device == "cuda" else nullcontext()
 
 
 def _cuda_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any) -> Tensor:

@@ -1,9 +1,8 @@
 """The least cost of a run: floating-point operations and the rate of matrix products. Recomputation on and off."""
 
-import time
-
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from mixdpo.batches.rows import TokenRows
 
@@ -42,15 +41,8 @@ def matrix_rate(width: int, device: torch.device, dtype: torch.dtype, seconds: f
     """
     draw = {"device": device, "dtype": dtype, "generator": torch.Generator(device).manual_seed(0)}
     left, right = (torch.randn(*size, **draw) for size in ((512, width), (width, 4 * width)))
-    best, until, repeats = 0.0, time.perf_counter() + seconds, 20 if device.type == "cuda" else 1
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        for _ in range(repeats):
-            left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, repeats * 2 * left.numel() * right.shape[1] / (time.perf_counter() - started))
-    return best
+    timer = Timer("left @ right", globals={"left": left, "right": right}, num_threads=torch.get_num_threads())
+    return 2 * left.numel() * right.shape[1] / min(timer.blocked_autorange(min_run_time=seconds).times)
 
 
 def recompute(model: nn.Module, on: bool) -> None:
