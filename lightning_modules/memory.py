@@ -23,7 +23,7 @@ def memory_model(module: Any, device: str) -> MemoryModel:
         str(module.trainer.precision),
         with_reference=getattr(module, "needs_reference", False),
         frozen_adapters=len(roles) + len(stages or [0]) - 1 + (module.adapter is not None),
-        length=data.encoding["max_length"],
+        **({"length": data.encoding["max_length"]} if module.loading["attention"] in ("sdpa", "eager") else {}),
     )
 
 
