@@ -200,14 +200,13 @@ def test_the_fused_kernel_is_the_default_on_cuda_only() -> None:
 
 
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
-def test_a_run_continues_with_the_kernel_of_its_device(devices, tiny_model, source, tmp_path, monkeypatch) -> None:
-    """Only the choice is that of the device: both kernels run on the CPU."""
+def test_a_run_continues_on_another_device(devices, tiny_model, source, tmp_path, monkeypatch) -> None:
+    """Only the choice of the kernel is that of the device: both kernels run on the CPU."""
     checkpoint, options = None, {"optimizer": torch.optim.AdamW, "lr": 1e-2, "schedule_steps": 3}
     for device, steps in zip(devices, (1, 3), strict=True):
         choose = partial(lambda at, optimizer, _, name: choose_kernels(optimizer, torch.device(at), name), device)
         monkeypatch.setattr("lightning_modules.qlora.choose_kernels", choose)
         train = partial(fit, tiny_model, source, trainer={"max_steps": steps}, **options)
         whole, module = train(tmp_path / f"{device}, whole"), train(tmp_path / device, ckpt_path=checkpoint)
-        assert module.optimizers().optimizer.param_groups[0]["fused"] == {"cuda": True}.get(device)
         checkpoint = str(tmp_path / device / "checkpoints/last.ckpt")
     torch.testing.assert_close(adapter_weights(module), adapter_weights(whole))
