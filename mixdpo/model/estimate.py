@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public name for it
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.initialization import no_init_weights
 
 from mixdpo.batches.rows import TokenRows, build_rows
 from mixdpo.errors import InputError
@@ -141,7 +142,9 @@ def _skeleton(of: MemoryModel, layers: int) -> Any:
         text.layer_types = text.layer_types[:layers]
     dtype, attention = getattr(torch, of.loading["dtype"]), of.loading["attention"]
     attention = {"auto": "lower_right", "varlen": "lower_right"}.get(attention, attention)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+    options = {"dtype": dtype, "attn_implementation": attention}
+    with no_init_weights():  # some are drawn until they fit, and a fake number never does
+        return AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False)
 
 
 def _quantise(of: MemoryModel, model: Any) -> None:
