@@ -75,7 +75,7 @@ def test_long_micro_batches_alone_are_recomputed(asked, expected, tiny_model, so
 def test_auto_recomputes_what_does_not_fit(tiny_model, source, tmp_path, monkeypatch):
     module = fit(tiny_model, source, tmp_path / "much", activation_checkpointing="auto")
     assert module._recompute_above > 10_000
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 3e5})())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1e7})())
     little = fit(tiny_model, source, tmp_path / "little", activation_checkpointing="auto")
     assert 0 < little._recompute_above < 1000
     for name, value in module.model.named_parameters():
