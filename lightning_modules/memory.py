@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, located
 from mixdpo.model.adapters import Lora
 from mixdpo.model.estimate import MemoryModel
 from mixdpo.model.loading import load_config
@@ -33,8 +33,9 @@ def micro_batch_limit(module: Any, longest: int) -> int | None:
     `longest`: tokens of the longest row."""
     if (device := module.trainer.strategy.root_device).type != "cuda":
         return None
-    memory = memory_model(module, "cuda")
-    return memory.micro_batch_limit(memory.memory_of(device), module.activation_checkpointing, longest)
+    with located("data.micro_batch_tokens auto", ", or a number of tokens instead of auto"):
+        memory = memory_model(module, "cuda")
+        return memory.micro_batch_limit(memory.memory_of(device), module.activation_checkpointing, longest)
 
 
 def most_kept(module: Any) -> int:

@@ -146,9 +146,8 @@ class PreferenceModule(AdapterModule):
             computed = [*self.loading.values(), *self.fused_layers, str(self.trainer.precision), self.device.type]
             adapter = adapter_fingerprint(self.model, "reference")
             identity = {"weights": self.base_weights(), "adapter": adapter, "computed": computed}
-            self._kept_log_probs = ReferenceCache(
-                identity, "float64" if self.loading["dtype"] == "float64" else "float32"
-            )
+            dtype = "float64" if self.loading["dtype"] == "float64" else "float32"
+            self._kept_log_probs = ReferenceCache(identity, dtype)
         return self._kept_log_probs
 
     def _write_log_probs(self) -> None:

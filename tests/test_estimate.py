@@ -163,6 +163,9 @@ def test_a_gpu_has_its_total_memory_less_the_allowance(
     module._trainer = SimpleNamespace(**parts)
     expected = memory_model(module, "cuda")
     assert module.micro_batch_limit(9) == expected.most_tokens(8e9 - allowance(8e9), False) > 10_000
+    module.optimizer = partial(Unknown, lr=0.1)
+    with pytest.raises(InputError, match=r"data.micro_batch_tokens auto: .* Unknown .*, or a number of tokens"):
+        module.micro_batch_limit(9)
 
 
 def test_an_architecture_that_cannot_be_simulated_is_recomputed_and_says_so(

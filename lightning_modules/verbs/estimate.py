@@ -28,7 +28,7 @@ def estimate(arguments: list[str]) -> None:
     parser.add_argument("--card", choices=[*SIZES, *CARDS], help="GB or a name; all sizes if not given")
     parser.add_argument("--lengths", help="tokens PROMPT,CHOSEN,REJECTED or PROMPT,RESPONSE where there is no data yet")
     parser.add_argument("--rows", type=int, default=10_000, help="of the data, with --lengths (%(default)s)")
-    parser.add_argument("--share", type=float, default=0.4, help="of a card's rate, reached by a guess (%(default)s)")
+    parser.add_argument("--share", type=float, default=0.4, help="of a card's rate: a guess (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     options, rest = parser.parse_known_args(arguments)
     start(["fit", "--config", options.config, *rest], partial(EstimateCLI, options))
@@ -113,7 +113,9 @@ def described(found: dict[str, Any], share: float, title: str) -> str:
     for name, tflop in found["tflop"].items():
         megabytes = found[f"{name}_per_token"] / 1e6
         lines.append(f"activations {name}: {megabytes:.2f} MB a token; {tflop:,.0f} TFLOP in all")
-    lines.append("1 GB for CUDA's context and 5 % of the card for fragmentation are set aside\n")
+    lines.append(
+        "1 GB for CUDA's context and 5 % of the card are set aside. In tokens: micro-batch, and the most that fit\n"
+    )
     rows = [("card", "fits", "micro-batch", "activations", "peak, GB", "in", "most kept", "recomputed", "hours")]
     for card, row in found["cards"].items():
         words = card, "yes" if row["fits"] else "no", f"{row['tokens']:,.0f}", ("kept", "recomputed")[row["recomputed"]]
@@ -121,4 +123,4 @@ def described(found: dict[str, Any], share: float, title: str) -> str:
         rows.append((*words, *numbers, f"{row['hours']:.2f}"))
     lines += ["  ".join(f"{cell:>11}" for cell in row) for row in rows]
     rate = f"{share:.0%} of the card's published dense bf16 rate, of an RTX 4090 for a card without a name"
-    return "\n".join([*lines, "micro-batch, most: tokens", f"hours: at {rate}; nothing is measured here"])
+    return "\n".join([*lines, f"hours: at {rate}; nothing is measured here"])

@@ -191,7 +191,7 @@ _EXPECTED = "Give AlpacaEval's format: a JSON list of objects with instruction, 
 
 
 def read_responses(path: str | Path) -> list[Row]:
-    """list[Row] of a file in AlpacaEval's format: the responses of one model.
+    """Rows of a file in AlpacaEval's format: the responses of one model.
 
     Raises:
         InputError: there is no such file, a row is malformed, or the responses are of several models.

@@ -66,7 +66,7 @@ class MemoryModel:
         precision: of Lightning's Trainer.
         with_reference: a reference runs before the policy.
         frozen_adapters: number of adapters beside the policy, such as a reference or earlier stages.
-        length: longest prompt + response in tokens. It matters only to attention other than by_segment.
+        length: longest prompt + response in tokens. It matters only to sdpa and eager.
 
     Raises:
         InputError: at any question, if the architecture, its layers or the optimizer cannot be simulated.
@@ -140,9 +140,8 @@ def _skeleton(of: MemoryModel, layers: int) -> Any:
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    dtype, attention = getattr(torch, of.loading["dtype"]), of.loading["attention"]
-    attention = {"auto": "lower_right", "varlen": "lower_right"}.get(attention, attention)
-    options = {"dtype": dtype, "attn_implementation": attention}
+    attention = {"auto": "lower_right", "varlen": "lower_right"}.get(of.loading["attention"], of.loading["attention"])
+    options = {"dtype": getattr(torch, of.loading["dtype"]), "attn_implementation": attention}
     with no_init_weights():  # some are drawn until they fit, and a fake number never does
         return AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False)
 
