@@ -23,10 +23,10 @@ import transformers
 from measuring import table
 
 from mixdpo.batches.rows import TokenRows, build_rows
+from mixdpo.model import fused_layers
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters, role
 from mixdpo.model.estimate import MemoryModel
 from mixdpo.model.forward import sequence_log_probs
-from mixdpo.model.fused_layers import fuse
 from mixdpo.model.loading import load_base, load_config
 from mixdpo.model.memory import recompute
 
@@ -98,7 +98,7 @@ def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows
     model = add_adapters(base, Lora(rank=16, alpha=32)).train()
     for layer in adapter_layers(model):
         layer.cast_input_dtype_enabled = False  # as AdapterModule
-    fuse(model, FUSED)
+    fused_layers.fuse(model, FUSED)
     base.set_attn_implementation("lower_right")
     base.activation_checkpointing_enable({"use_reentrant": False})
     recompute(model, recomputed)
@@ -125,6 +125,7 @@ def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows
         state = getattr(module, "quant_state", None)
         for part in (state, getattr(state, "state2", None)):
             tensors |= {value for value in getattr(part, "__dict__", {}).values() if isinstance(value, torch.Tensor)}
+    tensors |= {cast for _, cast in fused_layers._CASTS.values()}
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         micro_batch(rows)

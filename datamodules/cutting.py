@@ -25,7 +25,10 @@ def cut_by_tokens(data: Any) -> None:
         raise InputError(f"set trainer.accumulate_grad_batches (now {now}) to 1, or data.micro_batch_tokens to null")
     if needed > most:
         fault = f"{data.tables['train'][longest]['place']} of {data.source} has {needed} tokens, a micro-batch {most}"
-        raise InputError(f"{fault} at most: set data.micro_batch_tokens to {needed} or more, or lower data.max_length")
+        remedy = f"set data.micro_batch_tokens to {needed} or more"
+        if option == "auto":
+            remedy = "take bitsandbytes.optim.PagedAdamW8bit, a lower model.lora.rank or a smaller base"
+        raise InputError(f"{fault} at most: {remedy}, or lower data.max_length")
     cut_into(data, micro_batches_needed(data.all_steps(), tokens, most=most, world=trainer.world_size), int(most))
 
 
@@ -35,5 +38,5 @@ def cut_into(data: Any, number: int, limit: int | None) -> None:
     steps, together, data.trainer.accumulate_grad_batches = data.all_steps(), number * data.trainer.world_size, number
     most, filler = heaviest(steps, data.row_sizes[0], together)[0], sum(max(0, together - len(step)) for step in steps)
     data.cut = {"a_step": number, "limit": limit, "heaviest": most, "filler": filler / (together * len(steps))}
-    said = f"steps are cut into {number} micro-batches of at most {limit or most} tokens (the heaviest: {most})"
-    rank_zero_info(f"{said}; {data.cut['filler']:.1%} of them are filler")
+    said = f"each step is cut into {number} micro-batches of at most {limit or most} tokens (the heaviest has {most})"
+    rank_zero_info(f"{said}; {data.cut['filler']:.1%} of them are empty and filled up")

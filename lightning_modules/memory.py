@@ -33,7 +33,7 @@ def micro_batch_limit(module: Any, longest: int) -> int | None:
     `longest`: tokens of the longest row."""
     if (device := module.trainer.strategy.root_device).type != "cuda":
         return None
-    with located("data.micro_batch_tokens auto", ", or a number of tokens instead of auto"):
+    with located("data.micro_batch_tokens auto", ". Or give data.micro_batch_tokens a number of tokens"):
         memory = memory_model(module, "cuda")
         return memory.micro_batch_limit(memory.memory_of(device), module.activation_checkpointing, longest)
 
@@ -45,5 +45,5 @@ def most_kept(module: Any) -> int:
         memory = memory_model(module, device.type)
         return memory.most_tokens(memory.memory_of(device), False)
     except InputError as error:  # of an architecture or optimizer that trains all the same
-        module.print(f"warning: {error}")
+        module.print(f"warning: {error}. The run goes on, and recomputes all activations")
         return 0

@@ -56,7 +56,8 @@ class ResponseModule(L.LightningModule):
             temperature: 0 takes the likeliest token. A mapping gives a temperature for each category of prompts, as
                 FastChat does for MT-Bench.
             top_p: Sample among the likeliest tokens that hold this much probability.
-            seed: The same seed, batch size and machine give the same responses, interrupted or not.
+            seed: The same seed, batch size and machine give the same responses, interrupted or not,
+                unless memory runs out.
             quantization: How the base is held in memory.
             dtype: Of the base's unquantised weights and of the computation with 4-bit ones.
             chat_template: As for training; the tokenizer's own if not given.

@@ -36,6 +36,7 @@ def model(config: Any = None, rank: int = 4, optimizer: Any = torch.optim.AdamW,
 
 CASES = [("llama", "nf4", True), ("qwen2", "none", False)]
 MORE = [(kind, q, again) for kind in ("llama", "qwen2", "mistral") for q in ("nf4", "none") for again in (0, 1)]
+MORE += [("smollm2", "none", 0), ("smollm2", "nf4", 1)]  # its head is the embedding
 
 
 @pytest.mark.parametrize(("kind", "quantization", "recomputed"), CASES)
@@ -67,6 +68,8 @@ def test_weights_adapters_and_moments_by_hand() -> None:
     at = {name: model(quantization=name).at(1000, False) for name in ("nf4", "none")}
     assert at["none"]["weights"] == wide + 2 * weights
     assert 0 <= at["nf4"]["weights"] - (wide + weights / 2) < 30_000
+    tied = model(llama(tie_word_embeddings=True), quantization="none").at(1000, False)
+    assert tied["weights"] == at["none"]["weights"] - 100 * 64 * 2
     assert {each["adapters"] for each in at.values()} == {4 * matrices}
     assert abs(at["nf4"]["moments"] - 8 * matrices) < 200  # and the number of steps
     assert at["nf4"]["loaded"] == at["nf4"]["weights"] + 8 * matrices + at["nf4"]["moments"]  # gradients are held

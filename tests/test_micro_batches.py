@@ -76,7 +76,7 @@ def test_the_plan_says_how_the_steps_are_cut(tiny_model: str, tmp_path: Path, ca
     assert f"into 1 micro-batches of at most 1000 tokens (the heaviest: {max(loads)}); 0.0% of" in caplog.text
     module = fit(tiny_model, source, tmp_path / "two", data={"micro_batch_tokens": max(loads) - 1})
     written = json.loads((tmp_path / "two/route.json").read_text())["micro_batches"]
-    assert (written["a_step"], written["filler"]) == (2, 0.25) and "25.0% of them are filler" in caplog.text
+    assert (written["a_step"], written["filler"]) == (2, 0.25) and "25.0% of them are empty" in caplog.text
     assert torch.load(checkpoint(tmp_path / "two"), weights_only=True)["PreferenceDataModule"]["cut"] == written
     module.trainer.datamodule.setup("fit")  # a second fit is not refused for the number of the first
     plain = fit(tiny_model, source, tmp_path / "plain", data={"micro_batch_tokens": "auto"}, trainer={"max_steps": 1})

@@ -1,4 +1,4 @@
-"""`mixdpo estimate CONFIG`: what a run will take of a GPU, before the run starts. No weights are read."""
+"""`mixdpo estimate CONFIG`: memory and hours of a run on one GPU, predicted. Needs neither the GPU nor weights."""
 
 import argparse
 from functools import partial
@@ -24,11 +24,11 @@ SIZES = {str(size): (size, CARDS["RTX4090"][1]) for size in (8, 12, 16, 24, 48, 
 
 def estimate(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("mixdpo estimate", description=__doc__, allow_abbrev=False)
-    parser.add_argument("config", help="config of run.py; options of run.py fit may follow")
-    parser.add_argument("--card", choices=[*SIZES, *CARDS], help="GB or a name; all sizes if not given")
+    parser.add_argument("config", help="config of run.py, without --config; options of run.py fit may follow")
+    parser.add_argument("--card", choices=[*SIZES, *CARDS], help="its GB or its name; all sizes if not given")
     parser.add_argument("--lengths", help="tokens PROMPT,CHOSEN,REJECTED or PROMPT,RESPONSE where there is no data yet")
-    parser.add_argument("--rows", type=int, default=10_000, help="of the data, with --lengths (%(default)s)")
-    parser.add_argument("--share", type=float, default=0.4, help="of a card's rate: a guess (%(default)s)")
+    parser.add_argument("--rows", type=int, default=10_000, help="pairs or samples, with --lengths (%(default)s)")
+    parser.add_argument("--share", type=float, default=0.4, help="reached of the card's rate: a guess (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     options, rest = parser.parse_known_args(arguments)
     start(["fit", "--config", options.config, *rest], partial(EstimateCLI, options))
@@ -114,13 +114,13 @@ def described(found: dict[str, Any], share: float, title: str) -> str:
         megabytes = found[f"{name}_per_token"] / 1e6
         lines.append(f"activations {name}: {megabytes:.2f} MB a token; {tflop:,.0f} TFLOP in all")
     lines.append(
-        "1 GB for CUDA's context and 5 % of the card are set aside. In tokens: micro-batch, and the most that fit\n"
+        "1 GB for CUDA's context and 5 % of the card are set aside. Micro-batches, and the largest, in tokens\n"
     )
-    rows = [("card", "fits", "micro-batch", "activations", "peak, GB", "in", "most kept", "recomputed", "hours")]
+    rows = [("card", "fits", "micro-batch", "activations", "peak, GB", "peak in", "most kept", "most recomp.", "hours")]
     for card, row in found["cards"].items():
         words = card, "yes" if row["fits"] else "no", f"{row['tokens']:,.0f}", ("kept", "recomputed")[row["recomputed"]]
         numbers = f"{row['peak'] / 1e9:.2f}", row["phase"], f"{row['most_kept']:,}", f"{row['most_recomputed']:,}"
         rows.append((*words, *numbers, f"{row['hours']:.2f}"))
-    lines += ["  ".join(f"{cell:>11}" for cell in row) for row in rows]
-    rate = f"{share:.0%} of the card's published dense bf16 rate, of an RTX 4090 for a card without a name"
-    return "\n".join([*lines, f"hours: at {rate}; nothing is measured here"])
+    lines += ["  ".join(f"{cell:>12}" for cell in row) for row in rows]
+    rate = f"{share:.0%} of the card's published bf16 rate (of a size in GB: an RTX 4090's; slower cards take longer)"
+    return "\n".join([*lines, f"hours: of training alone, at a guessed {rate}; nothing was measured"])

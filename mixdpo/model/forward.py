@@ -54,7 +54,7 @@ def _attention_options(causal_lm: "PreTrainedModel", rows: TokenRows) -> dict[st
 def check_documents(model: "PeftModel | PreTrainedModel", *, packed: bool = True) -> str:
     """Check the attention on a few tokens: sequences get the same hidden states and gradient as alone in transformers'
     own attention; if `packed`, in packed rows as well, beside another response, behind a shared prompt. `auto` becomes
-    the fastest that passes. If none of ours does, transformers' own is taken.
+    the first that passes. If none of ours does, transformers' own is taken.
 
     Returns:
         Lines that say what was chosen of several and what was refused, or "".
@@ -96,7 +96,7 @@ def _fault_of(causal_lm: Any, attention: str, native: str, layouts: Sequence[Tok
         return f"cannot be computed in these rows ({' '.join(str(error).split()):.300})"
     last = -1 if attention == native else None  # native gradients, which round more than states, are not in question
     off = torch.stack([(own - right).norm() / right.norm() for pairs in found for own, right in pairs[:last]]).max()
-    return "" if off <= tolerance else f"are off by {float(off):.1%} in a response behind a shared prompt"
+    return "" if off <= tolerance else f"differ by {float(off):.1%} from transformers' own on a few tokens"
 
 
 def _states_and_gradient(causal_lm: "PreTrainedModel", rows: TokenRows) -> tuple[Tensor, ...]:

@@ -46,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
         """Bytes that a kernel takes and gives back: a weight as dequantised, what attention's backward sums in fp32."""
         if name == "gemm_4bit" and (args[0].numel() > 512 * args[0].shape[-1] or not self.on_cuda):
             return prod(args[2]) * args[0].element_size() + prod(args[2]) // 8
-        if self.on_cuda and name == "logsumexp":
+        if name == "logsumexp":
             return args[0].nbytes
         return 2 * args[1].nbytes if self.on_cuda and "attention" in name and "backward" in name else 0
 
