@@ -11,13 +11,15 @@ import pytest
 import torch
 import transformers
 from conftest import build, make_pairs, write_pairs
+from test_adapters import saved_adapter
 
 from lightning_modules.cli import run
 from lightning_modules.memory import memory_model
 from mixdpo.errors import InputError
 from mixdpo.model import estimate
 from mixdpo.model.adapters import Lora
-from mixdpo.model.estimate import MemoryModel, allowance
+from mixdpo.model.estimate import MemoryModel
+from mixdpo.token_cleaning.cleaning import Cleaning
 
 LOADING = {"quantization": "nf4", "dtype": "bfloat16", "attention": "auto"}
 OPTIONS = {"accelerator": "cpu", "precision": "bf16-mixed"}
@@ -165,7 +167,9 @@ def test_a_gpu_has_its_total_memory_less_the_allowance(
     }
     module._trainer = SimpleNamespace(**parts)
     expected = memory_model(module, "cuda")
-    assert module.micro_batch_limit(9) == expected.most_tokens(8e9 - allowance(8e9), False) > 10_000
+    assert module.micro_batch_limit(9) == expected.most_tokens(8e9 - 1e9 - 0.05 * 8e9, False) > 10_000
+    module.adapter, module.cleaning = saved_adapter(tiny_model, tmp_path / "start", rank=8), Cleaning()
+    assert memory_model(module, "cuda").frozen_adapters == 2  # the reference and the cleaning reference
     module.optimizer = partial(Unknown, lr=0.1)
     with pytest.raises(InputError, match=r"data.micro_batch_tokens auto: .* Unknown .*, or a number of tokens"):
         module.micro_batch_limit(9)

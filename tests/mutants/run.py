@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SOURCES = ("mixdpo", "lightning_modules", "datamodules", "tests", "run.py", "setup.cfg", "configs")
+SOURCES = ("mixdpo", "lightning_modules", "datamodules", "benchmarks", "tests", "run.py", "setup.cfg", "configs")
 OUTCOMES = {0: "SURVIVED", 1: "killed", 2: "INTERRUPTED", 3: "CRASHED", 4: "WRONG TEST NAME", 5: "NO SUCH TEST"}
 
 
