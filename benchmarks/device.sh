@@ -15,7 +15,7 @@ BUDGET=${BUDGET:-$((480 * slower))}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
 export COMMIT CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export PYTORCH_ALLOC_CONF=expandable_segments:True HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 mkdir -p "$OUT" && : >"$OUT/parts.tsv" && : >"$OUT/log.txt" || exit
 rm -f "$OUT"/{device,memory,trl}.json
 

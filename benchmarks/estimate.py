@@ -102,7 +102,7 @@ def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows
     base.set_attn_implementation("lower_right")
     base.activation_checkpointing_enable({"use_reentrant": False})
     recompute(model, recomputed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=device == "cuda" or None)
 
     def micro_batch(rows: TokenRows) -> None:
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
@@ -125,7 +125,7 @@ def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows
         state = getattr(module, "quant_state", None)
         for part in (state, getattr(state, "state2", None)):
             tensors |= {value for value in getattr(part, "__dict__", {}).values() if isinstance(value, torch.Tensor)}
-    tensors |= {cast for _, cast in fused_layers._CASTS.values()}
+    tensors |= {fused_layers._CASTS[module][1] for module in model.modules() if module in fused_layers._CASTS}
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         micro_batch(rows)

@@ -102,13 +102,15 @@ def random_nf4(shape: dict[str, Any], device: torch.device, attention: str = "by
     return model.requires_grad_(False).train()
 
 
-def random_policy(shape: dict[str, Any], device: torch.device, rank: int = 16, attention: str = "by_segment") -> Any:
+def random_policy(shape: dict[str, Any], device: torch.device, rank: int = 16, attention: str = "lower_right") -> Any:
     """`random_nf4` with a fresh adapter, as `configure_model` makes it under bf16-mixed."""
     from mixdpo.model.adapters import Lora, adapter_layers, add_adapters
+    from mixdpo.model.fused_layers import fuse
 
     model = add_adapters(random_nf4(shape, device, attention), Lora(rank=rank, alpha=2 * rank)).train()
     for layer in adapter_layers(model):
         layer.cast_input_dtype_enabled = False
+    fuse(model, ("lora", "norm", "swiglu"))
     return model
 
 

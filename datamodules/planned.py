@@ -69,7 +69,7 @@ class PlannedDataModule(L.LightningDataModule):
         batch_size: PositiveInt = 32,
         eval_batch_size: PositiveInt = 8,
         micro_batch_tokens: PositiveInt | Literal["auto"] | None = None,
-        pack: NonNegativeInt = 8192,
+        pack: NonNegativeInt = 2**20,
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,

@@ -35,7 +35,8 @@ def micro_batch_limit(module: Any, longest: int) -> int | None:
         return None
     with located("data.micro_batch_tokens auto", ". Or give data.micro_batch_tokens a number of tokens"):
         memory = memory_model(module, "cuda")
-        return memory.micro_batch_limit(memory.memory_of(device), module.activation_checkpointing, longest)
+        limit = memory.micro_batch_limit(memory.memory_of(device), module.activation_checkpointing, longest)
+    return module.trainer.strategy.broadcast(limit)  # cards may differ by some MB, the number of micro-batches may not
 
 
 def most_kept(module: Any) -> int:

@@ -70,8 +70,7 @@ class AdapterModule(L.LightningModule):
                 that agrees with transformers' own on a few tokens, and says which. sdpa and eager are transformers'
                 own, with a mask of the whole row (set data.pack 0 with them).
             activation_checkpointing: Recompute activations in the backward pass: less memory, a third to a half more
-                operations. A number: only in micro-batches of more tokens. auto: only in those that would not fit, by
-                estimate (of a GPU's total memory, of a computer's free memory).
+                operations. A number: only in micro-batches of more tokens. auto: in those too large by estimate.
             optimizer: Class path and arguments. The optimizer gets the policy adapter's parameters only.
             schedule: Learning rate over the run; the Staged ones start anew with each stage of the data.
             schedule_steps: Optimizer steps that the schedule is made for; the run's own if null. Set this where

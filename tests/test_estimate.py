@@ -161,7 +161,7 @@ def test_a_gpu_has_its_total_memory_less_the_allowance(
     total = type("Properties", (), {"total_memory": 8e9})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
     parts = {
-        "strategy": SimpleNamespace(root_device=torch.device("cuda", 0)),
+        "strategy": SimpleNamespace(root_device=torch.device("cuda", 0), broadcast=int),
         "precision": "32-true",
         "datamodule": data,
     }
@@ -171,7 +171,9 @@ def test_a_gpu_has_its_total_memory_less_the_allowance(
     module.adapter, module.cleaning = saved_adapter(tiny_model, tmp_path / "start", rank=8), Cleaning()
     assert memory_model(module, "cuda").frozen_adapters == 2  # the reference and the cleaning reference
     module.optimizer = partial(Unknown, lr=0.1)
-    with pytest.raises(InputError, match=r"data.micro_batch_tokens auto: .* Unknown .*, or a number of tokens"):
+    with pytest.raises(
+        InputError, match=r"data.micro_batch_tokens auto: .* Unknown .* Or give data.micro_batch_tokens a number"
+    ):
         module.micro_batch_limit(9)
 
 

@@ -73,7 +73,7 @@ def test_the_plan_says_how_the_steps_are_cut(tiny_model: str, tmp_path: Path, ca
     loads = [sum(tokens[i] for i in rows) for rows, _, _ in data.micro_batches()]
     written = json.loads((tmp_path / "run/route.json").read_text())
     assert written["micro_batches"] == {"a_step": 1, "limit": 1000, "heaviest": max(loads), "filler": 0}
-    assert f"into 1 micro-batches of at most 1000 tokens (the heaviest: {max(loads)}); 0.0% of" in caplog.text
+    assert f"into 1 micro-batches of at most 1000 tokens (the heaviest has {max(loads)}); 0.0% of" in caplog.text
     module = fit(tiny_model, source, tmp_path / "two", data={"micro_batch_tokens": max(loads) - 1})
     written = json.loads((tmp_path / "two/route.json").read_text())["micro_batches"]
     assert (written["a_step"], written["filler"]) == (2, 0.25) and "25.0% of them are empty" in caplog.text

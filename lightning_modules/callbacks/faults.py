@@ -99,12 +99,17 @@ class OutOfMemory(Callback):
             self.on_train_batch_start(trainer, pl_module, batch)
             twin = copy(pl_module)  # of the same model; what it counts, remembers or caches does not reach the run
             twin._modules, twin.trainer, twin.reference_cache = dict(pl_module._modules), trainer, False
+            optimizer = trainer.optimizers[0]
+            new = not optimizer.state and type(optimizer).__module__.startswith("torch.optim.")
+            # the memory of what later steps have: gradients and, where there are none yet, fp32 moments
+            held = [torch.zeros_like(p) for p in pl_module.learning() for _ in range(3 if new else 1)]
             of_run = pl_module.train_means, getattr(pl_module, "preference_loss", None)
             (twin.train_means, twin.preference_loss), twin._kept_log_probs = deepcopy(of_run), None
             with isolate_rng(), trainer.precision_plugin.train_step_context():
                 loss = twin.training_step(trainer.strategy.batch_to_device(batch), 0)
             loss.backward()
             pl_module.zero_grad()
+            del held
             self._batch = None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:

@@ -167,6 +167,9 @@ def _until_end(ids: list[int], ends: Set[int]) -> list[int]:
 
 def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """(B, V) logits of the last position; `cache` grows by the ids."""
+    config = model.config
+    if ids.shape[1] == 1 and config._attn_implementation != "eager" and not getattr(config, "sliding_window", None):
+        mask = mask[:, None, None].bool()  # with four axes transformers does not look at it, which would wait
     # transformers 5.24 renamed the argument; a PEFT model names none
     name = "cache" if "cache" in inspect.signature(causal_lm_of(model).forward).parameters else "past_key_values"
     options = {name: cache, "use_cache": True, "logits_to_keep": 1}

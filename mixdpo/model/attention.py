@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -38,7 +39,7 @@ def attention(kernel: str, module: Any, query: Tensor, key: Tensor, value: Tenso
     # positions may have widened query and key
     qkv = [gathered(part.transpose(1, 2).flatten(0, 1), spans).to(dtype) for part, spans in states]
     rows = KERNELS[kernel](*qkv, segments, options.get("scaling")).split([end - at for at, end in segments.queries])
-    return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, 0, 0, query.shape[2] - len(row))) for row in rows]), None
+    return (rows[0][None] if len(rows) == 1 else pad_sequence(rows, batch_first=True)), None
 
 
 def computing_dtype(states: Tensor) -> torch.dtype:
@@ -85,11 +86,11 @@ def _lower_right(q: Tensor, k: Tensor, v: Tensor, **scale: Any) -> Tensor:
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, **scale: Any) -> Tensor:
-    """By a mask and repeated keys where a response sees its prompt."""
-    if q.shape[2] == k.shape[2]:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **scale)
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    """By repeated keys, as few kernels group heads, and by a mask where a response sees its prompt."""
     k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
+    if q.shape[2] == k.shape[2]:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, **scale)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **scale)
 
 

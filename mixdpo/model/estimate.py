@@ -99,7 +99,8 @@ class MemoryModel:
         piece = min(max(bisect_right(known[:, 0], tokens), 1), len(known) - 1)
         low, high = known[piece - 1 : piece + 1]
         line = low + (high - low) * (tokens - low[0]) / (high[0] - low[0])
-        line[-len(PHASES) :] += line[NAMES.index("adapters")] * self.frozen_adapters
+        of_each = 1.5 if "mixed" in self.precision and "lora" in self.loading.get("fused_layers", ()) else 1  # a cast
+        line[-len(PHASES) :] += line[NAMES.index("adapters")] * self.frozen_adapters * of_each
         return dict(zip(NAMES, line.tolist(), strict=True))
 
     def peak(self, tokens: float, recomputed: bool) -> tuple[float, str]:
@@ -140,7 +141,8 @@ def _skeleton(of: MemoryModel, layers: int) -> Any:
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    attention = {"auto": "lower_right", "varlen": "lower_right"}.get(of.loading["attention"], of.loading["attention"])
+    auto = "lower_right" if of.device == "cpu" or of.loading["dtype"] == "bfloat16" else "by_segment"
+    attention = {"auto": auto, "varlen": "lower_right"}.get(of.loading["attention"], of.loading["attention"])
     options = {"dtype": getattr(torch, of.loading["dtype"]), "attn_implementation": attention}
     with no_init_weights():  # some are drawn until they fit, and a fake number never does
         model = AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False)

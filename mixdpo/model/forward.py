@@ -13,6 +13,7 @@ from mixdpo.data.encoding import sizes_of
 from mixdpo.errors import InputError
 from mixdpo.model.attention import KERNELS, computing_dtype
 from mixdpo.model.fused_head import Head, SequenceLogProbs, gathered, run_sums, target_statistics, token_log_probs
+from mixdpo.model.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,6 +94,8 @@ def _fault_of(causal_lm: Any, attention: str, native: str, layouts: Sequence[Tok
         causal_lm.config._attn_implementation = attention
         found = [list(zip(_states_and_gradient(causal_lm, rows), expected, strict=True)) for rows in layouts]
     except (TypeError, ValueError, RuntimeError) as error:  # of a forward that takes no such mask
+        if is_out_of_memory(error):
+            raise
         return f"cannot be computed in these rows ({' '.join(str(error).split()):.300})"
     last = -1 if attention == native else None  # native gradients, which round more than states, are not in question
     off = torch.stack([(own - right).norm() / right.norm() for pairs in found for own, right in pairs[:last]]).max()
@@ -100,13 +103,14 @@ def _fault_of(causal_lm: Any, attention: str, native: str, layouts: Sequence[Tok
 
 
 def _states_and_gradient(causal_lm: "PreTrainedModel", rows: TokenRows) -> tuple[Tensor, ...]:
-    """Hidden states of each completion, and the gradient (H,) of their weighted sum to a factor on all embeddings."""
+    """Hidden states of each completion, and the gradient (H,) of a weighted sum of them to a factor on all embeddings.
+    The terms of this sum hardly cancel out: in bf16 the gradient rounds by up to 5 % (SmolLM2-135M)."""
     embedding = causal_lm.get_input_embeddings()
     factor = torch.ones_like(embedding.weight[0]).requires_grad_()
     with embedding.register_forward_hook(lambda _module, _ids, states: states * factor), torch.enable_grad():
         states = predicting_states(causal_lm, rows)
-        weights = torch.linspace(-1, 1, states.numel(), dtype=torch.float32, device=states.device)
-        (gradient,) = torch.autograd.grad(states.float().flatten() @ weights, factor)
+        weights = torch.arange(states.shape[1], device=states.device).cos() * states.detach().float().abs()
+        (gradient,) = torch.autograd.grad((states.float() * weights).sum(), factor)
     return (*states.detach().split([tokens for _, tokens in rows.runs]), gradient)
 
 

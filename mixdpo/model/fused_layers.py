@@ -115,7 +115,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, of_product: Tensor, *of_h: Tensor) -> Any:
         gate, up, *matrices = ctx.saved_tensors
         active = silu(gate)
-        of_a = [g.flatten(0, -2).T @ (active * up).flatten(0, -2) for g in of_h]
+        learns = zip(of_h, ctx.needs_input_grad[2:], strict=True)  # an earlier stage's adapter does not
+        of_a = [g.flatten(0, -2).T @ (active * up).flatten(0, -2) if needed else None for g, needed in learns]
         of_product = sum((g @ a for g, a in zip(of_h, matrices, strict=True)), of_product)
         return torch.ops.aten.silu_backward(of_product * up, gate), active.mul_(of_product), *of_a
 
