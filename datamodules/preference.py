@@ -50,8 +50,8 @@ class PreferenceDataModule(PlannedDataModule):
             margin: Column with the margin, or two columns [chosen, rejected] whose difference is the margin. If not
                 given, columns with usual names are used.
             margins_file: Margins file of `run.py predict`. Margin columns of the data are then not read.
-            weight: Column with the weight w of a pair, 0 or 1e-6 to 1e6. The loss of a step is Σ w ℓ / Σ w on either route,
-                and every logged mean is weighted. Pairs of weight 0 are left out. Without a column all pairs weigh 1.
+            weight: Column with the weight w of a pair, 0 or 1e-6 to 1e6. The loss of a step is Σ w ℓ / Σ w on either
+                route, and every logged mean is weighted. Pairs of weight 0 are left out. Without a column all weigh 1.
             max_length: Longest prompt + completion, in tokens.
             max_prompt_length: Tokens that a prompt keeps at least, if its pair exceeds max_length. The prompt keeps
                 more where the longer response leaves room. Its start, with the system message, and its end stay.
@@ -99,8 +99,8 @@ class PreferenceDataModule(PlannedDataModule):
         self._weights = self.train_pairs["pair_weight"][:] if self.weight else [1.0] * len(ids)
         if self._needs_margin == "standardised":
             self.margin_scale = _mean_and_deviation(margins)
-        in_all = getattr(self.trainer.lightning_module, "easy_sft_weight", 0) > 0
-        unread = (self.route.preference_share == 1) & (not in_all) & (np.asarray(self.train_pairs["chosen_weight"]) != 1)
+        read = (self.route.preference_share < 1) | (getattr(self.trainer.lightning_module, "easy_sft_weight", 0) > 0)
+        unread = ~read & (np.asarray(self.train_pairs["chosen_weight"]) != 1)
         self.counts["train"]["weights_not_read"] = int(unread.sum())
         if held_out is not None and self.route.is_hard.any() and not self.validation_is_hard().any():
             said = f"validation: none of the {len(self.validation_pairs)} pairs is hard, so no metric is of hard pairs"
@@ -260,7 +260,7 @@ def _mean_and_deviation(margins: np.ndarray) -> tuple[float, float]:
     """
     margins = np.sort(margins)
     if margins[0] == margins[-1]:
-        fault = f"the preference loss divides by the deviation of the margins, and all {len(margins)} are {margins[0]:g}"
+        fault = f"the preference loss divides by the margins' deviation, and all {len(margins)} are {margins[0]:g}"
         raise InputError(f"{fault}: give other margins (data.margin, data.margins_file) or another loss")
     return float(margins.mean()), float(margins.std())
 

@@ -53,12 +53,12 @@ class Routing:
         assignment: which pairs are hard: those with the smallest margins (margin) or, as controls, the same number at
             random by a hash of pair id and seed (random), or with the largest margins (inverted).
         hard_action: what hard pairs are trained by: SFT on the chosen response, on the rejected one or on both, the
-            preference loss (they are still reported as hard), or nothing (drop). blend trains every pair, easy ones too,
-            by both losses: g times the preference loss plus 1 − g times SFT on the chosen response, g = σ((m − τ)/T).
+            preference loss (they are still reported as hard), or nothing (drop). blend trains every pair, also easy
+            ones, by both losses: g times the preference loss plus 1 − g times the SFT loss, g = σ((m − τ)/T).
         easy_action: what easy pairs are trained by: the preference loss, or nothing (drop).
         blend_width: T of the hard action blend, in the unit of the margin. 0 is the hard action sft.
-        blend_floor: share below which a loss is left out of a blend: pairs with g below it are trained by SFT alone, and
-            pairs with g above 1 − blend_floor by the preference loss alone.
+        blend_floor: share below which a blend leaves a loss out: pairs with g below it are trained by SFT
+            alone, pairs with g above 1 − blend_floor by the preference loss alone.
     """
 
     threshold: float | None = None
@@ -169,8 +169,8 @@ class Route:
     def preference_share(self) -> np.ndarray:
         """(N,) float64 in data order, g: a pair's loss is g times its preference loss plus 1 − g times its SFT loss.
 
-        0 for hard pairs that SFT trains and 1 for all others. In a blend of width T > 0 g = σ((m − τ)/T), which tends to
-        these numbers as T → 0, except at m = τ; a g nearer to 0 or 1 than `blend_floor` is 0 or 1.
+        0 for hard pairs that SFT trains and 1 for all others. In a blend of width T > 0, g = σ((m − τ)/T); a g nearer
+        to 0 or 1 than `blend_floor` is 0 or 1. For T → 0 this is the hard route, except at m = τ. The blend is ours.
         """
         if self.routing.hard_action != "blend" or not self.routing.blend_width:
             return 1.0 - (self.is_hard & (self.routing.hard_action in SFT_SIDES))
