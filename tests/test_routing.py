@@ -107,22 +107,17 @@ def test_threshold_and_fraction_stand_alone():
 
 
 def routings(**fixed):
-    """Any `Routing` but those that train nothing, and blends that are refused."""
+    """Any `Routing` but blends (`test_blend.py`) and those that train nothing."""
     free = {
         "order": st.sampled_from(get_args(Order)),
         "assignment": st.sampled_from(get_args(Assignment)),
-        "hard_action": st.sampled_from(get_args(HardAction)),
+        "hard_action": st.sampled_from([action for action in get_args(HardAction) if action != "blend"]),
         "buckets": st.integers(2, 5),
         "easy_action": st.sampled_from(get_args(EasyAction)),
-        "blend_width": st.sampled_from([0.0, 1.0]),
     }
     chosen = st.fixed_dictionaries(free | {name: st.just(value) for name, value in fixed.items()})
     return st.builds(lambda size, rest: size | rest, options, chosen).filter(
-        lambda o: (
-            (o["assignment"], o["easy_action"]) == ("margin", "preference")
-            if o["hard_action"] == "blend"
-            else not o["hard_action"] == o["easy_action"] == "drop"
-        )
+        lambda o: not o["hard_action"] == o["easy_action"] == "drop"
     )
 
 
@@ -155,9 +150,8 @@ def test_every_plan_is_a_partition_with_exact_counts(data, option, seed, reshuff
         assert sorted(route.epoch_order(epoch).tolist()) == np.flatnonzero(trained).tolist()
         assert route.epoch_order(epoch).dtype == np.int64
         assert np.array_equal(route.epoch_order(epoch), route.order) or option["reshuffle"]
-    by_sft = option["hard_action"] in ("sft", "sft_rejected", "sft_both", "blend")
-    if option["hard_action"] != "blend" or option["blend_width"] == 0:
-        assert route.is_sft.tolist() == (route.is_hard & by_sft).tolist()
+    by_sft = option["hard_action"] in ("sft", "sft_rejected", "sft_both")
+    assert route.is_sft.tolist() == (route.is_hard & by_sft).tolist()
     assert route.is_hard.shape == route.margins.shape == margins.shape and route.stages.shape == route.order.shape
     assert route.stages[0] == 0 and set(np.diff(route.stages)) <= {0, 1}
     assert json.loads(json.dumps(summary := route.summary(), allow_nan=False)) == summary
