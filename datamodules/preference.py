@@ -33,6 +33,7 @@ class PreferenceDataModule(PlannedDataModule):
         validation_threshold: float | None = None,
         margin: str | list[str] | None = None,
         margins_file: str | None = None,
+        weight: str | None = None,
         max_length: int = 1024,
         max_prompt_length: int = 512,
         share_prompt: bool = True,
@@ -49,6 +50,8 @@ class PreferenceDataModule(PlannedDataModule):
             margin: Column with the margin, or two columns [chosen, rejected] whose difference is the margin. If not
                 given, columns with usual names are used.
             margins_file: Margins file of `run.py predict`. Margin columns of the data are then not read.
+            weight: Column with the weight w of a pair, 0 or 1e-6 to 1e6. The loss of a step is Σ w ℓ / Σ w on either
+                route, and every logged mean is weighted. Pairs of weight 0 are left out. Without a column all weigh 1.
             max_length: Longest prompt + completion, in tokens.
             max_prompt_length: Tokens that a prompt keeps at least, if its pair exceeds max_length. The prompt keeps
                 more where the longer response leaves room. Its start, with the system message, and its end stay.
@@ -56,12 +59,13 @@ class PreferenceDataModule(PlannedDataModule):
         """
         super().__init__(source, **options)
         self.routing, self.validation_threshold, self.share_prompt = routing, validation_threshold, share_prompt
-        self.margin, self.margins_file = margin, margins_file
+        self.margin, self.margins_file, self.weight = margin, margins_file, weight
         self.encoding |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.documents = self.documents or share_prompt
         self._margins: MarginsFile | None = None
         self.texts: dict[int, str] = {}  # pair id -> hash of its text, where a margins file is read or written
         self.route: Route = None  # type: ignore[assignment]  # until setup
+        self.margin_scale = 0.0, 1.0  # subtracted and divided by, for a loss that wants standardised margins
         self.pool: TokenPool | None = None  # of a module that cleans tokens, after setup
 
     def plan_rows(self, stage: str) -> None:
@@ -92,8 +96,11 @@ class PreferenceDataModule(PlannedDataModule):
             self.validation_pairs = self._with_margins(self.encode(held_out, "validation"), source)
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
-        in_all = getattr(self.trainer.lightning_module, "easy_sft_weight", 0) > 0
-        unread = ~(self.route.is_sft | in_all) & (np.asarray(self.train_pairs["chosen_weight"]) != 1)
+        self._weights = self.train_pairs["pair_weight"][:] if self.weight else [1.0] * len(ids)
+        if self._needs_margin == "standardised":
+            self.margin_scale = _mean_and_deviation(margins)
+        read = (self.route.preference_share < 1) | (getattr(self.trainer.lightning_module, "easy_sft_weight", 0) > 0)
+        unread = ~read & (np.asarray(self.train_pairs["chosen_weight"]) != 1)
         self.counts["train"]["weights_not_read"] = int(unread.sum())
         if held_out is not None and self.route.is_hard.any() and not self.validation_is_hard().any():
             said = f"validation: none of the {len(self.validation_pairs)} pairs is hard, so no metric is of hard pairs"
@@ -112,8 +119,10 @@ class PreferenceDataModule(PlannedDataModule):
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins_file is None if signal is None else signal.needs == "rating"
         needed = signal is not None or self.routing.by_margin or self.validation_threshold is not None
+        needed = needed or bool(self._needs_margin)
         margin = self.margin if rated else ()
-        table = read_pairs(source, split=split, margin=margin, margin_needed=needed, limit=self.limit)
+        options = {"margin": margin, "margin_needed": needed, "weight": self.weight, "limit": self.limit}
+        table = read_pairs(source, split=split, **options)
         doubts = doubts_about_margins(np.asarray(table.dataset["margin"])) + doubts_about_directions(table.dataset)
         self.doubts += [f"{source}: {doubt}" for doubt in doubts]
         if signal is not None or self.margins_file is not None:
@@ -127,6 +136,10 @@ class PreferenceDataModule(PlannedDataModule):
             self.texts |= texts
         return self.count_read(source, split, table)
 
+    @property
+    def _needs_margin(self) -> bool | str:
+        return getattr(self.trainer.lightning_module, "needs_margin", False)
+
     def _with_margins(self, pairs: Any, source: str) -> Any:
         return self._margins.add_to(pairs, self.texts, source) if self._margins else pairs
 
@@ -137,6 +150,8 @@ class PreferenceDataModule(PlannedDataModule):
         elif route["threshold"] is not None:
             tied = f"{route['hard_at_threshold']} of the {route['ties_at_threshold']} pairs tied at it"
             why = f": margin below {route['threshold']:.4g}, and {tied}"
+        if "blended" in route:
+            why += f"; {route['blended']} pairs are blended, mean preference share {route['mean_preference_share']:.0%}"
         return (
             f"{route['hard']} of {route['pairs']} pairs ({route['hard_fraction']:.0%}) are hard{why}\n"
             f"hard pairs: {route['hard_action']}; easy pairs: {route['easy_action']}; order {route['order']}, "
@@ -154,26 +169,29 @@ class PreferenceDataModule(PlannedDataModule):
 
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         """A stage starts with the first step in which at least half the pairs belong to that stage or a later one."""
-        sft_share = np.array([self.route.is_sft[list(step)].mean() for step in self._steps(epoch)])
+        by_sft = 1 - self.route.preference_share
+        sft_share = np.array([by_sft[list(step)].mean() for step in self._steps(epoch)])
         stages = [step[len(step) // 2] for step in plan_steps(self.route.stages.tolist(), self.batch_size)]  # they rise
         return StepPlan(sft_share, (0, *(1 + np.flatnonzero(np.diff(stages))).tolist()))
 
-    def sizes(self) -> tuple[list[int], list[int]]:
+    def sizes(self) -> tuple[list[int], list[float]]:
         tokens = self._tokens(self.train_pairs, self.route.is_sft, self.route.sft_sides)
-        return tokens, [1] * len(tokens)
+        return tokens, self._weights
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
         first_token = None
         if self.pool is not None:
             first_token = np.full(len(self.route.is_hard), -1)
             first_token[self._on_side(hard=True)] = self.pool.offsets[:-1]
-        routes = {"is_sft": self.route.is_sft.tolist(), "sft_sides": self.route.sft_sides, "first_token": first_token}
+        routes = {"preference_share": self.route.preference_share.tolist(), "sft_sides": self.route.sft_sides}
+        routes["first_token"] = first_token
         loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), **routes)
         loader.replan = self.micro_batches if self.routing.reshuffle else None
         return loader
 
     def plan_identity(self) -> dict[str, str]:
-        return {"data": self._data, **self.identity, "route": self.route.fingerprint()}
+        weights = {"data.weight": content_hash(self._weights)}
+        return {"data": self._data, **self.identity, **weights, "route": self.route.fingerprint()}
 
     def _cleaning_pool(self) -> TokenPool:
         """The chosen responses of the hard pairs."""
@@ -234,9 +252,22 @@ class PreferenceDataModule(PlannedDataModule):
         return [len(prompt) * (1 if self.share_prompt else len(mine)) + sum(map(len, mine)) for prompt, mine in rows]
 
 
+def _mean_and_deviation(margins: np.ndarray) -> tuple[float, float]:
+    """Mean and population standard deviation of the margins (N,), whatever the order of the rows.
+
+    Raises:
+        InputError: all margins are the same.
+    """
+    margins = np.sort(margins)
+    if margins[0] == margins[-1]:
+        fault = f"the preference loss divides by the margins' deviation, and all {len(margins)} are {margins[0]:g}"
+        raise InputError(f"{fault}: give other margins (data.margin, data.margins_file) or another loss")
+    return float(margins.mean()), float(margins.std())
+
+
 def _chosen_sample(pair: dict[str, Any]) -> dict[str, Any]:
     """A pair's prompt and chosen response as an SFT sample."""
-    start = len(pair["prompt_ids"])
+    start, weight = len(pair["prompt_ids"]), pair["chosen_weight"] * pair.get("pair_weight", 1.0)
     ids = [*pair["prompt_ids"], *pair["chosen_ids"]]
     sample = {"sample_id": pair["pair_id"], "source": "", "row": pair["row"], "truncated": pair["truncated"]}
-    return {**sample, "input_ids": ids, "spans": [start, len(ids)], "response_weights": [pair["chosen_weight"]]}
+    return {**sample, "input_ids": ids, "spans": [start, len(ids)], "response_weights": [weight]}

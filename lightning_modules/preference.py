@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.qlora import AdapterModule
 from mixdpo.batches.batch import Batch
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, check_one_of
 from mixdpo.losses import DPO
 from mixdpo.losses.sft import sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, accuracy, by_difficulty, pair_values
@@ -63,6 +63,8 @@ class PreferenceModule(AdapterModule):
             fault = f"model.cleaning.scorer {self.cleaning.scorer} reads the policy of each step, which only SFT can"
             raise InputError(f"{fault}: name base, not policy, or give Random")
         self.needs_reference: bool = getattr(preference_loss, "needs_reference", True)
+        self.needs_margin: bool | str = getattr(preference_loss, "needs_margin", False)
+        check_one_of("needs_margin of model.preference_loss", self.needs_margin or "no", ("no", "raw", "standardised"))
         self._kept_log_probs: ReferenceCache | None = None
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
 
@@ -92,25 +94,31 @@ class PreferenceModule(AdapterModule):
         self, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss of each pair (B,); the preference losses (E,) and SFT losses (H,) of the pairs trained with
-        each, without the module's weights. A chosen response's SFT loss is multiplied by the data's weight."""
+        each, without the module's weights and the shares of a blend. A chosen response's SFT loss is multiplied by the
+        data's weight of this response."""
         preference = self._preference_losses(batch.preference, batch, policy, reference)
         by_sft_too = batch.chosen_weight[batch.preference] * sft(policy[batch.preference])
         by_preference = preference + self.easy_sft_weight * by_sft_too
         weights = batch.chosen_weight[batch.sft], 1.0
         sides = [weights[side] * sft(policy[batch.sft + side * len(batch)]) for side in batch.sft_sides]
         by_sft = torch.stack(sides).mean(0)
-        losses = policy.sums.new_zeros(len(batch)).index_copy(0, batch.preference, by_preference.to(policy.sums))
-        return losses.index_copy(0, batch.sft, self.sft_weight * by_sft), preference, by_sft
+        share, nothing = batch.preference_share, policy.sums.new_zeros(len(batch))
+        losses = nothing.index_copy(0, batch.preference, share[batch.preference] * by_preference.to(policy.sums))
+        blended = self.sft_weight * by_sft * (1 - share[batch.sft])
+        return losses + nothing.index_copy(0, batch.sft, blended), preference, by_sft
 
     def _preference_losses(
         self, index: Tensor, batch: Batch, policy: SequenceLogProbs, reference: SequenceLogProbs | None
     ) -> Tensor:
         """(len(index),) of pairs of the batch, 0 for filler: batch statistics are of real pairs only. Losses with such
-        statistics wait for all ranks, so the loss is called even for no pair."""
+        statistics wait for all ranks, so the loss is called even for no pair. A loss that `needs_margin` gets margins,
+        raw or standardised over the training pairs."""
         real = index[: batch.count]
         assert reference is not None or not self.needs_reference or not len(real)
         sides = (policy, reference or policy) if self.needs_reference else (policy,)
-        losses = self.preference_loss(*(side[i] for side in sides for i in (real, real + len(batch))))
+        mean, deviation = self.trainer.datamodule.margin_scale if self.needs_margin else (0.0, 1.0)
+        margin = {"margin": (batch.margin[real] - mean) / deviation} if self.needs_margin else {}
+        losses = self.preference_loss(*(side[i] for side in sides for i in (real, real + len(batch))), **margin)
         return torch.cat([losses, losses.new_zeros(len(index) - len(real))])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -125,7 +133,8 @@ class PreferenceModule(AdapterModule):
 
     def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
         losses, preference, sft_losses = routed
-        weight, easy, hard = batch.weight, batch.weight[batch.preference], batch.weight[batch.sft]
+        weight, share = batch.weight, batch.preference_share
+        easy, hard = (weight * share)[batch.preference], (weight * (1 - share))[batch.sft]
         values = {"train/loss": (losses, weight), "train/hard_fraction": (batch.is_hard.float(), weight)}
         values |= {"train/preference_loss": (preference, easy), "train/sft_loss": (sft_losses, hard)}
         if batch.token is not None and len(batch.sft):

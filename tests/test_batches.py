@@ -255,8 +255,7 @@ def test_workers_change_nothing_and_leave_the_global_generator_alone():
 @pytest.mark.parametrize(("sides", "segments"), [((0,), {0, 1}), ((1,), {0, 2}), ((0, 1), {0, 1, 2})])
 def test_sft_computes_the_sides_it_learns_and_no_other(sides, segments):
     """Reported hard: pairs 1 and 3. Trained by SFT: pair 1 only, so that 3 has a reference and both responses."""
-    is_sft = [False, True, False, False]
-    batch = collate(PAIRS, IS_HARD, is_sft=is_sft, sft_sides=sides)
+    batch = collate(PAIRS, IS_HARD, preference_share=[1.0, 0.0, 1.0, 1.0], sft_sides=sides)
     assert batch.is_hard.tolist() == IS_HARD
     assert (batch.preference.tolist(), batch.sft.tolist(), batch.sft_sides) == ([0, 2, 3], [1], sides)
     lengths = [[len(pair["chosen_ids"]) for pair in PAIRS], [len(pair["rejected_ids"]) for pair in PAIRS]]

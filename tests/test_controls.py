@@ -26,6 +26,7 @@ data:
       buckets: 9
       assignment: ASSIGNMENT
       hard_action: preference
+      blend_width: 9
 """
 """Another value of every key that a preset sets."""
 
@@ -34,7 +35,7 @@ EXPECTED = {
     "mixdpo_paper_cosine": (24, 3, 2), "mixdpo_shuffled": (24, 3, 1), "mixdpo_interleaved": (24, 3, 1),
     "sft_all": (24, 24, 1), "sft_hard_only": (3, 3, 1), "sft_rejected": (24, 3, 2), "sft_both": (24, 3, 2),
     "dpo_plus_nll": (24, 0, 1), "random_to_sft": (24, 3, 2), "inverted": (24, 3, 2), "sft_then_dpo": (24, 3, 2),
-    "selective_dpo": (21, 0, 1), "refresh_at_buckets": (24, 0, 3),
+    "selective_dpo": (21, 0, 1), "refresh_at_buckets": (24, 0, 3), "blend": (24, 4, 2),
 }  # fmt: skip
 """Of 24 pairs, 12 % of them hard: those trained, those of them by SFT, and the stages in steps of four."""
 

@@ -90,7 +90,7 @@ def test_summary_by_hand():
 def test_the_fingerprint_tells_routes_orders_and_actions_apart():
     margins, ids = np.arange(10.0), np.arange(10)
     others = [{"threshold": 4.0}, {"threshold": 3.0, "order": "shuffled"}]
-    others += [{"threshold": 3.0, "hard_action": action} for action in get_args(HardAction)]
+    others += [{"threshold": 3.0, "hard_action": action, "blend_width": 1.0} for action in get_args(HardAction)]
     routes = [plan_route(margins, ids, **option).fingerprint() for option in others]
     routes.append(plan_route(margins[::-1].copy(), ids, threshold=3.0).fingerprint())
     assert len(set(routes)) == len(routes)
@@ -107,11 +107,11 @@ def test_threshold_and_fraction_stand_alone():
 
 
 def routings(**fixed):
-    """Any `Routing` but those that train nothing."""
+    """Any `Routing` but blends (`test_blend.py`) and those that train nothing."""
     free = {
         "order": st.sampled_from(get_args(Order)),
         "assignment": st.sampled_from(get_args(Assignment)),
-        "hard_action": st.sampled_from(get_args(HardAction)),
+        "hard_action": st.sampled_from([action for action in get_args(HardAction) if action != "blend"]),
         "buckets": st.integers(2, 5),
         "easy_action": st.sampled_from(get_args(EasyAction)),
     }

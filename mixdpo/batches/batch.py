@@ -24,10 +24,10 @@ class Batch(OnDevice):
         ids: (B,) int64, pair_id or sample_id of each row, by which the data module finds the rows.
         is_hard: (B,) bool, pairs that are reported as hard; of samples all False.
         preference, sft: (P,) and (S,) int64, positions in the batch of pairs trained by the preference loss, and by
-            SFT. Index tensors are faster than masks, which wait for the device.
-        weight: (B,) float32, 0 for filler. Filler keeps the number of micro-batches right.
-        step_total: pairs, or the summed data weight of the response tokens of samples, in the whole optimizer step,
-            over all devices.
+            SFT; a blended pair is in both. Index tensors are faster than masks, which wait for the device.
+        weight: (B,) float32, of pairs the data's weight; 0 for filler. Filler keeps the number of micro-batches right.
+        step_total: summed weight of the pairs, or of the response tokens of samples, in the whole optimizer step, over
+            all devices.
         count: pairs or samples of this batch that count, 0 for filler.
         token: (M,) int64, number in the token pool of each target in `rows`. In a batch of pairs, -1 for all but
             hard pairs' chosen responses, and None without token cleaning.
@@ -36,6 +36,7 @@ class Batch(OnDevice):
             that token cleaning gives (0 where cut). None for pairs without token cleaning.
         chosen_weight: (B,) float32, of pairs: the weight that the data gives to the chosen response in SFT.
         margin: (B,) float64, of pairs.
+        preference_share: (B,) float64, of pairs: g of `Route.preference_share`.
         reference_rows: tokens that the reference computes: pairs trained by the preference loss, in evaluation all
             pairs. None if empty.
         reference_keys: (completion_key, tokens) of each completion in `reference_rows`, in the order of their targets.
@@ -61,6 +62,7 @@ class Batch(OnDevice):
     token_weight: Tensor | None = None
     chosen_weight: Tensor | None = None
     margin: Tensor | None = None
+    preference_share: Tensor | None = None
     reference_rows: TokenRows | None = None
     reference_keys: tuple[tuple[bytes, int], ...] = ()
     sft_sides: tuple[int, ...] = (0,)
@@ -88,12 +90,13 @@ class PairCollator:
     """Makes the `Batch` of one `MicroBatch` of N encoded pairs; picklable, for loader workers.
 
     Args:
-        data: pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`, `chosen_weight` (1 if absent).
+        data: pairs with `prompt_ids`, `chosen_ids`, `rejected_ids`, `margin`, `pair_id`; `chosen_weight` and
+            `pair_weight` are 1 if absent.
         is_hard: (N,) bool, pairs reported as hard.
         evaluation: keep both responses of all pairs and show every pair to the reference.
         share_prompt: one document per pair instead of one per completion; the numbers are the same.
         pack: as for `token_rows`; the numbers are the same.
-        is_sft: (N,) bool, pairs trained by SFT; the hard pairs if not given.
+        preference_share: (N,) g of `Route.preference_share`; 0 for the hard pairs and 1 for others if not given.
         sft_sides: the responses that SFT learns.
         first_token: (N,) the number in the token pool of a pair's first chosen token, -1 for a pair not in the pool.
     """
@@ -103,15 +106,16 @@ class PairCollator:
     evaluation: bool = False
     share_prompt: bool = True
     pack: int = 0
-    is_sft: Sequence[bool] | None = None
+    preference_share: Sequence[float] | None = None
     sft_sides: tuple[int, ...] = (0,)
     first_token: np.ndarray | None = None
 
     def __call__(self, micro_batch: MicroBatch) -> Batch:
         indices, weight, step_total = micro_batch
         pairs = [self.data[i] for i in indices]
-        is_sft = np.array([(self.is_hard if self.is_sft is None else self.is_sft)[i] for i in indices], dtype=bool)
-        both = [self.evaluation or not sft for sft in is_sft]  # pairs whose two responses are computed
+        shares = self.preference_share
+        share = np.array([1.0 - self.is_hard[i] if shares is None else shares[i] for i in indices])
+        both = [self.evaluation or g > 0 for g in share.tolist()]  # pairs whose two responses are computed
         chosen, rejected = ([keep or side in self.sft_sides for keep in both] for side in (0, 1))
         layout: dict[str, Any] = {"share_prompt": self.share_prompt, "pack": self.pack}
         rows = build_rows(pairs, chosen, rejected, **layout)
@@ -121,9 +125,10 @@ class PairCollator:
             rows,
             ids=torch.tensor([int(pair["pair_id"]) for pair in pairs]),
             is_hard=torch.tensor([bool(self.is_hard[i]) for i in indices]),
-            preference=torch.from_numpy(np.flatnonzero(~is_sft)),
-            sft=torch.from_numpy(np.flatnonzero(is_sft)),
-            weight=torch.full((len(pairs),), weight),
+            preference=torch.from_numpy(np.flatnonzero(share > 0)),
+            sft=torch.from_numpy(np.flatnonzero(share < 1)),
+            preference_share=torch.from_numpy(share),
+            weight=torch.tensor([weight * pair.get("pair_weight", 1.0) for pair in pairs]),
             step_total=step_total,
             count=len(pairs) if weight else 0,
             chosen_weight=torch.tensor([pair.get("chosen_weight", 1.0) for pair in pairs]),

@@ -15,7 +15,8 @@ COLUMNS = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), PROMPT),
     **dict.fromkeys(("label", "kto_tag"), "keep the rows that are to be imitated, and remove the column"),
     **dict.fromkeys(("labels", "input_ids", "completion_mask", "assistant_masks", "loss_mask"), LOSS),
-    **dict.fromkeys(("weight", "weights", "sample_weight", "chosen_weight", "rejected_weight"), LOSS),
+    **dict.fromkeys(("weight", "weights", "sample_weight"), f"{LOSS} (or, for pairs, name it by data.weight)"),
+    **dict.fromkeys(("chosen_weight", "rejected_weight"), LOSS),
 }
 """Columns that other trainers give a meaning, and what to do. A form may read one, as Alpaca's reads `input`."""
 

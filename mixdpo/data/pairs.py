@@ -7,7 +7,7 @@ from typing import Any
 
 from mixdpo.data.columns import settle_columns
 from mixdpo.data.messages import Message, is_blank, parse_messages, unweighted, without_prompt
-from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin
+from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin, row_weight
 from mixdpo.data.table import Table, read_table, row_id
 from mixdpo.errors import InputError
 
@@ -18,6 +18,7 @@ def read_pairs(
     split: str = "train",
     margin: str | Sequence[str] | None = None,
     margin_needed: bool = True,
+    weight: str | None = None,
     limit: int | None = None,
 ) -> Table:
     """Read preference pairs from a hub id, a local folder or file, or the built-in task `constraints`.
@@ -29,13 +30,15 @@ def read_pairs(
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
             () reads no margin: all margins are NaN until a margins file replaces them.
         margin_needed: whether data without a known margin column is refused; if not, the margins are NaN.
+        weight: column that holds the weight of a pair in the loss; without it there is no such weight.
         limit: stop after this many usable pairs.
 
     Returns:
         Columns pair_id (int64, >= 0), prompt (messages, the last one the user's), chosen and rejected (str),
         chosen_weight (float32, of the chosen response in SFT, 1 unless a mark in its message says otherwise), margin
-        (float64) and row; causes "empty_prompt", "empty_completion", "identical" (whitespace aside); noted
-        "prompt_repeated" (cut from both responses), "prompt_repeated_by_one".
+        (float64), with `weight` pair_weight (float32, above 0), and row; causes "empty_prompt", "empty_completion",
+        "identical" (whitespace aside), "weight_0"; noted "prompt_repeated" (cut from both responses),
+        "prompt_repeated_by_one".
 
     Raises:
         InputError: the source cannot be read, or a row is malformed, scoreless or repeats a pair_id, or in more than a
@@ -47,11 +50,11 @@ def read_pairs(
         nonlocal margin_columns
         if margin_columns is None:  # of the first row: a later row without them is refused
             margin_columns = find_margin_columns(row, margin, margin_needed)
-        return [_record(row, margin_columns, earlier)]
+        return [_record(row, margin_columns, weight, earlier)]
 
     columns = {"pair_id": "int64", "prompt": "messages", "chosen": "string", "rejected": "string"}
-    columns |= {"chosen_weight": "float32", "margin": "float64"}
-    table = read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed])
+    columns |= {"chosen_weight": "float32", "margin": "float64"} | ({"pair_weight": "float32"} if weight else {})
+    table = read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed, weight])
     if (count := table.noted.get("prompt_repeated_by_one", 0)) > 0.2 * len(table.dataset):
         where = f"{source}: in {count} of {len(table.dataset)} pairs"
         raise InputError(f"{where} one response begins with the prompt, one does not: take the prompt out of both.")
@@ -90,7 +93,9 @@ def _response(conversation: list[Message], prompt: list[Message], column: str) -
     return rest[0]
 
 
-def _record(row: dict[str, Any], columns: MarginColumns, earlier: Collection[int]) -> dict[str, Any]:
+def _record(
+    row: dict[str, Any], columns: MarginColumns, weight_column: str | None, earlier: Collection[int]
+) -> dict[str, Any]:
     # a margin of null is refused, not absent: `row` keeps it
     present, repeated = without_prompt(row, "chosen", "rejected")
     prompt, *responses, weight = parse_row(present)
@@ -99,9 +104,12 @@ def _record(row: dict[str, Any], columns: MarginColumns, earlier: Collection[int
     drop = "empty_completion" if blank else "identical" if chosen.strip() == rejected.strip() else ""
     if is_blank(prompt[-1]["content"]):
         drop = "empty_prompt"
+    weights = {"pair_weight": row_weight(row, weight_column)} if weight_column else {}
+    drop = drop or ("weight_0" if 0 in weights.values() else "")
     pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_weight": weight}
-    pair |= settle_columns(present, ("prompt", "chosen", "rejected", "pair_id", *columns), [*prompt, *responses])
+    read = ("prompt", "chosen", "rejected", "pair_id", *columns, weight_column or "")
+    pair |= settle_columns(present, read, [*prompt, *responses])
     content = [prompt, chosen, rejected, *filter(None, [pair["context"]])]
     pair |= {"pair_id": row_id(present, "pair_id", content, earlier), "drop": drop, "noted": {repeated: 1}}
     # a row that is kept out needs no score
-    return pair | {"margin": math.nan if drop or not columns else row_margin(row, columns)}
+    return pair | weights | {"margin": math.nan if drop or not columns else row_margin(row, columns)}

@@ -73,13 +73,29 @@ def doubts_about_margins(margins: Any) -> list[str]:
     return [f"{said} and contradict their label; they count as the hardest: correct or remove them"] if share else []
 
 
-def _number(value: Any, column: str) -> float:
-    """A finite float; strings are parsed, because csv has only strings. A bool is no score."""
+def row_weight(row: dict[str, Any], column: str) -> float:
+    """Weight of one row in the loss.
+
+    Raises:
+        InputError: the column is absent, or its value is no weight; the reader adds file and row.
+    """
+    weight = _parsed(row.get(column))
+    if not (weight == 0 or 1e-6 <= weight <= 1e6):
+        says = f"0 or a number from 1e-6 to 1e6, not {row.get(column)!r:.80}"
+        raise InputError(f"the weight's column {column!r} (data.weight) should be {says}.")
+    return weight
+
+
+def _parsed(value: Any) -> float:
+    """A float, or NaN where there is none. Strings are parsed, because csv has only strings. A bool is no number."""
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+        return math.nan
+
+
+def _number(value: Any, column: str) -> float:
+    if not math.isfinite(number := _parsed(value)):
         raise InputError(f"the margin's column {column!r} should be a finite number, not {value!r:.80}.")
     return number
 

@@ -54,6 +54,8 @@ class PreferenceLoss:
 
     Attributes:
         needs_reference: False for a loss that is called on (chosen, rejected) only. No reference is then computed.
+        needs_margin: "raw" or "standardised" for a loss that is called with the keyword `margin` (B,), fp64: the pairs'
+            margins, or their distances from the mean of all training pairs over the population standard deviation.
         averaged: The loss compares log-probabilities per token, and so does the logged reward.
         batch_statistics: The loss takes means over the pairs of a call. Micro-batches of one pair are refused.
         sft_weight: Weight of a hard pair's SFT loss where `model.sft_weight` is null. 1 keeps the balance of the MixDPO
@@ -63,6 +65,7 @@ class PreferenceLoss:
     """
 
     needs_reference, averaged, batch_statistics, sft_weight = True, False, False, 1.0
+    needs_margin: bool | str = False
     own: dict[str, float] = {}  # noqa: RUF012  # every subclass has its own
     """Hyper-parameters and their defaults, which apply where YAML gives none or null."""
 
@@ -87,8 +90,8 @@ class PreferenceLoss:
             given = getattr(self, name)
             object.__setattr__(self, name, check_range(name, value if given is None else given))  # it is frozen
 
-    def __call__(self, *responses: Response) -> Tensor:
-        return self.loss(Pairs(*responses))
+    def __call__(self, *responses: Response, margin: Tensor | None = None) -> Tensor:
+        return self.loss(Pairs(*responses, margin=margin))
 
     def describe(self) -> str:
         """Name and hyper-parameters as text, the same in every process. A default that YAML may override has them only
@@ -112,9 +115,11 @@ class Pairs:
 
     Args:
         responses: the arguments of a loss. Without a reference there are no log-ratios.
+        margin: of a loss that `needs_margin`.
     """
 
-    def __init__(self, *responses: Response) -> None:
+    def __init__(self, *responses: Response, margin: Tensor | None = None) -> None:
+        self.margin: Any = margin
         sides = [SequenceLogProbs(x, torch.ones_like(x), x) if isinstance(x, Tensor) else x for x in responses]
         chosen, rejected, *reference = sides
         self.s_w, self.s_l, self.m_w, self.m_l = chosen.sums, rejected.sums, chosen.means, rejected.means

@@ -15,7 +15,7 @@ Order = Literal["easy_to_hard", "hard_to_easy", "shuffled", "bucketed", "interle
 Assignment = Literal["margin", "random", "inverted"]
 
 
-HardAction = Literal["sft", "sft_rejected", "sft_both", "preference", "drop"]
+HardAction = Literal["sft", "sft_rejected", "sft_both", "blend", "preference", "drop"]
 
 
 EasyAction = Literal["preference", "drop"]
@@ -30,7 +30,7 @@ QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 RANDOM_ORDERS = ("shuffled", "bucketed")
 
 
-SFT_SIDES = {"sft": (0,), "sft_rejected": (1,), "sft_both": (0, 1)}
+SFT_SIDES = {"sft": (0,), "sft_rejected": (1,), "sft_both": (0, 1), "blend": (0,)}
 """Hard action -> the responses of a pair that SFT learns: 0 chosen, 1 rejected."""
 
 
@@ -53,8 +53,12 @@ class Routing:
         assignment: which pairs are hard: those with the smallest margins (margin) or, as controls, the same number at
             random by a hash of pair id and seed (random), or with the largest margins (inverted).
         hard_action: what hard pairs are trained by: SFT on the chosen response, on the rejected one or on both, the
-            preference loss (they are still reported as hard), or nothing (drop).
+            preference loss (they are still reported as hard), or nothing (drop). blend trains every pair, also easy
+            ones, by both losses: g times the preference loss plus 1 − g times the SFT loss, g = σ((m − τ)/T).
         easy_action: what easy pairs are trained by: the preference loss, or nothing (drop).
+        blend_width: T of the hard action blend, in the unit of the margin. 0 is the hard action sft.
+        blend_floor: share below which a blend leaves a loss out: pairs with g below it are trained by SFT
+            alone, pairs with g above 1 − blend_floor by the preference loss alone.
     """
 
     threshold: float | None = None
@@ -65,6 +69,8 @@ class Routing:
     assignment: Assignment = "margin"
     hard_action: HardAction = "sft"
     easy_action: EasyAction = "preference"
+    blend_width: float | None = None
+    blend_floor: float = 0.01
 
     def __post_init__(self) -> None:
         choose_one(self, "data.routing", "hard_fraction", 0.12, "threshold")
@@ -76,12 +82,19 @@ class Routing:
             check_one_of(f"routing.{name}", getattr(self, name), get_args(kind))
         if self.reshuffle and self.order not in RANDOM_ORDERS:
             raise InputError(f"routing.reshuffle needs the order {' or '.join(RANDOM_ORDERS)}, not {self.order}")
+        if not (0 <= (self.blend_width or 0) < np.inf and 0 <= self.blend_floor < 0.5):
+            found = f"{self.blend_width} and {self.blend_floor}"
+            raise InputError(f"routing.blend_width must be >= 0 and blend_floor in [0, 0.5), not {found}")
+        actions = self.blend_width is not None, self.assignment, self.easy_action
+        if self.hard_action == "blend" and actions != (True, "margin", "preference"):
+            needs = "needs a blend_width (in units of the margin), assignment margin and easy_action preference"
+            raise InputError(f"routing.hard_action blend {needs}: give these, or hard_action sft")
 
     @property
     def by_margin(self) -> bool:
         """Whether margins decide anything. They do not in a shuffled order, if all pairs, no pairs or random pairs are
-        hard."""
-        one_route = self.hard_fraction in (0, 1)
+        hard and none is blended."""
+        one_route = self.hard_fraction in (0, 1) and self.hard_action != "blend"
         return self.order != "shuffled" or not (one_route or (self.threshold is None and self.assignment == "random"))
 
     def plan(self, margins: np.ndarray, pair_ids: np.ndarray, *, seed: int = 0) -> "Route":
@@ -153,9 +166,23 @@ class Route:
     seed: int
 
     @property
+    def preference_share(self) -> np.ndarray:
+        """(N,) float64 in data order, g: a pair's loss is g times its preference loss plus 1 − g times its SFT loss.
+
+        0 for hard pairs that SFT trains and 1 for all others. In a blend of width T > 0, g = σ((m − τ)/T); a g nearer
+        to 0 or 1 than `blend_floor` is 0 or 1. For T → 0 this is the hard route, except at m = τ. The blend is ours.
+        """
+        if self.routing.hard_action != "blend" or not self.routing.blend_width:
+            return 1.0 - (self.is_hard & (self.routing.hard_action in SFT_SIDES))
+        share = np.exp(-np.logaddexp(0, (self.threshold - self.margins) / self.routing.blend_width))
+        share[share < self.routing.blend_floor] = 0
+        share[share > 1 - self.routing.blend_floor] = 1
+        return share
+
+    @property
     def is_sft(self) -> np.ndarray:
-        """(N,) bool in data order, the pairs trained by SFT."""
-        return self.is_hard & (self.routing.hard_action in SFT_SIDES)
+        """(N,) bool in data order, the pairs trained by SFT alone."""
+        return self.preference_share == 0
 
     @property
     def sft_sides(self) -> tuple[int, ...]:
@@ -170,10 +197,14 @@ class Route:
 
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
-        pairs), the order and actions."""
+        pairs), the order and actions; of a blend also how many pairs have both losses, and the mean of g."""
         known, at_threshold = not np.isnan(self.margins).any(), self.margins == self.threshold
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
         groups = {name: group for name, group in groups.items() if len(group) and known}
+        share, blend = self.preference_share, {}
+        if self.routing.hard_action == "blend":
+            blend = {name: getattr(self.routing, name) for name in ("blend_width", "blend_floor")}
+            blend |= {"blended": int(((share > 0) & (share < 1)).sum()), "mean_preference_share": float(share.mean())}
         return {
             "pairs": len(self.margins),
             "hard": int(self.is_hard.sum()),
@@ -186,12 +217,13 @@ class Route:
             "margin_quantiles": {f"{at}%": float(np.percentile(self.margins, at)) for at in QUANTILES if known},
             "margins_every_5%": {k: np.percentile(g, range(0, 101, 5)).tolist() for k, g in groups.items()},
             **{name: getattr(self.routing, name) for name in CHOICES},
+            **blend,
         }
 
     def fingerprint(self) -> str:
         """16 hex digits of orders, routes and margins. A run is continued only where they are the same."""
         # the second epoch's order stands for the seed of all later ones
-        arrays = (self.order, self.epoch_order(1), self.stages, self.is_hard, self.is_sft, self.margins)
+        arrays = (self.order, self.epoch_order(1), self.stages, self.is_hard, self.preference_share, self.margins)
         content = b"".join(array.tobytes() for array in arrays) + repr(self.sft_sides).encode()
         return hashlib.sha256(content).hexdigest()[:16]
 
