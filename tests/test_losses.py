@@ -253,7 +253,7 @@ def test_sum():
     of = [part(*sides[: 4 if part.needs_reference else 2], **margins(part, rho)) for part in parts]
     assert_close(loss(*sides, **margins(loss, rho)), of[0] + 0.5 * of[1] + 2 * of[2])
     assert (loss.needs_margin, loss.needs_reference, loss.averaged, loss.batch_statistics) == ("raw", True, True, True)
-    assert loss.describe().startswith("1.0 DPO(beta=0.3, label_smoothing=0.0) + 0.5 SimPO(beta=2.0, gamma_ratio=0.5) + ")
+    assert loss.describe().startswith("1.0 DPO(beta=0.3, label_smoothing=0.0) + 0.5 SimPO(beta=2.0, gamma_ratio=")
     assert losses.Sum([losses.IPO(), losses.Sum([losses.CPO()], [3.0])], [2.0, 1.0]).sft_weight == 17
     free = losses.Sum([losses.SimPO(), losses.CPO()], [1.0, 1.0])
     assert (free.needs_margin, free.needs_reference, free.batch_statistics) == (False, False, False)

@@ -36,7 +36,7 @@ class KTOPair(PreferenceLoss, beta=0.1):
 
 
 class AMaPO(PreferenceLoss, beta=2.0):
-    """−log σ(βx − γ), x = m_w − m_l; γ = β e^{μ(μ − x)/s} where x < μ, else 0: only pairs below the mean have a margin to
+    """−log σ(βx − γ), x = m_w − m_l; γ = β e^{μ(μ − x)/s} where x < μ, else 0: pairs below the mean have a margin to
     reach. AMaPO 2025 (arXiv 2511.09385), whose β is 2 to 3.
 
     μ and s are mean and sample deviation of x over the batch on all ranks; of each batch in validation. γ is detached.
@@ -46,12 +46,11 @@ class AMaPO(PreferenceLoss, beta=2.0):
 
     def loss(self, pairs: Pairs) -> Tensor:
         gap = pairs.m_w - pairs.m_l
-        everywhere, own = over_ranks(gap)
+        everywhere, _ = over_ranks(gap)
         mean = everywhere.sum() / max(len(everywhere), 1)
         variance = (everywhere - mean).square().sum() / max(len(everywhere) - 1, 1)
-        below = mean - everywhere[own]
-        exponent = (mean * below / variance.sqrt().clamp(min=1e-8)).clamp(max=80)
-        return -logsigmoid(self.beta * (gap - torch.where(below > 0, exponent.exp(), 0)))
+        exponent = (mean * (mean - gap.detach()) / variance.sqrt().clamp(min=1e-8)).clamp(max=80)
+        return -logsigmoid(self.beta * (gap - torch.where(gap < mean, exponent.exp(), 0)))
 
 
 class BetaDPO(nn.Module, PreferenceLoss):

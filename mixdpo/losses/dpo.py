@@ -77,18 +77,18 @@ class LDDPO(PreferenceLoss, beta=0.1, tail_weight=0.5):
 
 
 class HyPO(PreferenceLoss, beta=0.1):
-    """−log σ(β (s_w − s_l − max(0, r_w − r_l))): the reference counts only where it agrees with the label. HyPO 2026
-    (arXiv 2602.11902). β is ours: only the abstract was read, and no code found."""
+    """−log σ(β (s_w − s_l − max(0, r_w − r_l))) = −log σ(β min(s_w − s_l, Δ)): the reference counts where it agrees
+    with the label. HyPO 2026 (arXiv 2602.11902). β is ours: only the abstract was read, and no code found."""
 
     def loss(self, pairs: Pairs) -> Tensor:
-        return -logsigmoid(self.beta * (pairs.s_w - pairs.s_l - relu(pairs.r_w - pairs.r_l)))
+        return -logsigmoid(self.beta * torch.minimum(pairs.s_w - pairs.s_l, pairs.delta))
 
 
 class ODPO(PreferenceLoss, beta=0.1, offset_weight=1.0):
     """−log σ(βΔ − α ln ρ): DPO with an offset. Amini et al. 2024 (arXiv 2402.10571).
 
-    ρ is clamped to at least 1e-6: a pair without a positive margin has next to no loss, the limit of the equation. Below
-    1 the margin lowers the bar, so ρ has to be in a unit in which 1 is little."""
+    ρ is clamped to at least 1e-6: a pair without a positive margin has next to no loss, as in the equation's limit. A
+    margin below 1 lowers the bar, so ρ has to be in a unit in which 1 is little."""
 
     needs_margin = "raw"
 

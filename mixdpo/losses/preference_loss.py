@@ -63,8 +63,8 @@ class PreferenceLoss:
     Attributes:
         needs_reference: False for a loss that is called on (chosen, rejected) only. No reference is then computed.
         averaged: The loss compares log-probabilities per token, and so does the logged reward.
-        needs_margin: "raw" for a loss that is called with the keyword `margin` too: (B,) margins ρ of the pairs, fp64, as
-            the data gives them. "standardised": less their mean over the training pairs, in units of their deviation.
+        needs_margin: "raw" for a loss that is called with the keyword `margin` too: (B,) margins ρ of the pairs, fp64,
+            as the data gives them. "standardised": less the mean of the training pairs, in units of their deviation.
         batch_statistics: The loss takes means over the pairs of a call. Micro-batches of one pair are refused.
         sft_weight: Weight of a hard pair's SFT loss where `model.sft_weight` is null. 1 keeps the balance of the MixDPO
             paper, DPO at β = 0.01: at the start (h = 0) an easy pair pulls s_w with β/2 = 0.005, a hard one with 1/L.
@@ -135,8 +135,7 @@ class Pairs:
         self.length_w, self.length_l = chosen.lengths.to(self.s_w), rejected.lengths.to(self.s_l)
         self.margin: Any = margin if margin is None else margin.to(self.s_w)
         if reference:
-            self.r_w, self.r_l = (side.sums for side in reference)
-            self.h_w, self.h_l = self.s_w - self.r_w, self.s_l - self.r_l
+            self.h_w, self.h_l = self.s_w - reference[0].sums, self.s_l - reference[1].sums
             self.delta = self.h_w - self.h_l
             self.mean_delta = self.h_w / self.length_w - self.h_l / self.length_l
             self.shared_sums: Any = [side.shared_sums for side in sides]
@@ -145,8 +144,8 @@ class Pairs:
 class Sum(nn.Module, PreferenceLoss):
     """Σ weight · loss, of losses of the same pairs.
 
-    A sum needs what any of its losses needs. Its weight of SFT is Σ weight · the loss's weight of SFT, because the pulls
-    add up. Rewards are log-ratios without β, and per token if any of the losses is.
+    A sum needs what any of its losses needs. Its `sft_weight` is Σ weight · `sft_weight`, because the pulls add up.
+    Rewards are log-ratios without β, and per token if any of the losses is `averaged`.
 
     Args:
         losses: class path and hyper-parameters of each.
@@ -163,23 +162,20 @@ class Sum(nn.Module, PreferenceLoss):
             return [getattr(loss, name, getattr(PreferenceLoss, name)) for loss in losses]
 
         if len(weights) != len(losses) or not all(isfinite(x) and x >= 0 for x in weights) or not any(weights):
-            fault = f"must be one number >= 0 for each of {len(losses)} losses, not all 0"
-            raise InputError(f"preference_loss.weights {fault}, not {weights}")
+            raise InputError(f"preference_loss.weights must be {len(losses)} numbers >= 0, not all 0, not {weights}")
         if {"raw", "standardised"} <= set(each("needs_margin")):
             raise InputError("preference_loss.losses need raw and standardised margins: sum losses of one kind")
-        for name in ("needs_reference", "averaged", "batch_statistics"):
-            setattr(self, name, any(each(name)))
-        self.needs_margin = next(filter(None, each("needs_margin")), False)
+        for name in ("needs_reference", "averaged", "batch_statistics", "needs_margin"):
+            setattr(self, name, next(filter(None, each(name)), False))
         self.sft_weight = sum(weight * own for weight, own in zip(weights, each("sft_weight"), strict=True))
         self.parts = nn.ModuleList(loss for loss in losses if isinstance(loss, nn.Module))  # BetaDPO has buffers
-        self.terms = list(zip(losses, weights, each("needs_reference"), each("needs_margin"), strict=True))
+        counts = (4 if reference else 2 for reference in each("needs_reference"))
+        self.terms = list(zip(losses, weights, counts, each("needs_margin"), strict=True))
 
     def describe(self) -> str:
         return " + ".join(f"{x} {getattr(type(loss), 'describe', described)(loss)}" for loss, x, *_ in self.terms)
 
     def forward(self, *responses: Response, margin: Tensor | None = None) -> Tensor:
-        values = []
-        for loss, weight, needs_reference, needs_margin in self.terms:
-            keywords = {"margin": margin} if needs_margin else {}
-            values.append(weight * loss(*responses[: 4 if needs_reference else 2], **keywords))
+        keywords = {"margin": margin}
+        values = [x * loss(*responses[:n], **(keywords if reads else {})) for loss, x, n, reads in self.terms]
         return torch.stack(values).sum(0)
