@@ -231,6 +231,7 @@ def test_gamma_is_detached():
     gamma = torch.tensor([0, 0.7 * math.exp(0.5 * 1.5 / 1.5), 0], dtype=torch.float64)
     assert_close(gap.grad, -0.7 * torch.sigmoid(gamma - 0.7 * gap.detach()))
     assert_close(losses.AMaPO(0.7)(gap[1:2], zero[:1]).item(), -log_sigma(-0.7))
+    assert losses.AMaPO()(torch.tensor([1e4, 0.0]), zero[:2]).isfinite().all()  # its exponent would be 3,536
 
 
 def test_margin_losses_by_hand():
@@ -258,6 +259,8 @@ def test_sum():
     free = losses.Sum([losses.SimPO(), losses.CPO()], [1.0, 1.0])
     assert (free.needs_margin, free.needs_reference, free.batch_statistics) == (False, False, False)
     assert_close(free(*sides[:2]), losses.SimPO()(*sides[:2]) + losses.CPO()(*sides[:2]))
+    own = type("Own", (), {"needs_reference": False, "__call__": lambda self, chosen, rejected: chosen.sums})()
+    assert_close(losses.Sum([losses.DPO(), own], [1.0, 1.0])(*sides), losses.DPO()(*sides) + sides[0].sums)
     with pytest.raises(InputError, match="need raw and standardised margins"):
         losses.Sum([losses.ODPO(), SimpleNamespace(needs_margin="standardised")], [1.0, 1.0])
 
