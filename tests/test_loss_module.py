@@ -10,7 +10,7 @@ import torch
 from conftest import adapter_weights, build, collate, fit, make_pairs
 from test_configs import build as build_cli  # noqa: F401  (a fixture, and the one that it takes)
 from test_configs import cli  # noqa: F401
-from test_losses import TABLE
+from test_losses import TABLE, make
 from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
 
 import mixdpo.model.forward
@@ -38,7 +38,18 @@ def test_a_loss_over_that_of_a_config(build_cli: Any) -> None:  # noqa: F811
     assert alone.beta == 0.001  # its own: jsonargparse would hand on a number that the signature of DPO has
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "ld_dpo", "kto_pair", "beta_dpo", "cal_dpo", "slic", "orpo"])
+@pytest.mark.parametrize("name", ["hypo", "odpo", "madpo", "amapo", "sum"])
+def test_the_preset_of_a_loss(name: str, build_cli: Any) -> None:  # noqa: F811
+    """The overlay sets the loss with its own hyper-parameters, and nothing of the DPO below it."""
+    built = build_cli("configs/demo.yaml", "--config", f"configs/losses/{name}.yaml")
+    expected = losses.Sum([losses.DPO(), SimPO()], [1.0, 0.5]) if name == "sum" else make(name)
+    assert built.model.preference_loss.describe() == expected.describe() and built.config.fit.name == name
+
+
+IN_RUNS = ["dpo", "ipo", "ld_dpo", "kto_pair", "beta_dpo", "cal_dpo", "slic", "orpo", "hypo", "amapo", "exo"]
+
+
+@pytest.mark.parametrize("name", IN_RUNS)
 def test_two_steps(name: str, tiny_model: str, source: str, tmp_path: Path) -> None:
     """One step of easy pairs, one of hard ones: finite, and the policy moves in both; validation as well."""
     loss, data = getattr(losses, TABLE[name][0])(), {**HALF, "batch_size": 3, "validation": 0.25}
@@ -164,23 +175,29 @@ def test_filler_pairs_are_in_no_statistic(name: str, tiny_model: str, source: st
     assert not state or any(not torch.equal(v, module.state_dict()[key]) for key, v in state.items())
 
 
-def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(tiny_model: str, source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("summed", [False, True])
+def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(
+    summed: bool, tiny_model: str, source: str, tmp_path: Path
+) -> None:
     """Stopped after 2 of 4 steps: the same draws, moving averages and adapter as without the stop, bit for bit; with
-    validation after every step as without."""
+    validation after every step as without. The same inside a sum."""
+    within = "parts.0." if summed else ""
     data = {"routing": Routing(hard_fraction=0.2), "batch_size": 3, "validation": 0.25}
 
     def train(name: str, ckpt_path: str | None = None, **trainer: Any) -> Any:
         options = {"data": data, "trainer": {"max_epochs": 2, **trainer}, "lr": 1.0, "schedule": Constant(warmup=0.0)}
-        options |= {"ckpt_path": ckpt_path, "preference_loss": losses.BetaDPO()}
+        loss = losses.Sum([losses.BetaDPO(), SimPO()], [1.0, 0.5]) if summed else losses.BetaDPO()
+        options |= {"ckpt_path": ckpt_path, "preference_loss": loss}
         return fit(tiny_model, source, tmp_path / name, **options)
 
     whole = train("whole")
-    assert whole.trainer.global_step == 4 and 3 <= int(whole.preference_loss.batches) <= 4
-    assert whole.preference_loss.mean != 0
+    state = whole.preference_loss.state_dict()
+    assert whole.trainer.global_step == 4 and 3 <= int(state[f"{within}batches"]) <= 4
+    assert state[f"{within}mean"] != 0 and state[f"{within}mean"].dtype == torch.float64
     train("cut", max_steps=2)
     checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    buffers = {f"preference_loss.{name}" for name in ("mean", "deviation", "batches")}
+    buffers = {f"preference_loss.{within}{name}" for name in ("mean", "deviation", "batches")}
     assert {key for key in saved if "lora_" not in key} == buffers
     resumed = train("rest", ckpt_path=str(checkpoint))
     unseen = train("unseen", limit_val_batches=0)

@@ -1,7 +1,8 @@
 """Agreement with the loss code of TRL 1.16's own trainers, through a stub model with random per-token log-probs.
 
 Batch 1 (TRL averages some terms over the tokens of a batch), fp64, relative 1e-6. The trainers are not initialised:
-only what their loss code reads is set. TRL has no rdpo, dpop, kto_pair, beta_dpo, cal_dpo, and its DPOTrainer no cdpo.
+only what their loss code reads is set. TRL has no rdpo, dpop, kto_pair, beta_dpo, cal_dpo, hypo, odpo, madpo,
+amapo, and its DPOTrainer no cdpo.
 """
 
 import math
@@ -85,6 +86,14 @@ DPO_TRAINER = {
     "sppo": (losses.SPPO(), {"loss_types": ["sppo_hard"], "beta": 0.001}),
     "dpo_norm": (losses.DPONorm(), {"loss_types": ["sigmoid_norm"], "beta": 5.0}),
     "ld_dpo": (losses.LDDPO(tail_weight=0.3), {"ld_alpha": 0.3}),
+    "exo": (losses.EXO(), {"loss_types": ["exo_pair"], "label_smoothing": 1e-3}),
+    "nca": (losses.NCA(), {"loss_types": ["nca_pair"], "beta": 0.01}),
+    "forward_kl": (losses.AlphaDPO(alpha=0.0), {"f_divergence_type": "forward_kl"}),
+    "js_dpo": (losses.JSDPO(), {"f_divergence_type": "js_divergence"}),
+    "sum": (
+        losses.Sum([losses.DPO(), losses.APOZero()], [1.0, 0.4]),
+        {"loss_types": ["sigmoid", "apo_zero"], "loss_weights": [1.0, 0.4]},
+    ),
 }
 LENGTHS = [(5, 9), (8, 2), (1, 1), (4, 4)]
 

@@ -7,6 +7,7 @@ import random
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch.testing import assert_close
 
 from mixdpo import losses
+from mixdpo.errors import InputError
 from mixdpo.losses.preference_loss import Pairs, PreferenceLoss
 from mixdpo.losses.sft import sft
 from mixdpo.model.fused_head import SequenceLogProbs
@@ -55,6 +57,26 @@ def squares(p, beta):
     return (p.h_w - 1 / (2 * beta)) ** 2 + (p.h_l + 1 / (2 * beta)) ** 2
 
 
+def madpo(p, beta, most, least, lam, tau):
+    c = least + (most - least) / (1 + (most - 1) / (1 - least) * math.exp(lam * (abs(p.rho) - tau)))
+    return -(sigma(c * p.rho) / sigma(p.rho) if p.rho > -tau else 1) * log_sigma(beta * p.delta)
+
+
+def amapo(p, beta):
+    gamma = beta * math.exp(p.mean_x * (p.mean_x - p.x) / p.deviation_x) if p.x < p.mean_x else 0
+    return -log_sigma(beta * p.x - gamma)
+
+
+def exo(p, beta, eps):
+    q, rest = sigma(beta * p.delta), sigma(-beta * p.delta)
+    return q * (math.log(q) - math.log(1 - eps)) + rest * (math.log(rest) - math.log(eps))
+
+
+def alpha_dpo(p, beta, alpha):
+    phi_w, phi_l = ((math.exp((alpha - 1) * h) - 1) / (alpha - 1) for h in (p.h_w, p.h_l))
+    return -log_sigma(beta * (phi_w - phi_l))
+
+
 # class, its hyper-parameters in the equation's order and the table's defaults, others to try, needs reference, equation
 TABLE = {
     "dpo": ("DPO", {"beta": 0.1}, {"beta": 0.01}, True, lambda p, b: -log_sigma(b * p.delta)),
@@ -89,6 +111,20 @@ TABLE = {
     "beta_dpo": ("BetaDPO", {"beta": 0.1, "sensitivity": 0.6}, {"beta": 0.2}, True,  # in validation, where β is β₀
                  lambda p, b, a: -log_sigma(b * p.delta)),
     "cal_dpo": ("CalDPO", {"beta": 0.001}, {"beta": 0.1}, True, lambda p, b: -log_sigma(p.delta) + squares(p, b)),
+    "hypo": ("HyPO", {"beta": 0.1}, {"beta": 0.7}, True,
+             lambda p, b: -log_sigma(b * (p.s_w - p.s_l - max(0, sum(p.ref_w) - sum(p.ref_l))))),
+    "odpo": ("ODPO", {"beta": 0.1, "offset_weight": 1.0}, {"offset_weight": 0.3}, True,
+             lambda p, b, a: -log_sigma(b * p.delta - a * math.log(max(p.rho, 1e-6)))),
+    "madpo": ("MADPO", {"beta": 0.1, "largest_factor": 2.0, "smallest_factor": 0.5, "steepness": 1.0,
+                        "neutral_margin": 2.0}, {"largest_factor": 4.0, "steepness": 0.3, "neutral_margin": 0.5}, True,
+              madpo),
+    "amapo": ("AMaPO", {"beta": 2.0}, {"beta": 0.7}, False, amapo),
+    "exo": ("EXO", {"beta": 0.1, "epsilon": 1e-3}, {"epsilon": 0.2}, True, exo),
+    "nca": ("NCA", {"beta": 0.01}, {"beta": 0.7}, True,
+            lambda p, b: -log_sigma(b * p.h_w) - (log_sigma(-b * p.h_w) + log_sigma(-b * p.h_l)) / 2),
+    "alpha_dpo": ("AlphaDPO", {"beta": 0.1, "alpha": 0.5}, {"alpha": 0.0}, True, alpha_dpo),
+    "js_dpo": ("JSDPO", {"beta": 0.1}, {"beta": 0.7}, True,
+               lambda p, b: -log_sigma(b * (log_sigma(p.h_w) - log_sigma(p.h_l)))),
 }  # fmt: skip
 NAMES = list(TABLE)
 
@@ -96,6 +132,11 @@ NAMES = list(TABLE)
 def make(name, training=False, **options):
     loss = getattr(losses, TABLE[name][0])(**options)
     return loss.train(training) if isinstance(loss, torch.nn.Module) else loss
+
+
+def margins(loss, values):
+    """The keyword of a loss that reads margins: one of the values for each pair."""
+    return {"margin": torch.tensor(values, dtype=torch.float64)} if loss.needs_margin else {}
 
 
 def draw_pairs(longest=9, count=7):
@@ -110,9 +151,11 @@ def draw_pairs(longest=9, count=7):
             s, r = sum(policy), sum(reference)
             values = {side: policy, f"ref_{side}": reference, f"s_{side}": s, f"m_{side}": s / len(policy)}
             vars(p).update(values | {f"h_{side}": s - r})
-        p.delta = p.h_w - p.h_l
+        p.delta, p.x = p.h_w - p.h_l, p.m_w - p.m_l
         pairs.append(p)
-    for p in pairs:
+    gaps = [p.x for p in pairs]
+    for p, p.rho in zip(pairs, (3.0, -2.5, 0.0, 0.4, -1.0, 9.0, -0.3), strict=True):
+        p.mean_x, p.deviation_x = mean(gaps), stdev(gaps)
         p.K_w, p.K_l = (max(0, sum(getattr(q, h) for q in pairs) / count) for h in ("h_w", "h_l"))
     return pairs
 
@@ -141,10 +184,10 @@ def test_equation(name, changed):
         pairs = draw_pairs(longest)
         assert any(p.K_w > 0 for p in pairs) and (longest == 1 or {p.L_w > p.L_l for p in pairs} == {True, False})
         expected = torch.tensor([equation(p, *options.values()) for p in pairs], dtype=torch.float64)
-        responses = sequences(pairs, needs_reference)
-        assert_close(loss(*responses), expected, rtol=1e-12, atol=1e-12)
+        responses, rho = sequences(pairs, needs_reference), margins(loss, [p.rho for p in pairs])
+        assert_close(loss(*responses, **rho), expected, rtol=1e-12, atol=1e-12)
         if longest == 1:
-            assert torch.equal(loss(*(response.sums for response in responses)), loss(*responses))
+            assert torch.equal(loss(*(response.sums for response in responses), **rho), loss(*responses, **rho))
 
 
 def as_arguments(sums, lengths, needs_reference, shared):
@@ -155,7 +198,7 @@ def as_arguments(sums, lengths, needs_reference, shared):
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "amapo"])  # its detached γ follows every pair
 def test_gradients_are_those_of_the_values(name):
     generator = torch.Generator().manual_seed(3)
     lengths = [torch.arange(1, 7), torch.arange(6, 0, -1)]
@@ -165,7 +208,8 @@ def test_gradients_are_those_of_the_values(name):
     reference = policy + torch.rand(2, 6, dtype=torch.float64, generator=generator) * drop
 
     def loss_of(*policy_sums):
-        return make(name)(*as_arguments([*policy_sums, *reference], lengths, TABLE[name][3], shared=0.7))
+        sides = as_arguments([*policy_sums, *reference], lengths, TABLE[name][3], shared=0.7)
+        return make(name)(*sides, **margins(make(name), [3.0, -2.5, 0.0, 0.4, -1.0, 9.0]))
 
     assert torch.autograd.gradcheck(loss_of, [side.clone().requires_grad_() for side in policy])
 
@@ -180,6 +224,47 @@ def test_k_is_detached():
         assert_close(side, -beta / 2 * torch.sigmoid(x) * torch.sigmoid(-x))
 
 
+def test_gamma_is_detached():
+    """d/dx −log σ(βx − γ) = −β σ(γ − βx), with γ a number: here μ = 0.5 and s = 1.5. A pair alone has no γ."""
+    gap, zero = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64, requires_grad=True), torch.zeros(3)
+    losses.AMaPO(0.7)(gap, zero).sum().backward()
+    gamma = torch.tensor([0, 0.7 * math.exp(0.5 * 1.5 / 1.5), 0], dtype=torch.float64)
+    assert_close(gap.grad, -0.7 * torch.sigmoid(gamma - 0.7 * gap.detach()))
+    assert_close(losses.AMaPO(0.7)(gap[1:2], zero[:1]).item(), -log_sigma(-0.7))
+    assert losses.AMaPO()(torch.tensor([1e4, 0.0]), zero[:2]).isfinite().all()  # its exponent would be 3,536
+
+
+def test_margin_losses_by_hand():
+    """A tie has next to no ODPO loss, ρ = e the bar 1; a margin of τ has MADPO's weight 1, a missing one is refused."""
+    zero, rho = torch.zeros(4, dtype=torch.float64), torch.tensor([0.0, math.e, -3.0, 1.0], dtype=torch.float64)
+    bars = losses.ODPO()(*[zero] * 4, margin=rho)
+    assert_close(bars, torch.tensor([1e-6, -log_sigma(-1), 1e-6, math.log(2)], dtype=torch.float64), rtol=1e-6, atol=0)
+    weights = losses.MADPO(neutral_margin=1.0)(*[zero] * 4, margin=rho) / math.log(2)
+    assert weights[1] < 1 and weights[2] == 1 and weights[3].item() == pytest.approx(1) and weights[0] == 1
+    assert losses.MADPO(neutral_margin=1.0)(*[zero] * 4, margin=rho / 4)[3] > math.log(2)
+    assert losses.ODPO()(*[zero] * 4, margin=rho * math.nan).isnan().all()
+    with pytest.raises(InputError, match="ODPO reads the margins of the pairs"):
+        losses.ODPO()(*[zero] * 4)
+
+
+def test_sum():
+    """What its losses need, and their weighted sum; those without a reference are called without one."""
+    parts, pairs = [losses.DPO(0.3), losses.SimPO(), losses.MADPO(), losses.BetaDPO()], draw_pairs()
+    loss, sides, rho = losses.Sum(parts, [1.0, 0.5, 2.0, 0.0]).eval(), sequences(pairs, True), [p.rho for p in pairs]
+    of = [part(*sides[: 4 if part.needs_reference else 2], **margins(part, rho)) for part in parts]
+    assert_close(loss(*sides, **margins(loss, rho)), of[0] + 0.5 * of[1] + 2 * of[2])
+    assert (loss.needs_margin, loss.needs_reference, loss.averaged, loss.batch_statistics) == ("raw", True, True, True)
+    assert loss.describe().startswith("1.0 DPO(beta=0.3, label_smoothing=0.0) + 0.5 SimPO(beta=2.0, gamma_ratio=")
+    assert losses.Sum([losses.IPO(), losses.Sum([losses.CPO()], [3.0])], [2.0, 1.0]).sft_weight == 17
+    free = losses.Sum([losses.SimPO(), losses.CPO()], [1.0, 1.0])
+    assert (free.needs_margin, free.needs_reference, free.batch_statistics) == (False, False, False)
+    assert_close(free(*sides[:2]), losses.SimPO()(*sides[:2]) + losses.CPO()(*sides[:2]))
+    own = type("Own", (), {"needs_reference": False, "__call__": lambda self, chosen, rejected: chosen.sums})()
+    assert_close(losses.Sum([losses.DPO(), own], [1.0, 1.0])(*sides), losses.DPO()(*sides) + sides[0].sums)
+    with pytest.raises(InputError, match="need raw and standardised margins"):
+        losses.Sum([losses.ODPO(), SimpleNamespace(needs_margin="standardised")], [1.0, 1.0])
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", [False, True])
 def test_extreme_values_stay_finite(name, training):
@@ -188,7 +273,8 @@ def test_extreme_values_stay_finite(name, training):
     loss = make(name, training=training)
     for batch in (sums, *sums.split(1, dim=1)[::37]):
         one = torch.ones(batch.shape[1], dtype=torch.int64)
-        result = loss(*as_arguments(batch, [one, one], TABLE[name][3], shared=1.0))
+        rho = margins(loss, ([0.0, 1e4, -1.0, -1e4, 2.0] * 52)[: len(one)])
+        result = loss(*as_arguments(batch, [one, one], TABLE[name][3], shared=1.0), **rho)
         (gradient,) = torch.autograd.grad(result.sum(), sums, retain_graph=True)
         assert result.isfinite().all() and gradient.isfinite().all()
         assert result.shape == batch.shape[1:] and result.dtype == torch.float32
@@ -216,7 +302,8 @@ def test_no_pair(name, training):
     loss = make(name, training=training)
     before = {key: value.clone() for key, value in getattr(loss, "state_dict", dict)().items()}
     nothing = torch.zeros(0, dtype=torch.int64)
-    result = loss(*as_arguments(sums[:, nothing], [nothing, nothing], TABLE[name][3], shared=1.0))
+    sides = as_arguments(sums[:, nothing], [nothing, nothing], TABLE[name][3], shared=1.0)
+    result = loss(*sides, **margins(loss, []))
     assert result.shape == (0,)
     result.sum().backward()
     assert torch.equal(sums.grad[:2], torch.zeros(2, 5))
@@ -324,13 +411,13 @@ BATCHES = [(3, 4), (5, 0), (0, 0), (0, 2), (1, 1)]  # pairs of rank 0 and rank 1
 
 
 def losses_of(batches: list[torch.Tensor]) -> dict[str, Any]:
-    """KTOPair and BetaDPO over batches of h (2, B), their gradients and the state at the end."""
+    """KTOPair, AMaPO and BetaDPO over batches of h (2, B), their gradients and the state at the end."""
     torch.manual_seed(0)
     beta_dpo, results = losses.BetaDPO(), []
     for h in batches:
         h.requires_grad_()
         sides = [*h, *torch.zeros_like(h)]
-        both = torch.stack([losses.KTOPair()(*sides), beta_dpo(*sides)])
+        both = torch.stack([losses.KTOPair()(*sides), losses.AMaPO()(*h), beta_dpo(*sides)])
         results.append((both.detach(), torch.autograd.grad(both.sum(), h)[0]))
     return {"batches": results, "state": beta_dpo.state_dict()}
 

@@ -35,6 +35,24 @@ class KTOPair(PreferenceLoss, beta=0.1):
         return (sigmoid(self.beta * (k_l - pairs.h_w)) + sigmoid(self.beta * (pairs.h_l - k_w))) / 2
 
 
+class AMaPO(PreferenceLoss, beta=2.0):
+    """−log σ(βx − γ), x = m_w − m_l; γ = β e^{μ(μ − x)/s} where x < μ, else 0: pairs below the mean have a margin to
+    reach. AMaPO 2025 (arXiv 2511.09385), whose β is 2 to 3.
+
+    μ and s are mean and sample deviation of x over the batch on all ranks; of each batch in validation. γ is detached.
+    s is clamped to at least 1e-8, the exponent to at most 80. A pair alone has γ = 0."""
+
+    needs_reference, averaged, batch_statistics = False, True, True
+
+    def loss(self, pairs: Pairs) -> Tensor:
+        gap = pairs.m_w - pairs.m_l
+        everywhere, _ = over_ranks(gap)
+        mean = everywhere.sum() / max(len(everywhere), 1)
+        variance = (everywhere - mean).square().sum() / max(len(everywhere) - 1, 1)
+        exponent = (mean * (mean - gap.detach()) / variance.sqrt().clamp(min=1e-8)).clamp(max=80)
+        return -logsigmoid(self.beta * (gap - torch.where(gap < mean, exponent.exp(), 0)))
+
+
 class BetaDPO(nn.Module, PreferenceLoss):
     """−log σ(β_b Δ) of the pairs that are drawn, 0 of the others. Wu et al. 2024 (arXiv 2407.08639).
 

@@ -3,6 +3,7 @@
 Letters and arguments: `preference_loss`.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
@@ -73,3 +74,56 @@ class LDDPO(PreferenceLoss, beta=0.1, tail_weight=0.5):
         s_w, s_l, r_w, r_l = pairs.shared_sums
         shared = (s_w - r_w) - (s_l - r_l)
         return -logsigmoid(self.beta * (shared + self.tail_weight * (pairs.delta - shared)))
+
+
+class HyPO(PreferenceLoss, beta=0.1):
+    """−log σ(β (s_w − s_l − max(0, r_w − r_l))) = −log σ(β min(s_w − s_l, Δ)): the reference counts where it agrees
+    with the label. HyPO 2026 (arXiv 2602.11902). β is ours: only the abstract was read, and no code found."""
+
+    def loss(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(self.beta * torch.minimum(pairs.s_w - pairs.s_l, pairs.delta))
+
+
+class ODPO(PreferenceLoss, beta=0.1, offset_weight=1.0):
+    """−log σ(βΔ − α ln ρ): DPO with an offset. Amini et al. 2024 (arXiv 2402.10571).
+
+    ρ is clamped to at least 1e-6: a pair without a positive margin has next to no loss, as in the equation's limit. A
+    margin below 1 lowers the bar, so ρ has to be in a unit in which 1 is little."""
+
+    needs_margin = "raw"
+
+    def loss(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(self.beta * pairs.delta - self.offset_weight * pairs.margin.clamp(min=1e-6).log())
+
+
+class MADPO(PreferenceLoss, beta=0.1, largest_factor=2.0, smallest_factor=0.5, steepness=1.0, neutral_margin=2.0):
+    """−v log σ(βΔ): a small positive margin weighs more than a large one. MADPO 2025 (arXiv 2510.05342).
+
+    v = σ(cρ)/σ(ρ) where ρ > −τ, else 1; c = c_min + (c_max − c_min) / (1 + (c_max − 1)/(1 − c_min) e^{λ(|ρ| − τ)}), so
+    that c and v are 1 at |ρ| = τ. The defaults are for margins of a reward model."""
+
+    needs_margin = "raw"
+
+    def loss(self, pairs: Pairs) -> Tensor:
+        most, least, margin = self.largest_factor, self.smallest_factor, pairs.margin
+        fall = (most - 1) / (1 - least) * torch.exp(self.steepness * (margin.abs() - self.neutral_margin))
+        factor = least + (most - least) / (1 + fall)
+        weight = torch.exp(logsigmoid(factor * margin) - logsigmoid(margin))
+        return torch.where(margin > -self.neutral_margin, weight, 1.0) * -logsigmoid(self.beta * pairs.delta)
+
+
+class AlphaDPO(PreferenceLoss, beta=0.1, alpha=0.5):
+    """−log σ(β (φ(h_w) − φ(h_l))), φ(h) = (e^{(α−1)h} − 1)/(α − 1), of an α-divergence; α = 0 is forward KL, φ(h) = 1 −
+    e^{−h}. Wang et al. 2023 (arXiv 2309.16240), whose α is 1 − ours. Exponents are clamped to at most 80."""
+
+    def loss(self, pairs: Pairs) -> Tensor:
+        phi_w, phi_l = (torch.expm1(((self.alpha - 1) * h).clamp(max=80)) for h in (pairs.h_w, pairs.h_l))
+        return -logsigmoid(self.beta * (phi_w - phi_l) / (self.alpha - 1))
+
+
+class JSDPO(PreferenceLoss, beta=0.1):
+    """−log σ(β (φ(h_w) − φ(h_l))), φ(h) = ln 2 + log σ(h), of the Jensen–Shannon divergence. Wang et al. 2023 (arXiv
+    2309.16240)."""
+
+    def loss(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(self.beta * (logsigmoid(pairs.h_w) - logsigmoid(pairs.h_l)))

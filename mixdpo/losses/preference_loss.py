@@ -1,17 +1,18 @@
-"""The arguments of preference losses, and the code that the losses share.
+"""The arguments of preference losses, the code that the losses share, and their weighted sum.
 
 The letters are those of the papers: s summed log-probability under the policy, r under the reference, h = s − r, L
-length in tokens, m = s / L, Δ = h_w − h_l; _w of the chosen response, _l of the rejected one. All in nats.
+length in tokens, m = s / L, Δ = h_w − h_l; _w of the chosen response, _l of the rejected one. All in nats. ρ is the
+margin of the pair, as the data rates it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import cleandoc
 from math import isfinite
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixdpo.errors import InputError
 from mixdpo.model.fused_head import SequenceLogProbs
@@ -30,6 +31,13 @@ HYPER_PARAMETERS: dict[str, tuple[str, Callable[[float], bool], str]] = {
     "drop_penalty": (">= 0", lambda x: x >= 0, "λ, penalty per nat that s_w falls below r_w."),
     "tail_weight": ("in [0, 1]", lambda x: 0 <= x <= 1, "α, weight of tokens past the shorter response."),
     "sensitivity": (">= 0", lambda x: x >= 0, "α, how much β follows the batch's mean log-ratio difference."),
+    "offset_weight": (">= 0", lambda x: x >= 0, "α, what βΔ has to exceed per unit of ln ρ."),
+    "largest_factor": ("> 1", lambda x: x > 1, "c_max, the factor on ρ that small margins come near to."),
+    "smallest_factor": ("in [0, 1)", lambda x: 0 <= x < 1, "c_min, the factor on ρ that large margins come near to."),
+    "steepness": (">= 0", lambda x: x >= 0, "λ, how fast the factor falls with the margin."),
+    "neutral_margin": (">= 0", lambda x: x >= 0, "τ, the margin whose pair keeps weight 1."),
+    "epsilon": ("in (0, 0.5)", lambda x: 0 < x < 0.5, "ε, the target's probability of the rejected response."),
+    "alpha": ("in [0, 1)", lambda x: 0 <= x < 1, "α of the divergence; 0 is forward KL, towards 1 it becomes DPO."),
 }
 """Every hyper-parameter: its range in words and as a test, and its line of `--help`."""
 
@@ -54,9 +62,9 @@ class PreferenceLoss:
 
     Attributes:
         needs_reference: False for a loss that is called on (chosen, rejected) only. No reference is then computed.
-        needs_margin: "raw" or "standardised" for a loss that is called with the keyword `margin` (B,), fp64: the pairs'
-            margins, or their distances from the mean of all training pairs over the population standard deviation.
         averaged: The loss compares log-probabilities per token, and so does the logged reward.
+        needs_margin: "raw" for a loss that is called with the keyword `margin` too: (B,) margins ρ of the pairs, fp64,
+            as the data gives them. "standardised": less the mean of the training pairs, in units of their deviation.
         batch_statistics: The loss takes means over the pairs of a call. Micro-batches of one pair are refused.
         sft_weight: Weight of a hard pair's SFT loss where `model.sft_weight` is null. 1 keeps the balance of the MixDPO
             paper, DPO at β = 0.01: at the start (h = 0) an easy pair pulls s_w with β/2 = 0.005, a hard one with 1/L.
@@ -65,7 +73,7 @@ class PreferenceLoss:
     """
 
     needs_reference, averaged, batch_statistics, sft_weight = True, False, False, 1.0
-    needs_margin: bool | str = False
+    needs_margin: Literal[False, "raw", "standardised"] = False
     own: dict[str, float] = {}  # noqa: RUF012  # every subclass has its own
     """Hyper-parameters and their defaults, which apply where YAML gives none or null."""
 
@@ -91,6 +99,8 @@ class PreferenceLoss:
             object.__setattr__(self, name, check_range(name, value if given is None else given))  # it is frozen
 
     def __call__(self, *responses: Response, margin: Tensor | None = None) -> Tensor:
+        if self.needs_margin and margin is None:
+            raise InputError(f"{type(self).__name__} reads the margins of the pairs: call it with margin")
         return self.loss(Pairs(*responses, margin=margin))
 
     def describe(self) -> str:
@@ -115,17 +125,57 @@ class Pairs:
 
     Args:
         responses: the arguments of a loss. Without a reference there are no log-ratios.
-        margin: of a loss that `needs_margin`.
+        margin: (B,) ρ of the pairs, for a loss with `needs_margin`.
     """
 
     def __init__(self, *responses: Response, margin: Tensor | None = None) -> None:
-        self.margin: Any = margin
         sides = [SequenceLogProbs(x, torch.ones_like(x), x) if isinstance(x, Tensor) else x for x in responses]
         chosen, rejected, *reference = sides
         self.s_w, self.s_l, self.m_w, self.m_l = chosen.sums, rejected.sums, chosen.means, rejected.means
         self.length_w, self.length_l = chosen.lengths.to(self.s_w), rejected.lengths.to(self.s_l)
+        self.margin: Any = margin if margin is None else margin.to(self.s_w)
         if reference:
             self.h_w, self.h_l = self.s_w - reference[0].sums, self.s_l - reference[1].sums
             self.delta = self.h_w - self.h_l
             self.mean_delta = self.h_w / self.length_w - self.h_l / self.length_l
             self.shared_sums: Any = [side.shared_sums for side in sides]
+
+
+class Sum(nn.Module, PreferenceLoss):
+    """Σ weight · loss, of losses of the same pairs.
+
+    A sum needs what any of its losses needs. Its `sft_weight` is Σ weight · `sft_weight`, because the pulls add up.
+    Rewards are log-ratios without β, and per token if any of the losses is `averaged`.
+
+    Args:
+        losses: class path and hyper-parameters of each.
+        weights: one number >= 0 for each loss, not all 0.
+
+    Raises:
+        InputError: the weights are not such numbers, or one loss needs raw margins and another standardised ones.
+    """
+
+    def __init__(self, losses: list[Callable[..., Any]], weights: list[float]) -> None:
+        super().__init__()
+
+        def each(name: str) -> list[Any]:
+            return [getattr(loss, name, getattr(PreferenceLoss, name)) for loss in losses]
+
+        if len(weights) != len(losses) or not all(isfinite(x) and x >= 0 for x in weights) or not any(weights):
+            raise InputError(f"preference_loss.weights must be {len(losses)} numbers >= 0, not all 0, not {weights}")
+        if {"raw", "standardised"} <= set(each("needs_margin")):
+            raise InputError("preference_loss.losses need raw and standardised margins: sum losses of one kind")
+        for name in ("needs_reference", "averaged", "batch_statistics", "needs_margin"):
+            setattr(self, name, next(filter(None, each(name)), False))
+        self.sft_weight = sum(weight * own for weight, own in zip(weights, each("sft_weight"), strict=True))
+        self.parts = nn.ModuleList(loss for loss in losses if isinstance(loss, nn.Module))  # BetaDPO has buffers
+        counts = (4 if reference else 2 for reference in each("needs_reference"))
+        self.terms = list(zip(losses, weights, counts, each("needs_margin"), strict=True))
+
+    def describe(self) -> str:
+        return " + ".join(f"{x} {getattr(type(loss), 'describe', described)(loss)}" for loss, x, *_ in self.terms)
+
+    def forward(self, *responses: Response, margin: Tensor | None = None) -> Tensor:
+        keywords = {"margin": margin}
+        values = [x * loss(*responses[:n], **(keywords if reads else {})) for loss, x, n, reads in self.terms]
+        return torch.stack(values).sum(0)

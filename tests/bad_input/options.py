@@ -25,7 +25,8 @@ NAN, INF = float("nan"), float("inf")
 BATCH = Selection(scope="batch")
 OUT_OF_RANGE = {
     "beta": 0, "label_smoothing": 0.5, "gamma_ratio": -1, "delta": -0.1, "nll_weight": -1, "odds_weight": -2,
-    "length_penalty": -1, "drop_penalty": -1, "tail_weight": 1.1, "sensitivity": -1,
+    "length_penalty": -1, "drop_penalty": -1, "tail_weight": 1.1, "sensitivity": -1, "offset_weight": -1,
+    "largest_factor": 1, "smallest_factor": 1, "steepness": -1, "neutral_margin": -1, "epsilon": 0, "alpha": 1,
 }  # fmt: skip
 # class, options -> what is said
 CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
@@ -47,6 +48,9 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (ExcessLoss, {"worse": "base", "better": "base"}, ("every score is 0", "name two roles")),
     (Cleaning, {"scorer": ExcessLoss(better="reference")}, ("must be one of base", "mean 'cleaning_reference'?")),
     (losses.DPO, {"beta": NAN}, ("preference_loss.beta must be > 0", "nan")),
+    (losses.Sum, {"losses": [losses.DPO()], "weights": [1.0, 1.0]}, ("weights must be 1 numbers", "not [1.0, 1.0]")),
+    (losses.Sum, {"losses": [losses.DPO()], "weights": [-1.0]}, ("numbers >= 0, not all 0, not [-1.0]",)),
+    (losses.Sum, {"losses": [], "weights": []}, ("must be 0 numbers",)),
 ]
 MODULES: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (PreferenceModule, {"cleaning": Cleaning(warm_up_stages=1)}, ("warm_up_stages belongs to SFT",)),
