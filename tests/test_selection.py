@@ -106,12 +106,14 @@ def test_ratio_and_threshold_stand_alone():
 
 
 # Scope global reads the scores piece by piece.
-ANY_SCORES = st.one_of(FEW_SCORES, st.floats(width=16, allow_nan=False, allow_infinity=False))
+ANY_SCORES = st.floats(width=16, allow_nan=False, allow_infinity=False)
 CLOSE = st.integers(-3, 3).map(lambda n: 1 + n * 2.0**-23)  # neighbours in float32: equal in all but the last bits
 
 
 @given(
-    st.lists(st.tuples(st.one_of(ANY_SCORES, CLOSE), st.booleans()), min_size=1, max_size=60),
+    st.sampled_from([FEW_SCORES, ANY_SCORES, CLOSE]).flatmap(
+        lambda scores: st.lists(st.tuples(scores, st.booleans()), min_size=1, max_size=60)
+    ),
     st.floats(0.01, 1), st.integers(0, 3), st.booleans(), st.sampled_from([1, 3, 7, 100]),
     st.sampled_from([np.float16, np.float32, np.float64]),
 )  # fmt: skip
