@@ -11,8 +11,8 @@ from lightning_modules.qlora import AdapterModule
 from mixdpo.batches.batch import Batch
 from mixdpo.metrics import NamedMeans
 from mixdpo.model.adapters import stack_policy
-from mixdpo.model.forward import row_log_probs, row_statistics
-from mixdpo.model.fused_head import run_sums
+from mixdpo.model.forward import row_statistics
+from mixdpo.model.fused_head import entropy, is_top, run_sums
 from mixdpo.token_cleaning.cleaning import weigh
 from mixdpo.token_cleaning.scorers import TokenStatistics
 
@@ -52,18 +52,20 @@ class SFTModule(AdapterModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log-probabilities by the policy → weighted mean over the tokens of the step."""
         self.recompute_if_long(batch.rows)
-        log_probs = row_log_probs(self.model, batch.rows)
+        needs = getattr(self.cleaning.scorer, "needs", ()) if batch.losses is not None else ()
+        log_probs, *measured = row_statistics(self.model, batch.rows, needs)
         # an online scorer reads the policy of this step; numbers that are not finite are left to NonFinite
         if batch.losses is not None and log_probs.isfinite().all():
-            self._score(batch, log_probs.detach())
+            self._score(batch, log_probs.detach(), measured)
         self._record(batch, log_probs.detach())
         # as if every token were kept: on_before_optimizer_step corrects this, once the kept weight is known
         return -self.mean_over_step((log_probs * batch.token_weight).sum(dtype=torch.float64), batch)
 
-    def _score(self, batch: Batch, log_probs: Tensor) -> None:
+    def _score(self, batch: Batch, log_probs: Tensor, measured: list[Tensor]) -> None:
         """Give the batch's tokens the weights that a scorer of this step's policy selects."""
         losses = {**batch.losses, "policy": -log_probs}
-        batch.scores = self.cleaning.scorer(TokenStatistics(losses, batch.rows.completion, batch.token)).detach()
+        statistics = TokenStatistics(losses, batch.rows.completion, batch.token, measured)
+        batch.scores = self.cleaning.scorer(statistics).detach()
         offsets, scores = np.array([0, *batch.rows.lengths.cumsum(0).tolist()]), batch.scores.float().cpu().numpy()
         one = np.zeros(len(batch), dtype=int)  # scope batch is the micro-batch: more is not known yet
         weights, _ = weigh(self.cleaning.selection, scores, offsets, batch=one, always_keep=batch.always_keep)
@@ -96,8 +98,8 @@ class SFTModule(AdapterModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Negative log-likelihood of held-out responses, teacher-forced: a mean over tokens, in all and by source."""
-        log_probs, entropy, is_top = row_statistics(self.model, batch.rows)
-        values = {"loss": -log_probs, "entropy": entropy, "token_accuracy": is_top}
+        log_probs, uncertainty, correct = row_statistics(self.model, batch.rows, (entropy, is_top))
+        values = {"loss": -log_probs, "entropy": uncertainty, "token_accuracy": correct}
         source = batch.source[batch.rows.completion]
         weighted = {f"val/{name}": (value, batch.token_weight) for name, value in values.items()}
         for name in self.trainer.datamodule.reported_sources:

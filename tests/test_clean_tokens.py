@@ -33,7 +33,8 @@ from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.routing.schedules import Constant
 from mixdpo.storage.store import read_store
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random
+from mixdpo.token_cleaning.run_tokens import read_cleaning
+from mixdpo.token_cleaning.scorers import Column, Entropy, ExcessLoss, Loss, Probability, Random
 from mixdpo.token_cleaning.selection import Selection
 
 SOURCE_ROWS = make_samples(24)
@@ -429,20 +430,93 @@ def test_online_scorers(name: str, train: Any, plain: Any, earlier: Ran) -> None
     assert stage["kept_share"] == pytest.approx(weights.mean())
 
 
-def test_dft_weighs_by_its_own_probability_without_a_gradient_through_it(train: Any, plain: Any) -> None:
-    """One SGD step: Σ p·nll / Σ p with p held fixed."""
+def entropies(plain: Any, sample: Any, weights: Any, top: int | None) -> Tensor:
+    """−Σ q ln q of each response token's prediction: one forward, and a loop over the sorted probabilities."""
+    ids, spans, found = torch.tensor([sample["input_ids"]]), sample["spans"], []
+    p = torch.func.functional_call(plain, dict(weights), (ids,)).logits[0].softmax(-1).tolist()
+    for place in (t for start, end in zip(spans[::2], spans[1::2], strict=True) for t in range(start, end)):
+        best = sorted(p[place - 1], reverse=True)[:top]
+        found.append(-sum(q / sum(best) * math.log(q / sum(best)) for q in best))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("scorer", [Probability(), Entropy(), Entropy(top=4, scale=1.5, power=2.0)], ids=repr)
+def test_a_score_of_the_policy_weighs_without_a_gradient_through_it(scorer: Any, train: Any, plain: Any) -> None:
+    """DFT and EAFT. One SGD step: Σ w·nll / Σ w with w held fixed."""
     options = {"data": {"limit": 4}, "trainer": {"accumulate_grad_batches": 2}, "schedule": CONSTANT, "lr": 1.0}
-    ran = train(cleaning=Cleaning(scorer=Probability(), selection=None), **options)
-    adapters = policy_of(ran.steps.adapters[0])
+    ran = train(cleaning=Cleaning(scorer=scorer, selection=None), **options)
+    adapters, samples = policy_of(ran.steps.adapters[0]), ran.pool.samples
     weights = with_adapters(plain, adapters, "policy")
-    log_probs = torch.cat([one_by_one(plain, sample, weights) for sample in ran.pool.samples])
-    p = log_probs.exp().detach()
-    loss = -(p * log_probs).sum() / p.sum()
+    log_probs = torch.cat([one_by_one(plain, sample, weights) for sample in samples])
+    if isinstance(scorer, Entropy):
+        by_hand = torch.cat([entropies(plain, sample, weights, scorer.top) for sample in samples])
+        w = (by_hand / scorer.scale) ** scorer.power
+    else:
+        w = log_probs.exp().detach()
+    loss = -(w * log_probs).sum() / w.sum()
+    np.testing.assert_allclose(ran.array("weights"), w, rtol=0, atol=1e-5)
     assert float(ran.rows[0]["train/loss"]) == pytest.approx(float(loss.detach()), abs=1e-5)
     gradients = torch.autograd.grad(loss, list(adapters.values()))
     for (key, value), gradient in zip(adapters.items(), gradients, strict=True):
         torch.testing.assert_close(adapter_state(ran.module)[key], (value - gradient).detach(), rtol=0, atol=1e-5)
     assert ran.module.lora.alpha / ran.module.lora.rank == SCALE
+
+
+def test_high_entropy_keeps_the_tokens_that_are_least_certain(train: Any, plain: Any) -> None:
+    ran = train(cleaning=Cleaning(Entropy(None, 1.0), SIXTY), data={"limit": 4}, schedule=CONSTANT)
+    start = with_adapters(plain, ran.steps.adapters[0], "policy")
+    wanted = torch.cat([entropies(plain, sample, start, None) for sample in ran.pool.samples]).numpy()
+    np.testing.assert_allclose(ran.array("scores"), wanted, rtol=0, atol=1e-5)
+    assert np.array_equal(ran.array("weights"), best(wanted)) and ran.rows[0]["cleaning/kept_fraction"]
+
+
+# Scores from the data.
+
+
+def with_column(earlier: Ran, path: Path, shift: float = 0.0) -> list[dict[str, Any]]:
+    """The rows of `earlier` with its scores, as docs/token_cleaning.md makes a column."""
+    run, rows = read_cleaning(str(earlier.folder)), [dict(row) for row in SOURCE_ROWS]
+    for index, sample in enumerate(run.pool.samples):
+        scores = run.scores[run.pool.of_sample(index)]
+        rows[sample["row"] - 1]["quality"] = (scores + shift).tolist()
+    write_pairs(path, rows)
+    return rows
+
+
+@pytest.mark.parametrize("one_each", [False, True])
+def test_scores_come_from_a_column(one_each, tiny_model, earlier, tmp_path) -> None:
+    """The masks of the run that had made the scores; with a sample for each response, the same tokens by them."""
+    with_column(earlier, tmp_path / "rows.jsonl")
+    options: dict[str, Any] = {"cleaning": Cleaning(scorer=Column("quality"), selection=Selection(0.5))}
+    options["data"] = {"one_response_per_sample": one_each}
+    ran = run(tiny_model, str(tmp_path / "rows.jsonl"), tmp_path / "run", **options, **ADAMW | {"lr": 0.03})
+    for name in ("scores", "weights"):
+        assert np.array_equal(ran.array(name), earlier.array(name))
+    assert one_each or same(adapter_weights(ran.module), adapter_weights(earlier.module))
+    assert ran.stages()[0]["scorer"] == "Column(column='quality')"
+
+
+def test_numbers_of_a_column_that_do_not_fit_are_refused(tiny_model, earlier, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = with_column(earlier, path)
+    count = len(rows[2]["quality"])
+    options: dict[str, Any] = {"cleaning": Cleaning(scorer=Column("quality"), selection=Selection(0.5))}
+
+    def refused(**more: Any) -> str:
+        with pytest.raises(InputError) as error:
+            run(tiny_model, str(path), tmp_path / "run", **options, **more)
+        return str(error.value)
+
+    for value in (None, "0.5", rows[2]["quality"][1:], ["0.5"] * count, [*rows[2]["quality"], 1]):
+        write_pairs(path, [*rows[:2], rows[2] | {"quality": value}, *rows[3:]])
+        told = refused()
+        assert f"{path}, row 3: 'quality' should list {count} numbers" in told
+    write_pairs(path, rows)
+    assert "row " in (told := refused(data={"max_length": 20})) and "data.overlong" in told  # cut rows
+    first = run(tiny_model, str(path), tmp_path / "first", trainer={"max_steps": 1}, schedule=CONSTANT, **options)
+    with_column(earlier, path, shift=1.0)  # of a continued run, whose scores so far would be of other numbers
+    last = str(first.folder / "checkpoints/last.ckpt")
+    assert "had other numbers in the column 'quality'" in refused(ckpt_path=last, schedule=CONSTANT)
 
 
 # Slices.

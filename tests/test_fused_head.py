@@ -1,5 +1,8 @@
 """The head in tiles: values, gradients and statistics of naive logits in fp64, and no tensor larger than a tile."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +11,7 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixdpo.model.fused_head import TILE, VOCABULARY_TILE, Head, target_statistics, token_log_probs
+from mixdpo.model.fused_head import TILE, VOCABULARY_TILE, Head, entropy, is_top, target_statistics, token_log_probs
 
 M, H, V = 50, 8, 31
 
@@ -87,15 +90,25 @@ def test_values_in_float32_and_by_default(magnitude):
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("tile", [7, 1000])
-def test_entropy_and_top_1(tile, cap):
+def test_statistics_of_a_prediction(tile, cap):
+    """Entropy of the vocabulary, of the four likeliest and of more than there are, and top 1; a user's own as well."""
     hidden, head, targets = inputs(torch.float64, cap=cap)
     p = (logits := naive_logits(hidden, head)).softmax(-1)
     targets[::2] = logits.argmax(-1)[::2]
-    log_probs, entropy, is_top = target_statistics(hidden, head, targets, tile)
+    own = lambda log_probs, targets: log_probs.exp()[:, 3] * targets  # noqa: E731
+    statistics = (entropy, partial(entropy, top=4), partial(entropy, top=V + 9), is_top, own)
+    log_probs, *found = target_statistics(hidden, head, targets, statistics, tile)
     assert torch.equal(log_probs, token_log_probs(hidden, head, targets, tile))
-    assert torch.equal(is_top, logits.argmax(-1) == targets) and is_top[::2].all() and not is_top.all()
-    assert_close(entropy, -(p * p.log()).sum(-1), rtol=1e-10, atol=1e-12)
-    assert not entropy.requires_grad and log_probs.requires_grad
+    of_four = []
+    for row in p.tolist():
+        best = sorted(row)[-4:]
+        of_four.append(-sum(q / sum(best) * math.log(q / sum(best)) for q in best))
+    full, four = -(p * p.log()).sum(-1), torch.tensor(of_four, dtype=torch.float64)
+    top_1 = (logits.argmax(-1) == targets).double()
+    assert top_1[::2].all() and not top_1.all()
+    for value, wanted in zip(found, (full, four, full, top_1, p[:, 3] * targets), strict=True):
+        assert_close(value, wanted.double().detach(), rtol=1e-10, atol=1e-12)
+        assert not value.requires_grad and log_probs.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,8 +154,9 @@ def test_exact_log_probs_of_a_bf16_head(vocabulary, bias, cap):
 def test_no_tensor_is_larger_than_a_tile_of_logits_or_the_hidden_states(statistics):
     hidden, head, targets = inputs(positions=200, cap=3.0)
     saved = []
+    measure = partial(target_statistics, statistics=(entropy, is_top, partial(entropy, top=5)))
     with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        found = (target_statistics if statistics else token_log_probs)(hidden, head, targets, 7)
+        found = (measure if statistics else token_log_probs)(hidden, head, targets, tile=7)
         (found[0] if statistics else found).sum().backward()
     assert seen.numel == 200 * H < 200 * V
     assert seen.positions == 200, "the head is applied once: nothing is computed again in backward"

@@ -1,6 +1,7 @@
 """Scorers: values by hand, roles, and random scores that belong to the token."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from mixdpo.losses import BetaDPO
 from mixdpo.storage.identity import described
+from mixdpo.token_cleaning import scorers
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Probability, Random, TokenStatistics, is_online
 
@@ -75,3 +77,17 @@ def test_a_tokens_random_score_depends_on_its_number_and_the_seed_only():
 
     assert scores(7, 0, 12_345).tolist() == [scores(token).item() for token in (7, 0, 12_345)]
     assert scores(7).item() != scores(7, seed=4).item() and len(scores()) == 0
+
+
+def test_what_is_measured_and_what_the_data_holds():
+    """A scorer is called with its own statistics in its order; needs alone make a scorer read the policy."""
+    Column, Entropy = scorers.Column, scorers.Entropy
+    measured = TokenStatistics({}, torch.zeros(3), torch.arange(3), [torch.tensor([0.0, 1.5, 3.0])])
+    assert Entropy()(measured).tolist() == [0.0, 0.5, 1.0]
+    assert Entropy(top=None, scale=1.0, power=2.0)(measured).tolist() == [0.0, 2.25, 9.0]
+    assert [Entropy(top).needs[0].keywords["top"] for top in (20, None)] == [20, None]
+    assert described(Entropy()) == "Entropy(top=20, scale=3.0, power=1.0)"  # the same in every process
+    of_data = {"column": torch.tensor([0.5, -1.0])}
+    assert Column("quality")(TokenStatistics(of_data, torch.zeros(2), torch.arange(2))).tolist() == [0.5, -1.0]
+    assert is_online(Entropy()) and not is_online(Column("quality"))
+    assert is_online(SimpleNamespace(roles=(), needs=[len])) and not is_online(SimpleNamespace(roles=("base",)))

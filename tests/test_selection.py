@@ -1,6 +1,8 @@
 """Selection: equal to a stable sort per group, for every scope, with ties, least counts and tokens kept always."""
 
+import tracemalloc
 from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.selection import Selection, select
+from mixdpo.token_cleaning import selection as selection_module
+from mixdpo.token_cleaning.selection import Selection, _best, select
 
 FEW_SCORES = st.sampled_from([-1.5, -0.0, 0.0, 0.5, 2.0])  # few values: ties everywhere
 SCOPES = st.sampled_from(["global", "sample", "batch"])
@@ -100,3 +103,44 @@ def test_ratio_and_threshold_stand_alone():
     assert Selection(threshold=0.0) == Selection(keep_ratio=None, threshold=0.0)
     with pytest.raises(InputError, match=r"give keep_ratio or threshold, not both \(0.6 and 0.0\)"):
         Selection(keep_ratio=0.6, threshold=0.0)
+
+
+# Scope global reads the scores piece by piece.
+ANY_SCORES = st.floats(width=16, allow_nan=False, allow_infinity=False)
+CLOSE = st.integers(-3, 3).map(lambda n: 1 + n * 2.0**-23)  # neighbours in float32: equal in all but the last bits
+
+
+@given(
+    st.sampled_from([FEW_SCORES, ANY_SCORES, CLOSE]).flatmap(
+        lambda scores: st.lists(st.tuples(scores, st.booleans()), min_size=1, max_size=60)
+    ),
+    st.floats(0.01, 1), st.integers(0, 3), st.booleans(), st.sampled_from([1, 3, 7, 100]),
+    st.sampled_from([np.float16, np.float32, np.float64]),
+)  # fmt: skip
+@fast
+def test_streaming_is_exact(tokens, ratio, min_keep, marks, piece, precision):
+    scores = np.array([score for score, _ in tokens], dtype=precision)
+    always = np.array([mark for _, mark in tokens]) if marks else None
+    offsets = np.array([0, len(scores) // 3, len(scores)])
+    selection = Selection(ratio, min_keep=min_keep)
+    with patch.object(selection_module, "PIECE", piece):
+        mask, threshold = select(scores, offsets, selection, always_keep=always)
+    assert set(np.flatnonzero(mask)) == kept_by_sorting(scores, offsets, np.zeros(2), always, selection)
+    ranked = scores if always is None else np.where(always, np.inf, scores)
+    count = max(round(ratio * len(scores)), np.count_nonzero(ranked == np.inf))
+    lowest = min(ranked[_best(ranked, count)], default=np.inf) if count else np.inf
+    assert threshold == (None if lowest == np.inf else lowest)
+
+
+def test_memory_mapped_scores_are_never_held_whole(tmp_path):
+    scores = np.round(np.random.default_rng(0).standard_normal(3_000_000).astype(np.float32), 3)  # 300 of each score
+    np.save(tmp_path / "scores.npy", scores)
+    mapped, offsets = np.load(tmp_path / "scores.npy", mmap_mode="r"), np.arange(0, len(scores) + 1, 500)
+    tracemalloc.start()
+    mask, threshold = select(mapped, offsets, Selection(0.6, min_keep=1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    order = np.argsort(-scores, kind="stable")
+    assert np.array_equal(np.flatnonzero(mask), np.sort(order[: round(0.6 * len(scores))]))
+    assert threshold == scores[order[round(0.6 * len(scores)) - 1]]
+    assert peak < mask.nbytes + 12e6  # and a copy of the scores alone would be 12 MB

@@ -1,5 +1,6 @@
 """Callbacks of token cleaning: refresh a reference, and score and select the tokens that come next."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import add_reference, check_alike, copy_adapter
 from mixdpo.model.identity import adapter_fingerprint
-from mixdpo.token_cleaning.cleaning import Cleaning, always_kept, weigh
+from mixdpo.token_cleaning.cleaning import Cleaning, always_kept, column_scores, weigh
 from mixdpo.token_cleaning.run_tokens import RunTokens, read_masks
 from mixdpo.token_cleaning.scorers import ExcessLoss, TokenStatistics, is_online
 from mixdpo.token_cleaning.scoring import Losses, add_losses, open_losses
@@ -87,6 +88,7 @@ class CleanTokens(Callback):
         self._tokens: RunTokens = None  # type: ignore[assignment]  # until on_train_start
         self._restored: dict[str, Any] = {}
         self._losses: dict[str, Losses] = {}
+        self._column = ""  # hash of the scores that the data holds
         self._losses_of: list[int] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -101,6 +103,12 @@ class CleanTokens(Callback):
         self._open_stage: dict[str, Any] | None = restored.get("open")  # the stage whose tokens are not all decided yet
         self._masks = read_masks(Path(cleaning.masks), identity, len(pool)) if cleaning.masks is not None else None
         self._always_keep = always_kept(cleaning.selection, pool, data.tokenizer)
+        if self._masks is None and (column := getattr(cleaning.scorer, "column", None)) is not None:
+            self._losses["column"] = column_scores(column, data.source, data.split, pool), None
+            self._column = hashlib.sha256(self._losses["column"][0]).hexdigest()[:16]
+            if restored and restored["column"] != self._column:
+                raise InputError(f"the checkpoint's run had other numbers in the column {column!r}: give its data")
+            rank_zero_info(f"the scores of {len(pool):,} response tokens come from the column {column!r}")
         if trainer.is_global_zero:
             self._tokens.write_samples(Path(trainer.default_root_dir) / "cleaning")
         self._write(trainer)  # of a resumed run: what was decided before
@@ -219,7 +227,8 @@ class CleanTokens(Callback):
             self._tokens.write(Path(trainer.default_root_dir) / "cleaning")
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._tokens.state(), "scored": self._scored, "open": self._open_stage} if self._tokens else {}
+        own = {"scored": self._scored, "open": self._open_stage, "column": self._column} if self._tokens else {}
+        return {**self._tokens.state(), **own} if own else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict

@@ -126,9 +126,10 @@ def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exac
     return token_log_probs(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target, exact=exact)
 
 
-def row_statistics(model: "PeftModel", rows: TokenRows) -> tuple[Tensor, ...]:
+def row_statistics(model: "PeftModel", rows: TokenRows, statistics: Sequence[Any]) -> tuple[Tensor, ...]:
     """`target_statistics` of each target in `rows`, in the active role."""
-    return target_statistics(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target)
+    head = output_head(causal_lm_of(model))
+    return target_statistics(predicting_states(model, rows), head, rows.target, statistics)
 
 
 def output_head(causal_lm: "PreTrainedModel") -> Head:

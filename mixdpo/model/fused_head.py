@@ -1,6 +1,6 @@
 """Hidden states + output head + targets -> log-probabilities per token, without a sequence's logits in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
@@ -14,6 +14,10 @@ TILE = 256
 
 
 VOCABULARY_TILE = 16_384
+
+
+Statistic = Callable[[Tensor, Tensor], Tensor]
+"""log p of the whole vocabulary (m, V) and the targets (m,) of m positions -> a number for each position (m,)."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TIL
             16,384 at a time: a 128k × 4096 head in fp32 would take 2.1 GB.
     """
     if not exact:
-        return _TokenLogProbs.apply(hidden, head, targets, tile, False)[0]
+        return _TokenLogProbs.apply(hidden, head, targets, tile, ())[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if head.weight.dtype == wide:
@@ -110,23 +114,34 @@ def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TIL
         return torch.cat([_exact_tile(states.to(wide), head, target) for states, target in pieces])
 
 
-def target_statistics(hidden: Tensor, head: Head, targets: Tensor, tile: int = TILE) -> tuple[Tensor, ...]:
-    """`token_log_probs` (M,), the predictions' entropy (M,) in nats, and whether the target is the likeliest token (M,)
-    bool, from the same logits. Only the first has a gradient."""
-    return _TokenLogProbs.apply(hidden, head, targets, tile, True)
+def entropy(log_probs: Tensor, targets: Tensor, top: int | None = None) -> Tensor:
+    """−Σ p ln p (m,) in nats, of the `top` likeliest tokens with their probabilities renormalised, or of all tokens."""
+    if top is not None:
+        log_probs = log_probs.topk(min(top, log_probs.shape[-1])).values.log_softmax(-1)
+    return -torch.linalg.vecdot(log_probs.exp(), log_probs)
+
+
+def is_top(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """1 where the target is the likeliest token, else 0 (m,)."""
+    return log_probs.argmax(-1) == targets
+
+
+def target_statistics(
+    hidden: Tensor, head: Head, targets: Tensor, statistics: Sequence[Statistic], tile: int = TILE
+) -> tuple[Tensor, ...]:
+    """`token_log_probs` (M,), and each of the statistics (M,) from the same logits. Only the first has a gradient."""
+    return _TokenLogProbs.apply(hidden, head, targets, tile, statistics)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """d log p / d hidden = (e_target − p) W, times the slope of `Head.shaped`; a position's is scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: bool) -> Any:
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: Any) -> Any:
         if head.weight.requires_grad:
             raise ValueError("the output head must be frozen: set its weight.requires_grad to False")
         positions, wide = len(targets), torch.promote_types(hidden.dtype, torch.float32)
-        log_probs = hidden.new_empty(positions, dtype=wide)
-        entropy = hidden.new_empty(positions if statistics else 0, dtype=wide)
-        is_top = torch.empty_like(entropy, dtype=torch.bool)
+        log_probs, *measured = (hidden.new_empty(positions, dtype=wide) for _ in range(1 + len(statistics)))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, positions, tile):
             at = slice(start, start + tile)
@@ -135,18 +150,19 @@ class _TokenLogProbs(torch.autograd.Function):
             logits = head.shaped(linear(hidden[at], head.weight, head.bias).to(wide))
             normaliser = logits.logsumexp(-1, keepdim=True)
             log_probs[at] = (logits.gather(-1, target) - normaliser).squeeze(-1)
-            if statistics:
-                is_top[at] = logits.argmax(-1) == targets[at]
-                entropy[at] = normaliser.squeeze(-1) - torch.linalg.vecdot((logits - normaliser).exp_(), logits)
+            slope = None if head.cap is None or gradient is None else 1 - (logits / head.cap) ** 2
+            if statistics or gradient is not None:
+                logits.sub_(normaliser)
+            for values, statistic in zip(measured, statistics, strict=True):
+                values[at] = statistic(logits, targets[at])
             if gradient is not None:
-                slope = None if head.cap is None else 1 - (logits / head.cap) ** 2
-                of_logits = logits.sub_(normaliser).exp_().neg_()
+                of_logits = logits.exp_().neg_()
                 of_logits.scatter_(-1, target, of_logits.gather(-1, target) + 1)
                 of_logits = of_logits if slope is None else of_logits.mul_(slope)
                 gradient[at] = of_logits.to(head.weight.dtype) @ head.weight
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(entropy, is_top)
-        return log_probs, entropy, is_top
+        ctx.mark_non_differentiable(*measured)
+        return log_probs, *measured
 
     @staticmethod
     @torch.autograd.function.once_differentiable

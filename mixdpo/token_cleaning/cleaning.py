@@ -8,6 +8,7 @@ import numpy as np
 from jsonargparse import lazy_instance
 
 from mixdpo.batches.token_pool import TokenPool
+from mixdpo.data.sources import open_source
 from mixdpo.errors import InputError, check_one_of
 from mixdpo.model.adapters import Role
 from mixdpo.model.loading import load_tokenizer
@@ -21,8 +22,9 @@ class Cleaning:
     """SFT on the response tokens that matter (Token Cleaning, arXiv 2502.01968).
 
     Args:
-        scorer: Class path of the scorer of tokens, high = keep: ExcessLoss, Loss, Probability, Random of
-            mixdpo.token_cleaning.scorers, or your own with the attribute `roles`.
+        scorer: Class path of the scorer of tokens, high = keep: ExcessLoss, Loss, Probability, Entropy, Column or
+            Random of mixdpo.token_cleaning.scorers, or your own with the attribute `roles` and, if it reads more than
+            losses, `needs` or `column`: `TokenStatistics` says what each is.
         selection: Which scores are kept: the best keep_ratio, or those above threshold. scope says what is ranked
             together: global (all tokens scored at one time), sample, or batch (an optimizer step; for a scorer that
             reads the policy, a micro-batch). Each sample keeps at least min_keep tokens. Tokens in the list always_keep
@@ -79,6 +81,28 @@ def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) ->
     if unknown := [name for name in selection.always_keep if name not in known]:
         raise InputError(f"cleaning.selection.always_keep: the tokenizer has no token {', '.join(map(repr, unknown))}")
     return np.isin(pool.target_ids(), [known[name] for name in selection.always_keep])
+
+
+def column_scores(column: str, source: str, split: str, pool: TokenPool) -> np.ndarray:
+    """(M,) float32, what the data's column says of the pool's tokens: a row has a list with one number for each of its
+    response tokens that are trained on, end tokens included, in order.
+
+    Raises:
+        InputError: a row has anything else; names the file and the row.
+    """
+    opened, scores = open_source(source, split), np.full(len(pool), np.nan, dtype=np.float32)
+    samples: dict[int, list[int]] = {}  # of each row
+    for index, number in enumerate(pool.samples["row"]):
+        samples.setdefault(number, []).append(index)
+    for number, place, row in opened.rows:
+        if tokens := len(numbers := pool.tokens(samples.get(number, []))):
+            given = row.get(column)
+            if not isinstance(given, list) or {*map(type, given)} - {int, float, bool} or len(given) != tokens:
+                found = f"{len(given)} values" if isinstance(given, list) else repr(given)
+                fault = f"{column!r} should list {tokens} numbers, one for each response token, not {found:.80}"
+                raise InputError(f"{opened.name}, {place}: {fault}: make it anew; drop cut rows by data.overlong")
+            scores[numbers] = given
+    return scores
 
 
 def weigh(

@@ -1,15 +1,18 @@
 """Losses of a token under one or two models -> its score, high = keep; frozen dataclasses that a YAML file names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Role
+from mixdpo.model.fused_head import Statistic, entropy
 
 READABLE: tuple[Role, ...] = ("base", "cleaning_reference", "previous", "policy")
 """The roles that a scorer may read. The `reference` of a preference loss is none of them."""
@@ -17,17 +20,21 @@ READABLE: tuple[Role, ...] = ("base", "cleaning_reference", "previous", "policy"
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Losses of M response tokens, and where each token belongs.
+    """What a scorer reads of M response tokens, and where each token belongs. Only what the scorer names is computed.
 
     Attributes:
-        losses: role -> (M,) negative log-likelihood in nats, detached.
+        losses: role -> (M,) negative log-likelihood in nats, detached, for each of the scorer's `roles`. For a scorer
+            with the attribute `column` also "column" -> (M,) float32, the numbers in this column of the data.
         sample: (M,) int64, which sample a token belongs to.
         token: (M,) int64, the token's own number in the whole pool.
+        measured: (M,) for each of the scorer's `needs`, detached: statistics of the policy's predictions in the step,
+            which are functions such as `entropy` of mixdpo.model.fused_head.
     """
 
     losses: Mapping[str, Tensor]
     sample: Tensor
     token: Tensor
+    measured: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,53 @@ class Random:
         return torch.from_numpy(drawn).to(token.device)[token]
 
 
+@dataclass(frozen=True)
+class Entropy:
+    """(H / scale)^power, where H is the entropy of the prediction by the policy of the step.
+
+    | method                   | top  | scale | power | selection                    |
+    |--------------------------|------|-------|-------|------------------------------|
+    | EAFT (arXiv 2601.02151)  | 20   | 3     | 1     | none: the score is the weight |
+    | high entropy             | null | 1     | 1     | keep_ratio, scope batch       |
+
+    Args:
+        top: H is that of so many likeliest tokens, their probabilities renormalised. Null takes the whole vocabulary.
+        scale: By how many nats H is divided. ln 20 is about 3.
+        power: EAFT's α.
+    """
+
+    top: PositiveInt | None = 20
+    scale: float = 3.0
+    power: float = 1.0
+    roles: ClassVar[tuple[Role, ...]] = ("policy",)
+
+    @property
+    def needs(self) -> tuple[Statistic]:
+        return (partial(entropy, top=self.top),)
+
+    def __call__(self, statistics: TokenStatistics) -> Tensor:
+        """(M,) >= 0."""
+        return (statistics.measured[0] / self.scale) ** self.power
+
+
+@dataclass(frozen=True)
+class Column:
+    """Scores from the data: a row's list of numbers, one for each response token that is trained on, in order.
+
+    A run's folder `cleaning` says which tokens these are: docs/token_cleaning.md shows how to make a column.
+
+    Args:
+        column: Name of the column.
+    """
+
+    column: str
+    roles: ClassVar[tuple[Role, ...]] = ()
+
+    def __call__(self, statistics: TokenStatistics) -> Tensor:
+        """(M,) float32."""
+        return statistics.losses["column"]
+
+
 def is_online(scorer: Any) -> bool:
     """Whether scores need the policy of the step, so that no score can be computed before the step."""
-    return "policy" in scorer.roles
+    return "policy" in scorer.roles or bool(getattr(scorer, "needs", ()))

@@ -1,12 +1,16 @@
 """Scores -> the tokens to keep (Token Cleaning, arXiv 2502.01968): the best share, or all above a threshold."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from mixdpo.errors import InputError, choose_one
+
+PIECE = 2**18
+"""Scores that are read at one time."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def select(
 
     keep_ratio k keeps exactly round(k·m) of a group's m tokens; of equal scores the earlier token goes first, as in a
     stable descending sort. Tokens to be kept always come before all others and use up the budget, but are all kept
-    where it is too small. min_keep then adds tokens.
+    where it is too small. min_keep then adds tokens. Beside the mask, scope global and a threshold need the memory of
+    `PIECE` scores, however many there are: the scores are read piece by piece.
 
     Args:
         scores: (M,) finite, any float type, may be memory-mapped; high = keep.
@@ -66,34 +71,40 @@ def select(
     Raises:
         InputError: a score is not finite.
     """
-    scores = np.asarray(scores)
-    if len(bad := np.flatnonzero(~np.isfinite(scores))):
-        raise InputError(f"the score of token {bad[0]} is {scores[bad[0]]}, not a finite number: check the scorer")
-    if always_keep is not None:
-        scores = np.where(always_keep, np.inf, scores)  # finite scores rank behind, so nothing below needs to know
+    scores, mask = np.asarray(scores), np.zeros(len(scores), dtype=bool)
+    pieces = [slice(start, start + PIECE) for start in range(0, len(scores), PIECE)]
     threshold = selection.threshold
-    if threshold is not None:
-        mask = scores > threshold
-    else:
-        mask = np.zeros(len(scores), dtype=bool)
-        for tokens in _groups(offsets, selection.scope, batch):
-            group = scores[tokens]
+
+    def ranked(tokens: slice | np.ndarray) -> np.ndarray:
+        """The scores; finite ones rank behind tokens that are kept always, so nothing below needs to know of these."""
+        return scores[tokens] if always_keep is None else np.where(always_keep[tokens], np.inf, scores[tokens])
+
+    for piece in pieces:
+        if len(bad := piece.start + np.flatnonzero(~np.isfinite(scores[piece]))):
+            raise InputError(f"the score of token {bad[0]} is {scores[bad[0]]}, not a finite number: check the scorer")
+        if threshold is not None:
+            mask[piece] = ranked(piece) > threshold
+    if threshold is None and selection.scope == "global":
+        always = 0 if always_keep is None else np.count_nonzero(always_keep)
+        if count := max(round(selection.keep_ratio * len(scores)), always):
+            cut = _mark_best(mask, ranked, pieces, count)
+            threshold = cut if cut < np.inf else None
+    elif threshold is None:
+        for tokens in _groups(offsets, batch if selection.scope == "batch" else None):
+            group = ranked(tokens)
             if count := max(round(selection.keep_ratio * len(group)), np.count_nonzero(group == np.inf)):
-                mask[tokens], cut = _best(group, count)
-                threshold = float(cut) if selection.scope == "global" and cut < np.inf else None
+                mask[tokens] = _best(group, count)
     wanted = np.minimum(selection.min_keep, np.diff(offsets))
-    kept = np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
+    kept = np.array([np.count_nonzero(mask[start:end]) for start, end in pairwise(offsets)])
     for sample in np.flatnonzero(kept < wanted):  # its best tokens, which contain the ones kept so far
         tokens = slice(offsets[sample], offsets[sample + 1])
-        mask[tokens], _ = _best(scores[tokens], wanted[sample])
+        mask[tokens] = _best(ranked(tokens), wanted[sample])
     return mask, threshold
 
 
-def _groups(offsets: np.ndarray, scope: str, batch: np.ndarray | None) -> Iterator[slice | np.ndarray]:
-    """The tokens that are ranked together: as a slice, or as indices in file order."""
-    if scope == "global":
-        yield slice(0, int(offsets[-1]))
-    elif scope == "sample":
+def _groups(offsets: np.ndarray, batch: np.ndarray | None) -> Iterator[slice | np.ndarray]:
+    """The tokens that are ranked together, of a sample or of a batch: as a slice, or as indices in file order."""
+    if batch is None:
         yield from map(slice, offsets[:-1].tolist(), offsets[1:].tolist())
     else:
         of_token = np.repeat(batch, np.diff(offsets))
@@ -101,9 +112,43 @@ def _groups(offsets: np.ndarray, scope: str, batch: np.ndarray | None) -> Iterat
         yield from np.split(tokens, np.flatnonzero(np.diff(of_token[tokens])) + 1)
 
 
-def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.floating]:
-    """Mask of the `count` >= 1 best of m scores, the earlier ones of equal scores, and the lowest score kept."""
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    """Mask of the `count` >= 1 best of m scores, the earlier ones of equal scores."""
     cut = np.partition(scores, len(scores) - count)[len(scores) - count]
     mask = scores > cut
     mask[np.flatnonzero(scores == cut)[: count - np.count_nonzero(mask)]] = True
-    return mask, cut
+    return mask
+
+
+def _mark_best(mask: np.ndarray, ranked: Callable[[slice], np.ndarray], pieces: list[slice], count: int) -> float:
+    """Write `_best` of the pieces' scores together into `mask`; the lowest score kept. Only a piece is in memory.
+
+    A histogram of the scores' 16 leading bits says in which bin the cut lies, a further one of that bin's scores where
+    in this bin, and so on until all bits are known: two of them for float32.
+    """
+    cut = np.nan
+    known = 0  # the leading bits of the cut's key
+    for shift in range(8 * _keys(ranked(pieces[0])).itemsize - 16, -1, -16):
+        sizes = np.zeros(2**16, dtype=np.int64)
+        for piece in pieces:
+            keys = _keys(ranked(piece)) >> shift
+            sizes += np.bincount((keys[keys >> 16 == known] & 0xFFFF).astype(np.int64), minlength=2**16)
+        at_least = np.cumsum(sizes[::-1])[::-1]
+        place = np.flatnonzero(at_least >= count)[-1]
+        count -= at_least[place] - sizes[place]  # those of the higher bins are all kept
+        known = known << 16 | int(place)
+    for piece in pieces:
+        scores = ranked(piece)
+        keys = _keys(scores)
+        ties = np.flatnonzero(keys == known)[:count]
+        mask[piece] = keys > known
+        mask[piece][ties] = True
+        cut, count = float(scores[ties[0]]) if len(ties) else cut, count - len(ties)
+    return cut
+
+
+def _keys(scores: np.ndarray) -> np.ndarray:
+    """Unsigned integers in the order of the scores, from the floats' bits; −0 has the key of 0."""
+    bits = (scores + 0.0).view(f"u{scores.itemsize}")
+    sign = bits.dtype.type(1 << 8 * bits.itemsize - 1)
+    return np.where(bits & sign, ~bits, bits | sign)
