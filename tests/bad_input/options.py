@@ -33,7 +33,7 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"hard_fraction": 1.2}, ("routing.hard_fraction must lie in [0, 1], not be 1.2",)),
     (Routing, {"threshold": INF}, ("routing.threshold must be finite, not inf",)),
     (Routing, {"order": "sft_frist"}, ("routing.order must be one of", "not 'sft_frist'; did you mean 'sft_first'?")),
-    (Routing, {"reshuffle": True}, ("needs the order shuffled or bucketed, not easy_to_hard",)),
+    (Routing, {"reshuffle": True}, ("needs the order shuffled or bucketed or paced, not easy_to_hard",)),
     (Slices, {"count": 3, "only": [2, 0]}, ("slices.only must name slices once, rising",)),
     (Selection, {"keep_ratio": 0.5, "threshold": 0.0}, ("selection: give keep_ratio or threshold,",)),
     (Selection, {"keep_ratio": 0.0}, ("selection.keep_ratio must lie in (0, 1]", "1 keeps every token")),
