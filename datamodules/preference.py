@@ -54,8 +54,8 @@ class PreferenceDataModule(PlannedDataModule):
             max_prompt_length: Tokens that a prompt keeps at least, if its pair exceeds max_length. The prompt keeps
                 more where the longer response leaves room. Its start, with the system message, and its end stay.
             share_prompt: Compute the prompt once for both responses; false gives each a copy. The numbers are the same.
-            half: Train on this half of the prompts, drawn by data.seed; `predict` computes margins of the other half. Null
-                is all prompts. `mixdpo cross-fit` sets it.
+            half: Train on this half of the prompts, drawn by data.seed; `predict` computes margins of the other half.
+                Null is all prompts. `mixdpo cross-fit` sets it.
         """
         super().__init__(source, **options)
         self.routing, self.validation_threshold, self.share_prompt = routing, validation_threshold, share_prompt
@@ -106,7 +106,7 @@ class PreferenceDataModule(PlannedDataModule):
             by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"
             routing, is_hard = self.routing, self.route.is_hard
             vary = routing.reshuffle or routing.order == "paced"  # the steps that a pair is in
-            if routing.hard_action != "sft" or not is_hard.any() or (by_batch and vary):
+            if routing.hard_action != "sft" or not is_hard.any() or (vary and by_batch):
                 needed = "data.routing.hard_action sft and, where selection.scope is batch,"
                 fault = f"model.cleaning needs hard pairs, {needed} data.routing.reshuffle false and no order paced"
                 raise InputError(f"{fault}; {is_hard.sum()} pairs are hard")
@@ -132,8 +132,7 @@ class PreferenceDataModule(PlannedDataModule):
         rows = self.count_read(source, split, table)
         if self.half is not None and (source, split) == (self.source, self.split):
             # another seed than that of the validation split, whose held-out prompts would all be of one half
-            halves = split_by_prompt(prompts_of(rows), 0.5, -1 - self.seed)
-            rows = rows.select(halves[self.half if signal is None else 1 - self.half])
+            rows = rows.select(split_by_prompt(prompts_of(rows), 0.5, -1 - self.seed)[self.half ^ (signal is not None)])
         return rows
 
     def _with_margins(self, pairs: Any, source: str) -> Any:

@@ -145,7 +145,7 @@ def test_actions_train_what_they_say(action, by_preference, by_sft, hard_by_pref
 def test_cleaning_wants_steps_that_stay(order, tiny_model: str, source: str, tmp_path: Path) -> None:
     cleaning = Cleaning(scorer=Random(), selection=Selection(0.5, scope="batch"))
     routing = Routing(hard_fraction=0.25, **order)
-    with pytest.raises(InputError, match=r"where selection\.scope is batch, data\.routing\.reshuffle false and no order paced"):
+    with pytest.raises(InputError, match=r"scope is batch, data\.routing\.reshuffle false and no order paced"):
         run(tiny_model, source, tmp_path / "run", routing, cleaning=cleaning)
 
 

@@ -259,7 +259,7 @@ def test_paced_draws_only_from_the_open_ranks_of_its_stage(data, buckets, seed, 
 
 
 def test_paced_draws_evenly_and_reports_its_coverage():
-    """Of 6 pairs place k opens ⌊6 c⌋ + 1: 1, 3, 4, 5, 5, 6. In 3,000 draws any of n has 3,000 / n, here ± 5 deviations."""
+    """Of 6 pairs place k opens ⌊6 c⌋ + 1: 1, 3, 4, 5, 5, 6. Of 3,000 draws each of n has 3,000 / n ± 5 sd."""
     routes = [plan_route(-np.arange(6.0), np.arange(6), order="paced", buckets=1, seed=seed) for seed in range(3000)]
     for k, is_open in enumerate((1, 3, 4, 5, 5, 6)):
         drawn, share = Counter(int(route.order[k]) for route in routes), 1 / is_open

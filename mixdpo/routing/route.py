@@ -179,8 +179,8 @@ class Route:
 
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
-        pairs), the order and actions. `trained` counts the pairs of the first epoch, and `coverage` is their share of those
-        that it could train: below 1 where a paced order draws some again."""
+        pairs), the order and actions. `trained` counts the pairs of the first epoch, and `coverage` is their share of
+        those that it could train: below 1 where a paced order draws some again."""
         known, at_threshold = not np.isnan(self.margins).any(), self.margins == self.threshold
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
         groups = {name: group for name, group in groups.items() if len(group) and known}
@@ -245,9 +245,9 @@ def _paced(order: np.ndarray, stages: np.ndarray, pair_ids: np.ndarray, seed: in
     """Pairs drawn with replacement, easy ones from the start and hard ones later (Staged-Competence, arXiv 2605.26315).
 
     Place k of the n in a stage holds a pair drawn uniformly among the pairs of that stage with rank ≤ c(k), where
-    c(k) = √((1 − c₀²) k/n + c₀²) and c₀ = 0.01. A pair's rank is the share of its stage that is easier: the easiest pair
-    is open at once, and the hardest one at the end. The paper counts t and T in optimizer steps; k and n count pairs, so
-    the batch size does not change what is drawn.
+    c(k) = √((1 − c₀²) k/n + c₀²) and c₀ = 0.01. A pair's rank is the share of its stage that is easier: the easiest
+    pair is open at once, and the hardest one at the end. The paper counts t and T in optimizer steps; k and n count
+    pairs, so the batch size does not change what is drawn.
     """
     places, starts, sizes = np.arange(len(stages)), np.searchsorted(stages, stages), np.bincount(stages)[stages]
     done = (places - starts) / sizes

@@ -85,8 +85,7 @@ def alignment_potential(rating: np.ndarray, gap: np.ndarray) -> np.ndarray:
     """
     if 0 in (np.ptp(rating), np.ptp(np.abs(gap))):
         raise InputError("no alignment potential: all margins of one file are equal. Give files whose margins differ")
-    z_rating, z_gap = ((x - x.mean()) / x.std() for x in (rating, np.abs(gap)))
-    return z_rating - z_gap
+    return np.subtract(*((x - x.mean()) / x.std() for x in (rating, np.abs(gap))))
 
 
 def combine(a: str, b: str, out: str, how: Literal["alignment_potential", "union"] = "alignment_potential") -> None:
@@ -105,19 +104,18 @@ def combine(a: str, b: str, out: str, how: Literal["alignment_potential", "union
     files = one, other = read_margins(a), read_margins(b)
     texts, others = ({i: text for i, (text, _) in each.pairs.items()} for each in files)
     if texts.keys() & others.keys() if how == "union" else texts != others:
-        wanted = "share no pair" if how == "union" else "hold the same pairs with the same texts"
-        raise InputError(f"{a} and {b} do not {wanted}, which {how} needs: compute them from the right data")
+        raise InputError(f"{a} and {b} must hold {'other' if how == 'union' else 'the same'} pairs: compute both anew")
     if one.of_policy and other.of_policy:
-        parts = ("weights", "tokenizer", "template", "lengths", *["adapter_weights"] * (how != "union"))
-        one.refuse_other({name: other.header.get(name) for name in parts}, f"model or encoding than {b}")
+        names = ["weights", "tokenizer", "template", "lengths"] + ["adapter_weights"] * (how != "union")
+        one.refuse_other({name: other.header.get(name) for name in names}, f"model or encoding than {b}")
     # margins of a policy fit no other model, so the new file says which model
     header = min(files, key=lambda each: (each.header["needs"] != "policy", not each.of_policy)).header
     kept = {k: v for k, v in header.items() if all(each.header.get(k) == v for each in files if each.of_policy)}
     new = {"signal": how, "options": {}, "needs": header["needs"], "source": f"{a} and {b}", "date": None}
+    # y is of b where both hold the pair
+    x, y = (np.array([margin for _, margin in (one.pairs | each.pairs).values()]) for each in files)
+    margins = y if how == "union" else alignment_potential(x, y)
     writer = MarginsWriter(out, {**kept, **new, "parts": [each.header for each in files]}, texts | others)
-    margins = np.array([margin for _, margin in (one.pairs | other.pairs).values()])  # of b where both hold the pair
-    if how != "union":
-        margins = alignment_potential(np.array([margin for _, margin in one.pairs.values()]), margins)
     if not writer.margins:
         writer.append(texts | others, margins.tolist())
     print(writer.finish())
