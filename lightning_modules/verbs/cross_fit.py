@@ -30,4 +30,4 @@ def cross_fit(arguments: list[str]) -> None:
         made = ["--model.adapter", f"{folder}/adapter", "--model.output", parts[-1], "--trainer.callbacks", "null"]
         start(["predict", "--config", f"{folder}/config.yaml", *PREDICT, *made])
         gc.collect()
-    combine(*parts, options.out, how="union")
+    combine(parts[0], parts[1], options.out, how="union")
