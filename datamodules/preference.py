@@ -1,6 +1,6 @@
 """The LightningDataModule of preference pairs: read, split, encode, route, and hand over micro-batches."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,7 +11,7 @@ from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, plan_steps
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.encoding import encoding_identity
-from mixdpo.data.messages import doubts_about_directions
+from mixdpo.data.messages import doubts_about_directions, prompts_of, split_by_prompt
 from mixdpo.data.pairs import read_pairs
 from mixdpo.data.ratings import doubts_about_margins
 from mixdpo.errors import InputError
@@ -37,6 +37,7 @@ class PreferenceDataModule(PlannedDataModule):
         max_length: int = 1024,
         max_prompt_length: int = 512,
         share_prompt: bool = True,
+        half: Literal[0, 1] | None = None,
         **options: Any,
     ) -> None:
         """Preference pairs with margins, in the order and on the routes that the margins decide.
@@ -56,10 +57,12 @@ class PreferenceDataModule(PlannedDataModule):
             max_prompt_length: Tokens that a prompt keeps at least, if its pair exceeds max_length. The prompt keeps
                 more where the longer response leaves room. Its start, with the system message, and its end stay.
             share_prompt: Compute the prompt once for both responses; false gives each a copy. The numbers are the same.
+            half: Train on this half of the prompts, drawn by data.seed; `predict` computes margins of the other half.
+                Null is all prompts. `mixdpo cross-fit` sets it.
         """
         super().__init__(source, **options)
         self.routing, self.validation_threshold, self.share_prompt = routing, validation_threshold, share_prompt
-        self.margin, self.margins_file, self.weight = margin, margins_file, weight
+        self.margin, self.margins_file, self.weight, self.half = margin, margins_file, weight, half
         self.encoding |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.documents = self.documents or share_prompt
         self._margins: MarginsFile | None = None
@@ -109,9 +112,10 @@ class PreferenceDataModule(PlannedDataModule):
         if (cleaning := getattr(self.trainer.lightning_module, "cleaning", None)) is not None:
             by_batch = cleaning.selection is not None and cleaning.selection.scope == "batch"
             routing, is_hard = self.routing, self.route.is_hard
-            if routing.hard_action != "sft" or not is_hard.any() or (routing.reshuffle and by_batch):
+            vary = routing.reshuffle or routing.order == "paced"  # the steps that a pair is in
+            if routing.hard_action != "sft" or not is_hard.any() or (vary and by_batch):
                 needed = "data.routing.hard_action sft and, where selection.scope is batch,"
-                fault = f"model.cleaning needs hard pairs, {needed} data.routing.reshuffle false"
+                fault = f"model.cleaning needs hard pairs, {needed} data.routing.reshuffle false and no order paced"
                 raise InputError(f"{fault}; {is_hard.sum()} pairs are hard")
             self.pool = self._cleaning_pool()
 
@@ -134,7 +138,11 @@ class PreferenceDataModule(PlannedDataModule):
                     f"{self.source}: leave pair_id out of both and compute the margins anew"
                 )
             self.texts |= texts
-        return self.count_read(source, split, table)
+        rows = self.count_read(source, split, table)
+        if self.half is not None and (source, split) == (self.source, self.split):
+            # another seed than that of the validation split, whose held-out prompts would all be of one half
+            rows = rows.select(split_by_prompt(prompts_of(rows), 0.5, -1 - self.seed)[self.half ^ (signal is not None)])
+        return rows
 
     @property
     def _needs_margin(self) -> bool | str:
@@ -145,6 +153,7 @@ class PreferenceDataModule(PlannedDataModule):
 
     def _describe_route(self) -> str:
         route, why = self.route.summary(), ""
+        drawn = f" (draws {route['trained']} of {len(self.route.order)} pairs an epoch)" * (route["coverage"] < 1)
         if route["assignment"] != "margin":
             why = f", by assignment {route['assignment']}"
         elif route["threshold"] is not None:
@@ -154,7 +163,7 @@ class PreferenceDataModule(PlannedDataModule):
             why += f"; {route['blended']} pairs are blended, mean preference share {route['mean_preference_share']:.0%}"
         return (
             f"{route['hard']} of {route['pairs']} pairs ({route['hard_fraction']:.0%}) are hard{why}\n"
-            f"hard pairs: {route['hard_action']}; easy pairs: {route['easy_action']}; order {route['order']}, "
+            f"hard pairs: {route['hard_action']}; easy pairs: {route['easy_action']}; order {route['order']}{drawn}, "
             f"{len(self._steps())} steps of {self.batch_size} pairs"
         )
 

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pkgutil import resolve_name
 
 from mixdpo import __main__ as verbs
 from mixdpo.errors import Stopped
@@ -32,10 +33,9 @@ def run(arguments: list[str] | None = None) -> None:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] == ["estimate"]:
-            from lightning_modules.verbs.estimate import estimate
-
-            return estimate(arguments[1:])
+        if arguments[:1] in (["estimate"], ["cross-fit"]):
+            name = arguments[0].replace("-", "_")
+            return resolve_name(f"lightning_modules.verbs.{name}:{name}")(arguments[1:])
         run_cli.start(arguments)
     except Stopped as stop:
         sys.exit(128 + stop.signal)  # LastCheckpoint has printed the command that continues

@@ -13,11 +13,13 @@ RUN_VERBS = {
     "predict": "write a signal's margins of pairs, or a model's responses to prompts",
     "test": "score a model's responses to prompts",
     "estimate": "predict the memory and hours of a run of a config on a GPU",
+    "cross-fit": "write margins of pairs, each by a model that was trained on the other half of them",
 }
 # verb: (function, what it does). A function is imported only when its verb is used.
 VERBS = {
     "make-pairs": ("evaluation.make_pairs:make_pairs", "sample a model, score the samples, write preference pairs"),
     "compare-margins": ("signals.compare_margins:compare", "compare two margins files: ranks and hard sets"),
+    "combine-margins": ("signals.compare_margins:combine", "one margins file from two: alignment potential, or union"),
     "report": ("token_cleaning.report:report", "show which tokens token cleaning cut in a run"),
     "study": ("evaluation.study_run:study", "run a grid of runs from one file, then a table with intervals"),
     "options": ("options:options", "list the options of a class that a config names"),

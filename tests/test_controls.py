@@ -36,6 +36,7 @@ EXPECTED = {
     "sft_all": (24, 24, 1), "sft_hard_only": (3, 3, 1), "sft_rejected": (24, 3, 2), "sft_both": (24, 3, 2),
     "dpo_plus_nll": (24, 0, 1), "random_to_sft": (24, 3, 2), "inverted": (24, 3, 2), "sft_then_dpo": (24, 3, 2),
     "selective_dpo": (21, 0, 1), "refresh_at_buckets": (24, 0, 3), "blend": (24, 4, 2),
+    "staged_competence": (24, 0, 3),
 }  # fmt: skip
 """Of 24 pairs, 12 % of them hard: those trained, those of them by SFT, and the stages in steps of four."""
 
@@ -143,8 +144,9 @@ def test_a_control_trains(name: str, parse: Any, cli: Any, tiny_model: str, tmp_
         return found
 
     built.model.route_losses = watched
+    text = control_file(name).read_text("utf-8")
     refresh = tuple(built.trainer.callbacks or ())
-    assert [type(callback) for callback in refresh] == [RefreshReference] * (name == "refresh_at_buckets")
+    assert [type(callback) for callback in refresh] == [RefreshReference] * ("callbacks" in text)
     trainer = make_trainer(tmp_path / "run", first=refresh, accumulate_grad_batches=2)
     trainer.fit(built.model, built.data)
     trained, by_sft = (sum(counts) for counts in zip(*seen, strict=True))

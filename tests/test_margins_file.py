@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -292,3 +293,61 @@ def test_compare_margins(tmp_path, capsys):
     shared = [i for i in range(5, 20) if i != 7]
     expected = np.corrcoef(brute_force_ranks([i % 4 for i in shared]), brute_force_ranks(shared))[0, 1]
     assert f"14 pairs in common, Spearman's rank correlation {expected:.3f}" in printed
+
+
+# Combination.
+
+
+def z_scores(values):
+    return [(value - statistics.fmean(values)) / statistics.pstdev(values) for value in values]
+
+
+def test_alignment_potential(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    rating, gap = ({i: float(draw.normal()) for i in range(12)} for _ in range(2))
+    a = write_margins(tmp_path / "a", rating)
+    model = {"needs": "policy", "weights": "w", "adapter_weights": None, "lengths": "l", "date": "d"}
+    b = write_margins(tmp_path / "b", dict(sorted(gap.items(), reverse=True)), **model)
+    assert main(["combine-margins", a, b, str(tmp_path / "out")]) == 0
+    file, parts = read_margins(tmp_path / "out"), [read_margins(a).header, read_margins(b).header]
+    expected = [r - g for r, g in zip(z_scores(rating.values()), z_scores([abs(g) for g in gap.values()]), strict=True)]
+    assert [file.pairs[i] for i in rating] == [(f"t{i}", pytest.approx(expected[i])) for i in rating]
+    assert file.header["parts"] == parts and file.header["signal"] == "alignment_potential"
+    assert file.of_policy and file.header.items() >= {"needs": "policy", "weights": "w", "lengths": "l"}.items()
+    assert main(["combine-margins", a, b, str(tmp_path / "out")]) == 0  # a second time it is there already
+
+    def refused(one, other, *options):
+        assert main(["combine-margins", one, other, str(tmp_path / "new"), *options]) == 2
+        assert not list(tmp_path.glob("new*"))
+        return capsys.readouterr().err
+
+    flat, less = (write_margins(tmp_path / str(i), dict.fromkeys(range(i), 1.0)) for i in (12, 11))
+    changed = write_margins(tmp_path / "changed", gap, {3: "another text"})
+    others = [model | {name: "x"} for name in ("lengths", "adapter_weights")]
+    longer, tuned = (write_margins(tmp_path / f"b{i}", gap, **other) for i, other in enumerate(others))
+    assert all("must hold the same pairs" in refused(a, other) for other in (less, changed))
+    assert "must hold other pairs" in refused(a, b, "--how", "union")
+    assert "no alignment potential" in refused(a, flat)
+    assert "lengths: l there, x here" in refused(b, longer) and "adapter_weights: None there" in refused(b, tuned)
+
+
+def test_cross_fit(tiny_model, source, tmp_path, monkeypatch):
+    """Every pair's margin is that of the adapter that was trained on the half of the prompts without the pair's."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["mixdpo"])
+    out, data = tmp_path / "learned.margins", {"max_length": 64, "max_prompt_length": 32}
+    words = f"""--model.base {tiny_model} --model.quantization none --data.source {source} --runs {tmp_path / "runs"}
+        --data.max_length 64 --data.max_prompt_length 32 --trainer.callbacks null --trainer.enable_progress_bar false"""
+    run(["cross-fit", "configs/demo.yaml", str(out), *words.split()])
+    file, halves = read_margins(out), []
+    for half, name in enumerate(("half0", "half1")):
+        adapter = str(tmp_path / "runs" / name / "adapter")
+        halves.append(set(read(tiny_model, source, tmp_path, half=half, validation=0, **data).train_pairs["pair_id"]))
+        whole = read_margins(predict(tiny_model, source, tmp_path, ImplicitReward(), name=name, adapter=adapter)).pairs
+        assert halves[half] and {i: file.pairs[i] for i in whole if i not in halves[half]} == {
+            i: (text, pytest.approx(margin, abs=1e-5)) for i, (text, margin) in whole.items() if i not in halves[half]
+        }
+    assert not halves[0] & halves[1] and halves[0] | halves[1] == file.pairs.keys() and len(file.pairs) == 10
+    assert len({round(margin, 6) for _, margin in file.pairs.values()}) == 10  # both have learnt
+    assert {part["signal"] for part in file.header["parts"]} == {"mixdpo.signals.signals.ImplicitReward"}
+    fit_with(tiny_model, source, tmp_path, str(out))

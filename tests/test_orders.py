@@ -1,6 +1,7 @@
 """Orders and actions in real runs: which batches come, where stages start, what is trained, what a resume repeats."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def run(model: str, source: str, folder: Path, routing: Routing, *first: Callbac
     return module, seen
 
 
-@pytest.mark.parametrize(("order", "stop", "workers"), [("bucketed", 7, 2), ("shuffled", 5, 0)])
+@pytest.mark.parametrize(("order", "stop", "workers"), [("bucketed", 7, 2), ("shuffled", 5, 0), ("paced", 7, 0)])
 def test_reshuffled_epochs_resume_exactly(order, stop, workers, tiny_model, source, tmp_path) -> None:
     """15 steps in three epochs, each in its own order; stopped in the second and at the end of the first."""
     routing = Routing(hard_fraction=0.25, order=order, reshuffle=True, buckets=2)
@@ -100,6 +101,22 @@ def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(routing, starts
     assert data._steps(0) == data._steps(1)  # nothing is reshuffled
 
 
+def test_ranks_share_the_steps_of_a_paced_order() -> None:
+    """In the parts of both ranks are the pairs of a step, and a pair that is drawn twice is there twice."""
+    routing = Routing(hard_fraction=0.35, order="paced", buckets=3)
+    data, parts = PreferenceDataModule("unread", routing, tokenizer="unread", batch_size=8), []
+    data.route = routing.plan(np.random.default_rng(0).permutation(40).astype(float), np.arange(40), seed=1)
+    data.row_sizes = [7] * 40, [1] * 40
+    for rank in (0, 1):
+        data.trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=2, global_rank=rank)
+        parts.append([rows for rows, weight, _ in data.micro_batches() if weight])
+    steps = data._steps()
+    assert [sorted(one + two) for one, two in zip(*parts, strict=True)] == [sorted(step) for step in steps]
+    assert any(len({*step}) < len(step) for step in steps)
+    drawn = len({i for step in steps for i in step})
+    assert drawn < 40 and f"order paced (draws {drawn} of 40 pairs an epoch), 5 steps" in data._describe_route()
+
+
 COUNTED = ("by_preference", "by_sft", "hard_by_preference")
 ACTIONS = [
     ({"hard_action": "sft"}, 15, 5, 0), ({"hard_action": "sft_rejected"}, 15, 5, 0),
@@ -124,10 +141,11 @@ def test_actions_train_what_they_say(action, by_preference, by_sft, hard_by_pref
         assert batch.sft_sides == data.route.sft_sides
 
 
-def test_cleaning_wants_steps_that_stay(tiny_model: str, source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [{"order": "shuffled", "reshuffle": True}, {"order": "paced"}], ids=str)
+def test_cleaning_wants_steps_that_stay(order, tiny_model: str, source: str, tmp_path: Path) -> None:
     cleaning = Cleaning(scorer=Random(), selection=Selection(0.5, scope="batch"))
-    routing = Routing(hard_fraction=0.25, order="shuffled", reshuffle=True)
-    with pytest.raises(InputError, match=r"where selection\.scope is batch, data\.routing\.reshuffle false"):
+    routing = Routing(hard_fraction=0.25, **order)
+    with pytest.raises(InputError, match=r"scope is batch, data\.routing\.reshuffle false and no order paced"):
         run(tiny_model, source, tmp_path / "run", routing, cleaning=cleaning)
 
 

@@ -1,6 +1,8 @@
 """Routes: which pairs are hard, in which order, in which stages; by margins and pair ids alone."""
 
 import json
+import math
+from collections import Counter
 from typing import get_args
 
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixdpo.errors import InputError
-from mixdpo.routing.route import Assignment, EasyAction, HardAction, Order, Routing
+from mixdpo.routing.route import RANDOM_ORDERS, Assignment, EasyAction, HardAction, Order, Routing
 
 FEW_MARGINS = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.5])  # few values: ties everywhere
 PAIR_IDS = st.integers(-(2**63), 2**63 - 1)
@@ -82,7 +84,7 @@ def test_summary_by_hand():
     assert [quantiles[q] for q in ("0%", "25%", "50%", "75%", "100%")] == [0.0, 1.0, 1.0, 2.0, 4.0]
     by_route = summary.pop("margins_every_5%")
     assert {kind: quantiles[::10] for kind, quantiles in by_route.items()} == {"easy": [1, 2, 4], "hard": [0, 0.5, 1]}
-    expected = {"pairs": 5, "hard": 2, "hard_fraction": 0.4, "threshold": 1.0, "trained": 5, "sft": 2}
+    expected = {"pairs": 5, "hard": 2, "hard_fraction": 0.4, "threshold": 1.0, "trained": 5, "coverage": 1, "sft": 2}
     expected |= {"ties_at_threshold": 2, "hard_at_threshold": 1, "order": "easy_to_hard", "assignment": "margin"}
     assert summary == expected | {"hard_action": "sft", "easy_action": "preference"}
 
@@ -130,7 +132,7 @@ def planned(margins, ids, **option):
         is_hard = plan_route(margins, ids, **option | all_of_them).is_hard
         hard, easy = is_hard.sum(), (~is_hard).sum()
         trained = hard * (option["hard_action"] != "drop") + easy * (option["easy_action"] != "drop")
-        assert trained < (option["buckets"] if option["order"] == "bucketed" else 1), error
+        assert trained < (option["buckets"] if option["order"] in ("bucketed", "paced") else 1), error
         return None
 
 
@@ -138,7 +140,7 @@ def planned(margins, ids, **option):
 @fast
 def test_every_plan_is_a_partition_with_exact_counts(data, option, seed, reshuffle):
     margins, ids = data
-    option["reshuffle"] = reshuffle and option["order"] in ("shuffled", "bucketed")
+    option["reshuffle"] = reshuffle and option["order"] in RANDOM_ORDERS
     if (route := planned(margins, ids, seed=seed, **option)) is None:
         return
     below = (margins < option.get("threshold", 0)).sum()
@@ -147,7 +149,8 @@ def test_every_plan_is_a_partition_with_exact_counts(data, option, seed, reshuff
     trained[route.is_hard] = option["hard_action"] != "drop"
     trained[~route.is_hard] &= option["easy_action"] != "drop"
     for epoch in (0, 7):
-        assert sorted(route.epoch_order(epoch).tolist()) == np.flatnonzero(trained).tolist()
+        order, known = sorted(route.epoch_order(epoch).tolist()), np.flatnonzero(trained).tolist()
+        assert order == known or (option["order"] == "paced" and len(order) == len(known) and {*order} <= {*known})
         assert route.epoch_order(epoch).dtype == np.int64
         assert np.array_equal(route.epoch_order(epoch), route.order) or option["reshuffle"]
     by_sft = option["hard_action"] in ("sft", "sft_rejected", "sft_both")
@@ -155,7 +158,7 @@ def test_every_plan_is_a_partition_with_exact_counts(data, option, seed, reshuff
     assert route.is_hard.shape == route.margins.shape == margins.shape and route.stages.shape == route.order.shape
     assert route.stages[0] == 0 and set(np.diff(route.stages)) <= {0, 1}
     assert json.loads(json.dumps(summary := route.summary(), allow_nan=False)) == summary
-    assert summary["trained"] == len(route.order)
+    assert summary["trained"] == len({*route.order.tolist()}) == summary["coverage"] * len(route.order)
 
 
 @given(pairs(), routings(), st.integers(0, 5), st.randoms(use_true_random=False))
@@ -164,7 +167,7 @@ def test_no_plan_depends_on_the_rows_and_one_seed_is_one_plan(data, option, seed
     margins, ids = data
     rows = list(range(len(ids)))
     random.shuffle(rows)
-    option["reshuffle"] = option["order"] in ("shuffled", "bucketed")
+    option["reshuffle"] = option["order"] in RANDOM_ORDERS
     if (first := planned(margins, ids, seed=seed, **option)) is None:
         return
     second = plan_route(margins[rows], ids[rows], seed=seed, **option)
@@ -234,9 +237,41 @@ def test_buckets_are_quantiles_and_keep_their_pairs_when_reshuffled(data, bucket
             assert set(order[route.stages == bucket]) == set(route.order[route.stages == bucket])
 
 
+@given(pairs(), st.integers(1, 5), st.integers(0, 5), st.booleans())
+@fast
+def test_paced_draws_only_from_the_open_ranks_of_its_stage(data, buckets, seed, reshuffle):
+    """Place k of a stage's n holds one of its pairs whose rank, the share of easier ones, is at most c."""
+    margins, ids = data
+    if len(ids) < buckets:
+        return
+    easy_to_hard = plan_route(margins, ids, hard_fraction=0.3, seed=seed).order.tolist()
+    option = {"hard_fraction": 0.3, "buckets": buckets, "seed": seed}
+    route = plan_route(margins, ids, order="paced", reshuffle=reshuffle, **option)
+    assert route.stages.tolist() == plan_route(margins, ids, order="bucketed", **option).stages.tolist()
+    for epoch in (0, 1, 3):
+        drawn, start = route.epoch_order(epoch).tolist(), 0
+        for size in np.bincount(route.stages).tolist():
+            for k in range(size):
+                competence = math.sqrt((1 - 0.01**2) * k / size + 0.01**2)
+                stage = easy_to_hard[start : start + size]
+                assert drawn[start + k] in [pair for i, pair in enumerate(stage) if i / size <= competence + 1e-12]
+            start += size
+
+
+def test_paced_draws_evenly_and_reports_its_coverage():
+    """Of 6 pairs place k opens ⌊6 c⌋ + 1: 1, 3, 4, 5, 5, 6. Of 3,000 draws each of n has 3,000 / n ± 5 sd."""
+    routes = [plan_route(-np.arange(6.0), np.arange(6), order="paced", buckets=1, seed=seed) for seed in range(3000)]
+    for k, is_open in enumerate((1, 3, 4, 5, 5, 6)):
+        drawn, share = Counter(int(route.order[k]) for route in routes), 1 / is_open
+        assert sorted(drawn) == list(range(is_open))
+        assert all(abs(n - 3000 * share) <= 5 * math.sqrt(3000 * share * (1 - share)) for n in drawn.values()), drawn
+    coverage = {route.summary()["coverage"] for route in routes}
+    assert coverage == {len({*route.order.tolist()}) / 6 for route in routes} and min(coverage) < 0.5 < max(coverage)
+
+
 def test_reshuffling_draws_each_epoch_anew():
     margins, ids = np.repeat([0.0, 1.0], 32), np.arange(64)
-    for order in ("shuffled", "bucketed"):
+    for order in RANDOM_ORDERS:
         fixed = plan_route(margins, ids, hard_fraction=0.25, order=order, seed=1)
         anew = plan_route(margins, ids, hard_fraction=0.25, order=order, seed=1, reshuffle=True)
         assert anew.order.tolist() == fixed.order.tolist()

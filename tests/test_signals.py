@@ -58,9 +58,10 @@ def margins(signal, model, pairs, size=4, share=True):
 
 
 @torch.no_grad()
-def log_prob_margins(model, pairs):
+def log_prob_margins(model, pairs, per_token=False):
     def of(side):
-        return torch.stack([plain_log_prob(model, pair["prompt_ids"], pair[side]) for pair in pairs])
+        sums = torch.stack([plain_log_prob(model, pair["prompt_ids"], pair[side]) for pair in pairs])
+        return sums / torch.tensor([len(pair[side]) if per_token else 1 for pair in pairs])
 
     return (of("chosen_ids") - of("rejected_ids")).tolist()
 
@@ -73,6 +74,8 @@ def test_policy_log_prob_and_implicit_reward(tiny_model, adapter, pairs):
     policy, base = (log_prob_margins(plain(tiny_model, name), pairs) for name in (adapter, None))
     for name, of_model in ((adapter, policy), (None, base)):
         close(margins(PolicyLogProb(), ours(tiny_model, name), pairs), [0.1 * margin for margin in of_model])
+        per_token = [0.1 * margin for margin in log_prob_margins(plain(tiny_model, name), pairs, per_token=True)]
+        close(margins(PolicyLogProb(normalised=True), ours(tiny_model, name), pairs), per_token)
     expected = [0.3 * (p - r) for p, r in zip(policy, base, strict=True)]
     assert max(map(abs, expected)) > 0.01
     close(margins(ImplicitReward(beta=0.3), ours(tiny_model, adapter), pairs), expected)

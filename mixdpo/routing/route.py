@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,7 +10,9 @@ from jsonargparse.typing import PositiveInt
 
 from mixdpo.errors import InputError, check_one_of, choose_one
 
-Order = Literal["easy_to_hard", "hard_to_easy", "shuffled", "bucketed", "interleaved", "preference_first", "sft_first"]
+Order = Literal[
+    "easy_to_hard", "hard_to_easy", "shuffled", "bucketed", "paced", "interleaved", "preference_first", "sft_first"
+]
 
 
 Assignment = Literal["margin", "random", "inverted"]
@@ -27,7 +30,7 @@ CHOICES = {"order": Order, "assignment": Assignment, "hard_action": HardAction, 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
-RANDOM_ORDERS = ("shuffled", "bucketed")
+RANDOM_ORDERS = ("shuffled", "bucketed", "paced")
 
 
 SFT_SIDES = {"sft": (0,), "sft_rejected": (1,), "sft_both": (0, 1), "blend": (0,)}
@@ -46,10 +49,13 @@ class Routing:
             the command line replaces the other one in a config.
         order: easy_to_hard sorts by margin, largest first (no shuffling), so that SFT comes last; hard_to_easy is
             the reverse; shuffled is seeded; bucketed goes from easy to hard in `buckets` quantiles, shuffled inside;
-            interleaved spreads the hard pairs evenly among the sorted easy ones; preference_first and sft_first train
-            the easy pairs first or the hard ones, each sorted from easy to hard.
-        buckets: number of quantiles of the order bucketed.
-        reshuffle: shuffle each epoch anew; false repeats the same order. Only for the orders shuffled and bucketed.
+            paced draws from each quantile with replacement, at first from its easiest pairs, later from ever more of
+            them, so an epoch does not train every pair (`coverage` in route.json says what share); interleaved spreads
+            the hard pairs evenly among the sorted easy ones; preference_first and sft_first train the easy pairs first
+            or the hard ones, each sorted from easy to hard.
+        buckets: number of quantiles of the orders bucketed and paced.
+        reshuffle: shuffle or draw each epoch anew; false repeats the same order. Only for the orders shuffled, bucketed
+            and paced.
         assignment: which pairs are hard: those with the smallest margins (margin) or, as controls, the same number at
             random by a hash of pair id and seed (random), or with the largest margins (inverted).
         hard_action: what hard pairs are trained by: SFT on the chosen response, on the rejected one or on both, the
@@ -130,14 +136,11 @@ class Routing:
         is_hard[hard_last[len(margins) - count :]] = True
         dropped = (self.hard_action == "drop") & is_hard | (self.easy_action == "drop") & ~is_hard
         trained = easy_to_hard[~dropped[easy_to_hard]]
-        least = self.buckets if self.order == "bucketed" else 1
+        least = self.buckets if self.order in ("bucketed", "paced") else 1
         if len(trained) < least:
             trains = f"routing would train {len(trained)} of {len(margins)} pairs, of which {count} are hard"
             raise InputError(f"{trains}, and needs at least {least}: change hard_action, easy_action or buckets")
-        order, stages = _arrange(self, trained, is_hard)
-        if self.order in RANDOM_ORDERS:
-            order = _shuffled(order, stages, pair_ids, seed, 0)
-        return Route(order, stages, is_hard, float(threshold), margins, pair_ids, self, seed)
+        return Route(*_arrange(self, trained, is_hard), is_hard, float(threshold), margins, pair_ids, self, seed)
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Route:
     """The plan of one run over N pairs, decided before training.
 
     Attributes:
-        order: (n,) int64, indices of the n ≤ N pairs that are trained, as the first epoch trains them.
+        arranged: (n,) int64, indices of the n ≤ N pairs that can be trained, before anything is shuffled or drawn.
         stages: (n,) int64, rising from 0: the stage (bucket, or part of one route) of each place in the order.
         is_hard: (N,) bool in *data* order, pairs reported as hard. `routing.hard_action` says how they are trained.
         threshold: τ, in units of the margin, NaN where there are none. A pair outside the training data is hard when
@@ -156,7 +159,7 @@ class Route:
         seed: of everything random in the plan.
     """
 
-    order: np.ndarray
+    arranged: np.ndarray
     stages: np.ndarray
     is_hard: np.ndarray
     threshold: float
@@ -189,15 +192,23 @@ class Route:
         """The responses of a pair that SFT learns: 0 chosen, 1 rejected."""
         return SFT_SIDES.get(self.routing.hard_action, (0,))
 
+    @cached_property
+    def order(self) -> np.ndarray:
+        """(n,) int64, indices of the pairs as the first epoch trains them; of a paced order some come again."""
+        return self.epoch_order(0)
+
     def epoch_order(self, epoch: int) -> np.ndarray:
         """(n,) int64, the order of epoch 0, 1, …. All are `order`, unless `routing.reshuffle`."""
-        if epoch == 0 or not self.routing.reshuffle:
-            return self.order
-        return _shuffled(self.order, self.stages, self.pair_ids, self.seed, epoch)
+        if self.routing.order not in RANDOM_ORDERS:
+            return self.arranged
+        draw = _paced if self.routing.order == "paced" else _shuffled
+        return draw(self.arranged, self.stages, self.pair_ids, self.seed, epoch * self.routing.reshuffle)
 
     def summary(self) -> dict[str, Any]:
         """What `route.json` holds: threshold, counts, ties at the threshold, margin quantiles (of all; of easy and hard
-        pairs), the order and actions; of a blend also how many pairs have both losses, and the mean of g."""
+        pairs), the order and actions; of a blend also how many pairs have both losses, and the mean of g. `trained`
+        counts the pairs of the first epoch, and `coverage` is their share of those that it could train: below 1 where a
+        paced order draws some again."""
         known, at_threshold = not np.isnan(self.margins).any(), self.margins == self.threshold
         groups = {"easy": self.margins[~self.is_hard], "hard": self.margins[self.is_hard]}
         groups = {name: group for name, group in groups.items() if len(group) and known}
@@ -209,7 +220,8 @@ class Route:
             "pairs": len(self.margins),
             "hard": int(self.is_hard.sum()),
             "hard_fraction": float(self.is_hard.mean()),
-            "trained": len(self.order),
+            "trained": len(np.unique(self.order)),
+            "coverage": len(np.unique(self.order)) / len(self.order),
             "sft": int(self.is_sft.sum()),
             "threshold": self.threshold if known else None,
             "ties_at_threshold": int(at_threshold.sum()),
@@ -239,7 +251,7 @@ def _arrange(routing: Routing, trained: np.ndarray, is_hard: np.ndarray) -> tupl
     }
     order = orders.get(routing.order, trained)
     stages = np.zeros(len(order), dtype=np.int64)
-    if routing.order == "bucketed":
+    if routing.order in ("bucketed", "paced"):
         stages = np.arange(len(order)) * routing.buckets // len(order)
     elif routing.order not in ("shuffled", "interleaved") and routing.hard_action != "preference":
         turns = np.flatnonzero(np.diff(is_hard[order]))
@@ -260,6 +272,20 @@ def _shuffled(order: np.ndarray, stages: np.ndarray, pair_ids: np.ndarray, seed:
     # other hashes than those that split ties: hard ones among ties would come last
     ids = pair_ids[order]
     return order[np.lexsort((ids, _hashes(ids, seed, "epoch", epoch), stages))]
+
+
+def _paced(order: np.ndarray, stages: np.ndarray, pair_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Pairs drawn with replacement, easy ones from the start and hard ones later (Staged-Competence, arXiv 2605.26315).
+
+    Place k of the n in a stage holds a pair drawn uniformly among the pairs of that stage with rank ≤ c(k), where
+    c(k) = √((1 − c₀²) k/n + c₀²) and c₀ = 0.01. A pair's rank is the share of its stage that is easier: the easiest
+    pair is open at once, and the hardest one at the end. The paper counts t and T in optimizer steps; k and n count
+    pairs, so the batch size does not change what is drawn.
+    """
+    places, starts, sizes = np.arange(len(stages)), np.searchsorted(stages, stages), np.bincount(stages)[stages]
+    done = (places - starts) / sizes
+    is_open = np.floor(np.sqrt(done + 0.01**2 * (1 - done)) * sizes).astype(np.uint64) + np.uint64(1)
+    return order[starts + (_hashes(places, seed, "draw", epoch) % is_open).astype(np.int64)]
 
 
 def _hashes(pair_ids: np.ndarray, *of: Any) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""Two margins files over the pairs they share: rank correlation and overlap of the hard sets."""
+"""Two margins files: compared by rank correlation and overlap of the hard sets, or combined into one file."""
+
+from typing import Literal
 
 import numpy as np
 
 from mixdpo.errors import InputError
-from mixdpo.signals.margins_file import MarginsFile, read_margins
+from mixdpo.signals.margins_file import MarginsFile, MarginsWriter, read_margins
 
 HARDEST = (0.1, 0.2, 0.3)
 
@@ -68,3 +70,52 @@ def compare(a: str, b: str) -> None:
     overlaps = [(f"{fraction:.0%}", *overlap(x, y, fraction).values()) for fraction in HARDEST]
     rows = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in overlaps]
     print("\n".join([*summary, *("  ".join(f"{cell:<15}" for cell in row).rstrip() for row in (COLUMNS, *rows))]))
+
+
+def alignment_potential(rating: np.ndarray, gap: np.ndarray) -> np.ndarray:
+    """z(ρ) − z(|m_w − m_l|), where z has mean 0 and population deviation 1 (arXiv 2503.01864): large where the ratings
+    tell a pair's responses apart and the model does not yet.
+
+    Args:
+        rating: (N,) margin ρ between the ratings.
+        gap: (N,) m_w − m_l, the margin between mean log-probabilities under the start model, or a multiple of it.
+
+    Raises:
+        InputError: all ratings or all gaps are equal.
+    """
+    if 0 in (np.ptp(rating), np.ptp(np.abs(gap))):
+        raise InputError("no alignment potential: all margins of one file are equal. Give files whose margins differ")
+    return np.subtract(*((x - x.mean()) / x.std() for x in (rating, np.abs(gap))))
+
+
+def combine(a: str, b: str, out: str, how: Literal["alignment_potential", "union"] = "alignment_potential") -> None:
+    """Make one margins file from two. The header holds the headers of both.
+
+    Args:
+        a: margins file; for the alignment potential, of the ratings.
+        b: margins file; for the alignment potential, of PolicyLogProb with `normalised` under the start model.
+        out: the file to write. A file of other margins is not overwritten.
+        how: alignment_potential is z(ρ) − z(|m_w − m_l|) of pairs that both files hold. union holds all margins of two
+            files without a common pair.
+
+    Raises:
+        InputError: the pairs, models or encodings of the files do not fit, or a file cannot be read or written.
+    """
+    files = one, other = read_margins(a), read_margins(b)
+    texts, others = ({i: text for i, (text, _) in each.pairs.items()} for each in files)
+    if texts.keys() & others.keys() if how == "union" else texts != others:
+        raise InputError(f"{a} and {b} must hold {'other' if how == 'union' else 'the same'} pairs: compute both anew")
+    if one.of_policy and other.of_policy:
+        names = ["weights", "tokenizer", "template", "lengths"] + ["adapter_weights"] * (how != "union")
+        one.refuse_other({name: other.header.get(name) for name in names}, f"model or encoding than {b}")
+    # margins of a policy fit no other model, so the new file says which model
+    header = min(files, key=lambda each: (each.header["needs"] != "policy", not each.of_policy)).header
+    kept = {k: v for k, v in header.items() if all(each.header.get(k) == v for each in files if each.of_policy)}
+    new = {"signal": how, "options": {}, "needs": header["needs"], "source": f"{a} and {b}", "date": None}
+    # y is of b where both hold the pair
+    x, y = (np.array([margin for _, margin in (one.pairs | each.pairs).values()]) for each in files)
+    margins = y if how == "union" else alignment_potential(x, y)
+    writer = MarginsWriter(out, {**kept, **new, "parts": [each.header for each in files]}, texts | others)
+    if not writer.margins:
+        writer.append(texts | others, margins.tolist())
+    print(writer.finish())

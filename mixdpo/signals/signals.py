@@ -34,12 +34,18 @@ def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyLogProb:
-    """0.1 (s_w − s_l), in nats, without a reference. The loss −log σ of this margin puts pairs in the same order."""
+    """0.1 (s_w − s_l), in nats, without a reference. The loss −log σ of this margin puts pairs in the same order.
 
+    Args:
+        normalised: Means per token, 0.1 (m_w − m_l), instead of sums.
+    """
+
+    normalised: bool = False
     needs: ClassVar[Needs] = "policy"
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        chosen, rejected = summed(row_log_probs(model, batch.rows, exact=True), batch.rows).sums.chunk(2)
+        policy = summed(row_log_probs(model, batch.rows, exact=True), batch.rows)
+        chosen, rejected = (policy.means if self.normalised else policy.sums).chunk(2)
         return 0.1 * (chosen - rejected)
 
 

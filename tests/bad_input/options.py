@@ -34,7 +34,7 @@ CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
     (Routing, {"hard_fraction": 1.2}, ("routing.hard_fraction must lie in [0, 1], not be 1.2",)),
     (Routing, {"threshold": INF}, ("routing.threshold must be finite, not inf",)),
     (Routing, {"order": "sft_frist"}, ("routing.order must be one of", "not 'sft_frist'; did you mean 'sft_first'?")),
-    (Routing, {"reshuffle": True}, ("needs the order shuffled or bucketed, not easy_to_hard",)),
+    (Routing, {"reshuffle": True}, ("needs the order shuffled or bucketed or paced, not easy_to_hard",)),
     (Routing, {"hard_action": "blend"}, ("hard_action blend needs a blend_width", "or hard_action sft")),
     (Routing, {"hard_action": "blend", "blend_width": 1.0, "assignment": "random"}, ("needs", "assignment margin")),
     (Routing, {"blend_width": NAN}, ("routing.blend_width must be >= 0 and blend_floor in [0, 0.5), not nan",)),

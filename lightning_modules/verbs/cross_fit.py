@@ -1,0 +1,33 @@
+"""`mixdpo cross-fit CONFIG OUT`: the learning-order signal, margins by a model that was trained on the other half.
+
+Trains CONFIG on each half of the prompts, from the base, without routes and in random order, and computes the margin
+βΔ (ImplicitReward) of the pairs in the other half. The held-out DPO loss −log σ(βΔ), by which Selective DPO orders
+pairs, puts them in the same order. OUT is a margins file.
+"""
+
+import argparse
+import gc
+
+from lightning_modules.verbs.run_cli import start
+from mixdpo.signals.compare_margins import combine
+
+FIT = ["--data.routing", "{hard_fraction: 0, order: shuffled}", "--data.validation", "0"]
+FIT += ["--data.margins_file", "null", "--model.adapter", "null"]
+PREDICT = ["--model", "lightning_modules.margins.MarginModule", "--model.signal", "mixdpo.signals.ImplicitReward"]
+
+
+def cross_fit(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("mixdpo cross-fit", description=__doc__, allow_abbrev=False)
+    parser.add_argument("config", help="config of run.py, without --config; options of run.py fit may follow OUT")
+    parser.add_argument("out", help="margins file to write; a file of other margins is not overwritten")
+    options, rest = parser.parse_known_args(arguments)
+    parts = []
+    for half in "01":
+        fit = ["fit", "--config", options.config, *rest, "--name", f"half{half}", "--data.half", half, *FIT]
+        folder = start(fit).trainer.default_root_dir
+        gc.collect()  # the trained model is in cycles of references: it would stay on the card beside the next one
+        parts.append(f"{folder}/other_half.margins")
+        made = ["--model.adapter", f"{folder}/adapter", "--model.output", parts[-1], "--trainer.callbacks", "null"]
+        start(["predict", "--config", f"{folder}/config.yaml", *PREDICT, *made])
+        gc.collect()
+    combine(parts[0], parts[1], options.out, how="union")
