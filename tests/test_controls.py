@@ -34,7 +34,7 @@ EXPECTED = {
     "mixdpo_paper_cosine": (24, 3, 2), "mixdpo_shuffled": (24, 3, 1), "mixdpo_interleaved": (24, 3, 1),
     "sft_all": (24, 24, 1), "sft_hard_only": (3, 3, 1), "sft_rejected": (24, 3, 2), "sft_both": (24, 3, 2),
     "dpo_plus_nll": (24, 0, 1), "random_to_sft": (24, 3, 2), "inverted": (24, 3, 2), "sft_then_dpo": (24, 3, 2),
-    "selective_dpo": (21, 0, 1), "refresh_at_buckets": (24, 0, 3),
+    "selective_dpo": (21, 0, 1), "refresh_at_buckets": (24, 0, 3), "tr_dpo": (24, 0, 1),
 }  # fmt: skip
 """Of 24 pairs, 12 % of them hard: those trained, those of them by SFT, and the stages in steps of four."""
 
@@ -143,7 +143,7 @@ def test_a_control_trains(name: str, parse: Any, cli: Any, tiny_model: str, tmp_
 
     built.model.route_losses = watched
     refresh = tuple(built.trainer.callbacks or ())
-    assert [type(callback) for callback in refresh] == [RefreshReference] * (name == "refresh_at_buckets")
+    assert [type(callback) for callback in refresh] == [RefreshReference] * (name in ("refresh_at_buckets", "tr_dpo"))
     trainer = make_trainer(tmp_path / "run", first=refresh, accumulate_grad_batches=2)
     trainer.fit(built.model, built.data)
     trained, by_sft = (sum(counts) for counts in zip(*seen, strict=True))
