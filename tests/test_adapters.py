@@ -131,12 +131,12 @@ def test_the_distance_of_an_average_of_factors_from_one_of_weights(tiny_model: s
     def weights(name: str) -> Tensor:
         return torch.cat([layer.get_delta_weight(name).double().flatten() for layer in layers])
 
-    assert isnan(adapters.distance_of_average(model, "policy", "reference", 0.3))  # of two bare bases
+    assert isnan(adapters.factor_distance(model, "policy", "reference", 0.3))  # of two bare bases
     for _ in range(2):  # from the base, and from an adapter
         for matrix in (each["policy"] for layer in layers for each in (layer.lora_A, layer.lora_B)):
             matrix.weight.normal_()
         average = 0.3 * weights("reference") + 0.7 * weights("policy")
-        found = adapters.distance_of_average(model, "policy", "reference", 0.3)
+        found = adapters.factor_distance(model, "policy", "reference", 0.3)
         copy_adapter(model, "policy", "reference", decay=0.3)
         wanted = float((weights("reference") - average).norm() / average.norm())
         assert 0.1 < found == pytest.approx(wanted, rel=1e-4)

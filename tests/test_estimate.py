@@ -158,12 +158,8 @@ def test_a_gpu_has_its_total_memory_less_the_allowance(
     assert module.micro_batch_limit(9) is None
     total = type("Properties", (), {"total_memory": 8e9})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
-    parts = {
-        "strategy": SimpleNamespace(root_device=torch.device("cuda", 0)),
-        "precision": "32-true",
-        "datamodule": data,
-        "callbacks": [],
-    }
+    parts = {"strategy": SimpleNamespace(root_device=torch.device("cuda", 0)), "precision": "32-true"}
+    parts |= {"datamodule": data, "callbacks": []}
     module._trainer = SimpleNamespace(**parts)
     expected = memory_model(module, "cuda")
     assert module.micro_batch_limit(9) == expected.most_tokens(8e9 - allowance(8e9), False) > 10_000

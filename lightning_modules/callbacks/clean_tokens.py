@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import add_reference, check_alike, copy_adapter, distance_of_average
+from mixdpo.model.adapters import add_reference, check_alike, copy_adapter, factor_distance
 from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.token_cleaning.cleaning import Cleaning, always_kept, weigh
 from mixdpo.token_cleaning.run_tokens import RunTokens, read_masks
@@ -38,7 +38,7 @@ class RefreshReference(Callback):
             every: At the start of each stage but the first, or every so many optimizer steps.
             ema: New reference = ema · old + (1 − ema) · policy, matrix by matrix; 0 is a copy. TR-DPO (arXiv
                 2404.09656) averages weights instead, with α = 1 − ema: ROLE/distance in metrics.csv is how far ours is
-                from its average (`distance_of_average`).
+                from its average (`factor_distance`).
             role: cleaning_reference scores tokens. reference belongs to the preference loss; until the first refresh
                 it is the base, or `model.adapter`. With ema the base is an adapter too: the A that the policy starts
                 with, and a B of zeros.
@@ -72,8 +72,7 @@ class RefreshReference(Callback):
         if self.role not in model.peft_config:
             add_reference(model, self.role)  # until now the base was the reference
         if self.ema:
-            distance = distance_of_average(model, "policy", self.role, self.ema)
-            pl_module.callback_values[f"{self.role}/distance"] = distance
+            pl_module.callback_values[f"{self.role}/distance"] = factor_distance(model, "policy", self.role, self.ema)
         if self.role == "cleaning_reference":
             if "previous" in model.peft_config:
                 copy_adapter(model, "cleaning_reference", "previous")

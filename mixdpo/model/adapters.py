@@ -57,8 +57,7 @@ class Lora:
         """The shape of a saved adapter (PEFT folder or hub id), from its configuration alone."""
         with readable(adapter, "adapter"):
             saved = LoraConfig.from_pretrained(adapter)
-        targets = saved.target_modules
-        targets = targets if isinstance(targets, str) else [*targets]
+        targets = saved.target_modules if isinstance(saved.target_modules, str) else [*saved.target_modules]
         return cls(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_rslora)
 
 
@@ -127,7 +126,7 @@ def copy_adapter(model: PeftModel, source: str, target: str, *, decay: float = 0
 
 
 @torch.no_grad()
-def distance_of_average(model: PeftModel, source: str, target: str, decay: float) -> float:
+def factor_distance(model: PeftModel, source: str, target: str, decay: float) -> float:
     """How far the average that `copy_adapter` makes, of factors, is from the average W of the weights themselves:
     ‖B′A′ − W‖ / ‖W‖ with W = d · B₀A₀ + (1 − d) · BA. Call before the copy.
 
@@ -222,10 +221,8 @@ def adapters_of(model: PeftModel, name: str) -> list[str]:
 def _add_like_policy(model: PeftModel, name: str) -> None:
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
         model.add_adapter(name, copy.copy(model.peft_config["policy"]))
-    for layer in adapter_layers(model):
-        for matrices in (layer.lora_A, layer.lora_B):
-            if name in matrices:  # in fp32, also where bf16-true has made the policy bf16
-                matrices[name].to(matrices["policy"].weight.dtype)
+    for matrices in (m for layer in adapter_layers(model) for m in (layer.lora_A, layer.lora_B) if name in m):
+        matrices[name].to(matrices["policy"].weight.dtype)  # PEFT's are fp32, also where bf16-true holds the policy
     _freeze_all_but_policy(model, name)
 
 
