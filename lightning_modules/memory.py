@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.errors import InputError, located
 from mixdpo.model.adapters import Lora
 from mixdpo.model.estimate import MemoryModel
@@ -14,6 +15,7 @@ def memory_model(module: Any, device: str) -> MemoryModel:
     data, cleaning = module.trainer.datamodule, module.cleaning
     roles = {"cleaning_reference", "previous"}.intersection(cleaning.roles if cleaning else ())
     stages = getattr(module, "stage_start", "") == "fresh_adapter" and (data.slices.only or range(data.slices.count))
+    moves = any(isinstance(c, RefreshReference) and c.role == "reference" for c in module.trainer.callbacks)
     return MemoryModel(
         load_config(module.base),
         Lora.of(module.adapter) if module.adapter else module.lora,
@@ -22,7 +24,7 @@ def memory_model(module: Any, device: str) -> MemoryModel:
         device,
         str(module.trainer.precision),
         with_reference=getattr(module, "needs_reference", False),
-        frozen_adapters=len(roles) + len(stages or [0]) - 1 + (module.adapter is not None),
+        frozen_adapters=len(roles) + len(stages or [0]) - 1 + (module.adapter is not None or moves),
         **({"length": data.encoding["max_length"]} if module.loading["attention"] in ("sdpa", "eager") else {}),
     )
 

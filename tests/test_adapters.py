@@ -1,6 +1,7 @@
 """Adapters and roles: whose weights count when, what is frozen, and what leaves as a file; a run with stages."""
 
 import copy
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from mixdpo.batches.rows import sample_rows
 from mixdpo.errors import InputError
+from mixdpo.model import adapters
 from mixdpo.model.adapters import Lora, adapter_state, add_adapters, add_reference, copy_adapter, role, stack_policy
 from mixdpo.model.export import merged_copy, save_adapter
 from mixdpo.model.forward import row_log_probs
+from mixdpo.model.fused_layers import fuse
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import load_base
 
@@ -114,6 +117,47 @@ def test_copy_is_an_average_of_matrices(decay: float, model: Any) -> None:
     for key, value in adapter_state(model).items():
         new = before[key.replace(".cleaning_reference.", ".policy.")]
         close(value, decay * before[key] + (1 - decay) * new if ".cleaning_reference." in key else before[key], 1e-7)
+
+
+def test_the_distance_of_an_average_of_factors_from_one_of_weights(tiny_model: str) -> None:
+    """By whole matrices, in layers of two scales."""
+    model = add_adapters(load_base(tiny_model, quantization="none", dtype="float32"), Lora(rank=4, alpha=8))
+    add_reference(model, "reference")
+    model.requires_grad_(False)
+    layers = adapters.adapter_layers(model)
+    for layer in layers[::2]:
+        layer.scaling["policy"] = layer.scaling["reference"] = 7.0
+
+    def weights(name: str) -> Tensor:
+        return torch.cat([layer.get_delta_weight(name).double().flatten() for layer in layers])
+
+    assert isnan(adapters.factor_distance(model, "policy", "reference", 0.3))  # of two bare bases
+    for _ in range(2):  # from the base, and from an adapter
+        for matrix in (each["policy"] for layer in layers for each in (layer.lora_A, layer.lora_B)):
+            matrix.weight.normal_()
+        average = 0.3 * weights("reference") + 0.7 * weights("policy")
+        found = adapters.factor_distance(model, "policy", "reference", 0.3)
+        copy_adapter(model, "policy", "reference", decay=0.3)
+        wanted = float((weights("reference") - average).norm() / average.norm())
+        assert 0.1 < found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_rslora_is_the_same_in_every_role_stage_and_file(tiny_model: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = load_base(tiny_model, quantization="none", dtype="float32")
+    model = add_adapters(copy.deepcopy(base), Lora(rank=4, alpha=8, rslora=True)).eval()
+    for stages in ("1", "2"):
+        fill(model, "policy", int(stages))
+        assert {layer.scaling["policy"] for layer in adapters.adapter_layers(model)} == {8 / 4**0.5}
+        save_adapter(model, tmp_path / stages)
+        saved = alone(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / stages)).eval().get_base_model())
+        close(as_role(model), saved)
+        close(alone(merged_copy(model)), saved)
+        assert Lora.of(str(tmp_path / stages)).rslora
+        fuse(model, ["lora"])
+        close(as_role(model), saved)
+        stack_policy(model)
 
 
 def test_stacking_changes_weights_but_not_the_function(model: Any, plain: Any, tmp_path: Path) -> None:

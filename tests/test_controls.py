@@ -36,7 +36,7 @@ EXPECTED = {
     "sft_all": (24, 24, 1), "sft_hard_only": (3, 3, 1), "sft_rejected": (24, 3, 2), "sft_both": (24, 3, 2),
     "dpo_plus_nll": (24, 0, 1), "random_to_sft": (24, 3, 2), "inverted": (24, 3, 2), "sft_then_dpo": (24, 3, 2),
     "selective_dpo": (21, 0, 1), "refresh_at_buckets": (24, 0, 3), "blend": (24, 4, 2),
-    "staged_competence": (24, 0, 3),
+    "staged_competence": (24, 0, 3), "tr_dpo": (24, 0, 1),
 }  # fmt: skip
 """Of 24 pairs, 12 % of them hard: those trained, those of them by SFT, and the stages in steps of four."""
 

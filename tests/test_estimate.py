@@ -164,6 +164,7 @@ def test_a_gpu_has_its_total_memory_less_the_allowance(
         "strategy": SimpleNamespace(root_device=torch.device("cuda", 0), broadcast=int),
         "precision": "32-true",
         "datamodule": data,
+        "callbacks": [],
     }
     module._trainer = SimpleNamespace(**parts)
     expected = memory_model(module, "cuda")
@@ -207,6 +208,10 @@ def test_the_verb(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert rate == pytest.approx(0.4 * 165.2)  # a card of so many GB without a name
     with pytest.raises(SystemExit, match="--lengths must be PROMPT,CHOSEN,REJECTED"):
         run([*words, "--lengths", "10,20"])
+    moving = {"class_path": "lightning_modules.callbacks.RefreshReference", "init_args": {"role": "reference"}}
+    run([*words, "--trainer.callbacks", json.dumps([moving])])
+    more = json.loads((tmp_path / "out.json").read_text())["cards"]["12"]["peak"] - found["cards"]["12"]["peak"]
+    assert more == pytest.approx(found["adapters"])
     assert not Path("runs/own_pairs").exists()
 
 

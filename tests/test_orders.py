@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from test_adapters import saved_adapter
 from test_preference_module import first_batch
 
+import mixdpo.storage.store
 from datamodules.preference import PreferenceDataModule
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.errors import InputError
@@ -23,6 +24,7 @@ from mixdpo.token_cleaning.scorers import Random
 from mixdpo.token_cleaning.selection import Selection
 
 SOURCE_ROWS = make_pairs(20)
+EASY = Routing(hard_fraction=0)
 STEADY = {"schedule": Constant(warmup=0.0)}
 
 
@@ -177,7 +179,38 @@ def test_the_reference_moves_at_each_bucket_and_resumes_exactly(start, tiny_mode
                 assert torch.equal(value, adapter_weights(rest, name)[key]), (stop, key)
 
 
-def test_the_base_has_no_moving_average(tiny_model: str, source: str, tmp_path: Path) -> None:
-    buckets = Routing(hard_fraction=0, order="bucketed", buckets=2)
-    with pytest.raises(InputError, match="no moving average of the base"):
-        run(tiny_model, source, tmp_path / "run", buckets, RefreshReference(role="reference", ema=0.5))
+@pytest.mark.parametrize(("precision", "rtol", "stop"), [("32-true", 1e-5, 1), ("bf16-true", 0.02, 3)])
+def test_the_base_moves_as_an_average_and_resumes_exactly(precision, rtol, stop, tiny_model, source, tmp_path) -> None:
+    """Refreshed at steps 2 and 4 of 5. Until then the reference is the base, though it is an adapter from the start."""
+
+    def train(name: str, *first: Callback, ckpt_path: str | None = None, **cut: int) -> tuple[Any, Seen]:
+        options = {
+            "trainer": {"precision": precision, **cut},
+            "dtype": "bfloat16" if "bf16" in precision else "float32",
+        }
+        return run(tiny_model, source, tmp_path / name, EASY, *first, lr=1.0, ckpt_path=ckpt_path, **options)
+
+    moves = RefreshReference(every=2, ema=0.4, role="reference")
+    (_, fixed), (whole, seen) = train("fixed"), train("whole", moves)
+    for step, policy in seen.policies.items():
+        assert all(torch.equal(value, fixed.policies[step][key]) for key, value in policy.items()) == (step <= 2)
+    of_step = [{key: value.double() for key, value in seen.policies[step].items()} for step in range(5)]
+    old, average = {}, {key: value * ("lora_A" in key) for key, value in of_step[0].items()}
+    for step, new in enumerate(of_step):
+        if step in (2, 4):
+            old, average = average, {key: 0.4 * average[key] + 0.6 * new[key] for key in new}
+        for key, value in average.items():
+            found = seen.references[step][key.replace(".policy.", ".reference.")].double()
+            torch.testing.assert_close(found, value, rtol=rtol, atol=rtol / 10)
+    pairs = [(key, key.replace("lora_A", "lora_B")) for key in average if "lora_A" in key]
+    made = torch.cat([(average[b] @ average[a]).flatten() for a, b in pairs])
+    wanted = torch.cat([(0.4 * old[b] @ old[a] + 0.6 * new[b] @ new[a]).flatten() for a, b in pairs])
+    distance = float((made - wanted).norm() / wanted.norm())
+    assert 0.001 < whole.logged["reference/distance"] == pytest.approx(distance, rel=rtol)
+    # the base is read from the file that the other run has written
+    assert len(list(mixdpo.storage.store.cache_root().glob("reference/*.sqlite"))) == 3
+
+    train("cut", moves, max_steps=stop)
+    rest, _ = train("rest", moves, ckpt_path=str(tmp_path / "cut/checkpoints/last.ckpt"))
+    for name in ("policy", "reference"):
+        assert all(torch.equal(v, adapter_weights(rest, name)[k]) for k, v in adapter_weights(whole, name).items())

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import add_reference, check_alike, copy_adapter
+from mixdpo.model.adapters import add_reference, check_alike, copy_adapter, factor_distance
 from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.token_cleaning.cleaning import Cleaning, always_kept, column_scores, weigh
 from mixdpo.token_cleaning.run_tokens import RunTokens, read_masks
@@ -37,9 +37,12 @@ class RefreshReference(Callback):
 
         Args:
             every: At the start of each stage but the first, or every so many optimizer steps.
-            ema: New reference = ema · old + (1 − ema) · policy, matrix by matrix; 0 is a copy.
+            ema: New reference = ema · old + (1 − ema) · policy, matrix by matrix; 0 is a copy. TR-DPO (arXiv
+                2404.09656) averages weights instead, with α = 1 − ema: ROLE/distance in metrics.csv is how far ours is
+                from its average (`factor_distance`).
             role: cleaning_reference scores tokens. reference belongs to the preference loss; until the first refresh
-                it is the base, or `model.adapter`.
+                it is the base, or `model.adapter`. With ema the base is an adapter too: the A that the policy starts
+                with, and a B of zeros.
         """
         self.every, self.ema, self.role = every, ema, role
         self._refreshed_at = 0
@@ -53,10 +56,12 @@ class RefreshReference(Callback):
             raise InputError(f"RefreshReference: neither the scorer nor the loss reads a {self.role}: leave it out")
         if self.every == "stage" and len(trainer.datamodule.epoch.stage_starts) == 1:
             raise InputError("RefreshReference: the run has one stage: set data.slices, data.routing.order or `every`")
-        if self.ema and (not exists or getattr(pl_module, "stage_start", None) == "fresh_adapter"):
-            raise InputError("RefreshReference: no moving average of the base or of stacked adapters: set ema to 0")
+        if self.ema and getattr(pl_module, "stage_start", None) == "fresh_adapter":
+            raise InputError("RefreshReference: stacked adapters have no moving average: set ema to 0")
         if exists:
             check_alike(pl_module.model, "policy", self.role)
+        elif self.ema:
+            add_reference(pl_module.model, self.role)  # a fresh policy: its B is 0, so this is the base
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         step, stage_of = trainer.global_step, trainer.datamodule.stage_of
@@ -67,6 +72,8 @@ class RefreshReference(Callback):
         self._refreshed_at = step
         if self.role not in model.peft_config:
             add_reference(model, self.role)  # until now the base was the reference
+        if self.ema:
+            pl_module.callback_values[f"{self.role}/distance"] = factor_distance(model, "policy", self.role, self.ema)
         if self.role == "cleaning_reference":
             if "previous" in model.peft_config:
                 copy_adapter(model, "cleaning_reference", "previous")

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.memory import memory_model
 from lightning_modules.verbs.run_cli import RunCLI, start
 from mixdpo.batches.steps import heaviest
@@ -46,7 +47,9 @@ class EstimateCLI(RunCLI):
         kept = ("max_steps", "max_epochs", "accumulate_grad_batches", "precision")
         given = {name: self.config.fit.trainer[name] for name in kept}
         quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        return L.Trainer(accelerator="cpu", devices=1, callbacks=[], **given, **quiet)
+        own = self.config_init.fit.trainer.callbacks
+        moves = [each for each in (own if isinstance(own, list) else [own]) if isinstance(each, RefreshReference)]
+        return L.Trainer(accelerator="cpu", devices=1, callbacks=moves, **given, **quiet)  # type: ignore[arg-type]
 
     def fit(self, model: Any, datamodule: Any, **_: Any) -> None:
         """What Lightning calls in the place of the trainer's `fit`."""

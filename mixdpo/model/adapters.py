@@ -43,20 +43,22 @@ class Lora:
         dropout: share of the adapter's inputs set to 0 in training.
         targets: "all-linear" (every linear layer but the head) or module names such as ["q_proj", "v_proj"]. Layers of
             a vision or audio tower get no adapter: text does not reach them.
+        rslora: the update is scaled by α / √r instead (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732).
     """
 
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
     dropout: ClosedUnitInterval = 0.0
     targets: str | list[str] = "all-linear"
+    rslora: bool = False
 
     @classmethod
     def of(cls, adapter: str) -> "Lora":
         """The shape of a saved adapter (PEFT folder or hub id), from its configuration alone."""
         with readable(adapter, "adapter"):
             saved = LoraConfig.from_pretrained(adapter)
-        targets = saved.target_modules
-        return cls(saved.r, saved.lora_alpha, saved.lora_dropout, targets if isinstance(targets, str) else [*targets])
+        targets = saved.target_modules if isinstance(saved.target_modules, str) else [*saved.target_modules]
+        return cls(saved.r, saved.lora_alpha, saved.lora_dropout, targets, saved.use_rslora)
 
 
 def add_adapters(base: PreTrainedModel, lora: Lora, adapter: str | None = None) -> PeftModel:
@@ -69,8 +71,9 @@ def add_adapters(base: PreTrainedModel, lora: Lora, adapter: str | None = None) 
         InputError: the saved adapter cannot be loaded or does not fit the base, or `lora.targets` do not.
     """
     if adapter is None:
-        shape = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "task_type": "CAUSAL_LM"}
-        config = LoraConfig(**shape, target_modules=lora.targets, exclude_modules=towers(base) or None)
+        shape = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora}
+        where = {"target_modules": lora.targets, "exclude_modules": towers(base) or None}
+        config = LoraConfig(**shape, **where, task_type="CAUSAL_LM")
         try:
             model = get_peft_model(base, config, adapter_name="policy")
         except ValueError as error:
@@ -122,6 +125,27 @@ def copy_adapter(model: PeftModel, source: str, target: str, *, decay: float = 0
     model.stacked[target] = model.stacked.get(source, 0)
 
 
+@torch.no_grad()
+def factor_distance(model: PeftModel, source: str, target: str, decay: float) -> float:
+    """How far the average that `copy_adapter` makes, of factors, is from the average W of the weights themselves:
+    ‖B′A′ − W‖ / ‖W‖ with W = d · B₀A₀ + (1 − d) · BA. Call before the copy.
+
+    d is `decay`, B₀A₀ the target and BA the source, each times its layer's scale; the norms are Frobenius' over all
+    layers. W is the soft update of TR-DPO (arXiv 2404.09656). Its rank is up to 2r, so no adapter of rank r holds it.
+    B′A′ − W = −d (1 − d) (B − B₀)(A − A₀): the distance is 0 while only B has moved, and 0.1 says that the new target
+    misses W by a tenth of W's size. NaN where source and target both are the bare base.
+    """
+    squares = []
+    for layer in adapter_layers(model):
+        (b, b_0), (a, a_0) = ([m[n].weight.double() for n in (source, target)] for m in (layer.lora_B, layer.lora_A))
+        average = torch.cat([(1 - decay) * b, decay * b_0], 1), torch.cat([a, a_0])
+        products = (average, (decay * (1 - decay) * (b - b_0), a - a_0))
+        # ‖BA‖² = tr(BᵀB AAᵀ): of the small products alone
+        squares.append([layer.scaling[source] ** 2 * (b.T @ b * (a @ a.T)).sum() for b, a in products])
+    size, distance = (torch.stack(each).sum().sqrt() for each in zip(*squares, strict=True))
+    return float(distance / size)
+
+
 def check_alike(model: PeftModel, source: str, target: str) -> None:
     """
     Raises:
@@ -138,7 +162,7 @@ def check_alike(model: PeftModel, source: str, target: str) -> None:
 def stack_policy(model: PeftModel) -> None:
     """Freeze the policy as the next stage adapter and start a fresh one on top: the same function, new weights."""
     config = model.peft_config["policy"]
-    if config.use_rslora or config.rank_pattern or config.alpha_pattern:
+    if config.rank_pattern or config.alpha_pattern:
         raise InputError("stage_start fresh_adapter needs an adapter of one rank and scale: use another stage_start")
     add_stage(model)
     copy_adapter(model, "policy", f"stage_{model.stacked['policy']}")
@@ -197,6 +221,8 @@ def adapters_of(model: PeftModel, name: str) -> list[str]:
 def _add_like_policy(model: PeftModel, name: str) -> None:
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and must not shift the run's random numbers
         model.add_adapter(name, copy.copy(model.peft_config["policy"]))
+    for matrices in (m for layer in adapter_layers(model) for m in (layer.lora_A, layer.lora_B) if name in m):
+        matrices[name].to(matrices["policy"].weight.dtype)  # PEFT's are fp32, also where bf16-true holds the policy
     _freeze_all_but_policy(model, name)
 
 

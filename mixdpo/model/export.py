@@ -104,7 +104,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     state = {key: torch.cat([s[key] for s in states], dim=0 if "lora_A" in key else 1) for key in states[0]}
     config = copy.copy(model.peft_config["policy"])
     config.inference_mode = True
-    config.r, config.lora_alpha = config.r * len(states), config.lora_alpha * len(states)
+    scale = len(states) ** 0.5 if config.use_rslora else len(states)  # α / √r of the summed rank stays what it was
+    config.r, config.lora_alpha = config.r * len(states), config.lora_alpha * scale
     with written_whole(folder) as partial:
         config.save_pretrained(str(partial))
         save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / WEIGHTS, metadata={"format": "pt"})

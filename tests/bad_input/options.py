@@ -139,6 +139,7 @@ CARD = {"preference_loss": losses.KTOPair()} | data(micro_batch_tokens="auto")
 BOTH_CUT = data(micro_batch_tokens=100) | trainer(accumulate_grad_batches=2)
 LONG_ROW = "row 8 of … pairs.jsonl has 34 tokens, a micro-batch 20 at most … data.micro_batch_tokens to 34 or more"
 RANKED = cleaned(ExcessLoss(worse="policy"), Selection(0.5, scope="batch")) | data(micro_batch_tokens="auto")
+STACKED = cleaned() | trainer(RefreshReference(every=1, ema=0.5)) | {"stage_start": "fresh_adapter"}
 OF_THEIR_OWN = [  # callbacks that would move the planned steps
     (callbacks.GradientAccumulationScheduler({0: 2}), "set data.batch_size"),
     (callbacks.LearningRateFinder(), "LearningRateFinder"),
@@ -166,6 +167,7 @@ SFT_FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("model.cleaning", "a reference that is the base", "every score would be 0 … Give model.cleaning.", cleaned()),
     ("model.cleaning", "ranked in a card's batch", "set data.micro_batch_tokens to a number", RANKED),
     ("model.cleaning", "a token that is none", "has no token 'nothing'", cleaned(Random(), NOTHING)),
+    ("RefreshReference", "an average of stages", "stacked adapters have no moving average: set ema to 0", STACKED),
     ("RefreshReference", "nothing to refresh", "neither the scorer nor", trainer(RefreshReference())),
     ("EarlyStopping", "a name of pairs", "'val/all/sft_loss' … did you mean 'val/loss'", trainer(SFT_LOSS) | VALIDATED),
 ]
