@@ -39,10 +39,9 @@ def find_margin_columns(
         known = next((known for known in KNOWN_COLUMNS if set(known) <= set(columns)), ())
         if known or not needed:
             return known
-        raise InputError(
-            f"no column to take the margin from. Known: {'; '.join(' and '.join(known) for known in KNOWN_COLUMNS)}. "
-            "Name yours (data.margin), compute margins (run.py predict) or train without (configs/controls/dpo.yaml)."
-        )
+        listed = "; ".join(map(" and ".join, KNOWN_COLUMNS))
+        ways = "Name yours (data.margin), compute margins (run.py predict) or train without (configs/controls/dpo.yaml)"
+        raise InputError(f"no column to take the margin from. Known: {listed}. {ways}.")
     names = (named,) if isinstance(named, str) else tuple(named)
     names = REWARD_MODEL_COLUMNS if names == REWARD_MODEL_COLUMNS[:1] else names
     if len(names) not in (1, 2) or len(set(names)) < len(names):

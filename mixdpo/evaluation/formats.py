@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.messages import checked_text
@@ -40,8 +40,7 @@ class Prompt:
     category: str = ""
 
 
-@dataclass(frozen=True)
-class PromptResponses:
+class PromptResponses(NamedTuple):
     """A prompt and its responses, one for each turn."""
 
     prompt: Prompt
@@ -160,7 +159,7 @@ class GSM8K(Task):
     def score(self, prompt: Prompt, text: str) -> float:
         number = _number_behind_marks(text)
         if number is None and (numbers := _NUMBER.findall(text)):
-            number = _value(numbers[-1])
+            number = float(numbers[-1].replace(",", ""))
         return float(number == _number_behind_marks(prompt.row["answer"]))
 
 
@@ -173,12 +172,8 @@ def _number_behind_marks(text: str) -> float | None:
     for match in re.finditer(r"(?<!#)####\s*\$?\s*(" + _NUMBER.pattern + ")", text):
         rest = text[match.end() :]
         if not re.match(r"[.)][ \t]+\w", rest) or not rest.partition("\n")[2].strip():
-            return _value(match[1])
+            return float(match[1].replace(",", ""))
     return None
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
 
 
 def _text(row: Row, column: str) -> str:
