@@ -84,7 +84,7 @@ def test_exactly_what_follows_an_assistant_header_is_eligible(tokenizer, dialogu
     limit = data.draw(st.integers(1, len(whole)))
     limited = sample.within(max_length=limit, overlong="truncate")
     kept = [at for at in responses_by_header(whole) if at < limit]
-    assert (eligible(vars(limited)) if limited else []) == kept
+    assert (eligible(limited._asdict()) if limited else []) == kept
     assert limited is None or limited.input_ids == whole[:limit]
 
 
