@@ -96,8 +96,8 @@ class ResponseModule(L.LightningModule):
             raise InputError("responses go into one file: use one device (--trainer.devices 1)")
         if self.trainer.testing and not hasattr(data.form, "score"):
             raise InputError(f"{type(data.form).__name__} has no gold score: type run.py predict, then mixdpo judge")
-        for prompt in data.prompts:
-            self._temperature(prompt)  # refuses a category without one before the first response
+        if isinstance(self.temperature, dict) and (lost := {p.category for p in data.prompts} - {*self.temperature}):
+            raise InputError(f"model.temperature has no value for category {min(lost)!r}: add it")
         if self.server is None:
             self.tokenizer, template = self.trained.tokenizer()
             if template == PLAIN:
@@ -182,11 +182,7 @@ class ResponseModule(L.LightningModule):
         return int.from_bytes(hashlib.sha256(json.dumps([self.seed, chat]).encode()).digest()[:4])
 
     def _temperature(self, prompt: Prompt) -> float:
-        if not isinstance(self.temperature, dict):
-            return self.temperature
-        if prompt.category not in self.temperature:
-            raise InputError(f"model.temperature has no value for category {prompt.category!r} of {prompt.key}: add it")
-        return self.temperature[prompt.category]
+        return self.temperature[prompt.category] if isinstance(self.temperature, dict) else self.temperature
 
     def teardown(self, stage: str) -> None:
         """Once no response is missing, write the file of the benchmark and, where tested, a table of gold scores."""

@@ -5,6 +5,7 @@ The margin decides which pairs are hard, so a missing or unreadable score is an 
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mixdpo.errors import InputError
@@ -74,13 +75,10 @@ def doubts_about_margins(margins: Any) -> list[str]:
 
 def _number(value: Any, column: str) -> float:
     """A finite float; strings are parsed, because csv has only strings. A bool is no score."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"the margin's column {column!r} should be a finite number, not {value!r:.80}.")
-    return number
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number
+    raise InputError(f"the margin's column {column!r} should be a finite number, not {value!r:.80}.")
 
 
 def _scores_of(row: dict[str, Any], side: str, scores: Any, responses: Any) -> list[float]:

@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,11 +23,10 @@ if TYPE_CHECKING:  # a judge reads responses, and needs no transformers
     from mixdpo.evaluation.generation import Response
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """One prompt of a benchmark.
 
-    Args:
+    Attributes:
         key: the prompt's id in the benchmark.
         turns: the user's messages; the model responds to each message before the next one is asked.
         row: the row that the prompt was read from.
@@ -36,7 +35,7 @@ class Prompt:
 
     key: str
     turns: tuple[str, ...]
-    row: Row = field(repr=False)
+    row: Row
     category: str = ""
 
 
@@ -193,16 +192,15 @@ def read_responses(path: str | Path) -> list[Row]:
     """
     rows: list[Row] = []
     for number, row in file_rows(Path(path)):
-        where = f"{path}, row {number}"
-        with located(where, f" {_EXPECTED}"):
+        with located(f"{path}, row {number}", f" {_EXPECTED}"):
             for column in ("instruction", "output", "generator"):
                 checked_text(row.get(column), column)
-        for column, kind in (("tokens", int), ("ended", bool)):
-            if (value := row.get(column)) is not None and type(value) is not kind:
-                raise InputError(f"{where}: {column!r} should be {kind.__name__} or left out, not {value!r:.80}")
-        rows.append(row)
-        if row["generator"] != (first := rows[0]["generator"]):
-            raise InputError(f"{where}: the generator is {row['generator']!r}, in row 1 {first!r}: give one model's")
+            for column, kind in (("tokens", int), ("ended", bool)):
+                if (value := row.get(column)) is not None and type(value) is not kind:
+                    raise InputError(f"{column!r} should be {kind.__name__} or left out, not {value!r:.80}.")
+            rows.append(row)
+            if row["generator"] != (first := rows[0]["generator"]):
+                raise InputError(f"the generator is {row['generator']!r}, in row 1 {first!r}: give one model's.")
     if not rows:
         raise InputError(f"{path} holds no responses. {_EXPECTED}")
     return rows
