@@ -5,6 +5,7 @@ The margin decides which pairs are hard, so a missing or unreadable score is an 
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mixdpo.errors import InputError
@@ -39,10 +40,9 @@ def find_margin_columns(
         known = next((known for known in KNOWN_COLUMNS if set(known) <= set(columns)), ())
         if known or not needed:
             return known
-        raise InputError(
-            f"no column to take the margin from. Known: {'; '.join(' and '.join(known) for known in KNOWN_COLUMNS)}. "
-            "Name yours (data.margin), compute margins (run.py predict) or train without (configs/controls/dpo.yaml)."
-        )
+        listed = "; ".join(map(" and ".join, KNOWN_COLUMNS))
+        ways = "Name yours (data.margin), compute margins (run.py predict) or train without (configs/controls/dpo.yaml)"
+        raise InputError(f"no column to take the margin from. Known: {listed}. {ways}.")
     names = (named,) if isinstance(named, str) else tuple(named)
     names = REWARD_MODEL_COLUMNS if names == REWARD_MODEL_COLUMNS[:1] else names
     if len(names) not in (1, 2) or len(set(names)) < len(names):
@@ -75,13 +75,10 @@ def doubts_about_margins(margins: Any) -> list[str]:
 
 def _number(value: Any, column: str) -> float:
     """A finite float; strings are parsed, because csv has only strings. A bool is no score."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"the margin's column {column!r} should be a finite number, not {value!r:.80}.")
-    return number
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number
+    raise InputError(f"the margin's column {column!r} should be a finite number, not {value!r:.80}.")
 
 
 def _scores_of(row: dict[str, Any], side: str, scores: Any, responses: Any) -> list[float]:
