@@ -91,8 +91,7 @@ class PlannedDataModule(L.LightningDataModule):
             batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches.
             eval_batch_size: Rows per validation batch.
             micro_batch_tokens: Cut steps into the fewest micro-batches of at most so many tokens, not into
-                trainer.accumulate_grad_batches. auto: what the whole card holds, by estimate; on a CPU the trainer's
-                number. With pack 0, or if other programs use the card, give a number.
+                trainer.accumulate_grad_batches. auto: what the whole card holds, by estimate; the trainer's on a CPU.
             pack: Most tokens of a packed sequence. Rows of a micro-batch share a sequence, blind to each other, without
                 padding; 0 gives each row a sequence of its own, padded to the longest.
             overlong: Truncate cuts a longer row to max_length; drop leaves the row out. Both are counted.

@@ -23,7 +23,7 @@ from mixdpo.model.adapters import role
 from mixdpo.model.export import Trained, generation_dtype, merged_copy, read_trained
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import Dtype, Quantization, on_the_cpu
-from mixdpo.storage.files import write_json, write_rows, written_whole
+from mixdpo.storage.files import write_json, write_rows, write_text
 
 
 class ResponseModule(L.LightningModule):
@@ -70,12 +70,10 @@ class ResponseModule(L.LightningModule):
             raise InputError("give one model: model.run, or model.base (alone, or with model.server)")
         served = Trained(str(base), None, {}, None)  # `base` is a name on the server
         self.trained = read_trained(run or str(base), quantization, dtype, chat_template) if server is None else served
-        self.base = self.trained.base
         self.output, self.dequantise, self.server = output, dequantise, server
         self.temperature, self.seed = temperature, seed
         self.sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p}
-        self.model: Any = None  # None until configure_model, as tokenizer and file
-        self.tokenizer: Any = None
+        self.model: Any = None  # None until configure_model, as the file
         self.copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
         self.file: Any = None
 
@@ -98,8 +96,8 @@ class ResponseModule(L.LightningModule):
             raise InputError("responses go into one file: use one device (--trainer.devices 1)")
         if self.trainer.testing and not hasattr(data.form, "score"):
             raise InputError(f"{type(data.form).__name__} has no gold score: type run.py predict, then mixdpo judge")
-        for prompt in data.prompts:
-            self._temperature(prompt)  # refuses a category without one before the first response
+        if isinstance(self.temperature, dict) and (lost := {p.category for p in data.prompts} - {*self.temperature}):
+            raise InputError(f"model.temperature has no value for category {min(lost)!r}: add it")
         if self.server is None:
             self.tokenizer, template = self.trained.tokenizer()
             if template == PLAIN:
@@ -118,7 +116,7 @@ class ResponseModule(L.LightningModule):
         asked = json.dumps([(prompt.key, prompt.turns, prompt.category) for prompt in data.prompts])
         digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
         sampling = {**self.sampling, "temperature": self.temperature, "seed": self.seed}
-        head = {"base": self.base, "prompts": digest, "sampling": sampling, "batch_size": data.batch_size}
+        head = {"base": self.trained.base, "prompts": digest, "sampling": sampling, "batch_size": data.batch_size}
         if self.server is not None:
             return head | {"server": without_secrets(self.server)}
         state = tokenizer_state(self.tokenizer) + self.tokenizer.chat_template
@@ -138,8 +136,7 @@ class ResponseModule(L.LightningModule):
                 self._respond(prompts if self.server is None else missing, temperature)
         return len(batch)  # Lightning warns of None
 
-    def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
-        self.predict_step(batch, batch_idx)
+    test_step = predict_step
 
     def _respond(self, prompts: list[Prompt], temperature: float) -> None:
         """Generates and keeps the responses to all turns of the prompts.
@@ -167,15 +164,14 @@ class ResponseModule(L.LightningModule):
                 raise error
         if failed:
             first = min(failed)
-            raise InputError(
-                f"the server gave no response to {len(failed)} prompts (first: {prompts[first].key}: {failed[first]}). "
-                f"The other responses are kept. Leave such prompts out, or lower model.max_new_tokens; {CONTINUES}"
-            )
+            lost = f"{len(failed)} prompts (first: {prompts[first].key}: {failed[first]})"
+            remedy = f"Leave such prompts out, or lower model.max_new_tokens; {CONTINUES}"
+            raise InputError(f"the server gave no response to {lost}. The other responses are kept. {remedy}")
 
     def _generate(self, keys: list[str], chats: list[Chat], temperature: float) -> Sequence[Response | Exception]:
         options: dict[str, Any] = {**self.sampling, "temperature": temperature}
         if self.server is not None:
-            return complete(chats, self.base, self.server, **options, seeds=[self._drawn(chat) for chat in chats])
+            return complete(chats, self.trained.base, self.server, **options, seeds=[*map(self._drawn, chats)])
         # the seed is the batch's own, so that the seed does not depend on what came before an interruption
         options |= {"seed": self._drawn(chats[0]), "progress": False}
         with role(self.model, "policy") if self.copy is None else nullcontext():
@@ -186,11 +182,7 @@ class ResponseModule(L.LightningModule):
         return int.from_bytes(hashlib.sha256(json.dumps([self.seed, chat]).encode()).digest()[:4])
 
     def _temperature(self, prompt: Prompt) -> float:
-        if not isinstance(self.temperature, dict):
-            return self.temperature
-        if prompt.category not in self.temperature:
-            raise InputError(f"model.temperature has no value for category {prompt.category!r} of {prompt.key}: add it")
-        return self.temperature[prompt.category]
+        return self.temperature[prompt.category] if isinstance(self.temperature, dict) else self.temperature
 
     def teardown(self, stage: str) -> None:
         """Once no response is missing, write the file of the benchmark and, where tested, a table of gold scores."""
@@ -207,6 +199,5 @@ class ResponseModule(L.LightningModule):
         print(f"wrote {self.path}: {len(rows)} prompts, {tokens:.0f} tokens a response, {ended:.0%} ended by itself")
         if self.trainer.testing:
             table = gold_table(self.file.answered, np.array([row["score"] for row in rows]))
-            with written_whole(self.path.with_suffix(".md")) as partial:
-                partial.write_text(table, "utf-8")
+            write_text(self.path.with_suffix(".md"), table)
             print(f"\n{table}")

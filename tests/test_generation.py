@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixdpo.errors import InputError
@@ -59,6 +60,25 @@ def test_greedy_equals_transformers(look, model, tokenizer, monkeypatch):
         made = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size, progress=False)
         assert [row[0].text for row in made] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
     assert len({row[0].text for row in made}) == len(PROMPTS)
+
+
+def test_the_host_reads_nothing_between_two_looks(model, tokenizer, monkeypatch):
+    """Transformers would look at a mask of two axes before each token."""
+    reads = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            reads.append(function.overloadpacket.__name__ == "_local_scalar_dense")
+            return function(*args, **(kwargs or {}))
+
+    def count(length):
+        reads.clear()
+        with Reads():
+            generate(model, tokenizer, PROMPTS, max_new_tokens=length, batch_size=8, progress=False)
+        return sum(reads)
+
+    monkeypatch.setitem(generation.LOOK, "cpu", 16)
+    assert count(4) == count(12)  # what remains is at the start
 
 
 @pytest.mark.parametrize("look", [1, 7])

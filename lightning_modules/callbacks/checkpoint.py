@@ -52,8 +52,7 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit" and "random_states" in checkpoint:
             self._restored = checkpoint["random_states"][trainer.global_rank]
-            was, now = checkpoint["computed_on"], _processor(trainer.strategy.root_device)
-            if was != now:
+            if (was := checkpoint["computed_on"]) != (now := _processor(trainer.strategy.root_device)):
                 text = "which rounds differently: the adapter is not bit-identical to that of an uninterrupted run"
                 rank_zero_warn(f"the checkpoint was computed on {was}, and the run continues on {now}, {text}")
 

@@ -23,7 +23,7 @@ from mixdpo.model.adapters import Role, role
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import load_tokenizer
-from mixdpo.storage.files import write_json
+from mixdpo.storage.files import write_json, write_text
 from mixdpo.storage.identity import content_hash, refuse_other_run
 
 
@@ -87,18 +87,15 @@ class GoldEvaluation(Callback):
         summary = _validation_summary(trainer)
         if best is not None:  # the last validation was of another policy
             summary = {"responses after training": f"of the best {best.monitor}, {best.best_model_score:.4f}"}
-        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
-        summary |= {
-            "optimizer steps": str(trainer.global_step),
-            "pairs or samples per second": f"{throughput.mean_rows_per_second:.2f}",
-            "peak memory, GB": f"{peak_memory_gb(trainer.strategy.root_device):.1f}",
-        }
+        rate = next(c for c in trainer.callbacks if isinstance(c, Throughput)).mean_rows_per_second
+        summary |= {"optimizer steps": str(trainer.global_step), "pairs or samples per second": f"{rate:.2f}"}
+        summary["peak memory, GB"] = f"{peak_memory_gb(trainer.strategy.root_device):.1f}"
         table, folder = markdown(rows, summary), Path(trainer.default_root_dir)
         pairs = zip(self._rows, self.before.rows(), after.rows(), strict=True)
         responses = [{**row, "before": before, "after": after} for row, before, after in pairs]
         write_json(folder / "results.json", {"heldout_prompts": rows, "summary": summary, "steps": trainer.global_step})
         write_json(folder / "responses.json", responses)
-        (folder / "results.md").write_text(table + "\n")
+        write_text(folder / "results.md", table + "\n")
         print(f"\n{table}\n\nrun folder: {folder}")
 
     def _responses(self, pl_module: Any, name: Role, when: str) -> Responses:

@@ -47,10 +47,9 @@ def refuse_missing_metrics(trainer: L.Trainer, names: set[str]) -> None:
         # `strict` is of EarlyStopping, `save_top_k` of ModelCheckpoint
         metric, needs = getattr(each, "monitor", None), getattr(each, "strict", getattr(each, "save_top_k", False))
         if needs and metric not in {None, *names, *(("step", "epoch") if hasattr(each, "save_top_k") else ())}:
-            raise InputError(
-                f"{type(each).__name__}.monitor: callbacks cannot monitor {metric!r} in this run"
-                f"{nearest(metric, names) or '.'} Give a metric of this run: {', '.join(sorted(names)) or 'none'}"
-            )
+            wrong = f"{type(each).__name__}.monitor: callbacks cannot monitor {metric!r} in this run"
+            known = f"Give a metric of this run: {', '.join(sorted(names)) or 'none'}"
+            raise InputError(f"{wrong}{nearest(metric, names) or '.'} {known}")
 
 
 class Throughput(Callback):
@@ -96,5 +95,4 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak so far in GB (1e9 bytes): allocated on a CUDA device, or else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -32,9 +32,8 @@ def _draw_prompts(rng: random.Random, count: int, part: str) -> list[dict[str, A
         request = rng.choice(TASK["requests"]).format(rng.choice(subjects))
         asked = [rng.choice(KINDS[each.kind].phrasings).format(**each.params) for each in constraints]
         prompt = " ".join([request, *asked])
-        listed = [asdict(constraint) for constraint in constraints]
-        name = f"{part}-{len(rows):05d}"
-        rows.setdefault(prompt, {"prompt_id": name, "prompt": prompt, "constraints": listed, "part": part})
+        row = {"prompt_id": f"{part}-{len(rows):05d}", "prompt": prompt, "constraints": [*map(asdict, constraints)]}
+        rows.setdefault(prompt, row | {"part": part})
     return list(rows.values())
 
 

@@ -60,9 +60,8 @@ def load_template(
 
 
 def _check_used(template: str, values: Iterable[str], fixed: Collection[str] = ()) -> None:
-    free = [name for name in values if template != PLAIN and name not in fixed]
-    used = [name for name in free if re.search(rf"\b{re.escape(name)}\b", template)]
-    if unused := [name for name in values if name not in used]:
+    taken = set() if template == PLAIN else {*re.findall(r"\w+", template)} - {*fixed}
+    if unused := [name for name in values if name not in taken]:
         where = "the row's tools or chat_template_kwargs, or data.chat_template_kwargs"
         raise InputError(f"the chat template cannot take {', '.join(unused)}: give another, or drop it from {where}")
 
@@ -118,11 +117,9 @@ def encode_responses(
             raise InputError(CHANGED)
         if generation_prompt is None:
             whole = next(text for text in texts if not text.startswith(texts[0]))[max(0, shared - 40) :][:60]
-            raise InputError(
-                f"the chat template asks for a response after {texts[0][-60:]!r}, but writes a finished conversation "
-                f"as {whole!r}: type --data.generation_prompt asked (train behind the first) or trained (behind what "
-                "both share)"
-            )
+            asks = f"the chat template asks for a response after {texts[0][-60:]!r}, but writes a finished conversation"
+            ways = "--data.generation_prompt asked (train behind the first) or trained (behind what both share)"
+            raise InputError(f"{asks} as {whole!r}: type {ways}")
         if as_text:
             raise InputError(UNAVOIDABLE.format("with data.generation_prompt asked"))
         texts[1:] = [texts[0] + text[shared:] for text in texts[1:]]
@@ -140,10 +137,7 @@ def encode_responses(
     return [encoded[0], *ended]
 
 
-CHANGED = (
-    "the chat template leaves out part of a message, or shows the prompt differently once a response follows: give "
-    "another `chat_template`"
-)
+CHANGED = "the chat template leaves out part of a message, or changes the prompt once a response follows: give another"
 
 
 def _render(tokenizer: Tokenizer, template: str, chat: Messages, is_prompt: bool, /, **options: Any) -> Any:

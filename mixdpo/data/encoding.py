@@ -3,10 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -21,8 +20,7 @@ TEXTS = {"pair": ["prompt", "chosen", "rejected"], "sample": ["messages"]}
 """The noun for a row -> the columns of its texts."""
 
 
-@dataclass(frozen=True)
-class EncodedPair:
+class EncodedPair(NamedTuple):
     """Token ids of one pair. A completion ends with its end token, unless it was truncated."""
 
     prompt_ids: list[int]
@@ -58,8 +56,7 @@ class EncodedPair:
         return None if overlong == "drop" or not prompt_ids or pair.chosen_ids == pair.rejected_ids else pair
 
 
-@dataclass(frozen=True)
-class EncodedSample:
+class EncodedSample(NamedTuple):
     """Token ids of one conversation, up to the end token of its last trained response, unless it was truncated.
 
     `spans` is [start0, end0, start1, end1, …]: half-open ranges of the trained responses in `input_ids`, end tokens
@@ -133,8 +130,7 @@ def encode_sample(
     input_ids: list[int] = []
     spans: list[int] = []
     for index in trained:
-        before, response = messages[:index], messages[index]
-        prompt_ids, whole = chat.encode_responses(tokenizer, template, before, response, **options)
+        prompt_ids, whole = chat.encode_responses(tokenizer, template, messages[:index], messages[index], **options)
         if chat.shared_length(input_ids, prompt_ids, whole) < len(input_ids):
             remedy = "set data.one_response_per_sample true, or give another `chat_template`"
             raise InputError(f"an earlier turn changes once message {index + 1} follows: {remedy}")
@@ -207,10 +203,9 @@ def encode_rows(
 
 def _refuse_nested(special: list[int], marks: set[str]) -> None:
     if 2 * (nested := special.count(2)) > len(special):
-        raise InputError(
-            f"the texts of {nested} of {len(special)} rows hold marks of the template ({', '.join(sorted(marks))}): "
-            "type --data.chat_template plain --data.special_tokens_in_text true for texts that a template has written"
-        )
+        held = f"the texts of {nested} of {len(special)} rows hold marks of the template ({', '.join(sorted(marks))})"
+        options = "--data.chat_template plain --data.special_tokens_in_text true"
+        raise InputError(f"{held}: type {options} for texts that a template has written")
 
 
 def _encode_row(row: Any, tokenizer: Any, noun: str, options: Any, limits: Any) -> dict[str, Any]:
@@ -236,7 +231,7 @@ def _encode_row(row: Any, tokenizer: Any, noun: str, options: Any, limits: Any) 
     status = "dropped_empty" if whole.is_empty else cut
     named = chat.control_tokens(tokenizer, [message["content"] for message in messages])
     special = bool(named) + bool(named and named & chat.template_marks(tokenizer, options["template"]))
-    return vars(limited or whole) | {"truncated": status == "truncated", "status": status, "special": special}
+    return (limited or whole)._asdict() | {"truncated": status == "truncated", "status": status, "special": special}
 
 
 def sizes_of(encoded: Dataset) -> tuple[np.ndarray, int]:

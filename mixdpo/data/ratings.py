@@ -5,6 +5,7 @@ The margin decides which pairs are hard, so a missing or unreadable score is an 
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mixdpo.errors import InputError
@@ -39,10 +40,9 @@ def find_margin_columns(
         known = next((known for known in KNOWN_COLUMNS if set(known) <= set(columns)), ())
         if known or not needed:
             return known
-        raise InputError(
-            f"no column to take the margin from. Known: {'; '.join(' and '.join(known) for known in KNOWN_COLUMNS)}. "
-            "Name yours (data.margin), compute margins (run.py predict) or train without (configs/controls/dpo.yaml)."
-        )
+        listed = "; ".join(map(" and ".join, KNOWN_COLUMNS))
+        ways = "Name yours (data.margin), compute margins (run.py predict) or train without (configs/controls/dpo.yaml)"
+        raise InputError(f"no column to take the margin from. Known: {listed}. {ways}.")
     names = (named,) if isinstance(named, str) else tuple(named)
     names = REWARD_MODEL_COLUMNS if names == REWARD_MODEL_COLUMNS[:1] else names
     if len(names) not in (1, 2) or len(set(names)) < len(names):
@@ -81,17 +81,16 @@ def row_weight(row: dict[str, Any], column: str) -> float:
     """
     weight = _parsed(row.get(column))
     if not (weight == 0 or 1e-6 <= weight <= 1e6):
-        says = f"0 or a number from 1e-6 to 1e6, not {row.get(column)!r:.80}"
-        raise InputError(f"the weight's column {column!r} (data.weight) should be {says}.")
+        says = f"0 or a number from 1e-6 to 1e6, not {row[column]!r:.80}" if column in row else "in each row"
+        raise InputError(f"the column {column!r} (data.weight) should be {says}: correct it, or leave the row out.")
     return weight
 
 
 def _parsed(value: Any) -> float:
     """A float, or NaN where there is none. Strings are parsed, because csv has only strings. A bool is no number."""
-    try:
+    with suppress(TypeError, ValueError, OverflowError):
         return math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
+    return math.nan
 
 
 def _number(value: Any, column: str) -> float:

@@ -103,6 +103,5 @@ def two_way_bootstrap(differences: ArrayLike, samples: int = 10_000) -> Interval
     means = []
     for drawn_seeds in np.array_split(rng.integers(seeds, size=(samples, seeds)), 1 + samples * values.size // _BLOCK):
         of_seeds = values[drawn_seeds].mean(1)  # (rows, N)
-        drawn = rng.integers(prompts, size=of_seeds.shape)
-        means.append(np.take_along_axis(of_seeds, drawn, 1).mean(1))
+        means.append(np.take_along_axis(of_seeds, rng.integers(prompts, size=of_seeds.shape), 1).mean(1))
     return _interval(values.mean(), np.concatenate(means))

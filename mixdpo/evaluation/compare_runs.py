@@ -12,7 +12,7 @@ from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import two_way_bootstrap
 from mixdpo.evaluation.study_design import Point, Study
-from mixdpo.storage.files import Row, written_whole
+from mixdpo.storage.files import Row, write_text, written_whole
 
 POWER = 2.8
 """1.96 + 0.84: a difference of so many standard errors is found with power 80 % at a two-sided 5 %."""
@@ -81,8 +81,7 @@ def write_tables(plan: Study, done: Set[str]) -> str:
         absent = [str(seed) for seed in plan.seeds if seed not in seeds_done(plan, run, done)]
         lines += [f"- missing: {run}, seeds {', '.join(absent)}"] if absent else []
     text = "\n".join(lines) + "\n"
-    with written_whole(Path(plan.folder, "table.md")) as partial:
-        partial.write_text(text, "utf-8")
+    write_text(Path(plan.folder, "table.md"), text)
     return text
 
 

@@ -9,9 +9,9 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.messages import checked_text
@@ -23,11 +23,10 @@ if TYPE_CHECKING:  # a judge reads responses, and needs no transformers
     from mixdpo.evaluation.generation import Response
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """One prompt of a benchmark.
 
-    Args:
+    Attributes:
         key: the prompt's id in the benchmark.
         turns: the user's messages; the model responds to each message before the next one is asked.
         row: the row that the prompt was read from.
@@ -36,12 +35,11 @@ class Prompt:
 
     key: str
     turns: tuple[str, ...]
-    row: Row = field(repr=False)
+    row: Row
     category: str = ""
 
 
-@dataclass(frozen=True)
-class PromptResponses:
+class PromptResponses(NamedTuple):
     """A prompt and its responses, one for each turn."""
 
     prompt: Prompt
@@ -160,7 +158,7 @@ class GSM8K(Task):
     def score(self, prompt: Prompt, text: str) -> float:
         number = _number_behind_marks(text)
         if number is None and (numbers := _NUMBER.findall(text)):
-            number = _value(numbers[-1])
+            number = float(numbers[-1].replace(",", ""))
         return float(number == _number_behind_marks(prompt.row["answer"]))
 
 
@@ -173,12 +171,8 @@ def _number_behind_marks(text: str) -> float | None:
     for match in re.finditer(r"(?<!#)####\s*\$?\s*(" + _NUMBER.pattern + ")", text):
         rest = text[match.end() :]
         if not re.match(r"[.)][ \t]+\w", rest) or not rest.partition("\n")[2].strip():
-            return _value(match[1])
+            return float(match[1].replace(",", ""))
     return None
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
 
 
 def _text(row: Row, column: str) -> str:
@@ -198,16 +192,15 @@ def read_responses(path: str | Path) -> list[Row]:
     """
     rows: list[Row] = []
     for number, row in file_rows(Path(path)):
-        where = f"{path}, row {number}"
-        with located(where, f" {_EXPECTED}"):
+        with located(f"{path}, row {number}", f" {_EXPECTED}"):
             for column in ("instruction", "output", "generator"):
                 checked_text(row.get(column), column)
-        for column, kind in (("tokens", int), ("ended", bool)):
-            if (value := row.get(column)) is not None and type(value) is not kind:
-                raise InputError(f"{where}: {column!r} should be {kind.__name__} or left out, not {value!r:.80}")
-        rows.append(row)
-        if row["generator"] != (first := rows[0]["generator"]):
-            raise InputError(f"{where}: the generator is {row['generator']!r}, in row 1 {first!r}: give one model's")
+            for column, kind in (("tokens", int), ("ended", bool)):
+                if (value := row.get(column)) is not None and type(value) is not kind:
+                    raise InputError(f"{column!r} should be {kind.__name__} or left out, not {value!r:.80}.")
+            rows.append(row)
+            if row["generator"] != (first := rows[0]["generator"]):
+                raise InputError(f"the generator is {row['generator']!r}, in row 1 {first!r}: give one model's.")
     if not rows:
         raise InputError(f"{path} holds no responses. {_EXPECTED}")
     return rows

@@ -132,13 +132,11 @@ def _design(prompts: np.ndarray, gamed: np.ndarray | None) -> tuple[np.ndarray, 
     spread, ones = delta.std(ddof=1), np.ones(len(prompts))
     length = np.tanh(delta / spread) if spread else np.zeros(len(prompts))  # 0: of some resample
     features = np.column_stack([length, difficulty, ones])
-    if gamed is None:
-        return features, preferences, ones
+    gamed = np.empty((0, len(_GAMED))) if gamed is None else gamed
     labels, length, not_gamed = gamed[:, 0], gamed[:, 1], gamed[:, 3]
     more = np.column_stack([np.tanh(length), gamed[:, 2 : 2 + difficulty.shape[1]], not_gamed])
     weights = np.where(not_gamed, 1.0, GAMED_WEIGHT)
-    parts = (features, more), (preferences, labels), (ones, weights)
-    return tuple(map(np.concatenate, parts))  # type: ignore[return-value]
+    return np.concatenate([features, more]), np.concatenate([preferences, labels]), np.concatenate([ones, weights])
 
 
 def _weights(prompts: np.ndarray, gamed: np.ndarray | None, start: np.ndarray, pull: float = 0.0) -> np.ndarray:

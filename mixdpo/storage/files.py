@@ -84,9 +84,18 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | Path, content: Any) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all; so do `write_json` and `write_rows` (.jsonl)."""
     with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        partial.write_text(text, "utf-8")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_text(path: str | Path) -> str:
@@ -139,9 +148,3 @@ def read_array(path: str | Path, shape: tuple[int, ...], remedy: str) -> np.ndar
 
 def cache_root() -> Path:
     return Path(os.environ.get("MIXDPO_CACHE") or Path.home() / ".cache" / "mixdpo").expanduser()
-
-
-def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write a .jsonl file, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from statistics import mode
 from typing import Any
 
 import yaml
@@ -41,11 +42,9 @@ def _check_size(text: str | bytes, largest: int) -> None:
 
 def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """An `object_pairs_hook` that refuses, by a ValueError, a key that stands twice."""
-    content: dict[str, Any] = {}
-    for key, value in items:
-        if key in content:
-            raise ValueError(f"the key {key!r} stands twice")
-        content[key] = value
+    content = dict(items)
+    if len(content) < len(items):
+        raise ValueError(f"the key {mode(key for key, _ in items)!r} stands twice")
     return content
 
 
@@ -89,7 +88,7 @@ def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
         for event in yaml.parse(text, Loader=_Loader):  # a loop; the C loader's recursion has no bound of its own
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
-                raise _Refused("nested too deeply", event)
+                raise _refused("nested too deeply", event)
         loader = _Loader(text)
         if (node := loader.get_single_node()) is None:
             return None
@@ -99,9 +98,8 @@ def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
         raise InputError(f"{where} is no valid YAML ({' '.join(str(error).split())}): correct it") from None
 
 
-class _Refused(ValueError):
-    def __init__(self, what: str, node: yaml.Node | yaml.Event) -> None:
-        super().__init__(f"{what}, line {node.start_mark.line + 1}")
+def _refused(what: str, node: yaml.Node | yaml.Event) -> ValueError:
+    return ValueError(f"{what}, line {node.start_mark.line + 1}")
 
 
 def _check_nodes(root: yaml.Node, finite: bool) -> None:
@@ -111,7 +109,7 @@ def _check_nodes(root: yaml.Node, finite: bool) -> None:
         node, depth = nodes.pop()
         count += 1
         if count > MOST_NODES or depth > DEEPEST:
-            raise _Refused("its aliases expand too far", node)
+            raise _refused("its aliases expand too far", node)
         inner = node.value if isinstance(node, yaml.SequenceNode) else []
         if isinstance(node, yaml.ScalarNode):
             _check_scalar(node, finite)
@@ -123,17 +121,17 @@ def _check_nodes(root: yaml.Node, finite: bool) -> None:
 
 def _check_scalar(node: yaml.ScalarNode, finite: bool) -> None:
     if finite and node.tag == FLOAT and (node.value.lower().endswith(("inf", "nan")) or math.isinf(float(node.value))):
-        raise _Refused(f"{node.value} is no finite number", node)
+        raise _refused(f"{node.value} is no finite number", node)
     is_plain = node.tag == TEXT and not node.style
     if is_plain and _YAML_1_1.resolve(yaml.ScalarNode, node.value, (True, False)) in (INT, FLOAT):
-        raise _Refused(f"{node.value} is a number or a text: write digits only, or put the text in quotes", node)
+        raise _refused(f"{node.value} is a number or a text: write digits only, or put the text in quotes", node)
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
     lines: dict[tuple[str, str], int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise _Refused("a key is a list or a mapping", key)
+            raise _refused("a key is a list or a mapping", key)
         if first := lines.get((key.tag, key.value)):
-            raise _Refused(f"the key {key.value!r} stands twice, in line {first} and again", key)
+            raise _refused(f"the key {key.value!r} stands twice, in line {first} and again", key)
         lines[key.tag, key.value] = key.start_mark.line + 1

@@ -59,7 +59,7 @@ TEMPLATES = [
         ("today's date", encoded(template="{{ strftime_now(form) }}" + TEMPLATE), "writes today's … with a date"),
         ("no end token", encoded(template=shown("<|im_end|>", "")), "no special … writes eos_token"),
         ("a response cut", encoded(FISH, CUT), "row 2 (pair_id … leaves out part of a message"),
-        ("a prompt that changes", encoded(template=COUNTING), "shows the prompt differently … give another"),
+        ("a prompt that changes", encoded(template=COUNTING), "changes the prompt once … give another"),
         ("none at all", encoded(change=without("chat_template")), "has no … set `chat_template`"),
     ),
     *cases(
