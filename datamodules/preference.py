@@ -178,10 +178,10 @@ class PreferenceDataModule(PlannedDataModule):
 
     def epoch_plan(self, epoch: int = 0) -> StepPlan:
         """A stage starts with the first step in which at least half the pairs belong to that stage or a later one."""
-        by_sft = 1 - self.route.preference_share
-        sft_share = np.array([by_sft[list(step)].mean() for step in self._steps(epoch)])
+        by_sft, weights = 1 - self.route.preference_share, np.asarray(self._weights)
+        shares = [np.average(by_sft[[*step]], weights=weights[[*step]]) for step in self._steps(epoch)]
         stages = [step[len(step) // 2] for step in plan_steps(self.route.stages.tolist(), self.batch_size)]  # they rise
-        return StepPlan(sft_share, (0, *(1 + np.flatnonzero(np.diff(stages))).tolist()))
+        return StepPlan(np.array(shares), (0, *(1 + np.flatnonzero(np.diff(stages))).tolist()))
 
     def sizes(self) -> tuple[list[int], list[float]]:
         tokens = self._tokens(self.train_pairs, self.route.is_sft, self.route.sft_sides)

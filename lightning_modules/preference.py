@@ -144,7 +144,8 @@ class PreferenceModule(AdapterModule):
         if len(batch.preference):
             both = torch.cat([batch.preference, batch.preference + len(batch)])
             compared = policy[both], None if reference is None else reference[both]
-            values |= {name: (value, easy) for name, value in pair_values(*compared, self.preference_loss).items()}
+            rewards = pair_values(*compared, self.preference_loss)
+            values |= {name: (value, weight[batch.preference]) for name, value in rewards.items()}
         self.record(batch, losses.detach(), values)
 
     # The reference's log-probabilities on disk.
@@ -152,7 +153,8 @@ class PreferenceModule(AdapterModule):
     def _open_cache(self) -> ReferenceCache | None:
         """The cache of the reference's current weights. Open the cache before a step: a hash of all weights is slow."""
         if self.reference_cache and self.needs_reference and self._kept_log_probs is None:
-            computed = [*self.loading.values(), *self.fused_layers, str(self.trainer.precision), self.device.type]
+            kernel, precision = self.model.config._attn_implementation, str(self.trainer.precision)
+            computed = [*self.loading.values(), kernel, *self.fused_layers, precision, self.device.type]
             adapter = adapter_fingerprint(self.model, "reference")
             identity = {"weights": self.base_weights(), "adapter": adapter, "computed": computed}
             dtype = "float64" if self.loading["dtype"] == "float64" else "float32"

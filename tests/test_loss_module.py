@@ -46,7 +46,7 @@ def test_the_preset_of_a_loss(name: str, build_cli: Any) -> None:  # noqa: F811
     assert built.model.preference_loss.describe() == expected.describe() and built.config.fit.name == name
 
 
-IN_RUNS = ["dpo", "ipo", "ld_dpo", "kto_pair", "beta_dpo", "cal_dpo", "slic", "orpo", "hypo", "amapo", "exo"]
+IN_RUNS = ["dpo", "ipo", "ld_dpo", "kto_pair", "beta_dpo", "cal_dpo", "slic", "orpo", "hypo", "amapo", "odpo", "madpo"]
 
 
 @pytest.mark.parametrize("name", IN_RUNS)

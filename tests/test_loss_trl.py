@@ -86,10 +86,6 @@ DPO_TRAINER = {
     "sppo": (losses.SPPO(), {"loss_types": ["sppo_hard"], "beta": 0.001}),
     "dpo_norm": (losses.DPONorm(), {"loss_types": ["sigmoid_norm"], "beta": 5.0}),
     "ld_dpo": (losses.LDDPO(tail_weight=0.3), {"ld_alpha": 0.3}),
-    "exo": (losses.EXO(), {"loss_types": ["exo_pair"], "label_smoothing": 1e-3}),
-    "nca": (losses.NCA(), {"loss_types": ["nca_pair"], "beta": 0.01}),
-    "forward_kl": (losses.AlphaDPO(alpha=0.0), {"f_divergence_type": "forward_kl"}),
-    "js_dpo": (losses.JSDPO(), {"f_divergence_type": "js_divergence"}),
     "sum": (
         losses.Sum([losses.DPO(), losses.APOZero()], [1.0, 0.4]),
         {"loss_types": ["sigmoid", "apo_zero"], "loss_weights": [1.0, 0.4]},

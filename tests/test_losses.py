@@ -67,16 +67,6 @@ def amapo(p, beta):
     return -log_sigma(beta * p.x - gamma)
 
 
-def exo(p, beta, eps):
-    q, rest = sigma(beta * p.delta), sigma(-beta * p.delta)
-    return q * (math.log(q) - math.log(1 - eps)) + rest * (math.log(rest) - math.log(eps))
-
-
-def alpha_dpo(p, beta, alpha):
-    phi_w, phi_l = ((math.exp((alpha - 1) * h) - 1) / (alpha - 1) for h in (p.h_w, p.h_l))
-    return -log_sigma(beta * (phi_w - phi_l))
-
-
 # class, its hyper-parameters in the equation's order and the table's defaults, others to try, needs reference, equation
 TABLE = {
     "dpo": ("DPO", {"beta": 0.1}, {"beta": 0.01}, True, lambda p, b: -log_sigma(b * p.delta)),
@@ -119,12 +109,6 @@ TABLE = {
                         "neutral_margin": 2.0}, {"largest_factor": 4.0, "steepness": 0.3, "neutral_margin": 0.5}, True,
               madpo),
     "amapo": ("AMaPO", {"beta": 2.0}, {"beta": 0.7}, False, amapo),
-    "exo": ("EXO", {"beta": 0.1, "epsilon": 1e-3}, {"epsilon": 0.2}, True, exo),
-    "nca": ("NCA", {"beta": 0.01}, {"beta": 0.7}, True,
-            lambda p, b: -log_sigma(b * p.h_w) - (log_sigma(-b * p.h_w) + log_sigma(-b * p.h_l)) / 2),
-    "alpha_dpo": ("AlphaDPO", {"beta": 0.1, "alpha": 0.5}, {"alpha": 0.0}, True, alpha_dpo),
-    "js_dpo": ("JSDPO", {"beta": 0.1}, {"beta": 0.7}, True,
-               lambda p, b: -log_sigma(b * (log_sigma(p.h_w) - log_sigma(p.h_l)))),
 }  # fmt: skip
 NAMES = list(TABLE)
 

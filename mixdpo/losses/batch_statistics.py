@@ -40,7 +40,7 @@ class AMaPO(PreferenceLoss, beta=2.0):
     reach. AMaPO 2025 (arXiv 2511.09385), whose β is 2 to 3.
 
     μ and s are mean and sample deviation of x over the batch on all ranks; of each batch in validation. γ is detached.
-    s is clamped to at least 1e-8, the exponent to at most 80. A pair alone has γ = 0."""
+    The exponent is clamped to at most 80. Where s is below 1e-8, as of a pair alone, γ is 0."""
 
     needs_reference, averaged, batch_statistics = False, True, True
 
@@ -49,8 +49,10 @@ class AMaPO(PreferenceLoss, beta=2.0):
         everywhere, _ = over_ranks(gap)
         mean = everywhere.sum() / max(len(everywhere), 1)
         variance = (everywhere - mean).square().sum() / max(len(everywhere) - 1, 1)
-        exponent = (mean * (mean - gap.detach()) / variance.sqrt().clamp(min=1e-8)).clamp(max=80)
-        return -logsigmoid(self.beta * (gap - torch.where(gap < mean, exponent.exp(), 0)))
+        deviation = variance.sqrt().clamp(min=1e-8)
+        exponent = (mean * (mean - gap.detach()) / deviation).clamp(max=80)
+        below = (gap < mean) & (deviation > 1e-8)  # of equal x rounding would decide
+        return -logsigmoid(self.beta * (gap - torch.where(below, exponent.exp(), 0)))
 
 
 class BetaDPO(nn.Module, PreferenceLoss):

@@ -110,20 +110,3 @@ class MADPO(PreferenceLoss, beta=0.1, largest_factor=2.0, smallest_factor=0.5, s
         factor = least + (most - least) / (1 + fall)
         weight = torch.exp(logsigmoid(factor * margin) - logsigmoid(margin))
         return torch.where(margin > -self.neutral_margin, weight, 1.0) * -logsigmoid(self.beta * pairs.delta)
-
-
-class AlphaDPO(PreferenceLoss, beta=0.1, alpha=0.5):
-    """−log σ(β (φ(h_w) − φ(h_l))), φ(h) = (e^{(α−1)h} − 1)/(α − 1), of an α-divergence; α = 0 is forward KL, φ(h) = 1 −
-    e^{−h}. Wang et al. 2023 (arXiv 2309.16240), whose α is 1 − ours. Exponents are clamped to at most 80."""
-
-    def loss(self, pairs: Pairs) -> Tensor:
-        phi_w, phi_l = (torch.expm1(((self.alpha - 1) * h).clamp(max=80)) for h in (pairs.h_w, pairs.h_l))
-        return -logsigmoid(self.beta * (phi_w - phi_l) / (self.alpha - 1))
-
-
-class JSDPO(PreferenceLoss, beta=0.1):
-    """−log σ(β (φ(h_w) − φ(h_l))), φ(h) = ln 2 + log σ(h), of the Jensen–Shannon divergence. Wang et al. 2023 (arXiv
-    2309.16240)."""
-
-    def loss(self, pairs: Pairs) -> Tensor:
-        return -logsigmoid(self.beta * (logsigmoid(pairs.h_w) - logsigmoid(pairs.h_l)))

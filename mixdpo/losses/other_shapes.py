@@ -3,8 +3,6 @@
 Letters and arguments: `preference_loss`.
 """
 
-from math import log, log1p
-
 import torch
 from torch import Tensor, sigmoid
 from torch.nn.functional import logsigmoid, relu
@@ -58,23 +56,6 @@ class CalDPO(SPPO, beta=0.001):
 
     def loss(self, pairs: Pairs) -> Tensor:
         return -logsigmoid(pairs.delta) + super().loss(pairs)
-
-
-class EXO(PreferenceLoss, beta=0.1, epsilon=1e-3):
-    """q (log q − log(1 − ε)) + q̄ (log q̄ − log ε), q = σ(βΔ), q̄ = 1 − q: KL of the policy from a label that is right
-    with probability 1 − ε. Ji et al. 2024 (arXiv 2402.00856), eq. 16."""
-
-    def loss(self, pairs: Pairs) -> Tensor:
-        log_q, log_rest = logsigmoid(self.beta * pairs.delta), logsigmoid(-self.beta * pairs.delta)
-        return log_q.exp() * (log_q - log1p(-self.epsilon)) + log_rest.exp() * (log_rest - log(self.epsilon))
-
-
-class NCA(PreferenceLoss, beta=0.01):
-    """−log σ(βh_w) − ½ log σ(−βh_w) − ½ log σ(−βh_l). Chen et al. 2024 (arXiv 2402.05369), paired."""
-
-    def loss(self, pairs: Pairs) -> Tensor:
-        both = logsigmoid(-self.beta * pairs.h_w) + logsigmoid(-self.beta * pairs.h_l)
-        return -logsigmoid(self.beta * pairs.h_w) - both / 2
 
 
 class SLiC(PreferenceLoss, delta=1.0, nll_weight=0.1):

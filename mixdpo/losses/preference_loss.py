@@ -2,7 +2,7 @@
 
 The letters are those of the papers: s summed log-probability under the policy, r under the reference, h = s − r, L
 length in tokens, m = s / L, Δ = h_w − h_l; _w of the chosen response, _l of the rejected one. All in nats. ρ is the
-margin of the pair, as the data rates it.
+margin of the pair: of the data, or of `data.margins_file`.
 """
 
 from collections.abc import Callable
@@ -36,8 +36,6 @@ HYPER_PARAMETERS: dict[str, tuple[str, Callable[[float], bool], str]] = {
     "smallest_factor": ("in [0, 1)", lambda x: 0 <= x < 1, "c_min, the factor on ρ that large margins come near to."),
     "steepness": (">= 0", lambda x: x >= 0, "λ, how fast the factor falls with the margin."),
     "neutral_margin": (">= 0", lambda x: x >= 0, "τ, the margin whose pair keeps weight 1."),
-    "epsilon": ("in (0, 0.5)", lambda x: 0 < x < 0.5, "ε, the target's probability of the rejected response."),
-    "alpha": ("in [0, 1)", lambda x: 0 <= x < 1, "α of the divergence; 0 is forward KL, towards 1 it becomes DPO."),
 }
 """Every hyper-parameter: its range in words and as a test, and its line of `--help`."""
 
@@ -63,8 +61,8 @@ class PreferenceLoss:
     Attributes:
         needs_reference: False for a loss that is called on (chosen, rejected) only. No reference is then computed.
         averaged: The loss compares log-probabilities per token, and so does the logged reward.
-        needs_margin: "raw" for a loss that is called with the keyword `margin` too: (B,) margins ρ of the pairs, fp64,
-            as the data gives them. "standardised": less the mean of the training pairs, in units of their deviation.
+        needs_margin: "raw" for a loss that is called with the keyword `margin` too: (B,) margins ρ of the pairs, fp64.
+            "standardised": (ρ − mean) / standard deviation, both of all training pairs.
         batch_statistics: The loss takes means over the pairs of a call. Micro-batches of one pair are refused.
         sft_weight: Weight of a hard pair's SFT loss where `model.sft_weight` is null. 1 keeps the balance of the MixDPO
             paper, DPO at β = 0.01: at the start (h = 0) an easy pair pulls s_w with β/2 = 0.005, a hard one with 1/L.

@@ -43,7 +43,7 @@ class Lora:
         dropout: share of the adapter's inputs set to 0 in training.
         targets: "all-linear" (every linear layer but the head) or module names such as ["q_proj", "v_proj"]. Layers of
             a vision or audio tower get no adapter: text does not reach them.
-        rslora: the update is scaled by α / √r instead (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732).
+        rslora: scale the update by α / √r, not α / r (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732).
     """
 
     rank: PositiveInt = 16

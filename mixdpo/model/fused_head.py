@@ -153,8 +153,9 @@ class _TokenLogProbs(torch.autograd.Function):
             slope = None if head.cap is None or gradient is None else 1 - (logits / head.cap) ** 2
             if statistics or gradient is not None:
                 logits.sub_(normaliser)
-            for values, statistic in zip(measured, statistics, strict=True):
-                values[at] = statistic(logits, targets[at])
+            with torch.autocast(hidden.device.type, enabled=False):  # it would round some of them to bf16
+                for values, statistic in zip(measured, statistics, strict=True):
+                    values[at] = statistic(logits, targets[at])
             if gradient is not None:
                 of_logits = logits.exp_().neg_()
                 of_logits.scatter_(-1, target, of_logits.gather(-1, target) + 1)

@@ -91,10 +91,10 @@ class Routing:
         if not (0 <= (self.blend_width or 0) < np.inf and 0 <= self.blend_floor < 0.5):
             found = f"{self.blend_width} and {self.blend_floor}"
             raise InputError(f"routing.blend_width must be >= 0 and blend_floor in [0, 0.5), not {found}")
-        actions = self.blend_width is not None, self.assignment, self.easy_action
-        if self.hard_action == "blend" and actions != (True, "margin", "preference"):
+        blends, others = self.hard_action == "blend", (self.assignment, self.easy_action) != ("margin", "preference")
+        if blends != (self.blend_width is not None) or (blends and others):
             needs = "needs a blend_width (in units of the margin), assignment margin and easy_action preference"
-            raise InputError(f"routing.hard_action blend {needs}: give these, or hard_action sft")
+            raise InputError(f"routing.hard_action blend {needs}: give these, or hard_action sft and no blend_width")
 
     @property
     def by_margin(self) -> bool:

@@ -95,8 +95,8 @@ def combine(a: str, b: str, out: str, how: Literal["alignment_potential", "union
         a: margins file; for the alignment potential, of the ratings.
         b: margins file; for the alignment potential, of PolicyLogProb with `normalised` under the start model.
         out: the file to write. A file of other margins is not overwritten.
-        how: alignment_potential is z(ρ) − z(|m_w − m_l|) of pairs that both files hold. union holds all margins of two
-            files without a common pair.
+        how: alignment_potential is z(ρ) − z(|m_w − m_l|); both files must hold the same pairs. union holds all margins
+            of two files of one signal without a common pair.
 
     Raises:
         InputError: the pairs, models or encodings of the files do not fit, or a file cannot be read or written.
@@ -104,7 +104,13 @@ def combine(a: str, b: str, out: str, how: Literal["alignment_potential", "union
     files = one, other = read_margins(a), read_margins(b)
     texts, others = ({i: text for i, (text, _) in each.pairs.items()} for each in files)
     if texts.keys() & others.keys() if how == "union" else texts != others:
-        raise InputError(f"{a} and {b} must hold {'other' if how == 'union' else 'the same'} pairs: compute both anew")
+        must = "have no pair in common" if how == "union" else "hold the same pairs"
+        raise InputError(f"{a} and {b} must {must}: compute both anew")
+    kinds = [(each.header["signal"], each.header["options"], each.header["needs"]) for each in files]
+    if how == "union" and kinds[0] != kinds[1]:
+        raise InputError(f"{a} and {b} are of different signals ({kinds[0][0]}, {kinds[1][0]}): give two of one")
+    if how != "union" and (one.of_policy or not other.header["options"].get("normalised")):
+        raise InputError(f"give a file of ratings first ({a}), then one of PolicyLogProb with normalised true ({b})")
     if one.of_policy and other.of_policy:
         names = ["weights", "tokenizer", "template", "lengths"] + ["adapter_weights"] * (how != "union")
         one.refuse_other({name: other.header.get(name) for name in names}, f"model or encoding than {b}")

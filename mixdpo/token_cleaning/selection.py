@@ -149,6 +149,7 @@ def _mark_best(mask: np.ndarray, ranked: Callable[[slice], np.ndarray], pieces: 
 
 def _keys(scores: np.ndarray) -> np.ndarray:
     """Unsigned integers in the order of the scores, from the floats' bits; −0 has the key of 0."""
-    bits = (scores + 0.0).view(f"u{scores.itemsize}")
+    scores = scores + 0.0  # integers become floats
+    bits = scores.view(f"u{scores.itemsize}")
     sign = bits.dtype.type(1 << 8 * bits.itemsize - 1)
     return np.where(bits & sign, ~bits, bits | sign)

@@ -26,7 +26,7 @@ BATCH = Selection(scope="batch")
 OUT_OF_RANGE = {
     "beta": 0, "label_smoothing": 0.5, "gamma_ratio": -1, "delta": -0.1, "nll_weight": -1, "odds_weight": -2,
     "length_penalty": -1, "drop_penalty": -1, "tail_weight": 1.1, "sensitivity": -1, "offset_weight": -1,
-    "largest_factor": 1, "smallest_factor": 1, "steepness": -1, "neutral_margin": -1, "epsilon": 0, "alpha": 1,
+    "largest_factor": 1, "smallest_factor": 1, "steepness": -1, "neutral_margin": -1,
 }  # fmt: skip
 # class, options -> what is said
 CONSTRUCTED: list[tuple[Any, dict[str, Any], tuple[str, ...]]] = [
