@@ -49,7 +49,7 @@ def test_shares_against_a_loop_and_in_the_limit(data, option, width, floor, seed
     assert SOFT.by_margin and Routing(hard_fraction=0, order="shuffled", hard_action="blend", blend_width=1.0).by_margin
     hard, soft, none, tiny = (
         plan_route(margins, ids, seed=seed, hard_action=action, blend_width=t, blend_floor=floor, **option)
-        for action, t in (("sft", width), ("blend", width), ("blend", 0.0), ("blend", 1e-9))
+        for action, t in (("sft", None), ("blend", width), ("blend", 0.0), ("blend", 1e-9))
     )
     expected = [share_by_hand(m, soft.threshold, width, floor) for m in margins.tolist()]
     assert soft.preference_share.tolist() == pytest.approx(expected, rel=1e-12, abs=0)
@@ -172,7 +172,7 @@ def test_weights_are_read_or_refused_with_file_and_row_and_belong_to_the_run(tin
     rows = [row | {"weight": 2 * (i > 1)} for i, row in enumerate(make_pairs(5))]  # a column that is refused unread
     for value in (None, -1, math.nan, 1e7, 1e-7, True, "much"):
         path = write_pairs(tmp_path / "rows.jsonl", [rows[0], rows[1] | {"weight": value}])
-        with pytest.raises(InputError, match=r"rows\.jsonl, row 2: the weight's column 'weight' .* 0 or a number"):
+        with pytest.raises(InputError, match=r"rows\.jsonl, row 2: the column 'weight' .* 0 or a number"):
             read_pairs(path, weight="weight")
     table = read_pairs(write_pairs(tmp_path / "a.jsonl", rows), weight="weight")
     assert table.dropped == {"weight_0": 2} and table.dataset["pair_weight"][:] == [2, 2, 2]

@@ -306,7 +306,14 @@ def test_alignment_potential(tmp_path, capsys):
     draw = np.random.default_rng(0)
     rating, gap = ({i: float(draw.normal()) for i in range(12)} for _ in range(2))
     a = write_margins(tmp_path / "a", rating)
-    model = {"needs": "policy", "weights": "w", "adapter_weights": None, "lengths": "l", "date": "d"}
+    model = {
+        "needs": "policy",
+        "weights": "w",
+        "adapter_weights": None,
+        "lengths": "l",
+        "date": "d",
+        "options": {"normalised": True},
+    }
     b = write_margins(tmp_path / "b", dict(sorted(gap.items(), reverse=True)), **model)
     assert main(["combine-margins", a, b, str(tmp_path / "out")]) == 0
     file, parts = read_margins(tmp_path / "out"), [read_margins(a).header, read_margins(b).header]
@@ -321,14 +328,17 @@ def test_alignment_potential(tmp_path, capsys):
         assert not list(tmp_path.glob("new*"))
         return capsys.readouterr().err
 
-    flat, less = (write_margins(tmp_path / str(i), dict.fromkeys(range(i), 1.0)) for i in (12, 11))
+    same, said = ((i, dict.fromkeys(range(i), 1.0)) for i in (12, 11)), {"options": {"normalised": True}}
+    flat, less = (write_margins(tmp_path / str(i), margins, **said) for i, margins in same)
     changed = write_margins(tmp_path / "changed", gap, {3: "another text"})
-    others = [model | {name: "x"} for name in ("lengths", "adapter_weights")]
-    longer, tuned = (write_margins(tmp_path / f"b{i}", gap, **other) for i, other in enumerate(others))
+    longer = write_margins(tmp_path / "b0", {12: 0.5}, **model | {"lengths": "x"})
+    sums = write_margins(tmp_path / "b1", gap, **model | {"options": {}})
     assert all("must hold the same pairs" in refused(a, other) for other in (less, changed))
-    assert "must hold other pairs" in refused(a, b, "--how", "union")
+    assert "must have no pair in common" in refused(a, b, "--how", "union")
+    assert all("give a file of ratings first" in refused(*pair) for pair in ((b, a), (a, sums)))
+    assert "of different signals" in refused(write_margins(tmp_path / "c", {12: 0.5}), b, "--how", "union")
     assert "no alignment potential" in refused(a, flat)
-    assert "lengths: l there, x here" in refused(b, longer) and "adapter_weights: None there" in refused(b, tuned)
+    assert "lengths: l there, x here" in refused(b, longer, "--how", "union")
 
 
 def test_cross_fit(tiny_model, source, tmp_path, monkeypatch):

@@ -92,7 +92,8 @@ def test_summary_by_hand():
 def test_the_fingerprint_tells_routes_orders_and_actions_apart():
     margins, ids = np.arange(10.0), np.arange(10)
     others = [{"threshold": 4.0}, {"threshold": 3.0, "order": "shuffled"}]
-    others += [{"threshold": 3.0, "hard_action": action, "blend_width": 1.0} for action in get_args(HardAction)]
+    actions = [(action, 1.0 if action == "blend" else None) for action in get_args(HardAction)]
+    others += [{"threshold": 3.0, "hard_action": action, "blend_width": width} for action, width in actions]
     routes = [plan_route(margins, ids, **option).fingerprint() for option in others]
     routes.append(plan_route(margins[::-1].copy(), ids, threshold=3.0).fingerprint())
     assert len(set(routes)) == len(routes)
