@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from pathlib import Path
@@ -174,3 +175,22 @@ def test_the_clock_measures_what_a_block_takes() -> None:
     costs = json.loads(done.stdout)
     assert 40 < costs["peak_mb"] - costs["resident_before_mb"] < 100
     assert costs["cpu_seconds"] > 0 and 0 < costs["seconds"] < 60
+
+
+def test_the_second_study_asks_what_no_earlier_prompt_asked(benchmark: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(BENCHMARKS.parent)
+    script = benchmark("noisy_labels")
+    pairs, words = script.lines_of(script.DATA / "constraints_pairs.jsonl"), json.loads(script.WORDS.read_text("utf-8"))
+    assert [script.picked(pairs[:240], seeds) for seeds in script.SEEDS.values()] == [16, 24]
+    prompts = script.fresh_prompts(pairs)
+    assert Counter(row["part"] for row in prompts) == {"validation": 100, "seen": 240, "unseen": 60}
+    old = {*script.TASK["requests"], *script.TASK["training_subjects"], *script.TASK["held_out_subjects"]}
+    for row in prompts:
+        subjects = words["validation_subjects" if row["part"] == "validation" else "held_out_subjects"]
+        asked = [each.format(subject) for each in words["requests"] if each not in old for subject in subjects]
+        assert any(row["prompt"].startswith(each) for each in asked) and not old & set(subjects)
+    words["held_out_subjects"][3] = script.TASK["held_out_subjects"][0]
+    monkeypatch.setattr(script, "WORDS", tmp_path / "words.json")
+    script.WORDS.write_text(json.dumps(words))
+    with pytest.raises(ValueError, match=r"used before, or twice: .*a volcano"):
+        script.fresh_prompts(pairs)

@@ -42,6 +42,16 @@ def test_known_intervals() -> None:
     assert f"{Interval(0.5, -0.25, 1):+.1f}" == "+0.5 [-0.2, +1.0]"
 
 
+def test_p_is_the_level_whose_interval_just_leaves_0_out() -> None:
+    for shift in (-0.4, -0.1, 0.0, 0.2, 0.35):
+        found = paired_bootstrap(np.zeros(30), np.random.default_rng(8).normal(0, 1, 30) + shift)
+        for level in (0.9 * found.p(), min(1.0, 1.1 * found.p())):
+            low, high = np.quantile(found.resamples, [level / 2, 1 - level / 2])
+            assert (low <= 0 <= high) == (level < found.p() or found.p() == 1), shift
+    sure = paired_bootstrap(np.zeros(9), np.ones(9), samples=99)
+    assert sure.p() == 2 / 100 and paired_bootstrap(np.ones(9), np.ones(9)).p() == 1
+
+
 def test_what_they_refuse() -> None:
     for before, after in (([1, 2], [1]), ([], []), ([1], [float("nan")])):
         with pytest.raises(InputError):

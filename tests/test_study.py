@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import write_pairs
 from test_configs import build, cli  # noqa: F401
 
 from mixdpo.__main__ import main
-from mixdpo.evaluation.compare_runs import chosen_point
+from mixdpo.evaluation.compare_runs import _decided, chosen_point, detectable, write_tables
 from mixdpo.evaluation.study_design import read_study
 from mixdpo.evaluation.study_run import add_finished
 
@@ -270,6 +271,38 @@ def test_tables_by_hand(folder: Path) -> None:
     assert line in table and "- missing: new, seeds 0, 1" in table
 
 
+def test_a_family_is_decided_by_holm(finished: Path) -> None:
+    """Against Holm's procedure in its own words: the smallest p is tested at α / m, the next one at α / (m - 1), and so
+    on, until one fails; an adjusted p is the smallest α at which its run is rejected."""
+    draw = np.random.default_rng(5)
+    for case in range(60):
+        names, count = ["a", "b", "c", "d"], int(draw.integers(5))  # the others of the family are not done yet
+        values = {name: float(draw.choice([0.0002, 0.01, 0.02, 0.3, draw.uniform(0, 0.1)])) for name in names[:count]}
+        rows = [{"run": name, "p": p, "verdict": "as alone", "detectable": 2.8} for name, p in values.items()]
+        rows.insert(case % (count + 1), {"run": "beside", "p": 0.04, "verdict": "as alone", "detectable": 2.8})
+        found = {row["run"]: row for row in _decided([*rows, {"run": "control"}], names)}
+        for alpha in (0.01, 0.05, 0.2):
+            rejected = set()
+            for step, name in enumerate(sorted(values, key=lambda name: values[name])):
+                if values[name] > alpha / (4 - step):
+                    break
+                rejected.add(name)
+            assert {name for name in values if found[name]["p"] <= alpha} == rejected
+            if alpha == 0.05:
+                assert {name for name in values if found[name]["verdict"].startswith("decided, Holm p 0.0")} == rejected
+        assert all(found[name]["detectable"] == pytest.approx(2.50 + 0.84) for name in values)  # z of 5 % / 8
+        assert (found["beside"]["verdict"], found["beside"]["p"], found["control"]) == (
+            "as alone",
+            0.04,
+            {"run": "control"},
+        )
+    runs = {**STUDY["runs"], "late": {}}
+    plan = read_study(write_study(finished, runs=runs, holm=["late", "mixdpo"]))
+    table = write_tables(plan, {f"{run}-seed{seed}" for run in STUDY["runs"] for seed in (0, 1)})
+    assert "dpo | +0.200 [+0.200, +0.200] | decided, Holm p 0.0004 |" in table  # 2 × 2 / 10,001
+    assert "two-sided 2.5 %): 0.462 with 4 prompts" in detectable(plan, 4)  # (2.24 + 0.84) × 0.3 / 2
+
+
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_parse(path: Path, build: Any) -> None:  # noqa: F811
@@ -287,9 +320,20 @@ def test_shipped_studies_parse(path: Path, build: Any) -> None:  # noqa: F811
         (callback,) = parsed[run].trainer.callbacks
         assert callback.init_args.prompts == study.prompts
     assert f"python -m mixdpo study {path.relative_to(ROOT)}" in path.read_text("utf-8")
+    ways = {run: p.data.init_args.routing for run, p in parsed.items()}
+    routing = {run: (way.hard_fraction, way.order) for run, way in ways.items()}
+    if path.stem == "default_recipe":
+        models = {run: each.model.init_args for run, each in parsed.items()}
+        cosine = {run for run, model in models.items() if model.schedule.class_path.endswith(".Cosine")}
+        assert cosine == {study.control} and study.control not in study.holm
+        assert {run: model.sft_weight for run, model in models.items() if model.sft_weight != 1} == {
+            study.holm[1]: 0.25
+        }
+        assert {routing[run] for run in routing if run.startswith("sft_then_dpo")} == {(0.3, "sft_first")}
+        assert {run for run, way in ways.items() if way.assignment == "random"} == {"sft_then_dpo_random"}
+        assert {run for run, model in models.items() if model.cleaning} == {"sft_then_dpo_cleaned"}
+        assert {(each.trainer.max_epochs, each.trainer.max_steps) for each in parsed.values()} == {(1, -1), (2, 60)}
     if path.stem == "noisy_labels":
-        ways = {run: p.data.init_args.routing for run, p in parsed.items()}
-        routing = {run: (way.hard_fraction, way.order) for run, way in ways.items()}
         assert routing["dpo"] == routing["dpo_clean"] == (0.0, "shuffled")
         assert routing["mixdpo"] == routing["mixdpo_clean"] == routing["mixdpo_paper_cosine"] == (0.3, "easy_to_hard")
         assert routing["sft_then_dpo"] == (0.3, "sft_first")

@@ -14,22 +14,26 @@ from mixdpo.constraints.scoring import Constraint
 
 def training_prompts(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """`count` rows `prompt_id, prompt, constraints, part`, all different, from training subjects and kinds."""
-    return _draw_prompts(random.Random(f"training {seed}"), count, "train")
+    return _draw_prompts(random.Random(f"training {seed}"), count, "train", TASK)
 
 
-def held_out_prompts(seed: int = 0, *, seen: int = 150, unseen: int = 60) -> list[dict[str, Any]]:
-    """Rows as in training, on other subjects: `seen` with trained kinds, `unseen` with the other kinds only."""
+def held_out_prompts(seed: int = 0, *, seen: int = 150, unseen: int = 60, words: dict = TASK) -> list[dict[str, Any]]:
+    """Rows as in training, on other subjects: `seen` with trained kinds, `unseen` with the other kinds only.
+
+    Args:
+        words: `requests` and `held_out_subjects` that the prompts are made of; the built-in ones by default.
+    """
     rng = random.Random(f"held out {seed}")
-    return _draw_prompts(rng, seen, "seen") + _draw_prompts(rng, unseen, "unseen")
+    return _draw_prompts(rng, seen, "seen", words) + _draw_prompts(rng, unseen, "unseen", words)
 
 
-def _draw_prompts(rng: random.Random, count: int, part: str) -> list[dict[str, Any]]:
-    subjects = TASK["training_subjects" if part == "train" else "held_out_subjects"]
+def _draw_prompts(rng: random.Random, count: int, part: str, words: dict) -> list[dict[str, Any]]:
+    subjects = words["training_subjects" if part == "train" else "held_out_subjects"]
     kinds = [name for name, kind in KINDS.items() if kind.trained == (part != "unseen")]
     rows: dict[str, dict[str, Any]] = {}  # by prompt: a repeated prompt is drawn again
     while len(rows) < count:
         constraints = _draw_constraints(rng, kinds, rng.choice((1, 2, 2, 3, 3, 3)))
-        request = rng.choice(TASK["requests"]).format(rng.choice(subjects))
+        request = rng.choice(words["requests"]).format(rng.choice(subjects))
         asked = [rng.choice(KINDS[each.kind].phrasings).format(**each.params) for each in constraints]
         prompt = " ".join([request, *asked])
         row = {"prompt_id": f"{part}-{len(rows):05d}", "prompt": prompt, "constraints": [*map(asdict, constraints)]}

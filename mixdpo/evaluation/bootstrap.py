@@ -28,6 +28,16 @@ class Interval:
     def standard_error(self) -> float:
         return float(self.resamples.std(ddof=1))
 
+    def p(self) -> float:
+        """Two-sided p of the value 0: the smallest level at which the percentile interval leaves 0 out.
+
+        p = min(1, 2 (1 + b) / (1 + samples)), b resamples in the smaller of the tails ≤ 0 and ≥ 0: never 0. With 10,000
+        resamples, a p near .017 has a Monte Carlo standard error of .002. It is as coarse as the interval: few seeds
+        make both too small, see `two_way_bootstrap` (Davison & Hinkley 1997, chapter 4).
+        """
+        beyond = min((self.resamples <= 0).sum(), (self.resamples >= 0).sum())
+        return min(1.0, 2 * (1 + float(beyond)) / (1 + len(self.resamples)))
+
     def __sub__(self, other: "Interval") -> "Interval":
         """Paired difference: both intervals come from the same items in the same order, and from the same seed."""
         return _interval(self.mean - other.mean, self.resamples - other.resamples)

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,11 @@ from mixdpo.evaluation.bootstrap import two_way_bootstrap
 from mixdpo.evaluation.study_design import Point, Study
 from mixdpo.storage.files import Row, write_text, written_whole
 
-POWER = 2.8
-"""1.96 + 0.84: a difference of so many standard errors is found with power 80 % at a two-sided 5 %."""
-
 START = "(before training)"
 
 COLUMNS = (
     *("outcome", "run", "chosen", "seeds", "prompts", "mean", "low", "high", "tokens", "ended", "control"),
-    *("difference", "difference_low", "difference_high", "verdict", "detectable"),
+    *("difference", "difference_low", "difference_high", "p", "verdict", "detectable"),
 )
 
 HEADING = "| {} | chosen | seeds × prompts | mean [95 %] | tokens | ended | against | difference | | detectable |"
@@ -33,13 +31,19 @@ GAIN = " {control} | {difference:+.3f} [{difference_low:+.3f}, {difference_high:
 NONE = " {control} | | | |"
 
 
+def power(comparisons: int) -> float:
+    """A difference of so many standard errors is found with power 80 % at a two-sided 5 % / comparisons: 1.96 + 0.84
+    for one. A family is held to the level of Holm's first step."""
+    return round(NormalDist().inv_cdf(1 - 0.025 / comparisons), 2) + 0.84
+
+
 def detectable(plan: Study, prompts: int) -> str:
     """The smallest difference that the study can detect, in words, before the first run."""
-    sd, seeds = plan.assumed_sd, len(plan.seeds)
-    smallest = POWER * (sd.prompts**2 / prompts + sd.seeds**2 / seeds) ** 0.5
+    sd, seeds, family = plan.assumed_sd, len(plan.seeds), max(1, len(plan.holm))
+    smallest = power(family) * (sd.prompts**2 / prompts + sd.seeds**2 / seeds) ** 0.5
     size = f"{smallest:.3f} with {prompts} prompts, {seeds} seeds"
     spread = f"the difference's standard deviation is {sd.prompts:g} over prompts, {sd.seeds:g} over seeds"
-    limit = f"smallest detectable difference (power 80 %, two-sided 5 %): {size}, if {spread}"
+    limit = f"smallest detectable difference (power 80 %, two-sided {5 / family:.3g} %): {size}, if {spread}"
     return f"{limit}; a smaller difference is undecided, not absent"
 
 
@@ -68,7 +72,7 @@ def seeds_done(plan: Study, run: str, done: Set[str]) -> dict[int, str]:
 
 def write_tables(plan: Study, done: Set[str]) -> str:
     """Write table.csv and table.md to the study's folder; returns the latter."""
-    rows = {outcome: list(_rows(plan, done, outcome)) for outcome in plan.outcomes}
+    rows = {outcome: _decided(list(_rows(plan, done, outcome)), plan.holm) for outcome in plan.outcomes}
     with written_whole(Path(plan.folder, "table.csv")) as partial, partial.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -104,6 +108,17 @@ def _rows(plan: Study, done: Set[str], outcome: str) -> Iterator[Row]:
         yield row | _difference(by_seed, tables[control], "" if run == control else control)
 
 
+def _decided(rows: list[Row], family: Sequence[str]) -> list[Row]:
+    """The rows, with the family decided together: the k-th smallest p becomes max over j ≤ k of
+    min(1, (family − j + 1) p_j) (Holm 1979). A run that is not done yet counts, as the largest p."""
+    found = sorted((row for row in rows if row["run"] in family and "p" in row), key=lambda row: row["p"])
+    adjusted = np.maximum.accumulate([(len(family) - k) * row["p"] for k, row in enumerate(found)])
+    for row, p in zip(found, np.minimum(1, adjusted).tolist(), strict=True):
+        row["detectable"] *= power(len(family)) / power(1)
+        row.update(p=p, verdict=f"{'decided' if p <= 0.05 else 'undecided'}, Holm p {p:.4f}")
+    return rows
+
+
 def _difference(ours: Mapping[int, Any], theirs: Mapping[int, Any], control: str) -> Row:
     """The difference to the control, seed by seed and prompt by prompt; none where `control` is empty."""
     both = [seed for seed in ours if seed in theirs]
@@ -114,7 +129,7 @@ def _difference(ours: Mapping[int, Any], theirs: Mapping[int, Any], control: str
     gain = two_way_bootstrap(np.stack([ours[seed][0] - theirs[seed][0] for seed in both]))
     row = {"control": control, "difference": gain.mean, "difference_low": gain.low, "difference_high": gain.high}
     verdict = "decided" if gain.low > 0 or gain.high < 0 else "undecided"
-    return row | {"verdict": verdict, "detectable": POWER * (gain.high - gain.low) / (2 * 1.96)}
+    return row | {"p": gain.p(), "verdict": verdict, "detectable": power(1) * (gain.high - gain.low) / (2 * 1.96)}
 
 
 def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -> np.ndarray:

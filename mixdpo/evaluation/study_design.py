@@ -56,6 +56,8 @@ class Study:
         prompts: file of held-out prompt rows with a `part`, or `heldout`. The runs' GoldEvaluation gets the same.
         outcomes: name -> parts of the prompts that the mean gold score is over; the first outcome is the main one.
         control: run that the others are compared to.
+        holm: runs whose comparisons with their controls are one family: within an outcome, the chance that any of them
+            is decided by luck is held at 5 % (Holm 1979).
         assumed_sd: for the smallest detectable difference, which is printed before the first run.
         seeds: of everything random in a run; the first one chooses the grid point.
         options: options of run.py for every run. An overlay, a run's own options and the grid go above them.
@@ -71,6 +73,7 @@ class Study:
     outcomes: dict[str, list[str]]
     control: str
     assumed_sd: Spread
+    holm: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     options: dict = field(default_factory=dict)
     grid: dict[str, list] = field(default_factory=dict)
@@ -82,6 +85,8 @@ class Study:
             raise InputError("runs, outcomes, seeds and each list of the grid need at least one entry")
         if lost := [run for run in self.runs if self.control_of(run) not in self.runs]:
             raise InputError(f"runs.{lost[0]}: no run is called {self.control_of(lost[0])!r}, its control: name a run")
+        if lost := [run for run in self.holm if run not in self.runs or run == self.control_of(run)]:
+            raise InputError(f"holm: {lost[0]!r} is no run that is compared to a control: name runs that are")
         if self.options.get("data.validation") != 0 and not isinstance(self.options.get("data.validation"), str):
             raise InputError("options: data.validation must be 0 or a file: a share would be split anew for each seed")
         if len(self.points) > 1 and self.choose_by is None:
