@@ -79,6 +79,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def plain(tiny_model: str) -> Any:
+    from test_scoring import plain_model
+
+    return plain_model(tiny_model)
+
+
+@pytest.fixture
+def full_precision_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers rounds RMSNorm to fp32 even in an fp64 model, which blurs 1e-16 differences to 1e-8."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+@pytest.fixture(scope="module")
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file of the module's SOURCE_ROWS, or of twelve pairs; no test may change it."""
     rows = getattr(request.module, "SOURCE_ROWS", make_pairs(12))
@@ -151,11 +169,6 @@ def build(
 build_sft = partial(build, sft=True)
 
 
-def fit_sft_source(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """`build_sft`, and its data options with a source of twelve samples."""
-    return build_sft, {"source": write_pairs(folder / "samples.jsonl", make_samples(12))}
-
-
 def make_trainer(folder: Path, *, first: tuple[Any, ...] = (), **options: Any) -> L.Trainer:
     """A quiet trainer on the CPU with the callbacks `first` and those of a run."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,3 +187,8 @@ def fit(*arguments: Any, ckpt_path: str | None = None, make: Any = build, **opti
 
 def adapter_weights(module: L.LightningModule, name: str = "policy") -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in module.state_dict().items() if f".{name}." in key}
+
+
+def same(one: L.LightningModule, other: L.LightningModule, name: str = "policy") -> bool:
+    mine, theirs = (adapter_weights(module, name) for module in (one, other))
+    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_scoring import fill, one_by_one, plain_model, with_adapters
+from test_scoring import fill, one_by_one, with_adapters
 from torch import Tensor
 
 from mixdpo.batches.rows import sample_rows
@@ -24,11 +24,6 @@ SAMPLES = [
     {"input_ids": [2, 4, 6, 7, 3, 2, 5, 8, 9, 3, 2, 4, 11, 3, 2, 5, 12, 13, 3], "spans": [7, 10, 16, 19]},
     {"input_ids": [2, 4, 20, 3, 2, 5, 21, 22, 23, 24, 3], "spans": [6, 11]},
 ]
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model: str) -> Any:
-    return plain_model(tiny_model)
 
 
 @pytest.fixture

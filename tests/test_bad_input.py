@@ -17,7 +17,6 @@ from mixdpo.errors import InputError
 MODULES = (pairs, samples, templates, models, options, stored, checkpoints, studies)
 CASES = [case for module in MODULES for case in module.CASES]
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
     "ignore:Already found a `peft_config` attribute",
     "ignore:Found missing adapter keys",
     "ignore::ResourceWarning",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from conftest import WORDS, build, build_sft, fit, make_pairs, make_samples, write_pairs
 from test_adapters import saved_adapter
@@ -20,11 +19,6 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.selection import Selection
 
 MIXED: dict[str, Any] = {"dtype": "bfloat16", "trainer": {"precision": "bf16-mixed"}}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
 
 
 def scores(make: Any, model: str, source: str, folder: Path, **options: Any) -> np.ndarray:

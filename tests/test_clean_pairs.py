@@ -63,11 +63,6 @@ def train(tiny_model: str, source: str, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model: str) -> Any:
-    return plain_model(tiny_model)
-
-
-@pytest.fixture(scope="module")
 def uncleaned(train: Any) -> Ran:
     return train()
 

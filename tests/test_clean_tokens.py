@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from test_adapters import alone, as_role, saved_adapter
-from test_preference_module import full_precision_norms  # noqa: F401  (a fixture)
 from test_scoring import SCALE, losses_one_by_one, one_by_one, plain_model, with_adapters
 from torch import Tensor
 
@@ -107,11 +106,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def train(tiny_model: str, source: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ran]:
     return lambda *first, **options: run(tiny_model, source, tmp_path_factory.mktemp("run"), *first, **options)
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model: str) -> Any:
-    return plain_model(tiny_model)
 
 
 @pytest.fixture(scope="module")

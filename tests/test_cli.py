@@ -36,10 +36,6 @@ METRICS = [
     *("log_probs/chosen", "log_probs/rejected", "displacement/chosen", "lr_mass/preference", "lr_mass/sft"),
     *("tokens_per_second", "memory/peak_gb"),
 ]
-pytestmark = pytest.mark.filterwarnings(
-    # Lightning 2.6 calls what jsonargparse 4.53 has renamed
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)
 
 
 def options(model: str, source: str, runs: Path) -> list[str]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from conftest import TEMPLATE, build, build_sft, fit, make_pairs, make_samples, write_pairs
+from conftest import TEMPLATE, build, build_sft, fit, make_pairs, make_samples, same, write_pairs
 from test_pairs import own_cache, response, system, user  # noqa: F401  (a fixture)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -299,8 +299,7 @@ def test_columns_not_read_are_named_once_per_source(tiny_model: str, tmp_path: A
     (line,) = [line for line in noted.trainer.datamodule.describe_counts() if "not read" in line]
     assert line == f"read/{tmp_path / 'noted.jsonl'}: 8 pairs, 2 columns not read: lang, notes"
     assert not any("not read" in line for line in plain.trainer.datamodule.describe_counts())
-    for name, tensor in plain.state_dict().items():
-        assert tensor.equal(noted.state_dict()[name]), name
+    assert same(plain, noted)
 
 
 @pytest.mark.parametrize("make", [build, build_sft])
@@ -314,10 +313,8 @@ def test_tools_are_trained_on_as_a_system_message_of_theirs(tiny_model: str, tmp
         turns = row[column] if make is build_sft else [user(row[column])]
         told.append(row | {column: [system("tea sun"), *turns]})
     options = {"make": make, "data": {"chat_template": head + TEMPLATE}}
-    modules = [
+    by_tools, by_message, bare = (
         fit(tiny_model, write_pairs(tmp_path / f"{name}.jsonl", each), tmp_path / name, **options)
         for name, each in (("tools", tools), ("told", told), ("bare", rows))
-    ]
-    weights = [{k: v for k, v in m.state_dict().items() if ".policy." in k} for m in modules]
-    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
-    assert not all(tensor.equal(weights[2][name]) for name, tensor in weights[0].items())
+    )
+    assert same(by_tools, by_message) and not same(by_tools, bare)

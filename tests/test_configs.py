@@ -32,11 +32,6 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
 SFT = [path for path in CONFIGS if "token_cleaning" in path.parts]
 
-pytestmark = pytest.mark.filterwarnings(
-    # Lightning 2.6 calls what jsonargparse 4.53 has renamed
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)
-
 
 def stopped(patch, folder):
     """`run.py` ends before training and before the run's folder. Weights come in `configure_model`, data in `setup`."""

@@ -40,8 +40,6 @@ EXPECTED = {
 }  # fmt: skip
 """Of 24 pairs, 12 % of them hard: those trained, those of them by SFT, and the stages in steps of four."""
 
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def parse(tmp_path_factory: pytest.TempPathFactory, cli: Any) -> Any:  # noqa: F811

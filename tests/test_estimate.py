@@ -187,7 +187,6 @@ def test_an_architecture_that_cannot_be_simulated_is_recomputed_and_says_so(
     assert module._recompute_above == 0 and "optimizer Unknown cannot be estimated" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore")  # of jsonargparse, as in every run
 def test_the_verb(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
     words = ["estimate", "configs/own_pairs.yaml", "--model.base", tiny_model, "--data.source", source]
@@ -216,7 +215,6 @@ def test_the_verb(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # of jsonargparse, as in every run
 def test_the_table_of_cards_is_what_the_verb_says() -> None:
     """Every config for a GPU; docs/reproducing.md takes memory and hours from the table."""
     made = benchmark.cards()

@@ -69,7 +69,6 @@ def dtypes_in(folder: Path) -> set[str]:
         return {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118, it is no dict
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's, of ours
 def test_a_run_from_the_command_line_to_a_plain_model(tiny_model, tmp_path, capsys):
     source = write_pairs(tmp_path / "rows.jsonl", make_pairs(16))
     arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path / "runs")]

@@ -1,6 +1,5 @@
 """What a run does when it is stopped, when a number is not finite, and when disk or memory run out."""
 
-import csv
 import json
 import os
 import resource
@@ -14,10 +13,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from conftest import adapter_weights, build, fit, make_pairs, same, write_pairs
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
+from test_cli import last_step, metrics
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
@@ -71,15 +71,6 @@ def whole(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def checkpoint(folder: Path) -> str:
     return str(folder / "checkpoints" / "last.ckpt")
-
-
-def last_step(folder: Path) -> int:
-    return torch.load(checkpoint(folder), weights_only=True)["global_step"]
-
-
-def same(one: Any, other: Any) -> bool:
-    mine, theirs = adapter_weights(one), adapter_weights(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 class At(Callback):
@@ -147,11 +138,6 @@ def test_the_step_that_a_signal_stops_at_is_logged(run: Any, tmp_path: Path) -> 
     with pytest.raises(Stopped):
         run(tmp_path, At(2, terminate), trainer={"logger": CSVLogger(str(tmp_path), name="", version="")})
     assert [row["step"] for row in metrics(tmp_path)] == ["0", "1", "2"]
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_best_of_a_continued_run_may_be_older_than_it(run: Any, tmp_path: Path) -> None:

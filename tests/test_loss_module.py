@@ -11,7 +11,7 @@ from conftest import adapter_weights, build, collate, fit, make_pairs
 from test_configs import build as build_cli  # noqa: F401  (a fixture, and the one that it takes)
 from test_configs import cli  # noqa: F401
 from test_losses import TABLE, make
-from test_preference_module import first_batch, full_precision_norms, perturb_policy  # noqa: F401
+from test_preference_module import first_batch, perturb_policy
 
 import mixdpo.model.forward
 from lightning_modules.callbacks.clean_tokens import RefreshReference
@@ -26,10 +26,6 @@ from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 
 SOURCE_ROWS = make_pairs(8)
-pytestmark = pytest.mark.filterwarnings(
-    # Lightning 2.6 calls what jsonargparse 4.53 has renamed
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)
 EASY, HALF, HARD = ({"routing": Routing(hard_fraction=fraction)} for fraction in (0.0, 0.5, 1.0))
 
 

@@ -28,9 +28,7 @@ from mixdpo.storage.store import read_store
 
 SOURCE_ROWS = make_pairs(10)
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning", "ignore:.*return_predictions"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*return_predictions")
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, write_pairs
+from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, same, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
-from test_faults import SOURCE_ROWS, At, checkpoint, full, run, same, terminate, whole
+from test_faults import SOURCE_ROWS, At, checkpoint, full, run, terminate, whole
 
 from lightning_modules.callbacks.faults import OutOfMemory
 from lightning_modules.preference import PreferenceModule

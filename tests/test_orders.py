@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, fit, make_pairs
+from conftest import adapter_weights, build, fit, make_pairs, same
 from lightning.pytorch.callbacks import Callback
 from test_adapters import saved_adapter
 from test_preference_module import first_batch
@@ -64,8 +64,7 @@ def test_reshuffled_epochs_resume_exactly(order, stop, workers, tiny_model, sour
     train("cut", max_steps=stop)
     rest, after = train("rest", str(tmp_path / "cut" / "checkpoints" / "last.ckpt"))
     assert after.steps == {step: pairs for step, pairs in seen.steps.items() if step >= stop}
-    for key, value in adapter_weights(whole).items():
-        assert torch.equal(value, adapter_weights(rest)[key]), key
+    assert same(whole, rest)
 
     data = whole.trainer.datamodule
     ids, route = data.train_pairs["pair_id"], data.route
@@ -174,9 +173,7 @@ def test_the_reference_moves_at_each_bucket_and_resumes_exactly(start, tiny_mode
         saved = torch.load(path, weights_only=True)["state_dict"]
         assert any(".reference." in key for key in saved) == (start == "adapter" or stop == 3)
         rest, _ = run(tiny_model, source, tmp_path / f"rest{stop}", *moves, ckpt_path=path, **options)
-        for name in ("policy", "reference"):
-            for key, value in adapter_weights(whole, name).items():
-                assert torch.equal(value, adapter_weights(rest, name)[key]), (stop, key)
+        assert same(whole, rest) and same(whole, rest, "reference"), stop
 
 
 @pytest.mark.parametrize(("precision", "rtol", "stop"), [("32-true", 1e-5, 1), ("bf16-true", 0.02, 3)])
@@ -212,5 +209,4 @@ def test_the_base_moves_as_an_average_and_resumes_exactly(precision, rtol, stop,
 
     train("cut", moves, max_steps=stop)
     rest, _ = train("rest", moves, ckpt_path=str(tmp_path / "cut/checkpoints/last.ckpt"))
-    for name in ("policy", "reference"):
-        assert all(torch.equal(v, adapter_weights(rest, name)[k]) for k, v in adapter_weights(whole, name).items())
+    assert same(whole, rest) and same(whole, rest, "reference")

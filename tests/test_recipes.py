@@ -17,7 +17,6 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 RECIPE = re.compile(r"Use: `(--\S+) (mine\.\w+)`\n```python\n(.+?)```", re.DOTALL)
 TINY = """--model.quantization none --model.dtype float32 --data.max_length 64 --data.max_prompt_length 32
     --trainer.enable_progress_bar false"""
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
 
 def run(*arguments: str) -> None:

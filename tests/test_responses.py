@@ -23,11 +23,6 @@ from mixdpo.storage.store import read_store
 
 GSM = GSM8K()
 
-pytestmark = pytest.mark.filterwarnings(
-    # Lightning 2.6 calls what jsonargparse 4.53 has renamed
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)
-
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

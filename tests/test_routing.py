@@ -42,12 +42,6 @@ def test_the_threshold_is_strict():
     assert route.is_hard.dtype == bool and route.threshold == 0.5
 
 
-@pytest.mark.parametrize(("pairs", "fraction", "hard"), [(5, 0.5, 2), (7, 0.5, 4), (50, 0.12, 6), (3, 0.12, 0)])
-def test_counts_by_hand(pairs, fraction, hard):
-    """2.5 → 2 and 3.5 → 4, as Python rounds."""
-    assert plan_route(np.zeros(pairs), np.arange(pairs), hard_fraction=fraction).is_hard.sum() == hard
-
-
 @given(pairs(), options, st.integers(0, 5))
 @fast
 def test_easy_to_hard_descends_and_ends_with_every_hard_pair(data, option, seed):

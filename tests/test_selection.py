@@ -89,15 +89,6 @@ def test_by_hand(options, kept, threshold):
     assert (np.flatnonzero(mask).tolist(), lowest) == (kept, threshold)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "kept", "threshold"), [(0.5, [0, 1, 5, 8, 9], 1.0), (0.2, [8, 9], None), (0.1, [8, 9], None)]
-)
-def test_tokens_kept_always_use_up_the_budget(ratio, kept, threshold):
-    always = np.isin(np.arange(10), [8, 9])
-    mask, lowest = select(SCORES, OFFSETS, Selection(ratio), always_keep=always)
-    assert (np.flatnonzero(mask).tolist(), lowest) == (kept, threshold)
-
-
 def test_ratio_and_threshold_stand_alone():
     assert Selection() == Selection(keep_ratio=None, threshold=None) == Selection(keep_ratio=0.6)
     assert Selection(threshold=0.0) == Selection(keep_ratio=None, threshold=0.0)

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter_weights, build_sft, fit, make_samples
+from conftest import build_sft, fit, make_samples
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks.checkpoint import LastCheckpoint
-from lightning_modules.callbacks.clean_tokens import CleanTokens, RefreshReference
+from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.batches.steps import Slices
 from mixdpo.model.adapters import adapter_state
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.scorers import ExcessLoss, Random
+from mixdpo.token_cleaning.scorers import ExcessLoss
 from mixdpo.token_cleaning.selection import Selection
 
 SOURCE_ROWS = make_samples(24)
@@ -25,22 +25,8 @@ EVOLVING: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path / "cache"))
-
-
 def run(tiny_model: str, source: str, folder: Path, **options: Any) -> Any:
     return fit(tiny_model, source, folder, make=build_sft, **options)
-
-
-def test_self_evolving_run_leaves_its_files(tiny_model: str, source: str, tmp_path: Path) -> None:
-    options = {"data": {"slices": Slices(3)}, "trainer": {"first": (RefreshReference(),)}, **EVOLVING}
-    module = run(tiny_model, source, tmp_path / "run", **options)
-    assert module.trainer.global_step == 6
-    assert module.reference_version == 2
-    order = [type(callback) for callback in module.trainer.callbacks]
-    assert order.index(RefreshReference) < order.index(CleanTokens)  # or the old reference would score the new slice
 
 
 class Killed(Exception):
@@ -89,13 +75,6 @@ def test_an_online_scorer_resumes_in_the_middle_of_a_stage(stop, tiny_model, sou
     """The reference's losses are those of the batches that the stage began with; others round otherwise."""
     rho = Cleaning(scorer=ExcessLoss("policy", "cleaning_reference"), selection=Selection(0.6, scope="batch"))
     check_resuming(stop, 3, tiny_model, source, tmp_path, **EVOLVING | {"cleaning": rho, "stage_start": "continue"})
-
-
-def test_keeping_all_is_full_sft(tiny_model: str, source: str, tmp_path: Path) -> None:
-    full = run(tiny_model, source, tmp_path / "full")
-    kept = run(tiny_model, source, tmp_path / "kept", cleaning=Cleaning(scorer=Random(), selection=Selection(1.0)))
-    for key, value in adapter_weights(full).items():
-        assert torch.equal(value, adapter_weights(kept)[key]), key
 
 
 def test_validation_says_what_a_loop_over_samples_says(tiny_model: str, source: str, tmp_path: Path) -> None:

@@ -270,7 +270,6 @@ def test_tables_by_hand(folder: Path) -> None:
     assert line in table and "- missing: new, seeds 0, 1" in table
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_parse(path: Path, build: Any) -> None:  # noqa: F811
     """Every run's options are run.py's, and what a preset or the grid says is not undone by the study's options."""

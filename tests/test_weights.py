@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TEMPLATE, adapter_weights, build, build_sft, fit, make_pairs, make_samples, write_pairs
 from test_pairs import own_cache, response, user  # noqa: F401  (a fixture)
-from test_preference_module import first_batch, full_precision_norms
+from test_preference_module import first_batch
 from test_processes import FORK, assert_close
 from torch import Tensor
 
@@ -25,7 +25,6 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss
 from mixdpo.token_cleaning.selection import Selection
 
-__all__ = ["full_precision_norms"]  # a fixture
 FIRST, LAST = [user("sun?"), response("red")], [user("moon?"), response("blue tea")]
 EXACT: dict[str, Any] = {"dtype": "float64", "schedule": Constant(warmup=0.0), "make": build_sft}
 REWRITES = TEMPLATE.replace("{{ m['content']", "{{ 'sea ' * (loop.last and m.role == 'assistant') + m.content")
