@@ -24,6 +24,7 @@ from lightning_modules.sft import SFTModule
 from mixdpo.batches.batch import Batch, PairCollator
 from mixdpo.batches.rows import TokenRows
 from mixdpo.model.adapters import Lora
+from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.route import Routing
 
 __all__ = ["TEMPLATE", "WORDS", "make_pairs", "make_samples", "write_pairs"]  # of `tiny`, for the tests
@@ -76,6 +77,11 @@ def _nothing_cached_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytes
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a 2-layer Llama with random weights (fp32, 64 wide) and a word-level tokenizer."""
     return write_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: str) -> Any:
+    return load_tokenizer(tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -141,18 +147,7 @@ def sources(rows: TokenRows) -> list[int]:
     return [position for start, end in rows.source for position in range(start, end)]
 
 
-def build(
-    model: str,
-    source: str,
-    folder: Path,
-    *,
-    trainer: dict[str, Any] | None = None,
-    lr: float = 0.1,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
-    data: dict[str, Any] | None = None,
-    sft: bool = False,
-    **module: Any,
-) -> tuple[L.Trainer, Any, Any]:
+def build(model, source, folder, *, trainer=None, lr=0.1, optimizer=torch.optim.SGD, data=None, sft=False, **module):
     """Trainer, module and data module of a short CPU run; full precision and no dropout unless asked for."""
     L.seed_everything(0, verbose=False)
     module = {"lora": Lora(rank=4, alpha=8), "quantization": "none", "dtype": "float32", **module}

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, make_trainer, same, write_pairs
+from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, same, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies.strategy import Strategy
 from test_adapters import saved_adapter
+from test_margins_file import predict
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from datamodules.preference import PreferenceDataModule
-from lightning_modules.margins import MarginModule
 from mixdpo.batches.rows import build_rows
 from mixdpo.batches.steps import Slices
 from mixdpo.model.adapters import Lora, add_adapters, add_reference, stack_policy
@@ -72,13 +71,6 @@ def test_the_default_device_changes_nothing(kind, tiny_model, pairs, samples, ot
     expected = fit(tiny_model, source, tmp_path / "cpu", **options)
     other_device()
     assert same(expected, fit(tiny_model, source, tmp_path / "other", **options))
-
-
-def margins_of(model: str, source: str, folder: Path, signal: Any, adapter: str | None = None) -> dict[Any, float]:
-    module = MarginModule(model, signal, adapter, str(folder / "a.margins"), quantization="none", dtype="float32")
-    data = PreferenceDataModule(source, tokenizer=model, validation=0.0, max_length=64, max_prompt_length=32)
-    make_trainer(folder).predict(module, data, return_predictions=False)
-    return dict(read_margins(folder / "a.margins").pairs)
 
 
 def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(tiny_model, monkeypatch):
@@ -152,7 +144,7 @@ def test_a_run_adds_in_a_fixed_order(name: str, tiny_model: str, pairs: str, sam
 def test_a_signal_adds_in_a_fixed_order(signal: Any, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     given = saved_adapter(tiny_model, tmp_path / "given", rank=4) if signal.needs == "adapter" else None
     with Ordered():
-        found = margins_of(tiny_model, pairs, tmp_path / "m", signal, given)
+        found = read_margins(predict(tiny_model, pairs, tmp_path / "m", signal, adapter=given)).pairs
     assert len(found) == 20 and len(set(found.values())) == 20
 
 

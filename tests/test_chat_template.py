@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_encoding import CHATML, encoded_pair, user, word_tokenizer, wrap
+from tiny import response
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -40,10 +41,6 @@ def spelt(text: str) -> list[int]:
     """Ids of a text in which nothing is special: by hand."""
     pieces = text.replace("ab", "\0")
     return [VOCABULARY["ab"] if piece == "\0" else VOCABULARY[piece] for piece in pieces]
-
-
-def response(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 HEAD, TAIL = [START, *spelt("user\n")], [END, *spelt("\n"), START, *spelt("assistant\n")]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from test_adapters import alone, as_role, saved_adapter
-from test_scoring import SCALE, losses_one_by_one, one_by_one, plain_model, with_adapters
+from test_scoring import SCALE, changed_model, losses_one_by_one, one_by_one, plain_model, with_adapters
 from torch import Tensor
 
 from lightning_modules.callbacks.clean_tokens import RefreshReference
@@ -224,11 +224,8 @@ def test_masks_of_another_run_are_refused(part, tiny_model, source, earlier, tmp
     model = tiny_model
     if part == "data":
         source = write_pairs(tmp_path / "samples.jsonl", make_samples(24, seed=1))
-    else:  # one weight has changed
-        changed = plain_model(tiny_model)
-        changed.model.layers[1].mlp.up_proj.weight.data[3, 3] += 1e-3
-        model = str(shutil.copytree(tiny_model, tmp_path / "other"))
-        changed.save_pretrained(model)
+    else:
+        model = changed_model(tiny_model, tmp_path / "other")
     trainer, module, data = build_sft(model, source, tmp_path / "run", cleaning=Cleaning(masks=earlier.masks))
     data.tokenizer = tiny_model
     with pytest.raises(InputError, match=r"cleaning\.masks") as error:

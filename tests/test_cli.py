@@ -69,6 +69,13 @@ def in_shell(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def message_of(status: int, errors: str) -> str:
+    """The one message of what was refused, from exit status and stderr."""
+    messages = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert status and "Traceback" not in errors and len(messages) == 1, errors
+    return errors[errors.index("error: ") :].strip()
+
+
 def contents(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -105,15 +112,9 @@ def refused(demo: Callable[..., list[str]], tmp_path: Path, capfd: pytest.Captur
     def check(*mistake: str) -> str:
         status = in_process(*demo(tmp_path / "runs"), *mistake)
         captured = capfd.readouterr()
-        errors = captured.err
-        assert "error: " not in captured.out
-        assert status not in (0, None)
-        assert "Traceback" not in errors
-        messages = [line for line in errors.splitlines() if line.startswith("error: ")]
-        assert len(messages) == errors.count("error: ") == 1, errors
-        message = errors[errors.index("error: ") :].strip()
-        assert errors.count(message[7:67]) == 1, f"said twice: {errors}"
-        assert len(message) < 1000, message
+        message = message_of(status, captured.err)
+        assert "error: " not in captured.out and len(message) < 1000, message
+        assert captured.err.count(message[7:67]) == 1, f"said twice: {captured.err}"
         assert not list((tmp_path / "runs").rglob("*")), "something half-written is left"
         return message
 
@@ -151,10 +152,7 @@ def parsed(shared_parser, monkeypatch, capfd) -> Callable[..., Any]:
     def parse(*arguments: Any, base: tuple[str, ...] = ("--config", "configs/demo.yaml")) -> Any:
         status = in_process(*base, *words_of(arguments))
         errors = capfd.readouterr().err
-        if not status:
-            return configs[-1]
-        assert "Traceback" not in errors and errors.count("error: ") == 1
-        return errors[errors.index("error: ") :].strip()
+        return message_of(status, errors) if status else configs[-1]
 
     return parse
 

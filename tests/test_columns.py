@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from conftest import TEMPLATE, build, build_sft, fit, make_pairs, make_samples, same, write_pairs
-from test_pairs import own_cache, response, system, user  # noqa: F401  (a fixture)
+from test_pairs import own_cache, system  # noqa: F401  (a fixture)
+from tiny import response, user
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast

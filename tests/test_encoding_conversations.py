@@ -24,11 +24,6 @@ TWO_TURNS_IDS = [START, USER, RED, BLUE, END, START, ASSISTANT, GREEN, TEA, END]
 TWO_TURNS_IDS += [START, USER, TEA, END, START, ASSISTANT, RED, END]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return load_tokenizer(tiny_model)
-
-
 def chat(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback,
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from test_cli import last_step, metrics
+from test_scoring import changed_model
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
@@ -40,14 +41,7 @@ def run(tiny_model: str, source: str) -> Callable[..., Any]:
     """Train in a folder, with callbacks before those of every run, in five steps an epoch; returns the module. The run
     continues the one in the folder `after`, or of that checkpoint."""
 
-    def train(
-        folder: Path,
-        *callbacks: Any,
-        after: Path | None = None,
-        every: int = 50,
-        trainer: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> Any:
+    def train(folder: Path, *callbacks: Any, after: Any = None, every: int = 50, trainer: Any = None, **options: Any):
         ours = [*callbacks, RunFiles(), ExactResume(), LastCheckpoint(every_n_steps=every), OutOfMemory()]
         path = after and (checkpoint(after) if after.is_dir() else str(after))
         trainer = {"callbacks": ours, **(trainer or {})}
@@ -126,14 +120,6 @@ def test_a_second_signal_ends_it_at_once(run: Any, tmp_path: Path) -> None:
     assert last_step(tmp_path) == 2
 
 
-def test_a_signal_in_a_validation_loses_no_step(run: Any, whole: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"data": VALIDATED, "trainer": {"max_epochs": 2}}
-    with pytest.raises(Stopped):
-        run(tmp_path / "cut", At(5, terminate, "on_validation_batch_start"), **options)
-    assert last_step(tmp_path / "cut") == 5
-    assert same(run(tmp_path / "rest", after=tmp_path / "cut", **options), whole(**options))
-
-
 def test_the_step_that_a_signal_stops_at_is_logged(run: Any, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(tmp_path, At(2, terminate), trainer={"logger": CSVLogger(str(tmp_path), name="", version="")})
@@ -159,7 +145,9 @@ def test_a_validation_that_was_cut_off_is_made_up_for(run: Any, tmp_path: Path) 
     options: dict[str, Any] = {"data": VALIDATED, "trainer": {"max_epochs": 2, "limit_val_batches": 1}}
     with pytest.raises(Stopped):
         run(tmp_path / "cut", At(5, terminate, "on_validation_batch_start"), **options)
+    assert last_step(tmp_path / "cut") == 5
     seen: dict[str, list[Any]] = {"whole": [], "rest": []}
+    modules = []
     for name, after in (("whole", None), ("rest", tmp_path / "cut")):
 
         class Note(Callback):
@@ -167,8 +155,8 @@ def test_a_validation_that_was_cut_off_is_made_up_for(run: Any, tmp_path: Path) 
                 value = float(trainer.callback_metrics["val/all/sft_loss"])
                 seen[name].append((trainer.global_step, value, trainer.state.fn))
 
-        run(tmp_path / name, Note(), after=after, **options)
-    assert [step for step, _, _ in seen["whole"]] == [5, 10] and seen["rest"] == seen["whole"]
+        modules.append(run(tmp_path / name, Note(), after=after, **options))
+    assert [step for step, _, _ in seen["whole"]] == [5, 10] and seen["rest"] == seen["whole"] and same(*modules)
 
 
 @pytest.mark.filterwarnings("ignore:the best checkpoint so far")
@@ -295,17 +283,6 @@ def test_more_steps_are_refused_where_the_schedule_was_made_for_fewer(run: Any, 
         run(tmp_path / "short", schedule_steps=4)
 
 
-def other_base(model: str, folder: Path) -> str:
-    """The same architecture and tokenizer with other weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    changed = AutoModelForCausalLM.from_pretrained(model)
-    changed.model.norm.weight.data.mul_(1.5)
-    changed.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize(("named", "change"), [
     ("data", {"rows": [row | {"chosen": f"{row['chosen']} red"} for row in make_pairs(20)]}),
     ("route", {"rows": [row | {"margin": -row["margin"]} for row in make_pairs(20)]}),
@@ -317,7 +294,7 @@ def other_base(model: str, folder: Path) -> str:
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_what_has_changed_is_named(named, change, tiny_model, source, tmp_path, stopped_after_two) -> None:
     change = dict(change)
-    base = other_base(tiny_model, tmp_path / "base") if change.pop("base", False) else tiny_model
+    base = changed_model(tiny_model, tmp_path / "base") if change.pop("base", False) else tiny_model
     pairs = write_pairs(tmp_path / "other.jsonl", change.pop("rows")) if "rows" in change else source
     with pytest.raises(InputError, match=rf"another run \({named}: |; {named}: "):
         fit(base, pairs, tmp_path / "rest", ckpt_path=stopped_after_two, **(ADAMW | change))

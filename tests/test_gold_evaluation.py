@@ -1,7 +1,6 @@
 """The gold score before and after training: the table by hand, and the callback around a short run."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import TEMPLATE, WORDS, adapter_weights, build, make_pairs, write_pairs
 from lightning.pytorch.callbacks import ModelCheckpoint
+from test_scoring import changed_model, plain_model
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
@@ -92,9 +92,8 @@ class CountsWord:
 
 
 def write_prompts(folder: Path) -> str:
-    rows = [
-        {"prompt": f"{WORDS[i]} {WORDS[-i]} 7", "word": WORDS[0], "part": "odd" if i % 2 else "even"} for i in range(6)
-    ]
+    parts = ["even", "odd"] * 3
+    rows = [{"prompt": f"{WORDS[i]} {WORDS[-i]} 7", "word": WORDS[0], "part": part} for i, part in enumerate(parts)]
     return write_pairs(folder / "prompts.jsonl", rows)
 
 
@@ -103,9 +102,7 @@ def prompts(tmp_path: Path) -> str:
     return write_prompts(tmp_path)
 
 
-def run(
-    model: str, folder: Path, callback: GoldEvaluation | None, **options: Any
-) -> tuple[PreferenceModule, dict[str, torch.Tensor]]:
+def run(model: str, folder: Path, callback: Any, **options: Any) -> tuple[PreferenceModule, dict[str, torch.Tensor]]:
     """A fit with dropout, so that any random number that the evaluation draws would show in the adapter."""
     source, ckpt_path = write_pairs(folder.with_suffix(".jsonl"), make_pairs(12)), options.pop("ckpt_path", None)
     callbacks = [RunFiles(), ExactResume(), Throughput(), *([callback] if callback else [])]
@@ -161,11 +158,9 @@ def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
 def test_before_is_the_start_and_after_is_the_policy(name, tiny_model, watched) -> None:
     """Before is the adapter that training starts from, neither the bare base nor the trained policy. The run is the one
     without the callback."""
-    from transformers import AutoModelForCausalLM
-
     folder, weights = watched
     prompts = str(folder / "prompts.jsonl")
-    expected = {"base": plain_responses(plain(AutoModelForCausalLM, tiny_model), prompts, load_tokenizer(tiny_model))}
+    expected = {"base": plain_responses(plain_model(tiny_model), prompts, load_tokenizer(tiny_model))}
     expected |= {each: responses_of(tiny_model, folder / each / "adapter", prompts) for each in ("start", name)}
     assert len({tuple(texts) for texts in expected.values()}) == 3, "the three models respond alike: nothing could fail"
     rows = json.loads((folder / name / "responses.json").read_text())
@@ -179,15 +174,10 @@ def plain_responses(model: Any, prompts: str, tokenizer: Any) -> list[str]:
     return [each.text for each in greedy(model, tokenizer, rows, max_new_tokens=4, batch_size=2)]
 
 
-def plain(cls: Any, folder: str) -> Any:
-    return cls.from_pretrained(folder, dtype=torch.float32)
-
-
 def responses_of(model: str, adapter: Path, prompts: str) -> list[str]:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    policy = PeftModel.from_pretrained(plain(AutoModelForCausalLM, model), str(adapter))
+    policy = PeftModel.from_pretrained(plain_model(model), str(adapter))
     return plain_responses(policy, prompts, load_tokenizer(model))
 
 
@@ -240,8 +230,6 @@ class TwiceThat(CountsWord):
 
 def test_responses_of_the_start_are_kept(tiny_model, prompts, tmp_path, monkeypatch, capsys) -> None:
     """Generated once for runs from the same start; again for whatever they depend on. Scores are never kept."""
-    from transformers import AutoModelForCausalLM
-
     generated: list[int] = []
     count = iter(range(99))
 
@@ -270,33 +258,16 @@ def test_responses_of_the_start_are_kept(tiny_model, prompts, tmp_path, monkeypa
     template = tmp_path / "template"
     template.write_text(TEMPLATE.replace("<|im_start|>", "<|im_start|>red "))
     assert times(evaluation(prompts), data={"validation": 0.2, "chat_template": str(template)}) == 2
-    changed = tmp_path / "changed"
-    shutil.copytree(tiny_model, changed)
-    model = plain(AutoModelForCausalLM, tiny_model)
-    with torch.no_grad():
-        model.lm_head.weight[5, 5] += 1e-3
-    model.save_pretrained(changed)
-    assert times(evaluation(prompts), model=str(changed)) == 2
+    assert times(evaluation(prompts), model=changed_model(tiny_model, tmp_path / "changed")) == 2
     assert times(evaluation(prompts)) == 1  # nothing was written over
 
 
 def test_responses_that_cannot_be_kept_are_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below a file; and where the file is no store."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(kept_responses, "cache_root", lambda: tmp_path / "file")
     responses = [Response("red", 2, True)]
-    for name in ("file", "folder"):
-        monkeypatch.setattr(kept_responses, "cache_root", lambda name=name: tmp_path / name)
-        if name == "file":
-            (tmp_path / "file").write_text("")
-        else:
-            assert kept_responses.kept_responses({}, lambda: responses) == responses
-            assert kept_responses.kept_responses({}, list) == responses  # kept
-            (tmp_path / "folder/responses/responses.sqlite").write_text("no store, and long enough to be looked at" * 9)
-        with pytest.warns(
-            UserWarning, match=rf"responses, {tmp_path}/{name}/.*, cannot be used .*MIXDPO_CACHE"
-        ) as told:
-            for _ in range(2):
-                assert kept_responses.kept_responses({}, lambda: responses) == responses
-        assert len(told) == 1
+    with pytest.warns(UserWarning, match=rf"responses, {tmp_path}/file/.*, cannot be used .*MIXDPO_CACHE"):
+        assert kept_responses.kept_responses({}, lambda: responses) == responses
 
 
 def test_kept_responses_depend_on_the_code_and_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

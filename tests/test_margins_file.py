@@ -12,6 +12,8 @@ import datasets
 import numpy as np
 import pytest
 from conftest import build, make_pairs, make_trainer, write_pairs
+from test_cli import ROOT, in_process
+from test_scoring import changed_model
 
 from datamodules.preference import PreferenceDataModule
 from lightning_modules.cli import run
@@ -27,7 +29,6 @@ from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb, Rating
 from mixdpo.storage.store import read_store
 
 SOURCE_ROWS = make_pairs(10)
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:.*return_predictions")
 
 
@@ -55,7 +56,7 @@ def predict(model, source, folder, signal=None, *, name="a.margins", data=None, 
     options = {"quantization": "none", "dtype": "float32", **options}
     module = MarginModule(model, signal or CHES(), output=str(folder / name), **options)
     limits = {"max_length": 64, "max_prompt_length": 32, "eval_batch_size": 3}
-    pairs = PreferenceDataModule(source, tokenizer=model, **{**limits, **(data or {})})
+    pairs = PreferenceDataModule(source, **{"tokenizer": model, **limits, **(data or {})})
     make_trainer(folder, **(trainer or {})).predict(module, pairs, return_predictions=False)
     return str(folder / name)
 
@@ -192,16 +193,9 @@ def test_validation_of_another_split_or_of_a_file_without_any(tiny_model, tmp_pa
 
 def test_another_base_is_refused(tiny_model, source, made, tmp_path):
     """By its weights, not by its name; ratings and reward models may come from anywhere."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     rating = predict(tiny_model, source, tmp_path, Rating(), name="rating")
     assert read_margins(rating).header["weights"] is None
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    same, other = str(tmp_path / "same"), str(tmp_path / "other")
-    for folder in (same, other):
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-        model.model.norm.weight.data += 0.01
+    same, other = str(shutil.copytree(tiny_model, tmp_path / "same")), changed_model(tiny_model, tmp_path / "other")
     fit_with(tiny_model, source, tmp_path, made, model=same)
     with pytest.raises(InputError, match=r"another base model"):
         fit_with(tiny_model, source, tmp_path, made, model=other)
@@ -222,19 +216,16 @@ def test_another_adapter_is_refused(tiny_model, source, made, tmp_path):
     fit_with(tiny_model, source, tmp_path / "4", reward)
 
 
-def test_command_line(tiny_model, source, tmp_path, monkeypatch):
-    def predicts(*arguments):
-        monkeypatch.setattr(sys, "argv", ["run.py", "predict", *arguments, *options])
-        run()
-
-    monkeypatch.chdir(ROOT)
+def test_command_line(tiny_model, source, tmp_path):
     options = ["--model.base", tiny_model, "--data.source", source, "--runs", str(tmp_path / "runs")]
     options += ["--trainer.enable_progress_bar", "false"]
-    predicts("--config", "configs/signals/ches.yaml", "--model.quantization", "none", "--model.dtype", "float32")
+    options += ["--model.quantization", "none", "--model.dtype", "float32"]
+    assert in_process("predict", "--config", "configs/signals/ches.yaml", *options) == 0
     path = tmp_path / "runs/ches.margins"
     assert read_margins(path).header["options"] == {"normalised": False}
     assert [file.name for file in path.parent.iterdir()] == ["ches.margins"]
-    predicts("--config", "configs/signals/rating.yaml", "--model.output", str(tmp_path / "r"))
+    options += ["--model.output", str(tmp_path / "r")]
+    assert in_process("predict", "--config", "configs/signals/rating.yaml", *options) == 0
     assert read_margins(tmp_path / "r").pairs.keys() == read_margins(path).pairs.keys()
 
 

@@ -95,9 +95,7 @@ def test_prompts_that_are_not_shared_count_twice(tiny_model: str, source: str, t
             assert 0 <= tokens - loader.collator((rows, 1.0, 4)).rows.tokens <= 2 * len(rows)
 
 
-def test_a_run_cut_by_tokens_is_continued_exactly(
-    run: Any, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_cut_by_tokens_is_continued_exactly(run: Any, whole: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Stopped by a signal in the third step, and continued with the heaviest micro-batch before the next one."""
     options: dict[str, Any] = {"data": {"micro_batch_tokens": 70, "routing": SHUFFLED}, "trainer": {"max_epochs": 2}}
     expected = whole(**options, **DROPOUT)
@@ -109,9 +107,7 @@ def test_a_run_cut_by_tokens_is_continued_exactly(
 
 
 @pytest.mark.parametrize("later", [1000, None])
-def test_auto_keeps_the_number_of_the_checkpoint_on_any_card(
-    later: int | None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_keeps_the_number_of_the_checkpoint_on_any_card(later, run, tmp_path, monkeypatch) -> None:
     def limited(folder: Path, limit: int | None, **more: Any) -> Any:
         monkeypatch.setattr(AdapterModule, "micro_batch_limit", lambda self, longest: limit)
         return run(folder, data={"micro_batch_tokens": "auto"}, **DROPOUT, **more)
@@ -145,9 +141,7 @@ WARMED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", WARMED, ids=["pairs", "clean pairs", "clean samples"])
-def test_the_first_micro_batch_leaves_nothing_behind(
-    options: Any, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_micro_batch_leaves_nothing_behind(options, tiny_model, tmp_path, monkeypatch) -> None:
     """No random number, no value of the loss or of the row, no cached reference, no weight of cleaned tokens."""
     rows = write_pairs(tmp_path / "rows.jsonl", make_samples(12) if "make" in options else make_pairs(12))
     kind: Any = SFTModule if "make" in options else PreferenceModule
@@ -175,9 +169,7 @@ def test_the_first_micro_batch_leaves_nothing_behind(
     assert len(others) == trainer.get("max_epochs", 1) * len(modules[1].trainer.datamodule.micro_batches())
 
 
-def test_memory_that_does_not_suffice_is_said_before_the_first_step(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_does_not_suffice_is_said_before_the_first_step(run, tmp_path, monkeypatch) -> None:
     """Half of the 100 tokens of a micro-batch; then half of its 50 would be fewer than the 30 of the longest row."""
     monkeypatch.setattr(PreferenceModule, "on_gpu", True)
     monkeypatch.setattr(PreferenceModule, "training_step", full)

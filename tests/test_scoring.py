@@ -3,7 +3,7 @@
 import shutil
 import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,14 @@ def plain_model(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
+def changed_model(model: str, folder: Path) -> str:
+    """A copy of which one weight is another one."""
+    changed = plain_model(model)
+    changed.model.layers[1].mlp.up_proj.weight.data[3, 3] += 1e-3
+    changed.save_pretrained(shutil.copytree(model, folder))
+    return str(folder)
+
+
 def one_by_one(plain: Any, sample: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """log p of a sample's response tokens, independent of the project's code: one forward, one loop over the spans."""
     ids, spans = torch.tensor([sample["input_ids"]]), sample["spans"]
@@ -51,9 +59,7 @@ def with_adapters(plain: Any, adapters: Mapping[str, Tensor], *names: str) -> di
     return weights
 
 
-def losses_one_by_one(
-    plain: Any, samples: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor] | None = None
-) -> np.ndarray:
+def losses_one_by_one(plain: Any, samples: Any, weights: Mapping[str, Tensor] | None = None) -> np.ndarray:
     with torch.no_grad():
         return torch.cat([-one_by_one(plain, sample, weights) for sample in samples]).numpy()
 

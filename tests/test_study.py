@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import write_pairs
+from judging import wait_for
 from test_configs import build, cli  # noqa: F401
 
 from mixdpo.__main__ import main
@@ -193,14 +193,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Any) -> Any:
-    for _ in range(1200):
-        if result := condition():
-            return result
-        time.sleep(0.1)
-    raise AssertionError("it did not happen within 120 s")
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_study_loses_the_run_in_progress_only(folder, how, monkeypatch) -> None:
     if how == signal.SIGKILL and sys.platform != "linux":
@@ -210,7 +202,8 @@ def test_an_interrupted_study_loses_the_run_in_progress_only(folder, how, monkey
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mixdpo", "study", path]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        pid = int(wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text()))
+        wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text())
+        pid = int((folder / "pid").read_text())
         assert alive(pid)
         monkeypatch.setattr("mixdpo.storage.store.PATIENCE", 0.1)
         assert main(["study", path]) == 2, "two studies in one folder"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATE, adapter_weights, build, build_sft, fit, make_pairs, make_samples, write_pairs
-from test_pairs import own_cache, response, user  # noqa: F401  (a fixture)
+from test_pairs import own_cache  # noqa: F401  (a fixture)
 from test_preference_module import first_batch
 from test_processes import FORK, assert_close
+from tiny import response, user
 from torch import Tensor
 
 from mixdpo.data.conversations import read_samples

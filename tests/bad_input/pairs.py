@@ -4,6 +4,8 @@ import gzip
 import json
 from typing import Any
 
+from tiny import response, user
+
 from bad_input.case import GONE, Case, Place, cases, changed
 from mixdpo.data.messages import split_by_prompt
 from mixdpo.data.pairs import read_pairs
@@ -11,14 +13,6 @@ from mixdpo.data.pairs import read_pairs
 PAIR = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1.5}
 LINE = json.dumps(PAIR) + "\n"
 CSV = "prompt,chosen,rejected,margin\na,b,c,1\n"
-
-
-def user(text: Any) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def response(text: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
 
 
 # Rows: the second one has the fault, the message names it with the file.
