@@ -97,8 +97,6 @@ def test_only_what_lies_on_the_cpu_is_pinned(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Sums that have one order.
-
-
 class Ordered(TorchDispatchMode):
     """Fails on what adds floating-point numbers in no fixed order on CUDA."""
 
@@ -201,8 +199,6 @@ def test_the_order_of_the_rows_changes_no_bit(tiny_model: str, tmp_path: Path) -
 
 
 # Autocast, memory, cards.
-
-
 def test_a_reference_is_fitted_the_same_where_casts_are_kept(tiny_model: str) -> None:
     sample = {"input_ids": [2, 4, 7, 8, 9, 3], "spans": [3, 6], "response_weights": [1.0]}
     found = []
@@ -295,8 +291,6 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(tiny_model, pairs, 
 
 
 # On a GPU itself.
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["pairs", "samples"])
 def test_a_continued_run_is_exact_on_a_gpu(kind, tiny_model, pairs, samples, tmp_path):

@@ -202,7 +202,6 @@ def test_a_head_that_says_other_logits_than_the_model_is_refused(tiny_model, mon
 
 
 # Kernels and the choice among them.
-
 SIZES = [[7, 5, 20], [1, 1, 1], [33], [9, 18], [2, 3, 4, 5]]  # of the pieces of documents
 DOCUMENTS = [[Piece([7] * size) for size in pieces] for pieces in SIZES]
 

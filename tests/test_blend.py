@@ -65,10 +65,8 @@ def test_shares_against_a_loop_and_in_the_limit(data, option, width, floor, seed
 
 def test_a_pair_below_the_floor_costs_what_a_hard_pair_costs():
     texts = {"prompt_ids": [5], "chosen_ids": [6, 8], "rejected_ids": [7]}
-    shares = [0.0, 0.25, 1.0]
-    batch = collate(
-        [texts | {"pair_id": i, "margin": i} for i in range(3)], [True, True, False], preference_share=shares
-    )
+    rows, shares = [texts | {"pair_id": i, "margin": i} for i in range(3)], [0.0, 0.25, 1.0]
+    batch = collate(rows, [True, True, False], preference_share=shares)
     assert (batch.preference.tolist(), batch.sft.tolist()) == ([1, 2], [0, 1])
     assert batch.rows.lengths.tolist() == [2, 2, 2, 0, 1, 1] and batch.preference_share.tolist() == shares
     assert batch.reference_rows.lengths.tolist() == [0, 2, 2, 0, 1, 1]

@@ -131,7 +131,6 @@ def policy_of(adapters: Adapters) -> Adapters:
 
 
 # Keeping everything.
-
 DROPOUT: dict[str, Any] = {**ADAMW, "lora": Lora(rank=4, alpha=8, dropout=0.3), "data": {"limit": 12}}
 KEEP_ALL = {
     "excess": Cleaning(ExcessLoss(), Selection(1.0, scope="sample"), reference="earlier"),
@@ -157,8 +156,6 @@ def test_keeping_all_is_full_sft_to_the_bit(name: str, train: Any, full: Ran, ea
 
 
 # The loss of a step.
-
-
 def sgd_by_hand(ran: Ran, plain: Any, weights: np.ndarray, lr: float) -> tuple[Adapters, list[float]]:
     """The run's steps from its first adapters, one sample at a time: −Σ w log p / Σ w over the step's tokens."""
     adapters, logged = policy_of(ran.steps.adapters[0]), []
@@ -217,8 +214,6 @@ def test_a_step_that_keeps_nothing_changes_nothing(train: Any, earlier: Ran, tmp
 
 
 # Masks of an earlier run.
-
-
 @pytest.mark.parametrize("part", ["data", "model"])
 def test_masks_of_another_run_are_refused(part, tiny_model, source, earlier, tmp_path):
     model = tiny_model
@@ -234,8 +229,6 @@ def test_masks_of_another_run_are_refused(part, tiny_model, source, earlier, tmp
 
 
 # Self-evolving cleaning.
-
-
 def evolve(train: Any, scorer: Any = ExcessLoss(), **options: Any) -> Ran:  # noqa: B008
     """Three slices of 24 samples, two steps each."""
     cleaning = replace(EVOLVING, scorer=scorer, selection=Selection(0.6))
@@ -375,8 +368,6 @@ def test_another_epoch_is_cleaned_by_the_reference_in_force(max_steps, schedule_
 
 
 # Scorers that read the policy.
-
-
 def min_max(scores: np.ndarray) -> np.ndarray:
     return (scores - scores.min()) / (np.ptp(scores) or 1)
 
@@ -453,17 +444,7 @@ def test_a_score_of_the_policy_weighs_without_a_gradient_through_it(scorer: Any,
     assert ran.module.lora.alpha / ran.module.lora.rank == SCALE
 
 
-def test_high_entropy_keeps_the_tokens_that_are_least_certain(train: Any, plain: Any) -> None:
-    ran = train(cleaning=Cleaning(Entropy(None, 1.0), SIXTY), data={"limit": 4}, schedule=CONSTANT)
-    start = with_adapters(plain, ran.steps.adapters[0], "policy")
-    wanted = torch.cat([entropies(plain, sample, start, None) for sample in ran.pool.samples]).numpy()
-    np.testing.assert_allclose(ran.array("scores"), wanted, rtol=0, atol=1e-5)
-    assert np.array_equal(ran.array("weights"), best(wanted)) and ran.rows[0]["cleaning/kept_fraction"]
-
-
 # Scores from the data.
-
-
 def with_column(earlier: Ran, path: Path, shift: float = 0.0) -> list[dict[str, Any]]:
     """The rows of `earlier` with its scores, as docs/token_cleaning.md makes a column."""
     run, rows = read_cleaning(str(earlier.folder)), [dict(row) for row in SOURCE_ROWS]
@@ -511,8 +492,6 @@ def test_numbers_of_a_column_that_do_not_fit_are_refused(tiny_model, earlier, tm
 
 
 # Slices.
-
-
 @given(
     samples=st.integers(8, 60),
     slices=st.builds(Slices, st.integers(1, 8), st.sampled_from(["contiguous", "shuffled"]), passes=st.integers(1, 3)),
@@ -537,8 +516,6 @@ def test_stages_are_equal_slices_that_hold_every_sample_once(samples: int, slice
 
 
 # What belongs to a run, and what is refused.
-
-
 REFRESH = RefreshReference()
 OTHERS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str]] = {
     "selection": ((BASE_LOSS,), (replace(BASE_LOSS, selection=Selection(0.2)),), r"cleaning\.selection: .*0\.2"),

@@ -122,8 +122,6 @@ def refused(demo: Callable[..., list[str]], tmp_path: Path, capfd: pytest.Captur
 
 
 # Options, as they are parsed.
-
-
 @pytest.fixture(scope="module")
 def shared_parser() -> dict[str, Any]:
     return {}
@@ -285,8 +283,6 @@ def test_who_is_hard_is_given_once(refused: Callable[..., str]) -> None:
 
 
 # Mistakes; the table in bad_input/ has more.
-
-
 def test_a_package_that_is_missing(refused: Callable[..., str]) -> None:
     """Lightning knows these loggers; nothing of MixDPO needs their packages."""
     message = refused("--trainer.logger=CometLogger", "--trainer.logger.project=x")
@@ -295,8 +291,6 @@ def test_a_package_that_is_missing(refused: Callable[..., str]) -> None:
 
 
 def test_what_shows_only_once_model_and_plan_are_there(refused: Callable[..., str], tmp_path: Path) -> None:
-    cleaning = "{scorer: mixdpo.token_cleaning.scorers.Random, selection: {always_keep: [nothing]}}"
-    assert "no token 'nothing'" in refused("--model.cleaning", cleaning)
     row = make_pairs(16)[3]  # trained on but for white space
     held_out = write_pairs(tmp_path / "held_out.jsonl", [row | {"prompt": f"{row['prompt']}\n"}])
     assert "have a prompt that is trained on" in refused("--data.validation", held_out)
@@ -333,8 +327,6 @@ def test_options_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # Runs.
-
-
 def test_a_run_leaves_its_files(finished: Path) -> None:
     files = contents(finished)
     assert {

@@ -59,7 +59,6 @@ def rendered(messages: list[dict[str, Any]], tools: Any, slow: bool, asks: bool 
 
 
 # 200 random rows.
-
 NOTHING = [("tool_calls", None), ("tool_calls", []), ("reasoning_content", ""), ("thinking", {})]
 HARMLESS = [("id", 3), ("timestamp", "12:00"), *NOTHING]
 SHOWN = [("name", "anna"), ("tool_call_id", "x1"), ("name", None)]
@@ -198,7 +197,6 @@ def test_200_rows_are_trained_with_every_meaning_or_refused_by_name() -> None:
 
 
 # Tools and variables of the template.
-
 LOOK = [{"name": "look", "about": "finds"}]
 
 
@@ -262,7 +260,6 @@ def test_prompts_get_their_tools_and_pairs_made_of_them_keep_them() -> None:
 
 
 # Pre-rendered texts.
-
 ASKED, ANSWERS = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", ("b<|im_end|>\n", "c<|im_end|>")
 WRITTEN = {"prompt": ASKED, "chosen": ANSWERS[0], "rejected": ANSWERS[1], "margin": 1.0}
 
@@ -290,8 +287,6 @@ def test_a_template_in_a_template_is_refused_where_most_rows_have_one(tmp_path: 
 
 
 # Whole fits.
-
-
 def test_columns_not_read_are_named_once_per_source(tiny_model: str, tmp_path: Any) -> None:
     rows = [row | {"lang": "en", "split": "", "notes": None} for row in make_pairs(8)]
     rows[5]["notes"] = "late"

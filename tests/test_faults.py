@@ -97,8 +97,6 @@ def adapter(folder: Path) -> bytes:
 
 
 # Signals.
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_step_and_it_is_continued_exactly(number, run, whole, tmp_path, capsys) -> None:
     """In the first of two micro-batches of the third step."""
@@ -265,8 +263,6 @@ def test_after_the_last_step_a_signal_ends_at_once(run: Any, tmp_path: Path) -> 
 
 
 # What a run may be continued with.
-
-
 def test_more_steps_continue_exactly_where_the_schedule_was_made_for_them(run: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"schedule": StagedCosine(warmup=0.2), "schedule_steps": 5}
     expected = run(tmp_path / "whole", **options)
@@ -308,8 +304,6 @@ def stopped_after_two(run: Any, tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 # Numbers that are not finite.
-
-
 class BadOnce(DPO):
     """DPO, but the first pair of its third call has a loss that is not finite."""
 
@@ -350,8 +344,6 @@ def test_such_a_step_can_be_left_out(run: Any, tmp_path: Path) -> None:
 
 
 # Disk and memory.
-
-
 def test_a_disk_that_is_too_small_is_refused_before_the_first_step(tiny_model, source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("lightning_modules.callbacks.checkpoint.shutil.disk_usage", lambda _: Namespace(free=1000))
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", **ADAMW)

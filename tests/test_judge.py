@@ -24,7 +24,6 @@ from mixdpo.evaluation.formats import read_responses
 from mixdpo.evaluation.judge import drawn_order, match
 from mixdpo.evaluation.score import score
 from mixdpo.evaluation.verdicts import Verdict, VerdictsWriter, first_by_log_probs, messages, read_choice, read_verdicts
-from mixdpo.storage import store
 
 KEY = "sk-secret-0123456789"
 PAIRS = Path(mixdpo.__file__).parent / "constraints" / "constraints_pairs.jsonl"
@@ -300,28 +299,6 @@ def test_verdicts_of_another_judgement_are_left_alone(server, tmp_path):
     with pytest.raises(InputError, match="outputs: "):
         judging()
     assert judging.path.read_bytes() == before
-
-
-def test_another_file_is_left_alone(server, tmp_path):
-    judging = Judging(tmp_path, server.url)
-    judging.path.write_text("something\n")
-    for use in (judging, lambda: read_verdicts(judging.path)):
-        with pytest.raises(InputError, match="is no file of verdicts"):
-            use()
-    assert judging.path.read_text() == "something\n"
-    with pytest.raises(InputError, match="no verdicts file"):
-        read_verdicts("/nowhere/v.sqlite")
-
-
-def test_one_judge_at_a_time(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "PATIENCE", 0.1)
-    judging = Judging(tmp_path, server.url)
-    judging(limit=1)
-    with VerdictsWriter(judging.path, read_verdicts(judging.path)[0]):
-        for use in (judging, lambda: read_verdicts(judging.path)):
-            with pytest.raises(InputError, match="another process is writing"):
-                use()
-    assert judging() == 0 and len(judging.verdicts) == 6
 
 
 def row(instruction: str, output: str = "", **more: Any) -> dict[str, Any]:

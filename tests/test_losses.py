@@ -192,10 +192,8 @@ def test_equation(name, changed):
 
 def as_arguments(sums, lengths, needs_reference, shared):
     """sums: (4, B) of chosen, rejected, and the reference's."""
-    return [
-        SequenceLogProbs(s, n, s * shared)
-        for s, n in zip(sums[: 4 if needs_reference else 2], lengths * 2, strict=False)
-    ]
+    used = sums[: 4 if needs_reference else 2]
+    return [SequenceLogProbs(s, n, s * shared) for s, n in zip(used, lengths * 2, strict=False)]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "amapo"])  # its detached γ follows every pair
@@ -367,8 +365,6 @@ def test_sft_is_a_mean_per_sequence():
 
 
 # What users see and write.
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_class_documents_itself(name, capsys):
     options(f"mixdpo.losses.{TABLE[name][0]}")
@@ -393,7 +389,6 @@ def test_a_loss_of_ones_own():
 
 
 # Two processes with a part of the pairs each compute what one computes with all.
-
 BATCHES = [(3, 4), (5, 0), (0, 0), (0, 2), (1, 1)]  # pairs of rank 0 and rank 1; every rank calls the loss every time
 
 

@@ -230,8 +230,6 @@ def test_command_line(tiny_model, source, tmp_path):
 
 
 # Comparison.
-
-
 def write_margins(path, margins, texts=None, **header):
     said = {"format": FORMAT, "signal": "s", "options": {}, "needs": "rating", "base": "<b>", "adapter": None}
     said |= {"source": "d", "pairs": len(margins), **header}
@@ -285,8 +283,6 @@ def test_compare_margins(tmp_path, capsys):
 
 
 # Combination.
-
-
 def z_scores(values):
     return [(value - statistics.fmean(values)) / statistics.pstdev(values) for value in values]
 

@@ -120,8 +120,6 @@ def test_auto_keeps_the_number_of_the_checkpoint_on_any_card(later, run, tmp_pat
 
 
 # Before the first step.
-
-
 class Remembers:
     """A user's own loss that changes with each call."""
 

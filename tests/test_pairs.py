@@ -57,8 +57,6 @@ def only(tmp_path, row):
 
 
 # Sources.
-
-
 KINDS = ["a.json", "a.json.gz", "a.jsonl", "a.csv.jsonl.gz", "a.csv", "a.jsonl.csv.gz", "a.parquet"]
 
 
@@ -245,12 +243,10 @@ def test_null_in_a_column_of_mixed_rows_counts_as_absent(tmp_path):
 
 
 # Faults, each named by file, row and columns.
-
 LINE = json.dumps(PAIR).encode() + b"\n"
 
 
 # Row forms.
-
 WHOLE = {"chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]}
 FORMS = {
     "standard": PAIR,
@@ -304,8 +300,6 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
 
 
 # Pair ids.
-
-
 def test_ids_from_content_follow_it_and_stay_apart_when_a_row_repeats(tmp_path):
     other = PAIR | {"chosen": "four"}
     ids = read_pairs(write(tmp_path / "a.jsonl", [PAIR, other, PAIR])).dataset["pair_id"][:]
@@ -315,7 +309,6 @@ def test_ids_from_content_follow_it_and_stay_apart_when_a_row_repeats(tmp_path):
 
 
 # Split.
-
 prompt_lists = st.lists(st.text(alphabet="abc", max_size=3), min_size=1, max_size=30)
 
 
@@ -345,8 +338,6 @@ def test_split_follows_seed_fraction_and_form():
 
 
 # Real data: the counts and histograms in shared/data/README.md.
-
-
 def real(name, **dropped):
     path = SHARED / f"{name}_pairs.jsonl.gz"
     if not path.is_file():

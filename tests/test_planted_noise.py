@@ -90,9 +90,8 @@ def test_only_marked_tokens_differ(tokenizer, kind, conversations, rate, seed):
 
 @pytest.mark.parametrize("kind", ["swap", "boilerplate", "shuffle"])
 def test_the_rate_is_met_on_average(tokenizer, kind):
-    after = plant(
-        encoded(random_conversations(40, 100)), PlantedNoise(rate=0.3, kinds=[kind], phrases=SENTENCES), tokenizer
-    )
+    noise = PlantedNoise(rate=0.3, kinds=[kind], phrases=SENTENCES)
+    after = plant(encoded(random_conversations(40, 100)), noise, tokenizer)
     shares = [sum(marks) / len(marks) for marks in after["planted"]]
     assert sum(shares) / len(shares) == pytest.approx(0.3, abs=0.03)
 

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixdpo.errors import InputError
 from mixdpo.losses import BetaDPO
 from mixdpo.storage.identity import described
 from mixdpo.token_cleaning import scorers
@@ -100,8 +99,6 @@ def test_by_hand(options, kept, threshold):
 def test_ratio_and_threshold_stand_alone():
     assert Selection() == Selection(keep_ratio=None, threshold=None) == Selection(keep_ratio=0.6)
     assert Selection(threshold=0.0) == Selection(keep_ratio=None, threshold=0.0)
-    with pytest.raises(InputError, match=r"give keep_ratio or threshold, not both \(0.6 and 0.0\)"):
-        Selection(keep_ratio=0.6, threshold=0.0)
 
 
 # Scope global reads the scores piece by piece.

@@ -121,8 +121,6 @@ MODELS = [
 
 
 # Adapters: a copy of one for the tiny model with a fault.
-
-
 def adapted(fault: Callable[[Path], Any]) -> Any:
     def do(place: Place) -> Any:
         copy = place.folder / "adapter"
