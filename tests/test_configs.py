@@ -186,16 +186,12 @@ def test_control_overrides(build):
         }
 
 
-def test_paper_choices_and_overrides_arrive(build):
+def test_paper_choices_arrive(build):
     cli = build(ROOT / "configs/mixdpo/llama3_8b.yaml")
     assert cli.model.preference_loss == DPO(beta=0.01, label_smoothing=0.1)
     assert cli.datamodule.routing == Routing(threshold=0.5, hard_fraction=None)
     assert (cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches, cli.trainer.max_epochs) == (160, 1, 1)
     assert cli.trainer.precision == "bf16-mixed"
-    options = "--model.preference_loss.beta 0.05 --data.routing.hard_fraction 0.3 --trainer.max_steps 7"
-    cli = build(ROOT / "configs/demo.yaml", *options.split())
-    arrived = cli.model.preference_loss.beta, cli.datamodule.routing.hard_fraction, cli.trainer.max_steps
-    assert arrived == (0.05, 0.3, 7)
 
 
 def test_imports_and_help():

@@ -1,10 +1,8 @@
 """Training steps on a tiny model: what is computed, what gets a gradient, and what never may."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from conftest import adapter_weights, build, fit, make_pairs, same, write_pairs
@@ -198,21 +196,3 @@ def test_autocast_makes_no_wide_copy_of_an_adapters_input(precision, dtype, cast
     weights = adapter_weights(module)
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert any(value.any() for name, value in weights.items() if "lora_B" in name)
-
-
-def test_a_folder_of_mixed_forms_trains_the_adapter_of_one_file(tiny_model, tmp_path):
-    rows, folder = make_pairs(10), tmp_path / "data"
-    folder.mkdir()
-    write_pairs(folder / "a.jsonl", rows[:4])
-    with (folder / "b.csv").open("w") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows[4:7])
-    datasets.Dataset.from_list(rows[7:]).to_parquet(str(folder / "c.parquet"))
-    sources = {"file": write_pairs(tmp_path / "all.jsonl", rows), "folder": str(folder)}
-    runs = {name: fit(tiny_model, source, tmp_path / name) for name, source in sources.items()}
-    assert same(*runs.values())
-    data = runs["folder"].trainer.datamodule
-    assert data.describe_counts()[0].endswith("10 pairs, 4 rows of a.jsonl, 3 rows of b.csv, 3 rows of c.parquet")
-    (row,) = data.rows_of([data.train_pairs["pair_id"][5]])
-    assert (row["row"], row["place"]) == (6, "b.csv, row 2")
