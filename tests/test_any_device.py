@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies.strategy import Strategy
-from test_adapters import saved_adapter
 from test_margins_file import predict
+from test_scoring import saved_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixdpo.batches.rows import build_rows

@@ -19,8 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from test_adapters import alone, as_role, saved_adapter
-from test_scoring import SCALE, changed_model, losses_one_by_one, one_by_one, plain_model, with_adapters
+from test_scoring import (
+    SCALE,
+    alone,
+    as_role,
+    changed_model,
+    losses_one_by_one,
+    one_by_one,
+    plain_model,
+    saved_adapter,
+    with_adapters,
+)
 from torch import Tensor
 
 from lightning_modules.callbacks.clean_tokens import RefreshReference

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import build, make_pairs, write_pairs
-from test_adapters import saved_adapter
+from test_scoring import saved_adapter
 
 from lightning_modules.cli import run
 from lightning_modules.memory import memory_model

@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import adapter_weights, fit, write_tiny
-from test_adapters import SAMPLES
+from test_scoring import SAMPLES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

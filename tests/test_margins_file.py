@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, collate, make_pairs, make_trainer, write_pairs
-from test_adapters import saved_adapter
 from test_cli import ROOT, in_process
 from test_preference_module import plain_log_prob
-from test_scoring import changed_model
+from test_scoring import changed_model, saved_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from datamodules.preference import PreferenceDataModule

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, build, build_sft, fit, make_pairs, make_samples, write_pairs
-from test_adapters import saved_adapter
 from test_faults import At, Crash, crash
+from test_scoring import saved_adapter
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.clean_tokens import RefreshReference
