@@ -152,7 +152,7 @@ class Drawn:
         is_pair = "chosen" in self.row
         noun = "pair" if is_pair else "sample"
         if is_pair:
-            record = pairs._record(self.row, ("margin",), {})
+            record = pairs._record(self.row, ("margin",), None, {})
         else:
             (record,) = conversations._records(self.row, {}, "all", False)
         record["place"] = "row 1"

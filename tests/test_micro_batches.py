@@ -205,9 +205,7 @@ class Seen(Callback):
         self.references[trainer.global_step] = adapter_weights(pl_module, "reference")
 
 
-def run_order(
-    model: str, source: str, folder: Path, routing: Routing, *first: Callback, **options: Any
-) -> tuple[Any, Seen]:
+def run_order(model: str, source: str, folder: Path, routing: Routing, *first: Any, **options: Any) -> tuple[Any, Seen]:
     """20 pairs in steps of 4, each cut in two; `ckpt_path` continues."""
     seen = Seen()
     trainer = {"first": (*first, seen), "accumulate_grad_batches": 2, **options.pop("trainer", {})}
@@ -321,9 +319,8 @@ def test_the_reference_moves_at_each_bucket_and_resumes_exactly(start, tiny_mode
     routing, options = Routing(hard_fraction=0, order="bucketed", buckets=3), {}
     if start == "adapter":
         options = {"adapter": saved_adapter(tiny_model, tmp_path / "adapter", rank=4, alpha=8)}
-    whole, seen = run_order(
-        tiny_model, source, tmp_path / "whole", routing, RefreshReference(role="reference"), **options
-    )
+    refresh = RefreshReference(role="reference")
+    whole, seen = run_order(tiny_model, source, tmp_path / "whole", routing, refresh, **options)
     assert whole.trainer.datamodule.epoch.stage_starts == (0, 2, 3)
     assert bool(seen.references[0]) == bool(seen.references[1]) == (start == "adapter")
     for step in (2, 3, 4):
