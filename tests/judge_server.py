@@ -85,6 +85,21 @@ BODIES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def later(handler: Any, value: str) -> None:
+    handler.send(429, {"error": {"message": "slow"}}, Retry_After=value)
+
+
+ANSWERS: dict[str, Callable[[Any, str], Any]] = {
+    "wait": later,  # `wait 1`: Retry-After in seconds
+    "until": lambda of, value: later(of, formatdate(time.time() + float(value), usegmt=True)),  # as a date
+    "drop": lambda of, _: setattr(of, "close_connection", True),
+    "cut": lambda of, _: of.send(200, '{"id": ', length=1000),  # the connection ends within the body
+    "redirect": lambda of, _: of.send(307, {}, Location="http://127.0.0.1:1/elsewhere"),
+    "bomb": lambda of, _: of.send(200, gzip.compress(bytes(2**25)), Content_Encoding="gzip"),
+    "echo": lambda of, value: of.send(200, {"you": " " * int(value) + of.headers["Authorization"]}),  # and spaces
+}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -106,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         elif name in BODIES:
             self.send(200, BODIES[name])
         else:
-            getattr(self, f"do_{name}")(value)
+            ANSWERS[name](self, value) if name in ANSWERS else getattr(self, f"do_{name}")(value)
 
     def respond(self, request: Request) -> None:
         time.sleep(self.server.seconds)
@@ -135,40 +150,15 @@ class Handler(BaseHTTPRequestHandler):
         error = {"message": f"trouble with {self.server.authorization}", "code": None, "param": None}
         self.send(int(value), {"error": error})
 
-    def do_wait(self, value: str) -> None:
-        """`wait 1`: 429 with Retry-After in seconds."""
-        self.send(429, {"error": {"message": "slow"}}, Retry_After=value)
-
-    def do_until(self, value: str) -> None:
-        """`until 2`: 429 with Retry-After as a date, so many seconds from now."""
-        self.do_wait(formatdate(time.time() + float(value), usegmt=True))
-
     def do_hang(self, value: str) -> None:
         self.server.closing.wait(float(value))
         self.close_connection = True
-
-    def do_drop(self, _: str) -> None:
-        self.close_connection = True
-
-    def do_cut(self, _: str) -> None:
-        """The connection ends within the body."""
-        self.send(200, '{"id": ', length=1000)
 
     def do_drip(self, _: str) -> None:
         """A body that never ends, ten bytes a second."""
         self.send(200, " ", length=1_000_000)
         while not self.server.closing.wait(0.1):
             self.wfile.write(b" ")
-
-    def do_redirect(self, _: str) -> None:
-        self.send(307, {}, Location="http://127.0.0.1:1/elsewhere")
-
-    def do_bomb(self, _: str) -> None:
-        self.send(200, gzip.compress(bytes(2**25)), Content_Encoding="gzip")
-
-    def do_echo(self, value: str) -> None:
-        """`echo 5`: no chat completion, but the key after so many spaces."""
-        self.send(200, {"you": " " * int(value) + self.headers["Authorization"]})
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -185,16 +175,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = False  # so that closing waits for them
 
-    def __init__(
-        self,
-        judge: Callable[[Request], Probabilities] = prefers_first,
-        faults: dict[int, list[str]] | None = None,
-        *,
-        log_probs: bool = True,
-        port: int = 0,
-        log: str | None = None,
-        seconds: float = 0.0,
-    ) -> None:
+    def __init__(self, judge=prefers_first, faults=None, *, log_probs=True, port=0, log=None, seconds=0.0) -> None:
         self.judge, self.faults, self.log_probs = judge, faults or {}, log_probs
         self.log, self.seconds = log, seconds
         self.requests: list[Request] = []

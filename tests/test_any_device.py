@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, make_trainer, write_pairs
+from conftest import adapter_weights, build, build_sft, fit, make_pairs, make_samples, same, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies.strategy import Strategy
-from test_adapters import saved_adapter
+from test_margins_file import predict
+from test_scoring import saved_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from datamodules.preference import PreferenceDataModule
-from lightning_modules.margins import MarginModule
 from mixdpo.batches.rows import build_rows
 from mixdpo.batches.steps import Slices
 from mixdpo.model.adapters import Lora, add_adapters, add_reference, stack_policy
@@ -62,12 +61,6 @@ def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield lambda: monkeypatch.setattr(Strategy, "tensor_init_context", on_meta)
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys() and one
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
-
-
 @pytest.mark.parametrize("kind", ["pairs", "samples"])
 def test_the_default_device_changes_nothing(kind, tiny_model, pairs, samples, other_device, tmp_path):
     """Rows of the probes are made on the CPU, adapters drawn by its generator; dropout is on, so a draw would show."""
@@ -75,16 +68,9 @@ def test_the_default_device_changes_nothing(kind, tiny_model, pairs, samples, ot
     given = saved_adapter(tiny_model, tmp_path / "given", rank=4)  # a second adapter draws initial weights as well
     cleaning = Cleaning(ExcessLoss(), Selection(0.6), reference=given)
     options = {"cleaning": cleaning, "make": make, "trainer": {"max_steps": 2}} | DROPOUT
-    expected = adapter_weights(fit(tiny_model, source, tmp_path / "cpu", **options))
+    expected = fit(tiny_model, source, tmp_path / "cpu", **options)
     other_device()
-    same(expected, adapter_weights(fit(tiny_model, source, tmp_path / "other", **options)))
-
-
-def margins_of(model: str, source: str, folder: Path, signal: Any, adapter: str | None = None) -> dict[Any, float]:
-    module = MarginModule(model, signal, adapter, str(folder / "a.margins"), quantization="none", dtype="float32")
-    data = PreferenceDataModule(source, tokenizer=model, validation=0.0, max_length=64, max_prompt_length=32)
-    make_trainer(folder).predict(module, data, return_predictions=False)
-    return dict(read_margins(folder / "a.margins").pairs)
+    assert same(expected, fit(tiny_model, source, tmp_path / "other", **options))
 
 
 def test_a_fresh_adapter_is_drawn_by_the_cpu_wherever_it_lives(tiny_model, monkeypatch):
@@ -111,8 +97,6 @@ def test_only_what_lies_on_the_cpu_is_pinned(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Sums that have one order.
-
-
 class Ordered(TorchDispatchMode):
     """Fails on what adds floating-point numbers in no fixed order on CUDA."""
 
@@ -158,7 +142,7 @@ def test_a_run_adds_in_a_fixed_order(name: str, tiny_model: str, pairs: str, sam
 def test_a_signal_adds_in_a_fixed_order(signal: Any, tiny_model: str, pairs: str, tmp_path: Path) -> None:
     given = saved_adapter(tiny_model, tmp_path / "given", rank=4) if signal.needs == "adapter" else None
     with Ordered():
-        found = margins_of(tiny_model, pairs, tmp_path / "m", signal, given)
+        found = read_margins(predict(tiny_model, pairs, tmp_path / "m", signal, adapter=given)).pairs
     assert len(found) == 20 and len(set(found.values())) == 20
 
 
@@ -210,13 +194,11 @@ def test_the_order_of_the_rows_changes_no_bit(tiny_model: str, tmp_path: Path) -
     for name, order in (("as they lie", rows), ("shuffled", shuffled)):
         source = write_pairs(tmp_path / f"{name}.jsonl", order)
         options = {"trainer": trainer, "data": data, "cleaning": cleaning} | DROPOUT
-        found.append(adapter_weights(fit(tiny_model, source, tmp_path / name, **options)))
-    same(*found)
+        found.append(fit(tiny_model, source, tmp_path / name, **options))
+    assert same(*found)
 
 
 # Autocast, memory, cards.
-
-
 def test_a_reference_is_fitted_the_same_where_casts_are_kept(tiny_model: str) -> None:
     sample = {"input_ids": [2, 4, 7, 8, 9, 3], "spans": [3, 6], "response_weights": [1.0]}
     found = []
@@ -230,7 +212,7 @@ def test_a_reference_is_fitted_the_same_where_casts_are_kept(tiny_model: str) ->
         named = {name: value.clone() for name, value in model.named_parameters()}
         found.append({name: value for name, value in named.items() if ".cleaning_reference." in name})
     assert any(value.any() for name, value in found[0].items() if "lora_B" in name)
-    same(*found)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_how_a_device_says_that_it_is_out_of_memory() -> None:
@@ -309,8 +291,6 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_not_exact(tiny_model, pairs, 
 
 
 # On a GPU itself.
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["pairs", "samples"])
 def test_a_continued_run_is_exact_on_a_gpu(kind, tiny_model, pairs, samples, tmp_path):
@@ -325,4 +305,4 @@ def test_a_continued_run_is_exact_on_a_gpu(kind, tiny_model, pairs, samples, tmp
         rest = fit(tiny_model, source, tmp_path / "rest", trainer=trainer, ckpt_path=checkpoint, **options)
     finally:
         torch.use_deterministic_algorithms(False)
-    same(adapter_weights(whole), adapter_weights(rest))
+    assert same(whole, rest)

@@ -32,7 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Any JSON in the columns that are read.
-
 text = st.one_of(st.sampled_from(["a", "b", "", " ", "\ud800", "\x00", "<|im_end|>"]), st.text(max_size=4))
 message = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", 3]), "content": text}),
@@ -78,7 +77,6 @@ def test_samples_are_kept_counted_or_named(folder: Path, rows: list[Row]) -> Non
 
 
 # Any bytes in the file.
-
 LINE = json.dumps(PAIR | {"chosen": "é\u2028"}, ensure_ascii=False).encode() + b"\n"
 GOOD = {
     "a.jsonl": LINE * 3,
@@ -112,7 +110,6 @@ def test_damaged_files_give_rows_or_name_one(folder, name, damage, data) -> None
 
 
 # Packing.
-
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 
 

@@ -110,13 +110,6 @@ def test_the_mask_against_loops_over_tokens(shapes: list[list[int]], pack: int) 
         assert mask[row, 0, query, key] == expected
 
 
-def test_positions_begin_again_after_the_first_piece_of_each_document() -> None:
-    rows = token_rows([[Piece([1] * 3), Piece([2] * 2), Piece([3])], [Piece([4] * 2)]], 0, 100)
-    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1]]
-    assert rows.documents == ((0, 0, 3, 5, 6), (0, 6, 8)) and not rows.plain
-    assert token_rows([[Piece([1] * 3), Piece([2])], [Piece([4] * 2)]], 0).plain
-
-
 @pytest.mark.parametrize("name", ["bloom", "falcon_mamba"])
 def test_architectures_where_it_is_not_exact_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model.attention eager"):
@@ -209,7 +202,6 @@ def test_a_head_that_says_other_logits_than_the_model_is_refused(tiny_model, mon
 
 
 # Kernels and the choice among them.
-
 SIZES = [[7, 5, 20], [1, 1, 1], [33], [9, 18], [2, 3, 4, 5]]  # of the pieces of documents
 DOCUMENTS = [[Piece([7] * size) for size in pieces] for pieces in SIZES]
 
@@ -242,6 +234,7 @@ def test_kernels_against_a_mask_of_the_whole_row(kernel: str, pack: int) -> None
 def test_the_index_by_hand() -> None:
     """Rows of 6 columns: [aaab bb], padding 0; [c c | d . .]."""
     rows = token_rows([[Piece([1] * 3), Piece([2]), Piece([3] * 2)], [Piece([4] * 2)], [Piece([5])]], 0, 6)
+    assert not rows.plain and token_rows([[Piece([1] * 3), Piece([2])], [Piece([4] * 2)]], 0).plain
     index = rows.segments
     assert index.queries == ((0, 6), (6, 9)) and index.sizes == ((4, 4), (2, 5), (2, 2), (1, 1))
     assert index.keys == ((0, 4), (0, 3), (4, 6), (6, 8), (8, 9))

@@ -180,24 +180,6 @@ def test_moving_a_batch_moves_its_rows():
     assert batch.rows.target.device.type == "cpu"
 
 
-@given(batches(), ANY, ANY)
-@fast
-def test_the_mask_against_three_loops(batch, evaluation, share_prompt):
-    """What padding sees beside itself is left open: no target is predicted from it and no token looks at it."""
-    rows = collate(*batch, evaluation=evaluation, share_prompt=share_prompt).rows
-    mask = rows.attention_mask()
-    count, width = rows.input_ids.shape
-    assert mask.dtype == torch.bool and mask.shape == (count, 1, width, width)
-    segments, allowed = segments_of(rows).tolist(), mask[:, 0].tolist()
-    for row in range(count):
-        for query in range(width):
-            asking = segments[row][query]
-            assert allowed[row][query][query]
-            for key in range(width if asking != -1 else 0):
-                expected = key <= query and segments[row][key] in (0, asking)
-                assert allowed[row][query][key] == expected, (row, query, key)
-
-
 def test_a_mask_by_hand():
     """Prompt of 2, chosen of 2, rejected of 1, one of padding: the rejected token skips the chosen ones."""
     short, long = make_pair(0, 2, 2, 1), make_pair(1, 2, 2, 2)

@@ -26,9 +26,7 @@ FIRST = "epoch=0-step=5.ckpt"
 
 @pytest.fixture(scope="module")
 def train(tiny_model: str, source: str) -> Train:
-    def run(
-        folder: Path, *callbacks: Any, ckpt_path: Path | None = None, lr: float = 1e-3, **options: Any
-    ) -> ModelCheckpoint:
+    def run(folder: Path, *callbacks: Any, ckpt_path: Any = None, lr: float = 1e-3, **options: Any) -> ModelCheckpoint:
         """15 steps in three epochs, with a validation after each."""
         best = ModelCheckpoint(**{"monitor": "val/all/sft_loss", "mode": "max", **options})
         ours = [*callbacks, best, RunFiles(), ExactResume(), LastCheckpoint(every_n_steps=1)]
@@ -123,8 +121,6 @@ def test_a_best_file_that_cannot_be_loaded_leaves_the_last_policy(damage: str, t
 
 
 # How checkpoints are written.
-
-
 def test_no_checkpoint_goes_through_the_systems_temporary_folder(train, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
     train(tmp_path / "run")

@@ -11,7 +11,7 @@ import torch
 from conftest import adapter_weights, build, collate, fit, make_pairs, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
-from test_preference_module import first_batch, full_precision_norms, plain_log_prob
+from test_preference_module import first_batch, plain_log_prob
 from test_routing import fast, options, pairs, plan_route
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -22,7 +22,6 @@ from mixdpo.losses.preference_loss import Pairs, PreferenceLoss
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 
-__all__ = ["full_precision_norms"]  # a fixture
 SOURCE_ROWS = [row | {"w": [0.5, 1, 2, 3][i % 4], "one": 1} for i, row in enumerate(make_pairs(11))]
 SOFT = Routing(hard_fraction=0.27, hard_action="blend", blend_width=1.0, blend_floor=0.2)  # τ is 2
 STEADY = {"schedule": Constant(warmup=0.0)}
@@ -66,10 +65,8 @@ def test_shares_against_a_loop_and_in_the_limit(data, option, width, floor, seed
 
 def test_a_pair_below_the_floor_costs_what_a_hard_pair_costs():
     texts = {"prompt_ids": [5], "chosen_ids": [6, 8], "rejected_ids": [7]}
-    shares = [0.0, 0.25, 1.0]
-    batch = collate(
-        [texts | {"pair_id": i, "margin": i} for i in range(3)], [True, True, False], preference_share=shares
-    )
+    rows, shares = [texts | {"pair_id": i, "margin": i} for i in range(3)], [0.0, 0.25, 1.0]
+    batch = collate(rows, [True, True, False], preference_share=shares)
     assert (batch.preference.tolist(), batch.sft.tolist()) == ([1, 2], [0, 1])
     assert batch.rows.lengths.tolist() == [2, 2, 2, 0, 1, 1] and batch.preference_share.tolist() == shares
     assert batch.reference_rows.lengths.tolist() == [0, 2, 2, 0, 1, 1]

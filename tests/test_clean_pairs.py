@@ -63,11 +63,6 @@ def train(tiny_model: str, source: str, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model: str) -> Any:
-    return plain_model(tiny_model)
-
-
-@pytest.fixture(scope="module")
 def uncleaned(train: Any) -> Ran:
     return train()
 
@@ -245,8 +240,6 @@ def test_the_default_reference_has_learned_the_easy_chosen_responses(cleaned: Ra
 
 
 # What belongs to a run of pairs, and what is refused.
-
-
 def hard(fraction: float = 0.5, **options: Any) -> dict[str, Any]:
     return {"routing": Routing(hard_fraction=fraction, **options)}
 

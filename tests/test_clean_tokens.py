@@ -19,9 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from test_adapters import alone, as_role, saved_adapter
-from test_preference_module import full_precision_norms  # noqa: F401  (a fixture)
-from test_scoring import SCALE, losses_one_by_one, one_by_one, plain_model, with_adapters
+from test_scoring import (
+    SCALE,
+    alone,
+    as_role,
+    changed_model,
+    losses_one_by_one,
+    one_by_one,
+    plain_model,
+    saved_adapter,
+    with_adapters,
+)
 from torch import Tensor
 
 from lightning_modules.callbacks.clean_tokens import RefreshReference
@@ -110,11 +118,6 @@ def train(tiny_model: str, source: str, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model: str) -> Any:
-    return plain_model(tiny_model)
-
-
-@pytest.fixture(scope="module")
 def earlier(train: Any) -> Ran:
     """A run on random tokens, whose adapter and whose masks others use."""
     return train(cleaning=Cleaning(scorer=Random(), selection=Selection(0.5)), **ADAMW | {"lr": 0.03})
@@ -137,7 +140,6 @@ def policy_of(adapters: Adapters) -> Adapters:
 
 
 # Keeping everything.
-
 DROPOUT: dict[str, Any] = {**ADAMW, "lora": Lora(rank=4, alpha=8, dropout=0.3), "data": {"limit": 12}}
 KEEP_ALL = {
     "excess": Cleaning(ExcessLoss(), Selection(1.0, scope="sample"), reference="earlier"),
@@ -163,8 +165,6 @@ def test_keeping_all_is_full_sft_to_the_bit(name: str, train: Any, full: Ran, ea
 
 
 # The loss of a step.
-
-
 def sgd_by_hand(ran: Ran, plain: Any, weights: np.ndarray, lr: float) -> tuple[Adapters, list[float]]:
     """The run's steps from its first adapters, one sample at a time: −Σ w log p / Σ w over the step's tokens."""
     adapters, logged = policy_of(ran.steps.adapters[0]), []
@@ -223,18 +223,13 @@ def test_a_step_that_keeps_nothing_changes_nothing(train: Any, earlier: Ran, tmp
 
 
 # Masks of an earlier run.
-
-
 @pytest.mark.parametrize("part", ["data", "model"])
 def test_masks_of_another_run_are_refused(part, tiny_model, source, earlier, tmp_path):
     model = tiny_model
     if part == "data":
         source = write_pairs(tmp_path / "samples.jsonl", make_samples(24, seed=1))
-    else:  # one weight has changed
-        changed = plain_model(tiny_model)
-        changed.model.layers[1].mlp.up_proj.weight.data[3, 3] += 1e-3
-        model = str(shutil.copytree(tiny_model, tmp_path / "other"))
-        changed.save_pretrained(model)
+    else:
+        model = changed_model(tiny_model, tmp_path / "other")
     trainer, module, data = build_sft(model, source, tmp_path / "run", cleaning=Cleaning(masks=earlier.masks))
     data.tokenizer = tiny_model
     with pytest.raises(InputError, match=r"cleaning\.masks") as error:
@@ -243,8 +238,6 @@ def test_masks_of_another_run_are_refused(part, tiny_model, source, earlier, tmp
 
 
 # Self-evolving cleaning.
-
-
 def evolve(train: Any, scorer: Any = ExcessLoss(), **options: Any) -> Ran:  # noqa: B008
     """Three slices of 24 samples, two steps each."""
     cleaning = replace(EVOLVING, scorer=scorer, selection=Selection(0.6))
@@ -384,8 +377,6 @@ def test_another_epoch_is_cleaned_by_the_reference_in_force(max_steps, schedule_
 
 
 # Scorers that read the policy.
-
-
 def min_max(scores: np.ndarray) -> np.ndarray:
     return (scores - scores.min()) / (np.ptp(scores) or 1)
 
@@ -462,17 +453,7 @@ def test_a_score_of_the_policy_weighs_without_a_gradient_through_it(scorer: Any,
     assert ran.module.lora.alpha / ran.module.lora.rank == SCALE
 
 
-def test_high_entropy_keeps_the_tokens_that_are_least_certain(train: Any, plain: Any) -> None:
-    ran = train(cleaning=Cleaning(Entropy(None, 1.0), SIXTY), data={"limit": 4}, schedule=CONSTANT)
-    start = with_adapters(plain, ran.steps.adapters[0], "policy")
-    wanted = torch.cat([entropies(plain, sample, start, None) for sample in ran.pool.samples]).numpy()
-    np.testing.assert_allclose(ran.array("scores"), wanted, rtol=0, atol=1e-5)
-    assert np.array_equal(ran.array("weights"), best(wanted)) and ran.rows[0]["cleaning/kept_fraction"]
-
-
 # Scores from the data.
-
-
 def with_column(earlier: Ran, path: Path, shift: float = 0.0) -> list[dict[str, Any]]:
     """The rows of `earlier` with its scores, as docs/token_cleaning.md makes a column."""
     run, rows = read_cleaning(str(earlier.folder)), [dict(row) for row in SOURCE_ROWS]
@@ -520,8 +501,6 @@ def test_numbers_of_a_column_that_do_not_fit_are_refused(tiny_model, earlier, tm
 
 
 # Slices.
-
-
 @given(
     samples=st.integers(8, 60),
     slices=st.builds(Slices, st.integers(1, 8), st.sampled_from(["contiguous", "shuffled"]), passes=st.integers(1, 3)),
@@ -546,8 +525,6 @@ def test_stages_are_equal_slices_that_hold_every_sample_once(samples: int, slice
 
 
 # What belongs to a run, and what is refused.
-
-
 REFRESH = RefreshReference()
 OTHERS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str]] = {
     "selection": ((BASE_LOSS,), (replace(BASE_LOSS, selection=Selection(0.2)),), r"cleaning\.selection: .*0\.2"),

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, load_from_disk
+from test_columns import byte_tokenizer
 
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
+from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.token_cleaning.report import _response, visible_units
-from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
+from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, export_labels, read_cleaning
 
 NAN = float("nan")
 PROMPT = "<|im_start|> user red blue <|im_end|> <|im_start|> assistant"
@@ -22,6 +24,13 @@ SOURCES = ["gsm", "<b>dolly</b>", "gsm", "<b>dolly</b>", "gsm", "gsm"]
 LENGTHS = [3, 5, 40, 4, 2, 3]  # of the responses
 TWO_TURNS = 3  # the sample whose response is in two turns, of 1 and 3 tokens
 STAGES = [(0, 2, None), (1, 2, 0.5), (2, 1, -0.25)]  # stage, samples, threshold; the last sample is never reached
+
+
+def pool_of(rows: list[dict[str, Any]], identity: dict[str, str]) -> TokenPool:
+    number, ids = Value("int64"), [Value("int32")]
+    features = {"sample_id": number, "row": number, "source": Value("string"), "input_ids": ids, "spans": ids}
+    features["response_weights"] = [Value("float32")]
+    return TokenPool.of(Dataset.from_list(rows, features=Features(features)), identity)
 
 
 def stage_entry(stage: int, tokens: int, samples: int, threshold: float | None) -> dict[str, Any]:
@@ -35,9 +44,7 @@ def stage_entry(stage: int, tokens: int, samples: int, threshold: float | None) 
     }
 
 
-def write_run(
-    folder: Path, tokenizer_folder: str, order: list[int] | None = None, words: str = "tea sun moon cat dog"
-) -> str:
+def write_run(folder: Path, tokenizer_folder: str, order: Any = None, words: str = "tea sun moon cat dog") -> str:
     """Warm-up on two samples, two scored stages; scores alternate about the threshold, and those below are cut.
 
     Responses repeat `words` and end with the end token; in the file the samples lie in `order`.
@@ -58,10 +65,7 @@ def write_run(
         signs = [1 if i % 2 == 0 else -1 for i in range(length)]
         scores += [NAN if threshold is None else threshold + 0.1 * sign for sign in signs]
         weights += [float(threshold is None or sign > 0) if stage_of[n] >= 0 else NAN for sign in signs]
-    number, ids = Value("int64"), [Value("int32")]
-    features = {"sample_id": number, "row": number, "source": Value("string"), "input_ids": ids, "spans": ids}
-    features["response_weights"] = [Value("float32")]
-    pool = TokenPool.of(Dataset.from_list(rows, features=Features(features)), {"data": "d&1"})
+    pool = pool_of(rows, {"data": "d&1"})
     first = np.cumsum([0, *(count for _, count, _ in STAGES)])
     stages = [stage_entry(s, sum(LENGTHS[first[s] : first[s + 1]]), count, cut) for s, count, cut in STAGES]
     decided = np.array([stage_of[row["sample_id"]] for row in rows], dtype=np.int16)
@@ -170,20 +174,8 @@ def test_without_scores(run: str) -> None:
     assert not page.tokens and "No scored sample is shown" in text
 
 
-def byte_level_tokenizer() -> Any:
-    """One token per byte: every character outside ASCII is split."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="!")
-
-
 def test_split_characters_are_shown_whole() -> None:
-    tokenizer = byte_level_tokenizer()
+    tokenizer = byte_tokenizer()
     text = " é🙂\n日x"
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode())
@@ -196,10 +188,58 @@ def test_split_characters_are_shown_whole() -> None:
 
 def test_line_breaks_markup_and_split_characters_on_the_page(tmp_path: Path) -> None:
     folder = str(tmp_path / "bytes")
-    byte_level_tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     page, text = page_of(write_run(tmp_path / "run", folder, words="a\n<i>&é"))
     assert [token["text"] for token in page.tokens[:7]] == ["a", "↵\n", "<", "i", ">", "&", "é"]
     assert "&lt;</span>" in text and "&amp;</span>" in text
     split = page.tokens[6]  # scores 0.6 and 0.4 about 0.5, the second of the two tokens is cut
     assert re.findall(r"score (\S+), weight (\S+)", split["title"]) == [("0.6", "1"), ("0.4", "0")]
     assert split["class"] == "token dropped" and " 0.0%, white" in split["style"]
+
+
+# Cleaned labels as a data set: -100 where nothing is trained on, weights aligned with the tokens.
+SAMPLES = [
+    {"source": "gsm", "row": 5, "input_ids": [6, 7, 8, 9, 3], "spans": [2, 5], "response_weights": [1]},
+    {"source": "dolly", "row": 6, "input_ids": [6, 10, 11, 12], "spans": [1, 4], "response_weights": [1]},
+    {"source": "gsm", "row": 9, "input_ids": [6, 13, 3, 7, 14, 15, 3], "spans": [1, 3, 4, 7]},
+]  # the second is never reached, the third has two turns
+SAMPLES[2]["response_weights"] = [1, 0.25]
+WEIGHTS = [1, 0, 1, NAN, NAN, NAN, 0.5, 0, NAN, 2, 0]
+
+
+def write_weights(folder: Path, weights: list[float] = WEIGHTS) -> str:
+    rows = [sample | {"sample_id": 100 + n} for n, sample in enumerate(SAMPLES)]
+    pool = pool_of(rows, {"data": "d1", "model": "m1"})
+    run = RunTokens.undecided(pool, pool.identity, "any")
+    run.weights = np.array(weights, dtype=np.float32)
+    run.write_samples(folder / "cleaning")
+    run.write(folder / "cleaning")
+    return str(folder)
+
+
+def test_labels_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = write_weights(tmp_path / "run"), tmp_path / "deep" / "labels"
+    assert main(["export-labels", run, str(out)]) == 0
+    exported = load_from_disk(str(out))
+    columns = {name: exported[name][:] for name in exported.column_names}
+    assert columns == {
+        "sample_id": [100, 102],
+        "source": ["gsm", "gsm"],
+        "input_ids": [[6, 7, 8, 9, 3], [6, 13, 3, 7, 14, 15, 3]],
+        "labels": [[-100, -100, 8, -100, 3], [-100, 13, -100, -100, -100, 15, -100]],
+        "weights": [[0, 0, 1, 0, 1], [0, 0.5, 0, 0, 0, 0.5, 0]],  # 2 × the data's 0.25
+    }
+    types = {name: feature.feature.dtype for name, feature in exported.features.items() if hasattr(feature, "feature")}
+    assert types == {"input_ids": "int32", "labels": "int64", "weights": "float32"}
+    origin = {"identity": read_cleaning(run).identity, "tokenizer": "any", "run": run}
+    assert json.loads((out / "identity.json").read_text()) == origin
+    printed = capsys.readouterr().out
+    assert "2 samples, 4 of 11 response tokens have a label; left out 1 samples" in printed
+
+
+def test_a_run_that_trained_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of the 3 samples"):
+        export_labels(write_weights(tmp_path / "run", [NAN] * 11), str(tmp_path / "labels"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(InputError, match="exists"):  # which is never replaced
+        export_labels(str(tmp_path / "run"), str(tmp_path / "run"))

@@ -36,10 +36,6 @@ METRICS = [
     *("log_probs/chosen", "log_probs/rejected", "displacement/chosen", "lr_mass/preference", "lr_mass/sft"),
     *("tokens_per_second", "memory/peak_gb"),
 ]
-pytestmark = pytest.mark.filterwarnings(
-    # Lightning 2.6 calls what jsonargparse 4.53 has renamed
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)
 
 
 def options(model: str, source: str, runs: Path) -> list[str]:
@@ -71,6 +67,13 @@ def in_shell(*arguments: str) -> tuple[int, str]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert "error: " not in done.stdout
     return done.returncode, done.stderr
+
+
+def message_of(status: int, errors: str) -> str:
+    """The one message of what was refused, from exit status and stderr."""
+    messages = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert status and "Traceback" not in errors and len(messages) == 1, errors
+    return errors[errors.index("error: ") :].strip()
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -109,15 +112,9 @@ def refused(demo: Callable[..., list[str]], tmp_path: Path, capfd: pytest.Captur
     def check(*mistake: str) -> str:
         status = in_process(*demo(tmp_path / "runs"), *mistake)
         captured = capfd.readouterr()
-        errors = captured.err
-        assert "error: " not in captured.out
-        assert status not in (0, None)
-        assert "Traceback" not in errors
-        messages = [line for line in errors.splitlines() if line.startswith("error: ")]
-        assert len(messages) == errors.count("error: ") == 1, errors
-        message = errors[errors.index("error: ") :].strip()
-        assert errors.count(message[7:67]) == 1, f"said twice: {errors}"
-        assert len(message) < 1000, message
+        message = message_of(status, captured.err)
+        assert "error: " not in captured.out and len(message) < 1000, message
+        assert captured.err.count(message[7:67]) == 1, f"said twice: {captured.err}"
         assert not list((tmp_path / "runs").rglob("*")), "something half-written is left"
         return message
 
@@ -125,8 +122,6 @@ def refused(demo: Callable[..., list[str]], tmp_path: Path, capfd: pytest.Captur
 
 
 # Options, as they are parsed.
-
-
 @pytest.fixture(scope="module")
 def shared_parser() -> dict[str, Any]:
     return {}
@@ -155,10 +150,7 @@ def parsed(shared_parser, monkeypatch, capfd) -> Callable[..., Any]:
     def parse(*arguments: Any, base: tuple[str, ...] = ("--config", "configs/demo.yaml")) -> Any:
         status = in_process(*base, *words_of(arguments))
         errors = capfd.readouterr().err
-        if not status:
-            return configs[-1]
-        assert "Traceback" not in errors and errors.count("error: ") == 1
-        return errors[errors.index("error: ") :].strip()
+        return message_of(status, errors) if status else configs[-1]
 
     return parse
 
@@ -291,8 +283,6 @@ def test_who_is_hard_is_given_once(refused: Callable[..., str]) -> None:
 
 
 # Mistakes; the table in bad_input/ has more.
-
-
 def test_a_package_that_is_missing(refused: Callable[..., str]) -> None:
     """Lightning knows these loggers; nothing of MixDPO needs their packages."""
     message = refused("--trainer.logger=CometLogger", "--trainer.logger.project=x")
@@ -301,8 +291,6 @@ def test_a_package_that_is_missing(refused: Callable[..., str]) -> None:
 
 
 def test_what_shows_only_once_model_and_plan_are_there(refused: Callable[..., str], tmp_path: Path) -> None:
-    cleaning = "{scorer: mixdpo.token_cleaning.scorers.Random, selection: {always_keep: [nothing]}}"
-    assert "no token 'nothing'" in refused("--model.cleaning", cleaning)
     row = make_pairs(16)[3]  # trained on but for white space
     held_out = write_pairs(tmp_path / "held_out.jsonl", [row | {"prompt": f"{row['prompt']}\n"}])
     assert "have a prompt that is trained on" in refused("--data.validation", held_out)
@@ -334,13 +322,10 @@ def test_options_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["options", "mixdpo.losses.BetaDPO"]) == 0
     printed = capsys.readouterr().out
     assert "sensitivity: float | None = None" in printed and "how much β follows" in printed
-    for wrong in ("mixdpo.losses.Nothing", "nothing", "mixdpo.losses"):
-        assert main(["options", wrong]) == 2 and wrong in capsys.readouterr().err
+    assert main(["options", "mixdpo.losses"]) == 2 and "mixdpo.losses" in capsys.readouterr().err
 
 
 # Runs.
-
-
 def test_a_run_leaves_its_files(finished: Path) -> None:
     files = contents(finished)
     assert {

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-from conftest import TEMPLATE, build, build_sft, fit, make_pairs, make_samples, write_pairs
-from test_pairs import own_cache, response, system, user  # noqa: F401  (a fixture)
+from conftest import TEMPLATE, build, build_sft, fit, make_pairs, make_samples, same, write_pairs
+from test_pairs import own_cache, system  # noqa: F401  (a fixture)
+from tiny import response, user
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -58,7 +59,6 @@ def rendered(messages: list[dict[str, Any]], tools: Any, slow: bool, asks: bool 
 
 
 # 200 random rows.
-
 NOTHING = [("tool_calls", None), ("tool_calls", []), ("reasoning_content", ""), ("thinking", {})]
 HARMLESS = [("id", 3), ("timestamp", "12:00"), *NOTHING]
 SHOWN = [("name", "anna"), ("tool_call_id", "x1"), ("name", None)]
@@ -152,7 +152,7 @@ class Drawn:
         is_pair = "chosen" in self.row
         noun = "pair" if is_pair else "sample"
         if is_pair:
-            record = pairs._record(self.row, ("margin",), {})
+            record = pairs._record(self.row, ("margin",), None, {})
         else:
             (record,) = conversations._records(self.row, {}, "all", False)
         record["place"] = "row 1"
@@ -197,7 +197,6 @@ def test_200_rows_are_trained_with_every_meaning_or_refused_by_name() -> None:
 
 
 # Tools and variables of the template.
-
 LOOK = [{"name": "look", "about": "finds"}]
 
 
@@ -261,7 +260,6 @@ def test_prompts_get_their_tools_and_pairs_made_of_them_keep_them() -> None:
 
 
 # Pre-rendered texts.
-
 ASKED, ANSWERS = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", ("b<|im_end|>\n", "c<|im_end|>")
 WRITTEN = {"prompt": ASKED, "chosen": ANSWERS[0], "rejected": ANSWERS[1], "margin": 1.0}
 
@@ -289,8 +287,6 @@ def test_a_template_in_a_template_is_refused_where_most_rows_have_one(tmp_path: 
 
 
 # Whole fits.
-
-
 def test_columns_not_read_are_named_once_per_source(tiny_model: str, tmp_path: Any) -> None:
     rows = [row | {"lang": "en", "split": "", "notes": None} for row in make_pairs(8)]
     rows[5]["notes"] = "late"
@@ -299,8 +295,7 @@ def test_columns_not_read_are_named_once_per_source(tiny_model: str, tmp_path: A
     (line,) = [line for line in noted.trainer.datamodule.describe_counts() if "not read" in line]
     assert line == f"read/{tmp_path / 'noted.jsonl'}: 8 pairs, 2 columns not read: lang, notes"
     assert not any("not read" in line for line in plain.trainer.datamodule.describe_counts())
-    for name, tensor in plain.state_dict().items():
-        assert tensor.equal(noted.state_dict()[name]), name
+    assert same(plain, noted)
 
 
 @pytest.mark.parametrize("make", [build, build_sft])
@@ -314,10 +309,8 @@ def test_tools_are_trained_on_as_a_system_message_of_theirs(tiny_model: str, tmp
         turns = row[column] if make is build_sft else [user(row[column])]
         told.append(row | {column: [system("tea sun"), *turns]})
     options = {"make": make, "data": {"chat_template": head + TEMPLATE}}
-    modules = [
+    by_tools, by_message, bare = (
         fit(tiny_model, write_pairs(tmp_path / f"{name}.jsonl", each), tmp_path / name, **options)
         for name, each in (("tools", tools), ("told", told), ("bare", rows))
-    ]
-    weights = [{k: v for k, v in m.state_dict().items() if ".policy." in k} for m in modules]
-    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
-    assert not all(tensor.equal(weights[2][name]) for name, tensor in weights[0].items())
+    )
+    assert same(by_tools, by_message) and not same(by_tools, bare)

@@ -73,8 +73,6 @@ def table(*triples):
 
 
 # One pair.
-
-
 def test_a_pair_through_the_chat_template():
     # the newline after <|im_end|> is the template's and is cut; both sides begin alike, and not in the prompt
     pair = encoded_pair(word_tokenizer(), PROMPT, "is four", "is")
@@ -143,21 +141,11 @@ def test_merging_loses_and_invents_nothing(prompt, chosen, rejected):
 
 
 # Templates.
-
-
 def test_plain_joins_messages_starts_with_bos_and_ends_with_eos():
     tokenizer = word_tokenizer(template=None, bos=True)
     prompt = [{"role": "system", "content": "is"}, *user("two\n")]
     pair = encoded_pair(tokenizer, prompt, "four", "two", chat_template="plain")
     assert pair == EncodedPair([BOS, IS, NEWLINE, TWO, NEWLINE], [FOUR, END], [TWO, END])
-
-
-def test_a_template_may_be_given_as_text_or_as_a_path(tmp_path):
-    path = tmp_path / "chat.jinja"
-    path.write_text(CHATML)
-    expected = encoded_pair(word_tokenizer(), PROMPT, "four", "two")
-    for given_template in (CHATML, str(path)):
-        assert encoded_pair(word_tokenizer(None), PROMPT, "four", "two", chat_template=given_template) == expected
 
 
 def test_a_template_writes_the_same_date_on_all_days():
@@ -179,7 +167,6 @@ def test_named_templates_without_a_default_are_named():
 
 
 # Lengths.
-
 PAIR = EncodedPair([1, 2, 3, 4], [5, 6, 7, 99], [8, 99])
 
 
@@ -281,7 +268,6 @@ def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
 
 
 # Tables.
-
 LIMITS = {"max_length": 13, "max_prompt_length": 9}
 
 

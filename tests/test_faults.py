@@ -1,6 +1,5 @@
 """What a run does when it is stopped, when a number is not finite, and when disk or memory run out."""
 
-import csv
 import json
 import os
 import resource
@@ -14,10 +13,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import adapter_weights, build, fit, make_pairs, write_pairs
+from conftest import adapter_weights, build, fit, make_pairs, same, write_pairs
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
+from test_cli import last_step, metrics
+from test_scoring import changed_model
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
@@ -40,14 +41,7 @@ def run(tiny_model: str, source: str) -> Callable[..., Any]:
     """Train in a folder, with callbacks before those of every run, in five steps an epoch; returns the module. The run
     continues the one in the folder `after`, or of that checkpoint."""
 
-    def train(
-        folder: Path,
-        *callbacks: Any,
-        after: Path | None = None,
-        every: int = 50,
-        trainer: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> Any:
+    def train(folder: Path, *callbacks: Any, after: Any = None, every: int = 50, trainer: Any = None, **options: Any):
         ours = [*callbacks, RunFiles(), ExactResume(), LastCheckpoint(every_n_steps=every), OutOfMemory()]
         path = after and (checkpoint(after) if after.is_dir() else str(after))
         trainer = {"callbacks": ours, **(trainer or {})}
@@ -71,15 +65,6 @@ def whole(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def checkpoint(folder: Path) -> str:
     return str(folder / "checkpoints" / "last.ckpt")
-
-
-def last_step(folder: Path) -> int:
-    return torch.load(checkpoint(folder), weights_only=True)["global_step"]
-
-
-def same(one: Any, other: Any) -> bool:
-    mine, theirs = adapter_weights(one), adapter_weights(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 class At(Callback):
@@ -112,8 +97,6 @@ def adapter(folder: Path) -> bytes:
 
 
 # Signals.
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_step_and_it_is_continued_exactly(number, run, whole, tmp_path, capsys) -> None:
     """In the first of two micro-batches of the third step."""
@@ -135,23 +118,10 @@ def test_a_second_signal_ends_it_at_once(run: Any, tmp_path: Path) -> None:
     assert last_step(tmp_path) == 2
 
 
-def test_a_signal_in_a_validation_loses_no_step(run: Any, whole: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"data": VALIDATED, "trainer": {"max_epochs": 2}}
-    with pytest.raises(Stopped):
-        run(tmp_path / "cut", At(5, terminate, "on_validation_batch_start"), **options)
-    assert last_step(tmp_path / "cut") == 5
-    assert same(run(tmp_path / "rest", after=tmp_path / "cut", **options), whole(**options))
-
-
 def test_the_step_that_a_signal_stops_at_is_logged(run: Any, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(tmp_path, At(2, terminate), trainer={"logger": CSVLogger(str(tmp_path), name="", version="")})
     assert [row["step"] for row in metrics(tmp_path)] == ["0", "1", "2"]
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_best_of_a_continued_run_may_be_older_than_it(run: Any, tmp_path: Path) -> None:
@@ -173,7 +143,9 @@ def test_a_validation_that_was_cut_off_is_made_up_for(run: Any, tmp_path: Path) 
     options: dict[str, Any] = {"data": VALIDATED, "trainer": {"max_epochs": 2, "limit_val_batches": 1}}
     with pytest.raises(Stopped):
         run(tmp_path / "cut", At(5, terminate, "on_validation_batch_start"), **options)
+    assert last_step(tmp_path / "cut") == 5
     seen: dict[str, list[Any]] = {"whole": [], "rest": []}
+    modules = []
     for name, after in (("whole", None), ("rest", tmp_path / "cut")):
 
         class Note(Callback):
@@ -181,8 +153,8 @@ def test_a_validation_that_was_cut_off_is_made_up_for(run: Any, tmp_path: Path) 
                 value = float(trainer.callback_metrics["val/all/sft_loss"])
                 seen[name].append((trainer.global_step, value, trainer.state.fn))
 
-        run(tmp_path / name, Note(), after=after, **options)
-    assert [step for step, _, _ in seen["whole"]] == [5, 10] and seen["rest"] == seen["whole"]
+        modules.append(run(tmp_path / name, Note(), after=after, **options))
+    assert [step for step, _, _ in seen["whole"]] == [5, 10] and seen["rest"] == seen["whole"] and same(*modules)
 
 
 @pytest.mark.filterwarnings("ignore:the best checkpoint so far")
@@ -291,8 +263,6 @@ def test_after_the_last_step_a_signal_ends_at_once(run: Any, tmp_path: Path) -> 
 
 
 # What a run may be continued with.
-
-
 def test_more_steps_continue_exactly_where_the_schedule_was_made_for_them(run: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"schedule": StagedCosine(warmup=0.2), "schedule_steps": 5}
     expected = run(tmp_path / "whole", **options)
@@ -309,17 +279,6 @@ def test_more_steps_are_refused_where_the_schedule_was_made_for_fewer(run: Any, 
         run(tmp_path / "short", schedule_steps=4)
 
 
-def other_base(model: str, folder: Path) -> str:
-    """The same architecture and tokenizer with other weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    changed = AutoModelForCausalLM.from_pretrained(model)
-    changed.model.norm.weight.data.mul_(1.5)
-    changed.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize(("named", "change"), [
     ("data", {"rows": [row | {"chosen": f"{row['chosen']} red"} for row in make_pairs(20)]}),
     ("route", {"rows": [row | {"margin": -row["margin"]} for row in make_pairs(20)]}),
@@ -331,7 +290,7 @@ def other_base(model: str, folder: Path) -> str:
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_what_has_changed_is_named(named, change, tiny_model, source, tmp_path, stopped_after_two) -> None:
     change = dict(change)
-    base = other_base(tiny_model, tmp_path / "base") if change.pop("base", False) else tiny_model
+    base = changed_model(tiny_model, tmp_path / "base") if change.pop("base", False) else tiny_model
     pairs = write_pairs(tmp_path / "other.jsonl", change.pop("rows")) if "rows" in change else source
     with pytest.raises(InputError, match=rf"another run \({named}: |; {named}: "):
         fit(base, pairs, tmp_path / "rest", ckpt_path=stopped_after_two, **(ADAMW | change))
@@ -345,8 +304,6 @@ def stopped_after_two(run: Any, tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 # Numbers that are not finite.
-
-
 class BadOnce(DPO):
     """DPO, but the first pair of its third call has a loss that is not finite."""
 
@@ -387,8 +344,6 @@ def test_such_a_step_can_be_left_out(run: Any, tmp_path: Path) -> None:
 
 
 # Disk and memory.
-
-
 def test_a_disk_that_is_too_small_is_refused_before_the_first_step(tiny_model, source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("lightning_modules.callbacks.checkpoint.shutil.disk_usage", lambda _: Namespace(free=1000))
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", **ADAMW)

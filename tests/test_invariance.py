@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import build, make_pairs, write_pairs
-from test_preference_module import first_batch, full_precision_norms, perturb_policy
+from test_preference_module import first_batch, perturb_policy
 
 from mixdpo.batches.batch import PairCollator
 from mixdpo.batches.steps import cut_step
 from mixdpo.model.memory import recompute
 from mixdpo.routing.route import Routing
 
-__all__ = ["full_precision_norms"]  # a fixture
 LAYOUTS = {
     "plain": {"share_prompt": False, "pack": 0},
     "plain, packed": {"share_prompt": False, "pack": 40},

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -12,9 +13,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from conftest import write_pairs
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tiny import response, user
 
+from mixdpo.data.conversations import read_samples
 from mixdpo.data.messages import split_by_prompt
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
@@ -26,14 +30,6 @@ PAIR = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "margin": 1.5}
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def response(text):
-    return {"role": "assistant", "content": text}
 
 
 def system(text):
@@ -61,8 +57,6 @@ def only(tmp_path, row):
 
 
 # Sources.
-
-
 KINDS = ["a.json", "a.json.gz", "a.jsonl", "a.csv.jsonl.gz", "a.csv", "a.jsonl.csv.gz", "a.parquet"]
 
 
@@ -249,12 +243,10 @@ def test_null_in_a_column_of_mixed_rows_counts_as_absent(tmp_path):
 
 
 # Faults, each named by file, row and columns.
-
 LINE = json.dumps(PAIR).encode() + b"\n"
 
 
 # Row forms.
-
 WHOLE = {"chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]}
 FORMS = {
     "standard": PAIR,
@@ -308,8 +300,6 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
 
 
 # Pair ids.
-
-
 def test_ids_from_content_follow_it_and_stay_apart_when_a_row_repeats(tmp_path):
     other = PAIR | {"chosen": "four"}
     ids = read_pairs(write(tmp_path / "a.jsonl", [PAIR, other, PAIR])).dataset["pair_id"][:]
@@ -319,7 +309,6 @@ def test_ids_from_content_follow_it_and_stay_apart_when_a_row_repeats(tmp_path):
 
 
 # Split.
-
 prompt_lists = st.lists(st.text(alphabet="abc", max_size=3), min_size=1, max_size=30)
 
 
@@ -349,8 +338,6 @@ def test_split_follows_seed_fraction_and_form():
 
 
 # Real data: the counts and histograms in shared/data/README.md.
-
-
 def real(name, **dropped):
     path = SHARED / f"{name}_pairs.jsonl.gz"
     if not path.is_file():
@@ -382,3 +369,67 @@ def test_ultrafeedback_pairs():
 @pytest.mark.shared
 def test_pandalm_pairs():
     assert Counter(round(margin * 3) for margin in real("pandalm_human")[1]) == {3: 744, 2: 30, 1: 87}
+
+
+# Samples.
+QUESTION = {"prompt": "2+2?", "completion": "4"}
+TURNS = [system("Be brief."), user("2+2?"), response("4"), user("Sure?"), response("Yes")]
+ONE_TURN = [user("2+2?"), response("4")]
+
+
+@pytest.mark.parametrize(("row", "messages"), [
+    ({"messages": TURNS}, TURNS),
+    ({"messages": [*TURNS, user("Bye"), system("End")]}, TURNS),
+    ({"messages": [ONE_TURN[0], ONE_TURN[1] | {"weight": 1, "train": True, "loss": None}]}, ONE_TURN),
+    ({"messages": ONE_TURN, "prompt": "2+2?", "prompt_id": "x"}, ONE_TURN),  # as UltraChat has it
+    (QUESTION, ONE_TURN),
+    ({"prompt": [system("a"), user("2+2?")], "completion": "4"}, [system("a"), *ONE_TURN]),
+    ({"prompt": "2+2?", "completion": [response("4"), user("Sure?"), response("Yes")]}, TURNS[1:]),
+    ({"instruction": "2+2?", "output": "4"}, ONE_TURN),
+    ({"instruction": "2+2?", "input": " ", "output": "4"}, ONE_TURN),
+    ({"instruction": "Add.", "input": "2\n2", "output": "4"}, [user("Add.\n\n2\n2"), response("4")]),
+    (QUESTION | {"messages": None, "instruction": None, "output": None, "sample_id": None, "id": None}, ONE_TURN),
+    ({"instruction": "2+2?", "output": "4", "input": None, "system": "", "history": None}, ONE_TURN),
+])  # fmt: skip
+def test_every_form_gives_messages_up_to_the_last_response(tmp_path, row, messages):
+    (sample,) = read_samples(write_pairs(tmp_path / "a.jsonl", [row])).dataset
+    assert sample["messages"] == messages
+    assert (sample["source"], sample["row"]) == ("", 1)
+    assert sample["response_weights"] == [1.0] * sum(message["role"] == "assistant" for message in messages)
+
+
+def test_the_table_its_columns_and_ids(tmp_path):
+    rows = [QUESTION | {"id": "p0", "source": "sums"}, QUESTION | {"sample_id": 7, "id": "unused", "source": None}]
+    path = write_pairs(tmp_path / "a.jsonl", rows)
+    samples = read_samples(path)
+    assert samples.dataset.column_names == ["sample_id", "messages", "response_weights", "source", "row", "place"]
+    assert samples.dataset.features["sample_id"].dtype == "int64"
+    expected = [int(hashlib.sha256(name).hexdigest()[:16], 16) >> 1 for name in (b"p0", b"7")]
+    assert samples.dataset["sample_id"][:] == expected
+    assert samples.dataset["source"][:] == ["sums", ""] and samples.dataset["row"][:] == [1, 2]
+    assert samples.dropped == {}
+
+
+def test_ids_of_samples_ignore_the_form_and_stay_apart_when_a_row_repeats(tmp_path):
+    other, same = {"prompt": "3+3?", "completion": "6"}, {"messages": ONE_TURN}
+    ids = read_samples(write_pairs(tmp_path / "a.jsonl", [QUESTION, other, same])).dataset["sample_id"][:]
+    moved = read_samples(write_pairs(tmp_path / "b.jsonl", [other, same, QUESTION])).dataset["sample_id"][:]
+    assert moved == [ids[1], ids[0], ids[2]] and len(set(ids)) == 3 and min(ids) >= 0
+
+
+def test_unusable_samples_are_kept_out_and_counted_even_from_the_cache(tmp_path):
+    conversations = [
+        ONE_TURN, [user(" \n"), response("4")], [response("Hello"), *ONE_TURN], [system("Be brief."), response("4")],
+        [user("2+2?"), response(" "), user("Well?"), response("")],
+        [user("2+2?"), response(""), user("Well?"), response("4")],
+    ]  # fmt: skip
+    path = write_pairs(tmp_path / "a.jsonl", [{"messages": messages} for messages in conversations])
+    for _ in range(2):
+        samples = read_samples(path)
+        assert samples.dropped == {"empty_prompt": 3, "empty_completion": 1}
+        assert samples.noted == {"blank_responses": 1}
+        assert samples.dataset["row"][:] == [1, 6]
+    assert read_samples(path, limit=1).dropped == {}
+    assert read_samples(path, limit=2).dataset["row"][:] == [1, 6]
+    with pytest.raises(InputError, match=r"no usable sample \(1 rows read, kept out: .'empty_prompt': 1"):
+        read_samples(write_pairs(tmp_path / "b.jsonl", [{"prompt": "", "completion": "4"}]))

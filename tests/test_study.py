@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import write_pairs
+from judging import wait_for
 from test_configs import build, cli  # noqa: F401
 
 from mixdpo.__main__ import main
@@ -194,14 +194,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Any) -> Any:
-    for _ in range(1200):
-        if result := condition():
-            return result
-        time.sleep(0.1)
-    raise AssertionError("it did not happen within 120 s")
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_study_loses_the_run_in_progress_only(folder, how, monkeypatch) -> None:
     if how == signal.SIGKILL and sys.platform != "linux":
@@ -211,7 +203,8 @@ def test_an_interrupted_study_loses_the_run_in_progress_only(folder, how, monkey
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mixdpo", "study", path]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        pid = int(wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text()))
+        wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text())
+        pid = int((folder / "pid").read_text())
         assert alive(pid)
         monkeypatch.setattr("mixdpo.storage.store.PATIENCE", 0.1)
         assert main(["study", path]) == 2, "two studies in one folder"
@@ -303,7 +296,6 @@ def test_a_family_is_decided_by_holm(finished: Path) -> None:
     assert "two-sided 2.5 %): 0.462 with 4 prompts" in detectable(plan, 4)  # (2.24 + 0.84) × 0.3 / 2
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_parse(path: Path, build: Any) -> None:  # noqa: F811
     """Every run's options are run.py's, and what a preset or the grid says is not undone by the study's options."""

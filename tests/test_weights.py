@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATE, adapter_weights, build, build_sft, fit, make_pairs, make_samples, write_pairs
-from test_pairs import own_cache, response, user  # noqa: F401  (a fixture)
-from test_preference_module import first_batch, full_precision_norms
+from test_pairs import own_cache  # noqa: F401  (a fixture)
+from test_preference_module import first_batch
 from test_processes import FORK, assert_close
+from tiny import response, user
 from torch import Tensor
 
 from mixdpo.data.conversations import read_samples
@@ -25,7 +26,6 @@ from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.scorers import ExcessLoss, Loss
 from mixdpo.token_cleaning.selection import Selection
 
-__all__ = ["full_precision_norms"]  # a fixture
 FIRST, LAST = [user("sun?"), response("red")], [user("moon?"), response("blue tea")]
 EXACT: dict[str, Any] = {"dtype": "float64", "schedule": Constant(warmup=0.0), "make": build_sft}
 REWRITES = TEMPLATE.replace("{{ m['content']", "{{ 'sea ' * (loop.last and m.role == 'assistant') + m.content")
@@ -38,8 +38,6 @@ def weights_of(path: Path, *conversations: Any, **options: Any) -> list[list[flo
 
 
 # What is read.
-
-
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0, "loss": 0}, {"train": False}, {"loss": False}])
 def test_a_masked_response_weighs_nothing_in_all_three_dialects(tmp_path, mark):
     masked = [FIRST[0] | mark, FIRST[1] | mark, *LAST]  # a question may say that it is not trained on
@@ -90,8 +88,6 @@ def test_a_pair_has_the_weight_of_its_chosen_response(tiny_model, tmp_path):
 
 
 # What is encoded.
-
-
 def test_a_response_of_weight_0_is_context(tiny_model):
     tokenizer, messages = load_tokenizer(tiny_model), [*FIRST, *LAST, *FIRST]
     whole = encode_sample(tokenizer, messages, TEMPLATE)
@@ -104,8 +100,6 @@ def test_a_response_of_weight_0_is_context(tiny_model):
 
 
 # What is trained.
-
-
 def weighed(count: int, weights: Any) -> list[dict[str, Any]]:
     """`make_samples`, its responses marked in turn; None is no mark."""
     rows, marks = make_samples(count), [weights[i % len(weights)] for i in range(3 * count)]

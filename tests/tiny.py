@@ -68,6 +68,14 @@ def make_samples(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [names | {"messages": turns(2 if i % 3 == 0 else 1)} for i, names in ids.items()]
 
 
+def user(text: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def response(text: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
 def write_pairs(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_trainer, write_tiny
+from conftest import write_tiny
 from safetensors.torch import load_file, save_file
+from test_margins_file import predict
 
 from bad_input.case import Case, Place, cases
-from datamodules.preference import PreferenceDataModule
-from lightning_modules.margins import MarginModule
 from mixdpo.model.adapters import Lora, add_adapters, add_reference, check_alike
 from mixdpo.model.loading import load_tokenizer
-from mixdpo.signals.signals import CHES
 
 # Models: a copy of the tiny one with a fault.
 
@@ -73,9 +71,7 @@ def windowed(do: Callable[[Place, Path], Any]) -> Any:
 
 
 def signalled(place: Place, folder: Path) -> Any:
-    options = {"quantization": "none", "dtype": "float32", "output": str(place.folder / "a.margins")}
-    data = PreferenceDataModule(place.shared.pairs, tokenizer=str(folder), max_length=64, max_prompt_length=32)
-    make_trainer(place.folder / "run").predict(MarginModule(str(folder), CHES(), **options), data)
+    return predict(str(folder), place.shared.pairs, place.folder)
 
 
 def warned(place: Place) -> str:
@@ -125,8 +121,6 @@ MODELS = [
 
 
 # Adapters: a copy of one for the tiny model with a fault.
-
-
 def adapted(fault: Callable[[Path], Any]) -> Any:
     def do(place: Place) -> Any:
         copy = place.folder / "adapter"

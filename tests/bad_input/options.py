@@ -76,8 +76,6 @@ def constructed(entrance: str, arguments: tuple[Any, ...] = (), **more: Any) -> 
 
 
 # Decided only with the data.
-
-
 def routed(margins: list[float], **chosen: Any) -> Any:
     plan = {"hard_fraction": 0.5} | chosen
     return lambda place: Routing(**plan).plan(np.array(margins), np.arange(len(margins)), seed=0)

@@ -4,6 +4,8 @@ import gzip
 import json
 from typing import Any
 
+from tiny import response, user
+
 from bad_input.case import GONE, Case, Place, cases, changed
 from mixdpo.data.messages import split_by_prompt
 from mixdpo.data.pairs import read_pairs
@@ -13,16 +15,7 @@ LINE = json.dumps(PAIR) + "\n"
 CSV = "prompt,chosen,rejected,margin\na,b,c,1\n"
 
 
-def user(text: Any) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def response(text: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
 # Rows: the second one has the fault, the message names it with the file.
-
 TEXT_OR_LIST = "should be text or a list of messages"
 KEYS = "a message has the keys 'role' and 'content'"
 FINITE = "should be a finite number"
@@ -79,7 +72,6 @@ def ids_case(fault: str, *ids: Any) -> Case:
 
 
 # Files: (name, content) -> where and what to do.
-
 FIX = "Correct the row, or save the file as UTF-8"
 PACKED = gzip.compress((LINE * 400).encode())
 FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
@@ -109,8 +101,6 @@ def column_case(fault: str, margin: Any, *says: str) -> Case:
 
 
 # Folders, splits, limits.
-
-
 def broken_folder(place: Place) -> Any:
     place.write("data/train.jsonl", LINE + LINE[:-9])
     return read_pairs(str(place.folder / "data"))

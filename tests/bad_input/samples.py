@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
+from tiny import response, user
+
 from bad_input.case import GONE, Case, Place, cases, changed
-from bad_input.pairs import response, user
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.prompts import read_prompts

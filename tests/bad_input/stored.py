@@ -58,7 +58,6 @@ def compared(place: Place) -> Any:
 
 
 # Token cleaning: a copy of a run with a fault.
-
 MASKS = Cleaning(masks="x")
 
 
