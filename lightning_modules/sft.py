@@ -5,14 +5,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from jsonargparse.typing import NonNegativeFloat
 from torch import Tensor
 
 from lightning_modules.qlora import AdapterModule
 from mixdpo.batches.batch import Batch
 from mixdpo.metrics import NamedMeans
-from mixdpo.model.adapters import stack_policy
-from mixdpo.model.forward import row_statistics
-from mixdpo.model.fused_head import entropy, is_top, run_sums
+from mixdpo.model.adapters import role, stack_policy
+from mixdpo.model.forward import evaluating, predicting_states, row_statistics
+from mixdpo.model.fused_head import Comparison, anchor, entropy, is_top, run_sums
 from mixdpo.token_cleaning.cleaning import weigh
 from mixdpo.token_cleaning.scorers import TokenStatistics
 
@@ -23,7 +24,9 @@ class SFTModule(AdapterModule):
     monitored = frozenset({"train/loss", "cleaning/kept_fraction", "tokens_per_second"})
     plan_file = "plan.json"
 
-    def __init__(self, base: str, stage_start: StageStart = "continue", **options: Any) -> None:
+    def __init__(
+        self, base: str, stage_start: StageStart = "continue", kl_weight: NonNegativeFloat = 0.0, **options: Any
+    ) -> None:
         """SFT of a LoRA policy on a 4-bit base. The loss is normalised by the kept weight of the whole optimizer step.
 
         Args:
@@ -32,10 +35,13 @@ class SFTModule(AdapterModule):
                 the optimizer forgets its state. fresh_adapter: as restart, and a fresh adapter is stacked on the
                 earlier adapters, which stay frozen (published runs merge instead, which a 4-bit base would round away).
                 A Staged schedule starts the learning rate anew.
+            kl_weight: λ of a term λ · KL(base ‖ policy) over the whole vocabulary, for every response token, whatever
+                weight w token cleaning gives the token: the step's loss is Σ (w · nll + λ · KL) / Σ w. With the scorer
+                Probability as w this is ASFT (arXiv 2509.23753, λ 0.1). 0 computes no base.
         """
         super().__init__(base, **options)
-        self.stage_start = stage_start
-        self.train_means = NamedMeans(("train/loss", "cleaning/kept_fraction"))
+        self.stage_start, self.kl_weight = stage_start, kl_weight
+        self.train_means = NamedMeans(("train/loss", "train/kl", "cleaning/kept_fraction"))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Runs after the callbacks' hook, so that a reference is refreshed with the policy before the stage."""
@@ -53,13 +59,20 @@ class SFTModule(AdapterModule):
         """Log-probabilities by the policy → weighted mean over the tokens of the step."""
         self.recompute_if_long(batch.rows)
         needs = getattr(self.cleaning.scorer, "needs", ()) if batch.losses is not None else ()
-        log_probs, *measured = row_statistics(self.model, batch.rows, needs)
+        anchors, base = [anchor] if self.kl_weight else [], None
+        if any(isinstance(statistic, Comparison) for statistic in (*anchors, *needs)):
+            # first, as in preference training: the policy's role is the one in force at backward
+            with torch.no_grad(), evaluating(self.model), role(self.model, "base"):
+                base = predicting_states(self.model, batch.rows)
+        log_probs, *measured = row_statistics(self.model, batch.rows, [*anchors, *needs], base)
+        kl = measured[: len(anchors)]
         # an online scorer reads the policy of this step; numbers that are not finite are left to NonFinite
         if batch.losses is not None and log_probs.isfinite().all():
-            self._score(batch, log_probs.detach(), measured)
-        self._record(batch, log_probs.detach())
+            self._score(batch, log_probs.detach(), measured[len(anchors) :])
+        self._record(batch, log_probs.detach(), kl)
+        losses = -log_probs * batch.token_weight + sum(self.kl_weight * batch.data_weight * each for each in kl)
         # as if every token were kept: on_before_optimizer_step corrects this, once the kept weight is known
-        return -self.mean_over_step((log_probs * batch.token_weight).sum(dtype=torch.float64), batch)
+        return self.mean_over_step(losses.sum(dtype=torch.float64), batch)
 
     def _score(self, batch: Batch, log_probs: Tensor, measured: list[Tensor]) -> None:
         """Give the batch's tokens the weights that a scorer of this step's policy selects."""
@@ -71,10 +84,11 @@ class SFTModule(AdapterModule):
         weights, _ = weigh(self.cleaning.selection, scores, offsets, batch=one, always_keep=batch.always_keep)
         batch.reweigh(weights)
 
-    def _record(self, batch: Batch, log_probs: Tensor) -> None:
+    def _record(self, batch: Batch, log_probs: Tensor, kl: list[Tensor]) -> None:
         losses = -run_sums(log_probs, batch.rows.runs, len(batch)) / batch.rows.lengths
         weight, kept = batch.token_weight, (batch.token_weight / batch.data_weight, batch.data_weight)
-        self.record(batch, losses, {"train/loss": (-log_probs, weight), "cleaning/kept_fraction": kept})
+        of_kl = {"train/kl": (kl[0], batch.data_weight)} if kl else {}
+        self.record(batch, losses, {"train/loss": (-log_probs, weight), "cleaning/kept_fraction": kept} | of_kl)
         self._step_tokens = batch.step_total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -87,7 +101,7 @@ class SFTModule(AdapterModule):
             torch._foreach_mul_(gradients, self._step_tokens / kept)
 
     def identity(self) -> dict[str, Any]:
-        return super().identity() | {"stage_start": self.stage_start}
+        return super().identity() | {"stage_start": self.stage_start, "kl_weight": self.kl_weight}
 
     def validation_names(self) -> tuple[str, ...]:
         sources = (f"val/loss/{source}" for source in self.trainer.datamodule.reported_sources)

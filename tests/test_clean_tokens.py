@@ -36,7 +36,8 @@ from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.sft import SFTModule
 from mixdpo.batches.steps import Slices, plan_stages
 from mixdpo.errors import InputError
-from mixdpo.model.adapters import Lora, adapter_state
+from mixdpo.model.adapters import Lora, adapter_state, role
+from mixdpo.model.fused_head import divergence, entropy
 from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.routing.schedules import Constant
 from mixdpo.storage.store import read_store
@@ -451,6 +452,45 @@ def test_a_score_of_the_policy_weighs_without_a_gradient_through_it(scorer: Any,
     for (key, value), gradient in zip(adapters.items(), gradients, strict=True):
         torch.testing.assert_close(adapter_state(ran.module)[key], (value - gradient).detach(), rtol=0, atol=1e-5)
     assert ran.module.lora.alpha / ran.module.lora.rank == SCALE
+
+
+@dataclass(frozen=True)
+class Drift:
+    roles, needs = (), (entropy, divergence)
+
+    def __call__(self, statistics: Any) -> Tensor:
+        return statistics.measured[1]
+
+
+ANCHORED = [(None, 0.3), (Probability(), 0.3), (Drift(), 0.3), (Drift(), 0.0), (Entropy(top=None, scale=1.0), 0.0)]
+
+
+@pytest.mark.parametrize(("scorer", "kl_weight"), ANCHORED, ids=repr)
+def test_divergence_from_the_base(scorer, kl_weight, train, plain, earlier, monkeypatch) -> None:
+    """In the loss (ASFT, plain SFT) and in one's own scorer. One SGD step: Σ (w·nll + λ·KL) / Σ w, w held fixed."""
+    roles: list[str] = []
+    monkeypatch.setattr("lightning_modules.sft.role", lambda model, name: roles.append(name) or role(model, name))
+    options = {"data": {"limit": 4}, "trainer": {"accumulate_grad_batches": 2}, "lr": 1.0, "kl_weight": kl_weight}
+    ran = train(adapter=str(earlier.folder / "adapter"), cleaning=scorer and Cleaning(scorer, None), **options)
+    assert roles == ["base"] * (0 if isinstance(scorer, Entropy) else 2), "once in each micro-batch that reads it"
+    adapters, found = policy_of(ran.steps.adapters[0]), []
+    for sample in ran.pool.samples:
+        ids, spans = torch.tensor([sample["input_ids"]]), sample["spans"]
+        weights = with_adapters(plain, adapters, "policy")
+        p = torch.func.functional_call(plain, weights, (ids,)).logits[0].softmax(-1)
+        b = plain(ids).logits[0].softmax(-1).detach()
+        for t in (t for start, end in zip(spans[::2], spans[1::2], strict=True) for t in range(start, end)):
+            kl = (b[t - 1] * (b[t - 1] / p[t - 1]).log()).sum()
+            found.append(torch.stack([p[t - 1, ids[0, t]].log(), kl, -(p[t - 1] * p[t - 1].log()).sum()]))
+    log_p, kl, uncertainty = torch.stack(found).T
+    w = {Probability: log_p.exp(), Drift: kl, Entropy: uncertainty}.get(type(scorer), torch.ones(len(kl))).detach()
+    assert kl.mean() > 0.01 and ("train/kl" in ran.rows[0]) == (kl_weight > 0)
+    assert float(ran.rows[0].get("train/kl", kl.detach().mean())) == pytest.approx(float(kl.detach().mean()), rel=1e-4)
+    if scorer is not None:
+        np.testing.assert_allclose(ran.array("scores"), w, rtol=1e-3, atol=1e-5)
+    gradients = torch.autograd.grad((kl_weight * kl - w * log_p).sum() / w.sum(), list(adapters.values()))
+    for (key, value), gradient in zip(adapters.items(), gradients, strict=True):
+        torch.testing.assert_close(adapter_state(ran.module)[key], (value - gradient).detach(), rtol=0, atol=1e-5)
 
 
 # Scores from the data.

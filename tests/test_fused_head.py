@@ -11,9 +11,11 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mixdpo.model import fused_head
 from mixdpo.model.fused_head import TILE, VOCABULARY_TILE, Head, entropy, is_top, target_statistics, token_log_probs
 
 M, H, V = 50, 8, 31
+anchor, divergence = fused_head.anchor, fused_head.divergence
 
 
 class Largest(TorchDispatchMode):
@@ -111,6 +113,35 @@ def test_statistics_of_a_prediction(tile, cap):
         assert not value.requires_grad and log_probs.requires_grad
 
 
+@given(SHAPES, st.sampled_from([1, 7, 1000]))
+@settings(max_examples=30)
+def test_divergence_from_the_base_and_its_gradient(shape, tile):
+    """Beside statistics of the policy alone and a user's own comparison; 0 where the policy is the base."""
+    hidden, head, targets = inputs(torch.float64, **shape)
+    base, of_log_p, of_kl = hidden.detach().flip(1) * 1.5, *torch.randn(2, len(targets), dtype=torch.float64)
+    log_p, log_b = (naive_logits(states, head).log_softmax(-1) for states in (hidden, base))
+    p, kl = log_p.exp(), (log_b.exp() * (log_b - log_p)).sum(-1)
+    (gradient,) = torch.autograd.grad(kl @ of_kl + naive(hidden, head, targets) @ of_log_p, [hidden])
+    reverse = fused_head.Comparison(lambda log_p, targets, log_b: (log_p.exp() * (log_p - log_b)).sum(-1))
+    log_probs, *found = target_statistics(hidden, head, targets, [anchor, entropy, divergence, reverse], tile, base)
+    for value, wanted in zip(found, (kl, -(p * log_p).sum(-1), kl, (p * (log_p - log_b)).sum(-1)), strict=True):
+        assert_close(value.detach(), wanted.detach(), rtol=1e-10, atol=1e-12)
+    assert [value.requires_grad for value in found] == [True, False, False, False]
+    (found[0] @ of_kl + log_probs @ of_log_p).backward()
+    assert_close(hidden.grad, gradient, rtol=1e-10, atol=1e-12)
+    same = target_statistics(hidden, head, targets, [divergence], tile, hidden.detach())[1]
+    assert (same >= 0).all() and same.max() < 1e-12 and not same.requires_grad
+
+
+def test_divergence_under_autocast_is_reduced_in_float32():
+    hidden, head, targets = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, kl = target_statistics(hidden, head, targets, [anchor], 7, base := hidden.detach().flip(1))
+        log_p, log_b = (linear(states, head.weight, head.bias).double().log_softmax(-1) for states in (hidden, base))
+    assert kl.dtype == torch.float32 and not torch.equal(kl, kl.bfloat16().float())
+    assert_close(kl.double(), (log_b.exp() * (log_b - log_p)).sum(-1), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_positions(dtype):
     hidden, head, targets = inputs(dtype, positions=0)
@@ -150,14 +181,14 @@ def test_exact_log_probs_of_a_bf16_head(vocabulary, bias, cap):
     assert (token_log_probs(hidden, head, targets).double() - wanted).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("statistics", [(), (entropy, is_top, partial(entropy, top=5)), (anchor, entropy, divergence)])
 def test_no_tensor_is_larger_than_a_tile_of_logits_or_the_hidden_states(statistics):
     hidden, head, targets = inputs(positions=200, cap=3.0)
-    saved = []
-    measure = partial(target_statistics, statistics=(entropy, is_top, partial(entropy, top=5)))
+    saved, with_base = [], 1 + (anchor in statistics)
+    measure = partial(target_statistics, statistics=statistics, base=hidden.detach() if with_base > 1 else None)
     with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         found = (measure if statistics else token_log_probs)(hidden, head, targets, tile=7)
-        (found[0] if statistics else found).sum().backward()
+        sum(each.sum() for each in (found[:with_base] if statistics else [found])).backward()
     assert seen.numel == 200 * H < 200 * V
-    assert seen.positions == 200, "the head is applied once: nothing is computed again in backward"
-    assert [tuple(x.shape) for x in saved] == [(200, H)]
+    assert seen.positions == 200 * with_base, "the head is applied once: nothing is computed again in backward"
+    assert [tuple(x.shape) for x in saved] == [(200, H)] * with_base

@@ -108,11 +108,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
     return waits
 
 
-HALF = Routing(hard_fraction=0.5)
+HALF, RANDOM = Routing(hard_fraction=0.5), Cleaning(Random(), Selection(0.6))
 RUNS: dict[str, dict[str, Any]] = {
     "pairs": {"data": {"routing": Routing(hard_fraction=0.5, order="interleaved")}},
     "pairs, cleaned": {"data": {"routing": HALF}, "cleaning": Cleaning(selection=Selection(0.6), reference_lr=0.01)},
-    "samples, cleaned": {"make": build_sft, "data": {}, "cleaning": Cleaning(Random(), Selection(0.6))},
+    "samples, cleaned": {"make": build_sft, "data": {}, "kl_weight": 0.1, "cleaning": RANDOM},
 }
 
 

@@ -126,10 +126,12 @@ def row_log_probs(model: "PeftModel | PreTrainedModel", rows: TokenRows, *, exac
     return token_log_probs(predicting_states(model, rows), output_head(causal_lm_of(model)), rows.target, exact=exact)
 
 
-def row_statistics(model: "PeftModel", rows: TokenRows, statistics: Sequence[Any]) -> tuple[Tensor, ...]:
-    """`target_statistics` of each target in `rows`, in the active role."""
+def row_statistics(
+    model: "PeftModel", rows: TokenRows, statistics: Sequence[Any], base: Any = None
+) -> tuple[Tensor, ...]:
+    """`target_statistics` of each target in `rows`, in the active role. base: `predicting_states` of the bare base."""
     head = output_head(causal_lm_of(model))
-    return target_statistics(predicting_states(model, rows), head, rows.target, statistics)
+    return target_statistics(predicting_states(model, rows), head, rows.target, statistics, base=base)
 
 
 def output_head(causal_lm: "PreTrainedModel") -> Head:

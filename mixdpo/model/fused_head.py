@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -18,6 +19,10 @@ VOCABULARY_TILE = 16_384
 
 Statistic = Callable[[Tensor, Tensor], Tensor]
 """log p of the whole vocabulary (m, V) and the targets (m,) of m positions -> a number for each position (m,)."""
+
+
+class Comparison(partial):
+    """A statistic that gets log p of the whole vocabulary under the base (m, V) as a third argument."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class Head:
     def shaped(self, x: Tensor) -> Tensor:
         """Logits of the linear layer's output `x`."""
         return x if self.cap is None else self.cap * torch.tanh(x / self.cap)
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """(m, V) in `dtype`. bf16 log-softmax rounds at 1e-2: DPO's Δ is a sum of hundreds of them."""
+        return self.shaped(linear(hidden, self.weight, self.bias).to(dtype))
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, tile: int = TIL
             16,384 at a time: a 128k × 4096 head in fp32 would take 2.1 GB.
     """
     if not exact:
-        return _TokenLogProbs.apply(hidden, head, targets, tile, ())[0]
+        return _TokenLogProbs.apply(hidden, head, targets, tile, (), None)[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if head.weight.dtype == wide:
@@ -126,50 +135,69 @@ def is_top(log_probs: Tensor, targets: Tensor) -> Tensor:
     return log_probs.argmax(-1) == targets
 
 
+@Comparison
+def divergence(log_probs: Tensor, targets: Tensor, base: Tensor) -> Tensor:
+    """KL(base ‖ policy) = Σ b (ln b − ln p) over the whole vocabulary (m,), in nats."""
+    return torch.linalg.vecdot(base.exp(), base - log_probs).clamp_min(0)  # rounding can fall below
+
+
+anchor = Comparison(divergence)
+"""The `divergence` as a term of the loss: if it is the first of the statistics, it has a gradient."""
+
+
 def target_statistics(
-    hidden: Tensor, head: Head, targets: Tensor, statistics: Sequence[Statistic], tile: int = TILE
+    hidden: Tensor, head: Head, targets: Tensor, statistics: Sequence[Statistic], tile: int = TILE, base: Any = None
 ) -> tuple[Tensor, ...]:
-    """`token_log_probs` (M,), and each of the statistics (M,) from the same logits. Only the first has a gradient."""
-    return _TokenLogProbs.apply(hidden, head, targets, tile, statistics)
+    """`token_log_probs` (M,), and each of the statistics (M,) from the same logits. Only `token_log_probs` and an
+    `anchor` have a gradient.
+
+    Args:
+        base: (M, H), the base's hidden states, for a `Comparison`. A tile then holds the base's logits as well.
+    """
+    return _TokenLogProbs.apply(hidden, head, targets, tile, statistics, base)
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """d log p / d hidden = (e_target − p) W, times the slope of `Head.shaped`; a position's is scaled in backward."""
+    """d log p / d hidden = (e_target − p) W and d KL(base ‖ policy) / d hidden = (p − b) W, times the slope of
+    `Head.shaped`; a position's is scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: Any) -> Any:
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, tile: int, statistics: Any, base: Any) -> Any:
         if head.weight.requires_grad:
             raise ValueError("the output head must be frozen: set its weight.requires_grad to False")
         positions, wide = len(targets), torch.promote_types(hidden.dtype, torch.float32)
         log_probs, *measured = (hidden.new_empty(positions, dtype=wide) for _ in range(1 + len(statistics)))
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        anchored = anchor in statistics[:1]
+        gradients = [torch.empty_like(hidden) for _ in range(1 + anchored)] if ctx.needs_input_grad[0] else []
         for start in range(0, positions, tile):
             at = slice(start, start + tile)
             target = targets[at, None]
-            # bf16 log-softmax rounds at 1e-2: DPO's Δ is a sum of hundreds of them
-            logits = head.shaped(linear(hidden[at], head.weight, head.bias).to(wide))
+            logits = head.logits(hidden[at], wide)
             normaliser = logits.logsumexp(-1, keepdim=True)
             log_probs[at] = (logits.gather(-1, target) - normaliser).squeeze(-1)
-            slope = None if head.cap is None or gradient is None else 1 - (logits / head.cap) ** 2
-            if statistics or gradient is not None:
+            slope = None if head.cap is None or not gradients else 1 - (logits / head.cap) ** 2
+            if statistics or gradients:
                 logits.sub_(normaliser)
+            of_base = () if base is None else (head.logits(base[at], wide).log_softmax(-1),)
             with torch.autocast(hidden.device.type, enabled=False):  # it would round some of them to bf16
                 for values, statistic in zip(measured, statistics, strict=True):
-                    values[at] = statistic(logits, targets[at])
-            if gradient is not None:
+                    values[at] = statistic(logits, targets[at], *(of_base if isinstance(statistic, Comparison) else ()))
+            if gradients:
                 of_logits = logits.exp_().neg_()
+                of_kl = [log_b.exp_().add_(of_logits).neg_() for log_b in of_base[:anchored]]
                 of_logits.scatter_(-1, target, of_logits.gather(-1, target) + 1)
-                of_logits = of_logits if slope is None else of_logits.mul_(slope)
-                gradient[at] = of_logits.to(head.weight.dtype) @ head.weight
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(*measured)
+                for gradient, slopes in zip(gradients, (of_logits, *of_kl), strict=True):
+                    slopes = slopes if slope is None else slopes.mul_(slope)
+                    gradient[at] = slopes.to(head.weight.dtype) @ head.weight
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*measured[anchored:])
         return log_probs, *measured
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_log_probs: Tensor, *_: Any) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * of_log_probs[:, None]).to(gradient.dtype), None, None, None, None
+    def backward(ctx: Any, *of_values: Any) -> Any:
+        first, *more = (gradient * of[:, None] for gradient, of in zip(ctx.saved_tensors, of_values, strict=False))
+        return sum(more, first).to(ctx.saved_tensors[0].dtype), None, None, None, None, None
 
 
 def _exact_tile(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class TokenStatistics:
         sample: (M,) int64, which sample a token belongs to.
         token: (M,) int64, the token's own number in the whole pool.
         measured: (M,) for each of the scorer's `needs`, detached: statistics of the policy's predictions in the step,
-            which are functions such as `entropy` of mixdpo.model.fused_head.
+            which are functions such as `entropy` of mixdpo.model.fused_head, or of the policy's and the base's, such as
+            `divergence`.
     """
 
     losses: Mapping[str, Tensor]
