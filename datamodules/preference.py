@@ -122,8 +122,7 @@ class PreferenceDataModule(PlannedDataModule):
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins_file is None if signal is None else signal.needs == "rating"
-        needed = signal is not None or self.routing.by_margin or self.validation_threshold is not None
-        needed = needed or bool(self._needs_margin)
+        needed = bool(signal or self._needs_margin or self.routing.by_margin or self.validation_threshold is not None)
         margin = self.margin if rated else ()
         options = {"margin": margin, "margin_needed": needed, "weight": self.weight, "limit": self.limit}
         table = read_pairs(source, split=split, **options)
@@ -132,11 +131,9 @@ class PreferenceDataModule(PlannedDataModule):
         if signal is not None or self.margins_file is not None:
             texts = {pair["pair_id"]: text_hash(pair) for pair in table.dataset}
             if changed := [i for i, (key, text) in enumerate(texts.items()) if self.texts.get(key, text) != text]:
-                first = table.dataset[changed[0]]["place"]
-                raise InputError(
-                    f"{len(changed)} pairs of {source} (first: {first}) have the pair_id of another pair of "
-                    f"{self.source}: leave pair_id out of both and compute the margins anew"
-                )
+                misfits = f"{len(changed)} pairs of {source} (first: {table.dataset[changed[0]]['place']})"
+                fault = f"{misfits} have the pair_id of another pair of {self.source}"
+                raise InputError(f"{fault}: leave pair_id out of both and compute the margins anew")
             self.texts |= texts
         rows = self.count_read(source, split, table)
         if self.half is not None and (source, split) == (self.source, self.split):
@@ -161,11 +158,10 @@ class PreferenceDataModule(PlannedDataModule):
             why = f": margin below {route['threshold']:.4g}, and {tied}"
         if "blended" in route:
             why += f"; {route['blended']} pairs are blended, mean preference share {route['mean_preference_share']:.0%}"
-        return (
-            f"{route['hard']} of {route['pairs']} pairs ({route['hard_fraction']:.0%}) are hard{why}\n"
-            f"hard pairs: {route['hard_action']}; easy pairs: {route['easy_action']}; order {route['order']}{drawn}, "
-            f"{len(self._steps())} steps of {self.batch_size} pairs"
-        )
+        hard = f"{route['hard']} of {route['pairs']} pairs ({route['hard_fraction']:.0%}) are hard{why}"
+        actions = f"hard pairs: {route['hard_action']}; easy pairs: {route['easy_action']}"
+        steps = f"{len(self._steps())} steps of {self.batch_size} pairs"
+        return f"{hard}\n{actions}; order {route['order']}{drawn}, {steps}"
 
     def summary(self) -> dict[str, Any]:
         """The content of `route.json`: the route's summary, how many rows were read, dropped or truncated, warnings."""
