@@ -72,13 +72,15 @@ class PreferenceDataModule(PlannedDataModule):
         self.pool: TokenPool | None = None  # of a module that cleans tokens, after setup
 
     def plan_rows(self, stage: str) -> None:
-        """Read, split, encode and route. For a module that cleans tokens, make the pool of cleaning too.
+        """Read, split, encode and route. For a module that cleans tokens, make the pool of cleaning too: the
+        chosen responses of the hard pairs.
 
         Raises:
             InputError: the margins do not fit the pairs, or nothing can be cleaned.
         """
         if self.route is not None:
             return
+        self._needs_margin: bool | str = getattr(self.trainer.lightning_module, "needs_margin", False)
         self.identity = encoding_identity(self.encoder, **self.encoding)
         if stage == "predict":
             if self.margins_file is not None:
@@ -117,13 +119,15 @@ class PreferenceDataModule(PlannedDataModule):
                 needed = "data.routing.hard_action sft and, where selection.scope is batch,"
                 fault = f"model.cleaning needs hard pairs, {needed} data.routing.reshuffle false and no order paced"
                 raise InputError(f"{fault}; {is_hard.sum()} pairs are hard")
-            self.pool = self._cleaning_pool()
+            hard = self.train_pairs.select(self._on_side(hard=True))
+            samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
+            hard_pairs = f"{len(hard)}, {content_hash(hard['pair_id'])}"
+            self.pool = TokenPool.of(samples, {"data": self._data, "hard pairs": hard_pairs, **self.identity})
 
     def read(self, source: str, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins_file is None if signal is None else signal.needs == "rating"
-        needed = signal is not None or self.routing.by_margin or self.validation_threshold is not None
-        needed = needed or bool(self._needs_margin)
+        needed = bool(signal or self._needs_margin or self.routing.by_margin or self.validation_threshold is not None)
         margin = self.margin if rated else ()
         options = {"margin": margin, "margin_needed": needed, "weight": self.weight, "limit": self.limit}
         table = read_pairs(source, split=split, **options)
@@ -132,21 +136,15 @@ class PreferenceDataModule(PlannedDataModule):
         if signal is not None or self.margins_file is not None:
             texts = {pair["pair_id"]: text_hash(pair) for pair in table.dataset}
             if changed := [i for i, (key, text) in enumerate(texts.items()) if self.texts.get(key, text) != text]:
-                first = table.dataset[changed[0]]["place"]
-                raise InputError(
-                    f"{len(changed)} pairs of {source} (first: {first}) have the pair_id of another pair of "
-                    f"{self.source}: leave pair_id out of both and compute the margins anew"
-                )
+                misfits = f"{len(changed)} pairs of {source} (first: {table.dataset[changed[0]]['place']})"
+                fault = f"{misfits} have the pair_id of another pair of {self.source}"
+                raise InputError(f"{fault}: leave pair_id out of both and compute the margins anew")
             self.texts |= texts
         rows = self.count_read(source, split, table)
         if self.half is not None and (source, split) == (self.source, self.split):
             # another seed than that of the validation split, whose held-out prompts would all be of one half
             rows = rows.select(split_by_prompt(prompts_of(rows), 0.5, -1 - self.seed)[self.half ^ (signal is not None)])
         return rows
-
-    @property
-    def _needs_margin(self) -> bool | str:
-        return getattr(self.trainer.lightning_module, "needs_margin", False)
 
     def _with_margins(self, pairs: Any, source: str) -> Any:
         return self._margins.add_to(pairs, self.texts, source) if self._margins else pairs
@@ -161,11 +159,10 @@ class PreferenceDataModule(PlannedDataModule):
             why = f": margin below {route['threshold']:.4g}, and {tied}"
         if "blended" in route:
             why += f"; {route['blended']} pairs are blended, mean preference share {route['mean_preference_share']:.0%}"
-        return (
-            f"{route['hard']} of {route['pairs']} pairs ({route['hard_fraction']:.0%}) are hard{why}\n"
-            f"hard pairs: {route['hard_action']}; easy pairs: {route['easy_action']}; order {route['order']}{drawn}, "
-            f"{len(self._steps())} steps of {self.batch_size} pairs"
-        )
+        hard = f"{route['hard']} of {route['pairs']} pairs ({route['hard_fraction']:.0%}) are hard{why}"
+        actions = f"hard pairs: {route['hard_action']}; easy pairs: {route['easy_action']}"
+        steps = f"{len(self._steps())} steps of {self.batch_size} pairs"
+        return f"{hard}\n{actions}; order {route['order']}{drawn}, {steps}"
 
     def summary(self) -> dict[str, Any]:
         """The content of `route.json`: the route's summary, how many rows were read, dropped or truncated, warnings."""
@@ -188,12 +185,10 @@ class PreferenceDataModule(PlannedDataModule):
         return tokens, self._weights
 
     def loader(self, plan: list[MicroBatch]) -> ResumableLoader:
-        first_token = None
-        if self.pool is not None:
-            first_token = np.full(len(self.route.is_hard), -1)
-            first_token[self._on_side(hard=True)] = self.pool.offsets[:-1]
         routes = {"preference_share": self.route.preference_share.tolist(), "sft_sides": self.route.sft_sides}
-        routes["first_token"] = first_token
+        if self.pool is not None:
+            routes["first_token"] = np.full(len(self.route.is_hard), -1)
+            routes["first_token"][self._on_side(hard=True)] = self.pool.offsets[:-1]
         loader = self._make_loader(plan, self.train_pairs, self.route.is_hard.tolist(), **routes)
         loader.replan = self.micro_batches if self.routing.reshuffle else None
         return loader
@@ -201,13 +196,6 @@ class PreferenceDataModule(PlannedDataModule):
     def plan_identity(self) -> dict[str, str]:
         weights = {"data.weight": content_hash(self._weights)}
         return {"data": self._data, **self.identity, **weights, "route": self.route.fingerprint()}
-
-    def _cleaning_pool(self) -> TokenPool:
-        """The chosen responses of the hard pairs."""
-        hard = self.train_pairs.select(self._on_side(hard=True))
-        samples = hard.map(_chosen_sample, remove_columns=hard.column_names, desc="Hard pairs")
-        hard_pairs = f"{len(hard)}, {content_hash(hard['pair_id'])}"
-        return TokenPool.of(samples, {"data": self._data, "hard pairs": hard_pairs, **self.identity})
 
     def easy_samples(self) -> list[dict[str, Any]]:
         """The chosen responses of the easy pairs, which the default cleaning reference learns."""

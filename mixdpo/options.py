@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -55,6 +56,18 @@ class Parser(ArgumentParser):
             meant = nearest(word, {*known, "class_path", "init_args"}) or nearest(word.partition(".")[0], known)
             message = message.replace(unknown[0], unknown[0] + meant, 1)
         super().error(message, ex)
+
+
+def lazily(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a room that hands on the names in `homes`, each imported from its module in the
+    room when the name is asked for."""
+
+    def __getattr__(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        return getattr(import_module(f"{room}.{homes[name]}"), name)
+
+    return __getattr__, lambda: [*vars(sys.modules[room]), *homes]
 
 
 def nearest_path(path: str) -> str:

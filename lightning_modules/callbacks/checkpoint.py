@@ -76,13 +76,9 @@ def _processor(device: torch.device) -> str:
 
 def _random_state() -> dict[str, Any]:
     """Plain types only, so that a checkpoint loads with `weights_only=True`."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    name, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state_all()}
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

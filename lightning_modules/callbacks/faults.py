@@ -80,10 +80,9 @@ def _report(trainer: L.Trainer, step: int, norm: Tensor, losses: list[tuple[Any,
         write_json(path, content)
     bad = [row["place"] for row in rows if isinstance(row["loss"], str)]
     what = f"loss of {', '.join(bad[:5])} of {data.source}" if bad else "gradient"
-    return (
-        f"step {step} has a {what} that is not finite (gradient norm {float(norm):.3g}; {len(bad)} of its {len(rows)} "
-        f"rows): rows, texts and losses are in {path}. To see the step again: {again}"
-    )
+    numbers = f"gradient norm {float(norm):.3g}; {len(bad)} of its {len(rows)} rows"
+    where = f"rows, texts and losses are in {path}. To see the step again: {again}"
+    return f"step {step} has a {what} that is not finite ({numbers}): {where}"
 
 
 class OutOfMemory(Callback):
@@ -130,9 +129,8 @@ class OutOfMemory(Callback):
             first = f"data.micro_batch_tokens {max(tokens // 2, *data.row_sizes[0])} (now {data.cut['limit']})"
         if trainer.validating or trainer.sanity_checking:
             first = f"data.eval_batch_size 1 (now {data.eval_batch_size})"
-        exception.add_note(
-            f"out of memory: a micro-batch of {rows} {unit} with {tokens} tokens took more than the "
-            f"{peak_memory_gb(pl_module.device):.1f} GB reached. Change the first of these options, then also the next "
-            f"ones, until the memory is enough: {first}; model.activation_checkpointing true; data.max_length "
-            f"{length // 2} (now {length}); model.optimizer bitsandbytes.optim.PagedAdamW8bit"
-        )
+        took = f"took more than the {peak_memory_gb(pl_module.device):.1f} GB reached"
+        fault = f"out of memory: a micro-batch of {rows} {unit} with {tokens} tokens {took}"
+        rule = "Change the first of these options, then also the next ones, until the memory is enough"
+        ways = f"{first}; model.activation_checkpointing true; data.max_length {length // 2} (now {length})"
+        exception.add_note(f"{fault}. {rule}: {ways}; model.optimizer bitsandbytes.optim.PagedAdamW8bit")

@@ -14,14 +14,10 @@ from lightning_modules.verbs.run_cli import start
 from mixdpo.errors import InputError
 from mixdpo.signals.compare_margins import combine
 
-FIT = [
-    "--data.routing",
-    "{hard_fraction: 0, order: shuffled, hard_action: preference, easy_action: preference, blend_width: null}",
-    "--data.validation",
-    "0",
-]
-FIT += ["--data.margins_file", "null", "--model.adapter", "null"]
-PREDICT = ["--model", "lightning_modules.margins.MarginModule", "--model.signal", "mixdpo.signals.ImplicitReward"]
+ROUTES = "{hard_fraction: 0, order: shuffled, hard_action: preference, easy_action: preference, blend_width: null}"
+FIT = [f"--data.routing={ROUTES}", "--data.validation=0", "--data.margins_file=null", "--model.adapter=null"]
+PREDICT = ["--model=lightning_modules.margins.MarginModule", "--model.signal=mixdpo.signals.ImplicitReward"]
+PREDICT += ["--trainer.callbacks=null", "--trainer.devices=1"]
 
 
 def cross_fit(arguments: list[str]) -> None:
@@ -33,20 +29,11 @@ def cross_fit(arguments: list[str]) -> None:
         raise InputError(f"{options.out} exists: remove it, or give another OUT")
     parts = []
     for half in "01":
-        fit = ["fit", "--config", options.config, *rest, "--name", f"half{half}", "--data.half", half, *FIT]
+        fit = ["fit", "--config", options.config, *rest, f"--name=half{half}", f"--data.half={half}", *FIT]
         folder = start(fit).trainer.default_root_dir
         gc.collect()  # the trained model is in cycles of references: it would stay on the card beside the next one
         parts.append(f"{folder}/other_half.margins")
-        made = [
-            "--model.adapter",
-            f"{folder}/adapter",
-            "--model.output",
-            parts[-1],
-            "--trainer.callbacks",
-            "null",
-            "--trainer.devices",
-            "1",
-        ]
+        made = [f"--model.adapter={folder}/adapter", f"--model.output={parts[-1]}"]
         start(["predict", "--config", f"{folder}/config.yaml", *PREDICT, *made])
         gc.collect()
     combine(parts[0], parts[1], options.out, how="union")

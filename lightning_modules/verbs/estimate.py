@@ -116,9 +116,7 @@ def described(found: dict[str, Any], share: float, title: str) -> str:
     for name, tflop in found["tflop"].items():
         megabytes = found[f"{name}_per_token"] / 1e6
         lines.append(f"activations {name}: {megabytes:.2f} MB a token; {tflop:,.0f} TFLOP in all")
-    lines.append(
-        "1 GB for CUDA's context and 5 % of the card are set aside. Micro-batches, and the largest, in tokens\n"
-    )
+    lines += ["1 GB for CUDA's context and 5 % of the card are set aside. Micro-batches, and the largest, in tokens\n"]
     rows = [("card", "fits", "micro-batch", "activations", "peak, GB", "peak in", "most kept", "most recomp.", "hours")]
     for card, row in found["cards"].items():
         words = card, "yes" if row["fits"] else "no", f"{row['tokens']:,.0f}", ("kept", "recomputed")[row["recomputed"]]

@@ -174,6 +174,5 @@ class Sum(nn.Module, PreferenceLoss):
         return " + ".join(f"{x} {getattr(type(loss), 'describe', described)(loss)}" for loss, x, *_ in self.terms)
 
     def forward(self, *responses: Response, margin: Tensor | None = None) -> Tensor:
-        keywords = {"margin": margin}
-        values = [x * loss(*responses[:n], **(keywords if reads else {})) for loss, x, n, reads in self.terms]
+        values = [x * loss(*responses[:n], **({"margin": margin} if reads else {})) for loss, x, n, reads in self.terms]
         return torch.stack(values).sum(0)

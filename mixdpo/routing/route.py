@@ -243,12 +243,8 @@ class Route:
 def _arrange(routing: Routing, trained: np.ndarray, is_hard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Order of the trained pairs (n,) before any shuffling, and their stages (n,). `trained` goes from easy to hard."""
     hard, easy = trained[is_hard[trained]], trained[~is_hard[trained]]
-    orders = {
-        "hard_to_easy": trained[::-1],
-        "interleaved": _interleaved(easy, hard),
-        "preference_first": np.concatenate([easy, hard]),
-        "sft_first": np.concatenate([hard, easy]),
-    }
+    orders = {"hard_to_easy": trained[::-1], "interleaved": _interleaved(easy, hard)}
+    orders |= {"preference_first": np.concatenate([easy, hard]), "sft_first": np.concatenate([hard, easy])}
     order = orders.get(routing.order, trained)
     stages = np.zeros(len(order), dtype=np.int64)
     if routing.order in ("bucketed", "paced"):

@@ -1,16 +1,7 @@
 """Difficulty signals: what configs name."""
 
-from importlib import import_module
-from typing import Any
+from mixdpo.options import lazily
 
 NAMES = ("CHES", "ImplicitReward", "PolicyLogProb", "Rating", "RewardModel")
 
-
-def __getattr__(name: str) -> Any:
-    if name in NAMES:
-        return getattr(import_module("mixdpo.signals.signals"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *NAMES]
+__getattr__, __dir__ = lazily(__name__, dict.fromkeys(NAMES, "signals"))

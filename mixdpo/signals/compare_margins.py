@@ -111,9 +111,8 @@ def combine(a: str, b: str, out: str, how: Literal["alignment_potential", "union
         raise InputError(f"{a} and {b} are of different signals ({kinds[0][0]}, {kinds[1][0]}): give two of one")
     if how != "union" and (one.of_policy or not other.header["options"].get("normalised")):
         raise InputError(f"give a file of ratings first ({a}), then one of PolicyLogProb with normalised true ({b})")
-    if one.of_policy and other.of_policy:
-        names = ["weights", "tokenizer", "template", "lengths"] + ["adapter_weights"] * (how != "union")
-        one.refuse_other({name: other.header.get(name) for name in names}, f"model or encoding than {b}")
+    names = ("weights", "tokenizer", "template", "lengths")  # of ratings nothing is refused
+    one.refuse_other({name: other.header.get(name) for name in names}, f"model or encoding than {b}")
     # margins of a policy fit no other model, so the new file says which model
     header = min(files, key=lambda each: (each.header["needs"] != "policy", not each.of_policy)).header
     kept = {k: v for k, v in header.items() if all(each.header.get(k) == v for each in files if each.of_policy)}
