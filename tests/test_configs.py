@@ -25,7 +25,7 @@ from lightning_modules.verbs import run_cli
 from mixdpo.batches.steps import Slices
 from mixdpo.losses import DPO
 from mixdpo.routing.route import Routing
-from mixdpo.routing.schedules import Cosine
+from mixdpo.routing.schedules import Cosine, StagedCosine
 from mixdpo.token_cleaning.scorers import ExcessLoss
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +179,8 @@ def test_control_overrides(build):
     assert build(paper, *overrides["sort only"]).datamodule.routing == Routing(hard_fraction=0)
     shuffled = Routing(threshold=0.5, hard_fraction=None, order="shuffled")
     assert build(paper, *overrides["route only"]).datamodule.routing == shuffled
-    assert build(paper, *overrides["paper's schedule"]).model.schedule == Cosine(warmup=0.1)
+    assert build(paper).model.schedule == Cosine(warmup=0.1)
+    assert build(paper, *overrides["a cosine for each stage"]).model.schedule == StagedCosine(warmup=0.1)
     for config in (ROOT / "configs/mixdpo").glob("*.yaml"):
         assert header_overrides(config) == {
             name: [option.replace(paper.stem, config.stem) for option in options] for name, options in overrides.items()
@@ -346,7 +347,7 @@ def test_a_control_trains(name: str, parse: Any, cli: Any, tiny_model: str, tmp_
     built.model.route_losses = watched
     text = control_file(name).read_text("utf-8")
     refresh = tuple(built.trainer.callbacks or ())
-    assert [type(callback) for callback in refresh] == [RefreshReference] * ("callbacks" in text)
+    assert [type(callback) for callback in refresh] == [RefreshReference] * ("callbacks+" in text)
     trainer = make_trainer(tmp_path / "run", first=refresh, accumulate_grad_batches=2)
     trainer.fit(built.model, built.data)
     trained, by_sft = (sum(counts) for counts in zip(*seen, strict=True))

@@ -258,7 +258,7 @@ def test_stages_start_where_most_pairs_of_a_step_are_of_the_next(routing, starts
     """20 pairs in steps of 4, 7 of them hard: of the sorted order's fourth step 3 of 4, and all of its last one."""
     margins = np.random.default_rng(0).permutation(20).astype(float)
     data = PreferenceDataModule("unread", Routing(hard_fraction=0.35, **routing), tokenizer="unread", batch_size=4)
-    data.route = data.routing.plan(margins, np.arange(20), seed=0)
+    data.route, data._weights = data.routing.plan(margins, np.arange(20), seed=0), [1.0] * 20
     plan = data.epoch_plan()
     assert plan.stage_starts == starts
     assert len(plan) == -(-len(data.route.order) // 4)
