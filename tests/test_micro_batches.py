@@ -152,11 +152,12 @@ def test_the_first_micro_batch_leaves_nothing_behind(options, tiny_model, tmp_pa
     """No random number, no value of the loss or of the row, no cached reference, no weight of cleaned tokens."""
     rows = write_pairs(tmp_path / "rows.jsonl", make_samples(12) if "make" in options else make_pairs(12))
     kind: Any = SFTModule if "make" in options else PreferenceModule
-    original, steps = kind.training_step, []
+    original, steps, zeros, held = kind.training_step, [], torch.zeros_like, []
+    monkeypatch.setattr(torch, "zeros_like", lambda *a, **k: held.append(1) or zeros(*a, **k))
 
     def watched(self: Any, batch: Any, number: int) -> Any:
         has_gradient = any(p.grad is not None for p in self.learning())
-        steps.append((self, batch.rows.tokens, has_gradient or getattr(self, "reference_cache", False)))
+        steps.append((self, batch.rows.tokens, has_gradient or getattr(self, "reference_cache", False), len(held)))
         return original(self, batch, number)
 
     monkeypatch.setattr(kind, "training_step", watched)
@@ -164,15 +165,16 @@ def test_the_first_micro_batch_leaves_nothing_behind(options, tiny_model, tmp_pa
     for on_gpu in (False, True):
         monkeypatch.setattr(kind, "on_gpu", on_gpu)
         trainer = {"first": (OutOfMemory(),), "accumulate_grad_batches": 2, **options.get("trainer", {})}
-        steps.clear()
+        steps.clear(), held.clear()
         how = deepcopy({**options, **DROPOUT}) | {"trainer": trainer}
         modules.append(fit(tiny_model, rows, tmp_path / str(on_gpu), **how))
         means.append(torch.load(checkpoint(tmp_path / str(on_gpu)), weights_only=True)["row"]["means"])
     assert same(*modules) and torch.equal(*means)
-    (twin, tokens, kept), *others = steps
+    (twin, tokens, kept, made), *others = steps
+    assert made >= 3 * len(modules[1].learning())  # memory of gradients and of both of AdamW's moments
     assert twin is not modules[1] and not kept and {each for each, *_ in others} == {modules[1]}
     assert not others[0][2] or "make" not in options  # no gradient is left
-    assert tokens == max(number for _, number, _ in steps)
+    assert tokens == max(number for _, number, *_ in steps)
     assert len(others) == trainer.get("max_epochs", 1) * len(modules[1].trainer.datamodule.micro_batches())
 
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from mixdpo.data.chat_template import encode_responses, load_template
 from mixdpo.data.columns import template_values
 from mixdpo.errors import InputError
-from mixdpo.model.forward import causal_lm_of, evaluating
+from mixdpo.model.attention import KERNELS
+from mixdpo.model.forward import attention_window, causal_lm_of, evaluating
 from mixdpo.model.memory import is_out_of_memory
 from mixdpo.storage.files import Row
 
@@ -127,7 +128,8 @@ def _complete(
     from transformers import DynamicCache
 
     cache, device = DynamicCache(config=model.config), next(model.parameters()).device
-    shared = 0 if getattr(model.config, "sliding_window", None) else _shared_start(prompts)  # padding fills a window
+    # padding fills a window
+    shared = _shared_start(prompts) if attention_window(model.config) == sys.maxsize else 0
     if shared:
         ids = torch.tensor([prompts[0][:shared]], device=device)
         _step(model, ids, torch.ones_like(ids), torch.arange(shared, device=device)[None], cache)
@@ -167,8 +169,8 @@ def _until_end(ids: list[int], ends: Set[int]) -> list[int]:
 
 def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """(B, V) logits of the last position; `cache` grows by the ids."""
-    config = model.config
-    if ids.shape[1] == 1 and config._attn_implementation != "eager" and not getattr(config, "sliding_window", None):
+    takes_mask = model.config._attn_implementation in (*KERNELS, "sdpa")
+    if ids.shape[1] == 1 and takes_mask and attention_window(model.config) == sys.maxsize:
         mask = mask[:, None, None].bool()  # with four axes transformers does not look at it, which would wait
     # transformers 5.24 renamed the argument; a PEFT model names none
     name = "cache" if "cache" in inspect.signature(causal_lm_of(model).forward).parameters else "past_key_values"

@@ -39,8 +39,8 @@ def predicting_states(model: "PeftModel | PreTrainedModel", rows: TokenRows) -> 
 
 
 def _attention_options(causal_lm: "PreTrainedModel", rows: TokenRows) -> dict[str, Any]:
-    attention, dtype, window = causal_lm.config._attn_implementation, causal_lm.dtype, _window(causal_lm.config)
-    if rows.plain and not (attention in KERNELS and rows.input_ids.shape[1] <= window):
+    attention, dtype = causal_lm.config._attn_implementation, causal_lm.dtype
+    if rows.plain and not (attention in KERNELS and rows.input_ids.shape[1] <= attention_window(causal_lm.config)):
         return {}  # plain rows are causal in any architecture: padding comes last
     _check_window(causal_lm.config, rows)
     if attention in KERNELS:  # transformers hands a mask with four axes on, without a look that waits for the device
@@ -184,7 +184,8 @@ def check_head(model: "PreTrainedModel") -> None:
         raise InputError(f"{model.config.model_type} models rescale the head's logits: give a model of another type")
 
 
-def _window(config: Any) -> int:
+def attention_window(config: Any) -> int:
+    """How many tokens back an attention of the model looks at most, `sys.maxsize` if all its layers look at all."""
     config = config.get_text_config()
     names = ("sliding_window", "window_size", "attention_chunk_size")  # the second is GPT-Neo's, the third Llama 4's
     windows = [getattr(config, name, None) for name in names] if getattr(config, "use_sliding_window", True) else []
@@ -195,7 +196,7 @@ def _check_window(config: Any, rows: TokenRows) -> None:
     """Refuse packed sequences longer than the model's sliding window: their tokens would see all of the sequence. A
     sequence is the first piece of a document with one further piece."""
     longest = max(keys for _, keys in rows.segments.sizes)
-    if longest > (window := _window(config)):
+    if longest > (window := attention_window(config)):
         raise InputError(f"{longest} tokens of a row exceed the sliding window of {window}: lower data.max_length")
 
 
@@ -216,7 +217,7 @@ def check_data(model: "PreTrainedModel", name: str, tables: Collection["Dataset"
     config, ids, beyond = model.config.get_text_config(), model.get_input_embeddings().num_embeddings, 0
     rotary = any("Rotary" in type(module).__name__ for module in model.modules())
     known = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    window = _window(config) if packed else sys.maxsize
+    window = attention_window(config) if packed else sys.maxsize
     for table in tables:
         lengths, largest = sizes_of(table)
         if largest >= ids:

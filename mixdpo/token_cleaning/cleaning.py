@@ -112,11 +112,13 @@ def weigh(
     are 1 for kept and 0 for cut tokens. Without a selection the scores are the weights.
 
     Raises:
-        InputError: a score is not finite or, without a selection, is negative or NaN.
+        InputError: a score is not finite or, without a selection, negative.
     """
     if selection is not None:
         mask, threshold = select(scores, offsets, selection, batch=batch, always_keep=always_keep)
         return mask.astype(np.float32), threshold
     if not (np.isfinite(scores) & (scores >= 0)).all():
-        raise InputError("selection is null, so scores are weights, but some are negative or NaN: give a selection")
+        raise InputError(
+            "selection is null, so scores are weights, but some are negative or infinite: give a selection"
+        )
     return np.asarray(scores, dtype=np.float32), None

@@ -90,7 +90,7 @@ def select(
             cut = _mark_best(mask, ranked, pieces, count)
             threshold = cut if cut < np.inf else None
     elif threshold is None:
-        for tokens in _groups(offsets, batch if selection.scope == "batch" else None):
+        for tokens in _groups(offsets, np.asarray(batch) if selection.scope == "batch" else None):
             group = ranked(tokens)
             if count := max(round(selection.keep_ratio * len(group)), np.count_nonzero(group == np.inf)):
                 mask[tokens] = _best(group, count)
