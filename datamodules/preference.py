@@ -1,5 +1,6 @@
 """The LightningDataModule of preference pairs: read, split, encode, route, and hand over micro-batches."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -169,6 +170,13 @@ class PreferenceDataModule(PlannedDataModule):
         source = {"margins": {"file": self.margins_file, **self._margins.header}} if self._margins else {}
         run = {"counts": self.counts, "warnings": self.doubts, "batch_size": self.batch_size, "seed": self.seed}
         return {**self.route.summary(), **run, **source, "micro_batches": self.cut or None}
+
+    def order_of_training(self) -> tuple[tuple[str, ...], Iterator[tuple[Any, ...]]]:
+        """Columns and rows of order.csv: each pair of the first epoch, in order, with its optimizer step from 0."""
+        route, names = self.route, ("step", "pair_id", "row", "margin", "hard", "preference_share")
+        columns = self.train_pairs["pair_id"], self.train_pairs["row"], self.train_pairs["margin"], route.is_hard * 1
+        table = list(zip(*(np.asarray(c).tolist() for c in (*columns, route.preference_share)), strict=True))
+        return names, ((step, *table[i]) for step, pairs in enumerate(self._steps()) for i in pairs)
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jsonargparse import lazy_instance
 from jsonargparse.typing import NonNegativeFloat
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.qlora import AdapterModule
 from mixdpo.batches.batch import Batch
 from mixdpo.errors import InputError, check_one_of
+from mixdpo.evaluation.fit_results import HELD_OUT
 from mixdpo.losses import DPO
 from mixdpo.losses.sft import sft
 from mixdpo.metrics import TRAINING, VALIDATION, NamedMeans, accuracy, by_difficulty, pair_values
@@ -20,6 +23,7 @@ from mixdpo.model.fused_head import SequenceLogProbs
 from mixdpo.model.identity import adapter_fingerprint
 from mixdpo.model.reference_cache import ReferenceCache, reference_log_probs
 from mixdpo.routing.schedules import learning_rate_mass
+from mixdpo.storage.files import write_csv
 from mixdpo.storage.identity import described
 from mixdpo.token_cleaning.scorers import is_online
 from mixdpo.token_cleaning.scoring import fit_adapter
@@ -67,6 +71,7 @@ class PreferenceModule(AdapterModule):
         check_one_of("needs_margin of model.preference_loss", self.needs_margin or "no", ("no", "raw", "standardised"))
         self._kept_log_probs: ReferenceCache | None = None
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
+        self._held_out: list[Any] = []  # of this validation: ids, values and their names, a batch each
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log-probabilities by policy and reference → a loss for each pair, by its route → the mean over the step."""
@@ -130,6 +135,20 @@ class PreferenceModule(AdapterModule):
         values["sft_loss"] = sft(policy[every])
         values["length_accuracy"] = accuracy(*policy.lengths.chunk(2))
         self.val_means.update(by_difficulty(values, batch))
+        values |= zip(("tokens/chosen", "tokens/rejected"), policy.lengths.chunk(2), strict=True)
+        values |= {"hard": batch.is_hard, "weight": batch.weight}
+        columns = torch.stack([value.double() for value in values.values()], 1)
+        self._held_out.append((batch.ids[: batch.count], columns[: batch.count], ("pair_id", *values)))
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        parts: list[Any] = [self._held_out] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            dist.all_gather_object(parts, self._held_out)
+        self._held_out, batches = [], [batch for of_rank in parts for batch in of_rank]
+        if self.trainer.state.fn == "fit" and self.trainer.is_global_zero:
+            rows = [(i, *row) for ids, table, _ in batches for i, row in zip(ids.tolist(), table.tolist(), strict=True)]
+            write_csv(Path(self.trainer.default_root_dir) / HELD_OUT, batches[0][2], sorted(rows))
 
     def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
         losses, preference, sft_losses = routed

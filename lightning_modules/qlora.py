@@ -193,7 +193,7 @@ class AdapterModule(L.LightningModule):
     def log_row(self) -> None:
         """Log the row of the optimizer step just made."""
         step = self.trainer.global_step
-        values = {**self.train_means.compute(), **self.step_values(step)}
+        values = {**self.train_means.compute(), **self.step_values(step), "grad_norm": self.gradient_norm}
         self.train_means.reset()
         values["lr"] = self._multipliers[step - 1] * self.optimizers().defaults["lr"]
         self._log_step({name: float(value) for name, value in values.items()} | self.callback_values)
@@ -210,8 +210,8 @@ class AdapterModule(L.LightningModule):
             self.log(name, values[name], logger=False, batch_size=1)
 
     def configure_gradient_clipping(self, optimizer: Any, *given: Any, **options: Any) -> None:
-        """As Lightning clips in full precision. Under bf16-mixed Lightning takes the gradients of a fused optimizer for
-        scaled ones, and refuses. Under 16-mixed they are."""
+        """As Lightning clips in full precision: its bf16-mixed refuses fused optimizers. Logged is the norm before."""
+        self.gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.learning() if p.grad is not None])
         if self.trainer.precision == "16-mixed":
             return super().configure_gradient_clipping(optimizer, *given, **options)
         limit, algorithm = self.trainer.gradient_clip_val or 0, self.trainer.gradient_clip_algorithm or "norm"
@@ -231,8 +231,8 @@ class AdapterModule(L.LightningModule):
         self._plan = data.step_plan(steps)
         self._multipliers = np.asarray(self.schedule(self._plan), dtype=float)
         if self._multipliers.shape != (len(self._plan),) or not np.isfinite(self._multipliers).all():
-            rates = f"{self._multipliers!r:.80}"
-            raise InputError(f"model.schedule must give {len(self._plan)} finite numbers, one a step, not {rates}")
+            numbers = f"{len(self._plan)} finite numbers, one a step"
+            raise InputError(f"model.schedule must give {numbers}, not {self._multipliers!r:.80}")
         if self._checkpoint_options is not None:
             self._refuse_other_rates(self._checkpoint_options["rates"])
             refuse_other_run(self._checkpoint_options["optimizer"], describe(optimizer))

@@ -20,7 +20,7 @@ VERBS = {
     "make-pairs": ("evaluation.make_pairs:make_pairs", "sample a model, score the samples, write preference pairs"),
     "compare-margins": ("signals.compare_margins:compare", "compare two margins files: ranks and hard sets"),
     "combine-margins": ("signals.compare_margins:combine", "one margins file from two: alignment potential, or union"),
-    "report": ("token_cleaning.report:report", "show which tokens token cleaning cut in a run"),
+    "report": ("evaluation.cleaning_page:report", "show which tokens token cleaning cut in a run"),
     "study": ("evaluation.study_run:study", "run a grid of runs from one file, then a table with intervals"),
     "options": ("options:options", "list the options of a class that a config names"),
     "judge": ("evaluation.judge:judge", "ask a judge whether a model's responses or a baseline's are better"),

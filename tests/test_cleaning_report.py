@@ -14,8 +14,8 @@ from test_columns import byte_tokenizer
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
+from mixdpo.evaluation.cleaning_page import _response, visible_units
 from mixdpo.model.loading import load_tokenizer
-from mixdpo.token_cleaning.report import _response, visible_units
 from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, export_labels, read_cleaning
 
 NAN = float("nan")

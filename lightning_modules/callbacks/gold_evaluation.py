@@ -10,20 +10,19 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks.best_checkpoint import load_best
-from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
 from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.chat_template import PLAIN, load_template, tokenizer_state
 from mixdpo.data.columns import template_values
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Response
-from mixdpo.evaluation.gold import Responses, Scorer, compare, greedy, markdown, scored
+from mixdpo.evaluation.gold import Responses, Scorer, compare, greedy, scored
 from mixdpo.evaluation.kept_responses import kept_responses
 from mixdpo.model.adapters import Role, role
 from mixdpo.model.export import generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import load_tokenizer
-from mixdpo.storage.files import write_json, write_text
+from mixdpo.storage.files import write_json
 from mixdpo.storage.identity import content_hash, refuse_other_run
 
 
@@ -37,9 +36,9 @@ class GoldEvaluation(Callback):
         dequantise: bool | None = None,
     ) -> None:
         """Generates greedy responses to held-out prompts with the policy before training, and with the policy in
-        adapter/ after training. Prints a table and writes results.json, results.md and responses.json to the run's
-        folder. Responses before training are kept under ~/.cache/mixdpo for the next run that starts from the same
-        weights; each run scores the responses anew.
+        adapter/ after training. Writes responses.json to the run's folder, and adds the scores to the table that the
+        run ends with. Responses before training are kept under ~/.cache/mixdpo for the next run that starts from the
+        same weights; each run scores the responses anew.
 
         Args:
             prompts: File of prompt rows (jsonl), or `heldout` for the built-in ones of the task `constraints`.
@@ -55,6 +54,7 @@ class GoldEvaluation(Callback):
         self.prompts, self.scorer = prompts, scorer
         self.options, self.dequantise = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, dequantise
         self.before: Responses | None = None
+        self.rows: dict[str, dict[str, float]] = {}  # of the table that a run ends with
         self._rows: list[dict[str, Any]] = []
         self._restored: dict[str, Any] | None = None
         self._copy: torch.dtype | None = None  # dtype of the copy that generates; None is the model itself
@@ -81,22 +81,12 @@ class GoldEvaluation(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.before is None:  # another process evaluates
             return
-        best = load_best(trainer, pl_module)  # RunFiles, which comes later, loads the same
+        load_best(trainer, pl_module)  # RunFiles, which comes later, loads the same
         after = self._responses(pl_module, "policy", "after training")
-        rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
-        summary = _validation_summary(trainer)
-        if best is not None:  # the last validation was of another policy
-            summary = {"responses after training": f"of the best {best.monitor}, {best.best_model_score:.4f}"}
-        rate = next(c for c in trainer.callbacks if isinstance(c, Throughput)).mean_rows_per_second
-        summary |= {"optimizer steps": str(trainer.global_step), "pairs or samples per second": f"{rate:.2f}"}
-        summary["peak memory, GB"] = f"{peak_memory_gb(trainer.strategy.root_device):.1f}"
-        table, folder = markdown(rows, summary), Path(trainer.default_root_dir)
+        self.rows = compare(self.before, after, [row.get("part", "all") for row in self._rows])
         pairs = zip(self._rows, self.before.rows(), after.rows(), strict=True)
         responses = [{**row, "before": before, "after": after} for row, before, after in pairs]
-        write_json(folder / "results.json", {"heldout_prompts": rows, "summary": summary, "steps": trainer.global_step})
-        write_json(folder / "responses.json", responses)
-        write_text(folder / "results.md", table + "\n")
-        print(f"\n{table}\n\nrun folder: {folder}")
+        write_json(Path(trainer.default_root_dir) / "responses.json", responses)
 
     def _responses(self, pl_module: Any, name: Role, when: str) -> Responses:
         print(f"responses to {len(self._rows)} held-out prompts, {when}")
@@ -139,15 +129,3 @@ class GoldEvaluation(Callback):
             "asked": self._asked() | {**self.options, "copy": str(self._copy)},
             "computed": [*pl_module.loading.values(), str(trainer.precision), str(pl_module.device)],
         }
-
-
-def _validation_summary(trainer: L.Trainer) -> dict[str, str]:
-    metrics, summary = {name: float(value) for name, value in trainer.callback_metrics.items()}, {}
-    for group in ("easy", "hard"):
-        if (accuracy := metrics.get(f"val/{group}/rewards/accuracy")) is not None:
-            pairs = int((trainer.datamodule.validation_is_hard() == (group == "hard")).sum())
-            value = f"{accuracy:.3f} ({metrics[f'val/{group}/length_accuracy']:.3f})"
-            summary[f"reward accuracy, {pairs} {group} pairs (longer response wins)"] = value
-    if (nats := metrics.get("val/all/displacement/chosen")) is not None:
-        summary["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}"
-    return summary

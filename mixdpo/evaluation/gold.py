@@ -66,11 +66,13 @@ def _row(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarr
 
 def markdown(rows: Mapping[str, Mapping[str, float]], summary: Mapping[str, str]) -> str:
     """The table that a run ends with: `compare`'s rows, then the single values of a summary."""
-    lines = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"]
+    lines = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"] * bool(
+        rows
+    )
     for name, row in rows.items():
         form, change = ".1f" if "tokens" in name else ".3f", Interval(row["difference"], row["low"], row["high"])
         lines.append(f"| {name} | {row['n']} | {row['before']:{form}} | {row['after']:{form}} | {change:+{form}} |")
-    lines += ["", "| training and held-out pairs | |", "|---|---|"]
+    lines += ["" for _ in lines[:1]] + ["| training and held-out rows | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in summary.items())])
 
 

@@ -1,12 +1,13 @@
 """Files and folders that appear whole or not at all."""
 
+import csv
 import errno
 import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
@@ -85,7 +86,7 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all; so do `write_json` and `write_rows` (.jsonl)."""
+    """Write a text file, whole or not at all; so do `write_json`, `write_rows` (.jsonl) and `write_csv`."""
     with written_whole(path) as partial:
         partial.write_text(text, "utf-8")
 
@@ -96,6 +97,11 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 def read_text(path: str | Path) -> str:

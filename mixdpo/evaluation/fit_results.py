@@ -1,0 +1,83 @@
+"""What a fit ends with: a table, results.json, results.md, and the commands that come next."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
+from mixdpo.evaluation.gold import markdown
+from mixdpo.storage.files import write_json, write_text
+
+HELD_OUT, ORDER = "heldout.csv", "order.csv"
+"""Files of a run: a row for each held-out pair at the last validation; a row for each pair in the order of training."""
+
+NEXT = """run folder: {0}
+  python -m mixdpo report {0}        a page with the run's pictures; of several runs, a comparison
+  python -m mixdpo chat {0}          talk to the policy
+  python -m mixdpo export {0} OUT    an adapter or a plain model for other tools"""
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a CSV file of a run as numbers (N,), NaN where a cell is empty; none without the file."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    return {name: np.array([float(row[i] or "nan") for row in rows]) for i, name in enumerate(head)}
+
+
+def held_out_groups(pairs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Name → (N,) bool, of the held-out pairs of a run: all, easy, hard; a group without pairs is left out."""
+    groups = {"all": pairs["hard"] >= 0, "easy": pairs["hard"] == 0, "hard": pairs["hard"] == 1}
+    return {name: group for name, group in groups.items() if group.any()}
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray, samples: int = 2_000) -> Interval:
+    """Σ w v / Σ w over pairs (N,), with its 95 % interval over resampled pairs."""
+
+    def mean(rows: np.ndarray, axis: int = -1) -> np.ndarray:
+        return (values * weights)[rows].sum(axis) / weights[rows].sum(axis)
+
+    # of one pair there is nothing to draw
+    return (
+        one_way_bootstrap(mean, len(values), samples) if len(values) > 1 else Interval(float(values[0]), np.nan, np.nan)
+    )
+
+
+def held_out_summary(pairs: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Lines of the table about held-out pairs: accuracy beside that of the longer response, log-probs, displacement."""
+    lines = {}
+    for name, group in held_out_groups(pairs).items():
+        of = {column: values[group] for column, values in pairs.items()}
+        ours, longer = (weighted_mean(of[name], of["weight"]) for name in ("rewards/accuracy", "length_accuracy"))
+        title = f"reward accuracy, {group.sum()} {name} held-out pairs (of picking the longer response)"
+        lines[title] = f"{ours:.3f} ({longer.mean:.3f})"
+    log_probs = [np.average(pairs[f"log_probs/{side}"], weights=pairs["weight"]) for side in ("chosen", "rejected")]
+    lines["log-prob per token, chosen and rejected, nats"] = "{:.3f}, {:.3f}".format(*log_probs)
+    if "displacement/chosen" in pairs:
+        nats = np.average(pairs["displacement/chosen"], weights=pairs["weight"])
+        lines["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}: chosen responses became " + (
+            "more likely than under the reference" if nats > 0 else "LESS likely than under the reference"
+        )
+    return lines
+
+
+def write_results(folder: Path, gold: Mapping[str, Any], metrics: Mapping[str, float], facts: Mapping[str, str]) -> str:
+    """Write results.json and results.md to the run's folder, and return what the run prints as it ends.
+
+    Args:
+        gold: rows of GoldEvaluation's table; none without it.
+        metrics: the last value of what callbacks can monitor.
+        facts: further lines: steps, speed, memory, and the checkpoint that adapter/ holds.
+    """
+    pairs = read_columns(folder / HELD_OUT)
+    losses = {name: value for name, value in metrics.items() if name.startswith("val/loss")}
+    summary = held_out_summary(pairs) if pairs else {f"held-out {n[4:]}, nats": f"{v:.4f}" for n, v in losses.items()}
+    table = markdown(gold, summary := summary | dict(facts))
+    content = {"heldout_prompts": gold, "summary": summary, "metrics": dict(metrics)}
+    write_json(folder / "results.json", content)
+    write_text(folder / "results.md", table + "\n")
+    return f"\n{table}\n\n{NEXT.format(folder)}"
