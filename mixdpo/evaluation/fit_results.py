@@ -21,12 +21,13 @@ NEXT = """run folder: {0}
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV file of a run as numbers (N,), NaN where a cell is empty; none without the file."""
+    """The columns of a CSV file of a run as numbers (N,), pair ids as int64, NaN where a cell is empty; none without the file."""
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file)
-    return {name: np.array([float(row[i] or "nan") for row in rows]) for i, name in enumerate(head)}
+    kinds = {"pair_id": int}  # of 64 bits, which a float would round
+    return {name: np.array([kinds.get(name, float)(row[i] or "nan") for row in rows]) for i, name in enumerate(head)}
 
 
 def held_out_groups(pairs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -53,7 +54,7 @@ def held_out_summary(pairs: Mapping[str, np.ndarray]) -> dict[str, str]:
     for name, group in held_out_groups(pairs).items():
         of = {column: values[group] for column, values in pairs.items()}
         ours, longer = (weighted_mean(of[name], of["weight"]) for name in ("rewards/accuracy", "length_accuracy"))
-        title = f"reward accuracy, {group.sum()} {name} held-out pairs (of picking the longer response)"
+        title = f"reward accuracy, {group.sum()} {name} held-out pairs (the longer response wins)".replace("all ", "")
         lines[title] = f"{ours:.3f} ({longer.mean:.3f})"
     log_probs = [np.average(pairs[f"log_probs/{side}"], weights=pairs["weight"]) for side in ("chosen", "rejected")]
     lines["log-prob per token, chosen and rejected, nats"] = "{:.3f}, {:.3f}".format(*log_probs)
@@ -71,13 +72,13 @@ def write_results(folder: Path, gold: Mapping[str, Any], metrics: Mapping[str, f
     Args:
         gold: rows of GoldEvaluation's table; none without it.
         metrics: the last value of what callbacks can monitor.
-        facts: further lines: steps, speed, memory, and the checkpoint that adapter/ holds.
+        facts: further lines: optimizer steps, speed, memory, the checkpoint that adapter/ holds.
     """
     pairs = read_columns(folder / HELD_OUT)
     losses = {name: value for name, value in metrics.items() if name.startswith("val/loss")}
     summary = held_out_summary(pairs) if pairs else {f"held-out {n[4:]}, nats": f"{v:.4f}" for n, v in losses.items()}
     table = markdown(gold, summary := summary | dict(facts))
-    content = {"heldout_prompts": gold, "summary": summary, "metrics": dict(metrics)}
-    write_json(folder / "results.json", content)
+    content = {"heldout_prompts": gold, "summary": summary, "steps": int(facts["optimizer steps"])}
+    write_json(folder / "results.json", content | {"metrics": dict(metrics)})
     write_text(folder / "results.md", table + "\n")
     return f"\n{table}\n\n{NEXT.format(folder)}"
