@@ -21,7 +21,8 @@ NEXT = """run folder: {0}
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV file of a run as numbers (N,), pair ids as int64, NaN where a cell is empty; none without the file."""
+    """The columns (N,) of a CSV file of a run: pair ids as int64, others as floats, NaN where a cell is empty; none
+    without the file."""
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
