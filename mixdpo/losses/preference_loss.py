@@ -144,8 +144,9 @@ class Pairs:
 class Sum(nn.Module, PreferenceLoss):
     """Σ weight · loss, of losses of the same pairs.
 
-    A sum needs what any of its losses needs, and logs the NLL of the first loss that has one. Its `sft_weight` is Σ weight · `sft_weight`, because the pulls add up.
-    Rewards are log-ratios without β, and per token if any of the losses is `averaged`.
+    A sum needs what any of its losses needs, and logs the NLL of the first loss that has one. Its `sft_weight` is
+    Σ weight · `sft_weight`, because the pulls add up. Rewards are log-ratios without β, and per token if any of the
+    losses is `averaged`.
 
     Args:
         losses: class path and hyper-parameters of each.
