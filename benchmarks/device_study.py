@@ -185,7 +185,7 @@ def command(run: Path, job: Job, split: Options, tiny: bool) -> str:
     margins |= {"model.output": run.with_suffix(".margins")}
     words = [[f"--{key}={value}" for key, value in each.items()] for each in (fit, margins)]
     config = "--config=configs/{}.yaml".format
-    train = ["run.py", config(PAIRS[data][0]), *words[0], config(f"controls/{method}")]
+    train = ["run.py", config(PAIRS[data][0]), config(f"controls/{method}"), *words[0]]
     predict = ["run.py", "predict", config("signals/implicit_reward"), *words[1]]
     return " && ".join(shlex.join([sys.executable, *each]) for each in (train, predict))
 
