@@ -6,7 +6,7 @@
 # Every part is a process with a time limit; one that fails or is stopped does not stop the next one. OUT
 # (benchmarks/results/device) then holds device.json, memory.json, trl.json, parts.tsv and log.txt. SOURCE: the pairs
 # beside TRL, UltraFeedback's if given, else the short built-in ones. --tiny tries on a CPU what a CPU can run.
-# device_study.sh runs the parts of another SCRIPT by this loop: WHOLE is its BUDGET, RESULTS the files that it writes anew.
+# device_study.sh runs another SCRIPT's parts by this loop. WHOLE: its BUDGET. RESULTS: the files that it writes anew.
 set -uo pipefail
 OUT=$(realpath -m "${OUT:-$(dirname "$0")/results/device}")
 SCRIPT=${SCRIPT:-device} RESULTS=${RESULTS:-device.json memory.json trl.json}
