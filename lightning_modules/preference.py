@@ -156,6 +156,10 @@ class PreferenceModule(AdapterModule):
         easy, hard = (weight * share)[batch.preference], (weight * (1 - share))[batch.sft]
         values = {"train/loss": (losses, weight), "train/hard_fraction": (batch.is_hard.float(), weight)}
         values |= {"train/preference_loss": (preference, easy), "train/sft_loss": (sft_losses, hard)}
+        if self.easy_sft_weight:
+            values["train/nll"] = (batch.chosen_weight[batch.preference] * sft(policy[batch.preference]), easy)
+        elif kind := getattr(self.preference_loss, "nll", ""):  # as the loss has it
+            values["train/nll"] = (-getattr(policy[batch.preference], kind), easy)
         if batch.token is not None and len(batch.sft):
             of_hard = (batch.token >= 0).double() * (batch.count > 0)
             values["cleaning/kept_fraction"] = (batch.token_weight, of_hard)
