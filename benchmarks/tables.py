@@ -27,7 +27,7 @@ from mixdpo.errors import InputError
 from mixdpo.evaluation import compare_runs, gold
 from mixdpo.evaluation.compare_runs import SCORES, START, Scores, values
 from mixdpo.evaluation.study_design import Study, read_study
-from mixdpo.storage.files import write_text
+from mixdpo.storage.files import write_csv, write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOC = ROOT / "benchmarks/results", ROOT / "docs/results.md"
@@ -171,7 +171,7 @@ def keep(folder: Path, results: Path = RESULTS) -> Path:
     sides = {START: compare_runs.job_scores(folder, "heldout", "before")}
     sides[folder.name] = compare_runs.job_scores(folder, "heldout")
     rows = ({"run": run, "point": "", "seed": "", **row} for run, rows in sides.items() for row in rows)
-    compare_runs.write_csv(results / f"{folder.name}.csv", SCORES, rows)
+    write_csv(results / f"{folder.name}.csv", SCORES, rows)
     return results / f"{folder.name}.csv"
 
 

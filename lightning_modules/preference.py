@@ -148,7 +148,8 @@ class PreferenceModule(AdapterModule):
         self._held_out, batches = [], [batch for of_rank in parts for batch in of_rank]
         if self.trainer.state.fn == "fit" and self.trainer.is_global_zero:
             rows = [(i, *row) for ids, table, _ in batches for i, row in zip(ids.tolist(), table.tolist(), strict=True)]
-            write_csv(Path(self.trainer.default_root_dir) / HELD_OUT, batches[0][2], sorted(rows))
+            named = (dict(zip(batches[0][2], row, strict=True)) for row in sorted(rows))
+            write_csv(Path(self.trainer.default_root_dir) / HELD_OUT, batches[0][2], named)
 
     def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
         losses, preference, sft_losses = routed

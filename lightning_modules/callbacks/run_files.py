@@ -10,7 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning_modules.callbacks.best_checkpoint import load_best
 from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
 from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
-from mixdpo.evaluation.fit_results import ORDER, write_results
+from mixdpo.evaluation.fit_results import ORDER, ORDER_COLUMNS, write_results
 from mixdpo.storage.files import write_csv, write_json
 
 
@@ -35,7 +35,7 @@ class RunFiles(Callback):
             write_json(Path(trainer.default_root_dir) / data.summary_file, data.summary() | plan)
             trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             if order := getattr(data, "order_of_training", None):
-                write_csv(Path(trainer.default_root_dir) / ORDER, *order())
+                write_csv(Path(trainer.default_root_dir) / ORDER, ORDER_COLUMNS, order())
             print(f"policy: {trainable / 1e6:.2f}M trainable parameters of {pl_module.base}")
             folder = trainer.default_root_dir
             print(f"run folder: {folder}; to follow it: tensorboard --logdir {folder}")

@@ -1,8 +1,7 @@
 """The table of a study: mean scores with intervals over prompts and seeds, and differences to a control."""
 
-import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain, product
 from pathlib import Path
 from statistics import NormalDist
@@ -14,7 +13,7 @@ from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import two_way_bootstrap
 from mixdpo.evaluation.study_design import Point, Study
-from mixdpo.storage.files import Row, write_text, written_whole
+from mixdpo.storage.files import Row, write_csv, write_text
 
 Job = tuple[str, str, str]
 """Run, grid point in words, seed."""
@@ -180,10 +179,3 @@ def job_scores(folder: Path, prompts: str, when: str = "after") -> list[Row]:
     measured = ({key: row[when][key] + 0 for key in SCORES[-3:]} for row in rows)  # + 0: ended is 0 or 1
     parts = enumerate((row.get("part", "all") for row in rows), 1)
     return [{"prompt": n, "part": part, **each} for (n, part), each in zip(parts, measured, strict=True)]
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
