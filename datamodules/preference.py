@@ -168,7 +168,7 @@ class PreferenceDataModule(PlannedDataModule):
         """The content of `route.json`: the route's summary, how many rows were read, dropped or truncated, warnings."""
         source = {"margins": {"file": self.margins_file, **self._margins.header}} if self._margins else {}
         run = {"counts": self.counts, "warnings": self.doubts, "batch_size": self.batch_size, "seed": self.seed}
-        return {**self.route.summary(), **run, **source, "micro_batches": self.cut or None}
+        return {**self.route.summary(), "data": self._data, **run, **source, "micro_batches": self.cut or None}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)

@@ -20,7 +20,8 @@ class RunConfig(SaveConfigCallback):
 
 class RunFiles(Callback):
     """Writes the plan of the data (route.json or plan.json) before training, and the policy as a PEFT folder
-    `adapter/` after training: the last policy, or the best one where a ModelCheckpoint monitors a metric."""
+    `adapter/`, with tokenizer and model card, after training: the last policy, or the best one where a ModelCheckpoint
+    monitors a metric."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data, plan = trainer.datamodule, pl_module.plan_summary()  # every process takes part in the plan
@@ -32,7 +33,9 @@ class RunFiles(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if best := load_best(trainer, pl_module):
             print(f"adapter/ holds the best {best.monitor}, {float(best.best_model_score):.4f}: {best.best_model_path}")
-        from mixdpo.model.export import save_adapter  # imports PEFT, which a parser need not wait for
+        from mixdpo.model.export import Trained, save_adapter  # imports PEFT, which a parser need not wait for
 
         if trainer.is_global_zero:
-            save_adapter(pl_module.model, Path(trainer.default_root_dir) / "adapter")
+            run, encoding = Path(trainer.default_root_dir), trainer.datamodule.encoding
+            trained = Trained(pl_module.base, None, {}, encoding["chat_template"], encoding["chat_template_kwargs"])
+            save_adapter(pl_module.model, run / "adapter", (trained.tokenizer()[0], run))
