@@ -54,9 +54,7 @@ def test_a_turn_that_fails_is_forgotten_on_a_terminal_only(fault, asked, monkeyp
 def test_a_run_in_a_script(tiny_model, tmp_path, monkeypatch, capsys):
     run, options = str(write_run(tmp_path / "run", tiny_model, 0.5)), {"max_new_tokens": 20, "temperature": 0.0}
     (model, tokenizer), wanted, taken = room.load_policy(run), [], []
-    monkeypatch.setattr(
-        "mixdpo.evaluation.generation.LOOK", {"cpu": 16}
-    )  # as on a GPU; a response still comes token by token
+    monkeypatch.setattr("mixdpo.evaluation.generation.LOOK", {"cpu": 16})  # as on a GPU
     stream = SimpleNamespace(put=lambda token: taken.append(token.shape))
     for name in ("base", "policy"):
         with room.role(model, name):
