@@ -169,7 +169,7 @@ class PreferenceDataModule(PlannedDataModule):
         """The content of `route.json`: the route's summary, how many rows were read, dropped or truncated, warnings."""
         source = {"margins": {"file": self.margins_file, **self._margins.header}} if self._margins else {}
         run = {"counts": self.counts, "warnings": self.doubts, "batch_size": self.batch_size, "seed": self.seed}
-        return {**self.route.summary(), **run, **source, "micro_batches": self.cut or None}
+        return {**self.route.summary(), "data": self._data, **run, **source, "micro_batches": self.cut or None}
 
     def order_of_training(self) -> Iterator[dict[str, Any]]:
         """Rows of order.csv: each pair of the first epoch, in order, with its optimizer step from 0."""
