@@ -1,7 +1,6 @@
 """Files that a run writes around its steps: its options, the plan of the data, the adapter."""
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
