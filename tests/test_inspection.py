@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from conftest import make_pairs, make_samples, write_pairs
+from datasets import Dataset
 
 from lightning_modules.cli import run
 from lightning_modules.verbs.estimate import EstimateCLI
@@ -53,8 +54,6 @@ def test_cuts_against_the_route():
 
 
 def test_counts():
-    from datasets import Dataset
-
     a, b, c = [1, 2], [3], [4, 5, 6]
     rows = [(a, b, c, 1.0), (a, c, b, -1.0), (a, b, c, 1.0), (b, a, c, 2.0)]
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "margin")
