@@ -34,9 +34,9 @@ def run(arguments: list[str] | None = None) -> None:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] in (["estimate"], ["cross-fit"]):
-            name = arguments[0].replace("-", "_")
-            return resolve_name(f"lightning_modules.verbs.{name}:{name}")(arguments[1:])
+        own = {"estimate": "estimate:estimate", "inspect": "estimate:inspect", "cross-fit": "cross_fit:cross_fit"}
+        if arguments[:1] and arguments[0] in own:
+            return resolve_name(f"lightning_modules.verbs.{own[arguments[0]]}")(arguments[1:])
         run_cli.start(arguments)
     except Stopped as stop:
         sys.exit(128 + stop.signal)  # LastCheckpoint has printed the command that continues

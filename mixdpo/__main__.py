@@ -12,6 +12,7 @@ RUN_VERBS = {
     "validate": "measure a checkpoint on the held-out rows",
     "predict": "write a signal's margins of pairs, or a model's responses to prompts",
     "test": "score a model's responses to prompts",
+    "inspect": "say what a run will make of its data, before anything is trained: counts, cuts, lengths, memory",
     "estimate": "predict the memory and hours of a run of a config on a GPU",
     "cross-fit": "write margins of pairs, each by a model that was trained on the other half of them",
 }
