@@ -23,9 +23,9 @@ from mixdpo.batches.token_pool import turns
 from mixdpo.data.ratings import find_margin_columns
 from mixdpo.data.sources import open_source
 from mixdpo.errors import InputError
+from mixdpo.evaluation.cleaning_page import visible_units
 from mixdpo.routing.route import Route, Routing
 from mixdpo.storage.files import write_text
-from mixdpo.token_cleaning.report import visible_units
 
 SHARES = (0.05, 0.1, 0.12, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Candidate shares of hard pairs, beside the config's, the suggested one and, if there are few, all between ties."""
