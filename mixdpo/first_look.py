@@ -73,7 +73,7 @@ class FirstLook:
             choices = known.get("one_of", [value])
             if value not in choices and WORD.fullmatch(str(value)):
                 refuse(value, f"{name}: Expected a typing.Literal{choices}, not {value}{nearest(value, choices)}")
-            self.lines.append(f"  --{option} {value}\n      {known.get('says', '')}".rstrip())
+            self.lines += [f"  --{option} {value}\n      {known.get('says', '')}".rstrip()] * bool(option)
 
     def _find(self, option: str, name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """The option's name in the class that has it, and what is known of it."""
