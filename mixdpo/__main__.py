@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"this verb needs Lightning: type python run.py {verb}, or mixdpo {verb}")
         from jsonargparse import auto_cli
 
+        from mixdpo.first_look import FirstLook
         from mixdpo.options import Parser
+
+        FirstLook(verb, *rest)
 
         # make-pairs takes its required arguments by name, the other verbs by position
         options = {"prog": f"mixdpo {verb}", "as_positional": verb != "make-pairs", "parser_class": Parser}
