@@ -101,6 +101,6 @@ def refuse(word: str, message: str) -> None:
         InputError: the message, unless a source defines the word: it is newer than the table then.
     """
     pattern = re.compile(rf"\b{re.escape(word)}: |[\"']{re.escape(word)}[\"']|(class|def) {re.escape(word)}\b")
-    places = [Path(root, place) for root in (*sys.path, Path(__file__).parents[1]) for place in SOURCES]
+    places = [Path(str(root), place) for root in (*sys.path, Path(__file__).parents[1]) for place in SOURCES]
     if not any(pattern.search(file.read_text("utf-8")) for place in places for file in place.rglob("*.py")):
         raise InputError(message)
