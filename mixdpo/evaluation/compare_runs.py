@@ -12,10 +12,12 @@ import numpy as np
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import two_way_bootstrap
+from mixdpo.evaluation.fit_results import PAIRS, pair_rows
 from mixdpo.evaluation.study_design import Point, Study
 from mixdpo.storage.files import Row, write_text, written_whole
 
-START = "(before training)"
+START = "(before training)", "(the longer response wins)"
+"""What runs of an outcome over prompts, and over held-out pairs, start from."""
 
 COLUMNS = (
     *("outcome", "run", "chosen", "seeds", "prompts", "mean", "low", "high", "tokens", "ended", "control"),
@@ -80,11 +82,11 @@ def write_tables(plan: Study, done: Set[str]) -> str:
     lines = []
     for outcome, of_outcome in rows.items():
         table = [(MEAN + (GAIN if "difference" in row else NONE)).format(**row) for row in of_outcome]
-        lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""]
+        lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""] if table else []
     for run in plan.runs:
         absent = [str(seed) for seed in plan.seeds if seed not in seeds_done(plan, run, done)]
         lines += [f"- missing: {run}, seeds {', '.join(absent)}"] if absent else []
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(lines).replace(" nan ", "  ") + "\n"
     write_text(Path(plan.folder, "table.md"), text)
     return text
 
@@ -94,9 +96,9 @@ def _rows(plan: Study, done: Set[str], outcome: str) -> Iterator[Row]:
     parts = plan.outcomes[outcome]
     jobs = {run: seeds_done(plan, run, done) for run in plan.runs}
     tables = {run: {seed: _values(plan, name, parts) for seed, name in names.items()} for run, names in jobs.items()}
-    tables[START] = {seed: _values(plan, name, parts, "before") for seed, name in jobs[plan.control].items()}
+    tables[START[parts[0] in PAIRS]] = {s: _values(plan, n, parts, "before") for s, n in jobs[plan.control].items()}
     for run, by_seed in tables.items():
-        if not by_seed:
+        if not by_seed or not next(iter(by_seed.values())).size:  # not done, or no pair is hard
             continue
         scores, tokens, ended = np.stack(list(by_seed.values()), 1)  # (S, N) each
         point = chosen_point(plan, run, done) if run in plan.runs else {}
@@ -139,8 +141,8 @@ def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -
         InputError: the job's prompts are not the study's, or its responses have no scores.
     """
     path = Path(plan.folder, name, "responses.json")
-    rows = json.loads(path.read_text("utf-8"))
-    if [row["prompt"] for row in rows] != [row["prompt"] for row in read_prompts(plan.prompts)]:
+    rows = pair_rows(path.parent) if parts[0] in PAIRS else json.loads(path.read_text("utf-8"))
+    if parts[0] not in PAIRS and [r["prompt"] for r in rows] != [r["prompt"] for r in read_prompts(plan.prompts)]:
         raise InputError(f"{path} holds other prompts than {plan.prompts}: give the runs' GoldEvaluation that file")
     rows = [row[when] for row in rows if row.get("part", "all") in parts]
     if any(row["score"] is None for row in rows):

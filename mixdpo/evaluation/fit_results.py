@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
-from mixdpo.evaluation.gold import markdown
 from mixdpo.storage.files import write_json, write_text
 
 HELD_OUT, ORDER = "heldout.csv", "order.csv"
 """Files of a run: a row for each held-out pair at the last validation; a row for each pair in the order of training."""
+
+PAIRS = "easy pairs", "hard pairs"
+"""Parts of the held-out pairs, as of held-out prompts."""
 
 NEXT = """run folder: {0}
   python -m mixdpo report {0}        a page with the run's pictures; of several runs, a comparison
@@ -29,6 +31,14 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
         head, *rows = csv.reader(file)
     kinds = {"pair_id": int}  # of 64 bits, which a float would round
     return {name: np.array([kinds.get(name, float)(row[i] or "nan") for row in rows]) for i, name in enumerate(head)}
+
+
+def pair_rows(folder: Path) -> list[dict[str, Any]]:
+    """A run's held-out pairs in the form of responses.json. A score is 1 where the policy has the pair right, `before`
+    where the longer response is the chosen one; there are no tokens."""
+    pairs, no = read_columns(folder / HELD_OUT), {"tokens": np.nan, "ended": np.nan}
+    scores = zip(*(pairs[name] for name in ("hard", "length_accuracy", "rewards/accuracy")), strict=True)
+    return [{"part": PAIRS[h == 1], "before": no | {"score": b}, "after": no | {"score": a}} for h, b, a in scores]
 
 
 def held_out_groups(pairs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,6 +85,8 @@ def write_results(folder: Path, gold: Mapping[str, Any], metrics: Mapping[str, f
         metrics: the last value of what callbacks can monitor.
         facts: further lines: optimizer steps, speed, memory, the checkpoint that adapter/ holds.
     """
+    from mixdpo.evaluation.gold import markdown  # imports torch, which a study need not wait for
+
     pairs = read_columns(folder / HELD_OUT)
     losses = {name: value for name, value in metrics.items() if name.startswith("val/loss")}
     summary = held_out_summary(pairs) if pairs else {f"held-out {n[4:]}, nats": f"{v:.4f}" for n, v in losses.items()}
