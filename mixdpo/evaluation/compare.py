@@ -31,7 +31,7 @@ MATCHED = {"trainer.max_steps": ("results.json", "steps"), "data.validation_thre
 
 PARSER = ArgumentParser("mixdpo compare", None, __doc__, None, [], RawDescriptionHelpFormatter, allow_abbrev=False)
 PARSER.add_argument("config", help="config of run.py, without --config; options of run.py for all runs may follow")
-PARSER.add_argument("--with", default="dpo,dpo_easy_only,random_to_sft", dest="names", help="names of overlays")
+PARSER.add_argument("--with", default="dpo,dpo_easy_only,random_to_sft", dest="names", help="controls: %(default)s")
 PARSER.add_argument("--seeds", default=3, type=int, help="number of seeds, from 0 on, of everything random")
 PARSER.add_argument("--at_once", default=1, type=int, choices=range(1, 9), help="runs at a time, which share the cores")
 PARSER.add_argument("--dry_run", default="false", choices=("true", "false"), help="print the commands, run nothing")

@@ -38,7 +38,7 @@ def pair_rows(folder: Path) -> list[dict[str, Any]]:
     where the longer response is the chosen one; there are no tokens."""
     pairs, no = read_columns(folder / HELD_OUT), {"tokens": np.nan, "ended": np.nan}
     scores = zip(*(pairs[name] for name in ("hard", "length_accuracy", "rewards/accuracy")), strict=True)
-    return [{"part": PAIRS[h == 1], "before": no | {"score": b}, "after": no | {"score": a}} for h, b, a in scores]
+    return [{"part": PAIRS[int(h)], "before": no | {"score": b}, "after": no | {"score": a}} for h, b, a in scores]
 
 
 def held_out_groups(pairs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
