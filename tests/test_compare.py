@@ -34,7 +34,7 @@ with open("calls", "a") as calls:
 if Path(folder.name + ".slow").exists():
     time.sleep(600)
 draw, gain = random.Random(folder.name), 0.2 * folder.name.startswith("demo")
-rows = [f"{i},{int(i % 3 == 0)},{i % 2},{int(draw.random() < 0.5 + gain)}" for i in range(30)]
+rows = [f"{i},{int(i % 3 == 0)},{i % 2},{draw.random() + gain}" for i in range(30)]
 (folder / "heldout.csv").write_text("\\n".join(["pair_id,hard,length_accuracy,rewards/accuracy", *rows]))
 (folder / "route.json").write_text('{"threshold": 0.25}')
 (folder / "results.json").write_text('{"steps": 7}')
