@@ -168,7 +168,7 @@ def keep(folder: Path, results: Path = RESULTS) -> Path:
     """Copy a study's scores.csv, or make such rows of a run that has responded to the held-out prompts."""
     if (folder / "scores.csv").exists():
         return Path(shutil.copy(folder / "scores.csv", results / f"{folder.name}_scores.csv"))
-    sides = {START: compare_runs.job_scores(folder, "heldout", "before")}
+    sides = {START[0]: compare_runs.job_scores(folder, "heldout", "before")}
     sides[folder.name] = compare_runs.job_scores(folder, "heldout")
     rows = ({"run": run, "point": "", "seed": "", **row} for run, rows in sides.items() for row in rows)
     write_csv(results / f"{folder.name}.csv", SCORES, rows)
@@ -187,7 +187,7 @@ def plot(name: str, results: Path = RESULTS) -> Path:
     (rows,) = compare_runs.tables(replace(plan, outcomes={outcome: parts}), scores).values()
     figure, axes = pyplot.subplots(figsize=(7.2, 0.9 + 0.42 * len(rows)))
     for height, row in enumerate(reversed(rows)):
-        jobs = [] if row["run"] == START else compare_runs.seeds_done(plan, row["run"], scores).values()
+        jobs = [] if row["run"] in START else compare_runs.seeds_done(plan, row["run"], scores).values()
         seeds = [values(scores[job], parts)[0].mean() for job in jobs]
         color = "#d9761a" if "decided" in row.get("verdict", "").split(",") else "#1f5fa8"
         axes.plot([row["low"], row["high"]], [height, height], color=color, linewidth=2)

@@ -77,7 +77,6 @@ class PlannedDataModule(L.LightningDataModule):
         special_tokens_in_text: bool = False,
         workers: NonNegativeInt = 0,
         processes: PositiveInt | None = None,
-        seed: int = 0,
     ) -> None:
         """Rows of text as planned batches.
 
@@ -85,7 +84,7 @@ class PlannedDataModule(L.LightningDataModule):
             tokenizer: Hub id or folder; linked to model.base.
             split: Split of a hub data set or folder to train on, or a slice such as train[:1000]. A word such as test
                 in the name of a file, or of its folder, is the file's split. Without any such word all are `train`.
-            validation: Share of the prompts (not rows) held out, or another source; 0 for none.
+            validation: Share of the prompts (not rows) held out, the same for every seed, or another source; 0: none.
             validation_split: Split of the source that `validation` names; `split` if null.
             limit: Number of usable rows to read; all if null.
             batch_size: Rows (pairs, samples) per optimizer step, over all devices and accumulated micro-batches.
@@ -102,7 +101,6 @@ class PlannedDataModule(L.LightningDataModule):
             special_tokens_in_text: Read a special token's name in a text (<|im_end|>) as the token, not as characters.
             workers: Processes that prepare batches.
             processes: Processes that tokenise. The token ids are cached, so later runs tokenise nothing.
-            seed: Seed of the validation split; for pairs also of ties at the cut, shuffled orders, random assignment.
         """
         super().__init__()
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
@@ -114,7 +112,7 @@ class PlannedDataModule(L.LightningDataModule):
         self.encoding: dict[str, Any] = {"overlong": overlong, "chat_template": chat_template}
         self.encoding["special_tokens_in_text"] = special_tokens_in_text
         self.encoding |= {"chat_template_kwargs": chat_template_kwargs, "generation_prompt": generation_prompt}
-        self.workers, self.processes, self.seed, self.micro_batch_tokens = workers, processes, seed, micro_batch_tokens
+        self.workers, self.processes, self.micro_batch_tokens = workers, processes, micro_batch_tokens
         self.counts: dict[str, Any] = {}
         self.doubts: list[str] = []  # warnings about data that is trained on, but probably means something else
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
@@ -142,7 +140,7 @@ class PlannedDataModule(L.LightningDataModule):
             refuse_shared_prompts(train, held_out, self.validation)
             return train, held_out
         if self.validation:
-            kept, out = split_by_prompt(prompts_of(train), self.validation, self.seed)
+            kept, out = split_by_prompt(prompts_of(train), self.validation, seed=0)
             return train.select(kept), train.select(out)
         self.trainer.limit_val_batches = 0
         return train, None

@@ -24,6 +24,7 @@ VERBS = {
     "report": ("evaluation.cleaning_page:report", "show which tokens token cleaning cut in a run"),
     "study": ("evaluation.study_run:study", "run a grid of runs from one file, then a table with intervals"),
     "chat": ("evaluation.chat:chat", "talk to a run's policy, and to its base beside it"),
+    "compare": ("evaluation.compare:compare", "whether routing by margin helps: a config against controls, over seeds"),
     "options": ("options:options", "list the options of a class that a config names"),
     "judge": ("evaluation.judge:judge", "ask a judge whether a model's responses or a baseline's are better"),
     "score": ("evaluation.score:score", "win rates from a judge's verdicts, length-controlled as well"),
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_one_of("the verb", verb, (*RUN_VERBS, *VERBS))
         if verb in RUN_VERBS:
             raise InputError(f"this verb needs Lightning: type python run.py {verb}, or mixdpo {verb}")
+        if verb == "compare":  # options of run.py may follow
+            return resolve_name("mixdpo.evaluation.compare:compare")(rest)
         from jsonargparse import auto_cli
 
         from mixdpo.first_look import FirstLook

@@ -48,7 +48,7 @@ def split_by_prompt(prompts: Iterable[Any], fraction: float, seed: int) -> tuple
         sides[share < fraction].append(index)
     if not sides[0] or (fraction and not sides[1]):
         sizes = f"{len(sides[0])} rows for training and {len(sides[1])} for validation"
-        raise InputError(f"data.validation {fraction} leaves {sizes}: change the fraction or the seed.")
+        raise InputError(f"data.validation {fraction} leaves {sizes}: change the fraction")
     return sides
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import two_way_bootstrap
+from mixdpo.evaluation.fit_results import PAIRS, pair_rows
 from mixdpo.evaluation.study_design import Point, Study
 from mixdpo.storage.files import Row, write_csv, write_text
 
@@ -21,7 +22,8 @@ Job = tuple[str, str, str]
 Scores = dict[Job, list[Row]]
 """Of each finished job, and of the policy before training, a row for each prompt."""
 
-START = "(before training)"
+START = "(before training)", "(the longer response wins)"
+"""What runs of an outcome over prompts, and over held-out pairs, start from."""
 
 COLUMNS = (
     *("outcome", "run", "chosen", "seeds", "prompts", "mean", "low", "high", "tokens", "ended", "control"),
@@ -86,18 +88,22 @@ def finished_scores(plan: Study, done: Set[str]) -> Scores:
     """Of the jobs that are done, from their folders. Seeds that start from the same rows share them, as `0 1 2`."""
     every = product(plan.runs, plan.points, plan.seeds)
     folders = {(run, in_words(p), str(seed)): Path(plan.folder, plan.name(run, p, seed)) for run, p, seed in every}
-    scores = {job: job_scores(folder, plan.prompts) for job, folder in folders.items() if folder.name in done}
+    scores = {job: job_rows(plan, folder) for job, folder in folders.items() if folder.name in done}
     starts = seeds_done(plan, plan.control, scores).items()
-    before = {seed: job_scores(folders[job], plan.prompts, "before") for seed, job in starts}
-    sharing = [(" ".join(str(seed) for seed in before if before[seed] == rows), rows) for rows in before.values()]
-    return scores | {(START, "", seeds): rows for seeds, rows in sharing}
+    before = {seed: job_rows(plan, folders[job], "before") for seed, job in starts}
+    for rows in list(before.values()):
+        seeds = " ".join(str(seed) for seed in before if before[seed] == rows)
+        for name, of_pairs in zip(START, (False, True), strict=True):
+            if mine := [row for row in rows if (row["part"] in PAIRS) == of_pairs]:
+                scores[name, "", seeds] = mine
+    return scores
 
 
 def write_tables(plan: Study, done: Set[str]) -> str:
     """Write scores.csv, table.csv and table.md to the study's folder; returns the last one."""
     scores = finished_scores(plan, done)
-    job_rows = ({**dict(zip(SCORES, job, strict=False)), **row} for job, rows in scores.items() for row in rows)
-    write_csv(Path(plan.folder, "scores.csv"), SCORES, job_rows)
+    every = ({**dict(zip(SCORES, job, strict=False)), **row} for job, rows in scores.items() for row in rows)
+    write_csv(Path(plan.folder, "scores.csv"), SCORES, every)
     outcomes = tables(plan, scores)
     write_csv(Path(plan.folder, "table.csv"), COLUMNS, chain(*outcomes.values()))
     text = markdown(outcomes)
@@ -118,18 +124,19 @@ def markdown(rows: Mapping[str, Sequence[Row]]) -> str:
     lines = []
     for outcome, of_outcome in rows.items():
         table = [(MEAN + (GAIN if "difference" in row else NONE)).format(**row) for row in of_outcome]
-        lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""]
-    return "\n".join(lines) + "\n"
+        lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""] if table else []
+    return "\n".join(lines).replace(" nan ", "  ") + "\n"
 
 
 def _rows(plan: Study, scores: Scores, outcome: str) -> Iterator[Row]:
     """A row of each run with a finished seed, and one of the policy that the control started from."""
     jobs = {run: seeds_done(plan, run, scores) for run in plan.runs}
-    jobs[START] = {s: job for s in plan.seeds for job in scores if job[0] == START and str(s) in job[2].split()}
+    start = START[plan.outcomes[outcome][0] in PAIRS]
+    jobs[start] = {s: job for s in plan.seeds for job in scores if job[0] == start and str(s) in job[2].split()}
     of_parts = {job: values(rows, plan.outcomes[outcome]) for job, rows in scores.items()}
     found = {run: {seed: of_parts[job] for seed, job in by_seed.items()} for run, by_seed in jobs.items()}
     for run, by_seed in found.items():
-        if not by_seed:
+        if not by_seed or not next(iter(by_seed.values())).size:  # not done, or no pair is hard
             continue
         score, tokens, ended = np.stack(list(by_seed.values()), 1)  # (S, N) each
         control = plan.control_of(run) if run in plan.runs else plan.control
@@ -162,6 +169,13 @@ def _difference(ours: Mapping[int, Any], theirs: Mapping[int, Any], control: str
     row = {"control": control, "difference": gain.mean, "difference_low": gain.low, "difference_high": gain.high}
     verdict = "decided" if gain.low > 0 or gain.high < 0 else "undecided"
     return row | {"p": gain.p(), "verdict": verdict, "detectable": power(1) * (gain.high - gain.low) / (2 * 1.96)}
+
+
+def job_rows(plan: Study, folder: Path, when: str = "after") -> list[Row]:
+    """Of a job's responses to the prompts, and of its held-out pairs where an outcome is over pairs."""
+    rows = job_scores(folder, plan.prompts, when) if plan.prompts else []
+    parts = {part for outcome in plan.outcomes.values() for part in outcome}
+    return rows + (pair_rows(folder, when) if parts & {*PAIRS} else [])
 
 
 def job_scores(folder: Path, prompts: str, when: str = "after") -> list[Row]:

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
-from mixdpo.evaluation.gold import markdown
 from mixdpo.storage.files import read_text, write_json, write_text
 
 HELD_OUT, ORDER = "heldout.csv", "order.csv"
 """Files of a run: a row for each held-out pair at the last validation; a row for each pair in the order of training."""
 
 ORDER_COLUMNS = ("step", "pair_id", "row", "margin", "hard", "preference_share")
+
+PAIRS = "easy pairs", "hard pairs"
+"""Parts of the held-out pairs, as of held-out prompts."""
 
 NEXT = """run folder: {0}
   python -m mixdpo report {0}        a page with the run's pictures; of several runs, a comparison
@@ -32,6 +34,15 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
         head, *rows = csv.reader(file)
     kinds = {"pair_id": int}  # of 64 bits, which a float would round
     return {name: np.array([kinds.get(name, float)(row[i] or "nan") for row in rows]) for i, name in enumerate(head)}
+
+
+def pair_rows(folder: Path, when: str) -> list[dict[str, Any]]:
+    """A run's held-out pairs as rows of a study's scores. The score is 1 where the policy has the pair right, `before`
+    where the longer response is the chosen one. There are no tokens."""
+    pairs = read_columns(folder / HELD_OUT)
+    scores = pairs["rewards/accuracy" if when == "after" else "length_accuracy"].tolist()
+    rows = enumerate(zip(pairs["hard"].astype(int).tolist(), scores, strict=True), 1)
+    return [{"prompt": n, "part": PAIRS[h], "score": s, "tokens": np.nan, "ended": np.nan} for n, (h, s) in rows]
 
 
 def held_out_groups(pairs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -108,6 +119,8 @@ def write_results(
         facts: further lines: optimizer steps, speed, memory, the checkpoint that adapter/ holds.
         loggers: Lightning's; those that can show more than numbers get the table, samples and histograms.
     """
+    from mixdpo.evaluation.gold import markdown  # imports torch, which a study need not wait for
+
     pairs = read_columns(folder / HELD_OUT) if metrics else {}
     losses = {name: value for name, value in metrics.items() if name.startswith("val/loss")}
     summary = held_out_summary(pairs) if pairs else {f"held-out {n[4:]}, nats": f"{v:.4f}" for n, v in losses.items()}

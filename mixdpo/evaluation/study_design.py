@@ -87,8 +87,6 @@ class Study:
             raise InputError(f"runs.{lost[0]}: no run is called {self.control_of(lost[0])!r}, its control: name a run")
         if lost := [run for run in self.holm if run not in self.runs or run == self.control_of(run)]:
             raise InputError(f"holm: {lost[0]!r} is no run that is compared to a control: name runs that are")
-        if self.options.get("data.validation") != 0 and not isinstance(self.options.get("data.validation"), str):
-            raise InputError("options: data.validation must be 0 or a file: a share would be split anew for each seed")
         if len(self.points) > 1 and self.choose_by is None:
             raise InputError("choose_by: name the part of the prompts by which a point of the grid is chosen")
         if chosen := [name for name, parts in self.outcomes.items() if self.choose_by in parts]:
@@ -116,7 +114,6 @@ class Study:
     def arguments(self, run: str, point: Point, seed: int) -> Arguments:
         plan, given = self.runs[run], [("config", self.config), *self.options.items()]
         given += [("config", plan.overlay)] if plan.overlay else []
-        # the data's seed orders ties, shuffles and draws random routes; it splits nothing, see data.validation
         given += [*plan.options.items(), *point.items(), ("seed_everything", seed), ("data.seed", seed)]
         given += [("runs", self.folder), ("name", self.name(run, point, seed))]
         return [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in given]

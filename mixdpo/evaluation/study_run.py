@@ -14,13 +14,12 @@ from pathlib import Path
 
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
-from mixdpo.evaluation.compare_runs import chosen_point, detectable, finished_scores, job_scores, values, write_tables
+from mixdpo.evaluation.compare_runs import chosen_point, detectable, finished_scores, job_rows, values, write_tables
+from mixdpo.evaluation.fit_results import HELD_OUT
 from mixdpo.evaluation.study_design import Arguments, Study, read_study
 from mixdpo.storage.files import read_json, write_json
 from mixdpo.storage.identity import named_files
 from mixdpo.storage.store import Store
-
-RECORDED = ("results.json", "responses.json", "adapter")
 
 
 def study(study: str) -> int:
@@ -43,6 +42,11 @@ def study(study: str) -> int:
     if absent := sorted(named - set(parts)):
         raise InputError(f"{plan.prompts} has no prompt of part {', '.join(absent)}; its parts: {sorted(set(parts))}")
     print(detectable(plan, sum(part in next(iter(plan.outcomes.values())) for part in parts)))
+    return run_study(plan)
+
+
+def run_study(plan: Study) -> int:
+    """Run what is not done, then print the table. Returns the exit status, as `study` does."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // plan.at_once)
     for each in (signal.SIGINT, signal.SIGTERM):  # both alike, also in the background, where a shell has SIGINT ignored
@@ -124,14 +128,19 @@ def _start(plan: Study, name: str, arguments: Arguments, threads: int) -> subpro
 def _end(plan: Study, name: str, status: int) -> bool:
     """Record and tell whether the run succeeded."""
     path = Path(plan.folder, name)
-    absent = [file for file in RECORDED if not (path / file).exists()]
+    absent = [file for file in recorded(plan) if not (path / file).exists()]
     # a run that is told to stop ends with status 0, so the status alone says little
     good = status == 0 and not absent
     write_json(_record(path), json.loads(_record(path).read_text()) | {"state": "done" if good else "failed"})
     outcome, parts = next(iter(plan.outcomes.items()))
-    failure = f"FAILED (status {status}, absent: {', '.join(absent) or 'nothing'}): see {path}.log"
-    print(f"{name}: {f'{outcome} {values(job_scores(path, plan.prompts), parts)[0].mean():.3f}' if good else failure}")
+    said = path.with_name(f"{name}.log").read_text("utf-8", "replace").strip().rpartition("\n")[2]
+    failure = f"FAILED (status {status}, absent: {', '.join(absent) or 'nothing'}): see {path}.log: {said:.200}"
+    print(f"{name}: {f'{outcome} {values(job_rows(plan, path), parts)[0].mean():.3f}' if good else failure}")
     return good
+
+
+def recorded(plan: Study) -> tuple[str, ...]:
+    return "results.json", "responses.json" if plan.prompts else HELD_OUT, "adapter"
 
 
 def _record(path: Path) -> Path:
@@ -155,7 +164,7 @@ def is_done(plan: Study, name: str, arguments: Arguments) -> bool:
     if not _record(path).exists():
         return False
     record = read_json(_record(path), {"state", "identity"}, f"remove it and {path} to repeat the run")
-    if record["state"] != "done" or not all((path / file).exists() for file in RECORDED):
+    if record["state"] != "done" or not all((path / file).exists() for file in recorded(plan)):
         return False
     kinds = {"-": "then ", "+": "now "}  # in order: of two values of one option the later one counts
     lines = ndiff(record["identity"], _identity(arguments))

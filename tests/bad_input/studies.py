@@ -32,7 +32,6 @@ STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
         study(holm=["dpo"]),
         ("holm: 'dpo' is no run that is compared", "name runs that are"),
     ),
-    ("a share for validation", study(options={"data.validation": 0.1}), ("data.validation must be 0 or a file",)),
     ("a grid and nothing to choose by", study(grid={"lr": [1, 2]}), ("choose_by: name the part",)),
     ("an outcome that chooses", study(choose_by="main"), ("main chooses the grid point and cannot be an outcome",)),
     ("two runs of one name", study(grid={"a": [1, 1]}, choose_by="part"), ("would be called", "choose other values")),
