@@ -10,6 +10,7 @@ from lightning_modules.callbacks.best_checkpoint import load_best
 from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
 from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
 from mixdpo.evaluation.fit_results import ORDER, write_results
+from mixdpo.evaluation.report import page_of_fit
 from mixdpo.storage.files import write_csv, write_json
 
 
@@ -24,7 +25,7 @@ class RunConfig(SaveConfigCallback):
 class RunFiles(Callback):
     """Writes the plan of the data (route.json or plan.json; of pairs order.csv too) before training, and after training
     the policy as a PEFT folder `adapter/`: the last policy, or the best one where a ModelCheckpoint monitors a metric.
-    Prints the table that the run ends with, and writes it to results.json and results.md."""
+    Prints the table that the run ends with, and writes it to results.json, results.md and the page report.html."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data, plan = trainer.datamodule, pl_module.plan_summary()  # every process takes part in the plan
@@ -51,3 +52,4 @@ class RunFiles(Callback):
             gold = next((c.rows for c in trainer.callbacks if isinstance(c, GoldEvaluation)), {})
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             print(write_results(folder, gold, metrics, facts))
+            page_of_fit(folder)

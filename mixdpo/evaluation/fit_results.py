@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
-from mixdpo.evaluation.gold import markdown
 from mixdpo.storage.files import write_json, write_text
 
 HELD_OUT, ORDER = "heldout.csv", "order.csv"
@@ -75,6 +74,8 @@ def write_results(folder: Path, gold: Mapping[str, Any], metrics: Mapping[str, f
         metrics: the last value of what callbacks can monitor.
         facts: further lines: optimizer steps, speed, memory, the checkpoint that adapter/ holds.
     """
+    from mixdpo.evaluation.gold import markdown  # imports transformers, which a page does without
+
     pairs = read_columns(folder / HELD_OUT)
     losses = {name: value for name, value in metrics.items() if name.startswith("val/loss")}
     summary = held_out_summary(pairs) if pairs else {f"held-out {n[4:]}, nats": f"{v:.4f}" for n, v in losses.items()}
