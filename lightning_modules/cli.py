@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def run(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|.*isinstance.treespec|.*does not have many workers")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+        logging.getLogger(name).addFilter(lambda record: not re.search("litlogger|` reached", record.getMessage()))
     # on CPUs with AVX-512 BF16, bitsandbytes warns of a missing kernel that only inference would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lightning_modules.verbs import messages, run_cli

@@ -10,7 +10,6 @@ import pytest
 from conftest import build
 
 from lightning_modules.callbacks import run_files
-from lightning_modules.callbacks.logging import Throughput
 from mixdpo.__main__ import main
 from mixdpo.evaluation import report as page
 from mixdpo.storage.files import write_csv, write_json
@@ -98,7 +97,7 @@ def test_a_fit_writes_its_page_and_survives_a_failure(
 ) -> None:
     monkeypatch.setattr(run_files, "page_of_fit", page.page_of_fit)
     for name in ("drawn", "not"):
-        trainer, module, data = build(tiny_model, source, tmp_path / name, trainer={"first": (Throughput(),)})
+        trainer, module, data = build(tiny_model, source, tmp_path / name)
         trainer.fit(module, data)
         assert Path(tmp_path, name, "adapter").is_dir() and Path(tmp_path, name, "results.json").exists()
         assert Path(tmp_path, name, "report.html").exists() == (name == "drawn")

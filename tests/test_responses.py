@@ -444,7 +444,7 @@ def test_markdown_by_hand() -> None:
         "| gold score, seen | 2 | 0.125 | 1.062 | +0.938 [-0.250, +1.000] |",
         "| response length, tokens | 2 | 31.0 | 28.5 | -2.5 [-4.0, +0.8] |",
         "",
-        "| training and held-out pairs | |",
+        "| training and held-out rows | |",
         "|---|---|",
         "| optimizer steps | 7 |",
     ]
@@ -508,7 +508,7 @@ def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
     results, rows = (json.loads((folder / name).read_text()) for name in ("results.json", "responses.json"))
     assert (folder / "results.md").read_text() == markdown(results["heldout_prompts"], results["summary"]) + "\n"
     assert results["summary"]["optimizer steps"] == str(results["steps"]) != "0"
-    assert "reward accuracy, 1 easy pairs (longer response wins)" in results["summary"]
+    assert "reward accuracy, 1 easy held-out pairs (the longer response wins)" in results["summary"]
     assert [row["part"] for row in rows] == ["even", "odd"] * 3
     for row in rows:
         for when in ("before", "after"):
@@ -557,7 +557,7 @@ def test_after_is_what_adapter_holds(tiny_model: str, prompts: str, tmp_path: Pa
     rows = json.loads((tmp_path / "run/responses.json").read_text())
     assert [row["after"]["text"] for row in rows] == responses_of(tiny_model, tmp_path / "run/adapter", prompts)
     results = (tmp_path / "run/results.md").read_text()
-    assert f"| responses after training | of the best val/all/sft_loss, {best.best_model_score:.4f} |" in results
+    assert f"| of the best val/all/sft_loss | {best.best_model_score:.4f} |" in results
     # the last validation's, of another policy
     assert "reward accuracy" not in results and "displacement" not in results
 

@@ -28,6 +28,8 @@ class StepBar(TQDMProgressBar):
     def init_validation_tqdm(self) -> Any:
         return super().init_validation_tqdm() if sys.stdout.isatty() else tqdm(disable=True)
 
+    init_sanity_tqdm = init_validation_tqdm
+
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         plan, made, hidden = trainer.datamodule.step_plan(), trainer.global_step, not sys.stdout.isatty()
         how: dict[str, Any] = {"file": io.StringIO(), "mininterval": float("inf")} if hidden else {"file": sys.stdout}

@@ -1,6 +1,7 @@
 """Files that a run writes around its steps: its options, the plan of the data, the adapter."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -27,6 +28,8 @@ class RunFiles(Callback):
     the policy as a PEFT folder `adapter/`: the last policy, or the best one where a ModelCheckpoint monitors a metric.
     Prints the table that the run ends with, and writes it to results.json, results.md and the page report.html."""
 
+    _best: Any = None  # the ModelCheckpoint whose best policy is in adapter/
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data, plan = trainer.datamodule, pl_module.plan_summary()  # every process takes part in the plan
         if trainer.is_global_zero:
@@ -34,22 +37,32 @@ class RunFiles(Callback):
             trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             if order := getattr(data, "order_of_training", None):
                 write_csv(Path(trainer.default_root_dir) / ORDER, *order())
-            print(f"policy: {trainable / 1e6:.2f}M trainable parameters; run folder: {trainer.default_root_dir}")
+            print(f"policy: {trainable / 1e6:.2f}M trainable parameters of {pl_module.base}")
+            folder = trainer.default_root_dir
+            print(f"run folder: {folder}; to follow it: tensorboard --logdir {folder}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        best = load_best(trainer, pl_module)
+        if best := load_best(trainer, pl_module):
+            print(f"adapter/ holds the best {best.monitor}, {float(best.best_model_score):.4f}: {best.best_model_path}")
+        self._best = best
         from mixdpo.model.export import save_adapter  # imports PEFT, which a parser need not wait for
 
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            save_adapter(pl_module.model, folder / "adapter")
-            rate = next(c for c in trainer.callbacks if isinstance(c, Throughput)).mean_rows_per_second
-            facts = {"optimizer steps": str(trainer.global_step), "pairs or samples per second": f"{rate:.2f}"}
-            facts["peak memory, GB"] = f"{peak_memory_gb(trainer.strategy.root_device):.1f}"
-            if best is not None:  # the last validation was of another policy
-                score = f"{best.monitor} {float(best.best_model_score):.4f}, {best.best_model_path}"
-                facts["adapter/ holds the best checkpoint"] = f"{score}; the held-out rows above are of the last policy"
-            gold = next((c.rows for c in trainer.callbacks if isinstance(c, GoldEvaluation)), {})
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            print(write_results(folder, gold, metrics, facts))
-            page_of_fit(folder)
+            save_adapter(pl_module.model, Path(trainer.default_root_dir) / "adapter")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what other callbacks have found at the end of training."""
+        folder, best = Path(trainer.default_root_dir), self._best
+        if not (trainer.is_global_zero and (folder / "adapter").exists()):
+            return
+        facts = {f"of the best {best.monitor}": f"{best.best_model_score:.4f}"} if best is not None else {}
+        facts |= {"optimizer steps": str(trainer.global_step)}
+        for each in trainer.callbacks:
+            if isinstance(each, Throughput):
+                facts["pairs or samples per second"] = f"{each.mean_rows_per_second:.2f}"
+        facts["peak memory, GB"] = f"{peak_memory_gb(trainer.strategy.root_device):.1f}"
+        gold = next((each.rows for each in trainer.callbacks if isinstance(each, GoldEvaluation)), {})
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # of the best policy there was no validation
+        print(write_results(folder, gold, {} if best is not None else metrics, facts, trainer.loggers))
+        page_of_fit(folder)

@@ -100,7 +100,7 @@ class RunCLI(LightningCLI):
         if not Path(self.trainer.default_root_dir, self.datamodule.summary_file).exists():
             print("the run of ckpt_path is complete: nothing is trained, the files after the last step are made anew")
             self.model.to(self.trainer.strategy.root_device)
-            for name in ("on_train_start", "on_train_end"):
+            for name in ("on_train_start", "on_train_end", "on_fit_end"):
                 for callback in self.trainer.callbacks:
                     getattr(callback, name)(self.trainer, self.model)
 
@@ -175,7 +175,10 @@ def start(arguments: list[str], kind: Callable[..., RunCLI] = RunCLI) -> RunCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=42,
-        trainer_defaults={"callbacks": [RunFiles(), ExactResume(), Throughput(), OutOfMemory()]},
+        trainer_defaults={
+            "callbacks": [RunFiles(), ExactResume(), Throughput(), OutOfMemory()],
+            "enable_model_summary": False,  # it counts packed 4-bit weights as parameters
+        },
         parser_class=type("RunParser", (Parser, LightningArgumentParser), {}),
         parser_kwargs={"exit_on_error": False},
         save_config_kwargs={"save_to_log_dir": False},

@@ -1,7 +1,8 @@
 """What a fit ends with: a table, results.json, results.md, and the commands that come next."""
 
 import csv
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
 from mixdpo.storage.files import write_json, write_text
+from mixdpo.evaluation.gold import markdown
+from mixdpo.storage.files import read_text, write_json, write_text
 
 HELD_OUT, ORDER = "heldout.csv", "order.csv"
 """Files of a run: a row for each held-out pair at the last validation; a row for each pair in the order of training."""
@@ -66,21 +69,52 @@ def held_out_summary(pairs: Mapping[str, np.ndarray]) -> dict[str, str]:
     return lines
 
 
-def write_results(folder: Path, gold: Mapping[str, Any], metrics: Mapping[str, float], facts: Mapping[str, str]) -> str:
+def show_on(loggers: Sequence[Any], folder: Path, table: str, step: int) -> None:
+    """Histograms of margins and rewards, the table, and sample responses, on TensorBoard and Weights & Biases."""
+    names = {ORDER: ("margin",), HELD_OUT: ("rewards/chosen", "rewards/rejected", "rewards/margin")}
+    found = {f"run/{name}": read_columns(folder / file).get(name) for file, of in names.items() for name in of}
+    histograms = {name: values[~np.isnan(values)] for name, values in found.items() if values is not None}
+    responses = json.loads(read_text(path))[:8] if (path := folder / "responses.json").exists() else []
+    samples = [[row["prompt"], row["before"]["text"], row["after"]["text"]] for row in responses]
+    for logger in loggers:
+        if hasattr(logger, "log_table"):  # of Weights & Biases
+            from wandb import Histogram
+
+            logger.experiment.log({name: Histogram(values) for name, values in histograms.items()})
+            logger.log_table("run/responses", columns=["prompt", "before", "after"], data=samples)
+        elif hasattr(logger.experiment, "add_histogram"):  # of TensorBoard
+            for name, values in histograms.items():
+                logger.experiment.add_histogram(name, values, step)
+            cells = [
+                "\n\n".join(f"**{n}**: {t}" for n, t in zip(("prompt", "before", "after"), s, strict=True))
+                for s in samples
+            ]
+            logger.experiment.add_text("run/results", "\n\n---\n\n".join([table, *cells]), step)
+
+
+def write_results(
+    folder: Path,
+    gold: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    facts: Mapping[str, str],
+    loggers: Sequence[Any] = (),
+) -> str:
     """Write results.json and results.md to the run's folder, and return what the run prints as it ends.
 
     Args:
         gold: rows of GoldEvaluation's table; none without it.
-        metrics: the last value of what callbacks can monitor.
+        metrics: the last value of what callbacks can monitor; none where these are of another policy.
         facts: further lines: optimizer steps, speed, memory, the checkpoint that adapter/ holds.
+        loggers: Lightning's; those that can show more than numbers get the table, samples and histograms.
     """
     from mixdpo.evaluation.gold import markdown  # imports transformers, which a page does without
 
-    pairs = read_columns(folder / HELD_OUT)
+    pairs = read_columns(folder / HELD_OUT) if metrics else {}
     losses = {name: value for name, value in metrics.items() if name.startswith("val/loss")}
     summary = held_out_summary(pairs) if pairs else {f"held-out {n[4:]}, nats": f"{v:.4f}" for n, v in losses.items()}
     table = markdown(gold, summary := summary | dict(facts))
     content = {"heldout_prompts": gold, "summary": summary, "steps": int(facts["optimizer steps"])}
     write_json(folder / "results.json", content | {"metrics": dict(metrics)})
     write_text(folder / "results.md", table + "\n")
+    show_on(loggers, folder, table, int(facts["optimizer steps"]))
     return f"\n{table}\n\n{NEXT.format(folder)}"
