@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
-from mixdpo.storage.files import write_json, write_text
-from mixdpo.evaluation.gold import markdown
 from mixdpo.storage.files import read_text, write_json, write_text
 
 HELD_OUT, ORDER = "heldout.csv", "order.csv"
