@@ -21,7 +21,7 @@ from measuring import about, table
 from noise import PlantedNoise, detection, kind_of, labelled, stages_with_noise
 
 from mixdpo.errors import InputError
-from mixdpo.token_cleaning.run_tokens import read_cleaning
+from mixdpo.token_cleaning.run_tokens import RunTokens, read_cleaning
 
 SPLIT = ["--data.validation", "0.06"]
 PLANTED = PlantedNoise(rate=0.2, seed=0)
@@ -76,9 +76,8 @@ def jobs(reference: str, clean: str) -> list[Job]:
     return all_jobs
 
 
-def by_kind(path: Path) -> dict[str, float]:
+def by_kind(cleaning: RunTokens) -> dict[str, float]:
     """AUC on the samples of each kind of noise, over all that was scored."""
-    cleaning = read_cleaning(str(path))
     ids, scored = cleaning.pool.samples["sample_id"][:], cleaning.samples_with(cleaning.scores)
     aucs = {}
     for kind in PLANTED.kinds:
@@ -132,7 +131,8 @@ def main() -> None:
     warm_ups = [("warm_up", "full", [*NOISE, *options]), ("clean_warm_up", "full", [*SPLIT, *options])]
     paths = run_all(folder, jobs(*(str(path / "adapter") for path in run_all(folder, warm_ups).values())))
     losses = {name: held_out(path) for name, path in paths.items()}
-    found, kinds = ({name: read(path) for name, path in paths.items()} for read in (stages_with_noise, by_kind))
+    found = {name: stages_with_noise(path) for name, path in paths.items()}
+    kinds = {name: by_kind(read_cleaning(str(path))) for name, path in paths.items()}
     gold = gold_scores({name: paths[name] for name in GOLD})
     rows = [finding("Token Cleaning", found["keep-0.6"][0], losses["keep-0.6"]["loss"])]
     of_slice_3 = [name for name in paths if len(found[name]) == 1 and not name.startswith("keep")]

@@ -169,14 +169,14 @@ class PreferenceDataModule(PlannedDataModule):
         """The content of `route.json`: the route's summary, how many rows were read, dropped or truncated, warnings."""
         source = {"margins": {"file": self.margins_file, **self._margins.header}} if self._margins else {}
         run = {"counts": self.counts, "warnings": self.doubts, "batch_size": self.batch_size, "seed": self.seed}
-        return {**self.route.summary(), **run, **source, "micro_batches": self.cut or None}
+        return {**self.route.summary(), "data": self._data, **run, **source, "micro_batches": self.cut or None}
 
-    def order_of_training(self) -> tuple[tuple[str, ...], Iterator[tuple[Any, ...]]]:
-        """Columns and rows of order.csv: each pair of the first epoch, in order, with its optimizer step from 0."""
-        route, names = self.route, ("step", "pair_id", "row", "margin", "hard", "preference_share")
-        columns = self.train_pairs["pair_id"], self.train_pairs["row"], self.train_pairs["margin"], route.is_hard * 1
-        table = list(zip(*(np.asarray(c).tolist() for c in (*columns, route.preference_share)), strict=True))
-        return names, ((step, *table[i]) for step, pairs in enumerate(self._steps()) for i in pairs)
+    def order_of_training(self) -> Iterator[dict[str, Any]]:
+        """Rows of order.csv: each pair of the first epoch, in order, with its optimizer step from 0."""
+        columns = {name: np.asarray(self.train_pairs[name]) for name in ("pair_id", "row", "margin")}
+        columns |= {"hard": self.route.is_hard * 1, "preference_share": self.route.preference_share}
+        for step, pairs in enumerate(self._steps()):
+            yield from ({"step": step, **{name: column[i] for name, column in columns.items()}} for i in pairs)
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return plan_steps(self.route.epoch_order(epoch).tolist(), self.batch_size)

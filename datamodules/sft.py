@@ -82,7 +82,7 @@ class SFTDataModule(PlannedDataModule):
         """The content of `plan.json`: the stages, how many rows were read, dropped and truncated, and warnings."""
         stages = [{"slice": s.slice, "samples": len(s.samples), "steps": len(s.steps)} for s in self.stages]
         run = {"counts": self.counts, "warnings": self.doubts, "batch_size": self.batch_size, "seed": self.slices.seed}
-        return {"stages": stages, **run, "micro_batches": self.cut or None}
+        return {"stages": stages, "data": self.pool.identity["data"], **run, "micro_batches": self.cut or None}
 
     def _steps(self, epoch: int = 0) -> list[tuple[int, ...]]:
         return [step for stage in self.stages for step in stage.steps]

@@ -148,7 +148,8 @@ class PreferenceModule(AdapterModule):
         self._held_out, batches = [], [batch for of_rank in parts for batch in of_rank]
         if self.trainer.state.fn == "fit" and self.trainer.is_global_zero:
             rows = [(i, *row) for ids, table, _ in batches for i, row in zip(ids.tolist(), table.tolist(), strict=True)]
-            write_csv(Path(self.trainer.default_root_dir) / HELD_OUT, batches[0][2], sorted(rows))
+            named = (dict(zip(batches[0][2], row, strict=True)) for row in sorted(rows))
+            write_csv(Path(self.trainer.default_root_dir) / HELD_OUT, batches[0][2], named)
 
     def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
         losses, preference, sft_losses = routed
@@ -156,6 +157,10 @@ class PreferenceModule(AdapterModule):
         easy, hard = (weight * share)[batch.preference], (weight * (1 - share))[batch.sft]
         values = {"train/loss": (losses, weight), "train/hard_fraction": (batch.is_hard.float(), weight)}
         values |= {"train/preference_loss": (preference, easy), "train/sft_loss": (sft_losses, hard)}
+        if self.easy_sft_weight:
+            values["train/nll"] = (batch.chosen_weight[batch.preference] * sft(policy[batch.preference]), easy)
+        elif kind := getattr(self.preference_loss, "nll", ""):  # as the loss has it
+            values["train/nll"] = (-getattr(policy[batch.preference], kind), easy)
         if batch.token is not None and len(batch.sft):
             of_hard = (batch.token >= 0).double() * (batch.count > 0)
             values["cleaning/kept_fraction"] = (batch.token_weight, of_hard)

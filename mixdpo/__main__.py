@@ -24,6 +24,7 @@ VERBS = {
     "combine-margins": ("signals.compare_margins:combine", "one margins file from two: alignment potential, or union"),
     "report": ("evaluation.report:report", "write a page of pictures of a run, or of several runs against the first"),
     "study": ("evaluation.study_run:study", "run a grid of runs from one file, then a table with intervals"),
+    "chat": ("evaluation.chat:chat", "talk to a run's policy, and to its base beside it"),
     "options": ("options:options", "list the options of a class that a config names"),
     "judge": ("evaluation.judge:judge", "ask a judge whether a model's responses or a baseline's are better"),
     "score": ("evaluation.score:score", "win rates from a judge's verdicts, length-controlled as well"),

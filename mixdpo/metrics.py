@@ -40,7 +40,7 @@ class NamedMeans(Metric):
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy")
 PAIRWISE = (*REWARDS, "log_probs/chosen", "log_probs/rejected", "displacement/chosen")
-LOSSES = ("train/loss", "train/preference_loss", "train/sft_loss", "train/hard_fraction")
+LOSSES = ("train/loss", "train/preference_loss", "train/nll", "train/sft_loss", "train/hard_fraction")
 TRAINING = (*LOSSES, "cleaning/kept_fraction", "cleaning/empty_fraction", *PAIRWISE)
 MEASURED = ("preference_loss", "sft_loss", *PAIRWISE, "length_accuracy")
 VALIDATION = tuple(f"val/{group}/{name}" for group in ("all", "easy", "hard") for name in MEASURED)

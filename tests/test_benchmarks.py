@@ -136,15 +136,31 @@ def test_a_part_that_fails_keeps_what_it_found(benchmark, monkeypatch, tmp_path,
     assert "| facts | 3 s, exit 1 | RuntimeError: no kernel |\n|  | first | ms 1.5; said a¦b |\n| waits | 9 s" in shown
 
 
-def test_no_part_stops_the_next_one(tmp_path) -> None:
+@pytest.mark.parametrize("script", ["device.sh", "device_study.sh"])
+def test_no_part_stops_the_next_one(script: str, tmp_path: Path) -> None:
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text("#!/bin/sh\ncase $2 in facts) sleep 60 ;; starts) exit 3 ;; esac\n")
     python.chmod(0o755)
     given = os.environ | {"PARTS": "facts:1 starts:9 tests:9", "OUT": str(out), "PYTHON": str(python)}
     for budget, expected in ("60", ["stopped after 1 s", "exit 3", "exit 0"]), ("5", ["no time left"] * 3):
-        command = ["bash", str(BENCHMARKS / "device.sh")]
+        command = ["bash", str(BENCHMARKS / script)]
         subprocess.run(command, env=given | {"BUDGET": budget}, check=True, timeout=30)
         assert [line.split("\t")[2] for line in (out / "parts.tsv").read_text().splitlines()] == expected
+
+
+def test_the_study_for_a_gpu_and_gains_of_the_seeds_that_both_runs_have(benchmark, monkeypatch, tmp_path) -> None:
+    module = benchmark("device_study")
+    monkeypatch.setattr(module, "GPU", True)
+    shipped, first, every = map(module.read_study, (module.STUDY, *module.write_studies(tmp_path, False)))
+    assert [*first.runs] == [shipped.control, *shipped.holm] and [*every.runs] == [*shipped.runs]
+    assert first.folder == every.folder and first.seeds == [*range(8)]
+    assert first.options.items() >= module.ON_GPU.items() and first.grid == shipped.grid
+    right = {("d", module.CONTROL, 0): (1, 0), ("d", "dpo", 0): (1, 1), ("d", "dpo", 1): (0, 0)}
+    lines = module.pairs_table({job: ([3, 0.25, None], [*enumerate(each)]) for job, each in right.items()}).splitlines()
+    assert lines[2:] == [
+        f"| d | {module.CONTROL} | 1 × 2 | 3 | 0.500 [0.000, 1.000] |  | 0.250 | – |",
+        "| d | dpo | 2 × 2 | 3 | 0.500 [0.000, 1.000] | +0.500 [+0.000, +1.000], seeds 0 | 0.250 | – |",
+    ]
 
 
 SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in ("trl", "resume")]

@@ -330,7 +330,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     files = contents(finished)
     assert {
         *("config.yaml", "metrics.csv", "route.json", "checkpoints/last.ckpt"),
-        *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+        *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json"),
     } <= set(files)
     assert not [name for name in files if Path(name).name.startswith(".")]
     assert sum(name.startswith("events.out.tfevents.") for name in files) == 1
@@ -370,7 +370,7 @@ def test_its_config_repeats_it_under_another_name(finished: Path, capfd: pytest.
     assert str(second) in capfd.readouterr().out
     assert contents(finished) == before
     assert {name for name in contents(second) if "tfevents" not in name} == {n for n in before if "tfevents" not in n}
-    for name in ("config.yaml", "route.json", "adapter/adapter_model.safetensors"):
+    for name in ("config.yaml", "route.json", "adapter/README.md", "adapter/adapter_model.safetensors"):
         assert contents(second)[name] == before[name], name
 
 

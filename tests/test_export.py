@@ -1,7 +1,9 @@
 """A run as a plain model or an adapter that other tools load, and what keeps a wrong one from being kept."""
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, adapter_layers, add_adapters
 from mixdpo.model.export import compared, export, merged_copy, read_trained, save_adapter
 from mixdpo.model.loading import load_base
+from mixdpo.pages.model_card import describe
 
 IDS = torch.tensor([[2, 4, 7, 9, 12, 3, 2, 5, 20, 15, 3]])
 
@@ -73,7 +76,13 @@ def test_a_run_from_the_command_line_to_a_plain_model(tiny_model, tmp_path, caps
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert (wanted - logits(load_base(tiny_model, quantization="none"))).abs().max() > 0.1
     said = capsys.readouterr().out
-    assert "nats per token" in said and "1.000 of which is kept" in said and f"wrote {out}" in said
+    assert "nats per token" in said and "1.000 of which is kept" in said and f"upload USER/NAME {out}\n" in said
+    data = json.loads((run / "route.json").read_text())["data"]
+    shown = ["# base_model: fill in", "license: unknown", "4 of 14 pairs (28.6 %) are hard: their margin is below "]
+    shown += [f"`rows.jsonl`, split `train`; hash of the rows read for training: `{data}`", "(beta=0.1", "lr 0.02"]
+    for folder, library in ((run / "adapter", "peft"), (out, "transformers")):
+        card = (folder / "README.md").read_text("utf-8")
+        assert str(tmp_path) not in card and all(text in card for text in (*shown, f"library_name: {library}"))
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
@@ -133,6 +142,20 @@ def test_the_adapter_with_the_template_of_the_training(kind, tiny_model, tmp_pat
     wanted = {"own": TEMPLATE, "given": given, "plain": None}[kind]
     assert AutoTokenizer.from_pretrained(out).chat_template == wanted
     assert ("no chat template" in capsys.readouterr().out) == (kind == "plain")
+
+
+def test_a_card_takes_what_there_is(tmp_path: Path) -> None:
+    model = {"base": "owner/model", "adapter": "/home/me/x/start", "cleaning": {"class_path": "a.B"}}
+    config = {"name": "a`|\n# b", "model": {"init_args": model}, "data": {"init_args": {"source": "owner/rows"}}}
+    row = {"n": 3, "before": 0.5, "after": None, "difference": 0.5, "low": 0.25, "high": 0.75}
+    results = {"heldout_prompts": {"all 😀": row}, "summary": {"peak memory, GB": "1.5", "val/all/c": "2"}}
+    for name, content in (("config.yaml", config), ("results.json", results)):  # JSON is YAML
+        (tmp_path / name).write_text(json.dumps(content))
+    describe(tmp_path, SimpleNamespace(save_pretrained=lambda _: None), tmp_path)
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert yaml.safe_load(card.split("---\n")[1])["datasets"] == ["owner/rows"] and 'base_model: "owner/model"' in card
+    assert "| `all 😀` | 3 | 0.500 | not recorded | 0.500 [0.250, 0.750] |" in card and "| `val/all/c` | `2` |" in card
+    assert "\n# `a'/ # b`\n" in card and "memory" not in card and "| adapter | `start` |\n| cleaning | `B()` |" in card
 
 
 def test_a_bare_adapter_needs_to_be_told_the_quantization(handmade: Path, tiny_model: str) -> None:

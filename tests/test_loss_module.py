@@ -11,7 +11,8 @@ from conftest import adapter_weights, build, collate, fit, make_pairs
 from test_configs import build as build_cli  # noqa: F401  (a fixture, and the one that it takes)
 from test_configs import cli  # noqa: F401
 from test_losses import TABLE, make
-from test_preference_module import first_batch, forwards, perturb_policy
+from test_preference_module import first_batch, forwards, perturb_policy, plain_log_prob
+from transformers import AutoModelForCausalLM
 
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.callbacks.logging import Throughput
@@ -143,6 +144,28 @@ def test_sft_sides_and_easy_sft_weight(sides: tuple[int, ...], tiny_model: str, 
     torch.testing.assert_close(preference, dpo[~is_hard])
     torch.testing.assert_close(sft_losses, of_hard[is_hard])
     assert batch.to(torch.device("cpu")).sft_sides == sides and whole.sft_sides == (0,)
+
+
+CASES = {"dpo": None, "dpo_plus_nll": "mean", "irpo": "mean", "cpo": "mean", "slic": "sum", "sum": "sum"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_nll_term_has_its_column(name: str, tiny_model: str, source: str, tmp_path: Path) -> None:
+    """−log p of the chosen responses of the easy pairs, one token after the other, without the term's weight."""
+    made = losses.Sum([losses.DPO(), losses.SLiC()], [1.0, 0.5]) if name == "sum" else make(name.split("_")[0])
+    options = {"data": {**HALF, "batch_size": 8}, "preference_loss": made, "easy_sft_weight": 0.3 * ("_" in name)}
+    trainer, module, data = build(tiny_model, source, tmp_path / "run", **options)
+    rows: list[dict[str, float]] = []
+    module._log_step = rows.append  # type: ignore[method-assign]
+    trainer.fit(module, data)
+    values, model = [], AutoModelForCausalLM.from_pretrained(tiny_model)
+    for index in (~data.route.is_hard).nonzero()[0]:
+        pair = data.train_pairs[int(index)]
+        with torch.no_grad():
+            nll = -float(plain_log_prob(model, pair["prompt_ids"], pair["chosen_ids"]))
+        values.append(nll / (len(pair["chosen_ids"]) if CASES[name] == "mean" else 1))
+    assert len(values) == 4 and ("train/nll" in rows[0]) == (name != "dpo")
+    assert name == "dpo" or rows[0]["train/nll"] == pytest.approx(sum(values) / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["kto_pair", "beta_dpo"])

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise import PHRASES, NoisySFTDataModule, PlantedNoise, detection, plant, planted_tokens, stages_with_noise
 
+from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
 from mixdpo.token_cleaning.cleaning import Cleaning
+from mixdpo.token_cleaning.run_tokens import RunTokens
 from mixdpo.token_cleaning.scorers import Random
 from mixdpo.token_cleaning.summary import summarise
 
@@ -222,3 +224,60 @@ def test_the_bound(monkeypatch):
     assert bound_term(8, delta=4 / math.e) == 0.5  # √(2 · 1 / 8)
     with pytest.raises(InputError, match="kept"):
         bound_term(0)
+
+
+# Repairs of a reference.
+
+
+@pytest.fixture
+def repairs(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return import_module("planted_noise_repairs")
+
+
+def scored(*scores):
+    """Tokens of three samples of 2, 1 and 3 tokens, of which the last two are scored."""
+    conversations = [[([6], [7] * (tokens - 1))] for tokens in (2, 1, 3)]
+    pool = TokenPool.of(encoded(conversations).add_column("response_weights", [[1.0]] * 3), {})
+    tokens = RunTokens.undecided(pool, {}, "t")
+    tokens.scores[2:], tokens.weights[2:] = scores, 1
+    return tokens
+
+
+def test_cross_fitting_takes_the_scores_of_the_reference_that_did_not_see_a_sample(repairs):
+    one, other, first = scored(1, 2, 3, 4), scored(50, 60, 70, 80), np.array([1])
+    nan = [np.nan] * 2
+    crossed = repairs.either_by(False, first, one, other)
+    np.testing.assert_array_equal(crossed.scores, [*nan, 50, 2, 3, 4])
+    np.testing.assert_array_equal(crossed.weights, [*nan, 1, 0, 0, 1])  # round(0.6 · 4) of those scored
+    own = repairs.either_by(True, first, one, other)
+    np.testing.assert_array_equal(own.scores, [*nan, 1, 60, 70, 80])
+    np.testing.assert_array_equal(one.scores, [*nan, 1, 2, 3, 4])
+
+
+def test_the_middle_of_the_scores_is_kept(repairs):
+    tokens, nan = scored(-1, 9, 0.5, 1), [np.nan] * 2  # the median is 0.75
+    near = repairs.near_median(tokens)
+    np.testing.assert_array_equal(near.scores, [*nan, -1.75, -8.25, -0.25, -0.25])
+    np.testing.assert_array_equal(near.weights, [*nan, 0, 0, 1, 1])
+    ends = repairs.both_ends_cut(scored(-1, 9, 0.5, 1))
+    np.testing.assert_array_equal(ends.scores, [*nan, -1.5, -1.5, -0.5, -0.5])
+    np.testing.assert_array_equal(ends.weights, near.weights)
+
+
+def test_the_third_with_the_lowest_mean_trains_a_reference(repairs, tiny_model, tmp_path):
+    tokens = scored(2, 1, 1, 3)
+    tokens.scores[:2] = 1.9, 1.9  # by sums, the second sample would come first as well
+    assert repairs.lowest_third(tokens).tolist() == [2]
+    source = write_pairs(tmp_path / "samples.jsonl", make_samples(24))
+    options = {"tokenizer": tiny_model, "batch_size": 4, "max_length": 64, "validation": 0.25}
+    chosen, noise = tmp_path / "chosen.json", PlantedNoise(phrases=SENTENCES, rate=0.3)
+    whole = NoisySFTDataModule(source, noise, **options)
+    few = repairs.ChosenSamplesDataModule(source, str(chosen), noise, **options)
+    for data in (whole, few):
+        data.trainer, *_ = build_sft(tiny_model, source, tmp_path / "run")
+        data.setup("fit")
+        chosen.write_text(json.dumps(whole.pool.samples["sample_id"][3:6]))
+    assert list(few.pool.samples) == [whole.pool.samples[i] for i in (3, 4, 5)]
+    assert few.pool.identity["ids"] != whole.pool.identity["ids"] and few.counts["train"]["samples"] == 3
+    assert len(few.validation_pool) == len(whole.validation_pool)

@@ -12,9 +12,13 @@ from conftest import build
 from lightning_modules.callbacks import run_files
 from mixdpo.__main__ import main
 from mixdpo.evaluation import report as page
-from mixdpo.storage.files import write_csv, write_json
+from mixdpo.storage.files import write_json
 
 BAD = "<script>alert('$x$')</script>"
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[Any]) -> None:
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
 
 
 def write_run(folder: Path, pairs: int = 60, held_out: int = 40, seed: int = 0, score: Any = 0.5) -> str:

@@ -471,7 +471,7 @@ def prompts(tmp_path: Path) -> str:
 def run(model: str, folder: Path, callback: Any, **options: Any) -> tuple[PreferenceModule, dict[str, torch.Tensor]]:
     """A fit with dropout, so that any random number that the evaluation draws would show in the adapter."""
     source, ckpt_path = write_pairs(folder.with_suffix(".jsonl"), make_pairs(12)), options.pop("ckpt_path", None)
-    callbacks = [RunFiles(), ExactResume(), Throughput(), *([callback] if callback else [])]
+    callbacks = [*([callback] if callback else []), RunFiles(), ExactResume(), Throughput()]
     defaults: dict[str, Any] = {"lora": Lora(rank=4, alpha=8, dropout=0.3), "schedule": Constant(warmup=0.0), "lr": 5.0}
     defaults |= {"data": {"validation": 0.2}, "trainer": {"callbacks": callbacks}}
     trainer, module, data = build(model, source, folder, **{**defaults, **options})

@@ -18,7 +18,7 @@ from judging import wait_for
 from test_configs import build, cli  # noqa: F401
 
 from mixdpo.__main__ import main
-from mixdpo.evaluation.compare_runs import _decided, chosen_point, detectable, write_tables
+from mixdpo.evaluation.compare_runs import _decided, chosen_point, detectable, finished_scores, write_tables
 from mixdpo.evaluation.study_design import read_study
 from mixdpo.evaluation.study_run import add_finished
 
@@ -231,7 +231,7 @@ def test_the_grid_is_chosen_at_the_first_seed(folder: Path) -> None:
     assert started[9:] == ["dpo-lr3-seed1", "mixdpo-lr3-seed1"]
     assert "| mixdpo | lr 3 | 2 × 4 |" in (folder / "out/table.md").read_text()
     plan = read_study(path)
-    assert chosen_point(plan, "worse", add_finished(plan, set())) is None and plan.size == 12
+    assert chosen_point(plan, "worse", finished_scores(plan, add_finished(plan, set()))) is None and plan.size == 12
     (folder / "worse-lr2-seed0.fails").unlink()
     assert main(["study", path]) == 0
     assert calls(folder) == ["worse-lr2-seed0", "worse-lr3-seed1"]

@@ -100,7 +100,7 @@ class RunCLI(LightningCLI):
         if not Path(self.trainer.default_root_dir, self.datamodule.summary_file).exists():
             print("the run of ckpt_path is complete: nothing is trained, the files after the last step are made anew")
             self.model.to(self.trainer.strategy.root_device)
-            for name in ("on_train_start", "on_train_end", "on_fit_end"):
+            for name in ("on_train_start", "on_train_end"):
                 for callback in self.trainer.callbacks:
                     getattr(callback, name)(self.trainer, self.model)
 

@@ -1,8 +1,8 @@
 """The table of a study: mean scores with intervals over prompts and seeds, and differences to a control."""
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import chain, product
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -13,7 +13,13 @@ from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import two_way_bootstrap
 from mixdpo.evaluation.study_design import Point, Study
-from mixdpo.storage.files import Row, write_text, written_whole
+from mixdpo.storage.files import Row, write_csv, write_text
+
+Job = tuple[str, str, str]
+"""Run, grid point in words, seed."""
+
+Scores = dict[Job, list[Row]]
+"""Of each finished job, and of the policy before training, a row for each prompt."""
 
 START = "(before training)"
 
@@ -21,6 +27,8 @@ COLUMNS = (
     *("outcome", "run", "chosen", "seeds", "prompts", "mean", "low", "high", "tokens", "ended", "control"),
     *("difference", "difference_low", "difference_high", "p", "verdict", "detectable"),
 )
+
+SCORES = ("run", "point", "seed", "prompt", "part", "score", "tokens", "ended")
 
 HEADING = "| {} | chosen | seeds × prompts | mean [95 %] | tokens | ended | against | difference | | detectable |"
 
@@ -47,65 +55,89 @@ def detectable(plan: Study, prompts: int) -> str:
     return f"{limit}; a smaller difference is undecided, not absent"
 
 
-def mean_score(plan: Study, name: str, parts: Sequence[str]) -> float:
-    """Mean gold score of a job's responses to the prompts of these parts."""
-    return float(_values(plan, name, parts)[0].mean())
+def values(rows: Sequence[Row], parts: Sequence[str]) -> np.ndarray:
+    """(3, N): gold score, length in tokens, and 1 if ended by itself, of the responses to prompts of these parts."""
+    return np.array([[float(row[key]) for row in rows if row["part"] in parts] for key in SCORES[-3:]])
 
 
-def chosen_point(plan: Study, run: str, done: Set[str]) -> Point | None:
+def in_words(point: Point) -> str:
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in point.items())
+
+
+def chosen_point(plan: Study, run: str, scores: Scores) -> Point | None:
     """The grid point with the best score at the first seed. None while a point is missing: every run must
     choose among the same points."""
-    points = {plan.name(run, point, plan.seeds[0]): point for point in plan.points}
+    points = {(run, in_words(point), str(plan.seeds[0])): point for point in plan.points}
     if len(points) == 1:
         return plan.points[0]
-    if not points.keys() <= done:
+    if not points.keys() <= scores.keys():
         return None
-    return points[max(points, key=lambda name: mean_score(plan, name, [str(plan.choose_by)]))]
+    return points[max(points, key=lambda job: values(scores[job], [str(plan.choose_by)])[0].mean())]
 
 
-def seeds_done(plan: Study, run: str, done: Set[str]) -> dict[int, str]:
-    """Seed -> name of the job, for the jobs of a run that are done at its chosen point."""
-    point = chosen_point(plan, run, done)
-    names = {} if point is None else {seed: plan.name(run, point, seed) for seed in plan.seeds}
-    return {seed: name for seed, name in names.items() if name in done}
+def seeds_done(plan: Study, run: str, scores: Scores) -> dict[int, Job]:
+    """Seed -> job, for the jobs of a run that are done at its chosen point."""
+    point = chosen_point(plan, run, scores)
+    jobs = {} if point is None else {seed: (run, in_words(point), str(seed)) for seed in plan.seeds}
+    return {seed: job for seed, job in jobs.items() if job in scores}
+
+
+def finished_scores(plan: Study, done: Set[str]) -> Scores:
+    """Of the jobs that are done, from their folders. Seeds that start from the same rows share them, as `0 1 2`."""
+    every = product(plan.runs, plan.points, plan.seeds)
+    folders = {(run, in_words(p), str(seed)): Path(plan.folder, plan.name(run, p, seed)) for run, p, seed in every}
+    scores = {job: job_scores(folder, plan.prompts) for job, folder in folders.items() if folder.name in done}
+    starts = seeds_done(plan, plan.control, scores).items()
+    before = {seed: job_scores(folders[job], plan.prompts, "before") for seed, job in starts}
+    sharing = [(" ".join(str(seed) for seed in before if before[seed] == rows), rows) for rows in before.values()]
+    return scores | {(START, "", seeds): rows for seeds, rows in sharing}
 
 
 def write_tables(plan: Study, done: Set[str]) -> str:
-    """Write table.csv and table.md to the study's folder; returns the latter."""
-    rows = {outcome: _decided(list(_rows(plan, done, outcome)), plan.holm) for outcome in plan.outcomes}
-    with written_whole(Path(plan.folder, "table.csv")) as partial, partial.open("w", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(row for of_outcome in rows.values() for row in of_outcome)
-    lines = []
-    for outcome, of_outcome in rows.items():
-        table = [(MEAN + (GAIN if "difference" in row else NONE)).format(**row) for row in of_outcome]
-        lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""]
+    """Write scores.csv, table.csv and table.md to the study's folder; returns the last one."""
+    scores = finished_scores(plan, done)
+    job_rows = ({**dict(zip(SCORES, job, strict=False)), **row} for job, rows in scores.items() for row in rows)
+    write_csv(Path(plan.folder, "scores.csv"), SCORES, job_rows)
+    outcomes = tables(plan, scores)
+    write_csv(Path(plan.folder, "table.csv"), COLUMNS, chain(*outcomes.values()))
+    text = markdown(outcomes)
     for run in plan.runs:
-        absent = [str(seed) for seed in plan.seeds if seed not in seeds_done(plan, run, done)]
-        lines += [f"- missing: {run}, seeds {', '.join(absent)}"] if absent else []
-    text = "\n".join(lines) + "\n"
+        absent = [str(seed) for seed in plan.seeds if seed not in seeds_done(plan, run, scores)]
+        text += f"- missing: {run}, seeds {', '.join(absent)}\n" if absent else ""
     write_text(Path(plan.folder, "table.md"), text)
     return text
 
 
-def _rows(plan: Study, done: Set[str], outcome: str) -> Iterator[Row]:
+def tables(plan: Study, scores: Scores) -> dict[str, list[Row]]:
+    """Outcome -> rows of its table, from the rows of scores.csv alone."""
+    return {outcome: _decided(list(_rows(plan, scores, outcome)), plan.holm) for outcome in plan.outcomes}
+
+
+def markdown(rows: Mapping[str, Sequence[Row]]) -> str:
+    """A Markdown table for each outcome."""
+    lines = []
+    for outcome, of_outcome in rows.items():
+        table = [(MEAN + (GAIN if "difference" in row else NONE)).format(**row) for row in of_outcome]
+        lines += [HEADING.format(outcome), "|---" * 10 + "|", *table, ""]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(plan: Study, scores: Scores, outcome: str) -> Iterator[Row]:
     """A row of each run with a finished seed, and one of the policy that the control started from."""
-    parts = plan.outcomes[outcome]
-    jobs = {run: seeds_done(plan, run, done) for run in plan.runs}
-    tables = {run: {seed: _values(plan, name, parts) for seed, name in names.items()} for run, names in jobs.items()}
-    tables[START] = {seed: _values(plan, name, parts, "before") for seed, name in jobs[plan.control].items()}
-    for run, by_seed in tables.items():
+    jobs = {run: seeds_done(plan, run, scores) for run in plan.runs}
+    jobs[START] = {s: job for s in plan.seeds for job in scores if job[0] == START and str(s) in job[2].split()}
+    of_parts = {job: values(rows, plan.outcomes[outcome]) for job, rows in scores.items()}
+    found = {run: {seed: of_parts[job] for seed, job in by_seed.items()} for run, by_seed in jobs.items()}
+    for run, by_seed in found.items():
         if not by_seed:
             continue
-        scores, tokens, ended = np.stack(list(by_seed.values()), 1)  # (S, N) each
-        point = chosen_point(plan, run, done) if run in plan.runs else {}
+        score, tokens, ended = np.stack(list(by_seed.values()), 1)  # (S, N) each
         control = plan.control_of(run) if run in plan.runs else plan.control
-        chosen = ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in point.items())
-        row = {"outcome": outcome, "run": run, "chosen": chosen, "seeds": len(by_seed), "prompts": scores.shape[1]}
-        mean = two_way_bootstrap(scores)
+        (_, chosen, _), *_ = jobs[run].values()
+        row = {"outcome": outcome, "run": run, "chosen": chosen, "seeds": len(by_seed), "prompts": score.shape[1]}
+        mean = two_way_bootstrap(score)
         row |= {"mean": mean.mean, "low": mean.low, "high": mean.high, "tokens": tokens.mean(), "ended": ended.mean()}
-        yield row | _difference(by_seed, tables[control], "" if run == control else control)
+        yield row | _difference(by_seed, found[control], "" if run == control else control)
 
 
 def _decided(rows: list[Row], family: Sequence[str]) -> list[Row]:
@@ -132,17 +164,18 @@ def _difference(ours: Mapping[int, Any], theirs: Mapping[int, Any], control: str
     return row | {"p": gain.p(), "verdict": verdict, "detectable": power(1) * (gain.high - gain.low) / (2 * 1.96)}
 
 
-def _values(plan: Study, name: str, parts: Sequence[str], when: str = "after") -> np.ndarray:
-    """(3, N): gold score, length in tokens, and 1 if ended by itself, of a job's responses to these parts.
+def job_scores(folder: Path, prompts: str, when: str = "after") -> list[Row]:
+    """Part, gold score, length and end of a job's response to each prompt. `prompt` counts the prompts from 1.
 
     Raises:
-        InputError: the job's prompts are not the study's, or its responses have no scores.
+        InputError: the job's prompts are not these, or its responses have no scores.
     """
-    path = Path(plan.folder, name, "responses.json")
+    path = folder / "responses.json"
     rows = json.loads(path.read_text("utf-8"))
-    if [row["prompt"] for row in rows] != [row["prompt"] for row in read_prompts(plan.prompts)]:
-        raise InputError(f"{path} holds other prompts than {plan.prompts}: give the runs' GoldEvaluation that file")
-    rows = [row[when] for row in rows if row.get("part", "all") in parts]
-    if any(row["score"] is None for row in rows):
+    if [row["prompt"] for row in rows] != [row["prompt"] for row in read_prompts(prompts)]:
+        raise InputError(f"{path} holds other prompts than {prompts}: give the runs' GoldEvaluation that file")
+    if any(row[when]["score"] is None for row in rows):
         raise InputError(f"{path} holds responses without a score: give the runs' GoldEvaluation a scorer")
-    return np.array([[row[key] for row in rows] for key in ("score", "tokens", "ended")], dtype=float)
+    measured = ({key: row[when][key] + 0 for key in SCORES[-3:]} for row in rows)  # + 0: ended is 0 or 1
+    parts = enumerate((row.get("part", "all") for row in rows), 1)
+    return [{"prompt": n, "part": part, **each} for (n, part), each in zip(parts, measured, strict=True)]

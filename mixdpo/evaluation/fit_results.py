@@ -14,6 +14,8 @@ from mixdpo.storage.files import read_text, write_json, write_text
 HELD_OUT, ORDER = "heldout.csv", "order.csv"
 """Files of a run: a row for each held-out pair at the last validation; a row for each pair in the order of training."""
 
+ORDER_COLUMNS = ("step", "pair_id", "row", "margin", "hard", "preference_share")
+
 NEXT = """run folder: {0}
   python -m mixdpo report {0}        a page with the run's pictures; of several runs, a comparison
   python -m mixdpo chat {0}          talk to the policy

@@ -63,6 +63,7 @@ def generate(
     seed: int = 0,
     progress: bool = True,
     names: Sequence[str] | None = None,
+    stream: Any = None,
 ) -> list[list[Response]]:
     """`samples` responses to each prompt; entry i belongs to prompt i.
 
@@ -81,6 +82,7 @@ def generate(
         seed: the same seed, batch_size and machine give the same responses, unless memory runs out.
         progress: show a progress bar.
         names: what errors call the prompts; their numbers, if not given.
+        stream: takes the tokens of the one prompt as they come, by `put`: a `TextStreamer` of transformers.
 
     Raises:
         InputError: an option out of range, no chat template, or a prompt that leaves the model no room to respond.
@@ -93,7 +95,7 @@ def generate(
     generator, ends = torch.Generator(device).manual_seed(seed), _end_tokens(model, tokenizer)
     pick = partial(_pick, temperature=temperature, top_p=top_p, generator=generator)
     pad = tokenizer.pad_token_id or 0  # padding is masked, so any id serves where a tokenizer has none
-    complete = partial(_complete, model, pick=pick, pad=pad, ends=ends, samples=samples, max_new_tokens=max_new_tokens)
+    complete = partial(_complete, model, pick=pick, pad=pad, ends=ends, samples=samples, most=max_new_tokens, to=stream)
     results: list[list[Response]] = [[] for _ in encoded]
     with evaluating(model), torch.no_grad(), tqdm(total=len(encoded), unit="prompt", disable=not progress) as bar:
         for batch, completions in _batches(complete, encoded, max(1, batch_size // samples)):
@@ -102,6 +104,22 @@ def generate(
                 results[batch[row // samples]].append(Response(text, len(ids), ids[-1] in ends))
             bar.update(len(batch))
     return results
+
+
+def load_policy(name: str) -> tuple[Any, Any]:
+    """The model and the tokenizer that `generate` takes: on the GPU, if there is one.
+
+    Args:
+        name: folder of a run, whose chat template the tokenizer gets, or a model, as `read_trained` takes it.
+    """
+    from mixdpo.model.export import read_trained  # imports PEFT
+    from mixdpo.model.loading import gpu_dtype
+
+    on_gpu = torch.cuda.is_available()
+    # bfloat16 is slower than float32 on most CPUs
+    trained = read_trained(name, dtype=gpu_dtype() if on_gpu else "float32")
+    tokenizer, tokenizer.chat_template = trained.tokenizer()  # type: ignore[has-type]
+    return trained.load("cuda" if on_gpu else "cpu", attention="sdpa"), tokenizer
 
 
 def _batches(complete: Callable[[Ids], Ids], encoded: Ids, width: int) -> Iterator[tuple[list[int], Ids]]:
@@ -122,9 +140,10 @@ def _batches(complete: Callable[[Ids], Ids], encoded: Ids, width: int) -> Iterat
 
 
 def _complete(
-    model: nn.Module, prompts: Ids, *, pick: Pick, pad: int, ends: Set[int], samples: int, max_new_tokens: int
+    model: nn.Module, prompts: Ids, *, pick: Pick, pad: int, ends: Set[int], samples: int, most: int, to: Any
 ) -> Ids:
-    """Token ids of `samples` completions per prompt, samples of one prompt side by side. A token of `ends` ends one."""
+    """Token ids of `samples` completions per prompt, samples of one prompt side by side. A token of `ends` ends one,
+    at `most` tokens one is cut. The tokens of the first prompt are put `to` a streamer, if there is one."""
     from transformers import DynamicCache
 
     cache, device = DynamicCache(config=model.config), next(model.parameters()).device
@@ -145,14 +164,16 @@ def _complete(
     mask = mask.repeat_interleave(samples, 0)
     alive, pending = [*range(len(mask))], []  # rows still decoded; their tokens since the last look
     completions: Ids = [[] for _ in alive]
-    for produced in range(1, max_new_tokens + 1):
+    for produced in range(1, most + 1):
         pending.append(tokens := pick(logits))
-        if produced % LOOK.get(device.type, 1) == 0 or produced == max_new_tokens:
+        if produced % (1 if to else LOOK.get(device.type, 1)) == 0 or produced == most:
             seen, pending = [_until_end(row, ends) for row in torch.stack(pending, 1).tolist()], []
             for row, ids in zip(alive, seen, strict=True):
                 completions[row] += ids
+            for token in seen[0] if to else ():
+                to.put(torch.tensor([token]))
             still = [i for i, ids in enumerate(seen) if ids[-1] not in ends]
-            if not still or produced == max_new_tokens:
+            if not still or produced == most:
                 break
             if len(still) < len(alive):
                 open_rows, alive = torch.tensor(still, device=device), [alive[i] for i in still]

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jsonargparse.typing import PositiveInt
@@ -12,7 +11,7 @@ from mixdpo.constraints.scoring import ConstraintScorer
 from mixdpo.data.columns import SHOWN
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
-from mixdpo.evaluation.generation import Response, generate
+from mixdpo.evaluation.generation import Response, generate, load_policy
 from mixdpo.evaluation.gold import Scorer, scores_of
 from mixdpo.storage.files import Row, write_rows
 
@@ -57,8 +56,8 @@ def make_pairs(
     if Path(out).exists():
         raise InputError(f"{out} exists already: remove it, or give another --out")
     rows = read_prompts(prompts, limit, seed)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
-    responses = _sample(model, rows, samples=samples, seed=seed, **options)
+    options: dict = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
+    responses = generate(*load_policy(model), rows, samples=samples, seed=seed, **options)
     ended = np.mean([response.ended for each in responses for response in each])
     print(f"{len(rows)} prompts, {samples} samples each, {ended:.1%} ended by themselves")
     pairs = pair_up(rows, responses, scorer or ConstraintScorer(), seed, min_score)
@@ -98,16 +97,3 @@ def pair_up(
             kept |= {"score_chosen": best, "score_rejected": worst, "margin": round(best - worst, 6)}
             pairs.append(kept | {key: row[key] for key in ("constraints", *SHOWN) if key in row})
     return pairs
-
-
-def _sample(model: str, rows: Sequence[Row], **options: Any) -> list[list[Response]]:
-    import torch
-
-    from mixdpo.model.export import read_trained
-    from mixdpo.model.loading import gpu_dtype
-
-    on_gpu = torch.cuda.is_available()
-    # bfloat16 is slower than float32 on most CPUs
-    trained = read_trained(model, dtype=gpu_dtype() if on_gpu else "float32")
-    policy = trained.load("cuda" if on_gpu else "cpu", attention="sdpa")
-    return generate(policy, trained.tokenizer()[0], rows, **options)

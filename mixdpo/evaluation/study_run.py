@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
-from mixdpo.evaluation.compare_runs import chosen_point, detectable, mean_score, write_tables
+from mixdpo.evaluation.compare_runs import chosen_point, detectable, finished_scores, job_scores, values, write_tables
 from mixdpo.evaluation.study_design import Arguments, Study, read_study
 from mixdpo.storage.files import read_json, write_json
 from mixdpo.storage.identity import named_files
@@ -62,7 +62,8 @@ def study(study: str) -> int:
 def known_jobs(plan: Study, done: Set[str]) -> dict[str, Arguments]:
     """The jobs with known options: all points at the first seed, the chosen point at the other seeds."""
     first, *others = plan.seeds
-    chosen = {run: point for run in plan.runs if (point := chosen_point(plan, run, done)) is not None}
+    scores = finished_scores(plan, done)
+    chosen = {run: point for run in plan.runs if (point := chosen_point(plan, run, scores)) is not None}
     jobs = [(run, point, first) for run in plan.runs for point in plan.points]
     jobs += [(run, point, seed) for seed in others for run, point in chosen.items()]
     return {plan.name(*job): plan.arguments(*job) for job in jobs}
@@ -129,7 +130,7 @@ def _end(plan: Study, name: str, status: int) -> bool:
     write_json(_record(path), json.loads(_record(path).read_text()) | {"state": "done" if good else "failed"})
     outcome, parts = next(iter(plan.outcomes.items()))
     failure = f"FAILED (status {status}, absent: {', '.join(absent) or 'nothing'}): see {path}.log"
-    print(f"{name}: {f'{outcome} {mean_score(plan, name, parts):.3f}' if good else failure}")
+    print(f"{name}: {f'{outcome} {values(job_scores(path, plan.prompts), parts)[0].mean():.3f}' if good else failure}")
     return good
 
 

@@ -38,6 +38,8 @@ class Robust(PreferenceLoss, beta=0.1, label_smoothing=0.1):
 class IRPO(PreferenceLoss, beta=0.1, nll_weight=1.0):
     """−log σ(βΔ) − α m_w: DPO + NLL. Pang et al. 2024 (arXiv 2404.19733)."""
 
+    nll = "means"
+
     def loss(self, pairs: Pairs) -> Tensor:
         return -logsigmoid(self.beta * pairs.delta) - self.nll_weight * pairs.m_w
 

@@ -61,7 +61,7 @@ class CalDPO(SPPO, beta=0.001):
 class SLiC(PreferenceLoss, delta=1.0, nll_weight=0.1):
     """max(0, δ − s_w + s_l) − λ s_w: SLiC-HF. Zhao et al. 2023 (arXiv 2305.10425)."""
 
-    needs_reference, sft_weight = False, 220.0
+    needs_reference, sft_weight, nll = False, 220.0, "sums"
 
     def loss(self, pairs: Pairs) -> Tensor:
         return relu(self.delta - pairs.s_w + pairs.s_l) - self.nll_weight * pairs.s_w
@@ -81,7 +81,7 @@ class ORPO(PreferenceLoss, odds_weight=0.1):
 
     In o, m is clamped to at most −1e-6, where the odds would leave fp32. Beyond, their gradient is 0."""
 
-    needs_reference, averaged = False, True
+    needs_reference, averaged, nll = False, True, "means"
 
     def loss(self, pairs: Pairs) -> Tensor:
         m_w, m_l = pairs.m_w.clamp(max=-1e-6), pairs.m_l.clamp(max=-1e-6)
@@ -92,7 +92,7 @@ class ORPO(PreferenceLoss, odds_weight=0.1):
 class CPO(PreferenceLoss, beta=0.1, nll_weight=1.0):
     """−log σ(β (s_w − s_l)) − λ m_w. Xu et al. 2024 (arXiv 2401.08417), where the λ term is a sum, not a mean."""
 
-    needs_reference = False
+    needs_reference, nll = False, "means"
 
     def loss(self, pairs: Pairs) -> Tensor:
         return -logsigmoid(self.beta * (pairs.s_w - pairs.s_l)) - self.nll_weight * pairs.m_w

@@ -63,6 +63,7 @@ class PreferenceLoss:
         averaged: The loss compares log-probabilities per token, and so does the logged reward.
         needs_margin: "raw" for a loss that is called with the keyword `margin` too: (B,) margins ρ of the pairs, fp64.
             "standardised": (ρ − mean) / standard deviation, both of all training pairs.
+        nll: "means" or "sums" for a loss with a term −m_w or −s_w, which is logged as `train/nll` without its weight.
         batch_statistics: The loss takes means over the pairs of a call. Micro-batches of one pair are refused.
         sft_weight: Weight of a hard pair's SFT loss where `model.sft_weight` is null. 1 keeps the balance of the MixDPO
             paper, DPO at β = 0.01: at the start (h = 0) an easy pair pulls s_w with β/2 = 0.005, a hard one with 1/L.
@@ -72,6 +73,7 @@ class PreferenceLoss:
 
     needs_reference, averaged, batch_statistics, sft_weight = True, False, False, 1.0
     needs_margin: Literal[False, "raw", "standardised"] = False
+    nll: Literal[False, "means", "sums"] = False
     own: dict[str, float] = {}  # noqa: RUF012  # every subclass has its own
     """Hyper-parameters and their defaults, which apply where YAML gives none or null."""
 
@@ -142,8 +144,9 @@ class Pairs:
 class Sum(nn.Module, PreferenceLoss):
     """Σ weight · loss, of losses of the same pairs.
 
-    A sum needs what any of its losses needs. Its `sft_weight` is Σ weight · `sft_weight`, because the pulls add up.
-    Rewards are log-ratios without β, and per token if any of the losses is `averaged`.
+    A sum needs what any of its losses needs, and logs the NLL of the first loss that has one. Its `sft_weight` is
+    Σ weight · `sft_weight`, because the pulls add up. Rewards are log-ratios without β, and per token if any of the
+    losses is `averaged`.
 
     Args:
         losses: class path and hyper-parameters of each.
@@ -163,7 +166,7 @@ class Sum(nn.Module, PreferenceLoss):
             raise InputError(f"preference_loss.weights must be {len(losses)} numbers >= 0, not all 0, not {weights}")
         if {"raw", "standardised"} <= set(each("needs_margin")):
             raise InputError("preference_loss.losses need raw and standardised margins: sum losses of one kind")
-        for name in ("needs_reference", "averaged", "batch_statistics", "needs_margin"):
+        for name in ("needs_reference", "averaged", "batch_statistics", "needs_margin", "nll"):
             setattr(self, name, next(filter(None, each(name)), False))
         self.sft_weight = sum(weight * own for weight, own in zip(weights, each("sft_weight"), strict=True))
         self.parts = nn.ModuleList(loss for loss in losses if isinstance(loss, nn.Module))  # BetaDPO has buffers

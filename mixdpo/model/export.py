@@ -25,6 +25,7 @@ from mixdpo.errors import InputError
 from mixdpo.model.adapters import Lora, Role, adapters_of, add_adapters, role
 from mixdpo.model.forward import row_log_probs
 from mixdpo.model.loading import Quantization, load_base, load_tokenizer
+from mixdpo.pages.model_card import describe
 from mixdpo.storage.files import read_json, read_text, written_whole
 
 Device = Literal["cpu", "cuda"]
@@ -95,10 +96,14 @@ def _merged_weights(causal_lm: PreTrainedModel, adapters: list[str]) -> Iterator
             yield f"{path}.{key}".lstrip("."), value
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path, about: tuple[PreTrainedTokenizerBase, Path] | None = None) -> None:
     """Write the policy as a PEFT folder that `PeftModel.from_pretrained` loads.
 
     A stacked policy becomes one adapter of the summed rank: B₁A₁ + B₂A₂ is [B₁ B₂] times A₁ above A₂.
+
+    Args:
+        about: the tokenizer with the chat template of the training, and the run's folder: written beside the adapter
+            as tokenizer and model card.
     """
     states = [get_peft_model_state_dict(model, adapter_name=adapter) for adapter in adapters_of(model, "policy")]
     state = {key: torch.cat([s[key] for s in states], dim=0 if "lora_A" in key else 1) for key in states[0]}
@@ -110,6 +115,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         config.save_pretrained(str(partial))
         save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod(0o644)  # safetensors keeps files from everyone else
+        if about:
+            describe(partial, *about)
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ def read_run(run: Path) -> Trained:
 
 
 def export(run: str, out: str, merge: bool = False, dtype: ExportDtype = "bfloat16", device: Device = "cpu") -> None:
-    """Write a run's policy as a folder that other tools load, with its tokenizer and chat template.
+    """Write a run's policy as a folder that other tools load, with its tokenizer, chat template and model card.
 
     Without --merge: the PEFT adapter. With --merge: a plain model in safetensors, which needs neither PEFT nor
     bitsandbytes. The base is dequantised, the adapter is added in fp32, and the sum is rounded to `dtype`. transformers
@@ -203,8 +210,9 @@ def export(run: str, out: str, merge: bool = False, dtype: ExportDtype = "bfloat
             summary = f"the adapter, for the base {trained.base}"
             for name in ADAPTER_FILES:
                 shutil.copyfile(Path(run) / "adapter" / name, partial / name)
-        tokenizer.save_pretrained(partial)
+        describe(partial, tokenizer, Path(run), merge)
     print(f"wrote {out}: {summary}{'; no chat template, as in training' if template == PLAIN else ''}")
+    print(f"to publish it, fill in what README.md leaves open, then: hf upload USER/NAME {out}")
 
 
 @torch.no_grad()

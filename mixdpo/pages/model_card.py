@@ -1,0 +1,25 @@
+"""What a published policy comes with: its tokenizer, and a model card from the run's own files."""
+
+import json
+from importlib.metadata import distributions
+from pathlib import Path
+
+import yaml
+from jinja2 import ChainableUndefined, Template
+from transformers import PreTrainedTokenizerBase
+
+
+def describe(folder: Path, tokenizer: PreTrainedTokenizerBase, run: Path, merged: bool = False) -> None:
+    """Write the tokenizer and README.md to a folder that holds a run's policy.
+
+    The card says only what the run has recorded, names files without their folders, and holds no time.
+
+    Args:
+        tokenizer: with the chat template of the training.
+        merged: the policy is a plain model, no adapter.
+    """
+    tokenizer.save_pretrained(folder)
+    paths = [p for p in run.glob("*.*") if p.name in ("config.yaml", "route.json", "plan.json", "results.json")]
+    files = {p.stem: (json.loads if p.suffix == ".json" else yaml.safe_load)(p.read_bytes()) for p in paths}
+    md = Template(Path(__file__).with_suffix(".md").read_text("utf-8"), undefined=ChainableUndefined, trim_blocks=True)
+    (folder / "README.md").write_text(md.render(files, merged=merged, packages=distributions, Path=Path), "utf-8")

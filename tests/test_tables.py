@@ -1,0 +1,122 @@
+"""The tables of docs/results.md and of studies, and the rows that they are made from."""
+
+import csv
+import json
+import re
+import shutil
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tables  # of benchmarks
+from conftest import write_pairs
+
+from mixdpo.data.prompts import read_prompts
+from mixdpo.errors import InputError
+from mixdpo.evaluation import compare_runs, gold
+from mixdpo.evaluation.generation import Response
+from mixdpo.evaluation.study_design import Plan, Spread, Study
+
+PARTS = ["validation"] * 3 + ["seen"] * 4 + ["unseen"] * 2
+PAGE = tables.DOC.read_text("utf-8")
+
+
+def test_the_page_is_what_the_rows_give() -> None:
+    assert tables.remake(check=True) == 0
+    assert sorted(name for _, name, _ in tables.MARK.findall(PAGE)) == sorted(tables.TABLES)
+    page, _, _ = PAGE.partition("## Files that are not in this repository")
+    assert "\n|" not in re.sub(r"<!-- from: .*?<!-- end -->", "", page, flags=re.DOTALL), "a table without a source"
+    assert page.count("<!-- from: ") == page.count("<!-- end -->")
+
+
+CHANGES = {
+    "docs/results.md": ("0.337 [0.289", "0.338 [0.289"),
+    "noisy_labels.csv": ("0.33650793", "0.33750793"),
+    "noisy_labels_against_mixdpo.csv": (",0.065,", ",0.066,"),
+    "compare_alpaca_eval.json": ("0.5882353", "0.5782353"),
+    "compare_signals.json": ("-0.4157523", "-0.4257523"),
+    "compare_cleaning.json": ("1.4534437656402588", "1.4634437656402588"),
+    "planted_noise.json": ('"recall": 0.198343', '"recall": 0.199343'),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_changed_number_is_found(changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A study's rows of every prompt are left out, for their intervals take seconds: below a study is made."""
+    shutil.copytree(tables.RESULTS, tmp_path / "results", ignore=shutil.ignore_patterns("*.png", "*_scores.csv"))
+    doc = Path(shutil.copy(tables.DOC, tmp_path / "results.md"))
+    path, (old, new) = doc if changed.startswith("docs") else tmp_path / "results" / changed, CHANGES[changed]
+    assert old in path.read_text("utf-8")
+    path.write_text(path.read_text("utf-8").replace(old, new, 1), "utf-8")
+    before = doc.read_text("utf-8")
+    assert tables.remake(doc, tmp_path / "results", check=True) == 1 and doc.read_text("utf-8") == before
+    assert "differs from its rows: python benchmarks/tables.py" in capsys.readouterr().out
+    assert tables.remake(doc, tmp_path / "results") == tables.remake(doc, tmp_path / "results", check=True) == 0
+    assert (doc.read_text("utf-8") == PAGE) == changed.startswith("docs")
+
+
+def made_study(folder: Path, same_start: bool = True) -> Study:
+    """Two runs, two grid points, two seeds, all done; random scores in thirds."""
+    rng, prompts = np.random.default_rng(0), [{"prompt": f"p{i}", "part": part} for i, part in enumerate(PARTS)]
+    plan = Study(
+        **{"config": "", "folder": str(folder / "made"), "prompts": write_pairs(folder / "prompts.jsonl", prompts)},
+        **{"runs": {"dpo": Plan(), "mixdpo": Plan()}, "control": "dpo", "assumed_sd": Spread(0.3, 0), "seeds": [1, 0]},
+        **{"outcomes": {"held out": ["seen", "unseen"], "unseen": ["unseen"]}, "options": {"data.validation": 0}},
+        **{"grid": {"model.lr": [0.1, 0.2]}, "choose_by": "validation", "holm": ["mixdpo"]},
+    )
+    for job in product(plan.runs, plan.points, plan.seeds):
+        rows = []
+        for prompt in prompts:
+            start = 0.5 if same_start else job[2] / 2
+            sides = {"before": {"score": start, "tokens": 20, "ended": False}}
+            sides["after"] = {"score": int(rng.integers(4)) / 3, "tokens": int(rng.integers(64)), "ended": True}
+            rows.append(prompt | sides)
+        path = folder / "made" / plan.name(*job) / "responses.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(rows))
+    return plan
+
+
+@pytest.mark.parametrize("same_start", [True, False])
+def test_a_study_is_made_from_its_rows(same_start: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = made_study(tmp_path, same_start)
+    names = {plan.name(*job) for job in product(plan.runs, plan.points, plan.seeds)}
+    text = compare_runs.write_tables(plan, names)
+    with (tmp_path / "made/scores.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == (2 * 2 * 2 + (1 if same_start else 2)) * len(PARTS)
+    starts = [row for row in rows if row["run"] == "(before training)"]
+    assert {row["seed"] for row in starts} == ({"1 0"} if same_start else {"1", "0"})
+    for row in rows[: -len(starts)]:  # every number is restored exactly, also of a point that was not chosen
+        name = f"{row['run']}-{row['point'].replace(' ', '')}-seed{row['seed']}"
+        kept = json.loads((tmp_path / "made" / name / "responses.json").read_text())[int(row["prompt"]) - 1]
+        assert (kept["part"], kept["after"]["tokens"], "1") == (row["part"], int(row["tokens"]), row["ended"])
+        assert kept["after"]["score"] == float(row["score"])
+    monkeypatch.setattr(tables, "study_of", {"made": plan}.get)
+    committed = tables.keep(tmp_path / "made", tmp_path)
+    assert committed.name == "made_scores.csv" and tables.study(committed) == text
+    scores = tables.read_scores(committed)
+    for run in plan.runs:  # the choice is made again, by hand
+        means = [np.mean([float(row["score"]) for row in scores[run, f"lr {lr}", "1"][:3]]) for lr in (0.1, 0.2)]
+        assert compare_runs.chosen_point(plan, run, scores) == {"model.lr": 0.1 if means[0] >= means[1] else 0.2}
+    assert tables.plot("made", tmp_path).read_bytes().startswith(b"\x89PNG")
+    committed.write_text(committed.read_text().rsplit("\n", 2)[0])
+    with pytest.raises(InputError, match="has other prompts than the first job"):
+        tables.read_scores(committed)
+
+
+def test_the_demo_is_made_from_its_rows(tmp_path: Path) -> None:
+    rng, rows, sides = np.random.default_rng(1), read_prompts("heldout"), {}
+    for when in ("before", "after"):
+        given = [Response("", int(rng.integers(64)), bool(rng.integers(2))) for _ in rows]
+        sides[when] = gold.Responses(given, rng.integers(4, size=len(rows)) / 3)
+    both = zip(rows, *(side.rows() for side in sides.values()), strict=True)
+    content: list[dict[str, Any]] = [row | {"before": before, "after": after} for row, before, after in both]
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/responses.json").write_text(json.dumps(content))
+    committed = tables.keep(tmp_path / "demo", tmp_path)
+    expected = gold.markdown(gold.compare(*sides.values(), [row["part"] for row in rows]), {})
+    assert committed.name == "demo.csv" and expected.startswith(tables.demo(committed) + "\n\n| training")
+    assert tables.demo(committed).count("\n") == 6
