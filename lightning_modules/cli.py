@@ -10,6 +10,7 @@ from pkgutil import resolve_name
 
 from mixdpo import __main__ as verbs
 from mixdpo.errors import Stopped
+from mixdpo.first_look import first_look
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: list[str] | None = None) -> None:
     """`run.py …`: a user's mistake is one message on stderr and exit status 1, and leaves no empty run folder."""
+    arguments = first_look(sys.argv[1:] if arguments is None else arguments)
     # before torch is imported, which reads either name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|.*isinstance.treespec|.*does not have many workers")
@@ -32,11 +34,10 @@ def run(arguments: list[str] | None = None) -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lightning_modules.verbs import messages, run_cli
 
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] in (["estimate"], ["cross-fit"]):
-            name = arguments[0].replace("-", "_")
-            return resolve_name(f"lightning_modules.verbs.{name}:{name}")(arguments[1:])
+        own = {"estimate": "estimate:estimate", "inspect": "estimate:inspect", "cross-fit": "cross_fit:cross_fit"}
+        if arguments[:1] and arguments[0] in own:
+            return resolve_name(f"lightning_modules.verbs.{own[arguments[0]]}")(arguments[1:])
         run_cli.start(arguments)
     except Stopped as stop:
         sys.exit(128 + stop.signal)  # LastCheckpoint has printed the command that continues

@@ -14,6 +14,7 @@ RUN_VERBS = {
     "validate": "measure a checkpoint on the held-out rows",
     "predict": "write a signal's margins of pairs, or a model's responses to prompts",
     "test": "score a model's responses to prompts",
+    "inspect": "say what a run will make of its data, before anything is trained: counts, cuts, lengths, memory",
     "estimate": "predict the memory and hours of a run of a config on a GPU",
     "cross-fit": "write margins of pairs, each by a model that was trained on the other half of them",
 }
@@ -48,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"this verb needs Lightning: type python run.py {verb}, or mixdpo {verb}")
         from jsonargparse import auto_cli
 
+        from mixdpo.first_look import FirstLook
         from mixdpo.options import Parser
 
+        FirstLook(verb, *rest)
         if verb == "report" and (runs := list(takewhile(lambda word: not word.startswith("-"), rest))):
             rest = [json.dumps(runs), *rest[len(runs) :]]  # jsonargparse takes a list as one argument
         # make-pairs takes its required arguments by name, the other verbs by position

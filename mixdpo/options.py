@@ -1,10 +1,12 @@
 """The options of a class that a config names, printed at the terminal, and the message about a wrong name."""
 
 import inspect
+import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
@@ -21,6 +23,7 @@ UNKNOWN_OPTION = re.compile(
 )
 BY_NAME = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")  # their classes need no path
 ROOMS = ("mixdpo", "lightning_modules", "datamodules")
+HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 
 
 _load_yaml = get_loader("yaml")
@@ -51,11 +54,15 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
         if (unknown := UNKNOWN_OPTION.search(message)) and not unknown[3]:
             parser: Any = getattr(ex, "subcommand_parser", self)
-            known = {a.dest.removesuffix(".help") for a in parser._actions}
             word = ".".join(filter(None, unknown.groups()))
-            meant = nearest(word, {*known, "class_path", "init_args"}) or nearest(word.partition(".")[0], known)
-            message = message.replace(unknown[0], unknown[0] + meant, 1)
+            known = {a.dest.removesuffix(".help") for a in parser._actions}
+            message = message.replace(unknown[0], unknown[0] + nearest_option(word, known), 1)
         super().error(message, ex)
+
+
+def nearest_option(word: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown option: "; did you mean 'OPTION'?", or nothing."""
+    return nearest(word, {*known, "class_path", "init_args"}) or nearest(word.partition(".")[0], known)
 
 
 def lazily(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -70,23 +77,22 @@ def lazily(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], C
     return __getattr__, lambda: [*vars(sys.modules[room]), *homes]
 
 
+@cache
+def option_names() -> Any:
+    """`classes`: options by class; `homes`: the class that a name or path means; `verbs`: options by verb; `run`: those
+    of the verbs of run.py, beside those of fit. tests/option_names.py writes the file."""
+    return json.loads((Path(__file__).parent / "option_names.json").read_text("utf-8"))
+
+
 def nearest_path(path: str) -> str:
     """The end of a message about a class path that leads nowhere: "; did you mean 'PATH'?", or nothing."""
     parent, _, name = path.rpartition(".")
     if parent.partition(".")[0] not in ROOMS and (module := sys.modules.get(parent)):
         return nearest(name, dir(module))
-    root, known = Path(__file__).parents[1], {}
-    for file in (file for room in ROOMS for file in sorted((root / room).rglob("*.py"))):
-        home = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        # a class that its room's __init__ hands on has the room's shorter path
-        for kind in re.findall(r"^(?:class )?([A-Z]\w+)(?=\(|:| = objective)", file.read_text("utf-8"), re.MULTILINE):
-            room = import_module(home.rpartition(".")[0] or home)
-            known[f"{room.__name__ if kind in dir(room) else home}.{kind}"] = kind
-    if not parent:
-        names = {kind: kind for place in BY_NAME for kind in dir(import_module(place))}
-        names |= {kind: place for place, kind in known.items()}
-        return re.sub(r"'(\w+)'", lambda match: repr(names[match[1]]), nearest(name, names))
-    return nearest(path, [place for place, kind in known.items() if kind == name] or known)
+    homes = option_names()["homes"]
+    if parent:
+        return nearest(path, [homes[name]] if name in homes else homes)
+    return re.sub(r"'(\w+)'", lambda kind: repr(homes[kind[1]]), nearest(name, homes))
 
 
 def options(name: str) -> None:

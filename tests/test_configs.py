@@ -196,13 +196,13 @@ def test_paper_choices_arrive(build):
 
 
 def test_imports_and_help():
-    """`mixdpo.losses` costs torch only; then `run.py --help` and `run.py fit --help`, which need no PEFT: one process,
+    """`mixdpo.losses` costs torch only; then the whole help of `run.py` and of `fit`, which need no PEFT: one process,
     because most of its time is imports."""
     code = """if True:
         import runpy, sys
         import mixdpo.losses
         print(sorted({"transformers", "peft", "datasets", "bitsandbytes"} & set(sys.modules)))
-        for arguments in (["--help"], ["fit", "--help"]):
+        for arguments in (["--help", "--all"], ["fit", "--help", "--all"]):
             sys.argv = ["run.py", *arguments]
             try:
                 runpy.run_path("run.py", run_name="__main__")

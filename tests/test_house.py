@@ -16,7 +16,7 @@ FLOORS = [
     {"mixdpo.errors"},
     {"mixdpo.storage"},
     {"mixdpo.options", "mixdpo.routing", "mixdpo.batches", "mixdpo.constraints"},
-    {"mixdpo.data", "mixdpo.pages"},
+    {"mixdpo.data", "mixdpo.first_look", "mixdpo.pages"},
     {"mixdpo.model"},
     {"mixdpo.losses", "mixdpo.signals", "mixdpo.token_cleaning", "mixdpo.metrics"},
     {"mixdpo.evaluation"},

@@ -1,4 +1,7 @@
-"""`mixdpo estimate CONFIG`: memory and hours of a run on one GPU, predicted. Needs neither the GPU nor weights."""
+"""`mixdpo estimate CONFIG`: memory and hours of a run on one GPU, predicted. Needs neither the GPU nor weights.
+
+`mixdpo inspect DATA` shows these numbers beside those of the data.
+"""
 
 import argparse
 from functools import partial
@@ -13,6 +16,7 @@ from lightning_modules.memory import memory_model
 from lightning_modules.verbs.run_cli import RunCLI, start
 from mixdpo.batches.steps import heaviest
 from mixdpo.errors import InputError
+from mixdpo.evaluation.inspection import parse
 from mixdpo.model.estimate import allowance
 from mixdpo.storage.files import write_json
 
@@ -31,8 +35,19 @@ def estimate(arguments: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=10_000, help="pairs or samples, with --lengths (%(default)s)")
     parser.add_argument("--share", type=float, default=0.4, help="reached of the card's rate: a guess (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(arguments, argparse.Namespace(show=show))
     start(["fit", "--config", options.config, *rest], partial(EstimateCLI, options))
+
+
+def inspect(arguments: list[str]) -> None:
+    options, words = parse(arguments)
+    start(["fit", *words], partial(EstimateCLI, options))
+
+
+def show(_: Any, estimate: Any, options: argparse.Namespace) -> None:
+    print(described(found := estimate(), options.share))
+    if options.out:
+        write_json(options.out, found)
 
 
 class EstimateCLI(RunCLI):
@@ -56,7 +71,10 @@ class EstimateCLI(RunCLI):
         self.trainer.strategy.connect(model)
         model.trainer = datamodule.trainer = self.trainer
         self.trainer.datamodule = datamodule  # type: ignore[attr-defined]
-        memory, found = memory_model(model, "cuda"), dict[str, Any](self._plan(datamodule))
+        self.options.show(datamodule, partial(self._estimate, model, datamodule), self.options)
+
+    def _estimate(self, model: Any, data: Any) -> dict[str, Any]:
+        memory, found = memory_model(model, "cuda"), dict[str, Any](self._plan(data))
         body, head = memory.linear_sizes()
         products = body * found["tokens"] + head * found["targets"]
         cost = 4 * products + 2 * memory.with_reference * found["compared"] * products
@@ -65,11 +83,9 @@ class EstimateCLI(RunCLI):
         for name, again in (("kept", False), ("recomputed", True)):
             found[f"{name}_per_token"] = memory.at(10_001, again)["kept"] - memory.at(10_000, again)["kept"]
         cards = {self.options.card: (SIZES | CARDS)[self.options.card]} if self.options.card else SIZES
-        cut, rule = datamodule.micro_batch_tokens, model.activation_checkpointing
+        cut, rule = data.micro_batch_tokens, model.activation_checkpointing
         found["cards"] = {name: self._on_card(found, memory, cut, rule, *card) for name, card in cards.items()}
-        print(described(found, self.options.share, f"{model.base}, rank {memory.lora.rank}"))
-        if self.options.out:
-            write_json(self.options.out, found)
+        return found | {"title": f"{model.base}, rank {memory.lora.rank}"}
 
     def _on_card(self, found: Any, memory: Any, cut: Any, rule: Any, size: int, rate: float) -> dict[str, Any]:
         room = size * 1e9 - allowance(size * 1e9)
@@ -109,10 +125,10 @@ class EstimateCLI(RunCLI):
         """Nothing was trained."""
 
 
-def described(found: dict[str, Any], share: float, title: str) -> str:
+def described(found: dict[str, Any], share: float) -> str:
     """The numbers as text, in GB of 1e9 bytes."""
     sizes = ", ".join(f"{name} {found[name] / 1e9:.2f} GB" for name in ("weights", "adapters", "moments"))
-    lines = [f"{title}: {found['steps']:,.0f} steps, {found['tokens']:,.0f} tokens; {sizes}"]
+    lines = [f"{found['title']}: {found['steps']:,.0f} steps, {found['tokens']:,.0f} tokens; {sizes}"]
     for name, tflop in found["tflop"].items():
         megabytes = found[f"{name}_per_token"] / 1e6
         lines.append(f"activations {name}: {megabytes:.2f} MB a token; {tflop:,.0f} TFLOP in all")

@@ -9,9 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mixdpo.errors import InputError, NonFiniteError, nearest
 from mixdpo.model.memory import is_out_of_memory
-from mixdpo.options import UNKNOWN_OPTION, nearest_path
+from mixdpo.options import HELP, UNKNOWN_OPTION, nearest_path
 
-HELP = "see run.py fit --help, --model.help CLASS, --data.help CLASS, python -m mixdpo options CLASS"
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # beginnings of jsonargparse's lines that tell a user nothing
 NOISE = re.compile("Does not validate|Subtypes|Errors|Given value type|Problem with|Expected a (path b|<class 'N)")

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,8 @@ from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
 from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.callbacks.progress import StepBar
 from lightning_modules.callbacks.run_files import RunConfig, RunFiles
-from lightning_modules.verbs.messages import HELP
-from mixdpo.errors import InputError, check_one_of
-from mixdpo.options import Parser
-from mixdpo.storage.files import read_text
-from mixdpo.storage.read import parse_yaml
+from mixdpo.errors import InputError
+from mixdpo.options import HELP, Parser
 
 
 class RunCLI(LightningCLI):
@@ -49,9 +46,6 @@ class RunCLI(LightningCLI):
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        for option, path in pairwise(word for each in sys.argv for word in each.split("=", 1)):
-            if option in ("-c", "--config") and os.path.isfile(path):  # jsonargparse would not name the file
-                parse_yaml(read_text(path), f"config {path}", finite=False)
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         keep_typed(config, " ".join(sys.argv).split(" --"))
@@ -165,8 +159,6 @@ def start(arguments: list[str], kind: Callable[..., RunCLI] = RunCLI) -> RunCLI:
     """Parse, build and run; `--config X` means `fit --config X`."""
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
-    first, known = (arguments or ["-h"])[0], (*LightningCLI.subcommands(), "-h", "--help")
-    check_one_of("the first word (a config file needs --config before it)", first, known)
     sys.argv[1:] = arguments  # Lightning starts further processes with these words
     return kind(
         L.LightningModule,
@@ -182,5 +174,5 @@ def start(arguments: list[str], kind: Callable[..., RunCLI] = RunCLI) -> RunCLI:
         parser_class=type("RunParser", (Parser, LightningArgumentParser), {}),
         parser_kwargs={"exit_on_error": False},
         save_config_kwargs={"save_to_log_dir": False},
-        save_config_callback=RunConfig if first == "fit" else None,
+        save_config_callback=RunConfig if arguments[:1] == ["fit"] else None,
     )
