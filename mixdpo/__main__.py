@@ -1,7 +1,9 @@
 """`mixdpo VERB`: the verbs that need no Trainer."""
 
+import json
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pkgutil import resolve_name
 
 from mixdpo.errors import InputError, check_one_of
@@ -21,7 +23,7 @@ VERBS = {
     "make-pairs": ("evaluation.make_pairs:make_pairs", "sample a model, score the samples, write preference pairs"),
     "compare-margins": ("signals.compare_margins:compare", "compare two margins files: ranks and hard sets"),
     "combine-margins": ("signals.compare_margins:combine", "one margins file from two: alignment potential, or union"),
-    "report": ("evaluation.cleaning_page:report", "show which tokens token cleaning cut in a run"),
+    "report": ("evaluation.report:report", "write a page of pictures of a run, or of several runs against the first"),
     "study": ("evaluation.study_run:study", "run a grid of runs from one file, then a table with intervals"),
     "chat": ("evaluation.chat:chat", "talk to a run's policy, and to its base beside it"),
     "compare": ("evaluation.compare:compare", "whether routing by margin helps: a config against controls, over seeds"),
@@ -54,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mixdpo.options import Parser
 
         FirstLook(verb, *rest)
-
+        if verb == "report" and (runs := list(takewhile(lambda word: not word.startswith("-"), rest))):
+            rest = [json.dumps(runs), *rest[len(runs) :]]  # jsonargparse takes a list as one argument
         # make-pairs takes its required arguments by name, the other verbs by position
         options = {"prog": f"mixdpo {verb}", "as_positional": verb != "make-pairs", "parser_class": Parser}
         return auto_cli(resolve_name(f"mixdpo.{VERBS[verb][0]}"), args=rest, **options) or 0

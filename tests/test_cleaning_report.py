@@ -103,7 +103,7 @@ def page_of(run: str, *options: str) -> tuple[Page, str]:
 def test_the_whole_page(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     page, text = page_of(run)
     assert f"wrote {run}/report.html" in capsys.readouterr().out
-    assert "<h1>Token cleaning: a &amp; b</h1>" in text and "data: d&amp;1" in text
+    assert "<h1>a &amp; b</h1>" in text and "data: d&amp;1" in text
     assert "<b>dolly" not in text and "&lt;b&gt;dolly&lt;/b&gt;" in text
     titles = [cell for cell in page.cells if cell.startswith("Stage ")]
     assert titles == ["Stage 1, from step 10", "Stage 2, from step 20"]
@@ -111,6 +111,8 @@ def test_the_whole_page(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     # 3 + 5 warm-up tokens, 40 / 2 + 4 / 2 + 2 / 2 kept, 3 of 57 never reached
     assert "6 samples with 57 response tokens; training has reached 54 of these and kept 31 (57.4%)" in text
     assert sorted(path.name for path in Path(run).iterdir()) == ["cleaning", "report.html"]
+    # the two of the warm-up keep their ends, the three of an even length do not
+    assert "the last token of 3 of 5 responses was cut" in text
     # samples 3 and 4 are short, 2 has 40 tokens; each alternates 0.1 above and below its stage's threshold
     assert len(page.tokens) == 40 + 4 + 2 and text.count("response tokens, 50% kept") == 3
     high, low = page.tokens[0], page.tokens[1]
@@ -119,7 +121,7 @@ def test_the_whole_page(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert low["title"].splitlines() == ["' sun'", "score 0.4, weight 0"]
     assert high["class"] == "token" and low["class"] == "token dropped"
     # 0.1 is also the 95 % quantile of the distances, so both have their full colour
-    mix = "background:color-mix(in srgb, var(--{}) {}%, white)".format
+    mix = "background:color-mix(in srgb, var(--{}) {}%, var(--paper))".format
     assert high["style"] == mix("blue", 100.0) and low["style"] == mix("orange", 100.0)
     last = page.tokens[39]
     assert last["class"] == "token dropped" and last["title"].endswith("weight 0")
@@ -194,7 +196,7 @@ def test_line_breaks_markup_and_split_characters_on_the_page(tmp_path: Path) -> 
     assert "&lt;</span>" in text and "&amp;</span>" in text
     split = page.tokens[6]  # scores 0.6 and 0.4 about 0.5, the second of the two tokens is cut
     assert re.findall(r"score (\S+), weight (\S+)", split["title"]) == [("0.6", "1"), ("0.4", "0")]
-    assert split["class"] == "token dropped" and " 0.0%, white" in split["style"]
+    assert split["class"] == "token dropped" and " 0.0%, var(--paper)" in split["style"]
 
 
 # Cleaned labels as a data set: -100 where nothing is trained on, weights aligned with the tokens.

@@ -10,6 +10,7 @@ from lightning_modules.callbacks.best_checkpoint import load_best
 from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
 from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
 from mixdpo.evaluation.fit_results import ORDER, ORDER_COLUMNS, write_results
+from mixdpo.evaluation.report import page_of_fit
 from mixdpo.storage.files import write_csv, write_json
 
 
@@ -25,7 +26,8 @@ class RunFiles(Callback):
     """Writes the plan of the data (route.json or plan.json; of pairs order.csv too) before training. After training it
     prints the table that the run ends with, and writes it to results.json and results.md; then the policy as a PEFT
     folder `adapter/`, with tokenizer and model card: the last policy, or the best one where a ModelCheckpoint monitors
-    a metric. GoldEvaluation stands before it in the list of callbacks, as the command line has it."""
+    a metric. The page report.html comes last. GoldEvaluation stands before it in the list of callbacks, as the command
+    line has it."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data, plan = trainer.datamodule, pl_module.plan_summary()  # every process takes part in the plan
@@ -59,3 +61,4 @@ class RunFiles(Callback):
         trained = Trained(pl_module.base, None, {}, encoding["chat_template"], encoding["chat_template_kwargs"])
         save_adapter(pl_module.model, folder / "adapter", (trained.tokenizer()[0], folder))
         print(ending)
+        page_of_fit(folder)

@@ -1,28 +1,18 @@
-"""A token-cleaning run as one web page: stages, samples with each token coloured by its score."""
+"""What the page of a run shows of token cleaning: stages, samples with each token coloured by its score."""
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from jsonargparse.typing import NonNegativeInt
 
 from mixdpo.batches.token_pool import turns
 from mixdpo.data.chat_template import Tokenizer
-from mixdpo.storage.files import written_whole
 from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, read_cleaning
 
 
-def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed: int = 0) -> None:
-    """Write a page that shows what token cleaning cut: thresholds, kept shares, and samples token by token.
-
-    Args:
-        run: folder of a run with token cleaning.
-        out: the .html file to write, replaced if it exists; default report.html in `run`.
-        samples: number of samples to show, spread over stages and sources.
-        seed: of the choice of samples.
+def cleaning_part(run: str, samples: int, seed: int) -> dict[str, Any]:
+    """What token cleaning cut in a run, for the page: thresholds, kept shares, and samples token by token.
 
     Raises:
         InputError: `run` has no cleaning, its files do not fit together, or its tokenizer cannot be loaded.
@@ -34,19 +24,15 @@ def report(run: str, out: str | None = None, samples: NonNegativeInt = 12, seed:
     kept, reached = (int(which.sum()) for which in (cleaning.weights > 0, ~np.isnan(cleaning.weights)))
     summary = f"{len(cleaning.pool.samples):,} samples with {len(cleaning.pool):,} response tokens; training has "
     summary += f"reached {reached:,} of these and kept {kept:,} ({kept / max(reached, 1):.1%})"
-    environment = Environment(loader=PackageLoader("mixdpo", "pages"), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("cleaning.html").render(
-        title=f"Token cleaning: {Path(run).resolve().name}",
-        summary=[summary],
-        stages=cleaning.stages,
-        scored=[stage.summary | {"title": _title(stage)} for stage in cleaning.scored_stages()],
-        samples=[_sample(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed)],
-        identity=cleaning.identity,
-    )
-    path = Path(out) if out else Path(run) / "report.html"
-    with written_whole(path) as partial:
-        partial.write_text(page, "utf-8")
-    print(f"wrote {path}")
+    last = cleaning.weights[cleaning.pool.offsets[1:] - 1][np.diff(cleaning.pool.offsets) > 0]
+    return {
+        "summary": summary,
+        "ends": {"cut": int((last == 0).sum()), "reached": int((~np.isnan(last)).sum())},
+        "stages": cleaning.stages,
+        "scored": [stage.summary | {"title": _title(stage)} for stage in cleaning.scored_stages()],
+        "samples": [_sample(cleaning, tokenizer, *example) for example in cleaning.examples(samples, seed)],
+        "identity": cleaning.identity,
+    }
 
 
 def _title(stage: ScoredStage) -> str:

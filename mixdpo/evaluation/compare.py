@@ -22,6 +22,7 @@ from sys import executable
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError, check_one_of
 from mixdpo.evaluation.fit_results import PAIRS
+from mixdpo.evaluation.report import report
 from mixdpo.evaluation.study_design import Plan, Spread, Study
 from mixdpo.evaluation.study_run import run_study
 from mixdpo.storage.read import parse_yaml
@@ -74,5 +75,7 @@ def compare(arguments: list[str]) -> int:
     for job in [(each, {}, seed) for each in plan.runs for seed in plan.seeds] * dry:
         print("python run.py", join(word for pair in plan.arguments(*job) for word in pair))
     status = 0 if dry else run_study(plan)
+    if not (dry or status):
+        report([f"{plan.folder}/{plan.name(each, {}, 0)}" for each in plan.runs], out=f"{plan.folder}/report.html")
     print("" if prompts else __doc__.rpartition("\n\n")[2])
     return status

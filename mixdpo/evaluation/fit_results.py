@@ -119,7 +119,7 @@ def write_results(
         facts: further lines: optimizer steps, speed, memory, the checkpoint that adapter/ holds.
         loggers: Lightning's; those that can show more than numbers get the table, samples and histograms.
     """
-    from mixdpo.evaluation.gold import markdown  # imports torch, which a study need not wait for
+    from mixdpo.evaluation.gold import markdown  # imports torch, which studies and pages need not wait for
 
     pairs = read_columns(folder / HELD_OUT) if metrics else {}
     losses = {name: value for name, value in metrics.items() if name.startswith("val/loss")}
