@@ -48,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_one_of("the verb", verb, (*RUN_VERBS, *VERBS))
         if verb in RUN_VERBS:
             raise InputError(f"this verb needs Lightning: type python run.py {verb}, or mixdpo {verb}")
-        if verb == "compare":  # options of run.py may follow
-            return resolve_name("mixdpo.evaluation.compare:compare")(rest)
         from jsonargparse import auto_cli
 
         from mixdpo.first_look import FirstLook
         from mixdpo.options import Parser
 
         FirstLook(verb, *rest)
+        if verb == "compare":  # options of run.py may follow
+            return resolve_name("mixdpo.evaluation.compare:compare")(rest)
         if verb == "report" and (runs := list(takewhile(lambda word: not word.startswith("-"), rest))):
             rest = [json.dumps(runs), *rest[len(runs) :]]  # jsonargparse takes a list as one argument
         # make-pairs takes its required arguments by name, the other verbs by position

@@ -14,7 +14,11 @@ from mixdpo.options import BY_NAME, HELP, ROOMS, nearest_option, nearest_path, o
 from mixdpo.storage.files import read_text
 from mixdpo.storage.read import parse_yaml
 
-FIRST = {"estimate": "--config", "cross-fit": "--config", "options": "--name"}  # of verbs: what the first word is
+# of verbs: what the first word is
+FIRST = dict.fromkeys(("estimate", "cross-fit", "compare"), "--config") | {
+    "options": "--name",
+    "inspect": "--data.source",
+}
 SOURCES = (*ROOMS, "lightning", "torch/optim")
 # neither null, a truth value nor a number
 WORD = re.compile(r"(?!(?i:null|none|true|false|yes|no|on|off|0x[\da-f]+|[\d._]+(e[\d+-]*)?)$)\w[\w.-]*")
@@ -47,7 +51,9 @@ class FirstLook:
     """
 
     def __init__(self, verb: str, *arguments: str) -> None:
-        self.options = (known := option_names())["verbs"].get(verb) or known["run"]["fit"] | known["run"][verb]
+        self.options = (known := option_names())["verbs"].get(verb) or known["run"][verb]
+        if verb not in known["verbs"] or verb == "compare":
+            self.options = known["run"]["fit"] | self.options
         self.chosen, self.lines = dict[str, str](), list[str]()
         for word, following in pairwise([*([FIRST[verb]] if verb in FIRST else []), *arguments, ""]):
             option, is_joined, text = word.partition("=")

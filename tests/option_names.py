@@ -19,6 +19,7 @@ from jsonargparse import capture_parser
 
 from lightning_modules.verbs import cross_fit, estimate, run_cli
 from mixdpo import __main__ as verbs
+from mixdpo.evaluation import compare
 from mixdpo.options import BY_NAME, Parser
 
 FILE = Path(__file__).parents[1] / "mixdpo/option_names.json"
@@ -80,7 +81,8 @@ def of_verb(verb: Callable[[list[str]], Any]) -> dict[str, Any]:
 def table() -> dict[str, Any]:
     with patch.object(sys, "argv", ["run.py"]), patch("mixdpo.first_look.FirstLook"):
         actions = capture_parser(run_cli.start, ["fit"])._actions
-        others = {verb: options(capture_parser(verbs.main, [verb])) for verb in verbs.VERBS}
+        others = {v: options(capture_parser(verbs.main, [v])) for v in verbs.VERBS.keys() - {"compare"}}
+    others["compare"] = of_verb(compare.compare)
     run = {
         verb: options(each)
         for action in actions
@@ -88,6 +90,7 @@ def table() -> dict[str, Any]:
         for verb, each in action.choices.items()
     }
     run |= {"estimate": of_verb(estimate.estimate), "cross-fit": of_verb(cross_fit.cross_fit)}
+    run["inspect"] = of_verb(estimate.inspect)
     run |= {
         verb: {name: run[verb][name] for name in run[verb].keys() - run["fit"].keys()} for verb in run if verb != "fit"
     }

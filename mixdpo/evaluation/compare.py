@@ -32,7 +32,7 @@ MATCHED = {"trainer.max_steps": ("results.json", "steps"), "data.validation_thre
 
 PARSER = ArgumentParser("mixdpo compare", None, __doc__, None, [], RawDescriptionHelpFormatter, allow_abbrev=False)
 PARSER.add_argument("config", help="config of run.py, without --config; options of run.py for all runs may follow")
-PARSER.add_argument("--with", default="dpo,dpo_easy_only,random_to_sft", dest="names", help="controls: %(default)s")
+PARSER.add_argument("--with", default="dpo,dpo_easy_only,random_to_sft", help="controls: %(default)s")
 PARSER.add_argument("--seeds", default=3, type=int, help="number of seeds, from 0 on, of everything random")
 PARSER.add_argument("--at_once", default=1, type=int, choices=range(1, 9), help="runs at a time, which share the cores")
 PARSER.add_argument("--dry_run", default="false", choices=("true", "false"), help="print the commands, run nothing")
@@ -62,7 +62,7 @@ def compare(arguments: list[str]) -> int:
     if route.get("assignment") != "margin" or route["hard_fraction"] in (0, 1):
         raise InputError("nothing to compare: set data.routing.hard_fraction (assignment margin) and data.validation")
     overlays = {path.stem: str(path) for path in Path("configs/controls").glob("*.yaml")}
-    for control in (controls := given.names.split(",")):  # selective_dpo has margins of its own
+    for control in (controls := vars(given)["with"].split(",")):  # selective_dpo has margins of its own
         check_one_of("each name of --with", control, sorted(overlays.keys() - {name, "selective_dpo"}))
     place = given.config, f"{found['runs']}/compare/{name}", {name: Plan()}, prompts, outcomes, name, Spread(0, 0)
     main = Study(*place, seeds=[*range(given.seeds)], options=options, at_once=given.at_once)
