@@ -27,7 +27,7 @@ from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, load_base, on_the_cpu
 from mixdpo.model.memory import recompute
 from mixdpo.model.optimizer import choose_kernels, describe
-from mixdpo.routing.schedules import StagedCosine, StepPlan
+from mixdpo.routing.schedules import Cosine, StepPlan
 from mixdpo.storage.identity import refuse_other_run
 from mixdpo.token_cleaning.cleaning import Cleaning
 
@@ -50,7 +50,7 @@ class AdapterModule(L.LightningModule):
         attention: Attention = "auto",
         activation_checkpointing: bool | int | Literal["auto"] = "auto",
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Callable[[StepPlan], Any] = lazy_instance(StagedCosine),  # noqa: B008
+        schedule: Callable[[StepPlan], Any] = lazy_instance(Cosine),  # noqa: B008
         schedule_steps: int | None = None,
         cleaning: Cleaning | None = None,
         wide_weights: bool = False,

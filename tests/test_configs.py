@@ -235,6 +235,7 @@ data:
 
 EXPECTED = {
     "dpo": (24, 0, 1), "dpo_sorted": (24, 0, 1), "dpo_easy_only": (21, 0, 1), "mixdpo": (24, 3, 2),
+    "mixdpo_staged": (24, 3, 2),
     "mixdpo_paper_cosine": (24, 3, 2), "mixdpo_shuffled": (24, 3, 1), "mixdpo_interleaved": (24, 3, 1),
     "sft_all": (24, 24, 1), "sft_hard_only": (3, 3, 1), "sft_rejected": (24, 3, 2), "sft_both": (24, 3, 2),
     "dpo_plus_nll": (24, 0, 1), "random_to_sft": (24, 3, 2), "inverted": (24, 3, 2), "sft_then_dpo": (24, 3, 2),
