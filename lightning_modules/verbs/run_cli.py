@@ -75,8 +75,12 @@ class RunCLI(LightningCLI):
             if (folder := folder_of_first_process()) is None:
                 folder = self.made = new_run_folder(Path(config.runs), str(config.name))
             options["default_root_dir"] = str(folder)
-            if config.trainer.logger in (None, True):
-                options["logger"] = [kind(str(folder), name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
+            if (own := self.config_init.fit.trainer.logger) is not False:
+                ours = [kind(str(folder), name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
+                # beside loggers of the user's own, metrics.csv only
+                options["logger"] = (
+                    ours if own in (None, True) else [ours[0], *(own if isinstance(own, list) else [own])]
+                )
         else:
             options["logger"] = False
         given = self.config_init[self.subcommand].trainer
