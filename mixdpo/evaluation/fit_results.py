@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
 from mixdpo.storage.files import read_text, write_json, write_text
 
 HELD_OUT, ORDER = "heldout.csv", "order.csv"
@@ -45,39 +44,23 @@ def pair_rows(folder: Path, when: str) -> list[dict[str, Any]]:
     return [{"prompt": n, "part": PAIRS[h], "score": s, "tokens": np.nan, "ended": np.nan} for n, (h, s) in rows]
 
 
-def held_out_groups(pairs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Name → (N,) bool, of the held-out pairs of a run: all, easy, hard; a group without pairs is left out."""
-    groups = {"all": pairs["hard"] >= 0, "easy": pairs["hard"] == 0, "hard": pairs["hard"] == 1}
-    return {name: group for name, group in groups.items() if group.any()}
-
-
-def weighted_mean(values: np.ndarray, weights: np.ndarray, samples: int = 2_000) -> Interval:
-    """Σ w v / Σ w over pairs (N,), with its 95 % interval over resampled pairs."""
-
-    def mean(rows: np.ndarray, axis: int = -1) -> np.ndarray:
-        return (values * weights)[rows].sum(axis) / weights[rows].sum(axis)
-
-    # of one pair there is nothing to draw
-    return (
-        one_way_bootstrap(mean, len(values), samples) if len(values) > 1 else Interval(float(values[0]), np.nan, np.nan)
-    )
-
-
 def held_out_summary(pairs: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Lines of the table about held-out pairs: accuracy beside that of the longer response, log-probs, displacement."""
-    lines = {}
-    for name, group in held_out_groups(pairs).items():
-        of = {column: values[group] for column, values in pairs.items()}
-        ours, longer = (weighted_mean(of[name], of["weight"]) for name in ("rewards/accuracy", "length_accuracy"))
-        title = f"reward accuracy, {group.sum()} {name} held-out pairs (the longer response wins)".replace("all ", "")
-        lines[title] = f"{ours:.3f} ({longer.mean:.3f})"
-    log_probs = [np.average(pairs[f"log_probs/{side}"], weights=pairs["weight"]) for side in ("chosen", "rejected")]
-    lines["log-prob per token, chosen and rejected, nats"] = "{:.3f}, {:.3f}".format(*log_probs)
+
+    def mean(column: str, of: np.ndarray) -> float:
+        return np.average(pairs[column][of], weights=pairs["weight"][of])
+
+    lines, every = {}, pairs["hard"] >= 0
+    for name, group in {"": every, "easy ": pairs["hard"] == 0, "hard ": pairs["hard"] == 1}.items():
+        if group.any():
+            title = f"reward accuracy, {group.sum()} {name}held-out pairs (the longer response wins)"
+            lines[title] = f"{mean('rewards/accuracy', group):.3f} ({mean('length_accuracy', group):.3f})"
+    log_probs = f"{mean('log_probs/chosen', every):.3f}, {mean('log_probs/rejected', every):.3f}"
+    lines["log-prob per token, chosen and rejected, nats"] = log_probs
     if "displacement/chosen" in pairs:
-        nats = np.average(pairs["displacement/chosen"], weights=pairs["weight"])
-        lines["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}: chosen responses became " + (
-            "more likely than under the reference" if nats > 0 else "LESS likely than under the reference"
-        )
+        change = "more" if (nats := mean("displacement/chosen", every)) > 0 else "LESS"
+        became = f"{nats:+.2f}: chosen responses became {change} likely than under the reference"
+        lines["displacement of the chosen log-prob, nats"] = became
     return lines
 
 
@@ -97,10 +80,7 @@ def show_on(loggers: Sequence[Any], folder: Path, table: str, step: int) -> None
         elif hasattr(logger.experiment, "add_histogram"):  # of TensorBoard
             for name, values in histograms.items():
                 logger.experiment.add_histogram(name, values, step)
-            cells = [
-                "\n\n".join(f"**{n}**: {t}" for n, t in zip(("prompt", "before", "after"), s, strict=True))
-                for s in samples
-            ]
+            cells = ["**prompt**: {}\n\n**before**: {}\n\n**after**: {}".format(*sample) for sample in samples]
             logger.experiment.add_text("run/results", "\n\n---\n\n".join([table, *cells]), step)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mixdpo.data.chat_template import encode_responses, load_template
 from mixdpo.data.columns import template_values
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, located
 from mixdpo.model.attention import KERNELS
 from mixdpo.model.forward import attention_window, causal_lm_of, evaluating
 from mixdpo.model.memory import is_out_of_memory
@@ -228,10 +228,8 @@ def _encode(tokenizer: Any, prompts: Sequence[Prompt], names: Sequence[str] | No
     for name, given in zip(numbered, prompts, strict=True):
         prompt, values = (given["prompt"], template_values(given)) if isinstance(given, dict) else (given, {})
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
+        with located(f"prompt {name}"):
             encoded += encode_responses(tokenizer, template, chat, values=values)
-        except InputError as error:
-            raise InputError(f"prompt {name}: {error}") from error
     return encoded
 
 

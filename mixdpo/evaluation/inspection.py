@@ -33,9 +33,7 @@ SHARES = (0.05, 0.1, 0.12, 0.15, 0.2, 0.3, 0.4, 0.5)
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The verb's options, with those of `mixdpo estimate` that decide its numbers, and the words for run.py."""
-    what = (
-        "Print what a run will make of DATA, and write it as a page. Needs the base's tokenizer, but no GPU or weights."
-    )
+    what = "Print what a run will make of DATA, and write it as a page. Needs the base's tokenizer, no GPU, no weights."
     parser = argparse.ArgumentParser("mixdpo inspect", description=what, allow_abbrev=False)
     parser.add_argument("data", help="data.source: a file, folder or hub id; options of run.py fit may follow")
     parser.add_argument("--base", help="model.base: a hub id or a folder; the config's if not given")

@@ -48,11 +48,8 @@ class Run:
         rows = [(str(row["prompt"]), row["after"]) for row in self.files.get(RESPONSES, ())]
         scores = {prompt: after["score"] for prompt, after in rows if after["score"] is not None}
         tokens = {prompt: after["tokens"] for prompt, after in rows}
-        return {
-            "reward accuracy": dict(zip(*columns, strict=True)),
-            "gold score": scores,
-            "response length, tokens": tokens,
-        }
+        accuracy = dict(zip(*columns, strict=True))
+        return {"reward accuracy": accuracy, "gold score": scores, "response length, tokens": tokens}
 
     def most_changed(self) -> list[Mapping[str, Any]]:
         """Responses whose scores changed most, in either direction; the first ones where there are no scores."""
