@@ -240,8 +240,7 @@ def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
 
 def _check_room(model: nn.Module, encoded: Ids, max_new_tokens: int) -> None:
     """Refuse prompts and responses beyond the model's positions, where a model writes nonsense."""
-    longest = max(map(len, encoded))
-    room = getattr(model.config, "max_position_embeddings", None)
+    longest, room = max(map(len, encoded)), getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
         asked = f"{longest} prompt tokens + max_new_tokens {max_new_tokens}"
         raise InputError(f"{asked} exceed the model's {room} positions: cut either")
