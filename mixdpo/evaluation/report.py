@@ -97,9 +97,7 @@ class Panels:
                 if (finite := np.isfinite(values)).any():
                     look = (label, place, 0) if one else (f"{run.name}: {label}", number, place)
                     series.append(Series(run.tables[file][x][finite] if x else None, values[finite], *look))
-        if not series:
-            return self.empty.append(title)
-        return {"series": series, "svg": draw(title, series, **options)}
+        return {"series": series, "svg": draw(title, series, **options)} if series else self.empty.append(title)
 
 
 def differences(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
