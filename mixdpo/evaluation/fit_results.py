@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mixdpo.evaluation.bootstrap import Interval, one_way_bootstrap
 from mixdpo.storage.files import read_text, write_json, write_text
 
 HELD_OUT, ORDER = "heldout.csv", "order.csv"
@@ -44,23 +45,29 @@ def pair_rows(folder: Path, when: str) -> list[dict[str, Any]]:
     return [{"prompt": n, "part": PAIRS[h], "score": s, "tokens": np.nan, "ended": np.nan} for n, (h, s) in rows]
 
 
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> Interval:
+    """Σ w v / Σ w over pairs (N,), with its 95 % interval over resampled pairs."""
+    if len(values) == 1:  # there is nothing to draw
+        return Interval(float(values[0]), np.nan, np.nan)
+    sums = values * weights
+    return one_way_bootstrap(lambda rows, axis=-1: sums[rows].sum(axis) / weights[rows].sum(axis), len(values), 2_000)
+
+
 def held_out_summary(pairs: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Lines of the table about held-out pairs: accuracy beside that of the longer response, log-probs, displacement."""
-
-    def mean(column: str, of: np.ndarray) -> float:
-        return np.average(pairs[column][of], weights=pairs["weight"][of])
-
-    lines, every = {}, pairs["hard"] >= 0
-    for name, group in {"": every, "easy ": pairs["hard"] == 0, "hard ": pairs["hard"] == 1}.items():
+    lines, hard, weight = {}, pairs["hard"], pairs["weight"]
+    for name, group in {"": hard >= 0, "easy ": hard == 0, "hard ": hard == 1}.items():
         if group.any():
+            ours = weighted_mean(pairs["rewards/accuracy"][group], weight[group])
+            longer = np.average(pairs["length_accuracy"][group], weights=weight[group])
             title = f"reward accuracy, {group.sum()} {name}held-out pairs (the longer response wins)"
-            lines[title] = f"{mean('rewards/accuracy', group):.3f} ({mean('length_accuracy', group):.3f})"
-    log_probs = f"{mean('log_probs/chosen', every):.3f}, {mean('log_probs/rejected', every):.3f}"
-    lines["log-prob per token, chosen and rejected, nats"] = log_probs
+            lines[title] = f"{ours:.3f} ({longer:.3f})"
+    log_probs = [np.average(pairs[f"log_probs/{side}"], weights=weight) for side in ("chosen", "rejected")]
+    lines["log-prob per token, chosen and rejected, nats"] = "{:.3f}, {:.3f}".format(*log_probs)
     if "displacement/chosen" in pairs:
-        change = "more" if (nats := mean("displacement/chosen", every)) > 0 else "LESS"
-        became = f"{nats:+.2f}: chosen responses became {change} likely than under the reference"
-        lines["displacement of the chosen log-prob, nats"] = became
+        nats = np.average(pairs["displacement/chosen"], weights=weight)
+        became = f"chosen responses became {'more' if nats > 0 else 'LESS'} likely than under the reference"
+        lines["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}: {became}"
     return lines
 
 
