@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from jsonargparse.typing import NonNegativeInt
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.fit_results import HELD_OUT, ORDER, read_columns
+from mixdpo.pages import template
 from mixdpo.pages.figures import Series, draw
 from mixdpo.storage.files import read_text, write_text
 
@@ -131,9 +131,8 @@ def report(runs: list[str], out: str | None = None, samples: NonNegativeInt = 12
         from mixdpo.evaluation.cleaning_page import cleaning_part
 
         cleaning = cleaning_part(runs[0], samples, seed)
-    environment = Environment(loader=PackageLoader("mixdpo", "pages"), autoescape=True, undefined=StrictUndefined)
     content = {"runs": read, "panels": Panels(read), "differences": list(differences(read)), "cleaning": cleaning}
-    page = environment.get_template("report.html").render(title=" · ".join(names), quote=shlex.quote, **content)
+    page = template("report.html").render(title=" · ".join(names), quote=shlex.quote, **content)
     path = Path(out or Path(runs[0] if len(runs) == 1 else "", "report.html"))
     write_text(path, page)
     print(f"wrote {path}")
