@@ -15,10 +15,8 @@ from mixdpo.storage.files import read_text
 from mixdpo.storage.read import parse_yaml
 
 # of verbs: what the first word is
-FIRST = dict.fromkeys(("estimate", "cross-fit", "compare"), "--config") | {
-    "options": "--name",
-    "inspect": "--data.source",
-}
+FIRST = {"options": "--name", "inspect": "--data.source"}
+FIRST |= dict.fromkeys(("estimate", "cross-fit", "compare"), "--config")
 SOURCES = (*ROOMS, "lightning", "torch/optim")
 # neither null, a truth value nor a number
 WORD = re.compile(r"(?!(?i:null|none|true|false|yes|no|on|off|0x[\da-f]+|[\d._]+(e[\d+-]*)?)$)\w[\w.-]*")

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_modules.callbacks.best_checkpoint import load_best
 from mixdpo.constraints.scoring import ConstraintScorer
-from mixdpo.data.chat_template import PLAIN, load_template, tokenizer_state
+from mixdpo.data.chat_template import PLAIN, tokenizer_state
 from mixdpo.data.columns import template_values
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
@@ -19,9 +19,8 @@ from mixdpo.evaluation.generation import Response
 from mixdpo.evaluation.gold import Responses, Scorer, compare, greedy, scored
 from mixdpo.evaluation.kept_responses import kept_responses
 from mixdpo.model.adapters import Role, role
-from mixdpo.model.export import generation_dtype, merged_copy
+from mixdpo.model.export import Trained, generation_dtype, merged_copy
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
-from mixdpo.model.loading import load_tokenizer
 from mixdpo.storage.files import write_json
 from mixdpo.storage.identity import content_hash, refuse_other_run
 
@@ -90,10 +89,10 @@ class GoldEvaluation(Callback):
 
     def _responses(self, pl_module: Any, name: Role, when: str) -> Responses:
         print(f"responses to {len(self._rows)} held-out prompts, {when}")
-        tokenizer = load_tokenizer(pl_module.base)
         encoding = pl_module.trainer.datamodule.encoding
-        tokenizer.chat_template = load_template(tokenizer, encoding["chat_template"], encoding["chat_template_kwargs"])
-        if tokenizer.chat_template == PLAIN:
+        trained = Trained(pl_module.base, None, {}, encoding["chat_template"], encoding["chat_template_kwargs"])
+        tokenizer, template = trained.tokenizer()
+        if template == PLAIN:
             raise InputError("GoldEvaluation needs a chat template: give a data.chat_template other than plain")
 
         def generated() -> list[Response]:

@@ -12,7 +12,7 @@ import numpy as np
 from mixdpo.data import chat_template as chat
 from mixdpo.data.cut_prompts import cut_prompt, prompt_turns
 from mixdpo.data.table import Dataset, room_code
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, located
 
 Overlong = Literal["truncate", "drop"]
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids", "input_ids")
@@ -222,11 +222,9 @@ def _encode_row(row: Any, tokenizer: Any, noun: str, options: Any, limits: Any) 
     turns = partial(prompt_turns, tokenizer, texts[0], **options)
     limits = limits | ({"cut": partial(cut_prompt, turns=turns)} if responses else {})
     encode: Any = encode_pair if responses else encode_sample
-    try:
+    with located(f"{row['place']} ({noun}_id {row[f'{noun}_id']})"):
         whole = encode(tokenizer, *texts, **options, **weights)
         limited = whole.within(**limits)
-    except InputError as error:
-        raise InputError(f"{row['place']} ({noun}_id {row[f'{noun}_id']}): {error}") from error
     cut = "dropped_overlong" if limited is None else "" if limited == whole else "truncated"
     status = "dropped_empty" if whole.is_empty else cut
     named = chat.control_tokens(tokenizer, [message["content"] for message in messages])

@@ -100,12 +100,11 @@ def _record(
     present, repeated = without_prompt(row, "chosen", "rejected")
     prompt, *responses, weight = parse_row(present)
     chosen, rejected = (response["content"] for response in responses)
-    blank = is_blank(chosen) or is_blank(rejected)
-    drop = "empty_completion" if blank else "identical" if chosen.strip() == rejected.strip() else ""
-    if is_blank(prompt[-1]["content"]):
-        drop = "empty_prompt"
     weights = {"pair_weight": row_weight(row, weight_column)} if weight_column else {}
-    drop = drop or ("weight_0" if 0 in weights.values() else "")
+    empty = [is_blank(text) for text in (prompt[-1]["content"], chosen, rejected)]
+    faults = {"empty_prompt": empty[0], "empty_completion": any(empty[1:])}
+    faults |= {"identical": chosen.strip() == rejected.strip(), "weight_0": 0 in weights.values()}
+    drop = next((name for name, is_so in faults.items() if is_so), "")
     pair: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_weight": weight}
     read = ("prompt", "chosen", "rejected", "pair_id", *columns, weight_column or "")
     pair |= settle_columns(present, read, [*prompt, *responses])

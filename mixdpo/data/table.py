@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from mixdpo.data.messages import checked_text
 from mixdpo.data.sources import Source, open_source
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, located
 from mixdpo.storage.identity import content_hash, hash63
 
 if TYPE_CHECKING:
@@ -90,13 +90,11 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
     places: dict[int, str] = {}  # of ids
     usable = 0
     for number, place, row in source.rows:
-        try:
+        with located(f"{source.name}, {place}", f" Columns present: {', '.join(row)}."):
             records = parse(row, places)
             if (earlier := places.get(records[0][id_column])) is not None:
                 name = id_column if id_column in row else "id"
                 raise InputError(f"{name} {row[name]!r:.80} is in {earlier} too: each row needs its own.")
-        except InputError as error:
-            raise InputError(f"{source.name}, {place}: {error} Columns present: {', '.join(row)}.") from error
         places |= {record[id_column]: place for record in records}
         for record in records:
             chats = {name: record[name] for name in ("prompt", "messages") if name in record}

@@ -45,39 +45,29 @@ def pair_rows(folder: Path, when: str) -> list[dict[str, Any]]:
     return [{"prompt": n, "part": PAIRS[h], "score": s, "tokens": np.nan, "ended": np.nan} for n, (h, s) in rows]
 
 
-def held_out_groups(pairs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Name → (N,) bool, of the held-out pairs of a run: all, easy, hard; a group without pairs is left out."""
-    groups = {"all": pairs["hard"] >= 0, "easy": pairs["hard"] == 0, "hard": pairs["hard"] == 1}
-    return {name: group for name, group in groups.items() if group.any()}
-
-
-def weighted_mean(values: np.ndarray, weights: np.ndarray, samples: int = 2_000) -> Interval:
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> Interval:
     """Σ w v / Σ w over pairs (N,), with its 95 % interval over resampled pairs."""
-
-    def mean(rows: np.ndarray, axis: int = -1) -> np.ndarray:
-        return (values * weights)[rows].sum(axis) / weights[rows].sum(axis)
-
-    # of one pair there is nothing to draw
-    return (
-        one_way_bootstrap(mean, len(values), samples) if len(values) > 1 else Interval(float(values[0]), np.nan, np.nan)
-    )
+    if len(values) == 1:  # there is nothing to draw
+        return Interval(float(values[0]), np.nan, np.nan)
+    sums = values * weights
+    return one_way_bootstrap(lambda rows, axis=-1: sums[rows].sum(axis) / weights[rows].sum(axis), len(values), 2_000)
 
 
 def held_out_summary(pairs: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Lines of the table about held-out pairs: accuracy beside that of the longer response, log-probs, displacement."""
-    lines = {}
-    for name, group in held_out_groups(pairs).items():
-        of = {column: values[group] for column, values in pairs.items()}
-        ours, longer = (weighted_mean(of[name], of["weight"]) for name in ("rewards/accuracy", "length_accuracy"))
-        title = f"reward accuracy, {group.sum()} {name} held-out pairs (the longer response wins)".replace("all ", "")
-        lines[title] = f"{ours:.3f} ({longer.mean:.3f})"
-    log_probs = [np.average(pairs[f"log_probs/{side}"], weights=pairs["weight"]) for side in ("chosen", "rejected")]
+    lines, hard, weight = {}, pairs["hard"], pairs["weight"]
+    for name, group in {"": hard >= 0, "easy ": hard == 0, "hard ": hard == 1}.items():
+        if group.any():
+            ours = weighted_mean(pairs["rewards/accuracy"][group], weight[group])
+            longer = np.average(pairs["length_accuracy"][group], weights=weight[group])
+            title = f"reward accuracy, {group.sum()} {name}held-out pairs (the longer response wins)"
+            lines[title] = f"{ours:.3f} ({longer:.3f})"
+    log_probs = [np.average(pairs[f"log_probs/{side}"], weights=weight) for side in ("chosen", "rejected")]
     lines["log-prob per token, chosen and rejected, nats"] = "{:.3f}, {:.3f}".format(*log_probs)
     if "displacement/chosen" in pairs:
-        nats = np.average(pairs["displacement/chosen"], weights=pairs["weight"])
-        lines["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}: chosen responses became " + (
-            "more likely than under the reference" if nats > 0 else "LESS likely than under the reference"
-        )
+        nats = np.average(pairs["displacement/chosen"], weights=weight)
+        became = f"chosen responses became {'more' if nats > 0 else 'LESS'} likely than under the reference"
+        lines["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}: {became}"
     return lines
 
 
@@ -97,10 +87,7 @@ def show_on(loggers: Sequence[Any], folder: Path, table: str, step: int) -> None
         elif hasattr(logger.experiment, "add_histogram"):  # of TensorBoard
             for name, values in histograms.items():
                 logger.experiment.add_histogram(name, values, step)
-            cells = [
-                "\n\n".join(f"**{n}**: {t}" for n, t in zip(("prompt", "before", "after"), s, strict=True))
-                for s in samples
-            ]
+            cells = ["**prompt**: {}\n\n**before**: {}\n\n**after**: {}".format(*sample) for sample in samples]
             logger.experiment.add_text("run/results", "\n\n---\n\n".join([table, *cells]), step)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mixdpo.data.chat_template import encode_responses, load_template
 from mixdpo.data.columns import template_values
-from mixdpo.errors import InputError
+from mixdpo.errors import InputError, located
 from mixdpo.model.attention import KERNELS
 from mixdpo.model.forward import attention_window, causal_lm_of, evaluating
 from mixdpo.model.memory import is_out_of_memory
@@ -228,10 +228,8 @@ def _encode(tokenizer: Any, prompts: Sequence[Prompt], names: Sequence[str] | No
     for name, given in zip(numbered, prompts, strict=True):
         prompt, values = (given["prompt"], template_values(given)) if isinstance(given, dict) else (given, {})
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
+        with located(f"prompt {name}"):
             encoded += encode_responses(tokenizer, template, chat, values=values)
-        except InputError as error:
-            raise InputError(f"prompt {name}: {error}") from error
     return encoded
 
 
@@ -242,8 +240,7 @@ def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
 
 def _check_room(model: nn.Module, encoded: Ids, max_new_tokens: int) -> None:
     """Refuse prompts and responses beyond the model's positions, where a model writes nonsense."""
-    longest = max(map(len, encoded))
-    room = getattr(model.config, "max_position_embeddings", None)
+    longest, room = max(map(len, encoded)), getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
         asked = f"{longest} prompt tokens + max_new_tokens {max_new_tokens}"
         raise InputError(f"{asked} exceed the model's {room} positions: cut either")

@@ -66,9 +66,8 @@ def _row(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarr
 
 def markdown(rows: Mapping[str, Mapping[str, float]], summary: Mapping[str, str]) -> str:
     """The table that a run ends with: `compare`'s rows, then the single values of a summary."""
-    lines = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"] * bool(
-        rows
-    )
+    head = ["| held-out prompts | n | before | after | difference [95 % interval] |", "|---|---|---|---|---|"]
+    lines = head if rows else []
     for name, row in rows.items():
         form, change = ".1f" if "tokens" in name else ".3f", Interval(row["difference"], row["low"], row["high"])
         lines.append(f"| {name} | {row['n']} | {row['before']:{form}} | {row['after']:{form}} | {change:+{form}} |")

@@ -15,7 +15,6 @@ from typing import Any
 from unicodedata import category
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.text import Text
 
@@ -24,6 +23,7 @@ from mixdpo.data.ratings import find_margin_columns
 from mixdpo.data.sources import open_source
 from mixdpo.errors import InputError
 from mixdpo.evaluation.cleaning_page import visible_units
+from mixdpo.pages import template
 from mixdpo.routing.route import Route, Routing
 from mixdpo.storage.files import write_text
 
@@ -33,9 +33,7 @@ SHARES = (0.05, 0.1, 0.12, 0.15, 0.2, 0.3, 0.4, 0.5)
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The verb's options, with those of `mixdpo estimate` that decide its numbers, and the words for run.py."""
-    what = (
-        "Print what a run will make of DATA, and write it as a page. Needs the base's tokenizer, but no GPU or weights."
-    )
+    what = "Print what a run will make of DATA, and write it as a page. Needs the base's tokenizer, no GPU, no weights."
     parser = argparse.ArgumentParser("mixdpo inspect", description=what, allow_abbrev=False)
     parser.add_argument("data", help="data.source: a file, folder or hub id; options of run.py fit may follow")
     parser.add_argument("--base", help="model.base: a hub id or a folder; the config's if not given")
@@ -76,8 +74,7 @@ def inspect_data(data: Any, estimate: Callable[[], dict[str, Any]], options: arg
     facts = {"title": name, "summary": [f"as {data.tokenizer} will see it"], "data": data, "row": row, "cuts": cuts}
     facts |= {"splits": splits, "memory": memory, "columns": columns, "scores": getattr(scorer, "column", None)}
     facts |= {"units": partial(_units, data.encoder), "percentiles": np.percentile, "turns": turns}
-    environment = Environment(loader=PackageLoader("mixdpo", "pages"), autoescape=True, undefined=StrictUndefined)
-    render = environment.get_template("inspect.html").render
+    render = template("inspect.html").render
     path = Path(options.out or f"{name}.inspect.html")
     write_text(path, visible(render(facts, layout="page.html", form="inspect_page.html")))
     # what the data says is escaped: no text of it is a tag

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from jsonargparse.typing import NonNegativeInt
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.fit_results import HELD_OUT, ORDER, read_columns
+from mixdpo.pages import template
 from mixdpo.pages.figures import Series, draw
 from mixdpo.storage.files import read_text, write_text
 
@@ -48,11 +48,8 @@ class Run:
         rows = [(str(row["prompt"]), row["after"]) for row in self.files.get(RESPONSES, ())]
         scores = {prompt: after["score"] for prompt, after in rows if after["score"] is not None}
         tokens = {prompt: after["tokens"] for prompt, after in rows}
-        return {
-            "reward accuracy": dict(zip(*columns, strict=True)),
-            "gold score": scores,
-            "response length, tokens": tokens,
-        }
+        accuracy = dict(zip(*columns, strict=True))
+        return {"reward accuracy": accuracy, "gold score": scores, "response length, tokens": tokens}
 
     def most_changed(self) -> list[Mapping[str, Any]]:
         """Responses whose scores changed most, in either direction; the first ones where there are no scores."""
@@ -100,9 +97,7 @@ class Panels:
                 if (finite := np.isfinite(values)).any():
                     look = (label, place, 0) if one else (f"{run.name}: {label}", number, place)
                     series.append(Series(run.tables[file][x][finite] if x else None, values[finite], *look))
-        if not series:
-            return self.empty.append(title)
-        return {"series": series, "svg": draw(title, series, **options)}
+        return {"series": series, "svg": draw(title, series, **options)} if series else self.empty.append(title)
 
 
 def differences(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -136,9 +131,8 @@ def report(runs: list[str], out: str | None = None, samples: NonNegativeInt = 12
         from mixdpo.evaluation.cleaning_page import cleaning_part
 
         cleaning = cleaning_part(runs[0], samples, seed)
-    environment = Environment(loader=PackageLoader("mixdpo", "pages"), autoescape=True, undefined=StrictUndefined)
     content = {"runs": read, "panels": Panels(read), "differences": list(differences(read)), "cleaning": cleaning}
-    page = environment.get_template("report.html").render(title=" · ".join(names), quote=shlex.quote, **content)
+    page = template("report.html").render(title=" · ".join(names), quote=shlex.quote, **content)
     path = Path(out or Path(runs[0] if len(runs) == 1 else "", "report.html"))
     write_text(path, page)
     print(f"wrote {path}")

@@ -117,8 +117,6 @@ def weigh(
     if selection is not None:
         mask, threshold = select(scores, offsets, selection, batch=batch, always_keep=always_keep)
         return mask.astype(np.float32), threshold
-    if not (np.isfinite(scores) & (scores >= 0)).all():
-        raise InputError(
-            "selection is null, so scores are weights, but some are negative or infinite: give a selection"
-        )
-    return np.asarray(scores, dtype=np.float32), None
+    if (np.isfinite(scores) & (scores >= 0)).all():
+        return np.asarray(scores, dtype=np.float32), None
+    raise InputError("selection is null, so scores are weights, but some are negative or infinite: give a selection")
