@@ -43,16 +43,6 @@ def test_the_threshold_is_strict():
     assert route.is_hard.dtype == bool and route.threshold == 0.5
 
 
-@given(pairs(), options, st.integers(0, 5))
-@fast
-def test_easy_to_hard_descends_and_ends_with_every_hard_pair(data, option, seed):
-    margins, ids = data
-    route = plan_route(margins, ids, seed=seed, **option)
-    assert (np.diff(margins[route.order]) <= 0).all()
-    hard = int(route.is_hard.sum())
-    assert route.is_hard[route.order].tolist() == [False] * (len(ids) - hard) + [True] * hard
-
-
 @pytest.mark.parametrize("order", ["easy_to_hard", "shuffled"])
 def test_another_seed_is_another_plan(order):
     def plan(seed):
