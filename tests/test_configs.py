@@ -219,17 +219,8 @@ def test_imports_and_help():
 CONTRARY = """
 name: contrary
 model: {init_args: {schedule: mixdpo.routing.Constant, easy_sft_weight: 0.25}}
-data:
-  init_args:
-    margin: score
-    routing:
-      threshold: 0.4
-      hard_fraction: null
-      order: hard_to_easy
-      buckets: 9
-      assignment: ASSIGNMENT
-      hard_action: preference
-      blend_width: 9
+data: {init_args: {margin: score, routing: {threshold: 0.4, hard_fraction: null, order: hard_to_easy, buckets: 9,
+  assignment: ASSIGNMENT, hard_action: preference, blend_width: 9}}}
 """
 """Another value of every key that a preset sets."""
 

@@ -189,7 +189,6 @@ def test_fewer_at_once_where_memory_runs_out(error, model, tokenizer, monkeypatc
         generate(model, tokenizer, PROMPTS, **options)
 
 
-# Pairs of samples.
 CONSTRAINTS = [{"kind": "lowercase", "params": {}}, {"kind": "max_words", "params": {"n": 2}}]
 BRIEF = {"prompt": "Tea?", "constraints": CONSTRAINTS}
 
@@ -249,9 +248,7 @@ def test_equal_margins_compare_equal():
 @pytest.fixture
 def canned(monkeypatch):
     """Stand-in for the model: two responses per prompt."""
-    monkeypatch.setattr(
-        subject, "_sample", lambda model, rows, **options: [responses("tea", "TEA AND MORE")] * len(rows)
-    )
+    monkeypatch.setattr(subject, "_sample", lambda _, rows, **more: [responses("tea", "TEA AND MORE")] * len(rows))
 
 
 def test_command_writes_pairs(tmp_path, capsys, canned):

@@ -234,7 +234,6 @@ def test_command_line(tiny_model, source, tmp_path):
     assert read_margins(tmp_path / "r").pairs.keys() == read_margins(path).pairs.keys()
 
 
-# Comparison.
 def write_margins(path, margins, texts=None, **header):
     said = {"format": FORMAT, "signal": "s", "options": {}, "needs": "rating", "base": "<b>", "adapter": None}
     said |= {"source": "d", "pairs": len(margins), **header}
@@ -287,7 +286,6 @@ def test_compare_margins(tmp_path, capsys):
     assert f"14 pairs in common, Spearman's rank correlation {expected:.3f}" in printed
 
 
-# Combination.
 def z_scores(values):
     return [(value - statistics.fmean(values)) / statistics.pstdev(values) for value in values]
 
@@ -296,14 +294,8 @@ def test_alignment_potential(tmp_path, capsys):
     draw = np.random.default_rng(0)
     rating, gap = ({i: float(draw.normal()) for i in range(12)} for _ in range(2))
     a = write_margins(tmp_path / "a", rating)
-    model = {
-        "needs": "policy",
-        "weights": "w",
-        "adapter_weights": None,
-        "lengths": "l",
-        "date": "d",
-        "options": {"normalised": True},
-    }
+    model = {"needs": "policy", "weights": "w", "adapter_weights": None, "lengths": "l", "date": "d"}
+    model |= {"options": {"normalised": True}}
     b = write_margins(tmp_path / "b", dict(sorted(gap.items(), reverse=True)), **model)
     assert main(["combine-margins", a, b, str(tmp_path / "out")]) == 0
     file, parts = read_margins(tmp_path / "out"), [read_margins(a).header, read_margins(b).header]

@@ -26,9 +26,7 @@ from mixdpo.token_cleaning.selection import Selection
 SOURCE_ROWS = make_samples(24)
 EVOLVING: dict[str, Any] = {
     "cleaning": Cleaning(scorer=ExcessLoss(), selection=Selection(0.6), warm_up_stages=1),
-    "stage_start": "restart",
-    "optimizer": torch.optim.AdamW,
-    "lr": 1e-2,
+    **{"stage_start": "restart", "optimizer": torch.optim.AdamW, "lr": 1e-2},
 }
 
 

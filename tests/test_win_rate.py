@@ -193,7 +193,6 @@ def test_published_length_controlled_win_rates_are_met(leaderboard, annotations)
     assert errors[list(leaderboard).index("gpt4_gamed"), 1] == pytest.approx(15, abs=0.5)
 
 
-# Bootstrap intervals.
 DRAW = np.random.default_rng(3)
 
 
