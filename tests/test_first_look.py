@@ -103,7 +103,7 @@ def test_lets_through(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_is_that_of_the_real_parsers() -> None:
-    assert option_names.FILE.read_text("utf-8") == option_names.text(), "run python tests/option_names.py"
+    assert option_names.FILE.read_text("utf-8") == option_names.text(), "run python benchmarks/option_names.py"
 
 
 @pytest.mark.parametrize("given", ["--help", "fit -h", f"{DEMO}--help"])

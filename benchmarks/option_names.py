@@ -1,4 +1,4 @@
-"""Writes mixdpo/option_names.json, what mixdpo/first_look.py knows: `python tests/option_names.py`."""
+"""Writes mixdpo/option_names.json, what mixdpo/first_look.py knows: `python benchmarks/option_names.py`."""
 
 import argparse
 import inspect
