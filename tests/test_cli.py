@@ -286,13 +286,6 @@ def test_runs_that_cannot_be_written(where: str, tmp_path: Path) -> None:
         run_cli.new_run_folder(runs, "tiny")
 
 
-def test_options_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["options", "mixdpo.losses.BetaDPO"]) == 0
-    printed = capsys.readouterr().out
-    assert "sensitivity: float | None = None" in printed and "how much β follows" in printed
-    assert main(["options", "mixdpo.losses"]) == 2 and "mixdpo.losses" in capsys.readouterr().err
-
-
 def test_a_run_leaves_its_files(finished: Path) -> None:
     files = contents(finished)
     of_adapter = {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")}
@@ -366,18 +359,6 @@ def test_a_run_of_its_own_each_time(demo, finished, tmp_path, monkeypatch) -> No
     assert [last_step(tmp_path / name) for name in ("tiny", "tiny-2")] == [3, 8]
     assert (tmp_path / "tiny" / "adapter" / "adapter_model.safetensors").is_file()
     assert contents(finished) == before
-
-
-def test_the_folder_of_another_process_is_for_those_that_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    for environment, expected in (
-        ({}, None),
-        ({"LOCAL_RANK": "0"}, None),  # the process that has started the others, in its next run
-        ({"LOCAL_RANK": "1"}, Path("earlier")),
-    ):
-        with monkeypatch.context() as patch:
-            for name, value in (environment | {"MIXDPO_RUN_FOLDER": "earlier"}).items():
-                patch.setenv(name, value)
-            assert run_cli.folder_of_first_process() == expected, environment
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")

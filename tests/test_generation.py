@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_attention import Waits
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixdpo.__main__ import main
@@ -69,18 +69,11 @@ def test_greedy_equals_transformers(look, model, tokenizer, monkeypatch):
 
 def test_the_host_reads_nothing_between_two_looks(model, tokenizer, monkeypatch):
     """Transformers would look at a mask of two axes before each token."""
-    reads = []
-
-    class Reads(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            reads.append(function.overloadpacket.__name__ == "_local_scalar_dense")
-            return function(*args, **(kwargs or {}))
 
     def count(length):
-        reads.clear()
-        with Reads():
+        with Waits() as waits:
             generate(model, tokenizer, PROMPTS, max_new_tokens=length, batch_size=8, progress=False)
-        return sum(reads)
+        return waits.count
 
     monkeypatch.setitem(generation.LOOK, "cpu", 16)
     assert count(4) == count(12)  # what remains is at the start

@@ -29,11 +29,6 @@ SOURCE_ROWS = make_pairs(8)
 EASY, HALF, HARD = ({"routing": Routing(hard_fraction=fraction)} for fraction in (0.0, 0.5, 1.0))
 
 
-def test_a_loss_over_that_of_a_config(build_cli: Any) -> None:  # noqa: F811
-    alone = build_cli("configs/demo.yaml", "--model.preference_loss", "mixdpo.losses.SPPO").model.preference_loss
-    assert alone.beta == 0.001  # its own: jsonargparse would hand on a number that the signature of DPO has
-
-
 @pytest.mark.parametrize("name", ["hypo", "odpo", "madpo", "amapo", "sum"])
 def test_the_preset_of_a_loss(name: str, build_cli: Any) -> None:  # noqa: F811
     """The overlay sets the loss with its own hyper-parameters, and nothing of the DPO below it."""
