@@ -1,6 +1,7 @@
 """CPU time until a misspelt command is refused, or help is printed: `python benchmarks/start_up.py > TABLE.md`."""
 
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ MIXDPO = ["-c", "import sys; from lightning_modules.cli import main; sys.exit(ma
 
 def seconds(command: str) -> tuple[float, str]:
     """CPU time of one process, and what it prints."""
-    words = command.split(" ", 1) if "{" in command else command.split()
+    words = shlex.split(command)
     program = [*MIXDPO, *words[1:]] if words[0] == "mixdpo" else ["run.py", *words]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, text=True)

@@ -80,7 +80,7 @@ def lazily(room: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], C
 @cache
 def option_names() -> Any:
     """`classes`: options by class; `homes`: the class that a name or path means; `verbs`: options by verb; `run`: those
-    of the verbs of run.py, beside those of fit. tests/option_names.py writes the file."""
+    of the verbs of run.py, beside those of fit. benchmarks/option_names.py writes the file."""
     return json.loads((Path(__file__).parent / "option_names.json").read_text("utf-8"))
 
 

@@ -127,10 +127,8 @@ def write_tiny(name: str, folder: Path, **options: Any) -> Path:
     torch.manual_seed(0)
     shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128, "head_dim": 8}
-    more: dict[str, dict[str, Any]] = {
-        "gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "sliding_window": 64},
-        "bloom": {"n_head": 4, "n_layer": 2},
-    }
+    more: dict[str, dict[str, Any]] = {"bloom": {"n_head": 4, "n_layer": 2}}
+    more["gemma2"] = {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "sliding_window": 64}
     config = transformers.AutoConfig.for_model(name, **shape | more.get(name, {}) | options)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder

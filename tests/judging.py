@@ -25,11 +25,10 @@ STARTED: list[subprocess.Popen[str]] = []
 def write_responses(folder: Path, count: int) -> tuple[str, str]:
     """RESPONSES and BASELINE; prompt i asks `prompt-i`."""
     for who in ("model", "baseline"):
-        rows = [
-            {"instruction": f"prompt-{i}: say it", "output": f"{who} response {i}", "generator": f"the {who}"}
-            | ({"tokens": i, "ended": i % 2 == 0} if who == "model" else {"dataset": "x"})
-            for i in range(count)
-        ]
+        rows = [{"instruction": f"prompt-{i}: say it", "output": f"{who} response {i}"} for i in range(count)]
+        for i, row in enumerate(rows):
+            row |= {"generator": f"the {who}"}
+            row |= {"tokens": i, "ended": i % 2 == 0} if who == "model" else {"dataset": "x"}
         (folder / f"{who}.json").write_text(json.dumps(rows))
     return str(folder / "model.json"), str(folder / "baseline.json")
 

@@ -31,7 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     datasets.enable_progress_bars()
 
 
-# Any JSON in the columns that are read.
 text = st.one_of(st.sampled_from(["a", "b", "", " ", "\ud800", "\x00", "<|im_end|>"]), st.text(max_size=4))
 message = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", 3]), "content": text}),
@@ -76,7 +75,6 @@ def test_samples_are_kept_counted_or_named(folder: Path, rows: list[Row]) -> Non
     check(read_samples, folder / "samples.jsonl", rows)
 
 
-# Any bytes in the file.
 LINE = json.dumps(PAIR | {"chosen": "é\u2028"}, ensure_ascii=False).encode() + b"\n"
 GOOD = {
     "a.jsonl": LINE * 3,
@@ -86,11 +84,10 @@ GOOD = {
 }
 
 
-@given(
-    st.sampled_from(sorted(GOOD)),
-    st.lists(st.tuples(st.integers(0, 300), st.binary(max_size=3)), max_size=3),
-    st.data(),
-)
+changes = st.lists(st.tuples(st.integers(0, 300), st.binary(max_size=3)), max_size=3)
+
+
+@given(st.sampled_from(sorted(GOOD)), changes, st.data())
 @few
 def test_damaged_files_give_rows_or_name_one(folder, name, damage, data) -> None:
     content = GOOD[name]
@@ -109,7 +106,6 @@ def test_damaged_files_give_rows_or_name_one(folder, name, damage, data) -> None
         assert [number for number, _ in rows] == sorted({number for number, _ in rows})
 
 
-# Packing.
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,6 @@ def test_a_head_that_says_other_logits_than_the_model_is_refused(tiny_model, mon
         load_base(tiny_model, quantization="none", dtype="float32")
 
 
-# Kernels and the choice among them.
 SIZES = [[7, 5, 20], [1, 1, 1], [33], [9, 18], [2, 3, 4, 5]]  # of the pieces of documents
 DOCUMENTS = [[Piece([7] * size) for size in pieces] for pieces in SIZES]
 
@@ -271,10 +271,8 @@ def test_what_the_kernel_of_cuda_is_asked_for(function: Any, monkeypatch: pytest
     monkeypatch.setitem(attention.KERNELS, "varlen", attention.in_one_kernel)
     rows = token_rows(DOCUMENTS, 0, 40)
     states = heads_of(rows)
-    expected, found = (
-        attention.attention(kernel, None, *states, None, segments=rows.segments, scaling=0.3)[0]
-        for kernel in ("by_segment", "varlen")
-    )
+    compute = partial(attention.attention, segments=rows.segments, scaling=0.3)
+    expected, found = (compute(kernel, None, *states, None)[0] for kernel in ("by_segment", "varlen"))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -304,13 +302,9 @@ def not_a_number(q: torch.Tensor, *_: Any) -> torch.Tensor:
     return q * torch.nan
 
 
-WRONG = {
-    top_left: r"llama models differ by \d+\.\d% from transformers' own on a",
-    other_keys: "differ",
-    wrong_backward: "differ",
-    nothing: r"cannot be computed in these rows \(FlashAttention only supports Ampere GPUs\)",
-    not_a_number: "differ by nan%",
-}
+WRONG = {top_left: r"llama models differ by \d+\.\d% from transformers' own on a", not_a_number: "differ by nan%"}
+WRONG |= {nothing: r"cannot be computed in these rows \(FlashAttention only supports Ampere GPUs\)"}
+WRONG |= {other_keys: "differ", wrong_backward: "differ"}
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
@@ -324,9 +318,8 @@ def test_a_wrong_kernel_is_named_and_the_next_one_taken(wrong, dtype, tiny_model
     assert re.fullmatch(rf"warning: lower_right .*{WRONG[wrong]}.*\nattention is computed by by_segment\n", told)
     assert model.config._attn_implementation == "by_segment"
     monkeypatch.setitem(attention.KERNELS, "by_segment", wrong)  # asked for by name now
-    assert re.fullmatch(
-        rf"warning: by_segment .*{WRONG[wrong]}.*\nattention is computed by sdpa\n", check_documents(model)
-    )
+    told = check_documents(model)
+    assert re.fullmatch(rf"warning: by_segment .*{WRONG[wrong]}.*\nattention is computed by sdpa\n", told)
 
 
 def test_what_auto_takes_on_a_cpu(tiny_model: str) -> None:

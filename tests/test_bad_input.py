@@ -16,11 +16,8 @@ from mixdpo.errors import InputError
 
 MODULES = (pairs, samples, templates, models, options, stored, checkpoints, studies)
 CASES = [case for module in MODULES for case in module.CASES]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Already found a `peft_config` attribute",
-    "ignore:Found missing adapter keys",
-    "ignore::ResourceWarning",
-)
+IGNORED = (":Already found a `peft_config` attribute", ":Found missing adapter keys", "::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings(*(f"ignore{each}" for each in IGNORED))
 
 
 @pytest.fixture(scope="session")

@@ -19,15 +19,9 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return import_module
-
-
-@pytest.fixture
-def runs(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """`cleaning_runs` beside a config and an adapter, and the commands that it starts; they do nothing."""
-    module, started = benchmark("cleaning_runs"), []
+    module, started = import_module("cleaning_runs"), []
 
     def run_nothing(command: list[str], **_: Any) -> CompletedProcess[str]:
         if "run.py" in command:
@@ -62,17 +56,17 @@ def test_a_run_that_is_done_is_not_repeated_and_is_refused_when_it_would_be_anot
     assert len(started) == 1
 
 
-def test_prompts_to_be_answered_were_not_trained_on(benchmark: Any, tmp_path: Path) -> None:
+def test_prompts_to_be_answered_were_not_trained_on(tmp_path: Path) -> None:
     rows = [PAIR | {"prompt": f"prompt {i}"} for i in range(6)]
     rows[0]["chosen"] = rows[0]["rejected"]  # not usable: with a limit of 3 the first 4 rows are read
     config = {"data": {"init_args": {"source": write(tmp_path / "a.jsonl.gz", rows), "limit": 3}}}
-    benchmark("compare_methods").write_prompts(config, tmp_path / "prompts.jsonl")
+    import_module("compare_methods").write_prompts(config, tmp_path / "prompts.jsonl")
     asked = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     assert asked == ["prompt 4", "prompt 5"]
 
 
-def test_a_killed_process_loses_no_other_run(benchmark, monkeypatch, tmp_path, capsys) -> None:
-    module, out, written = benchmark("memory_8b"), tmp_path / "memory.json", []
+def test_a_killed_process_loses_no_other_run(monkeypatch, tmp_path, capsys) -> None:
+    module, out, written = import_module("memory_8b"), tmp_path / "memory.json", []
 
     def in_fresh_process(side: Any, asked: Any, tiny: bool) -> dict[str, float]:
         written.append(len(json.loads(out.read_text())["runs"]) if out.exists() else 0)
@@ -89,8 +83,8 @@ def test_a_killed_process_loses_no_other_run(benchmark, monkeypatch, tmp_path, c
     assert "| trl, r 16, 2 × 32, recomputed | – | – | – | – | – | – |" in capsys.readouterr().out
 
 
-def test_weights_drawn_on_the_device_are_packed_and_whole(benchmark) -> None:
-    inputs = benchmark("inputs")
+def test_weights_drawn_on_the_device_are_packed_and_whole() -> None:
+    inputs = import_module("inputs")
     model = inputs.random_policy(inputs.TINY, torch.device("cpu"), rank=4)
     layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     assert len(layers) == 2 * 7 * 2  # bitsandbytes' in PEFT's
@@ -99,24 +93,8 @@ def test_weights_drawn_on_the_device_are_packed_and_whole(benchmark) -> None:
         assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
 
 
-def test_the_accelerator_is_an_option_and_part_of_the_reports_name(benchmark, monkeypatch, tmp_path, capsys) -> None:
-    module, out, seen = benchmark("preference_step"), tmp_path / "new" / "step.json", []
-    monkeypatch.setattr(module, "real_pairs", lambda *_: [])
-    monkeypatch.setattr(module, "about", dict)
-    monkeypatch.setattr(module, "ablation", lambda setting, *_: seen.append(setting["accelerator"]) or [])
-    for options, there in ((), False), (("--accelerator", "cuda"), True), (("--accelerator", "cuda"), False):
-        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
-        monkeypatch.setattr(sys, "argv", ["preference_step.py", *options, "--ablation", "--out", str(out)])
-        if seen != ["cpu", "cuda"]:
-            module.main()
-    with pytest.raises(SystemExit):
-        module.main()
-    assert "--accelerator cuda: there is no CUDA device" in capsys.readouterr().err
-    assert [*json.loads(out.read_text())] == ["ablation, float32", "ablation, float32, cuda"]
-
-
-def test_a_part_that_fails_keeps_what_it_found(benchmark, monkeypatch, tmp_path, capsys) -> None:
-    module = benchmark("device")
+def test_a_part_that_fails_keeps_what_it_found(monkeypatch, tmp_path, capsys) -> None:
+    module = import_module("device")
 
     def part(tiny: bool, out: Path) -> Any:
         yield "first", {"ms": 1.5, "said": ["a|b"]}
@@ -148,8 +126,8 @@ def test_no_part_stops_the_next_one(script: str, tmp_path: Path) -> None:
         assert [line.split("\t")[2] for line in (out / "parts.tsv").read_text().splitlines()] == expected
 
 
-def test_the_study_for_a_gpu_and_gains_of_the_seeds_that_both_runs_have(benchmark, monkeypatch, tmp_path) -> None:
-    module = benchmark("device_study")
+def test_the_study_for_a_gpu_and_gains_of_the_seeds_that_both_runs_have(monkeypatch, tmp_path) -> None:
+    module = import_module("device_study")
     monkeypatch.setattr(module, "GPU", True)
     shipped, first, every = map(module.read_study, (module.STUDY, *module.write_studies(tmp_path, False)))
     assert [*first.runs] == [shipped.control, *shipped.holm] and [*every.runs] == [*shipped.runs]
@@ -174,28 +152,9 @@ def test_each_part_runs_with_small_models_on_a_cpu(part: str, tmp_path: Path) ->
     assert json.loads((tmp_path / "device.json").read_text())[part]["found"]
 
 
-CLOCK = """
-import json
-from measuring import Clock
-with Clock() as clock:
-    kept = bytearray(50_000_000)
-    del kept  # the peak stays
-print(json.dumps(clock.costs))
-"""
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this kernel forgets no peak")
-def test_the_clock_measures_what_a_block_takes() -> None:
-    """In a process of its own: in this one, what is freed or reclaimed of earlier tests meanwhile counts against it."""
-    done = subprocess.run([sys.executable, "-c", CLOCK], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
-    costs = json.loads(done.stdout)
-    assert 40 < costs["peak_mb"] - costs["resident_before_mb"] < 100
-    assert costs["cpu_seconds"] > 0 and 0 < costs["seconds"] < 60
-
-
-def test_the_second_study_asks_what_no_earlier_prompt_asked(benchmark: Any, monkeypatch: Any, tmp_path: Path) -> None:
+def test_the_second_study_asks_what_no_earlier_prompt_asked(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(BENCHMARKS.parent)
-    script = benchmark("noisy_labels")
+    script = import_module("noisy_labels")
     pairs, words = script.lines_of(script.DATA / "constraints_pairs.jsonl"), json.loads(script.WORDS.read_text("utf-8"))
     assert [script.picked(pairs[:240], seeds) for seeds in script.SEEDS.values()] == [16, 24]
     prompts = script.fresh_prompts(pairs)

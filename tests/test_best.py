@@ -120,7 +120,6 @@ def test_a_best_file_that_cannot_be_loaded_leaves_the_last_policy(damage: str, t
     assert_policy(tmp_path / "run", Path(checkpoint(tmp_path / "run")))
 
 
-# How checkpoints are written.
 def test_no_checkpoint_goes_through_the_systems_temporary_folder(train, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
     train(tmp_path / "run")

@@ -122,10 +122,9 @@ def test_width_0_is_the_hard_route_and_weights_of_1_are_none_bit_for_bit(tiny_mo
     hard = Routing(threshold=2.25)
     blends = [Routing(threshold=2.25, hard_action="blend", blend_width=width) for width in (0.0, 1e-9)]
     same = [{"routing": hard}, *({"routing": blend} for blend in blends), {"routing": hard, "weight": "one"}]
-    runs = [
-        logged(tiny_model, source, tmp_path / str(i), data=data, trainer={"accumulate_grad_batches": 2})
-        for i, data in enumerate([*same, {"routing": hard, "weight": "w"}, {"routing": SOFT}])
-    ]
+    settings, trainer = [*same, {"routing": hard, "weight": "w"}, {"routing": SOFT}], {"accumulate_grad_batches": 2}
+    made = (tmp_path / str(i) for i in range(len(settings)))
+    runs = [logged(tiny_model, source, next(made), data=data, trainer=trainer) for data in settings]
     for i, (rows, weights) in enumerate(runs):
         assert (rows == runs[0][0]) == (i < len(same))
         assert all(torch.equal(value, runs[0][1][key]) for key, value in weights.items()) == (i < len(same))

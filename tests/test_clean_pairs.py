@@ -270,11 +270,6 @@ def test_the_last_epoch_of_reshuffled_pairs_is_cleaned_in_its_own_order(train: A
     assert set(np.flatnonzero(ran.array("decided") == 2)) == again != set()
 
 
-def test_no_easy_pair_to_learn_from(train: Any) -> None:
-    with pytest.raises(InputError, match="no easy pair"):
-        train(cleaning=Cleaning(), data=hard(1.0))
-
-
 def test_hard_pairs_are_scored_when_the_first_of_them_comes(train: Any) -> None:
     (stage,) = train(cleaning=BASE_LOSS, data=hard(1 / 3)).stages()
     assert (stage["step"], stage["samples"]) == (2, 4)

@@ -140,7 +140,6 @@ def policy_of(adapters: Adapters) -> Adapters:
     return {key: value.clone().requires_grad_() for key, value in adapters.items() if ".policy." in key}
 
 
-# Keeping everything.
 DROPOUT: dict[str, Any] = {**ADAMW, "lora": Lora(rank=4, alpha=8, dropout=0.3), "data": {"limit": 12}}
 KEEP_ALL = {
     "excess": Cleaning(ExcessLoss(), Selection(1.0, scope="sample"), reference="earlier"),
@@ -165,7 +164,6 @@ def test_keeping_all_is_full_sft_to_the_bit(name: str, train: Any, full: Ran, ea
     assert (kept.array("weights") == 1).all()
 
 
-# The loss of a step.
 def sgd_by_hand(ran: Ran, plain: Any, weights: np.ndarray, lr: float) -> tuple[Adapters, list[float]]:
     """The run's steps from its first adapters, one sample at a time: −Σ w log p / Σ w over the step's tokens."""
     adapters, logged = policy_of(ran.steps.adapters[0]), []
@@ -223,7 +221,6 @@ def test_a_step_that_keeps_nothing_changes_nothing(train: Any, earlier: Ran, tmp
     assert [float(row["cleaning/kept_fraction"]) for row in ran.rows][2::3] == [0, 0]
 
 
-# Masks of an earlier run.
 @pytest.mark.parametrize("part", ["data", "model"])
 def test_masks_of_another_run_are_refused(part, tiny_model, source, earlier, tmp_path):
     model = tiny_model
@@ -238,7 +235,6 @@ def test_masks_of_another_run_are_refused(part, tiny_model, source, earlier, tmp
     assert re.search(r"\(([a-z ]+): [^;]*\)", str(error.value)).group(1) == part  # and nothing else
 
 
-# Self-evolving cleaning.
 def evolve(train: Any, scorer: Any = ExcessLoss(), **options: Any) -> Ran:  # noqa: B008
     """Three slices of 24 samples, two steps each."""
     cleaning = replace(EVOLVING, scorer=scorer, selection=Selection(0.6))
@@ -377,7 +373,6 @@ def test_another_epoch_is_cleaned_by_the_reference_in_force(max_steps, schedule_
         assert (ran.array("decided")[list(ran.data.pool_steps()[0])] == 1).all()
 
 
-# Scorers that read the policy.
 def min_max(scores: np.ndarray) -> np.ndarray:
     return (scores - scores.min()) / (np.ptp(scores) or 1)
 
@@ -493,7 +488,6 @@ def test_divergence_from_the_base(scorer, kl_weight, train, plain, earlier, monk
         torch.testing.assert_close(adapter_state(ran.module)[key], (value - gradient).detach(), rtol=0, atol=1e-5)
 
 
-# Scores from the data.
 def with_column(earlier: Ran, path: Path, shift: float = 0.0) -> list[dict[str, Any]]:
     """The rows of `earlier` with its scores, as docs/token_cleaning.md makes a column."""
     run, rows = read_cleaning(str(earlier.folder)), [dict(row) for row in SOURCE_ROWS]
@@ -540,7 +534,6 @@ def test_numbers_of_a_column_that_do_not_fit_are_refused(tiny_model, earlier, tm
     assert "had other numbers in the column 'quality'" in refused(ckpt_path=last, schedule=CONSTANT)
 
 
-# Slices.
 @given(
     samples=st.integers(8, 60),
     slices=st.builds(Slices, st.integers(1, 8), st.sampled_from(["contiguous", "shuffled"]), passes=st.integers(1, 3)),
@@ -564,7 +557,6 @@ def test_stages_are_equal_slices_that_hold_every_sample_once(samples: int, slice
         assert [(stage.slice, stage.steps) for stage in only] == [(1, stages[1].steps)]
 
 
-# What belongs to a run, and what is refused.
 REFRESH = RefreshReference()
 OTHERS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str]] = {
     "selection": ((BASE_LOSS,), (replace(BASE_LOSS, selection=Selection(0.2)),), r"cleaning\.selection: .*0\.2"),
@@ -620,8 +612,3 @@ def test_a_scorer_of_one_model_under_two_names_is_refused(worse, train, tiny_mod
     options: dict[str, Any] = {"cleaning": Cleaning(scorer=ExcessLoss(worse=worse)), "adapter": start}
     with pytest.raises(InputError, match=f"every score would be 0: {worse} and cleaning_reference"):
         train(RefreshReference(), data={"slices": Slices(3, only=[1, 2])}, **options)
-
-
-def test_a_warm_up_that_nobody_becomes_the_reference_of(train: Any) -> None:
-    with pytest.raises(InputError, match="nothing makes the warmed-up policy the cleaning_reference"):
-        train(cleaning=EVOLVING, data={"slices": Slices(2)})

@@ -14,7 +14,7 @@ from test_columns import byte_tokenizer
 from mixdpo.__main__ import main
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
-from mixdpo.evaluation.cleaning_page import _response, visible_units
+from mixdpo.evaluation.cleaning_page import _response
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.token_cleaning.run_tokens import RunTokens, ScoredStage, export_labels, read_cleaning
 
@@ -176,18 +176,6 @@ def test_without_scores(run: str) -> None:
     assert not page.tokens and "No scored sample is shown" in text
 
 
-def test_split_characters_are_shown_whole() -> None:
-    tokenizer = byte_tokenizer()
-    text = " é🙂\n日x"
-    ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text.encode())
-    units = list(visible_units(tokenizer, ids))
-    assert [unit[2] for unit in units] == list(text)
-    assert [end - start for start, end, _ in units] == [len(letter.encode()) for letter in text]
-    cut_off = list(visible_units(tokenizer, ids[:5]))  # in the middle of 🙂
-    assert cut_off == [(0, 1, " "), (1, 3, "é"), (3, 4, "▯"), (4, 5, "▯")]
-
-
 def test_line_breaks_markup_and_split_characters_on_the_page(tmp_path: Path) -> None:
     folder = str(tmp_path / "bytes")
     byte_tokenizer().save_pretrained(folder)
@@ -197,6 +185,7 @@ def test_line_breaks_markup_and_split_characters_on_the_page(tmp_path: Path) -> 
     split = page.tokens[6]  # scores 0.6 and 0.4 about 0.5, the second of the two tokens is cut
     assert re.findall(r"score (\S+), weight (\S+)", split["title"]) == [("0.6", "1"), ("0.4", "0")]
     assert split["class"] == "token dropped" and " 0.0%, var(--paper)" in split["style"]
+    assert [token["text"] for token in page.tokens[30:35]] == ["<", "i", ">", "&", "▯"]  # 39 bytes of five times 8
 
 
 # Cleaned labels as a data set: -100 where nothing is trained on, weights aligned with the tokens.

@@ -26,7 +26,6 @@ from lightning_modules.callbacks.checkpoint import resume_command
 from lightning_modules.verbs import run_cli
 from mixdpo.__main__ import RUN_VERBS, VERBS, main
 from mixdpo.errors import InputError
-from mixdpo.options import nearest_path
 
 SOURCE_ROWS = make_pairs(16)
 ROOT = Path(__file__).parents[1]
@@ -121,7 +120,6 @@ def refused(demo: Callable[..., list[str]], tmp_path: Path, capfd: pytest.Captur
     return check
 
 
-# Options, as they are parsed.
 @pytest.fixture(scope="module")
 def shared_parser() -> dict[str, Any]:
     return {}
@@ -162,38 +160,21 @@ def words_of(arguments: tuple[Any, ...]) -> list[str]:
 
 
 LOSS = "mixdpo.losses.DPO"
+
+
+OF_LOSS = {"class_path": LOSS, "init_args": {"btea": 1}}
 MISSPELT: list[tuple[Any, ...]] = [
-    ("trainer.max_steps", "--trainer.max_step", "3"),  # an abbreviation is none
-    ("model", "--modle.base", "x"),
     ("routing.threshold", "--data.routing", "{treshold: 1}"),
-    ("monitor", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitr=train/loss"),
-    ("trainer.max_steps", {"trainer": {"max_stepz": 3}}),
-    ("beta", {"model": {"init_args": {"preference_loss": {"class_path": LOSS, "init_args": {"btea": 1}}}}}),
-    (LOSS, "--model.preference_loss", "DPOO"),
+    ("beta", {"model": {"init_args": {"preference_loss": OF_LOSS}}}),
     ("mixdpo.routing.Cosine", {"model": {"init_args": {"schedule": {"class_path": "mixdpo.schedules.Cosine"}}}}),
-    ("lightning_modules.callbacks.RefreshReference", "--trainer.callbacks+=lightning_modules.clean.RefreshRefrence"),
-    ("EarlyStopping", "--trainer.callbacks+=EarlyStoping"),
-    ("AdamW", "--model.optimizer", "torch.optim.AdmW"),
-    ("nf4", "--model.quantization", "nf5"),
 ]
 
 
 @pytest.mark.parametrize(("meant", "given"), [(meant, given) for meant, *given in MISSPELT], ids=lambda v: str(v))
-def test_the_nearest_name(meant: str, given: list[Any], parsed: Callable[..., Any]) -> None:
+def test_the_nearest_name_by_the_parser(meant: str, given: list[Any], parsed: Callable[..., Any]) -> None:
+    """What a first look, which test_first_look.py is of, lets through."""
     message = parsed(*given)
-    assert isinstance(message, str) and f"; did you mean '{meant}'?" in message and message.count("did you mean") == 1
-    assert "\n" not in message
-
-
-def test_a_class_that_has_moved() -> None:
-    for old, new in (
-        ("mixdpo.schedules.StagedLinear", "mixdpo.routing.StagedLinear"),
-        ("mixdpo.scorers.ExcessLoss", "mixdpo.token_cleaning.scorers.ExcessLoss"),
-        ("lightning_modules.token_cleaning.RefreshReference", "lightning_modules.callbacks.RefreshReference"),
-        ("mixdppo.routing.Constant", "mixdpo.routing.Constant"),
-    ):
-        assert nearest_path(old) == f"; did you mean '{new}'?"
-    assert nearest_path("nowhere.Loss") == nearest_path("mixdpo.routing.Cosine") == ""
+    assert f"; did you mean '{meant}'?" in message and message.count("did you mean") == 1 and "\n" not in message
 
 
 def test_verbs(parsed: Callable[..., Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,18 +263,6 @@ def test_who_is_hard_is_given_once(refused: Callable[..., str]) -> None:
 
 
 # Mistakes; the table in bad_input/ has more.
-def test_a_package_that_is_missing(refused: Callable[..., str]) -> None:
-    """Lightning knows these loggers; nothing of MixDPO needs their packages."""
-    message = refused("--trainer.logger=CometLogger", "--trainer.logger.project=x")
-    assert "comet-ml" in message and "pip install" in message and "\n" not in message
-    assert "torch_xla" in refused("--trainer.accelerator", "tpu")
-
-
-def test_what_shows_only_once_model_and_plan_are_there(refused: Callable[..., str], tmp_path: Path) -> None:
-    row = make_pairs(16)[3]  # trained on but for white space
-    held_out = write_pairs(tmp_path / "held_out.jsonl", [row | {"prompt": f"{row['prompt']}\n"}])
-    assert "have a prompt that is trained on" in refused("--data.validation", held_out)
-    assert "give --runs and --name instead" in refused("--trainer.default_root_dir", "elsewhere")
 
 
 def test_a_disk_that_fills_up(demo, tmp_path, capsys, monkeypatch) -> None:
@@ -317,20 +286,10 @@ def test_runs_that_cannot_be_written(where: str, tmp_path: Path) -> None:
         run_cli.new_run_folder(runs, "tiny")
 
 
-def test_options_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["options", "mixdpo.losses.BetaDPO"]) == 0
-    printed = capsys.readouterr().out
-    assert "sensitivity: float | None = None" in printed and "how much β follows" in printed
-    assert main(["options", "mixdpo.losses"]) == 2 and "mixdpo.losses" in capsys.readouterr().err
-
-
-# Runs.
 def test_a_run_leaves_its_files(finished: Path) -> None:
     files = contents(finished)
-    assert {
-        *("config.yaml", "metrics.csv", "route.json", "checkpoints/last.ckpt"),
-        *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json"),
-    } <= set(files)
+    of_adapter = {f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")}
+    assert of_adapter | {"config.yaml", "metrics.csv", "route.json", "checkpoints/last.ckpt"} <= set(files)
     assert not [name for name in files if Path(name).name.startswith(".")]
     assert sum(name.startswith("events.out.tfevents.") for name in files) == 1
     route = json.loads((finished / "route.json").read_text())
@@ -400,18 +359,6 @@ def test_a_run_of_its_own_each_time(demo, finished, tmp_path, monkeypatch) -> No
     assert [last_step(tmp_path / name) for name in ("tiny", "tiny-2")] == [3, 8]
     assert (tmp_path / "tiny" / "adapter" / "adapter_model.safetensors").is_file()
     assert contents(finished) == before
-
-
-def test_the_folder_of_another_process_is_for_those_that_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    for environment, expected in (
-        ({}, None),
-        ({"LOCAL_RANK": "0"}, None),  # the process that has started the others, in its next run
-        ({"LOCAL_RANK": "1"}, Path("earlier")),
-    ):
-        with monkeypatch.context() as patch:
-            for name, value in (environment | {"MIXDPO_RUN_FOLDER": "earlier"}).items():
-                patch.setenv(name, value)
-            assert run_cli.folder_of_first_process() == expected, environment
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")

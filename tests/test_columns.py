@@ -196,7 +196,6 @@ def test_200_rows_are_trained_with_every_meaning_or_refused_by_name() -> None:
     assert 40 < outcomes["refused"] < 120
 
 
-# Tools and variables of the template.
 LOOK = [{"name": "look", "about": "finds"}]
 
 
@@ -259,7 +258,6 @@ def test_prompts_get_their_tools_and_pairs_made_of_them_keep_them() -> None:
     assert made[0]["tools"] == row["tools"] and made[0]["chat_template_kwargs"] == row["chat_template_kwargs"]
 
 
-# Pre-rendered texts.
 ASKED, ANSWERS = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", ("b<|im_end|>\n", "c<|im_end|>")
 WRITTEN = {"prompt": ASKED, "chosen": ANSWERS[0], "rejected": ANSWERS[1], "margin": 1.0}
 
@@ -286,7 +284,6 @@ def test_a_template_in_a_template_is_refused_where_most_rows_have_one(tmp_path: 
     assert encoded([PAIR | {"prompt": "<s>"}], tmp_path, other)[1]["special_tokens_in_text"] == 1
 
 
-# Whole fits.
 def test_columns_not_read_are_named_once_per_source(tiny_model: str, tmp_path: Any) -> None:
     rows = [row | {"lang": "en", "split": "", "notes": None} for row in make_pairs(8)]
     rows[5]["notes"] = "late"

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from mixdpo.constraints.kinds import KINDS, TASK
 from mixdpo.constraints.prompts import held_out_prompts, training_prompts
 from mixdpo.constraints.scoring import Constraint, ConstraintScorer
-from mixdpo.errors import InputError
 
 # kind, params, texts that satisfy it, texts that do not
 NOT_ONE, NO_OBJECT = ["Tea", "A. B.", "A.\nB.", "A\nb.", "A. b"], ["{}", "[1]", '"a"', "{'a': 1}", '{"a": NaN}', "{a"]
@@ -77,18 +76,6 @@ def test_score_is_the_share_that_holds():
     assert ConstraintScorer()(row, ["green tea", "GREEN TEA OR BLACK", "", "tea?"]) == [2 / 3, 0, 0, 1]
 
 
-@pytest.mark.parametrize(("row", "says"), [
-    ({"kind": "max_words", "params": {}}, "max_words"),
-    ({"kind": "max_words", "params": {"n": "3"}}, "int"),
-    ({"kind": "max_words", "params": {"n": True}}, "int"),
-    ({"kind": "lowercase", "params": None}, "lowercase"),
-    ("lowercase", "params"),
-])  # fmt: skip
-def test_malformed_constraints_are_refused(row, says):
-    with pytest.raises(InputError, match=says):
-        ConstraintScorer()({"constraints": [row]}, [])
-
-
 def kinds_of(row):
     return [constraint["kind"] for constraint in row["constraints"]]
 
@@ -109,9 +96,7 @@ def test_held_out_prompts_share_no_subject_and_unseen_ones_no_kind():
     assert not set(TASK["training_subjects"]) & set(TASK["held_out_subjects"])
     rows = held_out_prompts()
     assert [row["part"] for row in rows] == ["seen"] * 150 + ["unseen"] * 60
-    training_requests = {
-        request.format(subject) for request in TASK["requests"] for subject in TASK["training_subjects"]
-    }
+    training_requests = {r.format(subject) for r in TASK["requests"] for subject in TASK["training_subjects"]}
     for row in rows:
         assert not any(row["prompt"].startswith(request) for request in training_requests)
         assert all(KINDS[kind].trained == (row["part"] == "seen") for kind in kinds_of(row))

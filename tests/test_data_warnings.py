@@ -22,16 +22,6 @@ PROMPT = "\n\nHuman: red tea\n\nAssistant:"
 UNSEEN = ["", " \n", "\u200b", "\ufeff \u200d\u2060", "\u00ad", "\ufe0f", "\x00"]
 
 
-def scored(**scores):
-    """Sixteen pairs, of which the first have a score of 1 below that of the rejected response."""
-    low = scores.pop("low", 0)
-    return [
-        {key: value for key, value in pair.items() if key != "margin"}
-        | {"score_chosen": 1.0 if i < low else 9.0, "score_rejected": 2.0 + i / 100}
-        for i, pair in enumerate(make_pairs(16))
-    ]
-
-
 def warnings_of(tiny_model, tmp_path, caplog, rows, **options):
     """The warnings in the log of a whole small run, each once, and those in its route.json."""
     with caplog.at_level("INFO"):
@@ -47,21 +37,18 @@ def test_clean_data_have_no_warning(tiny_model, tmp_path, caplog):
     assert warnings_of(tiny_model, tmp_path, caplog, make_pairs(16)) == []
 
 
-def test_swapped_scores_are_warned_about_once(tiny_model, tmp_path, caplog):
-    (line,) = warnings_of(tiny_model, tmp_path, caplog, scored(low=9))
-    assert line.startswith("warning: rows.jsonl: 9 of 16 margins (56%) are negative (scores swapped?)")
-    assert "data.margin [CHOSEN, REJECTED]" in line
-
-
-def test_swapped_names_of_columns_are_warned_about(tiny_model, tmp_path, caplog):
-    names = {"data": {"margin": ["score_rejected", "score_chosen"]}}
-    (line,) = warnings_of(tiny_model, tmp_path, caplog, scored(), **names)
-    assert "16 of 16 margins (100%) are negative (scores swapped?)" in line
-
-
-def test_margins_against_their_label_are_counted(tiny_model, tmp_path, caplog):
-    (line,) = warnings_of(tiny_model, tmp_path, caplog, scored(low=3))
-    assert "3 of 16 margins (19%) are negative and contradict their label" in line and "swapped" not in line
+@pytest.mark.parametrize(("low", "margin", "says"), [
+    (9, None, r"9 of 16 margins \(56%\) are negative \(scores swapped\?\).*data\.margin \[CHOSEN, REJECTED\]"),
+    (0, ["score_rejected", "score_chosen"], r"16 of 16 margins \(100%\) are negative \(scores swapped\?\)"),
+    (3, None, r"3 of 16 margins \(19%\) are negative and contradict their label"),
+])  # fmt: skip
+def test_negative_margins_are_warned_about_once(low, margin, says, tiny_model, tmp_path, caplog):
+    """Of 16 pairs the first `low` have a score of 1 below that of the rejected response."""
+    rows = [{name: value for name, value in pair.items() if name != "margin"} for pair in make_pairs(16)]
+    for i, row in enumerate(rows):
+        row |= {"score_chosen": 1.0 if i < low else 9.0, "score_rejected": 2.0 + i / 100}
+    (line,) = warnings_of(tiny_model, tmp_path, caplog, rows, data={"margin": margin} if margin else {})
+    assert re.match(r"warning: rows\.jsonl: " + says, line) and ("swapped" in line) == (low != 3)
 
 
 @pytest.mark.parametrize(("margins", "says"), [
@@ -75,10 +62,8 @@ def test_half_is_not_more_than_half(margins, says):
 
 def test_pairs_in_both_directions_are_counted(tiny_model, tmp_path, caplog):
     rows = make_pairs(16)
-    back = [
-        row | {"pair_id": f"b{i}", "chosen": row["rejected"], "rejected": row["chosen"]}
-        for i, row in enumerate(rows[:4])
-    ]
+    turned = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:4]]
+    back = [row | turn | {"pair_id": f"b{i}"} for i, (row, turn) in enumerate(zip(rows, turned, strict=False))]
     again = rows[0] | {"pair_id": "again"}  # a third row of one of them
     elsewhere = back[0] | {"pair_id": "x", "prompt": "another prompt"}
     (line,) = warnings_of(tiny_model, tmp_path, caplog, [*rows, *back, again, elsewhere])

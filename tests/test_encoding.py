@@ -65,14 +65,11 @@ def encoded_pair(tokenizer, *texts, chat_template=None, **options):
 
 
 def table(*triples):
-    rows = [
-        {"pair_id": 10 + i, "prompt": user(p), "chosen": c, "rejected": r, "margin": i / 2, "place": f"row {i + 1}"}
-        for i, (p, c, r) in enumerate(triples)
-    ]
-    return datasets.Dataset.from_list(rows)
+    rows = [{"prompt": user(p), "chosen": c, "rejected": r} for p, c, r in triples]
+    numbers = ({"pair_id": 10 + i, "margin": i / 2, "place": f"row {i + 1}"} for i in range(len(rows)))
+    return datasets.Dataset.from_list([row | number for row, number in zip(rows, numbers, strict=True)])
 
 
-# One pair.
 def test_a_pair_through_the_chat_template():
     # the newline after <|im_end|> is the template's and is cut; both sides begin alike, and not in the prompt
     pair = encoded_pair(word_tokenizer(), PROMPT, "is four", "is")
@@ -140,7 +137,6 @@ def test_merging_loses_and_invents_nothing(prompt, chosen, rejected):
         assert tokenizer.decode(pair.prompt_ids + ids) == f"c{prompt}{completion}<|im_end|>"
 
 
-# Templates.
 def test_plain_joins_messages_starts_with_bos_and_ends_with_eos():
     tokenizer = word_tokenizer(template=None, bos=True)
     prompt = [{"role": "system", "content": "is"}, *user("two\n")]
@@ -166,7 +162,6 @@ def test_named_templates_without_a_default_are_named():
     assert load_template(word_tokenizer(named | {"default": CHATML}), None) == CHATML
 
 
-# Lengths.
 PAIR = EncodedPair([1, 2, 3, 4], [5, 6, 7, 99], [8, 99])
 
 
@@ -267,7 +262,6 @@ def test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted():
     assert (encoded["place"][:], encoded["chosen_ids"][:], encoded["rejected_ids"][:]) == (["row 2"], [[FOUR]], [[IS]])
 
 
-# Tables.
 LIMITS = {"max_length": 13, "max_prompt_length": 9}
 
 

@@ -28,12 +28,10 @@ def chat(*turns):
 
 
 def table(*conversations):
-    rows = [
-        {"sample_id": 10 + index, "messages": chat(*turns), "response_weights": [1.0] * (len(turns) // 2)}
-        | {"source": "s", "place": f"row {index + 1}"}
-        for index, turns in enumerate(conversations)
-    ]
-    return datasets.Dataset.from_list(rows)
+    messages, numbers = [chat(*turns) for turns in conversations], range(len(conversations))
+    columns = {"sample_id": [10 + n for n in numbers], "messages": messages, "source": ["s"] * len(messages)}
+    columns |= {"response_weights": [[1.0] * (len(turns) // 2) for turns in messages]}
+    return datasets.Dataset.from_dict(columns | {"place": [f"row {n + 1}" for n in numbers]})
 
 
 def eligible(sample):
@@ -53,7 +51,6 @@ def responses_by_header(ids):
     return positions
 
 
-# One sample.
 def test_two_turns_by_hand(tokenizer):
     sample = encode_sample(tokenizer, chat(*TWO_TURNS), TEMPLATE)
     assert sample == EncodedSample(TWO_TURNS_IDS, [7, 10, 16, 18], [1.0, 1.0])
@@ -102,7 +99,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, content):
         encode_sample(tokenizer, chat(*TWO_TURNS[:2], ("user", "red"), ("assistant", "tea")), template)
 
 
-# Tables.
 def encode(tokenizer, *conversations, max_length=64, **options):
     return encode_rows(table(*conversations), tokenizer, max_length=max_length, **options)
 
@@ -154,7 +150,6 @@ def test_the_identity_names_the_part_that_differs(tiny_model):
     assert differing(identity(max_length=8)) == differing(identity(overlong="drop")) == ["lengths"]
 
 
-# The real tokenizer.
 @pytest.mark.real
 def test_real_responses_decode_to_themselves(tmp_path):
     responses = ["Hello!\n", "Yes, it is: 1 < 2. ☕"]
@@ -168,9 +163,6 @@ def test_real_responses_decode_to_themselves(tmp_path):
     for path in files:
         encoded, counts = encode_rows(read_samples(path, limit=500).dataset, tokenizer, max_length=4096)
         assert not any(counts.values())
-        decoded += [
-            tokenizer.decode([sample["input_ids"][at] for at in range(start, end)])
-            for sample in encoded
-            for start, end in turns(sample["spans"])
-        ]
+        for sample in encoded:
+            decoded += [tokenizer.decode(sample["input_ids"][start:end]) for start, end in turns(sample["spans"])]
     assert decoded == [response + "<|im_end|>" for response in responses]

@@ -13,19 +13,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import adapter_weights, build, fit, make_pairs, same, write_pairs
+from conftest import adapter_weights, build, fit, make_pairs, same
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from test_cli import last_step, metrics
-from test_scoring import changed_model
 
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
 from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
 from lightning_modules.callbacks.run_files import RunFiles
 from lightning_modules.verbs.messages import message_for_user
 from mixdpo.errors import InputError, NonFiniteError, Stopped
-from mixdpo.losses import DPO, IPO
+from mixdpo.losses import DPO
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant, StagedCosine
 
@@ -96,7 +95,6 @@ def adapter(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-# Signals.
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_step_and_it_is_continued_exactly(number, run, whole, tmp_path, capsys) -> None:
     """In the first of two micro-batches of the third step."""
@@ -262,7 +260,6 @@ def test_after_the_last_step_a_signal_ends_at_once(run: Any, tmp_path: Path) -> 
     assert len(handlers) == 2 and not isinstance(getattr(handlers[1], "__self__", None), LastCheckpoint)
 
 
-# What a run may be continued with.
 def test_more_steps_continue_exactly_where_the_schedule_was_made_for_them(run: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"schedule": StagedCosine(warmup=0.2), "schedule_steps": 5}
     expected = run(tmp_path / "whole", **options)
@@ -279,31 +276,6 @@ def test_more_steps_are_refused_where_the_schedule_was_made_for_fewer(run: Any, 
         run(tmp_path / "short", schedule_steps=4)
 
 
-@pytest.mark.parametrize(("named", "change"), [
-    ("data", {"rows": [row | {"chosen": f"{row['chosen']} red"} for row in make_pairs(20)]}),
-    ("route", {"rows": [row | {"margin": -row["margin"]} for row in make_pairs(20)]}),
-    ("base", {"base": True}),
-    ("preference_loss", {"preference_loss": IPO()}),
-    ("optimizer.lr", {"lr": 2e-2}),
-    ("gradient_clip_val", {"trainer": {"gradient_clip_val": 1.0}}),
-    ("batch_size", {"data": {"batch_size": 2}}),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
-def test_what_has_changed_is_named(named, change, tiny_model, source, tmp_path, stopped_after_two) -> None:
-    change = dict(change)
-    base = changed_model(tiny_model, tmp_path / "base") if change.pop("base", False) else tiny_model
-    pairs = write_pairs(tmp_path / "other.jsonl", change.pop("rows")) if "rows" in change else source
-    with pytest.raises(InputError, match=rf"another run \({named}: |; {named}: "):
-        fit(base, pairs, tmp_path / "rest", ckpt_path=stopped_after_two, **(ADAMW | change))
-
-
-@pytest.fixture(scope="module")
-def stopped_after_two(run: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("stopped")
-    run(folder, trainer={"max_steps": 2})
-    return checkpoint(folder)
-
-
-# Numbers that are not finite.
 class BadOnce(DPO):
     """DPO, but the first pair of its third call has a loss that is not finite."""
 
@@ -343,7 +315,6 @@ def test_such_a_step_can_be_left_out(run: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "non_finite.json").read_text())["step"] == 2
 
 
-# Disk and memory.
 def test_a_disk_that_is_too_small_is_refused_before_the_first_step(tiny_model, source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("lightning_modules.callbacks.checkpoint.shutil.disk_usage", lambda _: Namespace(free=1000))
     trainer, module, pairs = build(tiny_model, source, tmp_path / "run", **ADAMW)

@@ -136,7 +136,6 @@ def test_files_that_options_and_their_configs_name(tmp_path, monkeypatch):
         named_files(options)
 
 
-# The strict reader.
 NINES = (f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(NINES)
 CHAIN = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))
@@ -283,12 +282,6 @@ def test_what_is_not_ours_or_not_whole_is_left_alone(damage: Callable[[Path], An
     with pytest.raises(InputError, match=said + ".*: judge anew"):
         read_store(path, "verdicts", "judge anew")
     assert path.read_bytes() == before
-
-
-def test_entries_that_depend_on_something_else(tmp_path: Path) -> None:
-    open_verdicts(tmp_path / "v", judge={"seed": 0}).close()
-    with pytest.raises(InputError, match=r"holds other verdicts \(judge.seed: 0 there, 1 here\): judge anew"):
-        open_verdicts(tmp_path / "v", judge={"seed": 1})
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

@@ -114,7 +114,6 @@ def test_half_precision_is_off_by_no_more_than_before(tiny_model: str) -> None:
     assert torch.equal(losses(fused), losses(own))
 
 
-# Casts, once a step.
 class Casts(TorchDispatchMode):
     """Counts how often an adapter of rank 4 in fp32 is cast to bf16."""
 
@@ -134,9 +133,7 @@ def adamw(model: Any) -> torch.optim.Optimizer:
 CHANGES: dict[str, Any] = {
     "step": lambda model: adamw(model).step(),
     "copy": lambda model: draw(model, 2),
-    "checkpoint": lambda model: model.load_state_dict(
-        {n: 2 * w for n, w in adapter_state(model).items()}, strict=False
-    ),
+    "checkpoint": lambda of: of.load_state_dict({n: 2 * w for n, w in adapter_state(of).items()}, strict=False),
 }
 
 
@@ -208,7 +205,6 @@ def test_a_frozen_adapter_that_was_asked_can_be_fitted(tiny_model: str) -> None:
             assert (losses(model) - before).abs().max() > 0.01
 
 
-# Which layers fit.
 class OnePlus(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -247,16 +243,14 @@ def test_a_model_can_be_copied_and_pickled(tiny_model: str) -> None:
 
 
 def test_swiglu_alone() -> None:
-    gate, up, a = (
-        torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 5), (2, 3, 5), (2, 5))
-    )
+    sizes = (2, 3, 5), (2, 3, 5), (2, 5)
+    gate, up, a = (torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in sizes)
     product, h = _SwiGLU.apply(gate, up, a)
     assert torch.equal(product, nn.functional.silu(gate) * up) and torch.equal(h, product @ a.T)
     assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up, a))
     assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up))
 
 
-# Memory.
 def kept(model: Any, tokens: int = 64) -> float:
     """Bytes a token that wait for backward, but for weights."""
     storages, known = {}, {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}

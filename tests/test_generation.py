@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_attention import Waits
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixdpo.__main__ import main
@@ -69,18 +69,11 @@ def test_greedy_equals_transformers(look, model, tokenizer, monkeypatch):
 
 def test_the_host_reads_nothing_between_two_looks(model, tokenizer, monkeypatch):
     """Transformers would look at a mask of two axes before each token."""
-    reads = []
-
-    class Reads(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            reads.append(function.overloadpacket.__name__ == "_local_scalar_dense")
-            return function(*args, **(kwargs or {}))
 
     def count(length):
-        reads.clear()
-        with Reads():
+        with Waits() as waits:
             generate(model, tokenizer, PROMPTS, max_new_tokens=length, batch_size=8, progress=False)
-        return sum(reads)
+        return waits.count
 
     monkeypatch.setitem(generation.LOOK, "cpu", 16)
     assert count(4) == count(12)  # what remains is at the start
@@ -143,25 +136,6 @@ def test_seeded_and_without_a_trace(model, tokenizer):
     assert [module.training for module in model.modules()] == flags
 
 
-# peft 0.21 still reads the old name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_an_adapter_counts(model, tokenizer):
-    from peft import LoraConfig, get_peft_model
-
-    options = {"max_new_tokens": 8, "batch_size": 4, "progress": False}
-    plain = generate(model, tokenizer, PROMPTS, **options)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    wrapped = get_peft_model(model, lora)
-    assert generate(wrapped, tokenizer, PROMPTS, **options) == plain  # a fresh adapter changes nothing
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    changed = generate(wrapped, tokenizer, PROMPTS, **options)
-    assert changed != plain
-    with wrapped.disable_adapter():
-        assert generate(wrapped, tokenizer, PROMPTS, **options) == plain
-
-
 def test_nucleus_by_hand():
     probs = torch.tensor([[0.1, 0.5, 0.4], [0.98, 0.01, 0.01]])
     # 0.5 alone misses 0.6; with 0.4 it is reached. The likeliest token stays even when it is more than enough.
@@ -208,7 +182,6 @@ def test_fewer_at_once_where_memory_runs_out(error, model, tokenizer, monkeypatc
         generate(model, tokenizer, PROMPTS, **options)
 
 
-# Pairs of samples.
 CONSTRAINTS = [{"kind": "lowercase", "params": {}}, {"kind": "max_words", "params": {"n": 2}}]
 BRIEF = {"prompt": "Tea?", "constraints": CONSTRAINTS}
 
@@ -268,9 +241,7 @@ def test_equal_margins_compare_equal():
 @pytest.fixture
 def canned(monkeypatch):
     """Stand-in for the model: two responses per prompt."""
-    monkeypatch.setattr(
-        subject, "_sample", lambda model, rows, **options: [responses("tea", "TEA AND MORE")] * len(rows)
-    )
+    monkeypatch.setattr(subject, "_sample", lambda _, rows, **more: [responses("tea", "TEA AND MORE")] * len(rows))
 
 
 def test_command_writes_pairs(tmp_path, capsys, canned):

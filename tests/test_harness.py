@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_export import write_run
+from test_preference_module import plain_log_prob
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation.harness import PAPERS, SHOTS, evaluate
@@ -23,27 +24,17 @@ dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 doc_to_text: "{{{{question}}}}"
 """
-CHOICE = """\
-output_type: multiple_choice
+CHOICE = """output_type: multiple_choice
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-LIKELIHOOD = """\
-output_type: loglikelihood
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"""
+LIKELIHOOD = """output_type: loglikelihood
 doc_to_target: " {{choices[answer]}}"
-metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
-"""
-QUESTIONS = [
-    {"question": question, "choices": [one, other], "answer": answer}
-    for question, one, other, answer in (
-        ("user red blue", "green tea", "sun moon sea", 0),
-        ("cat dog", "tree", "hill road", 1),
-        ("book song rain wind", "salt", "snow", 1),
-        ("bird", "fish red", "tea", 0),
-        ("moon sun", "wind rain", "song book", 0),
-    )
-]
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]"""
+ASKED = [("user red blue", "green tea", "sun moon sea", 0), ("cat dog", "tree", "hill road", 1)]
+ASKED += [("book song rain wind", "salt", "snow", 1), ("bird", "fish red", "tea", 0)]
+ASKED += [("moon sun", "wind rain", "song book", 0)]
+QUESTIONS = [{"question": asked, "choices": [*both], "answer": answer} for asked, *both, answer in ASKED]
 
 
 @pytest.fixture
@@ -57,12 +48,9 @@ def tasks(tmp_path: Path) -> str:
     return str(folder)
 
 
-def log_probability(model: Any, tokenizer: Any, question: str, response: str) -> float:
-    """Of the response's tokens after the question, from one plain forward."""
-    ids = tokenizer(f"{question} {response}")["input_ids"]
+def log_probability(model: Any, tokenizer: Any, *question_and_response: str) -> float:
     with torch.no_grad():
-        log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-    return sum(float(log_probs[at - 1, ids[at]]) for at in range(len(tokenizer(question)["input_ids"]), len(ids)))
+        return float(plain_log_prob(model, *(tokenizer(text)["input_ids"] for text in question_and_response)))
 
 
 @pytest.mark.parametrize("of", ["run", "base"])

@@ -13,12 +13,7 @@ from mixdpo.batches.steps import cut_step
 from mixdpo.model.memory import recompute
 from mixdpo.routing.route import Routing
 
-LAYOUTS = {
-    "plain": {"share_prompt": False, "pack": 0},
-    "plain, packed": {"share_prompt": False, "pack": 40},
-    "shared prompt": {"share_prompt": True, "pack": 0},
-    "shared prompt, packed": {"share_prompt": True, "pack": 1000},
-}
+LAYOUTS = [{"share_prompt": bool(share), "pack": pack} for share, pack in ((0, 0), (0, 40), (1, 0), (1, 1000))]
 
 
 def loss_and_gradient(module: Any, data: Any, layout: dict[str, Any], accumulate: int) -> tuple[float, torch.Tensor]:
@@ -54,7 +49,7 @@ def test_a_step_is_the_same_however_it_is_computed(tiny_model, tmp_path, monkeyp
         perturb_policy(module)
         assert module.model.config._attn_implementation == attention
         cuts = (2,) if attention in ("lower_right", "varlen") else (1, 2, 6)
-        ways = product(LAYOUTS.values(), cuts, (False, True), ("online", "cached"))
+        ways = product(LAYOUTS, cuts, (False, True), ("online", "cached"))
         for layout, accumulate, again, reference in ways:
             recompute(module.model, again)
             if reference == "online":  # and kept in a file that is empty as yet, which the next way reads

@@ -242,7 +242,6 @@ def test_a_short_key_is_no_part_of_a_response(server, tmp_path, monkeypatch):
     assert {round(verdict.preference, 3) for verdict in judging.verdicts.values()} == {0.1, 0.9}
 
 
-# Kills.
 @pytest.fixture
 def separate(tmp_path: Path) -> Iterator[ServerProcess]:
     with ServerProcess(tmp_path / "answered.log", "0.2") as server:
@@ -286,7 +285,6 @@ def test_an_interrupt_ends_it_and_the_same_command_continues(separate, tmp_path)
     assert kept.items() <= judging.verdicts.items() and separate.answered().total() <= 28
 
 
-# Files of responses and of verdicts.
 def test_verdicts_of_another_judgement_are_left_alone(server, tmp_path):
     judging = Judging(tmp_path, server.url)
     judging(limit=1)
@@ -336,7 +334,6 @@ def test_matching_by_instruction(tmp_path):
         match(model, baseline[:3], "b.json")
 
 
-# The table of a verdicts file, and of two.
 HEADER = {"model": "ours", "baseline": "gpt", "outputs": "0f", "judge": {"model": "j", "seed": 0}}
 NAME = "length-controlled win rate without instruction difficulty and gamed baselines"
 GAMED = "index,model,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"

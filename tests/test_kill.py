@@ -10,6 +10,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,10 @@ def test_a_hundred_kills(kinds, never_killed, tmp_path, capsys) -> None:
     """40 at the dangerous moments (each function in several of its calls), 60 at random ones; half of what they left is
     moved before it is continued, and in half of that another run's best checkpoint lies where it was."""
     calls = {"save_checkpoint": range(1, 7), "replace": range(1, 7), "add_losses": range(1, 5), "save_file": [1]}
-    planned = [
-        (kind, lambda point=point, call=call: die(*POINTS[point], call), None)
-        for kind in kinds
-        for point, (_, name, _) in POINTS.items()
-        for call in calls[name]
-        if kind == "cleaning" or name != "add_losses"
-    ]
+    planned = []
+    for kind, (point, (_, name, _)) in product(kinds, POINTS.items()):
+        for call in calls[name] if kind == "cleaning" or name != "add_losses" else ():
+            planned.append((kind, lambda point=point, call=call: die(*POINTS[point], call), None))
     draw = random.Random(0)
     planned = draw.sample(planned, 40)
     for number in range(60):

@@ -14,7 +14,6 @@ from test_losses import TABLE, make
 from test_preference_module import first_batch, forwards, perturb_policy, plain_log_prob
 from transformers import AutoModelForCausalLM
 
-from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.callbacks.logging import Throughput
 from lightning_modules.preference import PreferenceModule
 from mixdpo import losses
@@ -28,11 +27,6 @@ from mixdpo.routing.schedules import Constant
 
 SOURCE_ROWS = make_pairs(8)
 EASY, HALF, HARD = ({"routing": Routing(hard_fraction=fraction)} for fraction in (0.0, 0.5, 1.0))
-
-
-def test_a_loss_over_that_of_a_config(build_cli: Any) -> None:  # noqa: F811
-    alone = build_cli("configs/demo.yaml", "--model.preference_loss", "mixdpo.losses.SPPO").model.preference_loss
-    assert alone.beta == 0.001  # its own: jsonargparse would hand on a number that the signature of DPO has
 
 
 @pytest.mark.parametrize("name", ["hypo", "odpo", "madpo", "amapo", "sum"])
@@ -217,14 +211,6 @@ def test_beta_dpo_resumes_exactly_and_validation_leaves_it_alone(summed, tiny_mo
         fit(tiny_model, source, tmp_path / "other", ckpt_path=str(checkpoint), data=data, trainer={"max_epochs": 2})
 
 
-def test_what_does_not_go_with_a_loss_is_refused(tiny_model: str, source: str, tmp_path: Path) -> None:
-    """What means over one pair say is in bad_input/options.py."""
-    trainer = {"first": (RefreshReference(role="reference", every=1),)}
-    with pytest.raises(InputError, match="neither the scorer nor the loss reads a"):
-        fit(tiny_model, source, tmp_path / "run", preference_loss=SimPO(), trainer=trainer)
-
-
-# Metrics.
 def weighted(values, weights):
     return torch.tensor(values, dtype=torch.float32), torch.tensor(weights, dtype=torch.float32)
 
@@ -282,10 +268,8 @@ def test_pair_values_by_hand():
 
 def test_values_by_difficulty():
     """Means over all, easy and hard pairs, filler not counted; a group without pairs is left out."""
-    pairs = [
-        {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "margin": margin, "pair_id": index}
-        for index, margin in enumerate([3.0, 0.0, 2.0])
-    ]
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    pairs = [ids | {"margin": margin, "pair_id": index} for index, margin in enumerate([3.0, 0.0, 2.0])]
     batch, means = collate(pairs, [False, True, False], evaluation=True), NamedMeans(VALIDATION)
     means.update(by_difficulty({"rewards/margin": torch.tensor([1.0, 4.0, 10.0])}, batch))
     filler = collate(pairs[:2], [False, True], weight=0.0, evaluation=True)

@@ -348,7 +348,6 @@ def test_sft_is_a_mean_per_sequence():
     assert_close(sft(chosen), torch.tensor([3.0, 1.0, 0.5]))
 
 
-# What users see and write.
 @pytest.mark.parametrize("name", NAMES)
 def test_every_class_documents_itself(name, capsys):
     options(f"mixdpo.losses.{TABLE[name][0]}")

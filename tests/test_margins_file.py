@@ -30,7 +30,7 @@ from mixdpo.model.identity import base_fingerprint
 from mixdpo.model.loading import load_base, load_reward_model, load_tokenizer
 from mixdpo.signals.compare_margins import overlap, spearman
 from mixdpo.signals.margins_file import FORMAT, read_margins
-from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel, ches
+from mixdpo.signals.signals import CHES, ImplicitReward, PolicyLogProb, Rating, RewardModel
 from mixdpo.storage.store import read_store
 
 SOURCE_ROWS = make_pairs(10)
@@ -234,7 +234,6 @@ def test_command_line(tiny_model, source, tmp_path):
     assert read_margins(tmp_path / "r").pairs.keys() == read_margins(path).pairs.keys()
 
 
-# Comparison.
 def write_margins(path, margins, texts=None, **header):
     said = {"format": FORMAT, "signal": "s", "options": {}, "needs": "rating", "base": "<b>", "adapter": None}
     said |= {"source": "d", "pairs": len(margins), **header}
@@ -287,7 +286,6 @@ def test_compare_margins(tmp_path, capsys):
     assert f"14 pairs in common, Spearman's rank correlation {expected:.3f}" in printed
 
 
-# Combination.
 def z_scores(values):
     return [(value - statistics.fmean(values)) / statistics.pstdev(values) for value in values]
 
@@ -296,14 +294,8 @@ def test_alignment_potential(tmp_path, capsys):
     draw = np.random.default_rng(0)
     rating, gap = ({i: float(draw.normal()) for i in range(12)} for _ in range(2))
     a = write_margins(tmp_path / "a", rating)
-    model = {
-        "needs": "policy",
-        "weights": "w",
-        "adapter_weights": None,
-        "lengths": "l",
-        "date": "d",
-        "options": {"normalised": True},
-    }
+    model = {"needs": "policy", "weights": "w", "adapter_weights": None, "lengths": "l", "date": "d"}
+    model |= {"options": {"normalised": True}}
     b = write_margins(tmp_path / "b", dict(sorted(gap.items(), reverse=True)), **model)
     assert main(["combine-margins", a, b, str(tmp_path / "out")]) == 0
     file, parts = read_margins(tmp_path / "out"), [read_margins(a).header, read_margins(b).header]
@@ -431,13 +423,6 @@ def test_ches(tiny_model, pairs, normalised):
     close(margins(CHES(normalised), ours(tiny_model), pairs), expected)
 
 
-def test_ches_by_hand():
-    """⟨(1, 2), (3, −1)⟩ − ‖(1, 2)‖² = 1 − 5; a pair of equal responses has 0, the hardest there is on this side."""
-    assert ches(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])).tolist() == [-4.0]
-    same = torch.randn(3, 5)
-    assert ches(same, same).tolist() == [0.0] * 3
-
-
 @pytest.mark.parametrize("signal", [PolicyLogProb(), ImplicitReward(), CHES()], ids=str)
 def test_batches_do_not_matter(tiny_model, adapter, pairs, signal):
     model = ours(tiny_model, adapter)
@@ -483,7 +468,3 @@ def test_what_is_no_reward_model(tiny_model, tmp_path):
         load_reward_model(tiny_model, quantization="none")
     with pytest.raises(InputError, match="cannot load"):
         load_reward_model(str(tmp_path / "nothing"))
-
-
-def test_rating(pairs):
-    assert margins(Rating(), None, pairs).tolist() == [pair["margin"] for pair in pairs]

@@ -26,13 +26,13 @@ from lightning_modules.preference import PreferenceModule
 from lightning_modules.qlora import AdapterModule
 from lightning_modules.sft import SFTModule
 from mixdpo.batches.steps import cut_step, micro_batches_needed
-from mixdpo.errors import InputError, Stopped
+from mixdpo.errors import Stopped
 from mixdpo.losses import DPO
 from mixdpo.model.adapters import Lora
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
 from mixdpo.token_cleaning.cleaning import Cleaning
-from mixdpo.token_cleaning.scorers import ExcessLoss, Loss, Random
+from mixdpo.token_cleaning.scorers import ExcessLoss, Loss
 from mixdpo.token_cleaning.selection import Selection
 
 __all__ = ["SOURCE_ROWS", "run", "whole"]  # fixtures, and their rows
@@ -128,7 +128,6 @@ def test_auto_keeps_the_number_of_the_checkpoint_on_any_card(later, run, tmp_pat
     assert rest.trainer.datamodule.cut == expected.trainer.datamodule.cut and same(rest, expected)
 
 
-# Before the first step.
 class Remembers:
     """A user's own loss that changes with each call."""
 
@@ -307,14 +306,6 @@ def test_actions_train_what_they_say(action, by_preference, by_sft, hard_by_pref
         assert batch.sft_sides == data.route.sft_sides
 
 
-@pytest.mark.parametrize("order", [{"order": "shuffled", "reshuffle": True}, {"order": "paced"}], ids=str)
-def test_cleaning_wants_steps_that_stay(order, tiny_model: str, source: str, tmp_path: Path) -> None:
-    cleaning = Cleaning(scorer=Random(), selection=Selection(0.5, scope="batch"))
-    routing = Routing(hard_fraction=0.25, **order)
-    with pytest.raises(InputError, match=r"scope is batch, data\.routing\.reshuffle false and no order paced"):
-        run_order(tiny_model, source, tmp_path / "run", routing, cleaning=cleaning)
-
-
 @pytest.mark.parametrize("start", ["base", "adapter"])
 def test_the_reference_moves_at_each_bucket_and_resumes_exactly(start, tiny_model, source, tmp_path) -> None:
     """Buckets start at steps 0, 2 and 3: there the policy becomes the reference, and the reference then stays."""
@@ -347,10 +338,8 @@ def test_the_base_moves_as_an_average_and_resumes_exactly(precision, rtol, stop,
     """Refreshed at steps 2 and 4 of 5. Until then the reference is the base, though it is an adapter from the start."""
 
     def train(name: str, *first: Callback, ckpt_path: str | None = None, **cut: int) -> tuple[Any, Seen]:
-        options = {
-            "trainer": {"precision": precision, **cut},
-            "dtype": "bfloat16" if "bf16" in precision else "float32",
-        }
+        dtype = "bfloat16" if "bf16" in precision else "float32"
+        options = {"trainer": {"precision": precision, **cut}, "dtype": dtype}
         return run_order(tiny_model, source, tmp_path / name, EASY, *first, lr=1.0, ckpt_path=ckpt_path, **options)
 
     moves = RefreshReference(every=2, ema=0.4, role="reference")

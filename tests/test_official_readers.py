@@ -53,10 +53,8 @@ def files(tmp_path: Path) -> list[Path]:
     """Of a model and a baseline, whose order differs, in AlpacaEval's format, made by hand."""
     paths = [tmp_path / "ours.json", tmp_path / "gpt.json"]
     for path, texts, order in zip(paths, zip(*RESPONSES.values(), strict=True), (1, -1), strict=True):
-        rows = [
-            dict(zip(COLUMNS, ("made", instruction, text, path.stem, len(text), True), strict=True))
-            for instruction, text in zip(RESPONSES, texts, strict=True)
-        ]
+        values = [("made", *pair, path.stem, len(pair[1]), True) for pair in zip(RESPONSES, texts, strict=True)]
+        rows = [dict(zip(COLUMNS, each, strict=True)) for each in values]
         path.write_text(json.dumps(rows[::order], ensure_ascii=False), "utf-8")
     return paths
 

@@ -56,7 +56,6 @@ def only(tmp_path, row):
     return pair
 
 
-# Sources.
 KINDS = ["a.json", "a.json.gz", "a.jsonl", "a.csv.jsonl.gz", "a.csv", "a.jsonl.csv.gz", "a.parquet"]
 
 
@@ -242,11 +241,9 @@ def test_null_in_a_column_of_mixed_rows_counts_as_absent(tmp_path):
     assert pairs["pair_id"][1] == only(tmp_path, PAIR)["pair_id"]
 
 
-# Faults, each named by file, row and columns.
 LINE = json.dumps(PAIR).encode() + b"\n"
 
 
-# Row forms.
 WHOLE = {"chosen": [user("2+2?"), response("4")], "rejected": [user("2+2?"), response("5")]}
 FORMS = {
     "standard": PAIR,
@@ -299,7 +296,6 @@ def test_unusable_rows_are_kept_out_and_counted_even_from_the_cache(tmp_path):
         read_pairs(write(tmp_path / "b.jsonl", rows[3:4]))
 
 
-# Pair ids.
 def test_ids_from_content_follow_it_and_stay_apart_when_a_row_repeats(tmp_path):
     other = PAIR | {"chosen": "four"}
     ids = read_pairs(write(tmp_path / "a.jsonl", [PAIR, other, PAIR])).dataset["pair_id"][:]
@@ -308,7 +304,6 @@ def test_ids_from_content_follow_it_and_stay_apart_when_a_row_repeats(tmp_path):
     assert all(0 <= pair_id < 2**63 for pair_id in ids)
 
 
-# Split.
 prompt_lists = st.lists(st.text(alphabet="abc", max_size=3), min_size=1, max_size=30)
 
 
@@ -371,7 +366,6 @@ def test_pandalm_pairs():
     assert Counter(round(margin * 3) for margin in real("pandalm_human")[1]) == {3: 744, 2: 30, 1: 87}
 
 
-# Samples.
 QUESTION = {"prompt": "2+2?", "completion": "4"}
 TURNS = [system("Be brief."), user("2+2?"), response("4"), user("Sure?"), response("Yes")]
 ONE_TURN = [user("2+2?"), response("4")]

@@ -3,16 +3,16 @@
 import json
 import math
 from collections import Counter
-from importlib import import_module
-from pathlib import Path
 
 import numpy as np
+import planted_noise_repairs as repairs
 import pytest
 from conftest import WORDS, build_sft, make_samples, write_pairs
 from datasets import Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise import PHRASES, NoisySFTDataModule, PlantedNoise, detection, plant, planted_tokens, stages_with_noise
+from planted_noise import bound_term
 
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.errors import InputError
@@ -174,9 +174,8 @@ def test_a_summary_by_hand():
         **{"tokens": 8, "kept_tokens": 4, "kept_share": 3.5 / 8, "threshold": 1.0},
         **{"samples": 4, "samples_keeping_nothing": 2, "mean_abs_score": 2.0},
         "by_source": {
-            "a": {"tokens": 6, "kept_share": 2.5 / 6},
-            "b": {"tokens": 0, "kept_share": None},
-            "c": {"tokens": 2, "kept_share": 0.5},
+            name: {"tokens": tokens, "kept_share": share}
+            for name, tokens, share in (("a", 6, 2.5 / 6), ("b", 0, None), ("c", 2, 0.5))
         },
     }
 
@@ -217,22 +216,11 @@ def test_auc_counts_pairs(tokens):
     assert auc == (pytest.approx(sum(pairs) / len(pairs)) if pairs else None)
 
 
-def test_the_bound(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    bound_term = import_module("planted_noise").bound_term
+def test_the_bound():
     assert bound_term(100_000) == pytest.approx(0.009362, abs=1e-6)  # √(2 · ln 80 / 10⁵), ln 80 = 4.382027
     assert bound_term(8, delta=4 / math.e) == 0.5  # √(2 · 1 / 8)
     with pytest.raises(InputError, match="kept"):
         bound_term(0)
-
-
-# Repairs of a reference.
-
-
-@pytest.fixture
-def repairs(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return import_module("planted_noise_repairs")
 
 
 def scored(*scores):
@@ -244,7 +232,7 @@ def scored(*scores):
     return tokens
 
 
-def test_cross_fitting_takes_the_scores_of_the_reference_that_did_not_see_a_sample(repairs):
+def test_cross_fitting_takes_the_scores_of_the_reference_that_did_not_see_a_sample():
     one, other, first = scored(1, 2, 3, 4), scored(50, 60, 70, 80), np.array([1])
     nan = [np.nan] * 2
     crossed = repairs.either_by(False, first, one, other)
@@ -255,7 +243,7 @@ def test_cross_fitting_takes_the_scores_of_the_reference_that_did_not_see_a_samp
     np.testing.assert_array_equal(one.scores, [*nan, 1, 2, 3, 4])
 
 
-def test_the_middle_of_the_scores_is_kept(repairs):
+def test_the_middle_of_the_scores_is_kept():
     tokens, nan = scored(-1, 9, 0.5, 1), [np.nan] * 2  # the median is 0.75
     near = repairs.near_median(tokens)
     np.testing.assert_array_equal(near.scores, [*nan, -1.75, -8.25, -0.25, -0.25])
@@ -265,7 +253,7 @@ def test_the_middle_of_the_scores_is_kept(repairs):
     np.testing.assert_array_equal(ends.weights, near.weights)
 
 
-def test_the_third_with_the_lowest_mean_trains_a_reference(repairs, tiny_model, tmp_path):
+def test_the_third_with_the_lowest_mean_trains_a_reference(tiny_model, tmp_path):
     tokens = scored(2, 1, 1, 3)
     tokens.scores[:2] = 1.9, 1.9  # by sums, the second sample would come first as well
     assert repairs.lowest_third(tokens).tolist() == [2]

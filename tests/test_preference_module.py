@@ -110,15 +110,6 @@ def test_update_is_the_mean_over_the_step_whatever_the_cut(cut, tiny_model, sour
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=close)
 
 
-def test_first_step_is_ln2_with_margin_zero(tiny_model: str, source: str, tmp_path: Path) -> None:
-    run = build(tiny_model, source, tmp_path / "run", data={"routing": Routing(hard_fraction=0)})
-    batch, module = first_batch(*run), run[1]
-    policy, reference = module.policy_and_reference(batch)
-    loss, preference, _ = module.route_losses(batch, policy, reference)
-    torch.testing.assert_close(preference, torch.full((4,), 0.6931472, dtype=torch.float64))
-    assert torch.equal(policy.sums, reference.sums) and len(loss) == 4
-
-
 def test_only_the_policy_gets_a_gradient_and_nothing_else_moves(tiny_model: str, source: str, tmp_path: Path) -> None:
     """The reference is the frozen start, not the base."""
     trained = fit(tiny_model, source, tmp_path / "first", lr=1.0)

@@ -1,7 +1,5 @@
 """The margin of a row, from one column, from two or from the scores of a reward model."""
 
-from decimal import Decimal
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,10 +27,6 @@ def test_difference_is_chosen_minus_rejected_and_strings_are_parsed(chosen, reje
     columns = ("score_chosen", "score_rejected")
     assert row_margin({"score_chosen": chosen, "score_rejected": rejected}, columns) == chosen - rejected
     assert row_margin({"score_chosen": repr(chosen), "score_rejected": f" {rejected!r} "}, columns) == chosen - rejected
-
-
-def test_decimals_are_numbers():
-    assert row_margin({"margin": Decimal("1.5")}, ("margin",)) == 1.5
 
 
 def reward_model_row(chosen="b", rejected="c", scores=(0.1, 0.5, 0.2)):

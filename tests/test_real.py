@@ -24,10 +24,8 @@ TEXTS = [
     ("Name three fruits.", "Apples, pears and plums are three fruits.", "Fruits are healthy."),
     ("What is the capital of France? Response in one word.", "Paris.", "France is in Europe; its capital is Lyon."),
 ]
-ROWS = [
-    {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 2.0 - i}
-    for i, (prompt, chosen, rejected) in enumerate(TEXTS)
-]
+NAMES = ("prompt", "chosen", "rejected")
+ROWS = [dict(zip(NAMES, texts, strict=True)) | {"margin": 2.0 - i} for i, texts in enumerate(TEXTS)]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from conftest import SHARED, TEMPLATE, WORDS, adapter_weights, build, make_pairs
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_cli import in_process
 from test_scoring import changed_model, plain_model
+from tiny import response, user
 
 from datamodules.prompts import PromptDataModule
 from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
@@ -37,11 +38,6 @@ from mixdpo.routing.schedules import Constant
 from mixdpo.storage.store import read_store
 
 GSM = GSM8K()
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return str(path)
 
 
 def questions(count: int, turns: int = 2) -> list[dict[str, Any]]:
@@ -71,25 +67,25 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_second_turn_follows_the_first_response(tiny_model, tmp_path):
-    source = write_rows(tmp_path / "question.jsonl", questions(5))
+    source = write_pairs(tmp_path / "question.jsonl", questions(5))
     assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model)) == 0
     rows = read(tmp_path / "tiny.jsonl")
     assert [row["question_id"] for row in rows] == [81, 82, 83, 84, 85]
     model, tokenizer = load_base(tiny_model, quantization="none", dtype="float32"), load_tokenizer(tiny_model)
     for row, question in zip(rows, questions(5), strict=True):
         chat: list[dict[str, str]] = []
-        for said, response in zip(question["turns"], row["choices"][0]["turns"], strict=True):
-            chat.append({"role": "user", "content": said})
+        for said, text in zip(question["turns"], row["choices"][0]["turns"], strict=True):
+            chat.append(user(said))
             ((alone,),) = generate(model, tokenizer, [chat], max_new_tokens=6, batch_size=1, progress=False)
-            assert response == alone.text
-            chat.append({"role": "assistant", "content": response})
+            assert text == alone.text
+            chat.append(response(text))
         assert row["generate_params"]["tokens"][1] == alone.tokens
 
 
 def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
     """Sampled, with a temperature for each category: cut off between the temperatures of a batch, then between
     batches."""
-    source = write_rows(tmp_path / "question.jsonl", questions(8))
+    source = write_pairs(tmp_path / "question.jsonl", questions(8))
     more = ("--model.temperature", "{writing: 0.9, math: 0.7}")
     assert in_process(*responses("predict", "MTBench", source, tmp_path / "whole", tiny_model, *more)) == 0
     whole = untimed(read(tmp_path / "whole/tiny.jsonl"))
@@ -120,10 +116,10 @@ def test_interrupted_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
 
 
 def test_other_responses_are_not_continued(tiny_model, tmp_path, capsys):
-    source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
+    source = write_pairs(tmp_path / "question.jsonl", questions(4, turns=1))
     assert in_process(*responses("predict", "MTBench", source, tmp_path, tiny_model)) == 0
     before = (tmp_path / "tiny.responses.sqlite").read_bytes()
-    other = write_rows(tmp_path / "other.jsonl", [row | {"question_id": -i} for i, row in enumerate(questions(4, 1))])
+    other = write_pairs(tmp_path / "other.jsonl", [row | {"question_id": -i} for i, row in enumerate(questions(4, 1))])
     for option, value, named in (
         ("--model.max_new_tokens", "5", "sampling.max_new_tokens: "),
         ("--model.seed", "1", "sampling.seed: "),
@@ -140,18 +136,13 @@ def test_official_forms():
     alpaca = AlpacaEval()
     asked = alpaca(1, {"instruction": "Why?", "dataset": "koala"})
     (row,) = alpaca.rows([PromptResponses(asked, (said,))], "mine")
-    assert row == {
-        **{"dataset": "koala", "instruction": "Why?", "output": "A response.", "generator": "mine"},
-        **{"tokens": 4, "ended": True},
-    }
+    expected = {"dataset": "koala", "instruction": "Why?", "output": "A response.", "generator": "mine"}
+    assert row == expected | {"tokens": 4, "ended": True}
     arena = ArenaHard()
     asked = arena(1, {"uid": "u1", "prompt": "Why?", "category": "hard_prompt"})
     (row,) = arena.rows([PromptResponses(asked, (said,))], "mine")
     assert (row["uid"], row["model"], row["metadata"]["token_len"]) == ("u1", "mine", 4)
-    assert row["messages"] == [
-        {"role": "user", "content": "Why?"},
-        {"role": "assistant", "content": {"answer": "A response."}},
-    ]
+    assert row["messages"] == [user("Why?"), response({"answer": "A response."})]
     bench = MTBench()
     hub = bench(1, {"prompt_id": 5, "category": "math", "prompt": ["One?", "Two?"], "reference": []})
     official = bench(2, {"question_id": 4, "category": "math", "turns": ["One?", "Two?"]})
@@ -172,13 +163,13 @@ def test_official_forms():
 def test_malformed_row_is_named(tmp_path, form, row, message):
     good = {"instruction": "a", "uid": "b", "prompt": "c", "question_id": 1, "turns": ["d"], "question": "e"}
     good |= {"answer": "#### 4", "constraints": [{"kind": "no_commas", "params": {}}]}
-    source = write_rows(tmp_path / "rows.jsonl", [good, row])
+    source = write_pairs(tmp_path / "rows.jsonl", [good, row])
     with pytest.raises(InputError, match=r"rows\.jsonl, row 2: .*" + message):
         PromptDataModule(source, form).setup("predict")
 
 
 def test_same_id_twice_is_named(tmp_path):
-    source = write_rows(tmp_path / "rows.jsonl", [{"uid": "a", "prompt": "c"}, {"uid": "a", "prompt": "d"}])
+    source = write_pairs(tmp_path / "rows.jsonl", [{"uid": "a", "prompt": "c"}, {"uid": "a", "prompt": "d"}])
     with pytest.raises(InputError, match="row 1 and row 2 have the same id a"):
         PromptDataModule(source, ArenaHard()).setup("predict")
 
@@ -220,7 +211,7 @@ def test_published_questions_are_read():
 def test_gold_score_of_gsm8k_beside_its_own_output(tiny_model, tmp_path):
     """`response` is a column of the benchmark, and stays its gold response."""
     rows = [{"question": f"{WORDS[i]}?", "answer": f"so\n#### {i}", "output": "of the row"} for i in range(3)]
-    command = responses("test", "GSM8K", write_rows(tmp_path / "gsm.jsonl", rows), tmp_path, tiny_model)
+    command = responses("test", "GSM8K", write_pairs(tmp_path / "gsm.jsonl", rows), tmp_path, tiny_model)
     assert in_process(*command) == 0
     written = json.loads((tmp_path / "tiny.json").read_text())
     assert [row["answer"] for row in written] == [row["answer"] for row in rows]
@@ -231,7 +222,7 @@ def test_gold_score(tiny_model, tmp_path):
     both = {"constraints": [{"kind": kind, "params": {}} for kind in ("no_commas", "has_number")]}
     parts = ["seen"] * 4 + ["unseen"] * 2
     rows = [both | {"prompt_id": f"p{i}", "prompt": WORDS[i], "part": part} for i, part in enumerate(parts)]
-    source = write_rows(tmp_path / "prompts.jsonl", rows)
+    source = write_pairs(tmp_path / "prompts.jsonl", rows)
     assert in_process(*responses("test", "Constraints", source, tmp_path, tiny_model)) == 0
     table, written = (tmp_path / "tiny.md").read_text(), json.loads((tmp_path / "tiny.json").read_text())
     assert [row["score"] for row in written] == [0.5] * 6  # words without commas or digits
@@ -247,7 +238,7 @@ def test_run_brings_its_base_adapter_and_template(tiny_model, tmp_path):
     shutil.copytree(run / "adapter", tmp_path / "peft")
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": tiny_model}))
-    source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
+    source = write_pairs(tmp_path / "question.jsonl", questions(4, turns=1))
     choices = {}
     for name, more in {
         "base": (),
@@ -265,7 +256,7 @@ def test_a_prompt_that_cannot_be_asked_is_named_by_its_id(tiny_model, tmp_path, 
     refuses = "{% if 'moon' in messages[0]['content'] %}{{ raise_exception('no moon') }}{% endif %}"
     template.write_text(refuses + TEMPLATE)
     rows = [{"uid": f"u{i}", "prompt": f"{WORDS[i]} {WORDS[i]}"} for i in range(7)]  # WORDS[5] is moon
-    command = responses("predict", "ArenaHard", write_rows(tmp_path / "q.jsonl", rows), tmp_path, tiny_model)
+    command = responses("predict", "ArenaHard", write_pairs(tmp_path / "q.jsonl", rows), tmp_path, tiny_model)
     assert in_process(*command, "--model.chat_template", str(template)) == 1
     assert "prompt u5: " in capsys.readouterr().err
 
@@ -305,7 +296,7 @@ def serving(handler: Any) -> Iterator[tuple[Any, str]]:
 
 def test_responses_of_a_server(tmp_path):
     """Two turns by an OpenAI-compatible server; the key is in no file."""
-    source = write_rows(tmp_path / "question.jsonl", questions(4))
+    source = write_pairs(tmp_path / "question.jsonl", questions(4))
     with serving(Echo) as (server, url), pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_API_KEY", "sk-secret")
         arguments = responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
@@ -327,7 +318,7 @@ def test_a_server_that_does_not_know_the_model(tmp_path, capsys):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_error(404)
 
-    source = write_rows(tmp_path / "question.jsonl", questions(1))
+    source = write_pairs(tmp_path / "question.jsonl", questions(1))
     with serving(type("Missing", (Echo,), {"do_POST": refuse})) as (_, url):
         assert in_process(*responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)) == 1
     message = capsys.readouterr().err
@@ -348,7 +339,7 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     rows = questions(3)
     rows[1]["turns"][1] = "moon " * 500
-    source = write_rows(tmp_path / "question.jsonl", rows)
+    source = write_pairs(tmp_path / "question.jsonl", rows)
     handler = type("Short", (Echo,), {"do_POST": refuse})
     with serving(handler) as (server, url):
         arguments = responses("predict", "MTBench", source, tmp_path, "served", "--model.server", url)
@@ -371,7 +362,7 @@ def test_a_prompt_that_a_server_refuses_loses_no_other(tmp_path, monkeypatch, ca
     ("predict", "MTBench", ("--model.run", "nowhere"), "nowhere"),
 ])  # fmt: skip
 def test_impossible_wishes(tiny_model, tmp_path, capsys, verb, form, more, message):
-    source = write_rows(tmp_path / "question.jsonl", questions(4, turns=1))
+    source = write_pairs(tmp_path / "question.jsonl", questions(4, turns=1))
     assert in_process(*responses(verb, form, source, tmp_path / "runs", tiny_model, *more)) == 1
     assert message in capsys.readouterr().err
 
@@ -379,7 +370,7 @@ def test_impossible_wishes(tiny_model, tmp_path, capsys, verb, form, more, messa
 def test_file_of_a_hub_data_set(monkeypatch, tmp_path):
     import huggingface_hub
 
-    local = write_rows(tmp_path / "alpaca_eval.jsonl", [{"instruction": "Why?"}])
+    local = write_pairs(tmp_path / "alpaca_eval.jsonl", [{"instruction": "Why?"}])
 
     def download(repository: str, file: str, repo_type: str) -> str:
         assert (repository, file, repo_type) == ("tatsu-lab/alpaca_eval", "some/alpaca_eval.jsonl", "dataset")
@@ -408,10 +399,6 @@ PARTS = ["seen", "seen", "new", "new"]
 
 def test_compare_by_hand() -> None:
     rows = compare(BEFORE, AFTER, PARTS)
-    assert list(rows) == [
-        *("gold score, all prompts", "gold score, seen", "gold score, new"),
-        *("response length, tokens", "ended by itself"),
-    ]
     expected = {  # n, before, after, difference
         "gold score, all prompts": (4, 1.75 / 4, 3.75 / 4, 0.5),
         "gold score, seen": (2, 0.125, 1.125, 1.0),
@@ -419,6 +406,7 @@ def test_compare_by_hand() -> None:
         "response length, tokens": (4, 31.0, 35.0, 4.0),
         "ended by itself": (4, 0.75, 1.0, 0.25),
     }
+    assert list(rows) == list(expected)
     for name, values in expected.items():
         assert [rows[name][key] for key in ("n", "before", "after", "difference")] == pytest.approx(values), name
     assert (rows["gold score, seen"]["low"], rows["gold score, seen"]["high"]) == (1.0, 1.0)
@@ -434,10 +422,10 @@ def test_compare_without_scores() -> None:
 
 
 def test_markdown_by_hand() -> None:
-    rows = {
-        "gold score, seen": {"n": 2, "before": 0.125, "after": 1.0625, "difference": 0.9375, "low": -0.25, "high": 1.0},
-        "response length, tokens": {"n": 2, "before": 31, "after": 28.5, "difference": -2.5, "low": -4, "high": 0.75},
-    }
+    keys = ("n", "before", "after", "difference", "low", "high")
+    given = {"gold score, seen": (2, 0.125, 1.0625, 0.9375, -0.25, 1.0)}
+    given |= {"response length, tokens": (2, 31, 28.5, -2.5, -4, 0.75)}
+    rows = {name: dict(zip(keys, values, strict=True)) for name, values in given.items()}
     assert markdown(rows, {"optimizer steps": "7"}).splitlines() == [
         "| held-out prompts | n | before | after | difference [95 % interval] |",
         "|---|---|---|---|---|",

@@ -45,17 +45,6 @@ def test_validation_refuses_another_adapter(run: Any, tiny_model: str, source: s
         validator.validate(module, pairs, ckpt_path=checkpoint(tmp_path / "run"), weights_only=True)
 
 
-def test_validate_reads_a_checkpoint(tiny_model: str, source: str, tmp_path: Path) -> None:
-    data = {"validation": 0.3}
-    trained = fit(tiny_model, source, tmp_path / "run", data=data, lr=1.0).trainer.callback_metrics
-    again, fresh, pairs = build(tiny_model, source, tmp_path / "validate", data=data)
-    (values,) = again.validate(fresh, pairs, ckpt_path=checkpoint(tmp_path / "run"), weights_only=True, verbose=False)
-    assert {"val/easy/rewards/accuracy", "val/hard/rewards/accuracy", "val/all/displacement/chosen"} <= set(values)
-    for name, value in values.items():
-        assert value == pytest.approx(float(trained[name])), name
-    assert values["val/all/displacement/chosen"] != 0
-
-
 def test_a_later_fit_does_not_draw_the_numbers_of_a_checkpoint_again() -> None:
     resume = ExactResume()
     resume._restored = _random_state()

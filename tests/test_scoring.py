@@ -102,11 +102,9 @@ def tuned(tiny_model: str) -> Any:
 @pytest.fixture(scope="module")
 def expected(tiny_model: str, pool: TokenPool, tuned: Any) -> dict[str, np.ndarray]:
     plain = plain_model(tiny_model)
-    adapters = {name: [name] if name != "base" else [] for name in ("base", "policy", "cleaning_reference")}
-    return {
-        name: losses_one_by_one(plain, pool.samples, with_adapters(plain, adapter_state(tuned), *added))
-        for name, added in adapters.items()
-    }
+    names = ("base", "policy", "cleaning_reference")  # there is no adapter of the first name
+    weights = {name: with_adapters(plain, adapter_state(tuned), name) for name in names}
+    return {name: losses_one_by_one(plain, pool.samples, of) for name, of in weights.items()}
 
 
 def computed(tuned: Any, name: Any, pool: TokenPool, samples: Any = None, **options: Any) -> np.ndarray:

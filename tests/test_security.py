@@ -14,11 +14,8 @@ from mixdpo.model.export import save_adapter
 from mixdpo.model.loading import load_base, load_reward_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-CODE = """
-from pathlib import Path
-Path({marker!r}).write_text("ran")
-from transformers import PreTrainedTokenizerFast as T, LlamaConfig as C, LlamaForCausalLM as M
-"""
+CODE = """from pathlib import Path; Path({marker!r}).write_text("ran")
+from transformers import PreTrainedTokenizerFast as T, LlamaConfig as C, LlamaForCausalLM as M"""
 
 
 @pytest.fixture

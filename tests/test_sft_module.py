@@ -24,12 +24,8 @@ from mixdpo.token_cleaning.scorers import ExcessLoss
 from mixdpo.token_cleaning.selection import Selection
 
 SOURCE_ROWS = make_samples(24)
-EVOLVING: dict[str, Any] = {
-    "cleaning": Cleaning(scorer=ExcessLoss(), selection=Selection(0.6), warm_up_stages=1),
-    "stage_start": "restart",
-    "optimizer": torch.optim.AdamW,
-    "lr": 1e-2,
-}
+EVOLVING: dict[str, Any] = {"stage_start": "restart", "optimizer": torch.optim.AdamW, "lr": 1e-2}
+EVOLVING["cleaning"] = Cleaning(scorer=ExcessLoss(), selection=Selection(0.6), warm_up_stages=1)
 
 
 def check_resuming(stop: int, every: Any, model: str, source: str, folder: Path, **options: Any) -> None:

@@ -284,11 +284,8 @@ def test_a_family_is_decided_by_holm(finished: Path) -> None:
             if alpha == 0.05:
                 assert {name for name in values if found[name]["verdict"].startswith("decided, Holm p 0.0")} == rejected
         assert all(found[name]["detectable"] == pytest.approx(2.50 + 0.84) for name in values)  # z of 5 % / 8
-        assert (found["beside"]["verdict"], found["beside"]["p"], found["control"]) == (
-            "as alone",
-            0.04,
-            {"run": "control"},
-        )
+        assert (found["beside"]["verdict"], found["beside"]["p"]) == ("as alone", 0.04)
+        assert found["control"] == {"run": "control"}
     runs = {**STUDY["runs"], "late": {}}
     plan = read_study(write_study(finished, runs=runs, holm=["late", "mixdpo"]))
     table = write_tables(plan, {f"{run}-seed{seed}" for run in STUDY["runs"] for seed in (0, 1)})
@@ -318,9 +315,8 @@ def test_shipped_studies_parse(path: Path, build: Any) -> None:  # noqa: F811
         models = {run: each.model.init_args for run, each in parsed.items()}
         cosine = {run for run, model in models.items() if model.schedule.class_path.endswith(".Cosine")}
         assert cosine == {study.control} and study.control not in study.holm
-        assert {run: model.sft_weight for run, model in models.items() if model.sft_weight != 1} == {
-            study.holm[1]: 0.25
-        }
+        weights = {run: model.sft_weight for run, model in models.items() if model.sft_weight != 1}
+        assert weights == {study.holm[1]: 0.25}
         assert {routing[run] for run in routing if run.startswith("sft_then_dpo")} == {(0.3, "sft_first")}
         assert {run for run, way in ways.items() if way.assignment == "random"} == {"sft_then_dpo_random"}
         assert {run for run, model in models.items() if model.cleaning} == {"sft_then_dpo_cleaned"}

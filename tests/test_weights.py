@@ -37,7 +37,6 @@ def weights_of(path: Path, *conversations: Any, **options: Any) -> list[list[flo
     return read_samples(write_pairs(path, rows), **options).dataset["response_weights"][:]
 
 
-# What is read.
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0, "loss": 0}, {"train": False}, {"loss": False}])
 def test_a_masked_response_weighs_nothing_in_all_three_dialects(tmp_path, mark):
     masked = [FIRST[0] | mark, FIRST[1] | mark, *LAST]  # a question may say that it is not trained on
@@ -87,7 +86,6 @@ def test_a_pair_has_the_weight_of_its_chosen_response(tiny_model, tmp_path):
     assert data[2].counts["train"]["weights_not_read"] == (~data[2].route.is_hard).sum() >= 2
 
 
-# What is encoded.
 def test_a_response_of_weight_0_is_context(tiny_model):
     tokenizer, messages = load_tokenizer(tiny_model), [*FIRST, *LAST, *FIRST]
     whole = encode_sample(tokenizer, messages, TEMPLATE)
@@ -99,7 +97,6 @@ def test_a_response_of_weight_0_is_context(tiny_model):
     assert both.within(max_length=whole.spans[3]).response_weights == [0.25, 0.5]
 
 
-# What is trained.
 def weighed(count: int, weights: Any) -> list[dict[str, Any]]:
     """`make_samples`, its responses marked in turn; None is no mark."""
     rows, marks = make_samples(count), [weights[i % len(weights)] for i in range(3 * count)]
@@ -202,11 +199,9 @@ def test_a_weight_of_0_is_a_row_without_that_turns_loss(tiny_model: str, tmp_pat
     masked = [FIRST[0], FIRST[1] | {"loss": False}, *LAST]
     context = [FIRST[0], {"role": "user", "content": "red"}, *LAST]
     template = TEMPLATE.replace("m['role']", "('assistant' if m.content == 'red' else m.role)")
-    adapters = [
-        trained(tiny_model, [{"messages": messages}] * 4, tmp_path / name, data={"chat_template": template})
-        for name, messages in (("masked", masked), ("context", context))
-    ]
-    assert all(torch.equal(value, adapters[1][key]) for key, value in adapters[0].items())
+    train = partial(trained, tiny_model, data={"chat_template": template})
+    one, other = (train([{"messages": chat}] * 4, tmp_path / str(i)) for i, chat in enumerate((masked, context)))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def test_a_template_that_rewrites_earlier_turns_trains_response_by_response(tiny_model: str, tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from test_scoring import changed_model
+from tiny import make_pairs
+
 from bad_input.case import Place, cases
 from lightning_modules.verbs.run_cli import check_checkpoint
+from mixdpo.losses import IPO
 from mixdpo.model.adapters import Lora
 from mixdpo.routing.route import Routing
 from mixdpo.storage.files import write_json, written_whole
@@ -24,8 +28,6 @@ WRITTEN = cases(
     ("a folder in the way", file_onto_folder, "is a folder … give a file's name"),
     ("a file in the way", file_into_file, "cannot write … Give another place"),
 )
-
-# Checkpoints.
 
 
 def checkpoint(content: Any) -> Any:
@@ -54,6 +56,15 @@ def resumed(how: str = "fit", **options: Any) -> Any:
     return do
 
 
+def on_other_rows(change: Any) -> Any:
+    rows = [row | change(row) for row in make_pairs(16)]
+    return lambda place: resumed(source=place.write("other.jsonl", rows))(place)
+
+
+def on_another_base(place: Place) -> Any:
+    return resumed(model=changed_model(place.model, place.folder / "base"))(place)
+
+
 LAST, BESIDE = "give a run's RUNS/NAME/checkpoints/last.ckpt", "use the config.yaml beside it"
 CHECKPOINTS = [
     *cases(
@@ -67,6 +78,12 @@ CHECKPOINTS = [
         ("another batch size", resumed(data={"batch_size": 8}), ("belongs to another run", "batch_size", BESIDE)),
         ("another route", resumed(data={"routing": Routing(hard_fraction=0.5)}), ("route: ", BESIDE)),
         ("of pairs, for samples", resumed("fit_sft"), ("belongs to another run", "SFTDataModule", BESIDE)),
+        ("another loss", resumed(preference_loss=IPO()), ("preference_loss: ", BESIDE)),
+        ("another rate", resumed(lr=0.3), ("optimizer.lr: ", BESIDE)),
+        ("clipped gradients", resumed(trainer={"gradient_clip_val": 1.0}), ("gradient_clip_val: ", BESIDE)),
+        ("other texts", on_other_rows(lambda row: {"chosen": f"{row['chosen']} red"}), ("data: ", BESIDE)),
+        ("other margins", on_other_rows(lambda row: {"margin": -row["margin"]}), ("route: ", BESIDE)),
+        ("another base", on_another_base, ("base: ", BESIDE)),
         ("another adapter", resumed(lora=Lora(targets=["q_proj"])), ("lora: ", BESIDE)),
     )
 ]

@@ -75,7 +75,6 @@ def constructed(entrance: str, arguments: tuple[Any, ...] = (), **more: Any) -> 
     return case
 
 
-# Decided only with the data.
 def routed(margins: list[float], **chosen: Any) -> Any:
     plan = {"hard_fraction": 0.5} | chosen
     return lambda place: Routing(**plan).plan(np.array(margins), np.arange(len(margins)), seed=0)
@@ -137,7 +136,10 @@ CARD = {"preference_loss": losses.KTOPair()} | data(micro_batch_tokens="auto")
 BOTH_CUT = data(micro_batch_tokens=100) | trainer(accumulate_grad_batches=2)
 LONG_ROW = "row 8 of … pairs.jsonl has 34 tokens, a micro-batch 20 at most … data.micro_batch_tokens to 34 or more"
 RANKED = cleaned(ExcessLoss(worse="policy"), Selection(0.5, scope="batch")) | data(micro_batch_tokens="auto")
+STAY, STEPWISE = "scope is batch, data.routing.reshuffle false and no order paced", cleaned(Random(), BATCH)
+FREE, EACH_STEP = {"preference_loss": losses.SimPO()}, RefreshReference(role="reference", every=1)
 STACKED = cleaned() | trainer(RefreshReference(every=1, ema=0.5)) | {"stage_start": "fresh_adapter"}
+WARM = "nothing makes the warmed-up policy the cleaning_reference"
 OF_THEIR_OWN = [  # callbacks that would move the planned steps
     (callbacks.GradientAccumulationScheduler({0: 2}), "set data.batch_size"),
     (callbacks.LearningRateFinder(), "LearningRateFinder"),
@@ -158,12 +160,17 @@ FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("model.preference_loss", "means of the card's", "KTOPair … give data.micro_batch_tokens a number", CARD),
     ("data.micro_batch_tokens", "and a number", "accumulate_grad_batches (now 2) to 1, or … null", BOTH_CUT),
     ("data.micro_batch_tokens", "fewer than a row's", LONG_ROW, data(micro_batch_tokens=20)),
+    ("model.cleaning", "no pair is easy", "no easy pair", cleaned() | hard(1.0)),
+    ("model.cleaning", "ranked in steps that change", STAY, STEPWISE | hard(0.25, order="shuffled", reshuffle=True)),
+    ("model.cleaning", "ranked in steps that are drawn", STAY, STEPWISE | hard(0.25, order="paced")),
+    ("RefreshReference", "a loss without one", "neither the scorer nor the loss reads a", FREE | trainer(EACH_STEP)),
 ]
 SFT_FITS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("data.slices", "two epochs", "set trainer.max_epochs 1", data(slices=Slices(2)) | trainer(max_epochs=2)),
     ("model.cleaning", "no stage left", "leaves no stage to clean", cleaned(Random(), warm_up_stages=1)),
     ("model.cleaning", "a reference that is the base", "every score would be 0 … Give model.cleaning.", cleaned()),
     ("model.cleaning", "ranked in a card's batch", "set data.micro_batch_tokens to a number", RANKED),
+    ("model.cleaning", "a warm-up of nobody", WARM, cleaned(warm_up_stages=1) | data(slices=Slices(2))),
     ("model.cleaning", "a token that is none", "has no token 'nothing'", cleaned(Random(), NOTHING)),
     ("RefreshReference", "an average of stages", "stacked adapters have no moving average: set ema to 0", STACKED),
     ("RefreshReference", "nothing to refresh", "neither the scorer nor", trainer(RefreshReference())),

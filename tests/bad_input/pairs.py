@@ -100,7 +100,6 @@ def column_case(fault: str, margin: Any, *says: str) -> Case:
     return Case("data.margin", fault, lambda place: read_pairs(place.write("a.jsonl", rows), margin=margin), says)
 
 
-# Folders, splits, limits.
 def broken_folder(place: Place) -> Any:
     place.write("data/train.jsonl", LINE + LINE[:-9])
     return read_pairs(str(place.folder / "data"))

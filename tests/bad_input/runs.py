@@ -51,7 +51,9 @@ def pairs(change: Callable[[str], Any]) -> Callable[[Place], tuple[str, ...]]:
 
 
 def held_out(place: Place) -> tuple[str, ...]:
-    return ("--data.validation", place.shared.pairs)
+    """The prompts of the training pairs but for white space."""
+    rows = [json.loads(line) for line in Path(place.shared.pairs).read_text().splitlines()]
+    return ("--data.validation", place.write("held.jsonl", [row | {"prompt": f"{row['prompt']}\n"} for row in rows]))
 
 
 def prompts(place: Place) -> tuple[str, ...]:
@@ -67,6 +69,8 @@ def chosen(start: str, rows: int) -> Callable[[str], str]:
 
 DEMO, RATING = ("--config", "configs/demo.yaml"), ("--config", "configs/signals/rating.yaml")
 TWICE = "data: {init_args: {max_length: 32}}\ntrainer: {max_steps: 1}\ndata: {init_args: {batch_size: 2}}\n"
+COMET = ("--trainer.logger=CometLogger", "--trainer.logger.project=x")
+ELSEWHERE = ("--trainer.default_root_dir", "elsewhere")
 GOLD = callback("lightning_modules.callbacks.GoldEvaluation")
 EMPTY = '{"prompt": "red", "chosen": "", "rejected": "tea", "pair_id": "e"}\n'
 
@@ -98,11 +102,13 @@ RUNS = [
     run("seed_everything", "-1", ("--seed_everything", "-1"), "seed_everything must lie in"),
     run("model.optimizer", "a negative rate", ("--model.optimizer.lr=-1",), "Invalid learning rate: -1"),
     run("model.optimizer", "a decay of -1", ("--model.optimizer.weight_decay=-1",), "Invalid weight_decay value: -1"),
+    run("trainer.logger", "its package is missing", COMET, "comet-ml … pip install"),
+    run("trainer.accelerator", "its package is missing", ("--trainer.accelerator", "tpu"), "torch_xla"),
+    run("trainer.default_root_dir", "elsewhere", ELSEWHERE, "give --runs and --name instead"),
     run("trainer.accelerator", "unknown", ("--trainer.accelerator", "abacus"), "abacus"),
     run("runs", "a file", lambda place: ("--runs", place.write("file", "")), "file/tiny: Not a … Give another --runs"),
 ]
 
-# What a run bears, and says how often.
 BORNE = [
     run("data.source", "a response longer than max_length", pairs(chosen("tea " * 80, 1)), "1 truncated"),
     run("data.source", "an end token in a text", pairs(chosen("<|im_end|> ", 2)), "2 special tokens in text"),

@@ -64,6 +64,11 @@ PROMPTS: list[tuple[str, Any, tuple[str, ...]]] = [
 SCORED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no constraints", {"constraints": GONE}, ("no list of constraints", "name another scorer")),
     ("an unknown kind", {"constraints": [{"kind": "rhymes", "params": {}}]}, ("'rhymes'", "kind must be one of")),
+    ("no params", {"constraints": [{"kind": "max_words", "params": {}}]}, ("max_words",)),
+    ("params that are text", {"constraints": [{"kind": "max_words", "params": {"n": "3"}}]}, ("int",)),
+    ("params that are true", {"constraints": [{"kind": "max_words", "params": {"n": True}}]}, ("int",)),
+    ("params of null", {"constraints": [{"kind": "lowercase", "params": None}]}, ("lowercase",)),
+    ("a constraint of text", {"constraints": ["lowercase"]}, ("params",)),
     ("params of another kind", {"constraints": [{"kind": "quoted", "params": {"n": 1}}]}, ("takes the params",)),
 ]
 

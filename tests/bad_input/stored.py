@@ -16,8 +16,6 @@ from mixdpo.signals.margins_file import FORMAT, MarginsWriter, read_margins
 from mixdpo.token_cleaning.cleaning import Cleaning
 from mixdpo.token_cleaning.run_tokens import read_cleaning
 
-# Margins files.
-
 HEAD = {"signal": "x", "needs": "rating", "source": "x", "base": "x", "adapter": None, "pairs": 2}
 FIRST = {"format": FORMAT, **HEAD}
 LINES: list[Any] = [FIRST, {"pair_id": 1, "text": "a", "margin": 0.5}, {"pair_id": 2, "text": "b", "margin": 1.0}]

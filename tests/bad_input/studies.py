@@ -27,11 +27,7 @@ STUDIES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("a misspelt key of a run", study(runs={"dpo": {"overlays": "x"}}), ('"runs"', "Option 'overlays'", "did you")),
     ("an unknown control", study(control="sft"), ("runs.dpo: no run is called 'sft', its control",)),
     ("a family with a misspelt run", study(holm=["mixdpo", "sft"]), ("holm: 'sft' is no run that is compared",)),
-    (
-        "a family with its control",
-        study(holm=["dpo"]),
-        ("holm: 'dpo' is no run that is compared", "name runs that are"),
-    ),
+    ("a family with its control", study(holm=["dpo"]), ("'dpo' is no run that is compared", "name runs that are")),
     ("a grid and nothing to choose by", study(grid={"lr": [1, 2]}), ("choose_by: name the part",)),
     ("an outcome that chooses", study(choose_by="main"), ("main chooses the grid point and cannot be an outcome",)),
     ("two runs of one name", study(grid={"a": [1, 1]}, choose_by="part"), ("would be called", "choose other values")),

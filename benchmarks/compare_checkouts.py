@@ -1,7 +1,7 @@
 """Train six short runs in two checkouts with the same seeds, and compare the adapters bit for bit.
 
 `git worktree add /tmp/baseline baseline`, then
-`python tests/compare_checkouts.py /tmp/baseline [NEW_CHECKOUT …] [--runs NAME …]`
+`python benchmarks/compare_checkouts.py /tmp/baseline [NEW_CHECKOUT …] [--runs NAME …]`
 
 NEW_CHECKOUT is the checkout of this script by default. The runs: MixDPO, cleaned MixDPO, self-evolving token cleaning,
 SimPO, bucketed routing with a refreshed reference, and a resumed run; each on one tiny random model, fp32, on the CPU.
@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tiny import make_pairs, make_samples, write_llama, write_pairs
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+from tiny import make_pairs, make_samples, write_llama, write_pairs  # noqa: E402
+
 # old name -> new name, and a file that only checkouts with the new name have
 RENAMED = {
     "mixdpo.schedules.": ("mixdpo.routing.", "mixdpo/routing/schedules.py"),

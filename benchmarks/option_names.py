@@ -1,4 +1,4 @@
-"""Writes mixdpo/option_names.json, what mixdpo/first_look.py knows: `python tests/option_names.py`."""
+"""Writes mixdpo/option_names.json, what mixdpo/first_look.py knows: `python benchmarks/option_names.py`."""
 
 import argparse
 import inspect
@@ -83,17 +83,12 @@ def table() -> dict[str, Any]:
         actions = capture_parser(run_cli.start, ["fit"])._actions
         others = {v: options(capture_parser(verbs.main, [v])) for v in verbs.VERBS.keys() - {"compare"}}
     others["compare"] = of_verb(compare.compare)
-    run = {
-        verb: options(each)
-        for action in actions
-        if action.dest == "subcommand"
-        for verb, each in action.choices.items()
-    }
+    (choices,) = (action.choices for action in actions if action.dest == "subcommand")
+    run = {verb: options(each) for verb, each in choices.items()}
     run |= {"estimate": of_verb(estimate.estimate), "cross-fit": of_verb(cross_fit.cross_fit)}
     run["inspect"] = of_verb(estimate.inspect)
-    run |= {
-        verb: {name: run[verb][name] for name in run[verb].keys() - run["fit"].keys()} for verb in run if verb != "fit"
-    }
+    of_fit = run["fit"].keys()
+    run |= {verb: {n: run[verb][n] for n in run[verb].keys() - of_fit} for verb in run if verb != "fit"}
     others["options"]["name"]["class"] = ""  # the text is a class path
     classes, homes = {}, {}
     for room in (*BY_NAME, *(f"{top}.{name}" for top in ROOMS for name in ROOMS[top].split())):
