@@ -77,6 +77,7 @@ class PlannedDataModule(L.LightningDataModule):
         special_tokens_in_text: bool = False,
         workers: NonNegativeInt = 0,
         processes: PositiveInt | None = None,
+        seed: int = 0,
     ) -> None:
         """Rows of text as planned batches.
 
@@ -101,6 +102,7 @@ class PlannedDataModule(L.LightningDataModule):
             special_tokens_in_text: Read a special token's name in a text (<|im_end|>) as the token, not as characters.
             workers: Processes that prepare batches.
             processes: Processes that tokenise. The token ids are cached, so later runs tokenise nothing.
+            seed: For pairs: seed of ties at the cut, shuffled orders, random assignment and halves.
         """
         super().__init__()
         self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
@@ -112,7 +114,7 @@ class PlannedDataModule(L.LightningDataModule):
         self.encoding: dict[str, Any] = {"overlong": overlong, "chat_template": chat_template}
         self.encoding["special_tokens_in_text"] = special_tokens_in_text
         self.encoding |= {"chat_template_kwargs": chat_template_kwargs, "generation_prompt": generation_prompt}
-        self.workers, self.processes, self.micro_batch_tokens = workers, processes, micro_batch_tokens
+        self.workers, self.processes, self.seed, self.micro_batch_tokens = workers, processes, seed, micro_batch_tokens
         self.counts: dict[str, Any] = {}
         self.doubts: list[str] = []  # warnings about data that is trained on, but probably means something else
         self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup

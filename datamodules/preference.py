@@ -39,7 +39,6 @@ class PreferenceDataModule(PlannedDataModule):
         max_prompt_length: int = 512,
         share_prompt: bool = True,
         half: Literal[0, 1] | None = None,
-        seed: int = 0,
         **options: Any,
     ) -> None:
         """Preference pairs with margins, in the order and on the routes that the margins decide.
@@ -61,11 +60,10 @@ class PreferenceDataModule(PlannedDataModule):
             share_prompt: Compute the prompt once for both responses; false gives each a copy. The numbers are the same.
             half: Train on this half of the prompts, drawn by data.seed; `predict` computes margins of the other half.
                 Null is all prompts. `mixdpo cross-fit` sets it.
-            seed: Seed of ties at the cut, shuffled orders, random assignment and halves.
         """
         super().__init__(source, **options)
         self.routing, self.validation_threshold, self.share_prompt = routing, validation_threshold, share_prompt
-        self.margin, self.margins_file, self.weight, self.half, self.seed = margin, margins_file, weight, half, seed
+        self.margin, self.margins_file, self.weight, self.half = margin, margins_file, weight, half
         self.encoding |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self.documents = self.documents or share_prompt
         self._margins: MarginsFile | None = None

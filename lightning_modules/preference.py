@@ -71,7 +71,7 @@ class PreferenceModule(AdapterModule):
         check_one_of("needs_margin of model.preference_loss", self.needs_margin or "no", ("no", "raw", "standardised"))
         self._kept_log_probs: ReferenceCache | None = None
         self.train_means, self.val_means = NamedMeans(TRAINING), NamedMeans(VALIDATION)
-        self._held_out: list[Any] = []  # of this validation: ids, values and their names, a batch each
+        self._held_out: list[Any] = []  # of this validation: ids and values, a batch each
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log-probabilities by policy and reference → a loss for each pair, by its route → the mean over the step."""
@@ -138,18 +138,19 @@ class PreferenceModule(AdapterModule):
         values |= zip(("tokens/chosen", "tokens/rejected"), policy.lengths.chunk(2), strict=True)
         values |= {"hard": batch.is_hard, "weight": batch.weight}
         columns = torch.stack([value.double() for value in values.values()], 1)
-        self._held_out.append((batch.ids[: batch.count], columns[: batch.count], ("pair_id", *values)))
+        self._held_out.append((batch.ids[: batch.count], columns[: batch.count]))
+        self._columns = ("pair_id", *values)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        parts: list[Any] = [self._held_out] * self.trainer.world_size
+        mine = [list(zip(ids.tolist(), *table.T.tolist(), strict=True)) for ids, table in self._held_out]
+        self._held_out, parts = [], [mine] * self.trainer.world_size
         if self.trainer.world_size > 1:
-            dist.all_gather_object(parts, self._held_out)
-        self._held_out, batches = [], [batch for of_rank in parts for batch in of_rank]
-        if self.trainer.state.fn == "fit" and self.trainer.is_global_zero:
-            rows = [(i, *row) for ids, table, _ in batches for i, row in zip(ids.tolist(), table.tolist(), strict=True)]
-            named = (dict(zip(batches[0][2], row, strict=True)) for row in sorted(rows))
-            write_csv(Path(self.trainer.default_root_dir) / HELD_OUT, batches[0][2], named)
+            dist.all_gather_object(parts, mine)
+        if self.trainer.state.fn == "fit" and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            rows = sorted(row for of_rank in parts for batch in of_rank for row in batch)
+            named = ({"step": self.trainer.global_step, **dict(zip(self._columns, row, strict=True))} for row in rows)
+            write_csv(Path(self.trainer.default_root_dir) / HELD_OUT, ("step", *self._columns), named)
 
     def _record(self, batch: Batch, policy: SequenceLogProbs, reference: Any, routed: tuple[Tensor, ...]) -> None:
         losses, preference, sft_losses = routed

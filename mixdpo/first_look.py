@@ -59,7 +59,7 @@ class FirstLook:
             if option in ("-c", "--config"):
                 text = read_text(value) if value.endswith((".yaml", ".yml", ".json")) else value
                 option, value = "--config", parse_yaml(text, f"config {value}", finite=False)
-            if re.match(r"--(?!help$|all$)\w", option):
+            if re.match(r"--(?!(help|all|\S+\.help)$)\w[^\s=]*$", option):
                 self._set(option[2:], value)
 
     def _set(self, option: str, value: Any) -> None:

@@ -69,7 +69,7 @@ def _caches_of_shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         _own_caches(patch, tmp_path_factory.mktemp("cache"))
         # drawing takes longer than a tiny fit; test_report.py draws
-        patch.setattr("lightning_modules.callbacks.run_files.page_of_fit", lambda folder: None)
+        patch.setattr("lightning_modules.callbacks.run_files.report", lambda runs: None)
         yield
 
 

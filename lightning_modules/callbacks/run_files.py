@@ -1,5 +1,6 @@
 """Files that a run writes around its steps: its options, the plan of the data, the adapter."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -9,8 +10,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning_modules.callbacks.best_checkpoint import load_best
 from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
 from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
-from mixdpo.evaluation.fit_results import ORDER, ORDER_COLUMNS, write_results
-from mixdpo.evaluation.report import page_of_fit
+from mixdpo.evaluation.fit_results import ORDER, ORDER_COLUMNS, show_on, write_results
+from mixdpo.evaluation.report import report
 from mixdpo.storage.files import write_csv, write_json
 
 
@@ -24,10 +25,9 @@ class RunConfig(SaveConfigCallback):
 
 class RunFiles(Callback):
     """Writes the plan of the data (route.json or plan.json; of pairs order.csv too) before training. After training it
-    prints the table that the run ends with, and writes it to results.json and results.md; then the policy as a PEFT
-    folder `adapter/`, with tokenizer and model card: the last policy, or the best one where a ModelCheckpoint monitors
-    a metric. The page report.html comes last. GoldEvaluation stands before it in the list of callbacks, as the command
-    line has it."""
+    writes the policy as a PEFT folder `adapter/`: the last policy, or the best one where a ModelCheckpoint monitors a
+    metric. It prints the table that the run ends with, which results.json and results.md hold. Model card, tokenizer
+    and report.html come last. GoldEvaluation stands before it in the list of callbacks, as the command line has it."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data, plan = trainer.datamodule, pl_module.plan_summary()  # every process takes part in the plan
@@ -45,20 +45,30 @@ class RunFiles(Callback):
         if not trainer.is_global_zero:
             return
         from mixdpo.model.export import Trained, save_adapter  # imports PEFT, which a parser need not wait for
+        from mixdpo.pages.model_card import describe
 
         folder, facts, metrics = Path(trainer.default_root_dir), {}, trainer.callback_metrics
         if best is not None:  # the last validation was of another policy
             facts, metrics = {f"of the best {best.monitor}": f"{best.best_model_score:.4f}"}, {}
         facts |= {"optimizer steps": str(trainer.global_step)}
         for each in trainer.callbacks:
-            if isinstance(each, Throughput):
+            if isinstance(each, Throughput) and each.mean_rows_per_second > 0:  # not NaN, where no step was made
                 facts["pairs or samples per second"] = f"{each.mean_rows_per_second:.2f}"
         facts["peak memory, GB"] = f"{peak_memory_gb(trainer.strategy.root_device):.1f}"
         gold = next((each.rows for each in trainer.callbacks if isinstance(each, GoldEvaluation)), {})
         values = {name: float(value) for name, value in metrics.items()}
-        ending = write_results(folder, gold, values, facts, trainer.loggers)
+        save_adapter(pl_module.model, folder / "adapter")
+        print(write_results(folder, gold, values, facts))
         encoding = trainer.datamodule.encoding
         trained = Trained(pl_module.base, None, {}, encoding["chat_template"], encoding["chat_template_kwargs"])
-        save_adapter(pl_module.model, folder / "adapter", (trained.tokenizer()[0], folder))
-        print(ending)
-        page_of_fit(folder)
+        attempt("model card", lambda: describe(folder / "adapter", trained.tokenizer()[0], folder))
+        attempt("histograms", lambda: show_on(trainer.loggers, folder, trainer.global_step))
+        attempt("report.html", lambda: report([str(folder)]))
+
+
+def attempt(what: str, action: Callable[[], None]) -> None:
+    """Do what is no part of the run. Of whatever kind a failure is, it is one line: the run is trained and written."""
+    try:
+        action()
+    except Exception as error:
+        print(f"warning: no {what} ({type(error).__name__}: {error})")

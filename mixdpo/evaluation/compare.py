@@ -19,6 +19,8 @@ from shlex import join
 from subprocess import run
 from sys import executable
 
+from jsonargparse.typing import PositiveInt
+
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError, check_one_of
 from mixdpo.evaluation.fit_results import PAIRS
@@ -33,7 +35,7 @@ MATCHED = {"trainer.max_steps": ("results.json", "steps"), "data.validation_thre
 PARSER = ArgumentParser("mixdpo compare", None, __doc__, None, [], RawDescriptionHelpFormatter, allow_abbrev=False)
 PARSER.add_argument("config", help="config of run.py, without --config; options of run.py for all runs may follow")
 PARSER.add_argument("--with", default="dpo,dpo_easy_only,random_to_sft", help="controls: %(default)s")
-PARSER.add_argument("--seeds", default=3, type=int, help="number of seeds, from 0 on, of everything random")
+PARSER.add_argument("--seeds", default=3, type=PositiveInt, help="number of seeds, from 0 on, of everything random")
 PARSER.add_argument("--at_once", default=1, type=int, choices=range(1, 9), help="runs at a time, which share the cores")
 PARSER.add_argument("--dry_run", default="false", choices=("true", "false"), help="print the commands, run nothing")
 
@@ -44,7 +46,10 @@ def compare(arguments: list[str]) -> int:
     Raises:
         InputError: an option is wrong, or leaves nothing to compare.
     """
-    given, words = PARSER.parse_known_args(arguments)
+    given, words = PARSER.parse_known_args(["--config" if word == "-c" else word for word in arguments])
+    overlays = {path.stem: str(path) for path in Path("configs/controls").glob("*.yaml")}
+    for control in (controls := vars(given)["with"].split(",")):  # selective_dpo has margins of its own
+        check_one_of("each name of --with", control, sorted(overlays.keys() - {"selective_dpo"}))
     options = dict(pairs := re.findall(r"(?:^|\0)--([^=\0]+)[=\0]([^\0]*)", "\0".join(words)))
     if len(options) < len(pairs):
         raise InputError(f"{join(words)}: give each option of run.py once")
@@ -61,9 +66,8 @@ def compare(arguments: list[str]) -> int:
     route = data.get("routing", {}) if outcomes else {}
     if route.get("assignment") != "margin" or route["hard_fraction"] in (0, 1):
         raise InputError("nothing to compare: set data.routing.hard_fraction (assignment margin) and data.validation")
-    overlays = {path.stem: str(path) for path in Path("configs/controls").glob("*.yaml")}
-    for control in (controls := vars(given)["with"].split(",")):  # selective_dpo has margins of its own
-        check_one_of("each name of --with", control, sorted(overlays.keys() - {name, "selective_dpo"}))
+    if name in controls or any((each.get("init_args") or {}).get("monitor") for each in used):
+        raise InputError(f"compare takes no control called {name}, and no callback with a monitor: runs end alike")
     place = given.config, f"{found['runs']}/compare/{name}", {name: Plan()}, prompts, outcomes, name, Spread(0, 0)
     main = Study(*place, seeds=[*range(given.seeds)], options=options, at_once=given.at_once)
     if not (dry := given.dry_run == "true") and (status := run_study(main)):

@@ -32,6 +32,7 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
         return {}
     with path.open(encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file)
+    rows = [row for row in rows if len(row) == len(head)]  # a kill may cut the last one
     kinds = {"pair_id": int}  # of 64 bits, which a float would round
     return {name: np.array([kinds.get(name, float)(row[i] or "nan") for row in rows]) for i, name in enumerate(head)}
 
@@ -48,7 +49,7 @@ def pair_rows(folder: Path, when: str) -> list[dict[str, Any]]:
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> Interval:
     """Σ w v / Σ w over pairs (N,), with its 95 % interval over resampled pairs."""
     if len(values) == 1:  # there is nothing to draw
-        return Interval(float(values[0]), np.nan, np.nan)
+        return Interval(float(values[0]), 0.0, 1.0)
     sums = values * weights
     return one_way_bootstrap(lambda rows, axis=-1: sums[rows].sum(axis) / weights[rows].sum(axis), len(values), 2_000)
 
@@ -66,45 +67,40 @@ def held_out_summary(pairs: Mapping[str, np.ndarray]) -> dict[str, str]:
     lines["log-prob per token, chosen and rejected, nats"] = "{:.3f}, {:.3f}".format(*log_probs)
     if "displacement/chosen" in pairs:
         nats = np.average(pairs["displacement/chosen"], weights=weight)
-        became = f"chosen responses became {'more' if nats > 0 else 'LESS'} likely than under the reference"
-        lines["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}: {became}"
-    return lines
+        became = f": chosen responses became {'more' if nats > 0 else 'LESS'} likely than under the reference"
+        lines["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}{became if nats else ''}"
+    return lines | {"optimizer steps of the policy on held-out pairs": f"{pairs['step'][0]:.0f}"}
 
 
-def show_on(loggers: Sequence[Any], folder: Path, table: str, step: int) -> None:
+def show_on(loggers: Sequence[Any], folder: Path, step: int) -> None:
     """Histograms of margins and rewards, the table, and sample responses, on TensorBoard and Weights & Biases."""
     names = {ORDER: ("margin",), HELD_OUT: ("rewards/chosen", "rewards/rejected", "rewards/margin")}
     found = {f"run/{name}": read_columns(folder / file).get(name) for file, of in names.items() for name in of}
-    histograms = {name: values[~np.isnan(values)] for name, values in found.items() if values is not None}
+    finite = {name: values[np.isfinite(values)] for name, values in found.items() if values is not None}
+    histograms = {name: values for name, values in finite.items() if len(values)}
     responses = json.loads(read_text(path))[:8] if (path := folder / "responses.json").exists() else []
     samples = [[row["prompt"], row["before"]["text"], row["after"]["text"]] for row in responses]
     for logger in loggers:
-        if hasattr(logger, "log_table"):  # of Weights & Biases
+        if type(logger).__name__ == "WandbLogger":
             from wandb import Histogram
 
             logger.experiment.log({name: Histogram(values) for name, values in histograms.items()})
             logger.log_table("run/responses", columns=["prompt", "before", "after"], data=samples)
-        elif hasattr(logger.experiment, "add_histogram"):  # of TensorBoard
+        elif type(logger).__name__ == "TensorBoardLogger":
             for name, values in histograms.items():
                 logger.experiment.add_histogram(name, values, step)
-            cells = ["**prompt**: {}\n\n**before**: {}\n\n**after**: {}".format(*sample) for sample in samples]
-            logger.experiment.add_text("run/results", "\n\n---\n\n".join([table, *cells]), step)
+            texts = ["**prompt**: {}\n\n**before**: {}\n\n**after**: {}".format(*sample) for sample in samples]
+            texts.insert(0, read_text(folder / "results.md"))
+            logger.experiment.add_text("run/results", "\n\n---\n\n".join(texts), step)
 
 
-def write_results(
-    folder: Path,
-    gold: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    facts: Mapping[str, str],
-    loggers: Sequence[Any] = (),
-) -> str:
+def write_results(folder: Path, gold: Mapping[str, Any], metrics: Mapping[str, float], facts: Mapping[str, str]) -> str:
     """Write results.json and results.md to the run's folder, and return what the run prints as it ends.
 
     Args:
         gold: rows of GoldEvaluation's table; none without it.
         metrics: the last value of what callbacks can monitor; none where these are of another policy.
         facts: further lines: optimizer steps, speed, memory, the checkpoint that adapter/ holds.
-        loggers: Lightning's; those that can show more than numbers get the table, samples and histograms.
     """
     from mixdpo.evaluation.gold import markdown  # imports torch, which studies and pages need not wait for
 
@@ -115,5 +111,4 @@ def write_results(
     content = {"heldout_prompts": gold, "summary": summary, "steps": int(facts["optimizer steps"])}
     write_json(folder / "results.json", content | {"metrics": dict(metrics)})
     write_text(folder / "results.md", table + "\n")
-    show_on(loggers, folder, table, int(facts["optimizer steps"]))
     return f"\n{table}\n\n{NEXT.format(folder)}"

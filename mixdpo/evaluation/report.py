@@ -13,14 +13,14 @@ from jsonargparse.typing import NonNegativeInt
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.fit_results import HELD_OUT, ORDER, read_columns
-from mixdpo.pages import template
+from mixdpo.pages import public, template
 from mixdpo.pages.figures import Series, draw
 from mixdpo.storage.files import read_text, write_text
 
 METRICS, RESPONSES, PLANS = "metrics.csv", "responses.json", ("route.json", "plan.json")
 READERS: dict[str, Callable[[Path], Any]] = dict.fromkeys((METRICS, ORDER, HELD_OUT), read_columns)
 READERS |= dict.fromkeys((RESPONSES, "results.json", *PLANS), lambda path: json.loads(read_text(path)))
-READERS["config.yaml"] = read_text
+READERS["config.yaml"] = lambda path: public(read_text(path))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Run:
         rows = [(str(row["prompt"]), row["after"]) for row in self.files.get(RESPONSES, ())]
         scores = {prompt: after["score"] for prompt, after in rows if after["score"] is not None}
         tokens = {prompt: after["tokens"] for prompt, after in rows}
-        accuracy = dict(zip(*columns, strict=True))
+        accuracy = {number: value for number, value in zip(*columns, strict=True) if np.isfinite(value)}
         return {"reward accuracy": accuracy, "gold score": scores, "response length, tokens": tokens}
 
     def most_changed(self) -> list[Mapping[str, Any]]:
@@ -136,11 +136,3 @@ def report(runs: list[str], out: str | None = None, samples: NonNegativeInt = 12
     path = Path(out or Path(runs[0] if len(runs) == 1 else "", "report.html"))
     write_text(path, page)
     print(f"wrote {path}")
-
-
-def page_of_fit(folder: Path) -> None:
-    """The run's page, or one line that says why there is none: whatever fails here, the run is trained and written."""
-    try:
-        report([str(folder)])
-    except Exception as error:  # of any kind: the page is no part of the run
-        print(f"warning: no report.html ({type(error).__name__}: {error}): try python -m mixdpo report {folder}")

@@ -47,6 +47,8 @@ def study(study: str) -> int:
 
 def run_study(plan: Study) -> int:
     """Run what is not done, then print the table. Returns the exit status, as `study` does."""
+    if not Path("run.py").exists():
+        raise InputError("there is no run.py in this folder: start from the root of the repository")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // plan.at_once)
     for each in (signal.SIGINT, signal.SIGTERM):  # both alike, also in the background, where a shell has SIGINT ignored

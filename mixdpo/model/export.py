@@ -96,14 +96,10 @@ def _merged_weights(causal_lm: PreTrainedModel, adapters: list[str]) -> Iterator
             yield f"{path}.{key}".lstrip("."), value
 
 
-def save_adapter(model: PeftModel, folder: Path, about: tuple[PreTrainedTokenizerBase, Path] | None = None) -> None:
+def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the policy as a PEFT folder that `PeftModel.from_pretrained` loads.
 
     A stacked policy becomes one adapter of the summed rank: B₁A₁ + B₂A₂ is [B₁ B₂] times A₁ above A₂.
-
-    Args:
-        about: the tokenizer with the chat template of the training, and the run's folder: written beside the adapter
-            as tokenizer and model card.
     """
     states = [get_peft_model_state_dict(model, adapter_name=adapter) for adapter in adapters_of(model, "policy")]
     state = {key: torch.cat([s[key] for s in states], dim=0 if "lora_A" in key else 1) for key in states[0]}
@@ -115,8 +111,6 @@ def save_adapter(model: PeftModel, folder: Path, about: tuple[PreTrainedTokenize
         config.save_pretrained(str(partial))
         save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod(0o644)  # safetensors keeps files from everyone else
-        if about:
-            describe(partial, *about)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """What a published policy comes with: its tokenizer, and a model card from the run's own files."""
 
 import json
-from importlib.metadata import distributions
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 from jinja2 import ChainableUndefined, Template
 from transformers import PreTrainedTokenizerBase
+
+from mixdpo.pages import public
+from mixdpo.storage.files import write_text
 
 
 def describe(folder: Path, tokenizer: PreTrainedTokenizerBase, run: Path, merged: bool = False) -> None:
@@ -20,6 +23,8 @@ def describe(folder: Path, tokenizer: PreTrainedTokenizerBase, run: Path, merged
     """
     tokenizer.save_pretrained(folder)
     paths = [p for p in run.glob("*.*") if p.name in ("config.yaml", "route.json", "plan.json", "results.json")]
-    files = {p.stem: (json.loads if p.suffix == ".json" else yaml.safe_load)(p.read_bytes()) for p in paths}
+    files = {
+        p.stem: (json.loads if p.suffix == ".json" else yaml.safe_load)(public(p.read_text("utf-8"))) for p in paths
+    }
     md = Template(Path(__file__).with_suffix(".md").read_text("utf-8"), undefined=ChainableUndefined, trim_blocks=True)
-    (folder / "README.md").write_text(md.render(files, merged=merged, packages=distributions, Path=Path), "utf-8")
+    write_text(folder / "README.md", md.render(files, merged=merged, version=version, Path=Path))
