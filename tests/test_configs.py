@@ -272,10 +272,6 @@ def belongs(key: str, to: str) -> bool:
     return key == to or key.startswith(f"{to}.")
 
 
-def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    return {key for key in before.keys() | after.keys() if before.get(key, "absent") != after.get(key, "absent")}
-
-
 def test_every_control_is_known() -> None:
     assert {path.stem for path in (ROOT / "configs/controls").glob("*")} == set(EXPECTED)
 
@@ -291,7 +287,7 @@ def test_a_control_changes_what_its_header_lists_and_nothing_else(name: str, par
     results = []
     for bases in (("demo", contrary), ("alpaca_eval",)):
         before, after = resolved(parse(*bases)), resolved(parse(*bases, f"controls/{name}"))
-        found = changed(before, after)
+        found = {key for key in before.keys() | after.keys() if before.get(key, "absent") != after.get(key, "absent")}
         assert all(any(belongs(key, to) for to in keys) for key in found), found
         if contrary in bases:
             assert all(any(belongs(key, to) for key in found) for to in keys), found

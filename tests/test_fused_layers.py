@@ -126,12 +126,8 @@ class Casts(TorchDispatchMode):
         return result
 
 
-def adamw(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-
-
 CHANGES: dict[str, Any] = {
-    "step": lambda model: adamw(model).step(),
+    "step": lambda of: torch.optim.AdamW([p for p in of.parameters() if p.requires_grad], lr=0.1).step(),
     "copy": lambda model: draw(model, 2),
     "checkpoint": lambda of: of.load_state_dict({n: 2 * w for n, w in adapter_state(of).items()}, strict=False),
 }

@@ -5,7 +5,6 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -48,11 +47,6 @@ def tasks(tmp_path: Path) -> str:
     return str(folder)
 
 
-def log_probability(model: Any, tokenizer: Any, *question_and_response: str) -> float:
-    with torch.no_grad():
-        return float(plain_log_prob(model, *(tokenizer(text)["input_ids"] for text in question_and_response)))
-
-
 @pytest.mark.parametrize("of", ["run", "base"])
 def test_a_local_task_by_hand(of, tiny_model, tasks, tmp_path, capsys) -> None:
     from peft import PeftModel
@@ -62,7 +56,10 @@ def test_a_local_task_by_hand(of, tiny_model, tasks, tmp_path, capsys) -> None:
     run = write_run(tmp_path / "run", tiny_model, scale=0.3)
     if of == "run":
         model = PeftModel.from_pretrained(model, str(run / "adapter"))
-    values = [[log_probability(model, tokenizer, row["question"], c) for c in row["choices"]] for row in QUESTIONS]
+    ids_of = {text: tokenizer(text)["input_ids"] for row in QUESTIONS for text in (row["question"], *row["choices"])}
+    with torch.no_grad():
+        pairs = [[(ids_of[row["question"]], ids_of[choice]) for choice in row["choices"]] for row in QUESTIONS]
+        values = [[float(plain_log_prob(model, *ids)) for ids in two] for two in pairs]
     answers = [row["answer"] for row in QUESTIONS]
     accuracy = sum(max((0, 1), key=two.__getitem__) == a for two, a in zip(values, answers, strict=True)) / len(answers)
     mean = sum(two[answer] for two, answer in zip(values, answers, strict=True)) / len(answers)

@@ -98,7 +98,6 @@ def test_log_probs_and_loss_of_single_pairs(tiny_model: str, tmp_path: Path) -> 
     _, module, data = our_run(tiny_model, tmp_path, trl.model, accumulate=BATCH)
     loader, ours = iter(trl.get_train_dataloader()), list(data.train_dataloader())
     by_id = {int(batch.ids[0]): batch for batch in ours}
-    trl_losses = record_losses(trl)
     differences = []
     for index in range(STEPS * BATCH):
         trl._metrics["train"].clear()
@@ -111,7 +110,6 @@ def test_log_probs_and_loss_of_single_pairs(tiny_model: str, tmp_path: Path) -> 
         own = module.route_losses(batch, policy, reference)[0][0].item()
         assert own == pytest.approx(float(loss), abs=1e-5)
         differences.append(abs(own - 0.6931472))
-    assert len(trl_losses) == STEPS * BATCH
     assert max(differences) > 1e-3, "policy and reference do not differ: the comparison could not fail"
 
 
