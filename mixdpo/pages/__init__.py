@@ -9,4 +9,4 @@ template = Environment(loader=PackageLoader("mixdpo", "pages"), autoescape=True,
 
 def public(text: str) -> str:
     """The text without the passwords, tokens and queries of its URLs."""
-    return re.sub(r"(\w://)(?:[^/@\s]+@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
+    return re.sub(r"(\w://)(?:[^/@\s]+@)?([^\s?'\"]*)(?:\?[^\s'\",}\]]*)?", r"\1\2", text)
