@@ -26,7 +26,7 @@ from mixdpo.model.fused_layers import Part, fuse
 from mixdpo.model.identity import adapter_fingerprint, base_fingerprint
 from mixdpo.model.loading import Attention, Dtype, Quantization, check_card, load_base, on_the_cpu
 from mixdpo.model.memory import recompute
-from mixdpo.model.optimizer import choose_kernels, describe
+from mixdpo.model.optimizer import choose_kernels, describe, gradient_norm
 from mixdpo.routing.schedules import Cosine, StepPlan
 from mixdpo.storage.identity import refuse_other_run
 from mixdpo.token_cleaning.cleaning import Cleaning
@@ -211,7 +211,7 @@ class AdapterModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *given: Any, **options: Any) -> None:
         """As Lightning clips in full precision: its bf16-mixed refuses fused optimizers. Logged is the norm before."""
-        self.gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in self.learning() if p.grad is not None])
+        self.gradient_norm = gradient_norm(optimizer)
         if self.trainer.precision == "16-mixed":
             return super().configure_gradient_clipping(optimizer, *given, **options)
         limit, algorithm = self.trainer.gradient_clip_val or 0, self.trainer.gradient_clip_algorithm or "norm"

@@ -241,7 +241,9 @@ def test_equal_margins_compare_equal():
 @pytest.fixture
 def canned(monkeypatch):
     """Stand-in for the model: two responses per prompt."""
-    monkeypatch.setattr(subject, "_sample", lambda _, rows, **more: [responses("tea", "TEA AND MORE")] * len(rows))
+    given = [responses("tea", "TEA AND MORE")]
+    monkeypatch.setattr(subject, "load_policy", lambda name: (None, None))
+    monkeypatch.setattr(subject, "generate", lambda model, tokenizer, rows, **options: given * len(rows))
 
 
 def test_command_writes_pairs(tmp_path, capsys, canned):

@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_modules.callbacks.best_checkpoint import load_best
-from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
 from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
 from mixdpo.evaluation.fit_results import ORDER, ORDER_COLUMNS, show_on, write_results
 from mixdpo.evaluation.report import report
@@ -44,7 +43,9 @@ class RunFiles(Callback):
         best = load_best(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        from mixdpo.model.export import Trained, save_adapter  # imports PEFT, which a parser need not wait for
+        # these import PEFT, which a parser need not wait for
+        from lightning_modules.callbacks.gold_evaluation import GoldEvaluation
+        from mixdpo.model.export import Trained, save_adapter
         from mixdpo.pages.model_card import describe
 
         folder, facts, metrics = Path(trainer.default_root_dir), {}, trainer.callback_metrics

@@ -23,3 +23,9 @@ def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     plain = {n: value for n, value in optimizer.defaults.items() if isinstance(value, int | float | str | tuple)}
     values = {f"optimizer.{name}": str(value) for name, value in plain.items() if name not in KERNELS}
     return {"optimizer": type(optimizer).__name__} | values
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """The 2-norm of all gradients together, a scalar on their device; 0 where there is none."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
