@@ -496,7 +496,9 @@ def test_files_of_the_run(watched: tuple[Path, dict[str, Weights]]) -> None:
     results, rows = (json.loads((folder / name).read_text()) for name in ("results.json", "responses.json"))
     assert (folder / "results.md").read_text() == markdown(results["heldout_prompts"], results["summary"]) + "\n"
     assert results["summary"]["optimizer steps"] == str(results["steps"]) != "0"
-    assert " [nan, nan] (" in results["summary"]["reward accuracy, 1 easy held-out pairs (the longer response wins)"]
+    assert (
+        " [0.000, 1.000] (" in results["summary"]["reward accuracy, 1 easy held-out pairs (the longer response wins)"]
+    )
     assert [row["part"] for row in rows] == ["even", "odd"] * 3
     for row in rows:
         for when in ("before", "after"):
