@@ -91,7 +91,7 @@ def test_pairs_without_margins(inspect):
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in make_pairs(30)]
     printed, page = inspect(rows, "--data.validation=0.3")
     assert "• no [estimate]" in printed and "no margin, so no pair can be hard" in printed and "mixdpo predict" in page
-    assert "SFT share" not in printed and "preference loss" in printed
+    assert "hard share" not in printed and "preference loss" in printed
 
 
 def test_conversations(inspect):
