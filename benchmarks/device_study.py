@@ -7,13 +7,11 @@
 
 The study is configs/studies/default_recipe.yaml in bf16, with other seeds, many runs at a time, and all prompts are
 answered at once. Of the real pairs, the first ones of a file are split by prompt, once for all runs. A run is `run.py`
-on the pairs' own config, with pairs of up to 1,024 tokens. Then `run.py predict` gives the implicit reward of each
-held-out pair, which the interval needs.
+on the pairs' own config, with pairs of up to 1,024 tokens; its heldout.csv has each held-out pair.
 """
 
 import argparse
 import csv
-import json
 import os
 import re
 import shlex
@@ -38,12 +36,9 @@ from mixdpo.data.messages import split_by_prompt
 from mixdpo.data.pairs import read_pairs
 from mixdpo.errors import InputError
 from mixdpo.evaluation.bootstrap import two_way_bootstrap
-from mixdpo.evaluation.compare_runs import seeds_done
-from mixdpo.evaluation.study_design import read_study
-from mixdpo.evaluation.study_run import add_finished
+from mixdpo.evaluation.fit_results import read_columns
 from mixdpo.routing.route import Routing
-from mixdpo.signals.margins_file import read_margins
-from mixdpo.storage.files import write_rows, write_text, written_whole
+from mixdpo.storage.files import write_csv, write_rows, write_text
 
 ROOT, GPU = Path(__file__).parents[1], torch.cuda.is_available()
 STUDY, CONTROL = ROOT / "configs/studies/default_recipe.yaml", "mixdpo_paper_cosine"
@@ -67,7 +62,7 @@ Job = tuple[str, str, int]
 
 Found = tuple[list[Any], list[tuple[int, float]]]
 """Steps and VALUES as a run logged them. Of each held-out pair: its id, and 1 if the chosen response has the larger
-implicit reward, ½ if both are equal."""
+reward, ½ if both are equal."""
 
 
 Options = dict[str, Any]
@@ -103,9 +98,8 @@ def tail(log: Path) -> str:
     return log.read_text(errors="replace")[-600:]
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with written_whole(path) as whole, whole.open("w", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+def write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    write_csv(path, columns, (dict(zip(columns, row, strict=True)) for row in rows))
 
 
 # The study of the default recipe.
@@ -128,17 +122,11 @@ def write_studies(work: Path, tiny: bool) -> list[Path]:
     return [*files]
 
 
-def keep_study(file: Path, out: Path) -> None:
-    """Copy the study's tables, and write a row of each run, seed and prompt."""
-    plan, rows, measures = read_study(file), [], ("score", "tokens", "ended")
-    done = add_finished(plan, set())
-    for run in plan.runs:
-        for seed, name in seeds_done(plan, run, done).items():
-            for row in json.loads(Path(plan.folder, name, "responses.json").read_text("utf-8")):
-                rows.append([run, seed, row["part"], row["prompt_id"], *(row["after"][key] for key in measures)])
-    write_csv(out / "recipe_prompts.csv", ("run", "seed", "part", "prompt", *measures), rows)
-    for kind in ("csv", "md"):
-        write_text(out / f"recipe.{kind}", Path(plan.folder, f"table.{kind}").read_text("utf-8"))
+def keep_study(folder: Path, out: Path) -> None:
+    """Copy the study's tables, and its row of each run, grid point, seed and prompt."""
+    kept = {"scores.csv": "recipe_prompts.csv", "table.csv": "recipe.csv", "table.md": "recipe.md"}
+    for name, copy in kept.items():
+        write_text(out / copy, (folder / name).read_text("utf-8"))
 
 
 def recipe(tiny: bool, work: Path, out: Path, part: str) -> bool:
@@ -152,7 +140,7 @@ def recipe(tiny: bool, work: Path, out: Path, part: str) -> bool:
                 good = bool(ended)
                 if (folder / "table.md").exists() and (folder / "table.md").stat().st_mtime > kept:
                     kept = (folder / "table.md").stat().st_mtime
-                    keep_study(file, out)
+                    keep_study(folder, out)
         finally:
             print(said := file.with_suffix(".log").read_text())
             print(*(tail(folder / f"{name}.log") for name in re.findall("^(.+): FAILED", said, re.MULTILINE)))
@@ -177,25 +165,21 @@ def write_split(data: str, work: Path, tiny: bool) -> Options:
 
 
 def command(run: Path, job: Job, split: Options, tiny: bool) -> str:
-    """Train, then the implicit reward of each held-out pair, in nats, to the .margins beside the run."""
     (data, method, seed), most = job, 128 if tiny else 1024
-    both = {**how(tiny), "data.max_length": most, "data.max_prompt_length": most // 2, "data.eval_batch_size": BATCH}
-    fit = both | TRAINING | split | {"runs": run.parent, "name": run.name, "seed_everything": seed, "data.seed": seed}
-    margins = both | {"data.source": split["data.validation"], "model.adapter": run / "adapter"}
-    margins |= {"model.output": run.with_suffix(".margins")}
-    words = [[f"--{key}={value}" for key, value in each.items()] for each in (fit, margins)]
-    config = "--config=configs/{}.yaml".format
-    train = ["run.py", config(PAIRS[data][0]), config(f"controls/{method}"), *words[0]]
-    predict = ["run.py", "predict", config("signals/implicit_reward"), *words[1]]
-    return " && ".join(shlex.join([sys.executable, *each]) for each in (train, predict))
+    options = {**how(tiny), "data.max_length": most, "data.max_prompt_length": most // 2, "data.eval_batch_size": BATCH}
+    options |= TRAINING | split
+    options |= {"runs": run.parent, "name": run.name, "seed_everything": seed, "data.seed": seed}
+    configs = [f"--config=configs/{name}.yaml" for name in (PAIRS[data][0], f"controls/{method}")]
+    return shlex.join([sys.executable, "run.py", *configs, *(f"--{key}={value}" for key, value in options.items())])
 
 
 def result(run: Path) -> Found:
     with (run / "metrics.csv").open() as lines:
         last = list(csv.DictReader(lines))[-1]
-    rewards = sorted((pair, reward) for pair, (_, reward) in read_margins(run.with_suffix(".margins")).pairs.items())
     values = [float(last[key]) if last.get(key) else None for key in VALUES]
-    return [int(last["step"]) + 1, *values], [(pair, 0.5 + 0.5 * np.sign(reward)) for pair, reward in rewards]
+    pairs = read_columns(run / "heldout.csv")
+    right = zip(pairs["pair_id"].tolist(), pairs["rewards/accuracy"].tolist(), strict=True)
+    return [int(last["step"]) + 1, *values], [*right]
 
 
 def pairs_table(found: Mapping[Job, Found]) -> str:
@@ -212,7 +196,7 @@ def pairs_table(found: Mapping[Job, Found]) -> str:
         against = f"{two_way_bootstrap(gain):+.3f}, seeds {', '.join(map(str, both))}" if both else ""
         size = f"{len(seeds)} × {len(right[data, method, seeds[0]])}"
         lines.append([data, method, size, f"{steps:g}", f"{accuracy:.3f}", against, *means])
-    head = ["data", "run", "seeds × pairs", "steps", "reward accuracy by predict [95 %]", f"against {CONTROL}", *VALUES]
+    head = ["data", "run", "seeds × pairs", "steps", "reward accuracy [95 %]", f"against {CONTROL}", *VALUES]
     return table(head, lines)
 
 
@@ -221,7 +205,7 @@ def real_pairs(tiny: bool, work: Path, out: Path) -> bool:
     splits, methods = {data: write_split(data, work, tiny) for data in PAIRS}, METHODS[::3] if tiny else METHODS
     jobs = [(data, method, seed) for seed in range(1 if tiny else 3) for data in PAIRS for method in methods]
     runs = {work / "pairs" / "-".join(map(str, job)): job for job in jobs}
-    done, left, found = [run for run in runs if run.with_suffix(".margins").exists()], {}, dict[Job, Found]()
+    done, left, found = [run for run in runs if (run / "results.json").exists()], {}, dict[Job, Found]()
     for run in (run for run in runs if run not in done):
         shutil.rmtree(run, ignore_errors=True)  # of a run that did not end
         left[run] = command(run, runs[run], splits[runs[run][0]], tiny)
@@ -229,9 +213,9 @@ def real_pairs(tiny: bool, work: Path, out: Path) -> bool:
         found |= {runs[run]: result(run) for run in ended}
         ordered = {job: found[job] for job in jobs if job in found}
         rows = ([*job, *row] for job, (row, _) in ordered.items())
-        write_csv(out / "pairs.csv", ("data", "run", "seed", "steps", *VALUES), rows)
+        write(out / "pairs.csv", ("data", "run", "seed", "steps", *VALUES), rows)
         each = ([*job, *pair] for job, (_, pairs) in ordered.items() for pair in pairs)
-        write_csv(out / "pairs_heldout.csv", ("data", "run", "seed", "pair", "right"), each)
+        write(out / "pairs_heldout.csv", ("data", "run", "seed", "pair", "right"), each)
         write_text(out / "pairs.md", pairs_table(ordered))
     return len(found) == len(jobs)
 

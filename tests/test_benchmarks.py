@@ -127,9 +127,9 @@ def test_no_part_stops_the_next_one(script: str, tmp_path: Path) -> None:
 
 
 def test_the_study_for_a_gpu_and_gains_of_the_seeds_that_both_runs_have(monkeypatch, tmp_path) -> None:
-    module = import_module("device_study")
+    module, read_study = import_module("device_study"), import_module("mixdpo.evaluation.study_design").read_study
     monkeypatch.setattr(module, "GPU", True)
-    shipped, first, every = map(module.read_study, (module.STUDY, *module.write_studies(tmp_path, False)))
+    shipped, first, every = map(read_study, (module.STUDY, *module.write_studies(tmp_path, False)))
     assert [*first.runs] == [shipped.control, *shipped.holm] and [*every.runs] == [*shipped.runs]
     assert first.folder == every.folder and first.seeds == [*range(8)]
     assert first.options.items() >= module.ON_GPU.items() and first.grid == shipped.grid

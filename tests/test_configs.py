@@ -19,6 +19,7 @@ from datamodules.sft import SFTDataModule
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from lightning_modules.margins import MarginModule
 from lightning_modules.preference import PreferenceModule
+from lightning_modules.qlora import AdapterModule
 from lightning_modules.responses import ResponseModule
 from lightning_modules.sft import SFTModule
 from lightning_modules.verbs import run_cli
@@ -179,6 +180,9 @@ def test_control_overrides(build):
     assert build(paper, *overrides["sort only"]).datamodule.routing == Routing(hard_fraction=0)
     shuffled = Routing(threshold=0.5, hard_fraction=None, order="shuffled")
     assert build(paper, *overrides["route only"]).datamodule.routing == shuffled
+    # the default that the study decided on
+    assert all(build(ROOT / f"configs/{name}.yaml").model.schedule == Cosine() for name in ("demo", "own_pairs"))
+    assert isinstance(of_class := AdapterModule("base").schedule, Cosine) and not isinstance(of_class, StagedCosine)
     assert build(paper).model.schedule == Cosine(warmup=0.1)
     assert build(paper, *overrides["a cosine for each stage"]).model.schedule == StagedCosine(warmup=0.1)
     for config in (ROOT / "configs/mixdpo").glob("*.yaml"):

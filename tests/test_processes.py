@@ -20,6 +20,7 @@ from test_cli import ROOT, contents, in_process, metrics
 from lightning_modules.callbacks.clean_tokens import RefreshReference
 from mixdpo.batches.steps import Slices
 from mixdpo.errors import InputError
+from mixdpo.evaluation.fit_results import read_columns
 from mixdpo.model.adapters import Lora
 from mixdpo.routing.route import Routing
 from mixdpo.routing.schedules import Constant
@@ -81,6 +82,9 @@ def test_two_processes_are_one(tiny_model: str, pairs: str, tmp_path: Path, caps
     ]
     assert names[0] == names[1]
     measured = [metrics(folder) for folder in folders]
+    held = [read_columns(folder / "heldout.csv") for folder in folders]
+    assert len(held[0]["pair_id"]) == 3 and held[0].keys() == held[1].keys()
+    assert all(held[0][name] == pytest.approx(held[1][name], rel=1e-6, abs=1e-7) for name in held[0])
     assert len(measured[0]) == len(measured[1])
     speed = ("_per_second", "memory/", "floor_share")
     for mine, theirs in zip(*measured, strict=True):
