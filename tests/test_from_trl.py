@@ -46,7 +46,9 @@ def find(option: str) -> Any:
         return NAMES["run"]["fit"].get(option)
     found = [table[rest] for table in tables if rest in table]
     outer, _, inner = rest.rpartition(".")
-    found += [(options_of(table[outer].get("class", "")) or {}).get(inner) for table in tables if outer in table and inner]
+    found += [
+        (options_of(table[outer].get("class", "")) or {}).get(inner) for table in tables if outer in table and inner
+    ]
     return next((each for each in found if each is not None), None)
 
 
