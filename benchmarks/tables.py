@@ -66,7 +66,7 @@ def study_means(path: Path) -> str:
     with path.open(encoding="utf-8", newline="") as file:
         rows = [{key: text for key, text in row.items() if text or key in TEXT} for row in csv.DictReader(file)]
     typed = [{key: text if key in TEXT else float(text) for key, text in row.items()} for row in rows]
-    main = typed[0]["outcome"]
+    main = str(typed[0]["outcome"])
     return narrow({main: [row for row in typed if row["outcome"] == main]})
 
 
@@ -264,6 +264,10 @@ def sections(text: str, results: Path) -> Iterator[tuple[str, str, str]]:
             yield name, now, make(*(results / file for file in files)).rstrip() + "\n"
 
 
+def filled(text: str, new: Mapping[str, str]) -> str:
+    return MARK.sub(lambda match: match[1] + new.get(match[2], match[3]), text)
+
+
 def remake(pages: Sequence[Path] = PAGES, results: Path = RESULTS, check: bool = False) -> int:
     """Exit status; with `check` 1 if a table differs from its rows."""
     differs = False
@@ -273,7 +277,7 @@ def remake(pages: Sequence[Path] = PAGES, results: Path = RESULTS, check: bool =
         for name in new:
             print(f"{page}: {name} {'differs from its rows: python benchmarks/tables.py' if check else 'is made anew'}")
         if new and not check:
-            write_text(page, MARK.sub(lambda match, new=new: match[1] + new.get(match[2], match[3]), text))
+            write_text(page, filled(text, new))
         differs |= bool(new)
     return int(check and differs)
 

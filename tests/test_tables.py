@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tables  # of benchmarks
+import readme_picture  # of benchmarks
+import tables
 from conftest import write_pairs
 
 from mixdpo.data.prompts import read_prompts
@@ -176,3 +177,14 @@ def test_the_demo_is_made_from_its_rows(tmp_path: Path) -> None:
     expected = gold.markdown(gold.compare(*sides.values(), [row["part"] for row in rows]), {})
     assert committed.name == "demo.csv" and expected.startswith(tables.demo(committed) + "\n\n| training")
     assert tables.demo(committed).count("\n") == 6
+
+
+def test_the_readme_picture_is_made_from_committed_rows(tmp_path: Path) -> None:
+    plan = tables.study_of(readme_picture.STUDY)
+    assert set(readme_picture.NAMES) == {compare_runs.START[0], *plan.runs}, "a run without a name"
+    outcome, rows = readme_picture.scores(tables.RESULTS / "default_recipe_scores.csv")
+    paper = next(row for row in rows if row["run"] == plan.control)
+    assert outcome == "held out" and f"{tables.bare(paper['mean'])} [" in (tables.ROOT / "docs/results.md").read_text()
+    assert len(readme_picture.margins()) == 240
+    picture = readme_picture.make(tmp_path / "mixdpo.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) < 150_000
