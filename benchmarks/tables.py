@@ -17,11 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import speed_tables
 from measuring import table
 
 from mixdpo.errors import InputError
@@ -181,60 +182,10 @@ def planted_noise_repairs(path: Path) -> str:
     rows = []
     for name, *numbers in json.loads(path.read_text("utf-8"))["rows"]:
         noise, auc, *kinds, precision, recall, kept, loss = numbers
-        by_kind = " / ".join("–" if each is None else bare(each, ".2f") for each in kinds)
+        by_kind = "/".join("–" if each is None else bare(each, ".2f") for each in kinds)
         cells = [None if each is None else bare(each) for each in (noise, auc, precision, recall, kept)]
         rows.append([SHORT.get(name, name), *cells[:2], by_kind, *cells[2:], loss])
     return table(["slice 3 scored by", "η", "AUC", "three kinds", "prec.", "recall", "η kept", "loss"], rows)
-
-
-def preference_trl(path: Path) -> str:
-    """Medians of ours and of both settings of TRL, and the ratio of each round."""
-    found, rows = json.loads(path.read_text("utf-8"))["comparison, float32"]["measured"], []
-    ours = [name for name in found["runs"] if name.startswith("ours, ")]
-    for name, compared in zip(ours, found["compared"], strict=True):
-        case = "cached" if "cached" in name else "online"
-        sides = [found["runs"][side] for side in (name, f"TRL, defaults, {case}", f"TRL, fastest, {case}")]
-        cells = [f"{middle(side, 'seconds'):.0f} s, {middle(side, 'peak_mb') / 1e3:.1f} GB" for side in sides]
-        title = re.sub(r" \(.*\)|, against plain DPO|(?<=, )reference ", "", compared["title"])
-        rounds = ", ".join(f"{ratio:.1f}" for ratio in compared["speed_by_round"])
-        rows.append([title, *cells, f"{compared['speed']:.1f}× ({rounds})", f"{compared['memory']:.2f}"])
-    return table(["training", "ours", "TRL, defaults", "TRL, fastest", "speed", "memory"], rows)
-
-
-def middle(runs: Sequence[Mapping[str, float]], key: str) -> float:
-    return median(run[key] for run in runs)
-
-
-def preference_ablation(path: Path) -> str:
-    found = json.loads(path.read_text("utf-8"))["ablation, float32"]["measured"]
-    costs = [(run["name"], run["seconds"], run["seconds"] / found[0]["seconds"], run["peak_mb"] / 1e3) for run in found]
-    rows = [[name, f"{seconds:.0f}", f"{ratio:.2f}", f"{peak:.1f}"] for name, seconds, ratio, peak in costs]
-    return table(["DPO, reference online, 8 pairs", "seconds", "ratio", "peak, GB"], rows)
-
-
-def preference_profile(path: Path) -> str:
-    seconds = json.loads(path.read_text("utf-8"))["profile, float32"]["measured"]
-    names = {"matrix products of the body": "products of the body", "the rest": "all else"}
-    head = [names.get(name, name) for name in seconds]
-    return table(head, [[f"{each / sum(seconds.values()):.0%}" for each in seconds.values()]])
-
-
-def token_cleaning_scoring(path: Path) -> str:
-    rows = []
-    for name, found in json.loads(path.read_text("utf-8"))["scoring"]["measured"].items():
-        speeds, memory = (found["costs"][key]["ratios"] for key in ("tokens_per_second", "peak_above_resident_mb"))
-        both = ", ".join(f"{ratio:.2f}" for ratio in speeds)
-        rows.append([f"samples, {name}", f"{median(speeds):.2f}× ({both})", f"{median(memory):.2f}"])
-    return table(["ours / published", "tokens per second", "memory"], rows)
-
-
-def prepare(path: Path) -> str:
-    found = json.loads(path.read_text("utf-8"))["measured"]
-    rows = []
-    for run in found:
-        pairs, seconds = f"{run['pairs']:,}", f"{run['seconds']:,.{int(run['seconds'] < 100)}f}"
-        rows.append([pairs, seconds, f"{run['peak_mb']:.0f}", f"{run['file_mb']:.3g}"])
-    return table(["pairs", "seconds", "memory, MB", "file, MB"], rows)
 
 
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
@@ -247,11 +198,11 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "compare_cleaning": (compare_cleaning, ("compare_cleaning.json",)),
     "planted_noise": (planted_noise, ("planted_noise.json",)),
     "planted_noise_repairs": (planted_noise_repairs, ("planted_noise_repairs.json",)),
-    "preference_trl": (preference_trl, ("preference_step.json",)),
-    "preference_ablation": (preference_ablation, ("preference_step.json",)),
-    "preference_profile": (preference_profile, ("preference_step.json",)),
-    "token_cleaning_scoring": (token_cleaning_scoring, ("token_cleaning.json",)),
-    "prepare": (prepare, ("prepare.json",)),
+    "preference_trl": (speed_tables.preference_trl, ("preference_step.json",)),
+    "preference_ablation": (speed_tables.preference_ablation, ("preference_step.json",)),
+    "preference_profile": (speed_tables.preference_profile, ("preference_step.json",)),
+    "token_cleaning_scoring": (speed_tables.token_cleaning_scoring, ("token_cleaning.json",)),
+    "prepare": (speed_tables.prepare, ("prepare.json",)),
 }
 """Name -> what makes the table, and from which files of benchmarks/results."""
 

@@ -188,3 +188,17 @@ def test_the_readme_picture_is_made_from_committed_rows(tmp_path: Path) -> None:
     assert len(readme_picture.margins()) == 240
     picture = readme_picture.make(tmp_path / "mixdpo.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) < 150_000
+
+
+def test_repairs_are_made_from_their_rows(tmp_path: Path) -> None:
+    """As benchmarks/planted_noise_repairs.py writes them: name, η, AUC, three AUC by kind, three shares, loss."""
+    source = (tables.ROOT / "benchmarks/planted_noise_repairs.py").read_text("utf-8")
+    assert all(f'"{name}"' in source for name in tables.SHORT)
+    cut = "(c) the same, a fifth cut at either end"
+    rows = [[name, 0.2051, 0.3, 0.4, 0.17, 0.345, 0.1, 0.2, 0.274, 1.72] for name in (*tables.SHORT, cut)]
+    rows.append(["all tokens", *[None] * 7, 0.205, 1.528])
+    (tmp_path / "repairs.json").write_text(json.dumps({"rows": rows}))
+    head, _, *lines = tables.planted_noise_repairs(tmp_path / "repairs.json").splitlines()
+    assert lines[4] == f"| {cut} | .205 | .300 | .40/.17/.34 | .100 | .200 | .274 | 1.720 |"
+    assert lines[5] == "| all tokens | – | – | –/–/– | – | – | .205 | 1.528 |"
+    assert max(map(len, (head, *lines))) <= 100
