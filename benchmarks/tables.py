@@ -1,5 +1,5 @@
-"""Makes the tables of docs/results.md from the rows in benchmarks/results, in place, between
-`<!-- from: python benchmarks/tables.py NAME -->` and `<!-- end -->`.
+"""Makes the tables of README.md and docs/*.md from the rows in benchmarks/results, in place, between
+`<!-- from: python benchmarks/tables.py NAME -->` and `<!-- end -->`. No row is longer than 100 characters.
 
     python benchmarks/tables.py                        # a table whose rows are not committed stays as it is
     python benchmarks/tables.py --check                # writes nothing; exit status 1 if a table differs from its rows
@@ -13,7 +13,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -21,16 +22,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import speed_tables
 from measuring import table
 
 from mixdpo.errors import InputError
 from mixdpo.evaluation import compare_runs, gold
 from mixdpo.evaluation.compare_runs import SCORES, START, Scores, values
 from mixdpo.evaluation.study_design import Study, read_study
-from mixdpo.storage.files import write_csv, write_text
+from mixdpo.storage.files import Row, write_csv, write_text
 
 ROOT = Path(__file__).parents[1]
-RESULTS, DOC = ROOT / "benchmarks/results", ROOT / "docs/results.md"
+RESULTS, PAGES = ROOT / "benchmarks/results", (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARK = re.compile(r"(<!-- from: python benchmarks/tables\.py (\S+) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 TEXT = {"outcome", "run", "chosen", "seeds", "prompts", "control", "verdict"}
 
@@ -57,7 +59,7 @@ def study_of(name: str) -> Study:
 
 def study(path: Path) -> str:
     """Of the rows of every prompt, which are kept since the second study."""
-    return compare_runs.markdown(compare_runs.tables(study_of(path.stem.removesuffix("_scores")), read_scores(path)))
+    return narrow(compare_runs.tables(study_of(path.stem.removesuffix("_scores")), read_scores(path)))
 
 
 def study_means(path: Path) -> str:
@@ -65,8 +67,42 @@ def study_means(path: Path) -> str:
     with path.open(encoding="utf-8", newline="") as file:
         rows = [{key: text for key, text in row.items() if text or key in TEXT} for row in csv.DictReader(file)]
     typed = [{key: text if key in TEXT else float(text) for key, text in row.items()} for row in rows]
-    main = typed[0]["outcome"]
-    return compare_runs.markdown({main: [row for row in typed if row["outcome"] == main]})
+    main = str(typed[0]["outcome"])
+    return narrow({main: [row for row in typed if row["outcome"] == main]})
+
+
+def bare(value: float, form: str = ".3f") -> str:
+    """`.337` for 0.337: as papers write shares and scores in narrow tables."""
+    return re.sub(r"^([+−]?)0\.", r"\1.", f"{value:{form}}".replace("-", "−"))
+
+
+def interval(row: Row, keys: Sequence[str], form: str = ".3f") -> str:
+    middle, low, high = (bare(row[key], form) for key in keys)
+    return f"{middle} [{low}, {high}]"
+
+
+def narrow(outcomes: Mapping[str, Sequence[Row]]) -> str:
+    """compare_runs.markdown with short numbers. Bold: decided. The last column is p where the rows have it."""
+    return "\n".join(_narrow(outcome, rows) for outcome, rows in outcomes.items())
+
+
+def _narrow(outcome: str, rows: Sequence[Row]) -> str:
+    (control, _), *_ = Counter(row["control"] for row in rows if row["control"]).most_common()
+    ((seeds, prompts), _), *_ = Counter((row["seeds"], row["prompts"]) for row in rows).most_common()
+    last, cells, notes = "p" if any("p" in row for row in rows) else "detectable", [], []
+    for row in rows:
+        run, gain = row["run"], ["", ""]
+        if "difference" in row:
+            gain = [interval(row, ("difference", "difference_low", "difference_high"), "+.3f"), bare(row[last])]
+            gain[0] = f"**{gain[0]}**" if row["verdict"].startswith("decided") else gain[0]
+            gain[1] = bare(row["p"], ".4f") if last == "p" else gain[1]
+        notes += [f"`{run}` has {row['seeds']} seeds.\n"] if row["seeds"] != seeds else []
+        notes += [f"`{run}` is compared with `{row['control']}`.\n"] if row["control"] not in ("", control) else []
+        rate = re.sub(r"lr (\S+)", lambda match: f"{float(match[1]):.0e}".replace("e-0", "e-"), row["chosen"])
+        cells.append([run, rate, interval(row, ("mean", "low", "high")), f"{row['tokens']:.1f}", bare(row["ended"])])
+        cells[-1] += gain
+    head = [f"{outcome}, {seeds} × {prompts}", "lr", "mean [95 %]", "tokens", "ended", f"against {control}", last]
+    return table(head, cells).replace(" nan ", " ") + "\n" * bool(notes) + "".join(notes)
 
 
 def demo(path: Path) -> str:
@@ -82,7 +118,8 @@ def demo(path: Path) -> str:
 def compare_methods(*paths: Path) -> str:
     methods = [each["values"] for path in paths for each in json.loads(path.read_text("utf-8"))["results"].values()]
     head = ["", "AlpacaEval: MixDPO", "DPO", "SFT", "UltraFeedback: MixDPO", "DPO", "SFT"]
-    return table(head, [[key.replace("answer", "response"), *(m[key] for m in methods)] for key in methods[0]])
+    names = {key: key.replace("answer", "response").replace("before training", "before") for key in methods[0]}
+    return table(head, [[name, *(method[key] for method in methods)] for key, name in names.items()])
 
 
 def compare_signals(path: Path) -> str:
@@ -128,8 +165,27 @@ def planted_noise(path: Path) -> str:
                 title, by_kind = f"{name.split(',')[0]}, {warm_up} warm-up, slice {number}", ""
             cells = [found["auc"], by_kind, found["precision"], found["recall"], found["kept_noise_rate"]]
             rows.append([title, *cells, loss["loss"] if number == 2 + len(stages) else ""])
-    head = ["scorer", "AUC", "by kind: swap / boilerplate / shuffle", "precision", "recall", "η kept", "held-out loss"]
+    head = ["scorer", "AUC", "swap / boilerplate / shuffle", "precision", "recall", "η kept", "held-out loss"]
     return table(head, rows)
+
+
+SHORT = {
+    "(a) the third of them with the lowest base loss": "(a) third with the lowest base loss",
+    "(b) halves of slice 3, each scores the other": "(b) halves of slice 3, crossed",
+    "control: the same, each scores its own half": "control: each half scores its own",
+    "(c) slices 0 to 2, cut by distance from the median": "(c) slices 0 to 2, near the median",
+}
+
+
+def planted_noise_repairs(path: Path) -> str:
+    """Of planted_noise_repairs.py: name, η of the reference's data, AUC, AUC of three kinds, and what was kept."""
+    rows = []
+    for name, *numbers in json.loads(path.read_text("utf-8"))["rows"]:
+        noise, auc, *kinds, precision, recall, kept, loss = numbers
+        by_kind = "/".join("–" if each is None else bare(each, ".2f") for each in kinds)
+        cells = [None if each is None else bare(each) for each in (noise, auc, precision, recall, kept)]
+        rows.append([SHORT.get(name, name), *cells[:2], by_kind, *cells[2:], loss])
+    return table(["slice 3 scored by", "η", "AUC", "three kinds", "prec.", "recall", "η kept", "loss"], rows)
 
 
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
@@ -141,6 +197,12 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "default_recipe": (study, ("default_recipe_scores.csv",)),
     "compare_cleaning": (compare_cleaning, ("compare_cleaning.json",)),
     "planted_noise": (planted_noise, ("planted_noise.json",)),
+    "planted_noise_repairs": (planted_noise_repairs, ("planted_noise_repairs.json",)),
+    "preference_trl": (speed_tables.preference_trl, ("preference_step.json",)),
+    "preference_ablation": (speed_tables.preference_ablation, ("preference_step.json",)),
+    "preference_profile": (speed_tables.preference_profile, ("preference_step.json",)),
+    "token_cleaning_scoring": (speed_tables.token_cleaning_scoring, ("token_cleaning.json",)),
+    "prepare": (speed_tables.prepare, ("prepare.json",)),
 }
 """Name -> what makes the table, and from which files of benchmarks/results."""
 
@@ -153,15 +215,22 @@ def sections(text: str, results: Path) -> Iterator[tuple[str, str, str]]:
             yield name, now, make(*(results / file for file in files)).rstrip() + "\n"
 
 
-def remake(doc: Path = DOC, results: Path = RESULTS, check: bool = False) -> int:
+def filled(text: str, new: Mapping[str, str]) -> str:
+    return MARK.sub(lambda match: match[1] + new.get(match[2], match[3]), text)
+
+
+def remake(pages: Sequence[Path] = PAGES, results: Path = RESULTS, check: bool = False) -> int:
     """Exit status; with `check` 1 if a table differs from its rows."""
-    text = doc.read_text("utf-8")
-    new = {name: made for name, now, made in sections(text, results) if now != made}
-    for name in new:
-        print(f"{doc}: {name} {'differs from its rows: python benchmarks/tables.py' if check else 'is made anew'}")
-    if not check:
-        write_text(doc, MARK.sub(lambda match: match[1] + new.get(match[2], match[3]), text))
-    return int(check and bool(new))
+    differs = False
+    for page in pages:
+        text = page.read_text("utf-8")
+        new = {name: made for name, now, made in sections(text, results) if now != made}
+        for name in new:
+            print(f"{page}: {name} {'differs from its rows: python benchmarks/tables.py' if check else 'is made anew'}")
+        if new and not check:
+            write_text(page, filled(text, new))
+        differs |= bool(new)
+    return int(check and differs)
 
 
 def keep(folder: Path, results: Path = RESULTS) -> Path:
