@@ -1,6 +1,6 @@
 """Data that can be trained on but probably means something else: each doubt is one line, with a count and a remedy.
 
-Each row of the table in docs/troubleshooting.md, "What becomes of data", has a test: `VERDICTS`."""
+Each row of the table in docs/troubleshooting.md, "What becomes of data", has a test: verdicts.tsv."""
 
 import json
 import re
@@ -153,93 +153,15 @@ def test_texts_that_show_nothing_are_empty(tmp_path, unseen):
         read_prompts(write_pairs(tmp_path / "q.jsonl", [{"prompt": unseen}]))
 
 
-VERDICTS = """
-a folder of files in several formats
-    test_pairs.py::test_all_files_of_a_folder_are_read_in_name_order_whatever_their_form
-files that differ in columns and types
-    test_pairs.py::test_files_of_a_folder_need_not_agree_in_columns_and_types
-train, test or the like in a file's name
-    test_pairs.py::test_the_rule_of_splits_is_that_of_datasets
-a slice `train[:100]` of a folder
-    test_pairs.py::test_a_slice_is_cut_from_all_files_of_the_split
-a README.md with `configs:`
-    test_pairs.py::test_a_copy_of_a_hub_data_set_keeps_its_configuration
-null in a column or key
-    test_pairs.py::test_null_in_a_column_of_mixed_rows_counts_as_absent
-columns `tools`, `chat_template_kwargs`
-    test_columns.py::test_a_row_s_variables_win_and_the_option_holds_for_the_others
-`name`, `tool_call_id` of a message
-    test_columns.py::test_200_rows_are_trained_with_every_meaning_or_refused_by_name
-`weight: 0`, `train: false`, `loss: false`
-    test_weights.py::test_a_masked_response_weighs_nothing_in_all_three_dialects
-another `weight` on a response of SFT
-    test_weights.py::test_steps_are_weighted_means_however_they_are_cut
-`data.train_on: last`
-    test_weights.py::test_other_weights_and_the_last_response_only
-a `weight` on a hard pair's chosen
-    test_weights.py::test_a_hard_pair_has_its_weight_times_the_mean
-the column of `data.weight`
-    test_blend.py::test_weighted_blended_steps_are_those_of_a_loop_however_they_are_cut
-`data.one_response_per_sample: true`
-    test_weights.py::test_one_response_a_sample
-BOS or end token in texts with `plain`
-    test_columns.py::test_plain_adds_only_what_a_text_lacks
-scores as text or whole numbers
-    test_ratings.py::test_difference_is_chosen_minus_rejected_and_strings_are_parsed
-`files of no split, not read`
-    test_pairs.py::test_the_split_of_a_file_is_a_word_in_its_name_or_folder
-`columns not read`
-    test_columns.py::test_columns_not_read_are_named_once_per_source
-`empty_prompt`, `empty_completion`
-    test_data_warnings.py::test_texts_that_show_nothing_are_empty
-`no_trained_response`
-    test_weights.py::test_a_row_with_nothing_to_train_and_blank_responses_are_counted
-`blank_responses`
-    test_weights.py::test_a_row_with_nothing_to_train_and_blank_responses_are_counted
-`weights_not_read`
-    test_weights.py::test_a_pair_has_the_weight_of_its_chosen_response
-`weight_0`
-    test_blend.py::test_weights_are_read_or_refused_with_file_and_row_and_belong_to_the_run
-`special_tokens_in_text`
-    bad_input/templates.py::an end token in a prompt
-`truncated`
-    bad_input/templates.py::a completion of 20 000 words, cut
-`truncated`, of a prompt
-    test_encoding.py::test_a_cut_prompt_keeps_bos_system_message_and_well_formed_turns
-`dropped_overlong`
-    test_encoding.py::test_a_pair_that_is_cut_to_equal_completions_is_dropped_and_counted
-`identical`
-    test_pairs.py::test_unusable_rows_are_kept_out_and_counted_even_from_the_cache
-`prompt_repeated`
-    test_data_warnings.py::test_a_prompt_repeated_by_both_responses_is_cut_and_counted
-`prompt_repeated_by_one`
-    test_data_warnings.py::test_a_single_response_may_repeat_a_question
-layers that no text reaches (vision, audio)
-    test_partial_models.py::test_every_adapter_of_a_model_with_a_tower_learns
-more tokens than rotary positions
-    test_attention.py::test_more_tokens_than_rotary_positions_are_warned_about_once
-more than a fifth of the rows are cut
-    test_data_warnings.py::test_many_cut_rows_are_warned_about
-more than half of the margins are negative
-    test_data_warnings.py::test_negative_margins_are_warned_about_once
-some margins are negative
-    test_data_warnings.py::test_negative_margins_are_warned_about_once
-A over B and B over A for one prompt
-    test_data_warnings.py::test_pairs_in_both_directions_are_counted
-a validation part without a hard pair
-    test_data_warnings.py::test_a_validation_part_without_a_hard_pair_is_warned_about
-"""  # a row of the table in docs/troubleshooting.md, by its first cell; below it the test that shows it
-
-
 def test_each_row_of_the_table_of_verdicts_has_a_test():
-    tests, lines = Path(__file__).parent, [line.strip() for line in VERDICTS.strip().splitlines()]
+    """tests/verdicts.tsv names a test for each row of the table, which begins with the same words."""
+    tests = Path(__file__).parent
     page = (tests.parent / "docs/troubleshooting.md").read_text()
     head, *rows = re.search(r"^\| in the data, or the model \|.*\n(?:\|.*\n)+", page, re.M).group().splitlines()
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[1:]]
-    names, shown_by = lines[::2], lines[1::2]
-    assert [name for name, *_ in cells] == names and head.count("|") == 4
-    assert {verdict for _, verdict, _ in cells} == {"honoured", "counted", "warned"}
-    for row, test in zip(names, shown_by, strict=True):
+    shown = [line.split("\t") for line in (tests / "verdicts.tsv").read_text().splitlines()]
+    assert len(rows) - 1 == len(shown) and head.count("|") == 4
+    for row, (start, test) in zip(rows[1:], shown, strict=True):
+        assert re.match(re.escape(f"| {start} | ") + "(honoured|counted|warned) ", row), row
         file, name = test.split("::")
         shape = f'"{name}"' if file.startswith("bad_input/") else f"def {name}("
         assert shape in (tests / file).read_text(), row
