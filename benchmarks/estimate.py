@@ -194,7 +194,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/estimate.md"))
     options = parser.parse_args()
     if options.what == "cards":
-        PAGE.write_text(remade(PAGE.read_text("utf-8"), cards()), "utf-8")
+        made = cards()  # first, as the page may be edited in these minutes
+        PAGE.write_text(remade(PAGE.read_text("utf-8"), made), "utf-8")
         return
     about = (
         "Peak memory of a step on the CPU: predicted by mixdpo/model/estimate.py, and seen by torch.profiler in a real "
