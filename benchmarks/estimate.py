@@ -1,16 +1,18 @@
 """Is `mixdpo estimate` right, and what does it say of the shipped configs for a GPU?
 
     python benchmarks/estimate.py check [--models llama,qwen2,mistral,smollm2]   -> benchmarks/results/estimate.md
-    python benchmarks/estimate.py cards        the table of all configs for a GPU, as it stands in docs/reproducing.md
+    python benchmarks/estimate.py cards        the tables of all configs for a GPU, in place: docs/memory.md
 
 `check` compares the predicted peak of a step on the CPU with what torch.profiler sees allocated in a real step. `cards`
-needs no hub: the sizes of the configs' models, as published, are below. The lengths are those of docs/reproducing.md.
+needs no hub: the sizes of the configs' models, as published, are below. It writes each table of docs/memory.md between
+`<!-- from: python benchmarks/estimate.py cards NAME -->` and `<!-- end -->`. NAME is `own_pairs`, `papers` or `sizes`.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -48,7 +50,9 @@ MODELS = {  # a part of the name of model.base -> what its config.json says
 }
 
 
-CONFIGS = {  # a config for a GPU, and options -> its rows, as docs/reproducing.md has them
+PAGE = Path(__file__).parents[1] / "docs/memory.md"
+MARK = re.compile(r"(<!-- from: python benchmarks/estimate\.py cards (\w+) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+CONFIGS = {  # a config for a GPU, and options -> its rows, as docs/memory.md has them
     **{f"own_pairs{options}": 10_000 for options in ("", " --model.lora.rank 64", " --model.lora.rank 128")},
     **dict.fromkeys(("mixdpo/llama3_8b", "mixdpo/mistral_7b", "mixdpo/qwen2.5_7b"), 61_135),
     **{"mixdpo/argilla_7k": 6_750, "mixdpo/llama3_instruct": 59_900, "mixdpo/mistral_instruct": 59_700},
@@ -73,23 +77,40 @@ def estimated(config: str, folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out").read_text())
 
 
-def cards(configs: Sequence[str] = tuple(CONFIGS)) -> str:
-    def cell(card: dict[str, Any]) -> str:
-        kind = ("kept", "recomputed")[card["recomputed"]]
-        return f"{card['tokens']:,.0f} {kind}, {card['peak'] / 1e9:.1f} GB" if card["fits"] else "does not fit"
-
-    rows = []
+def cards(configs: Sequence[str] = tuple(CONFIGS)) -> dict[str, str]:
+    """The tables of docs/memory.md: what `auto` takes on each card, for own_pairs and the papers; sizes and hours."""
+    sizes: list[list[str]] = []
+    own: list[list[Any]] = []
+    papers: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for config in configs:
-            found = estimated(config, Path(folder))
-            sizes = [f"{found[name] / 1e9:.1f}" for name in ("weights", "adapters", "moments")]
+            found, short = estimated(config, Path(folder)), f"`{config.replace('token_cleaning/', '')}`"
+            memory = [f"{found[name] / 1e9:.1f}" for name in ("weights", "adapters", "moments")]
             a_token = [f"{found[f'{name}_per_token'] / 1e6:.2f}" for name in ("kept", "recomputed")]
-            by_card = [cell(found["cards"][size]) for size in ("12", "16", "24")]
-            hours = found["cards"]["24"]["hours"]
-            rows.append([f"`{config}`", " + ".join(sizes), " / ".join(a_token), *by_card, f"{hours:.1f}"])
-            print(rows[-1], file=sys.stderr, flush=True)
-    head = ["config", "weights + adapters + moments, GB", "MB a token, kept / recomputed", "12 GB", "16 GB", "24 GB"]
-    return table([*head, "hours"], rows)
+            sizes.append([short, *memory, " / ".join(a_token), f"{found['cards']['24']['hours']:.1f}"])
+            rows = own if config.startswith("own_pairs") else papers
+            rows.append([short, *(found["cards"][size] for size in ("12", "16", "24"))])
+            print(sizes[-1], rows[-1], file=sys.stderr, flush=True)
+    units = ["config", "weights", "adapters", "moments", "MB a token, kept / recomputed", "hours"]
+    return {"own_pairs": by_card(own), "papers": by_card(papers), "sizes": table(units, sizes)}
+
+
+def by_card(rows: list[list[Any]]) -> str:
+    """Tokens of a micro-batch on each card; in the head the peak memory, which differs little where `auto` decides."""
+    head = ["config"]
+    for size, cells in zip((12, 16, 24), list(zip(*rows, strict=True))[1:], strict=True):
+        peaks = sorted({f"{card['peak'] / 1e9:.1f}" for card in cells if card["fits"]}, key=float)
+        head.append(f"{size} GB (peak {' to '.join(dict.fromkeys((peaks[0], peaks[-1])))})")
+
+    def cell(card: dict[str, Any]) -> str:
+        return f"{card['tokens']:,.0f} {('kept', 'recomputed')[card['recomputed']]}" if card["fits"] else "does not fit"
+
+    return table(head, [[name, *map(cell, cells)] for name, *cells in rows])
+
+
+def remade(page: str, tables: dict[str, str]) -> str:
+    """The page with its marked tables made anew."""
+    return MARK.sub(lambda mark: mark[1] + tables[mark[2]], page)
 
 
 def step_bytes(folder: str, quantization: Any, recomputed: bool, rows: TokenRows, device: str) -> int:
@@ -173,7 +194,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/estimate.md"))
     options = parser.parse_args()
     if options.what == "cards":
-        print(cards())
+        made = cards()  # first, as the page may be edited in these minutes
+        PAGE.write_text(remade(PAGE.read_text("utf-8"), made), "utf-8")
         return
     about = (
         "Peak memory of a step on the CPU: predicted by mixdpo/model/estimate.py, and seen by torch.profiler in a real "

@@ -191,12 +191,19 @@ def test_the_verb(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.long
-def test_the_table_of_cards_is_what_the_verb_says() -> None:
-    """Every config for a GPU; docs/reproducing.md takes memory and hours from the table."""
-    made = benchmark.cards()
-    assert made in Path("docs/reproducing.md").read_text("utf-8")
-    cells = [row.strip("| \n").split(" | ") for row in made.splitlines()[2:5]]  # own_pairs, by rank
-    readme = Path("README.md").read_text("utf-8")
-    assert all(f"| {row[3 + size]} |" in readme for size, row in enumerate(cells))
+def test_the_tables_of_cards_are_what_the_verb_says() -> None:
+    """Every config for a GPU; docs/memory.md has memory and hours, configs/own_pairs.yaml one of the numbers."""
+    page, made = benchmark.PAGE.read_text("utf-8"), benchmark.cards()
+    assert benchmark.remade(page, made) == page, "run python benchmarks/estimate.py cards"
+    assert sorted(name for _, name, _ in benchmark.MARK.findall(page)) == sorted(made)
+    tokens = made["own_pairs"].splitlines()[2].split(" | ")[1].split()[0]
+    assert f"(12 GB, r 16: {tokens})" in Path("configs/own_pairs.yaml").read_text("utf-8")
     shipped = {path for path in Path("configs").rglob("*.yaml") if "micro_batch_tokens: auto" in path.read_text()}
     assert {f"configs/{name.split()[0]}.yaml" for name in benchmark.CONFIGS} == {str(path) for path in shipped}
+
+
+def test_a_changed_estimate_is_found() -> None:
+    page = benchmark.PAGE.read_text("utf-8")
+    tables = {name: old for _, name, old in benchmark.MARK.findall(page)}
+    assert benchmark.remade(page, tables) == page
+    assert benchmark.remade(page, tables | {"own_pairs": tables["own_pairs"].replace("7,943", "7,944")}) != page
