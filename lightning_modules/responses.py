@@ -191,7 +191,8 @@ class ResponseModule(L.LightningModule):
         self.file.close()
         if self.file.missing:
             return print(f"{len(self.file.missing)} prompts have no response yet: the same command continues")
-        rows = self.trainer.datamodule.form.rows(self.file.answered, self.path.stem)  # type: ignore[attr-defined]
+        form = self.trainer.datamodule.form  # type: ignore[attr-defined]
+        rows = [form.row(each, self.path.stem) for each in self.file.answered]
         write = write_json if self.path.suffix == ".json" else write_rows
         write(self.path, rows)
         responses = [response for a in self.file.answered for response in a.responses]

@@ -18,7 +18,8 @@ def parse_json(text: str | bytes, where: str, remedy: str = "correct it") -> Any
         remedy: end of the error: what to do about a refused text.
 
     Raises:
-        InputError: the text is no JSON in UTF-8, is nested too deeply, or holds a key twice, a NaN or an infinite number.
+        InputError: the text is no JSON in UTF-8, is nested too deeply, or holds a key twice or a number that is not
+            finite.
     """
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_finite, parse_float=_finite)
@@ -60,8 +61,8 @@ def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
         finite: refuse NaN and infinite numbers.
 
     Raises:
-        InputError: the text is no YAML; or it holds a key twice, a key that is a list or mapping, or a value such as 1_0
-            or 1:30, which YAML 1.1 and 1.2 read differently.
+        InputError: the text is no YAML; or it holds a key twice, a key that is a list or mapping, or a value such as
+            1_0 or 1:30, which YAML 1.1 and 1.2 read differently.
     """
     try:
         loader = _Loader(text)
