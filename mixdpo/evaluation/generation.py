@@ -88,9 +88,10 @@ def generate(
     """
     if not (temperature >= 0 and 0 < top_p <= 1 and min(samples, max_new_tokens, batch_size) >= 1):
         given = f"temperature {temperature}, top_p {top_p}, samples {samples}, max_new_tokens {max_new_tokens}"
-        raise InputError(f"{given}: need temperature >= 0, 0 < top_p <= 1; the others must be at least 1")
+        rule = "need temperature >= 0, 0 < top_p <= 1; the others must be at least 1"
+        raise InputError(f"{given}, batch_size {batch_size}: {rule}")
     if samples > 1 and temperature == 0:
-        raise InputError("at temperature 0 all samples are the same: raise temperature or take 1 sample")
+        raise InputError(f"samples {samples}: at temperature 0 all are the same: raise temperature or take 1 sample")
     if not prompts:
         return []
     device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
