@@ -103,6 +103,8 @@ def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None)
         usable += not records[0]["drop"]
         if usable == limit:
             return
+    if not places:
+        raise InputError(f"{source.name} holds no rows: give a file or split with some.")
 
 
 def row_id(row: dict[str, Any], column: str, content: Any, earlier: Collection[int]) -> int:

@@ -84,7 +84,7 @@ FILES: list[tuple[str, str, bytes | str, tuple[str, ...]]] = [
     ("too many values", "a.csv", f"{CSV}a,b,c,1,2\n", ("row 2: ", "5 values under 4 column names", FIX)),
     ("a column twice", "a.csv", "prompt,prompt\na,b\n", ("row 1: ", "names a column twice: prompt, prompt")),
     ("no header", "a.csv", "a,b,c,1\na,b,c,1\n", ("row 1: ", "Name yours", "Columns present: a, b, c, 1")),
-    ("nothing", "a.jsonl", "", ("no usable pair", "0 rows read")),
+    ("nothing", "a.jsonl", "", ("holds no rows", "give a file or split with some")),
     ("no margin column", "a.csv", "prompt,chosen,rejected,stars\na,b,c,1\n", ("no column to take the", "Name yours")),
     ("an archive", "a.jsonl.zip", b"PK", ("should end in .parquet, .json, .jsonl or .csv", "also with .gz")),
     ("every row dropped", "a.jsonl", LINE.replace('"4"', '" "'), ("no usable pair", "'empty_completion': 1")),
