@@ -174,7 +174,7 @@ class PlannedDataModule(L.LightningDataModule):
         for name, counts in self.counts.items():
             # words with spaces hold the name of a file
             parts = ((n, what if " " in what else what.replace("_", " ")) for what, n in counts.items() if n)
-            lines.append(f"{name}: {', '.join(f'{count:,} {what}' for count, what in parts)}")
+            lines.append(f"{name.replace('/', ' ', 1)}: {', '.join(f'{count:,} {what}' for count, what in parts)}")
         return lines + [f"warning: {doubt}" for doubt in self.doubts]
 
     def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -156,8 +156,8 @@ class PreferenceDataModule(PlannedDataModule):
         if route["assignment"] != "margin":
             why = f", by assignment {route['assignment']}"
         elif route["threshold"] is not None:
-            tied = f"{route['hard_at_threshold']} of the {route['ties_at_threshold']} pairs tied at it"
-            why = f": margin below {route['threshold']:.4g}, and {tied}"
+            tied = f", and {route['hard_at_threshold']} of the {route['ties_at_threshold']} pairs tied at it"
+            why = f": margin below {route['threshold']:.4g}{tied if route['hard_at_threshold'] else ''}"
         if "blended" in route:
             why += f"; {route['blended']} pairs are blended, mean preference share {route['mean_preference_share']:.0%}"
         hard = f"{route['hard']} of {route['pairs']} pairs ({route['hard_fraction']:.0%}) are hard{why}"

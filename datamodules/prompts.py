@@ -68,6 +68,3 @@ class PromptDataModule(L.LightningDataModule):
         return DataLoader(left, batch_size=None, collate_fn=lambda batch: batch)
 
     test_dataloader = predict_dataloader
-
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        return batch  # texts stay where they are

@@ -4,13 +4,15 @@ import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pkgutil import resolve_name
 
 from mixdpo import __main__ as verbs
 from mixdpo.errors import Stopped
 from mixdpo.first_look import first_look
+
+# of Lightning: advertisement, and what the lines of a run say
+SAID = "litlogger|` reached|^Seed set to|^(GPU|TPU) available"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,11 +29,9 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = first_look(sys.argv[1:] if arguments is None else arguments)
     # before torch is imported, which reads either name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|.*isinstance.treespec|.*does not have many workers")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: not re.search("litlogger|` reached", record.getMessage()))
-    # on CPUs with AVX-512 BF16, bitsandbytes warns of a missing kernel that only inference would use
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    verbs.quieten()
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not re.search(SAID, record.getMessage()))
     from lightning_modules.verbs import messages, run_cli
 
     try:

@@ -25,7 +25,6 @@ class MarginModule(L.LightningModule):
         quantization: loading.Quantization = "nf4",
         dtype: loading.Dtype = "bfloat16",
         attention: loading.Attention = "auto",
-        wide_weights: bool = False,
     ) -> None:
         """Computes a margin for each pair of the data, small = hard. The same command continues after an interruption.
 
@@ -36,7 +35,6 @@ class MarginModule(L.LightningModule):
             output: The margins file; RUNS/NAME.margins if not given. A file of other margins is not overwritten.
             quantization: How the model is held in memory.
             dtype: Of the model's unquantised weights and of the computation with 4-bit ones.
-            wide_weights: Accept a model of which quantization leaves more than a fifth of the weights in `dtype`.
             attention: varlen, lower_right and by_segment compute each sequence in a row as the model alone would,
                 without a mask of the row; varlen does so in one kernel (CUDA, half precision). auto takes the first
                 that agrees with transformers' own on a few tokens, and says which. sdpa and eager are transformers'
@@ -44,7 +42,6 @@ class MarginModule(L.LightningModule):
         """
         super().__init__()
         self.base, self.signal, self.adapter, self.output = base, signal, adapter, output
-        self.wide_weights = wide_weights
         self.needs: str = signal.needs  # type: ignore[attr-defined]
         if not {"policy": True, "adapter": bool(adapter)}.get(self.needs, not adapter):
             raise InputError(f"model.adapter is {adapter}: the signal {signal} needs {'none' if adapter else 'one'}")
@@ -67,7 +64,7 @@ class MarginModule(L.LightningModule):
             load = loading.load_reward_model if self.needs == "reward model" else loading.load_base
             device = self.trainer.strategy.root_device
             loading.check_card(device, str(self.trainer.precision))
-            self.model = load(self.base, **self.loading, wide_weights=self.wide_weights, device=device)
+            self.model = load(self.base, **self.loading, device=device)
             packed = data.documents and self.needs != "reward model"  # a reward model computes each sequence alone
             self.print(check_data(self.model, self.base, data.tables.values(), packed=packed), end="")
             used["weights"] = base_fingerprint(self.model)

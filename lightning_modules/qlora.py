@@ -53,7 +53,6 @@ class AdapterModule(L.LightningModule):
         schedule: Callable[[StepPlan], Any] = lazy_instance(Cosine),  # noqa: B008
         schedule_steps: int | None = None,
         cleaning: Cleaning | None = None,
-        wide_weights: bool = False,
         fused_layers: tuple[Part, ...] = ("lora", "norm", "swiglu"),
     ) -> None:
         """A frozen base with LoRA adapters.
@@ -76,15 +75,12 @@ class AdapterModule(L.LightningModule):
             schedule_steps: Optimizer steps that the schedule is made for; the run's own if null. Set this where
                 trainer.max_steps only pauses a run that will be continued with more steps.
             cleaning: Which response tokens are trained on, and how they are scored. Null trains on all of them.
-            wide_weights: Accept a base of which quantization leaves more than a fifth of the weights in `dtype`, such
-                as the experts of a mixture.
             fused_layers: Layers that are computed in fewer operations and keep less memory for backward, with numbers
                 equal up to rounding: those with an adapter, RMSNorm, SwiGLU. [] computes all as PEFT and transformers.
         """
         super().__init__()
         self.base, self.adapter, self.lora, self.cleaning = base, adapter, lora, cleaning
         self.loading: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "attention": attention}
-        self.loading |= {"wide_weights": True} if wide_weights else {}
         self.activation_checkpointing, self.fused_layers = activation_checkpointing, sorted(fused_layers)
         self._recompute_above: Any = 0 if activation_checkpointing is True else activation_checkpointing  # tokens
         self.optimizer, self.schedule, self.schedule_steps = optimizer, schedule, schedule_steps
@@ -113,8 +109,6 @@ class AdapterModule(L.LightningModule):
         if self.trainer.state.fn == "fit":
             refuse_missing_metrics(self.trainer, self.metric_names())
         check_card(strategy.root_device, str(self.trainer.precision))
-        if str(self.trainer.precision) == "bf16-true":
-            self.print("warning: bf16-true holds the adapter and Adam's moments in bf16; bf16-mixed keeps them in fp32")
         base = load_base(self.base, **self.loading, device=strategy.root_device)
         tables, packed = getattr(data, "tables", {}).values(), getattr(data, "documents", False)
         with self.trainer.precision_plugin.forward_context():

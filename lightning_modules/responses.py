@@ -191,7 +191,7 @@ class ResponseModule(L.LightningModule):
         self.file.close()
         if self.file.missing:
             return print(f"{len(self.file.missing)} prompts have no response yet: the same command continues")
-        rows = self.trainer.datamodule.form.rows(self.file.answered, self.path.stem)  # type: ignore[attr-defined]
+        rows = [self.trainer.datamodule.form.row(a, self.path.stem) for a in self.file.answered]  # type: ignore[attr-defined]
         write = write_json if self.path.suffix == ".json" else write_rows
         write(self.path, rows)
         responses = [response for a in self.file.answered for response in a.responses]

@@ -1,7 +1,10 @@
 """`mixdpo VERB`: the verbs that need no Trainer."""
 
 import json
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import takewhile
 from pkgutil import resolve_name
@@ -36,6 +39,16 @@ VERBS = {
 }
 
 
+def quieten() -> None:
+    """Silence what third parties say of themselves, and without a terminal their progress bars too."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|.*isinstance.treespec|.*does not have many workers")
+    # on CPUs with AVX-512 BF16, bitsandbytes warns of a missing kernel that only inference would use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        # read when datasets and huggingface_hub are imported
+        os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the verb's exit status (0 if the verb gives none), or 2 for bad input."""
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -54,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mixdpo.options import Parser
 
         FirstLook(verb, *rest)
+        quieten()
         if verb == "compare":  # options of run.py may follow
             return resolve_name("mixdpo.evaluation.compare:compare")(rest)
         if verb == "report" and (runs := list(takewhile(lambda word: not word.startswith("-"), rest))):

@@ -290,7 +290,7 @@ def test_columns_not_read_are_named_once_per_source(tiny_model: str, tmp_path: A
     plain = fit(tiny_model, write_pairs(tmp_path / "plain.jsonl", make_pairs(8)), tmp_path / "a")
     noted = fit(tiny_model, write_pairs(tmp_path / "noted.jsonl", rows), tmp_path / "b")
     (line,) = [line for line in noted.trainer.datamodule.describe_counts() if "not read" in line]
-    assert line == f"read/{tmp_path / 'noted.jsonl'}: 8 pairs, 2 columns not read: lang, notes"
+    assert line == f"read {tmp_path / 'noted.jsonl'}: 8 pairs, 2 columns not read: lang, notes"
     assert not any("not read" in line for line in plain.trainer.datamodule.describe_counts())
     assert same(plain, noted)
 

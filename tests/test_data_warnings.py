@@ -110,7 +110,7 @@ def test_a_prompt_repeated_by_both_responses_is_cut_and_counted(tiny_model, tmp_
     assert table.noted == {"prompt_repeated": 2} and table.dropped == {}
     data = fit(tiny_model, source, tmp_path / "run").trainer.datamodule
     assert isinstance(data, PreferenceDataModule)
-    assert data.describe_counts()[0] == f"read/{source}: 18 pairs, 2 prompt repeated"
+    assert data.describe_counts()[0] == f"read {source}: 18 pairs, 2 prompt repeated"
 
 
 def test_a_prompt_repeated_by_many_single_responses_is_refused(tmp_path):

@@ -32,7 +32,7 @@ def llama(**options: Any) -> Any:
 
 
 def model(config: Any = None, rank: int = 4, optimizer: Any = torch.optim.AdamW, **options: Any) -> MemoryModel:
-    loading = LOADING | {name: options.pop(name) for name in [*options] if name in (*LOADING, "wide_weights")}
+    loading = LOADING | {name: options.pop(name) for name in [*options] if name in LOADING}
     return MemoryModel(config or llama(), Lora(rank=rank, alpha=8), optimizer, loading, **{"device": "cpu"} | options)
 
 
@@ -117,9 +117,6 @@ def test_what_is_not_known_is_refused() -> None:
         model(optimizer=Unknown).peak(10, False)
     with pytest.raises(InputError, match="an int8 base cannot be estimated"):
         model(quantization="int8").peak(10, False)
-    experts = llama(kind="mixtral", num_local_experts=4)
-    with pytest.raises(InputError, match="are not quantised"):
-        model(experts).peak(10, False)
     uneven = llama(kind="deepseek_v3", num_hidden_layers=8, first_k_dense_replace=3, n_routed_experts=4, n_group=1)
     with pytest.raises(InputError, match="cannot be estimated"):
         model(uneven, quantization="none").peak(10, False)

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import adapter_weights, build, fit, make_pairs, same
+from conftest import adapter_weights, fit, make_pairs, same
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
@@ -313,14 +312,6 @@ def test_such_a_step_can_be_left_out(run: Any, tmp_path: Path) -> None:
     assert moved == [True, False, True, True]
     assert all(value.isfinite().all() for value in adapter_weights(module).values())
     assert json.loads((tmp_path / "non_finite.json").read_text())["step"] == 2
-
-
-def test_a_disk_that_is_too_small_is_refused_before_the_first_step(tiny_model, source, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("lightning_modules.callbacks.checkpoint.shutil.disk_usage", lambda _: Namespace(free=1000))
-    trainer, module, pairs = build(tiny_model, source, tmp_path / "run", **ADAMW)
-    with pytest.raises(InputError, match=r"run has 0 MB free.*take 0 MB.*--runs"):
-        trainer.fit(module, pairs)
-    assert trainer.global_step == 0
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(run: Any, tmp_path: Path) -> None:

@@ -135,19 +135,19 @@ def test_official_forms():
     said = Response("A response.", 4, True)
     alpaca = AlpacaEval()
     asked = alpaca(1, {"instruction": "Why?", "dataset": "koala"})
-    (row,) = alpaca.rows([PromptResponses(asked, (said,))], "mine")
+    (row,) = [alpaca.row(PromptResponses(asked, (said,)), "mine")]
     expected = {"dataset": "koala", "instruction": "Why?", "output": "A response.", "generator": "mine"}
     assert row == expected | {"tokens": 4, "ended": True}
     arena = ArenaHard()
     asked = arena(1, {"uid": "u1", "prompt": "Why?", "category": "hard_prompt"})
-    (row,) = arena.rows([PromptResponses(asked, (said,))], "mine")
+    (row,) = [arena.row(PromptResponses(asked, (said,)), "mine")]
     assert (row["uid"], row["model"], row["metadata"]["token_len"]) == ("u1", "mine", 4)
     assert row["messages"] == [user("Why?"), response({"answer": "A response."})]
     bench = MTBench()
     hub = bench(1, {"prompt_id": 5, "category": "math", "prompt": ["One?", "Two?"], "reference": []})
     official = bench(2, {"question_id": 4, "category": "math", "turns": ["One?", "Two?"]})
-    rows = bench.rows([PromptResponses(hub, (said, said)), PromptResponses(official, (said, said))], "mine")
-    assert [row["question_id"] for row in rows] == [4, 5]  # as FastChat sorts them
+    rows = [bench.row(PromptResponses(each, (said, said)), "mine") for each in (hub, official)]
+    assert [row["question_id"] for row in rows] == [5, 4]
     assert rows[0]["choices"] == [{"index": 0, "turns": ["A response.", "A response."]}]
     assert rows[0]["model_id"] == "mine" and rows[0]["answer_id"] != rows[1]["answer_id"]
 
@@ -176,10 +176,9 @@ def test_same_id_twice_is_named(tmp_path):
 
 def test_gsm8k_by_hand():
     prompt = GSM(1, {"question": "2 + 2?", "answer": "2+2=<<2+2=4>>4\n#### 4"})
-    right = ["2 + 2 = 5, so\n#### 4", "It is 4.", "#### 1. Add\n2 + 2 = 4\n#### 4", "#### 1) Add them\nIt is 4"]
-    right += ["##### 12. Add them\nIt is 4", "#### 4. She has 4 of 20", "#### 4\n\nQuestion: next one\n#### 10"]
-    right += ["#### 4. That is all"]
-    wrong = ["#### $1,204.00 for all", "4 apples and 5 pears", "no number", "#### -4", ""]
+    right = ["2 + 2 = 5, so\n#### 4", "It is 4.", "##### 12. Add them\nIt is 4", "#### 4. She has 4 of 20"]
+    right += ["#### 4\n\nQuestion: next one\n#### 10"]
+    wrong = ["#### $1,204.00 for all", "4 apples and 5 pears", "no number", "#### -4", "", "#### 1. Add\n#### 4"]
     scores = {text: GSM.score(prompt, text) for text in right + wrong}
     assert scores == {**dict.fromkeys(right, 1), **dict.fromkeys(wrong, 0)}
     prompt = GSM(1, {"question": "How much?", "answer": "#### 1,204"})

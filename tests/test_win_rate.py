@@ -143,8 +143,6 @@ def test_what_no_fit_can_use() -> None:
     ):
         with pytest.raises(InputError, match=message):
             length_controlled(*columns)
-    with pytest.raises(InputError, match="samples 1: a standard error needs at least 2"):
-        resampled_win_rates([0.4, 0.5], samples=1)
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +238,6 @@ def test_p_is_the_level_whose_interval_just_leaves_0_out() -> None:
 
 
 def test_what_they_refuse() -> None:
-    for before, after in (([1, 2], [1]), ([], []), ([1], [float("nan")])):
-        with pytest.raises(InputError):
-            paired_bootstrap(before, after)
     for wrong in ([1.0, 2.0], [[]], [[float("nan")]]):
         with pytest.raises(InputError, match="need a table of finite values"):
             two_way_bootstrap(wrong)

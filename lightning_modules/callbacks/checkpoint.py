@@ -3,7 +3,6 @@
 import io
 import random
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -19,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Mod
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mixdpo.errors import InputError, Stopped
+from mixdpo.errors import Stopped
 from mixdpo.storage.files import written_whole
 
 
@@ -120,8 +119,7 @@ class LastCheckpoint(Checkpoint):
         self._owed_validation, self._epoch = checkpoint.get("owes_validation", "no"), checkpoint["epoch"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a disk that the run would fill; listen to signals; make up for a validation that was cut off."""
-        _check_disk(Path(trainer.default_root_dir), pl_module)
+        """Listen to signals; make up for a validation that was cut off."""
         if not trainer.fit_loop.done:
             _handle_signals(self._stop, self._stop)  # Lightning restores its own when it ends
         owed = self._owed_validation == "always" or (self._owed_validation != "no" and trainer.fit_loop.done)
@@ -196,16 +194,6 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero and trainer.state.fn == "fit" and (stopped or _last_checkpoint(trainer).exists()):
             whole = "" if stopped else "the last checkpoint is whole; "
             print(f"{whole}continue with:\n  {resume_command(trainer)}", file=sys.stderr)
-
-
-def _check_disk(folder: Path, module: L.LightningModule) -> None:
-    """Refuse a folder without room for the old and the new checkpoint (adapters, two moments) and adapter/."""
-    learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    adapters = sum(p.numel() * p.element_size() for name, p in module.named_parameters() if "lora_" in name)
-    need, free = 2 * (adapters + 2 * learning) + learning, shutil.disk_usage(folder).free
-    if free < need:
-        space = f"{free / 1e6:.0f} MB free, and checkpoints and adapter take {need / 1e6:.0f} MB"
-        raise InputError(f"{folder} has {space}: free some space, or give other --runs")
 
 
 def _handle_signals(interrupt: Any = signal.default_int_handler, terminate: Any = signal.SIG_DFL) -> None:

@@ -36,7 +36,7 @@ class RunFiles(Callback):
             if order := getattr(data, "order_of_training", None):
                 write_csv(folder / ORDER, ORDER_COLUMNS, order())
             trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-            print(f"policy: {trainable / 1e6:.2f}M trainable parameters of {pl_module.base}")
+            print(f"policy: {trainable / 1e6:.2f}M trainable parameters of {pl_module.base}, on {pl_module.device}")
             print(f"run folder: {folder}; to follow it: tensorboard --logdir {folder}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

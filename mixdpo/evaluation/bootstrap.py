@@ -57,14 +57,9 @@ def one_way_bootstrap(statistic: Callable[..., ArrayLike], items: int, samples: 
     Args:
         statistic: takes row numbers (N,). A statistic with a parameter `axis` takes (samples, N) at once.
         items: N, at least 2. For one seed and one N, every statistic gets the same resamples.
-
-    Raises:
-        InputError: there are fewer than two samples.
     """
     from scipy.stats import bootstrap
 
-    if samples < 2:
-        raise InputError(f"samples {samples}: a standard error needs at least 2, 1000 is usual")
     rows, options = np.arange(items), {"n_resamples": samples, "batch": max(1, _BLOCK // items)}
     result = bootstrap((rows,), statistic, method="percentile", rng=seed, **options)
     return _interval(float(np.asarray(statistic(rows))), result.bootstrap_distribution)
@@ -77,14 +72,8 @@ def paired_bootstrap(before: ArrayLike, after: ArrayLike, samples: int = 10_000)
         before: scores (N,) of the first system.
         after: scores (N,) of the second system, item by item.
         samples: number of resamples.
-
-    Raises:
-        InputError: different lengths, no items, or a score that is not finite.
     """
-    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    values = second - first if first.shape == second.shape else np.empty(0)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise InputError(f"before {first.shape} and after {second.shape}: need two lists of one finite score per item")
+    values = np.subtract(after, before, dtype=np.float64)
     if len(values) == 1:  # nothing to draw
         return _interval(values[0], np.repeat(values, samples))
     return one_way_bootstrap(lambda rows, axis=-1: values[rows].mean(axis), len(values), samples)

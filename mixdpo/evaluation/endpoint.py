@@ -13,9 +13,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mixdpo.errors import InputError
-from mixdpo.storage.read import LARGEST, parse_json
+from mixdpo.storage.read import parse_json
 
 Chat = list[dict[str, str]]
+
+
+LARGEST = 16 * 2**20  # bytes of a body
 
 
 CONTINUES = "the same command continues"

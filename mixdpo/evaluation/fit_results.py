@@ -68,7 +68,7 @@ def held_out_summary(pairs: Mapping[str, np.ndarray]) -> dict[str, str]:
     if "displacement/chosen" in pairs:
         nats = np.average(pairs["displacement/chosen"], weights=weight)
         became = f": chosen responses became {'more' if nats > 0 else 'LESS'} likely than under the reference"
-        lines["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}{became if nats else ''}"
+        lines["displacement of the chosen log-prob, nats"] = f"{nats:+.2f}{became if round(nats, 2) else ''}"
     return lines | {"optimizer steps of the policy on held-out pairs": f"{pairs['step'][0]:.0f}"}
 
 

@@ -1,14 +1,13 @@
 """Prompts and responses as the official benchmarks write them, and the tasks that need no judge.
 
 A form is a class that a config names by its class path. Called with (number, row), a form gives a `Prompt`;
-`rows(responses, name)` go into a file with `suffix`; a task also has `score(prompt, text)`.
+`row(asked, name)` goes into a file with `suffix`; a task also has `score(prompt, text)`.
 """
 
 import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,17 +45,10 @@ class PromptResponses(NamedTuple):
     responses: "tuple[Response, ...]"
 
 
-class Form:
-    """Writes `row(asked, name)` for each prompt."""
+class AlpacaEval:
+    """AlpacaEval: reads `instruction` (and `dataset`), writes a file for alpaca_eval's `--model_outputs`."""
 
     suffix = ".json"
-
-    def rows(self: Any, responses: Sequence[PromptResponses], name: str) -> list[Row]:
-        return [self.row(each, name) for each in responses]
-
-
-class AlpacaEval(Form):
-    """AlpacaEval: reads `instruction` (and `dataset`), writes a file for alpaca_eval's `--model_outputs`."""
 
     def __call__(self, number: int, row: Row) -> Prompt:
         return Prompt(str(number), (_text(row, "instruction"),), row)
@@ -66,7 +58,7 @@ class AlpacaEval(Form):
         return prompt | _columns(asked, name)
 
 
-class ArenaHard(Form):
+class ArenaHard:
     """Arena-Hard-Auto, v0.1 or v2.0: reads its question.jsonl (`uid`, `prompt`, `category`), writes a model_answer
     file. Its style control reads more columns: add these with Arena-Hard's own add_markdown_info.py.
     """
@@ -84,7 +76,7 @@ class ArenaHard(Form):
         return row | _signed(asked, name, "ans_id", "model")
 
 
-class MTBench(Form):
+class MTBench:
     """MT-Bench: reads FastChat's question.jsonl (`question_id`, `category`, `turns`) or the rows of the hub's
     HuggingFaceH4/mt_bench_prompts (`prompt_id`, `category`, `prompt`), writes a model_answer file."""
 
@@ -96,9 +88,6 @@ class MTBench(Form):
             raise InputError(f"{key!r} should be a whole number and {turns!r} a list of texts, the user's turns")
         texts = tuple(checked_text(text, turns) for text in row[turns])
         return Prompt(str(row[key]), texts, row, str(row.get("category", "")))
-
-    def rows(self, responses: Sequence[PromptResponses], name: str) -> list[Row]:
-        return sorted(super().rows(responses, name), key=lambda row: row["question_id"])
 
     def row(self, asked: PromptResponses, name: str) -> Row:
         columns = {key: [getattr(each, key) for each in asked.responses] for key in ("text", "tokens", "ended")}
@@ -119,8 +108,10 @@ def _columns(asked: PromptResponses, name: str) -> dict[str, Any]:
     return {"output": response.text, "generator": name, "tokens": response.tokens, "ended": response.ended}
 
 
-class Task(Form):
+class Task:
     """Each prompt's row with its response and gold score. No new column is named `answer`, which GSM8K has."""
+
+    suffix = ".json"
 
     def row(self: Any, asked: PromptResponses, name: str) -> Row:
         return asked.prompt.row | _columns(asked, name) | {"score": self.score(asked.prompt, asked.responses[0].text)}
@@ -140,8 +131,8 @@ class Constraints(Task):
 
 @dataclass(frozen=True)
 class GSM8K(Task):
-    """GSM8K: `question` and `answer`, which ends in `#### number`. The score is 1 if the number of the response,
-    behind #### or else the last one, is equal.
+    """GSM8K: `question` and `answer`, which ends in `#### number`. The score is 1 if the number of the response, the
+    first one behind ####, as lm-eval's strict match has it, or else the last one, is equal.
 
     Args:
         request: text behind the question, which tells a chat model the form of the number.
@@ -150,29 +141,24 @@ class GSM8K(Task):
     request: str = "Reason step by step, and end with a line: #### and the number."
 
     def __call__(self, number: int, row: Row) -> Prompt:
-        if _number_behind_marks(_text(row, "answer")) is None:
+        if not _MARKED.search(_text(row, "answer")):
             raise InputError(f"'answer' should end in #### and a number, not {row['answer'][-40:]!r}")
         turn = "\n".join(part for part in (_text(row, "question"), self.request) if part)
         return Prompt(str(row.get("id", number)), (turn,), row)
 
     def score(self, prompt: Prompt, text: str) -> float:
-        number = _number_behind_marks(text)
-        if number is None and (numbers := _NUMBER.findall(text)):
-            number = float(numbers[-1].replace(",", ""))
-        return float(number == _number_behind_marks(prompt.row["answer"]))
+        return float(_answer(text) == _answer(prompt.row["answer"]))
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_NUMBER = r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+"
 
 
-def _number_behind_marks(text: str) -> float | None:
-    """The first number behind ####. A heading of Markdown, such as "#### 1. First step", is skipped, unless it is
-    the last line."""
-    for match in re.finditer(r"(?<!#)####\s*\$?\s*(" + _NUMBER.pattern + ")", text):
-        rest = text[match.end() :]
-        if not re.match(r"[.)][ \t]+\w", rest) or not rest.partition("\n")[2].strip():
-            return float(match[1].replace(",", ""))
-    return None
+_MARKED = re.compile(rf"(?<!#)####\s*\$?\s*({_NUMBER})")
+
+
+def _answer(text: str) -> float | None:
+    numbers = _MARKED.findall(text) or re.findall(_NUMBER, text)[::-1]
+    return float(numbers[0].replace(",", "")) if numbers else None
 
 
 def _text(row: Row, column: str) -> str:

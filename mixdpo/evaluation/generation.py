@@ -1,12 +1,11 @@
-"""Responses to prompts in batches. The common start of the prompts is computed once, samples of one prompt share its
-prefill, and a row that has ended costs nothing more."""
+"""Responses to prompts in batches. Samples of one prompt share its prefill, and a row that has ended costs nothing
+more."""
 
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -87,7 +86,12 @@ def generate(
     Raises:
         InputError: an option out of range, no chat template, or a prompt that leaves the model no room to respond.
     """
-    _check(temperature, top_p, samples, max_new_tokens, batch_size)
+    if not (temperature >= 0 and 0 < top_p <= 1 and min(samples, max_new_tokens, batch_size) >= 1):
+        given = f"temperature {temperature}, top_p {top_p}, samples {samples}, max_new_tokens {max_new_tokens}"
+        rule = "need temperature >= 0, 0 < top_p <= 1; the others must be at least 1"
+        raise InputError(f"{given}, batch_size {batch_size}: {rule}")
+    if samples > 1 and temperature == 0:
+        raise InputError(f"samples {samples}: at temperature 0 all are the same: raise temperature or take 1 sample")
     if not prompts:
         return []
     device, encoded = next(model.parameters()).device, _encode(tokenizer, prompts, names)
@@ -147,18 +151,11 @@ def _complete(
     from transformers import DynamicCache
 
     cache, device = DynamicCache(config=model.config), next(model.parameters()).device
-    # padding fills a window
-    shared = _shared_start(prompts) if attention_window(model.config) == sys.maxsize else 0
-    if shared:
-        ids = torch.tensor([prompts[0][:shared]], device=device)
-        _step(model, ids, torch.ones_like(ids), torch.arange(shared, device=device)[None], cache)
-        cache.batch_repeat_interleave(len(prompts))
-    rows = [torch.tensor(prompt[shared:]) for prompt in prompts]
-    ids = pad_sequence(rows, True, pad, "left").to(device)  # (P, T - shared)
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, True, pad, "left").to(device)  # (P, T)
     # from lengths: the pad id may well be the end token, which prompts contain
     mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").to(device)
-    mask = torch.cat([mask.new_ones(len(mask), shared), mask], 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = _step(model, ids, mask, positions, cache).repeat_interleave(samples, 0)  # (P * samples, V)
     cache.batch_repeat_interleave(samples)
     mask = mask.repeat_interleave(samples, 0)
@@ -197,12 +194,6 @@ def _step(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache:
     name = "cache" if "cache" in inspect.signature(causal_lm_of(model).forward).parameters else "past_key_values"
     options = {name: cache, "use_cache": True, "logits_to_keep": 1}
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
-
-
-def _shared_start(prompts: Ids) -> int:
-    """Number of tokens that all prompts begin with (system message, template). At least one token of each is left."""
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
 
 def _pick(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
@@ -244,12 +235,3 @@ def _check_room(model: nn.Module, encoded: Ids, max_new_tokens: int) -> None:
     if room is not None and longest + max_new_tokens > room:
         asked = f"{longest} prompt tokens + max_new_tokens {max_new_tokens}"
         raise InputError(f"{asked} exceed the model's {room} positions: cut either")
-
-
-def _check(temperature: float, top_p: float, samples: int, max_new_tokens: int, batch_size: int) -> None:
-    given = f"temperature {temperature}, top_p {top_p}, samples {samples}"
-    counts = f"max_new_tokens {max_new_tokens}, batch_size {batch_size}"
-    if not (temperature >= 0 and 0 < top_p <= 1 and min(samples, max_new_tokens, batch_size) >= 1):
-        raise InputError(f"{given}, {counts}: need temperature >= 0, 0 < top_p <= 1; the others must be at least 1")
-    if samples > 1 and temperature == 0:
-        raise InputError(f"{given}: at temperature 0 all samples are the same; raise temperature or take 1 sample")

@@ -89,10 +89,7 @@ def _load_tasks(names: list[str], include_path: str | None) -> dict[str, list[An
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"lm-eval is missing ({error}): pip install -c constraints.txt -e '.[lm-eval]'") from error
-    # lm-eval's own tasks are thousands of files: they are read only where one of them is named
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if not set(names) <= set(manager.task_index):
-        manager = TaskManager(include_path=include_path)
+    manager = TaskManager(include_path=include_path)
     tasks = {}
     for name in names:
         try:

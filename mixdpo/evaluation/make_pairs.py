@@ -51,8 +51,6 @@ def make_pairs(
     Raises:
         InputError: `out` exists, an option is out of range, a prompt row is malformed, or no pair comes out.
     """
-    if samples < 2:
-        raise InputError(f"samples {samples}: need at least 2")
     if Path(out).exists():
         raise InputError(f"{out} exists already: remove it, or give another --out")
     rows = read_prompts(prompts, limit, seed)

@@ -48,9 +48,6 @@ def resampled_win_rates(preferences: ArrayLike, samples: int = 1000, seed: int =
 
     Args:
         preferences: (N,) in [0, 1].
-
-    Raises:
-        InputError: there are fewer than two samples.
     """
     values = np.asarray(preferences, dtype=np.float64)
     outcomes = (np.sign((1 + values) - 1.5) + 1) / 2  # of 1 + p, so that ½ is met where a mean is an ulp off

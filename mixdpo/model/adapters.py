@@ -115,8 +115,6 @@ def add_reference(model: PeftModel, name: Role, adapter: str | None = None) -> N
 def copy_adapter(model: PeftModel, source: str, target: str, *, decay: float = 0.0) -> None:
     """target := decay · target + (1 − decay) · source, matrix by matrix; decay 0 is a copy."""
     check_alike(model, source, target)
-    if decay and model.stacked.get(source, 0) != model.stacked.get(target, 0):
-        raise InputError("ema: stacked adapters have no moving average: use ema 0, or stage_start restart")
     with torch.no_grad():
         for layer in adapter_layers(model):
             for matrices in (layer.lora_A, layer.lora_B):

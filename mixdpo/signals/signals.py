@@ -19,19 +19,6 @@ from mixdpo.model.fused_head import run_sums
 Needs = Literal["policy", "adapter", "reward model", "rating"]
 
 
-def ches(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """⟨Σh_w, Σh_l⟩ − ‖Σh_w‖², large = hard: centered hidden embedding similarity (Razin et al. 2024, arXiv 2410.08847).
-
-    Args:
-        chosen, rejected: (B, H) sums of the hidden states of a completion; means for the normalised form.
-
-    Returns:
-        (B,) float64.
-    """
-    chosen, rejected = chosen.double(), rejected.double()  # the difference of two like numbers of order 1e8
-    return ((rejected - chosen) * chosen).sum(-1)
-
-
 @dataclass(frozen=True)
 class PolicyLogProb:
     """0.1 (s_w − s_l), in nats, without a reference. The loss −log σ of this margin puts pairs in the same order.
@@ -69,7 +56,8 @@ class ImplicitReward:
 
 @dataclass(frozen=True)
 class CHES:
-    """−CHES. Similar responses have a large CHES and are hard; a small margin means hard, so the sign is turned.
+    """−CHES: ‖Σh_w‖² − ⟨Σh_w, Σh_l⟩ of hidden states (Razin et al. 2024, arXiv 2410.08847). Similar responses have a
+    large CHES and are hard; a small margin means hard, so the sign is turned.
 
     Args:
         normalised: Means of hidden states instead of sums: the terms are divided by L_w·L_l and L_w².
@@ -82,7 +70,7 @@ class CHES:
         states, rows = predicting_states(model, batch.rows), batch.rows
         sums = run_sums(states, rows.runs, len(rows.lengths))
         chosen, rejected = (sums / rows.lengths[:, None] if self.normalised else sums).chunk(2)
-        return -ches(chosen, rejected)
+        return ((chosen - rejected) * chosen).sum(-1)  # the difference first: of two like numbers of order 1e8
 
 
 @dataclass(frozen=True)

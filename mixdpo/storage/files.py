@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mixdpo.errors import InputError
-from mixdpo.storage.read import LARGEST_FILE, parse_json, parse_yaml
+from mixdpo.storage.read import parse_json, parse_yaml
 
 Row = dict[str, Any]
 
@@ -123,7 +123,7 @@ def read_json(path: str | Path, keys: set[str], remedy: str) -> dict[str, Any]:
     Raises:
         InputError: the file is damaged or lacks one of the keys; ends with the remedy.
     """
-    content = parse_json(read_text(path), f"{path} is damaged: the file", remedy, LARGEST_FILE)
+    content = parse_json(read_text(path), f"{path} is damaged: the file", remedy)
     if not isinstance(content, dict) or not keys <= content.keys():
         raise InputError(f"{path} is damaged (it should hold {', '.join(sorted(keys))}): {remedy}")
     return content

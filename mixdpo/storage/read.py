@@ -10,34 +10,23 @@ import yaml
 
 from mixdpo.errors import InputError
 
-LARGEST = 16 * 2**20  # characters or bytes of a body or a YAML document
-LARGEST_FILE = 2**30  # of a JSON document in a file
-DEEPEST = 100  # levels of lists and mappings of a YAML document
-MOST_NODES = 10**6  # of a YAML document, where each alias counts as what the alias stands for
 
-
-def parse_json(text: str | bytes, where: str, remedy: str = "correct it", largest: int = LARGEST) -> Any:
+def parse_json(text: str | bytes, where: str, remedy: str = "correct it") -> Any:
     """
     Args:
         where: name of the text in errors: a file, a line of a file, a server's response.
         remedy: end of the error: what to do about a refused text.
 
     Raises:
-        InputError: the text is no JSON in UTF-8, is larger than `largest` or nested too deeply, or holds a key twice, a
-            NaN or an infinite number.
+        InputError: the text is no JSON in UTF-8, is nested too deeply, or holds a key twice or a number that is not
+            finite.
     """
     try:
-        _check_size(text, largest)
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise InputError(f"{where} is nested too deeply: {remedy}") from None
     except ValueError as error:
         raise InputError(f"{where} is no valid JSON ({error}): {remedy}") from None
-
-
-def _check_size(text: str | bytes, largest: int) -> None:
-    if len(text) > largest:
-        raise ValueError(f"larger than {largest / 2**20:.0f} MB")
 
 
 def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -55,20 +44,14 @@ def _finite(number: str) -> float:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Resolves numbers as YAML 1.2 does, and reads a date as text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        letter: [each for each in resolvers if each[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
-        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    """Reads 1e-4 as a number, as YAML 1.2 does, and a date as text."""
 
 
-INT, FLOAT, TEXT = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "str"))
-_DIGITS = list("-+.0123456789")
-_Loader.add_implicit_resolver(INT, re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)$"), _DIGITS)
+INT, FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("int", "float"))
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
-_Loader.add_implicit_resolver(FLOAT, re.compile(_FLOAT), _DIGITS)
-_YAML_1_1 = yaml.SafeLoader("")
+_NUMBER = re.compile(rf"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)$|{_FLOAT}")
+_Loader.add_implicit_resolver(FLOAT, re.compile(_FLOAT), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
 
 
 def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
@@ -78,17 +61,10 @@ def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
         finite: refuse NaN and infinite numbers.
 
     Raises:
-        InputError: the text is no YAML, is too large, nested too deeply, or expands too far by its aliases; or it holds
-            a key twice, a key that is a list or mapping, or a value such as 1_0 or 1:30, which YAML 1.1 and 1.2 read
-            differently.
+        InputError: the text is no YAML; or it holds a key twice, a key that is a list or mapping, or a value such as
+            1_0 or 1:30, which YAML 1.1 and 1.2 read differently.
     """
     try:
-        _check_size(text, LARGEST)
-        depth = 0
-        for event in yaml.parse(text, Loader=_Loader):  # a loop; the C loader's recursion has no bound of its own
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise _refused("nested too deeply", event)
         loader = _Loader(text)
         if (node := loader.get_single_node()) is None:
             return None
@@ -98,33 +74,28 @@ def parse_yaml(text: str, where: str, *, finite: bool = True) -> Any:
         raise InputError(f"{where} is no valid YAML ({' '.join(str(error).split())}): correct it") from None
 
 
-def _refused(what: str, node: yaml.Node | yaml.Event) -> ValueError:
+def _refused(what: str, node: yaml.Node) -> ValueError:
     return ValueError(f"{what}, line {node.start_mark.line + 1}")
 
 
 def _check_nodes(root: yaml.Node, finite: bool) -> None:
-    """Look at every node, with each alias written out."""
-    nodes, count = [(root, 1)], 0
-    while nodes:
-        node, depth = nodes.pop()
-        count += 1
-        if count > MOST_NODES or depth > DEEPEST:
-            raise _refused("its aliases expand too far", node)
+    nodes, seen = [root], {root}
+    for node in nodes:
         inner = node.value if isinstance(node, yaml.SequenceNode) else []
         if isinstance(node, yaml.ScalarNode):
             _check_scalar(node, finite)
         elif isinstance(node, yaml.MappingNode):
             _check_keys(node)
             inner = [each for item in node.value for each in item]
-        nodes += [(each, depth + 1) for each in reversed(inner)]
+        nodes += [each for each in inner if each not in seen]
+        seen.update(inner)  # an alias may stand for a list that it is in
 
 
 def _check_scalar(node: yaml.ScalarNode, finite: bool) -> None:
+    if node.tag in (INT, FLOAT) and not _NUMBER.match(node.value):
+        raise _refused(f"{node.value} is a number or a text: write digits only, or put the text in quotes", node)
     if finite and node.tag == FLOAT and (node.value.lower().endswith(("inf", "nan")) or math.isinf(float(node.value))):
         raise _refused(f"{node.value} is no finite number", node)
-    is_plain = node.tag == TEXT and not node.style
-    if is_plain and _YAML_1_1.resolve(yaml.ScalarNode, node.value, (True, False)) in (INT, FLOAT):
-        raise _refused(f"{node.value} is a number or a text: write digits only, or put the text in quotes", node)
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

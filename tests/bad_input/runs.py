@@ -84,7 +84,6 @@ RUNS = [
     run("config file", "a folder", ("--config", "configs"), "configs"),
     run("config file", "no YAML", config("model: [1\nb: ]"), "bad.yaml is no … YAML … line 2 … correct it"),
     run("config file", "a section twice", config(TWICE), "the key 'data' stands twice, in line 1 and again, line 3"),
-    run("config file", "nested deeply", config("[" * 100_000), "nested too deeply … line 1 … correct it"),
     run("config file", "a misspelt option", config("data: {init_args: {batchsize: 2}}"), f"batchsize … {HELP}"),
     run("command line", "nothing", (), "subcommand … fit,validate", whole=True),
     run("command line", "a misspelt command", ("trian", *DEMO), "trian", whole=True),

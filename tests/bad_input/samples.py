@@ -116,7 +116,6 @@ CASES = [
     *cases(
         "make-pairs",
         ("a score of NaN", unscored, "Say it. … gave [nan] … one finite number each"),
-        ("one sample a prompt", made(samples=1), "samples 1 … need at least 2"),
         ("temperature 0", made(**COLD), "temperature 0 … raise temperature"),
         ("out is there", onto("there/out.jsonl"), "out.jsonl exists … give another --out"),
         ("out is a folder", onto("there"), "there exists … give another --out"),
