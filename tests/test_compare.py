@@ -1,4 +1,4 @@
-"""`mixdpo compare`: the runs around a stub of the command line, the table against a bootstrap of its own, real runs by hand."""
+"""`mixdpo compare`: runs around a stub of the command line, the table against its own bootstrap, real runs by hand."""
 
 import csv
 import json
