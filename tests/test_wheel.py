@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mixdpo", "lightning_modules", "datamodules", "configs")
 COMPARE = "compare demo --with dpo --seeds 1 --dry_run true"
-INSPECT = "inspect constraints --config demo --data.limit 8"
-CUT = "--data.limit 8 --data.validation 0.4 --trainer.max_steps 1 --trainer.enable_progress_bar false --trainer.callbacks"
+INSPECT = "inspect constraints --config demo --data.limit 8 --data.validation 0.4"
+CUT = "--data.limit 8 --data.validation 0.4 --trainer.max_steps 1 --trainer.callbacks"
 
 
 def in_folder(folder: Path, *command: str | Path) -> str:
