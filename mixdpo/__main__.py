@@ -31,6 +31,7 @@ VERBS = {
     "chat": ("evaluation.chat:chat", "talk to a run's policy, and to its base beside it"),
     "compare": ("evaluation.compare:compare", "whether routing by margin helps: a config against controls, over seeds"),
     "options": ("options:options", "list the options of a class that a config names"),
+    "configs": ("storage.shipped:configs", "list the configs that come with MixDPO, by the names that --config takes"),
     "judge": ("evaluation.judge:judge", "ask a judge whether a model's responses or a baseline's are better"),
     "score": ("evaluation.score:score", "win rates from a judge's verdicts, length-controlled as well"),
     "lm-eval": ("evaluation.harness:evaluate", "the papers' benchmarks on a run's policy, by lm-eval"),
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from mixdpo.first_look import FirstLook
         from mixdpo.options import Parser
+        from mixdpo.storage.shipped import find_configs
 
+        rest = find_configs(rest)
         FirstLook(verb, *rest)
         quieten()
         if verb == "compare":  # options of run.py may follow

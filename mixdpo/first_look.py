@@ -13,6 +13,7 @@ from mixdpo.errors import InputError, check_one_of, nearest
 from mixdpo.options import BY_NAME, HELP, ROOMS, nearest_option, nearest_path, option_names
 from mixdpo.storage.files import read_text
 from mixdpo.storage.read import parse_yaml
+from mixdpo.storage.shipped import find_configs
 
 # of verbs: what the first word is
 FIRST = {"options": "--name", "inspect": "--data.source"}
@@ -53,12 +54,13 @@ class FirstLook:
         if verb not in known["verbs"] or verb == "compare":
             self.options = known["run"]["fit"] | self.options
         self.chosen, self.lines = dict[str, str](), list[str]()
-        for word, following in pairwise([*([FIRST[verb]] if verb in FIRST else []), *arguments, ""]):
+        words = find_configs([*([FIRST[verb]] if verb in FIRST else []), *arguments])
+        for word, following in pairwise([*words, ""]):
             option, is_joined, text = word.partition("=")
             value: Any = text if is_joined else following
-            if option in ("-c", "--config"):
+            if option == "--config":
                 text = read_text(value) if value.endswith((".yaml", ".yml", ".json")) else value
-                option, value = "--config", parse_yaml(text, f"config {value}", finite=False)
+                value = parse_yaml(text, f"config {value}", finite=False)
             if re.match(r"--(?!(help|all|\S+\.help)$)\w[^\s=]*$", option):
                 self._set(option[2:], value)
 

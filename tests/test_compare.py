@@ -1,8 +1,7 @@
-"""`mixdpo compare`: the runs around a stub of run.py, the table against a bootstrap of its own, real runs by hand."""
+"""`mixdpo compare`: runs around a stub of the command line, the table against its own bootstrap, real runs by hand."""
 
 import csv
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from judging import wait_for
 from test_cli import in_process, options
+from test_study import write_stub
 
 from mixdpo.__main__ import main
 from mixdpo.evaluation.compare import MATCHED
@@ -59,8 +59,8 @@ def interval(values: np.ndarray, draws: int = 20_000) -> tuple[float, float, flo
 
 def test_a_killed_comparison_goes_on_and_its_intervals_are_a_two_way_bootstrap(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "configs/controls", "configs/controls")
-    for name, text in {"run.py": STUB, "base.yaml": "name: demo", "resolved.yaml": json.dumps(RESOLVED)}.items():
+    write_stub(tmp_path, STUB)
+    for name, text in {"base.yaml": "name: demo", "resolved.yaml": json.dumps(RESOLVED)}.items():
         Path(name).write_text(text)
     (slow := Path("dpo-seed1.slow")).touch()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -92,7 +92,7 @@ def test_a_killed_comparison_goes_on_and_its_intervals_are_a_two_way_bootstrap(t
 def test_adapters_are_those_of_the_commands_typed_by_hand(tiny_model, source, tmp_path, monkeypatch) -> None:
     def process(command: list[str], **_: Any) -> Any:
         with redirect_stdout(out := StringIO()):
-            status = in_process(*command[2:])
+            status = in_process(*command[3:])
         return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr="", poll=lambda: status)
 
     monkeypatch.chdir(ROOT)

@@ -15,6 +15,7 @@ import yaml
 from mixdpo import first_look
 from mixdpo.errors import InputError
 from mixdpo.first_look import FirstLook
+from mixdpo.storage.shipped import SHIPPED, find_configs, shipped_names
 
 ROOT = Path(__file__).parents[1]
 DEMO = "--config configs/demo.yaml "
@@ -43,6 +44,10 @@ REFUSED = {
     "fitt --config configs/demo.yaml": "fit",
     "estimate configs/demo.yaml --crad 12": "card",
     "predict --config configs/signals/ches.yaml --model.signal CHEES": "mixdpo.signals.CHES",
+    "--config dpo": "controls/dpo",
+    "predict -c=configs/signals/chess.yaml": "signals/ches",
+    "estimate own_pair --card 12": "own_pairs",
+    "mixdpo compare dmo --with dpo": "demo",
     "mixdpo exprt": "export",
     "mixdpo judge a --baselin b": "baseline",
     "mixdpo options mixdpo.losses.DPOO": "mixdpo.losses.DPO",
@@ -127,3 +132,15 @@ def test_all_help_is_the_parsers() -> None:
         assert first_look.first_look(words.split()) == words.replace(" --all", "").split()
     with pytest.raises(InputError, match="stands twice"):
         FirstLook("fit", "--config", "{a: 1, a: 2}")
+
+
+def test_shipped_configs_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["fit", "-c", "demo", "--config=configs/controls/dpo.yaml", "--config", "{a: b}", "--name", "demo"]
+    paths = ["--config", f"{SHIPPED}/demo.yaml", f"--config={SHIPPED}/controls/dpo.yaml", "--config", "{a: b}"]
+    assert find_configs(given) == ["fit", *paths, "--name", "demo"]
+    (tmp_path / "demo").mkdir()
+    assert find_configs(given[:3])[2] == f"{SHIPPED}/demo.yaml"
+    (tmp_path / "demo.yaml").write_text("a: b")
+    assert find_configs(["--config", "demo.yaml"]) == ["--config", "demo.yaml"]  # a file here comes first
+    assert "token_cleaning/paper/llama3.1_8b" in shipped_names()

@@ -1,4 +1,4 @@
-"""Studies: the file, the schedule of runs around a stub of run.py, the tables."""
+"""Studies: the file, the schedule of runs around a stub of the command line, the tables."""
 
 import csv
 import json
@@ -63,9 +63,16 @@ STUDY: dict[str, Any] = {
 }
 
 
+def write_stub(folder: Path, text: str) -> None:
+    """`python -m` looks in the current folder first."""
+    (folder / "lightning_modules").mkdir()
+    (folder / "lightning_modules/__init__.py").touch()
+    (folder / "lightning_modules/cli.py").write_text(text)
+
+
 def repository(folder: Path) -> Path:
-    """A folder whose run.py is the stub, with six prompts."""
-    (folder / "run.py").write_text(STUB)
+    """A folder in which the stub is lightning_modules.cli, with six prompts."""
+    write_stub(folder, STUB)
     (folder / "base.yaml").write_text("name: base\n")
     parts = ["validation", "validation", "seen", "seen", "seen", "unseen"]
     write_pairs(folder / "prompts.jsonl", [{"prompt": f"p{i}", "part": part} for i, part in enumerate(parts)])

@@ -217,4 +217,4 @@ def resume_command(trainer: L.Trainer) -> str:
     """The command that continues from this run's last checkpoint or, without one, from `ckpt_path`, if any."""
     path = _last_checkpoint(trainer) if _last_checkpoint(trainer).exists() else trainer.ckpt_path
     words = ["--config", f"{trainer.default_root_dir}/config.yaml", *(["--ckpt_path", str(path)] if path else [])]
-    return f"{'mixdpo fit' if Path(sys.argv[0]).name == 'mixdpo' else 'python run.py'} {shlex.join(words)}"
+    return f"{'python run.py' if Path(sys.argv[0]).name == 'run.py' else 'mixdpo fit'} {shlex.join(words)}"

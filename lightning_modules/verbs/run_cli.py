@@ -22,6 +22,7 @@ from lightning_modules.callbacks.progress import StepBar
 from lightning_modules.callbacks.run_files import RunConfig, RunFiles
 from mixdpo.errors import InputError
 from mixdpo.options import HELP, Parser
+from mixdpo.storage.shipped import find_configs
 
 
 class RunCLI(LightningCLI):
@@ -163,6 +164,7 @@ def start(arguments: list[str], kind: Callable[..., RunCLI] = RunCLI) -> RunCLI:
     """Parse, build and run; `--config X` means `fit --config X`."""
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
         arguments = ["fit", *arguments]
+    arguments = find_configs(arguments)
     sys.argv[1:] = arguments  # Lightning starts further processes with these words
     return kind(
         L.LightningModule,

@@ -26,8 +26,9 @@ from mixdpo.errors import InputError, check_one_of
 from mixdpo.evaluation.fit_results import PAIRS
 from mixdpo.evaluation.report import report
 from mixdpo.evaluation.study_design import Plan, Spread, Study
-from mixdpo.evaluation.study_run import run_study
+from mixdpo.evaluation.study_run import RUN, run_study
 from mixdpo.storage.read import parse_yaml
+from mixdpo.storage.shipped import find_config, shipped_names
 
 MATCHED = {"trainer.max_steps": ("results.json", "steps"), "data.validation_threshold": ("route.json", "threshold")}
 """Option of the controls -> file and key that has its value, in the folder of CONFIG's first seed."""
@@ -47,13 +48,13 @@ def compare(arguments: list[str]) -> int:
         InputError: an option is wrong, or leaves nothing to compare.
     """
     given, words = PARSER.parse_known_args(["--config" if word == "-c" else word for word in arguments])
-    overlays = {path.stem: str(path) for path in Path("configs/controls").glob("*.yaml")}
+    overlays = {name[9:]: f"configs/{name}.yaml" for name in shipped_names() if name.startswith("controls/")}
     for control in (controls := vars(given)["with"].split(",")):  # selective_dpo has margins of its own
         check_one_of("each name of --with", control, sorted(overlays.keys() - {"selective_dpo"}))
     options = dict(pairs := re.findall(r"(?:^|\0)--([^=\0]+)[=\0]([^\0]*)", "\0".join(words)))
     if len(options) < len(pairs):
         raise InputError(f"{join(words)}: give each option of run.py once")
-    command = [executable, "run.py", "--config", given.config, *words, "--print_config"]
+    command = [executable, *RUN, "--config", find_config(given.config), *words, "--print_config"]
     parsed = run(command, capture_output=True, text=True)
     if parsed.returncode:
         raise InputError(parsed.stderr.strip().rpartition("\n")[2].removeprefix("error: "))
@@ -77,7 +78,7 @@ def compare(arguments: list[str]) -> int:
         shared[option] = f"[{key} of {first / file}]" if dry else parse_yaml((first / file).read_text(), file)[key]
     plan = Study(**vars(main) | {"runs": main.runs | {each: Plan(overlays[each], shared) for each in controls}})
     for job in [(each, {}, seed) for each in plan.runs for seed in plan.seeds] * dry:
-        print("python run.py", join(word for pair in plan.arguments(*job) for word in pair))
+        print("mixdpo fit", join(word for pair in plan.arguments(*job) for word in pair))
     status = 0 if dry else run_study(plan)
     if not (dry or status):
         report([f"{plan.folder}/{plan.name(each, {}, 0)}" for each in plan.runs], out=f"{plan.folder}/report.html")

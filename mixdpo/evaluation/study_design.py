@@ -13,6 +13,7 @@ from jsonargparse.typing import PositiveInt
 from mixdpo.errors import InputError
 from mixdpo.options import Parser
 from mixdpo.storage.files import read_yaml
+from mixdpo.storage.shipped import find_config
 
 Point = dict[str, Any]
 """A point of the grid: option -> value."""
@@ -112,8 +113,8 @@ class Study:
         return re.sub(r"[^\w.+-]", "_", "-".join([run, *values, f"seed{seed}"]))
 
     def arguments(self, run: str, point: Point, seed: int) -> Arguments:
-        plan, given = self.runs[run], [("config", self.config), *self.options.items()]
-        given += [("config", plan.overlay)] if plan.overlay else []
+        plan, given = self.runs[run], [("config", find_config(self.config)), *self.options.items()]
+        given += [("config", find_config(plan.overlay))] if plan.overlay else []
         given += [*plan.options.items(), *point.items(), ("seed_everything", seed), ("data.seed", seed)]
         given += [("runs", self.folder), ("name", self.name(run, point, seed))]
         return [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in given]
@@ -124,7 +125,7 @@ def read_study(path: str | Path) -> Study:
     Raises:
         InputError: the file is missing or no YAML, a key is unknown or missing, a type is wrong, or runs do not fit.
     """
-    content = read_yaml(path, "study")
+    content = read_yaml(find_config(str(path)), "study")
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:

@@ -21,6 +21,8 @@ from mixdpo.storage.files import read_json, write_json
 from mixdpo.storage.identity import named_files
 from mixdpo.storage.store import Store
 
+RUN = ("-m", "lightning_modules.cli")  # run.py, in any folder
+
 
 def study(study: str) -> int:
     """Run a grid of runs from one YAML file; after each run write a table with intervals, as CSV and Markdown.
@@ -47,8 +49,6 @@ def study(study: str) -> int:
 
 def run_study(plan: Study) -> int:
     """Run what is not done, then print the table. Returns the exit status, as `study` does."""
-    if not Path("run.py").exists():
-        raise InputError("there is no run.py in this folder: start from the root of the repository")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // plan.at_once)
     for each in (signal.SIGINT, signal.SIGTERM):  # both alike, also in the background, where a shell has SIGINT ignored
@@ -116,7 +116,7 @@ def _start(plan: Study, name: str, arguments: Arguments, threads: int) -> subpro
     write_json(_record(path), {"identity": _identity(arguments), "state": "started"})
     with path.with_name(f"{name}.log").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "run.py", *(word for pair in arguments for word in pair)],
+            [sys.executable, *RUN, *(word for pair in arguments for word in pair)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -47,7 +47,7 @@ def record_of_a_run(place: Place) -> Any:
 
 
 CASES = [
-    Case("study", "no such file", lambda place: read_study("/no.yaml"), ("/no.yaml", "cannot be read")),
+    Case("study", "no such file", lambda place: read_study("/no.yaml"), ("no config /no.yaml", "mixdpo configs")),
     Case("study", "a record cut off", record_of_a_run, ("dpo-seed0.json is damaged", "to repeat the run")),
     *(study_case(*row) for row in STUDIES),
 ]
