@@ -18,6 +18,7 @@ SAID = "litlogger|` reached|^Seed set to|^(GPU|TPU) available"
 def main(arguments: Sequence[str] | None = None) -> int:
     """`mixdpo VERB …`; returns the exit status of a verb that needs no Trainer."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    sys.path.append(os.getcwd())  # classes of the user's own, as with python run.py
     if arguments[:1] and arguments[0] in verbs.RUN_VERBS:
         run(arguments)
         return 0
