@@ -489,7 +489,7 @@ def test_divergence_from_the_base(scorer, kl_weight, train, plain, earlier, monk
 
 
 def with_column(earlier: Ran, path: Path, shift: float = 0.0) -> list[dict[str, Any]]:
-    """The rows of `earlier` with its scores, as docs/token_cleaning.md makes a column."""
+    """The rows of `earlier` with its scores, as docs/token_scores.md makes a column."""
     run, rows = read_cleaning(str(earlier.folder)), [dict(row) for row in SOURCE_ROWS]
     for index, sample in enumerate(run.pool.samples):
         scores = run.scores[run.pool.of_sample(index)]

@@ -162,7 +162,7 @@ class Entropy:
 class Column:
     """Scores from the data: a row's list of numbers, one for each response token that is trained on, in order.
 
-    A run's folder `cleaning` says which tokens these are: docs/token_cleaning.md shows how to make a column.
+    A run's folder `cleaning` says which tokens these are: docs/token_scores.md shows how to make a column.
 
     Args:
         column: Name of the column.
