@@ -1,6 +1,5 @@
 """Every Python block of docs/library.md runs, in the order of the page, on a tiny model."""
 
-import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def test_the_page(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         exec(block, by_name)
     assert by_name["route"].is_hard.tolist() == [False, True, False, True]
     assert by_name["route"].order.tolist() == [0, 2, 3, 1] and by_name["route"].summary()["hard_fraction"] == 0.5
-    assert len(by_name["order"]) == len(list(csv.reader((run / "order.csv").open()))) - 1
+    assert len(by_name["order"]) == 32
     sides = torch.tensor([[1.0], [0.5], [0.25], [0.25]])
     assert by_name["Shifted"](beta=2.0).loss(Pairs(*sides)).item() == pytest.approx(np.log1p(np.exp(1.0)))  # Δ − δ = −½
     assert by_name["Short"]()({}, ["ab", ""]) == [-2.0, 0.0]
