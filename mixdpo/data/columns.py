@@ -66,7 +66,7 @@ def suggestion(row: dict[str, Any], noun: str) -> str:
     if any(present >= {*form} for form in FORMS[noun]):
         return ""
     forms = [{name: _alike(name, row) for name in form if name not in present} for form in FORMS[noun]]
-    likeliest = min(forms, key=lambda found: ([*found.values()].count("COLUMN"), len(found)))
+    likeliest = max(forms, key=lambda found: sum(1 if other != "COLUMN" else -1 for other in found.values()))
     named = ", ".join(f"{name}: {other}" for name, other in likeliest.items())
     return f" If columns have other names here: --data.columns '{{{named}}}'"
 
