@@ -14,9 +14,10 @@ from datamodules.cutting import cut_by_tokens, cut_into
 from mixdpo.batches.loader import ResumableLoader
 from mixdpo.batches.steps import MicroBatch, cut_step, plan_steps
 from mixdpo.data.chat_template import GenerationPrompt
+from mixdpo.data.columns import our_columns
 from mixdpo.data.encoding import IDS, Overlong, encode_rows
 from mixdpo.data.messages import prompts_of, refuse_shared_prompts, split_by_prompt
-from mixdpo.data.sources import is_one_file
+from mixdpo.data.sources import Origin, is_one_file
 from mixdpo.errors import InputError
 from mixdpo.model.loading import load_tokenizer
 from mixdpo.routing.schedules import StepPlan
@@ -27,7 +28,8 @@ REFUSED = (GradientAccumulationScheduler, LearningRateFinder, BatchSizeFinder)
 
 
 class PlannedDataModule(L.LightningDataModule):
-    """A data module whose optimizer steps are all known before training.
+    """A data module whose optimizer steps are all known before training. `doubts` are warnings about data that is
+    trained on, but probably means something else. `tables` are "train" and "validation" -> token ids, after setup.
 
     A subclass has these attributes:
         noun: the word for a row, "pair" or "sample".
@@ -46,7 +48,7 @@ class PlannedDataModule(L.LightningDataModule):
     noun: str
     cleans_by_stage: bool
     plan_rows: Callable[[str], None]
-    read: Callable[[str, str], Any]
+    read: Callable[[Origin, str], Any]
     epoch_plan: Callable[..., StepPlan]
     _steps: Callable[..., list[tuple[int, ...]]]
     pool_steps: Callable[..., list[tuple[int, ...]]]
@@ -60,10 +62,11 @@ class PlannedDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: str | list[str],
         tokenizer: str,
         split: str = "train",
-        validation: float | str = 0.1,
+        columns: dict[str, str] | None = None,
+        validation: float | str | list[str] = 0.1,
         validation_split: str | None = None,
         limit: PositiveInt | None = None,
         batch_size: PositiveInt = 32,
@@ -85,6 +88,7 @@ class PlannedDataModule(L.LightningDataModule):
             tokenizer: Hub id or folder; linked to model.base.
             split: Split of a hub data set or folder to train on, or a slice such as train[:1000]. A word such as test
                 in the name of a file, or of its folder, is the file's split. Without any such word all are `train`.
+            columns: Columns with other names in the data: {chosen: better}, our name and the file's. Of all sources.
             validation: Share of the prompts (not rows) held out, the same for every seed, or another source; 0: none.
             validation_split: Split of the source that `validation` names; `split` if null.
             limit: Number of usable rows to read; all if null.
@@ -92,8 +96,7 @@ class PlannedDataModule(L.LightningDataModule):
             eval_batch_size: Rows per validation batch.
             micro_batch_tokens: Cut steps into the fewest micro-batches of at most so many tokens, not into
                 trainer.accumulate_grad_batches. auto: what the whole card holds, by estimate; the trainer's on a CPU.
-            pack: Most tokens of a packed sequence. Rows of a micro-batch share a sequence, blind to each other, without
-                padding; 0 gives each row a sequence of its own, padded to the longest.
+            pack: Most tokens of a packed sequence, whose rows are blind to each other; 0 pads each row to the longest.
             overlong: Truncate cuts a longer row to max_length; drop leaves the row out. Both are counted.
             chat_template: Jinja template, a file with one, or `plain` for none; the tokenizer's own if not given.
             chat_template_kwargs: Variables of the template, such as {enable_thinking: false}. A row's own win.
@@ -105,19 +108,18 @@ class PlannedDataModule(L.LightningDataModule):
             seed: For pairs: seed of ties at the cut, shuffled orders, random assignment and halves.
         """
         super().__init__()
-        self.source, self.tokenizer, self.split, self.limit = source, tokenizer, split, limit
-        whole = isinstance(validation, str) and is_one_file(validation)
-        self.validation, self.validation_split = validation, validation_split or ("train" if whole else split)
+        self.source = Origin(source, our_columns(columns, self.noun))
+        self.validation = self.source._replace(given=validation)
+        self.validation_split = validation_split or ("train" if is_one_file(validation) else split)
         # plain numbers: a checkpoint that holds jsonargparse's own kind of number could not be read again
         self.batch_size, self.eval_batch_size, self.pack = int(batch_size), int(eval_batch_size), int(pack)
-        self.documents = pack > 0  # whether sequences are computed beside others that they must not see
         self.encoding: dict[str, Any] = {"overlong": overlong, "chat_template": chat_template}
         self.encoding["special_tokens_in_text"] = special_tokens_in_text
         self.encoding |= {"chat_template_kwargs": chat_template_kwargs, "generation_prompt": generation_prompt}
-        self.workers, self.processes, self.seed, self.micro_batch_tokens = workers, processes, seed, micro_batch_tokens
-        self.counts: dict[str, Any] = {}
-        self.doubts: list[str] = []  # warnings about data that is trained on, but probably means something else
-        self.tables: dict[str, Any] = {}  # "train" and "validation" -> token ids, after setup
+        self.tokenizer, self.split, self.limit, self.workers = tokenizer, split, limit, workers
+        self.processes, self.seed, self.micro_batch_tokens = processes, seed, micro_batch_tokens
+        self.documents = pack > 0  # whether sequences are computed beside others that they must not see
+        self.counts, self.doubts, self.tables = dict[str, Any](), list[str](), dict[str, Any]()
 
     def setup(self, stage: str) -> None:
         """Read, encode and plan the rows. For training, cut the steps, before anything counts the micro-batches."""
@@ -134,15 +136,15 @@ class PlannedDataModule(L.LightningDataModule):
         """
         if refused := [type(each).__name__ for each in self.trainer.callbacks if isinstance(each, REFUSED)]:
             raise InputError(f"the callback {refused[0]} changes the planned steps: remove it and set data.batch_size")
-        if not self.validation and stage == "validate":
+        if not (share := self.validation.given) and stage == "validate":
             raise InputError("there is nothing to validate on, as data.validation is 0: give a share such as 0.1")
         train = self.read(self.source, self.split)
-        if isinstance(self.validation, str):
+        if not isinstance(share, int | float):
             held_out = self.read(self.validation, self.validation_split)
-            refuse_shared_prompts(train, held_out, self.validation)
+            refuse_shared_prompts(train, held_out, str(self.validation))
             return train, held_out
-        if self.validation:
-            kept, out = split_by_prompt(prompts_of(train), self.validation, seed=0)
+        if share:
+            kept, out = split_by_prompt(prompts_of(train), share, seed=0)
             return train.select(kept), train.select(out)
         self.trainer.limit_val_batches = 0
         return train, None
@@ -161,7 +163,7 @@ class PlannedDataModule(L.LightningDataModule):
             self.doubts.append(f"{said} {self.encoding['max_length']}: raise it, or set data.overlong drop")
         return encoded
 
-    def count_read(self, source: str, split: str, table: Any) -> Any:
+    def count_read(self, source: Origin, split: str, table: Any) -> Any:
         """The data set of a table. Its rows, dropped and noted rows are counted in `counts`."""
         name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
         self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped, **table.noted}

@@ -15,6 +15,7 @@ from mixdpo.data.encoding import encoding_identity
 from mixdpo.data.messages import doubts_about_directions, prompts_of, split_by_prompt
 from mixdpo.data.pairs import read_pairs
 from mixdpo.data.ratings import doubts_about_margins
+from mixdpo.data.sources import Origin
 from mixdpo.errors import InputError
 from mixdpo.routing.route import Route, Routing
 from mixdpo.routing.schedules import StepPlan
@@ -29,7 +30,7 @@ class PreferenceDataModule(PlannedDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: str | list[str],
         routing: Routing = Routing(),  # noqa: B008
         validation_threshold: float | None = None,
         margin: str | list[str] | None = None,
@@ -45,7 +46,7 @@ class PreferenceDataModule(PlannedDataModule):
 
         Args:
             source: Hub id (ID:CONFIG where it has several configurations), local folder, .parquet, .json, .jsonl,
-                .jsonl.gz or .csv file, or `constraints` (built in).
+                .jsonl.gz or .csv file, or `constraints` (built in). A list [a.jsonl, ORG/NAME] is read as one.
             routing: Which pairs are hard, and the order of training.
             validation_threshold: Margin below which validation reports a pair as hard; the route's τ if not given. Give
                 a baseline that routes no pair or all pairs the τ of the run to compare with.
@@ -86,9 +87,9 @@ class PreferenceDataModule(PlannedDataModule):
         if stage == "predict":
             if self.margins_file is not None:
                 raise InputError("remove data.margins_file: fit and validate read it, predict writes model.output")
-            self.train_pairs = self.encode(self.read(self.source, self.split), self.source)
+            self.train_pairs = self.encode(self.read(self.source, self.split), str(self.source))
             self.texts = {pair_id: self.texts[pair_id] for pair_id in self.train_pairs["pair_id"]}  # what is encoded
-            self.identity |= {"source": self.source, "data": content_hash(self.texts.items())}
+            self.identity |= {"source": str(self.source), "data": content_hash(self.texts.items())}
             return rank_zero_info("\n".join(self.describe_counts()))
         if self.margins_file is not None:
             self._margins = read_margins(self.margins_file)
@@ -98,7 +99,7 @@ class PreferenceDataModule(PlannedDataModule):
         self._data = hash_of_rows(train, "pair_id", "prompt", "chosen", "rejected", *weights)
         self.train_pairs = self._with_margins(self.encode(train, "train"), self.source)
         if held_out is not None:
-            source = self.validation if isinstance(self.validation, str) else self.source
+            source = self.source if isinstance(self.validation.given, int | float) else self.validation
             self.validation_pairs = self._with_margins(self.encode(held_out, "validation"), source)
         margins, ids = np.asarray(self.train_pairs["margin"]), np.asarray(self.train_pairs["pair_id"])
         self.route = self.routing.plan(margins, ids, seed=self.seed)
@@ -125,7 +126,7 @@ class PreferenceDataModule(PlannedDataModule):
             hard_pairs = f"{len(hard)}, {content_hash(hard['pair_id'])}"
             self.pool = TokenPool.of(samples, {"data": self._data, "hard pairs": hard_pairs, **self.identity})
 
-    def read(self, source: str, split: str) -> Any:
+    def read(self, source: Origin, split: str) -> Any:
         signal = getattr(self.trainer.lightning_module, "signal", None)
         rated = self.margins_file is None if signal is None else signal.needs == "rating"
         needed = bool(signal or self._needs_margin or self.routing.by_margin or self.validation_threshold is not None)
@@ -142,13 +143,13 @@ class PreferenceDataModule(PlannedDataModule):
                 raise InputError(f"{fault}: leave pair_id out of both and compute the margins anew")
             self.texts |= texts
         rows = self.count_read(source, split, table)
-        if self.half is not None and (source, split) == (self.source, self.split):
+        if self.half is not None and source is self.source:
             # another seed than that of the validation split, whose held-out prompts would all be of one half
             rows = rows.select(split_by_prompt(prompts_of(rows), 0.5, -1 - self.seed)[self.half ^ (signal is not None)])
         return rows
 
-    def _with_margins(self, pairs: Any, source: str) -> Any:
-        return self._margins.add_to(pairs, self.texts, source) if self._margins else pairs
+    def _with_margins(self, pairs: Any, source: Origin) -> Any:
+        return self._margins.add_to(pairs, self.texts, str(source)) if self._margins else pairs
 
     def _describe_route(self) -> str:
         route, why = self.route.summary(), ""

@@ -12,6 +12,7 @@ from mixdpo.batches.steps import MicroBatch, Slices, plan_stages
 from mixdpo.batches.token_pool import TokenPool
 from mixdpo.data.conversations import TrainOn, read_samples
 from mixdpo.data.encoding import encoding_identity
+from mixdpo.data.sources import Origin
 from mixdpo.errors import InputError
 from mixdpo.routing.schedules import StepPlan
 from mixdpo.storage.identity import content_hash
@@ -24,7 +25,7 @@ class SFTDataModule(PlannedDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: str | list[str],
         slices: Slices = Slices(),  # noqa: B008
         max_length: int = 2048,
         train_on: TrainOn = "all",
@@ -37,8 +38,8 @@ class SFTDataModule(PlannedDataModule):
 
         Args:
             source: Hub id (ID:CONFIG where it has several configurations), local folder, .parquet, .json, .jsonl,
-                .jsonl.gz or .csv file. Rows are `messages`; or `prompt` and `completion`; or `instruction`, `input` and
-                `output`.
+                .jsonl.gz or .csv file. A list [a.jsonl, ORG/NAME] is read as one. Rows are `messages`; or `prompt` and
+                `completion`; or `instruction`, `input` and `output`.
             slices: Stages of the training data, for self-evolving token cleaning and its controls.
             max_length: Longest conversation, in tokens.
             train_on: `all` trains on every response of a row, `last` on its last response only.
@@ -68,7 +69,7 @@ class SFTDataModule(PlannedDataModule):
         sizes = ", ".join(f"slice {stage.slice}: {len(stage.steps)}" for stage in self.stages)
         rank_zero_info("\n".join([*self.describe_counts(), f"steps of {self.batch_size} samples: {sizes}"]))
 
-    def read(self, source: str, split: str) -> Any:
+    def read(self, source: Origin, split: str) -> Any:
         return self.count_read(source, split, read_samples(source, split=split, limit=self.limit, **self.reading))
 
     def _pool_of(self, samples: Any, name: str) -> TokenPool:

@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from mixdpo.data import conversations, encoding, pairs
 from mixdpo.data.chat_template import load_template
+from mixdpo.data.columns import our_columns
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.encoding import encode_rows
 from mixdpo.data.messages import MESSAGES_AS_TEXT
 from mixdpo.data.pairs import read_pairs
+from mixdpo.data.sources import Origin
 from mixdpo.errors import InputError
 from mixdpo.evaluation.generation import Response, _encode
 from mixdpo.evaluation.make_pairs import pair_up
@@ -311,3 +313,49 @@ def test_tools_are_trained_on_as_a_system_message_of_theirs(tiny_model: str, tmp
         for name, each in (("tools", tools), ("told", told), ("bare", rows))
     )
     assert same(by_tools, by_message) and not same(by_tools, bare)
+
+
+THEIRS = {"question": "a", "better": "b", "worse": "c", "gap": 1.0, "uid": "x"}
+NAMED = {"prompt": "question", "chosen": "better", "rejected": "worse", "margin": "gap", "pair_id": "uid"}
+
+
+def test_columns_of_other_names(tmp_path: Any) -> None:
+    """The table is that of our names, and the error about a row without them suggests the option."""
+    path = write_pairs(tmp_path / "rows.jsonl", [THEIRS])
+    with pytest.raises(
+        InputError, match=r"present: question, better.*'\{prompt: question, chosen: better, rejected: w"
+    ):
+        read_pairs(path)
+    with pytest.raises(InputError, match=r"rows.jsonl, row 1: .* names 'beter', which .* uid; did you mean 'better'"):
+        read_pairs(Origin(path, NAMED | {"chosen": "beter"}))
+    with pytest.raises(InputError, match=r"data.columns: .*not 'promt'; did you mean 'prompt'"):
+        our_columns({"promt": "question"}, "pair")
+    ours = read_pairs([PAIR | {"pair_id": "x"}]).dataset.remove_columns("place")
+    assert [*read_pairs(Origin(path, our_columns(NAMED, "pair"))).dataset.remove_columns("place")] == [*ours]
+    swapped = read_pairs(Origin([PAIR | {"best": "d"}], {"chosen": "rejected", "rejected": "chosen"}))
+    assert (swapped.dataset[0]["chosen"], swapped.dataset[0]["rejected"]) == ("c", "b")
+    replaced = read_pairs(Origin([PAIR | {"best": "d"}], {"chosen": "best"}))
+    assert replaced.dataset["chosen"][:] == ["d"] and replaced.noted == {"columns not read: file's chosen": 1}
+    # without a name that is alike
+    for row, named in (
+        ({"human": "a", "answer": "b"}, "prompt: COLUMN, completion: answer"),
+        ({"chat": []}, "messages: chat"),
+    ):
+        with pytest.raises(InputError, match=rf"\{{{named}\}}'"):
+            read_samples([row])
+    with pytest.raises(InputError, match=r"row 1: 'chosen' should be text[^']*$"):
+        read_pairs([PAIR | {"chosen": None}])
+
+
+def test_other_names_are_other_data(tiny_model: str, tmp_path: Any) -> None:
+    rows = [row | {"worst": row["chosen"]} for row in make_pairs(8)]
+    run = fit(tiny_model, rows, tmp_path / "a", trainer={"max_steps": 1})
+    options = {"data": {"columns": {"rejected": "worst", "chosen": "rejected"}}, "trainer": {"max_steps": 2}}
+    with pytest.raises(InputError, match=r"another run \(.*data: "):
+        fit(
+            tiny_model,
+            rows,
+            tmp_path / "b",
+            ckpt_path=f"{run.trainer.default_root_dir}/checkpoints/last.ckpt",
+            **options,
+        )

@@ -34,7 +34,8 @@ SIGNALS = sorted((ROOT / "configs/signals").glob("*.yaml"))
 EVALUATION = sorted((ROOT / "configs/evaluation").glob("*.yaml"))
 TASKS = {"constraints", "gsm8k"}
 OVERLAYS = {"controls", "signals", "studies", "evaluation", "losses"}  # laid over another config, or of another command
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in OVERLAYS)
+ALL = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [path for path in ALL if path.parent.name not in OVERLAYS and path.stem != "cpu"]
 NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
 SFT = [path for path in CONFIGS if "token_cleaning" in path.parts]
 
@@ -92,6 +93,17 @@ def test_config_builds(build, config):
     assert not of_a_gpu or (cli.trainer.accumulate_grad_batches == 1 and cli.model.activation_checkpointing == "auto")
     assert cli.datamodule.encoding.get("max_prompt_length", 0) < cli.datamodule.encoding["max_length"]
     assert f"python run.py --config {config.relative_to(ROOT)}" in config.read_text("utf-8")
+
+
+def test_own_pairs_on_a_cpu(build):
+    """The overlay changes what its header says."""
+    path = ROOT / "configs/cpu.yaml"
+    changed, text = build(ROOT / "configs/own_pairs.yaml", "--config", str(path)), path.read_text("utf-8")
+    assert (changed.model.loading["dtype"], changed.trainer.precision) == ("float32", "32-true")
+    assert changed.datamodule.micro_batch_tokens == 4096 and changed.model.loading["quantization"] == "nf4"
+    keys = [f"{a}.init_args.{b}" for a in ("model", "data") for b in yaml.safe_load(text)[a]["init_args"]]
+    for key in [*keys, *(f"trainer.{name}" for name in yaml.safe_load(text)["trainer"])]:
+        assert key in text
 
 
 @pytest.mark.parametrize("config", [*SIGNALS, *EVALUATION], ids=lambda path: path.stem)

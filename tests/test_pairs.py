@@ -21,6 +21,7 @@ from tiny import response, user
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.messages import split_by_prompt
 from mixdpo.data.pairs import read_pairs
+from mixdpo.data.sources import Origin
 from mixdpo.errors import InputError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -427,3 +428,42 @@ def test_unusable_samples_are_kept_out_and_counted_even_from_the_cache(tmp_path)
     assert read_samples(path, limit=2).dataset["row"][:] == [1, 6]
     with pytest.raises(InputError, match=r"no usable sample \(1 rows read, kept out: .'empty_prompt': 1"):
         read_samples(write_pairs(tmp_path / "b.jsonl", [{"prompt": "", "completion": "4"}]))
+
+
+def test_several_sources_are_one(tmp_path):
+    """Rows of a file, a list, a `Dataset` and a folder's split, in order and counted; an id that an earlier one has is
+    made another's, and an id twice in one source is refused."""
+    rows = [PAIR | {"pair_id": name, "chosen": name} for name in "ab"]
+    path, folder = (
+        write(tmp_path / "a.jsonl", rows),
+        write_folder(tmp_path / "f", x_test_jsonl=rows, x_train_jsonl=rows),
+    )
+    sources = [path, rows[:1], datasets.Dataset.from_list(rows), folder]
+    table = read_pairs(sources, split="test")
+    assert table.dataset["chosen"][:] == list("abaabab") and table.dataset["row"][:] == list(range(1, 8))
+    counts = {path: 2, "source 2": 1, "source 3": 2, f"{folder}, x_test.jsonl": 2}
+    assert table.noted == {f"rows of {name}": count for name, count in counts.items()}
+    ids = table.dataset["pair_id"][:]
+    assert len(set(ids)) == 7 and ids[:2] == read_pairs(path).dataset["pair_id"][:]
+    assert ids == read_pairs(sources, split="test").dataset["pair_id"][:]
+    changed = [path, [rows[0] | {"chosen": "z"}]]
+    assert [read_pairs([path, rows[:1]]).dataset["chosen"][2], read_pairs(changed).dataset["chosen"][2]] == ["a", "z"]
+    with pytest.raises(InputError, match=r"2 sources, source 2, row 2: pair_id 'b of source 2' is in source 2, row 1"):
+        read_pairs([path, [rows[1]] * 2])
+    with pytest.raises(InputError, match=r"2 sources, source 2, row 1: 'chosen' should be text"):
+        read_pairs([path, [PAIR | {"chosen": 3}]])
+    for wrong, split in (([path, folder], "train[:1]"), (rows, "test")):
+        with pytest.raises(InputError, match="has no split"):
+            read_pairs(wrong, split=split)
+
+
+def test_rows_in_memory_are_known_by_their_content():
+    rows = [PAIR, PAIR | {"chosen": "6"}]
+    same = [read_pairs(given).dataset for given in (rows, [dict(row) for row in rows])]
+    assert same[0]._fingerprint == same[1]._fingerprint
+    rows[1]["chosen"] = "7"
+    assert read_pairs(rows).dataset["chosen"][:] == ["4", "7"]
+    assert (
+        str(Origin([["a.jsonl", rows], datasets.Dataset.from_list(rows)]))
+        == "[[a.jsonl, list of 2 rows], Dataset of 2 rows]"
+    )

@@ -2,4 +2,5 @@
 
 from mixdpo.options import lazily
 
-__getattr__, __dir__ = lazily(__name__, {"GoldEvaluation": "gold_evaluation", "RefreshReference": "clean_tokens"})
+HOMES = {"GoldEvaluation": "gold_evaluation", "RefreshReference": "clean_tokens", "run_callbacks": "run_files"}
+__getattr__, __dir__ = lazily(__name__, HOMES)

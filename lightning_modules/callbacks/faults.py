@@ -75,9 +75,9 @@ def _report(trainer: L.Trainer, step: int, norm: Tensor, losses: list[tuple[Any,
     # JSON has no NaN
     rows = [row | {"loss": v if math.isfinite(v) else str(v)} for row, v in zip(rows, values, strict=True)]
     again = f"{resume_command(trainer)} --trainer.log_every_n_steps 1"
-    content = {"step": step, "gradient_norm": str(float(norm)), "again": again, "source": data.source, "rows": rows}
+    content = {"step": step, "gradient_norm": str(float(norm)), "again": again, "source": str(data.source)}
     if trainer.is_global_zero:
-        write_json(path, content)
+        write_json(path, content | {"rows": rows})
     bad = [row["place"] for row in rows if isinstance(row["loss"], str)]
     what = f"loss of {', '.join(bad[:5])} of {data.source}" if bad else "gradient"
     numbers = f"gradient norm {float(norm):.3g}; {len(bad)} of its {len(rows)} rows"

@@ -8,10 +8,22 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_modules.callbacks.best_checkpoint import load_best
+from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
+from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
 from lightning_modules.callbacks.logging import Throughput, peak_memory_gb
 from mixdpo.evaluation.fit_results import ORDER, ORDER_COLUMNS, show_on, write_results
 from mixdpo.evaluation.report import report
 from mixdpo.storage.files import write_csv, write_json
+
+
+def run_callbacks(**checkpoint: int) -> list[Callback]:
+    """The callbacks of `run.py`, for a trainer of one's own: the files of a run in the trainer's `default_root_dir`,
+    exact resume from its checkpoints/last.ckpt, rows of speed and memory, and messages about faults.
+
+    Args:
+        checkpoint: options of `LastCheckpoint`: every_n_steps.
+    """
+    return [RunFiles(), ExactResume(), Throughput(), OutOfMemory(), LastCheckpoint(**checkpoint), NonFinite()]
 
 
 class RunConfig(SaveConfigCallback):

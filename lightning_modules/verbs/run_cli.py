@@ -15,11 +15,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_modules.callbacks.checkpoint import ExactResume, LastCheckpoint
-from lightning_modules.callbacks.faults import NonFinite, OutOfMemory
-from lightning_modules.callbacks.logging import Throughput
+from lightning_modules.callbacks.checkpoint import LastCheckpoint
+from lightning_modules.callbacks.faults import NonFinite
 from lightning_modules.callbacks.progress import StepBar
-from lightning_modules.callbacks.run_files import RunConfig, RunFiles
+from lightning_modules.callbacks.run_files import RunConfig, run_callbacks
 from mixdpo.errors import InputError
 from mixdpo.options import HELP, Parser
 from mixdpo.storage.shipped import find_configs
@@ -174,7 +173,7 @@ def start(arguments: list[str], kind: Callable[..., RunCLI] = RunCLI) -> RunCLI:
         auto_configure_optimizers=False,
         seed_everything_default=42,
         trainer_defaults={
-            "callbacks": [RunFiles(), ExactResume(), Throughput(), OutOfMemory()],
+            "callbacks": [each for each in run_callbacks() if not isinstance(each, LastCheckpoint | NonFinite)],
             "enable_model_summary": False,  # it counts packed 4-bit weights as parameters
         },
         parser_class=type("RunParser", (Parser, LightningArgumentParser), {}),

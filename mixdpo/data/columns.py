@@ -1,11 +1,15 @@
 """Columns beside the texts of a row: handed to the chat template, refused, or named once."""
 
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import chain
 from typing import Any
 
 from mixdpo.data.messages import Message, checked_text, something, without_nulls
-from mixdpo.errors import InputError
+from mixdpo.data.ratings import KNOWN_COLUMNS
+from mixdpo.errors import InputError, check_one_of, nearest
 
 SHOWN: dict[str, type] = {"tools": list, "chat_template_kwargs": dict}  # columns that the chat template gets
 PROMPT = "put its text into a message, or remove the column"
@@ -19,6 +23,59 @@ COLUMNS = {
     **dict.fromkeys(("chosen_weight", "rejected_weight"), LOSS),
 }
 """Columns that other trainers give a meaning, and what to do. A form may read one, as Alpaca's reads `input`."""
+
+FORMS: dict[str, list[tuple[str, ...]]] = {"pair": [("prompt", "chosen", "rejected")]}
+FORMS["sample"] = [("messages",), ("prompt", "completion"), ("instruction", "output", "input")]
+"""Columns that a row must have, of one of these forms; `input` may be absent."""
+OPTIONAL = {"pair": ("pair_id", *chain(*KNOWN_COLUMNS)), "sample": ("sample_id", "id", "source")}
+ALIKE = {"prompt": "instruction question query input user", "messages": "conversations conversation chat dialogue"}
+ALIKE |= {"chosen": "better preferred accepted winner", "rejected": "worse dispreferred loser"}
+ALIKE |= {"completion": "response answer output", "output": "response answer completion"}
+"""Words in other people's names for these columns, the likeliest first."""
+
+
+def our_columns(columns: Mapping[str, str] | None, noun: str) -> dict[str, str]:
+    """`data.columns`, checked: our name -> the file's.
+
+    Raises:
+        InputError: a name is not ours.
+    """
+    for name in (columns := dict(columns or {})):
+        check_one_of("data.columns: a name before a colon", name, (*chain(*FORMS[noun]), *OPTIONAL[noun], *SHOWN))
+    return columns
+
+
+def renamed(rows: Iterator[Any], columns: Mapping[str, str], source: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Rows under our names. What the file has under such a name itself becomes "file's NAME".
+
+    Raises:
+        InputError: the first row lacks a column that `columns` names.
+    """
+    for index, (number, place, row) in enumerate(rows):
+        if index == 0 and (absent := [name for name in columns.values() if name not in row]):
+            present = f"columns present: {', '.join(row)}{nearest(absent[0], row)}"
+            raise InputError(f"{source}, {place}: data.columns names {absent[0]!r}, which is not there; {present}")
+        kept = {name: value for name, value in row.items() if name not in columns.values()}
+        kept = {f"file's {name}" if name in columns else name: value for name, value in kept.items()}
+        yield number, place, kept | {name: row[other] for name, other in columns.items() if other in row}
+
+
+def suggestion(row: dict[str, Any], noun: str) -> str:
+    """The end of an error about a row that lacks columns of its form: the option that names others, or nothing."""
+    present = {*row, "input"} | ({"prompt"} if isinstance(row.get("chosen"), list) else set())  # or the chats share it
+    if any(present >= {*form} for form in FORMS[noun]):
+        return ""
+    forms = [{name: _alike(name, row) for name in form if name not in present} for form in FORMS[noun]]
+    likeliest = max(forms, key=lambda found: sum(1 if other != "COLUMN" else -1 for other in found.values()))
+    named = ", ".join(f"{name}: {other}" for name, other in likeliest.items())
+    return f" If columns have other names here: --data.columns '{{{named}}}'"
+
+
+def _alike(ours: str, row: dict[str, Any]) -> str:
+    texts = [name for name, value in row.items() if isinstance(value, str | list) and name not in chain(*FORMS["pair"])]
+    words = {word: name for name in reversed(texts) for word in re.split(r"[\W_]+", name.lower())}
+    found = [words[word] for word in (*ALIKE.get(ours, "").split(), ours) if word in words]
+    return (found or get_close_matches(ours, texts, 1) or ["COLUMN"])[0]
 
 
 def template_values(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal
 
-from mixdpo.data.columns import settle_columns
+from mixdpo.data.columns import FORMS, settle_columns
 from mixdpo.data.messages import checked_content, checked_text, is_blank, parse_messages, unweighted, without_prompt
 from mixdpo.data.table import Table, read_table, row_id
 from mixdpo.errors import InputError
@@ -12,11 +12,9 @@ from mixdpo.storage.identity import hash63
 
 TrainOn = Literal["all", "last"]
 
-FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output", "input"))
-
 
 def read_samples(
-    source: str, *, split: str = "train", limit: int | None = None, train_on: TrainOn = "all", one_each: bool = False
+    source: Any, *, split: str = "train", limit: int | None = None, train_on: TrainOn = "all", one_each: bool = False
 ) -> Table:
     """Read SFT samples from a hub id or a local folder or file.
 
@@ -25,7 +23,8 @@ def read_samples(
 
     Args:
         source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
-            with .gz).
+            with .gz); in Python also a list of rows or a `datasets.Dataset`; or a list of such sources; or an
+            `Origin`, which names columns.
         split: split of a hub data set or folder, or a slice such as train[:9]; a single file has only `train`.
         limit: stop after this many usable rows.
         train_on: the last response of a row only, or all.
@@ -48,9 +47,9 @@ def read_samples(
 
 def parse_sample(row: dict[str, Any]) -> tuple[tuple[str, ...], list[dict[str, Any]], list[int]]:
     """The form of a row, of the three, its messages up to its last response, and the places of the responses."""
-    forms = [form for form in FORMS if row.keys() >= {*form[:2]}]
+    forms = [form for form in FORMS["sample"] if row.keys() >= {*form[:2]}]
     if len(forms) != 1:
-        names = ", or ".join(" and ".join(form[:2]) for form in FORMS)
+        names = ", or ".join(" and ".join(form[:2]) for form in FORMS["sample"])
         raise InputError(f"the columns fit {len(forms)} forms of a sample: give those of one, {names}.")
     if "messages" in forms[0]:
         messages = parse_messages(row, "messages", None)

@@ -8,12 +8,13 @@ from typing import Any
 from mixdpo.data.columns import settle_columns
 from mixdpo.data.messages import Message, is_blank, parse_messages, unweighted, without_prompt
 from mixdpo.data.ratings import MarginColumns, find_margin_columns, row_margin, row_weight
+from mixdpo.data.sources import Origin
 from mixdpo.data.table import Table, read_table, row_id
 from mixdpo.errors import InputError
 
 
 def read_pairs(
-    source: str,
+    source: Any,
     *,
     split: str = "train",
     margin: str | Sequence[str] | None = None,
@@ -25,7 +26,8 @@ def read_pairs(
 
     Args:
         source: hub id; folder of data files; .parquet, .json, .jsonl, .csv (the last three also
-            with .gz); or `constraints`.
+            with .gz); `constraints`; in Python also a list of rows or a `datasets.Dataset`; or a list of such sources;
+            or an `Origin`, which names columns.
         split: split of a hub data set or folder, or a slice such as train[:9]; a single file has only `train`.
         margin: column that holds the margin, or [chosen_column, rejected_column]; without it, known names are tried.
             () reads no margin: all margins are NaN until a margins file replaces them.
@@ -56,7 +58,7 @@ def read_pairs(
     columns |= {"chosen_weight": "float32", "margin": "float64"} | ({"pair_weight": "float32"} if weight else {})
     table = read_table(source, split, limit, "pair", parse, columns, key=[margin, margin_needed, weight])
     if (count := table.noted.get("prompt_repeated_by_one", 0)) > 0.2 * len(table.dataset):
-        where = f"{source}: in {count} of {len(table.dataset)} pairs"
+        where = f"{source if isinstance(source, Origin) else Origin(source)}: in {count} of {len(table.dataset)} pairs"
         raise InputError(f"{where} one response begins with the prompt, one does not: take the prompt out of both.")
     return table
 

@@ -1,17 +1,18 @@
-"""A source -> numbered raw rows: hub id, local folder or file, or the built-in task."""
+"""A source -> numbered raw rows: hub id, local folder or file, the built-in task, memory, or a list of these."""
 
 import csv
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import iglob
 from importlib.resources import files
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mixdpo.data.columns import renamed
 from mixdpo.errors import InputError
 from mixdpo.storage.files import sha256
 from mixdpo.storage.identity import content_hash
@@ -21,6 +22,9 @@ NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 
 
 BUILT_IN = {"constraints": "constraints_pairs.jsonl", "heldout": "constraints_heldout.jsonl"}
+
+
+IDS = ("pair_id", "sample_id", "id")
 
 
 HUB_FILE = "hf://datasets/"
@@ -45,7 +49,65 @@ class Source(NamedTuple):
     not_read: Sequence[str] = ()  # data files of a folder that belong to no split
 
 
-def open_source(source: str, split: str) -> Source:
+class Origin(NamedTuple):
+    """`data.source` or `data.validation` as given, with `data.columns`: our name of a column -> the file's. As text, it
+    is the name for messages."""
+
+    given: Any
+    columns: Mapping[str, str] = {}
+
+    def __str__(self) -> str:
+        if isinstance(self.given, str):
+            return self.given
+        if are_several(self.given):
+            return f"[{', '.join(str(Origin(each)) for each in self.given)}]"
+        return f"{type(self.given).__name__} of {len(self.given)} rows"
+
+
+def are_several(given: Any) -> bool:
+    """Whether this is a list of sources. A list of mappings is a source: its rows."""
+    return isinstance(given, list) and not all(isinstance(each, dict) for each in given)
+
+
+def open_source(source: Any, split: str) -> Source:
+    """Rows of an `Origin`, or of what such an origin has as `given`."""
+    given, columns = source if isinstance(source, Origin) else Origin(source)
+    if are_several(given):
+        return _open_several([Origin(each, columns) for each in given], split)
+    opened = _open_named(given, split) if isinstance(given, str) else _open_memory(given, split)
+    key = content_hash([opened.key, *columns.items()])
+    return opened._replace(key=key, rows=renamed(opened.rows, columns, opened.name))
+
+
+def _open_several(origins: Sequence[Origin], split: str) -> Source:
+    """Rows of one source after the other, numbered through. What has no splits takes no part in the choice of one."""
+    own = ["train" if "[" not in split and is_one_file(each.given) else split for each in origins]
+    names = [each.given if isinstance(each.given, str) else f"source {k}" for k, each in enumerate(origins, 1)]
+    opened = [each._replace(name=name) for name, each in zip(names, map(open_source, origins, own), strict=True)]
+    key, not_read = content_hash((each.name, each.key) for each in opened), [*chain(*(e.not_read for e in opened))]
+    return Source(f"{len(opened)} sources", key, _one_after_another(opened), not_read)
+
+
+def _one_after_another(sources: Sequence[Source]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """An id that an earlier source has becomes "ID of source 2": each file may count from 0."""
+    numbers, first = count(1), dict[tuple[str, str], int]()  # source of each id
+    for position, source in enumerate(sources, 1):
+        for _, place, row in source.rows:
+            ids = [(name, str(row[name])) for name in IDS if isinstance(row.get(name), int | str)]
+            known = [each for each in ids if first.setdefault(each, position) < position]
+            new = {name: f"{text} of source {position}" for name, text in known}
+            yield next(numbers), f"{source.name}, {place}", row | new
+
+
+def _open_memory(given: Any, split: str) -> Source:
+    """A list of rows or a `datasets.Dataset`."""
+    if split != "train":
+        raise InputError(f"{Origin(given)} has no split {split!r}: use 'train', or select the rows before.")
+    rows = given if isinstance(given, list) else given.with_format(None)
+    return Source(str(Origin(given)), content_hash(rows), _placed(enumerate(rows, 1)))
+
+
+def _open_named(source: str, split: str) -> Source:
     if source.startswith(HUB_FILE):
         return _open_file(_from_hub(source), split)
     path = Path(str(files("mixdpo") / "constraints" / BUILT_IN[source]) if source in BUILT_IN else source).expanduser()
@@ -59,8 +121,10 @@ def open_source(source: str, split: str) -> Source:
     return _through_datasets(source, path, split)
 
 
-def is_one_file(source: str) -> bool:
+def is_one_file(source: Any) -> bool:
     """Whether the source has no splits."""
+    if not isinstance(source, str):
+        return not are_several(source) or all(map(is_one_file, source))
     return source in BUILT_IN or source.startswith(HUB_FILE) or bool(DATA_FILE.search(source))
 
 

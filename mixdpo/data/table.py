@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from mixdpo.data.columns import suggestion
 from mixdpo.data.messages import checked_text
 from mixdpo.data.sources import Source, open_source
 from mixdpo.errors import InputError, located
@@ -34,7 +35,7 @@ class Table(NamedTuple):
 
 
 def read_table(
-    source: str, split: str, limit: int | None, noun: str, parse: Parse, columns: dict[str, str], *, key: Any = None
+    source: Any, split: str, limit: int | None, noun: str, parse: Parse, columns: dict[str, str], *, key: Any = None
 ) -> Table:
     """The usable rows of a source.
 
@@ -58,7 +59,7 @@ def read_table(
     columns = columns | {"row": "int64"} | dict.fromkeys(("place", "drop", "noted", "context", "unread"), "string")
     features = Features({name: lists.get(kind) or Value(kind) for name, kind in columns.items()})
     fingerprint = content_hash([opened.name, opened.key, key, limit, room_code()])
-    rows = partial(_table_rows, opened, parse, f"{noun}_id", limit)
+    rows = partial(_table_rows, opened, parse, noun, limit)
     try:
         table = Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
     except DatasetGenerationError as error:
@@ -86,11 +87,11 @@ def room_code() -> list[str]:
     return [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
 
 
-def _table_rows(source: Source, parse: Parse, id_column: str, limit: int | None) -> Iterator[dict[str, Any]]:
+def _table_rows(source: Source, parse: Parse, noun: str, limit: int | None) -> Iterator[dict[str, Any]]:
     places: dict[int, str] = {}  # of ids
-    usable = 0
+    usable, id_column = 0, f"{noun}_id"
     for number, place, row in source.rows:
-        with located(f"{source.name}, {place}", f" Columns present: {', '.join(row)}."):
+        with located(f"{source.name}, {place}", f" Columns present: {', '.join(row)}.{suggestion(row, noun)}"):
             records = parse(row, places)
             if (earlier := places.get(records[0][id_column])) is not None:
                 name = id_column if id_column in row else "id"

@@ -69,7 +69,8 @@ def inspect_data(data: Any, estimate: Callable[[], dict[str, Any]], options: arg
         memory = estimate()
     except InputError as error:  # says nothing about the data
         data.doubts.append(str(error))
-    name, cuts = Path(data.source).name, _cuts(data.route) if data.noun == "pair" and columns != () else None
+    cuts = _cuts(data.route) if data.noun == "pair" and columns != () else None
+    name = Path(str(data.source).strip("[]")).name
     scorer = getattr(getattr(data.trainer.lightning_module, "cleaning", None), "scorer", None)
     facts = {"title": name, "summary": [f"as {data.tokenizer} will see it"], "data": data, "row": row, "cuts": cuts}
     facts |= {"splits": splits, "memory": memory, "columns": columns, "scores": getattr(scorer, "column", None)}

@@ -83,7 +83,7 @@ def always_kept(selection: Selection | None, pool: TokenPool, tokenizer: str) ->
     return np.isin(pool.target_ids(), [known[name] for name in selection.always_keep])
 
 
-def column_scores(column: str, source: str, split: str, pool: TokenPool) -> np.ndarray:
+def column_scores(column: str, source: Any, split: str, pool: TokenPool) -> np.ndarray:
     """(M,) float32, what the data's column says of the pool's tokens: a row has a list with one number for each of its
     response tokens that are trained on, end tokens included, in order.
 
