@@ -38,6 +38,23 @@ def test_prose_can_be_skimmed(page: str) -> None:
     assert not breaches(page, PAGES[page])
 
 
+def anchors(page: Path) -> set[str]:
+    """GitHub's, of the headings."""
+    titles = re.findall(r"(?m)^#+ (.+)$", page.read_text("utf-8"))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_somewhere() -> None:
+    lost = []
+    for page in map(ROOT.joinpath, (*PAGES, "CHANGELOG.md", "CONTRIBUTING.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text("utf-8")):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                lost.append(f"{page.name}: {link}")
+    assert not lost
+
+
 def test_counting() -> None:
     words = "word " * 30
     text = f"A list:\n- one `a b c` two.\n- {words}end. Next\n\n```\n{words * 2}\n```\n| {words} |\n"
