@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lightning_modules import cli
+from mixdpo.data.prompts import read_prompts
 from mixdpo.data.sources import open_source
 from mixdpo.model.packaged import PACKAGED
 
@@ -45,7 +46,7 @@ CUT = {
     "make-pairs": {"limit": "2", "max_new_tokens": "16", "samples": "2"},
     "cross-fit": {"data.limit": "8", "trainer.max_steps": "1"},
     "chat": {"max_new_tokens": "16"},
-    "inspect": {"data.limit": "8"},
+    "inspect": {"data.limit": "8", "data.validation": "0.25"},
 }
 
 
@@ -74,6 +75,9 @@ def cut(words: list[str]) -> list[str]:
         options |= {"model.dtype": cpu["model"]["init_args"]["dtype"], "data.batch_size": "4", "model.base": PACKAGED}
         options |= {f"data.{name}": str(value) for name, value in cpu["data"]["init_args"].items()}
         options |= {f"trainer.{name}": value for name, value in cpu["trainer"].items()}
+    if verb == "compare":  # 12 runs
+        for name in ("--with", "--seeds"):
+            del words[slice(words.index(name), words.index(name) + 2) if name in words else slice(0)]
     more = [word for name, value in options.items() if f"--{name}" not in words for word in (f"--{name}", value)]
     if "GoldEvaluation" in text and options:
         at = words.index("--config") + 2
@@ -109,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "my_pairs": [pair | {"score_chosen": 9, "score_rejected": n % 9} for n, pair in enumerate(pairs)],
         "my_sft": [{"instruction": row["prompt"], "output": row["chosen"], "source": "mine"} for row in rows],
         "my_prompts": [{"instruction": row["prompt"], "prompt": row["prompt"], "part": "mine"} for row in rows[:4]],
-        "few": [row for _, _, row in islice(open_source("constraints", "heldout").rows, 4)],
+        "few": read_prompts("heldout")[:4],
     }
     for name, content in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
