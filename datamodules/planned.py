@@ -1,9 +1,9 @@
 """Shared by both data modules: read, split and encode rows; plan the steps before training; resume exactly."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
@@ -45,16 +45,10 @@ class PlannedDataModule(L.LightningDataModule):
         pool_steps: an epoch -> the samples of the cleaning pool in each step.
     """
 
-    noun: str
-    cleans_by_stage: bool
-    plan_rows: Callable[[str], None]
-    read: Callable[[Origin, str], Any]
-    epoch_plan: Callable[..., StepPlan]
-    _steps: Callable[..., list[tuple[int, ...]]]
-    pool_steps: Callable[..., list[tuple[int, ...]]]
-    sizes: Callable[[], tuple[list[int], Sequence[float]]]
-    loader: Callable[[list[MicroBatch]], ResumableLoader]
-    plan_identity: Callable[[], dict[str, str]]
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # what a subclass has
+
     _loader: ResumableLoader | None = None
     _consumed = 0
     cut: Mapping[str, Any] = {}

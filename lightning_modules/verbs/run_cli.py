@@ -51,8 +51,6 @@ class RunCLI(LightningCLI):
         keep_typed(config, " ".join(sys.argv).split(" --"))
         if config.trainer.default_root_dir is not None:
             raise InputError("trainer.default_root_dir: give --runs and --name instead, the run's folder is RUNS/NAME")
-        if type(config.seed_everything) is int and not 0 <= config.seed_everything < 2**32:
-            raise InputError(f"seed_everything must lie in [0, 2^32), not {config.seed_everything}")
         if config.ckpt_path:
             check_checkpoint(config.ckpt_path)
 
@@ -77,10 +75,8 @@ class RunCLI(LightningCLI):
             options["default_root_dir"] = str(folder)
             if (own := self.config_init.fit.trainer.logger) is not False:
                 ours = [kind(str(folder), name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
-                # beside loggers of the user's own, metrics.csv only
-                options["logger"] = (
-                    ours if own in (None, True) else [ours[0], *(own if isinstance(own, list) else [own])]
-                )
+                beside = [ours[0], *(own if isinstance(own, list) else [own])]  # the user's own, and metrics.csv only
+                options["logger"] = ours if own in (None, True) else beside
         else:
             options["logger"] = False
         given = self.config_init[self.subcommand].trainer
@@ -145,8 +141,6 @@ def new_run_folder(runs: Path, name: str) -> Path:
     Raises:
         InputError: the folder cannot be made.
     """
-    if not name.strip("./"):
-        raise InputError(f"--name {name!r} names no folder: give a name, such as run")
     for number in count(1):
         folder = runs / (name if number == 1 else f"{name}-{number}")
         try:

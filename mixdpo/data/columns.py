@@ -1,9 +1,7 @@
 """Columns beside the texts of a row: handed to the chat template, refused, or named once."""
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import chain
 from typing import Any
 
@@ -55,27 +53,21 @@ def renamed(rows: Iterator[Any], columns: Mapping[str, str], source: str) -> Ite
         if index == 0 and (absent := [name for name in columns.values() if name not in row]):
             present = f"columns present: {', '.join(row)}{nearest(absent[0], row)}"
             raise InputError(f"{source}, {place}: data.columns names {absent[0]!r}, which is not there; {present}")
-        kept = {name: value for name, value in row.items() if name not in columns.values()}
-        kept = {f"file's {name}" if name in columns else name: value for name, value in kept.items()}
+        kept = {f"file's {n}" if n in columns else n: value for n, value in row.items() if n not in columns.values()}
         yield number, place, kept | {name: row[other] for name, other in columns.items() if other in row}
 
 
 def suggestion(row: dict[str, Any], noun: str) -> str:
     """The end of an error about a row that lacks columns of its form: the option that names others, or nothing."""
     present = {*row, "input"} | ({"prompt"} if isinstance(row.get("chosen"), list) else set())  # or the chats share it
-    if any(present >= {*form} for form in FORMS[noun]):
+    lacking = [[name for name in form if name not in present] for form in FORMS[noun]]
+    if [] in lacking:
         return ""
-    forms = [{name: _alike(name, row) for name in form if name not in present} for form in FORMS[noun]]
-    likeliest = max(forms, key=lambda found: sum(1 if other != "COLUMN" else -1 for other in found.values()))
-    named = ", ".join(f"{name}: {other}" for name, other in likeliest.items())
+    texts = [name for name, value in row.items() if isinstance(value, str | list)]
+    found = {ours: [t for word in words.split() for t in texts if word in t.lower()] for ours, words in ALIKE.items()}
+    likeliest = max(lacking, key=lambda names: sum(1 if found.get(name) else -1 for name in names))
+    named = ", ".join(f"{name}: {[*found.get(name, ()), 'COLUMN'][0]}" for name in likeliest)
     return f" If columns have other names here: --data.columns '{{{named}}}'"
-
-
-def _alike(ours: str, row: dict[str, Any]) -> str:
-    texts = [name for name, value in row.items() if isinstance(value, str | list) and name not in chain(*FORMS["pair"])]
-    words = {word: name for name in reversed(texts) for word in re.split(r"[\W_]+", name.lower())}
-    found = [words[word] for word in (*ALIKE.get(ours, "").split(), ours) if word in words]
-    return (found or get_close_matches(ours, texts, 1) or ["COLUMN"])[0]
 
 
 def template_values(row: dict[str, Any]) -> dict[str, Any]:

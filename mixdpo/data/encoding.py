@@ -127,8 +127,7 @@ def encode_sample(
     trained = {index: weight for index, weight in of_each if weight}
     if template == chat.PLAIN and len(trained) > 1:
         raise InputError(f"'plain' has no turns for {len(trained)} responses: give a `chat_template` with turns")
-    input_ids: list[int] = []
-    spans: list[int] = []
+    input_ids, spans = list[int](), list[int]()
     for index in trained:
         prompt_ids, whole = chat.encode_responses(tokenizer, template, messages[:index], messages[index], **options)
         if chat.shared_length(input_ids, prompt_ids, whole) < len(input_ids):

@@ -68,9 +68,8 @@ def doubts_about_margins(margins: Any) -> list[str]:
     """A warning where margins, an array (n,), are negative; NaN where there are none."""
     share = (margins < 0).mean()
     said = f"{share * len(margins):,.0f} of {len(margins):,} margins ({share:.0%}) are negative"
-    if share > 0.5:
-        return [f"{said} (scores swapped?): exchange the columns, data.margin [CHOSEN, REJECTED]"]
-    return [f"{said} and contradict their label; they count as the hardest: correct or remove them"] if share else []
+    ways = "correct or remove them, or exchange columns that are swapped (data.margin [CHOSEN, REJECTED])"
+    return [f"{said} and contradict their label; they count as the hardest: {ways}"] if share else []
 
 
 def row_weight(row: dict[str, Any], column: str) -> float:

@@ -99,8 +99,6 @@ class PreferenceLoss:
             object.__setattr__(self, name, check_range(name, value if given is None else given))  # it is frozen
 
     def __call__(self, *responses: Response, margin: Tensor | None = None) -> Tensor:
-        if self.needs_margin and margin is None:
-            raise InputError(f"{type(self).__name__} reads the margins of the pairs: call it with margin")
         return self.loss(Pairs(*responses, margin=margin))
 
     def describe(self) -> str:

