@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCE = 8_650
-TESTS = 17_010  # in lines of any kind
+SOURCE, CORE = 8_650, 6_000
+TESTS = 17_640  # in lines of any kind
 FILE, FUNCTION, MEDIAN, RUN = 300, 60, 10, 15  # most lines of any kind
 ROOMS = ("mixdpo", "lightning_modules", "datamodules")
 NOT_CORE = {"mixdpo", "mixdpo/storage", "mixdpo/evaluation", "mixdpo/constraints", "mixdpo/pages"}
