@@ -32,8 +32,8 @@ MIXDPO, OTHER, START_COLOR = "#6b21a8", "#404040", "#8a8a8a"
 NAMES = {
     START[0]: "before training",
     "mixdpo_paper_cosine": "MixDPO (default: one cosine)",
-    "mixdpo": "MixDPO, schedule restarts",
-    "mixdpo_sft_quarter": "MixDPO, restarts, SFT weight ¼",
+    "mixdpo": "MixDPO, staged cosine",
+    "mixdpo_sft_quarter": "MixDPO, staged, SFT weight ¼",
     "sft_then_dpo": "SFT on hard pairs, then DPO",
     "dpo_easy_only": "DPO on easy pairs only",
     "dpo": "DPO on all pairs",
@@ -49,12 +49,12 @@ def margins() -> np.ndarray:
     return np.array([row["margin"] for row in rank(rows, CHOSEN_SIGMA, picked(rows, SEEDS[STUDY]))])
 
 
-def scores(path: Path) -> tuple[str, list[Row]]:
-    """Name and rows of the study's main outcome."""
+def scores(path: Path) -> list[Row]:
+    """Rows of the study's main outcome."""
     plan = study_of(STUDY)
     outcome, parts = next(iter(plan.outcomes.items()))
     (rows,) = compare_runs.tables(replace(plan, outcomes={outcome: parts}), read_scores(path)).values()
-    return outcome, rows
+    return rows
 
 
 def draw_route(axes: Axes, margins: np.ndarray, hard_fraction: float) -> None:
@@ -66,35 +66,38 @@ def draw_route(axes: Axes, margins: np.ndarray, hard_fraction: float) -> None:
     axes.text(first + 4, top, f"τ = {route.threshold:g}", va="top", fontsize=12)
     bold: dict[str, Any] = {"va": "top", "fontsize": 12, "fontweight": "bold"}
     axes.text(6, top * 0.3, "easy pairs →\npreference loss", color="white", **bold)
-    axes.text(first + 4, top * 0.72, "hard pairs →\nSFT on the\nchosen\nresponse", color=HARD, **bold)
+    axes.text(first + 4, top * 0.72, "hard pairs\n→ SFT on\nchosen\nresponse", color=HARD, **bold)
     axes.set(xlim=(-1, len(heights)), xticks=[], xlabel=f"{len(heights)} pairs, in the order of training →")
     axes.set_ylabel("margin: score of chosen − rejected")
     axes.set_title("What MixDPO does", loc="left", fontweight="bold")
 
 
-def draw_scores(axes: Axes, outcome: str, rows: list[Row]) -> None:
+def draw_scores(axes: Axes, rows: list[Row]) -> None:
     ranked = sorted(rows, key=lambda row: (row["run"] not in START, row["mean"]))
     for height, row in enumerate(ranked):
         color = START_COLOR if row["run"] in START else MIXDPO if row["run"].startswith("mixdpo") else OTHER
         axes.plot([row["low"], row["high"]], [height, height], color=color, linewidth=2.5, alpha=0.5)
         axes.plot(row["mean"], height, "o", color=color, markersize=8)
         axes.text(row["mean"], height + 0.2, f"{row['mean']:.3f}", ha="center", va="bottom", color=color, fontsize=10)
-    axes.set_yticks(range(len(ranked)), [NAMES[row["run"]] for row in ranked])
+    decided = [" *" * (row.get("verdict", "").split(",")[0] == "decided") for row in ranked]
+    axes.set_yticks(range(len(ranked)), [NAMES[row["run"]] + mark for row, mark in zip(ranked, decided, strict=True)])
     axes.xaxis.set_major_locator(MultipleLocator(0.05))
     axes.set_ylim(-0.5, len(ranked) - 0.25)
     seeds, prompts = max((row["seeds"], row["prompts"]) for row in rows)
-    axes.set_xlabel(f"gold score: {prompts} {outcome} prompts × {seeds} seeds, 95 % interval", loc="right")
+    axes.set_xlabel(
+        f"gold score, {prompts} held-out prompts × {seeds} seeds, 95 %\n* decidedly below the default", loc="right"
+    )
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
-    axes.set_title("What our study found: 135M model, noisy labels", loc="right", fontweight="bold")
+    axes.set_title("What our second study found: 135M, noisy labels", loc="right", fontweight="bold")
 
 
 def make(out: Path, results: Path = RESULTS) -> Path:
     with pyplot.rc_context({"font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 13}):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.4, 4.4), width_ratios=(1, 0.8), facecolor="white")
         draw_route(left, margins(), study_of(STUDY).options["data.routing.hard_fraction"])
-        draw_scores(right, *scores(results / f"{STUDY}_scores.csv"))
+        draw_scores(right, scores(results / f"{STUDY}_scores.csv"))
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
         figure.tight_layout(w_pad=1)

@@ -182,7 +182,7 @@ def test_the_demo_is_made_from_its_rows(tmp_path: Path) -> None:
 def test_the_readme_picture_is_made_from_committed_rows(tmp_path: Path) -> None:
     plan = tables.study_of(readme_picture.STUDY)
     assert set(readme_picture.NAMES) == {compare_runs.START[0], *plan.runs}, "a run without a name"
-    outcome, rows = readme_picture.scores(tables.RESULTS / "default_recipe_scores.csv")
+    rows = readme_picture.scores(tables.RESULTS / "default_recipe_scores.csv")
     paper = next(row for row in rows if row["run"] == plan.control)
     assert outcome == "held out" and f"{tables.bare(paper['mean'])} [" in (tables.ROOT / "docs/results.md").read_text()
     assert len(readme_picture.margins()) == 240

@@ -15,7 +15,9 @@ from mixdpo.evaluation.bootstrap import paired_bootstrap
 from mixdpo.evaluation.fit_results import HELD_OUT, ORDER, read_columns
 from mixdpo.pages import public, template
 from mixdpo.pages.figures import Series, draw
+from mixdpo.storage import identity
 from mixdpo.storage.files import read_text, write_text
+from mixdpo.storage.read import parse_yaml
 
 METRICS, RESPONSES, PLANS = "metrics.csv", "responses.json", ("route.json", "plan.json")
 READERS: dict[str, Callable[[Path], Any]] = dict.fromkeys((METRICS, ORDER, HELD_OUT), read_columns)
@@ -131,8 +133,10 @@ def report(runs: list[str], out: str | None = None, samples: NonNegativeInt = 12
         from mixdpo.evaluation.cleaning_page import cleaning_part
 
         cleaning = cleaning_part(runs[0], samples, seed)
+    configs = [parse_yaml(run.files.get("config.yaml", "{}"), run.name, finite=False) for run in read]
+    options = {run.name: identity.differences(configs[0], config) for run, config in zip(read, configs, strict=True)}
     content = {"runs": read, "panels": Panels(read), "differences": list(differences(read)), "cleaning": cleaning}
-    page = template("report.html").render(title=" · ".join(names), quote=shlex.quote, **content)
+    page = template("report.html").render(title=" · ".join(names), quote=shlex.quote, options=options, **content)
     path = Path(out or Path(runs[0] if len(runs) == 1 else "", "report.html"))
     write_text(path, page)
     print(f"wrote {path}")
