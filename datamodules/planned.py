@@ -103,7 +103,7 @@ class PlannedDataModule(L.LightningDataModule):
         """
         super().__init__()
         self.source = Origin(source, our_columns(columns, self.noun))
-        self.validation = self.source._replace(given=validation)
+        self.validation = self.source._replace(given=validation or 0)
         self.validation_split = validation_split or ("train" if is_one_file(validation) else split)
         # plain numbers: a checkpoint that holds jsonargparse's own kind of number could not be read again
         self.batch_size, self.eval_batch_size, self.pack = int(batch_size), int(eval_batch_size), int(pack)
@@ -160,6 +160,7 @@ class PlannedDataModule(L.LightningDataModule):
     def count_read(self, source: Origin, split: str, table: Any) -> Any:
         """The data set of a table. Its rows, dropped and noted rows are counted in `counts`."""
         name = f"read/{source}" if split == "train" else f"read/{source}, split {split}"
+        name += " for validation" * (name in self.counts and source is self.validation)
         self.counts[name] = {f"{self.noun}s": len(table.dataset), **table.dropped, **table.noted}
         return table.dataset
 
@@ -170,7 +171,9 @@ class PlannedDataModule(L.LightningDataModule):
         for name, counts in self.counts.items():
             # words with spaces hold the name of a file
             parts = ((n, what if " " in what else what.replace("_", " ")) for what, n in counts.items() if n)
-            lines.append(f"{name.replace('/', ' ', 1)}: {', '.join(f'{count:,} {what}' for count, what in parts)}")
+            lines.append(
+                f"{name.replace('read/', 'read ', 1)}: {', '.join(f'{count:,} {what}' for count, what in parts)}"
+            )
         return lines + [f"warning: {doubt}" for doubt in self.doubts]
 
     def rows_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:

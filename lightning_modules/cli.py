@@ -1,8 +1,6 @@
 """The command line: `mixdpo VERB …` and `python run.py …`. Lightning is imported only where a verb needs a Trainer."""
 
-import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pkgutil import resolve_name
@@ -10,9 +8,6 @@ from pkgutil import resolve_name
 from mixdpo import __main__ as verbs
 from mixdpo.errors import Stopped
 from mixdpo.first_look import first_look
-
-# of Lightning: advertisement, and what the lines of a run say
-SAID = "litlogger|` reached|^Seed set to|^(GPU|TPU) available"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,8 +26,6 @@ def run(arguments: list[str] | None = None) -> None:
     # before torch is imported, which reads either name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
     verbs.quieten()
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: not re.search(SAID, record.getMessage()))
     from lightning_modules.verbs import messages, run_cli
 
     try:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -45,9 +46,14 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|.*isinstance.treespec|.*does not have many workers")
     # on CPUs with AVX-512 BF16, bitsandbytes warns of a missing kernel that only inference would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # of Lightning: advertisement, and what the lines of a run say
+    said = re.compile("litlogger|` reached|^Seed set to|^(GPU|TPU) available")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not said.search(record.getMessage()))
     if not sys.stderr.isatty():
         # read when datasets and huggingface_hub are imported
-        os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

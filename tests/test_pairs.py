@@ -463,7 +463,9 @@ def test_rows_in_memory_are_known_by_their_content():
     assert same[0]._fingerprint == same[1]._fingerprint
     rows[1]["chosen"] = "7"
     assert read_pairs(rows).dataset["chosen"][:] == ["4", "7"]
-    assert (
-        str(Origin([["a.jsonl", rows], datasets.Dataset.from_list(rows)]))
-        == "[[a.jsonl, list of 2 rows], Dataset of 2 rows]"
-    )
+    table = datasets.Dataset.from_list(rows)
+    assert str(Origin([["a.jsonl", rows], table])) == "[[a.jsonl, list of 2 rows], Dataset of 2 rows]"
+    shown = table.with_transform(lambda batch: batch | {"chosen": ["8" for _ in batch["chosen"]]})
+    assert read_pairs(shown).dataset["chosen"][:] == ["8", "8"]
+    with pytest.raises(InputError, match=r"a source of type DatasetDict cannot be read: give .* a datasets\.Dataset"):
+        read_pairs(datasets.DatasetDict(train=table))

@@ -15,7 +15,9 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # beginnings of jsonargparse's lines that tell a user nothing
 NOISE = re.compile("Does not validate|Subtypes|Errors|Given value type|Problem with|Expected a (path b|<class 'N)")
 # beginnings of errors of Lightning (a package is missing, a seed is negative), of torch's optimizers, of a full disk
-OF_LIBRARIES = re.compile(r"Requirement |`val_check|-?\d+ is not in|Invalid (beta|\w+ (rate|value))|.*\(os error \d")
+OF_LIBRARIES = re.compile(
+    r"Requirement |`val_check|-?\d+ is not in bounds|Invalid (beta|\w+ (rate|value))|.*\(os error \d"
+)
 NOT_FOUND = re.compile("has no attribute|No module named|path string: |given class_path")
 
 

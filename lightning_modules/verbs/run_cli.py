@@ -141,6 +141,8 @@ def new_run_folder(runs: Path, name: str) -> Path:
     Raises:
         InputError: the folder cannot be made.
     """
+    if not name.strip("./"):
+        raise InputError(f"--name {name!r} names no folder: give a name, such as run")
     for number in count(1):
         folder = runs / (name if number == 1 else f"{name}-{number}")
         try:

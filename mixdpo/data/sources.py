@@ -90,11 +90,11 @@ def _open_several(origins: Sequence[Origin], split: str) -> Source:
 
 def _one_after_another(sources: Sequence[Source]) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """An id that an earlier source has becomes "ID of source 2": each file may count from 0."""
-    numbers, first = count(1), dict[tuple[str, str], int]()  # source of each id
+    numbers, first = count(1), dict[str, int]()  # source of each id
     for position, source in enumerate(sources, 1):
         for _, place, row in source.rows:
             ids = [(name, str(row[name])) for name in IDS if isinstance(row.get(name), int | str)]
-            known = [each for each in ids if first.setdefault(each, position) < position]
+            known = [(name, text) for name, text in ids if first.setdefault(text, position) < position]
             new = {name: f"{text} of source {position}" for name, text in known}
             yield next(numbers), f"{source.name}, {place}", row | new
 
@@ -103,7 +103,10 @@ def _open_memory(given: Any, split: str) -> Source:
     """A list of rows or a `datasets.Dataset`."""
     if split != "train":
         raise InputError(f"{Origin(given)} has no split {split!r}: use 'train', or select the rows before.")
-    rows = given if isinstance(given, list) else given.with_format(None)
+    if not isinstance(given, list) and type(given).__name__ != "Dataset":
+        forms = "a path or hub id as text, a list of rows, a datasets.Dataset, or a list of these"
+        raise InputError(f"a source of type {type(given).__name__} cannot be read: give {forms}.")
+    rows = given if isinstance(given, list) or given.format["type"] == "custom" else given.with_format(None)
     return Source(str(Origin(given)), content_hash(rows), _placed(enumerate(rows, 1)))
 
 

@@ -73,7 +73,7 @@ def paired_bootstrap(before: ArrayLike, after: ArrayLike, samples: int = 10_000)
         after: scores (N,) of the second system, item by item.
         samples: number of resamples.
     """
-    values = np.subtract(after, before, dtype=np.float64)
+    values = np.array([second - first for first, second in zip(before, after, strict=True)], dtype=np.float64)
     if len(values) == 1:  # nothing to draw
         return _interval(values[0], np.repeat(values, samples))
     return one_way_bootstrap(lambda rows, axis=-1: values[rows].mean(axis), len(values), samples)

@@ -111,4 +111,5 @@ def write_results(folder: Path, gold: Mapping[str, Any], metrics: Mapping[str, f
     content = {"heldout_prompts": gold, "summary": summary, "steps": int(facts["optimizer steps"])}
     write_json(folder / "results.json", content | {"metrics": dict(metrics)})
     write_text(folder / "results.md", table + "\n")
-    return f"\n{table}\n\n{NEXT.format(folder)}"
+    lines = NEXT.format(folder) if (folder / "config.yaml").exists() else f"run folder: {folder}"
+    return f"\n{table}\n\n{lines}"

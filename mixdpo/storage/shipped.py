@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from os.path import isfile
+from os.path import exists, isdir, isfile
 from pathlib import Path
 
 from mixdpo.errors import InputError, nearest
@@ -19,13 +19,15 @@ def shipped_names() -> list[str]:
 
 
 def find_config(name: str) -> str:
-    """The path of a config: NAME if it is a file (or YAML text), otherwise the shipped config configs/NAME.yaml.
+    """The path of a config: NAME or NAME.yaml if it is a file (or YAML text), otherwise the shipped configs/NAME.yaml.
 
     Raises:
         InputError: there is neither.
     """
-    if isfile(name) or not re.fullmatch(r"[\w./~][\w./~+-]*", name):
+    if (exists(name) and not isdir(name)) or not re.fullmatch(r"[\w./~][\w./~+-]*", name):
         return name
+    if isfile(f"{name}.yaml"):
+        return f"{name}.yaml"
     short, names = re.sub(r"^configs/|\.ya?ml$", "", name), shipped_names()
     if short not in names:
         alike = [each for each in names if each.endswith(f"/{short}")]
