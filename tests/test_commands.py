@@ -55,6 +55,7 @@ CUT = {
     "chat": {"max_new_tokens": "16"},
     "inspect": {"data.limit": "8", "data.validation": "0.25"},
 }
+DONE: list[list[str]] = []
 
 
 def commands_of(block: str) -> list[str]:
@@ -85,8 +86,9 @@ def cut(words: list[str]) -> list[str]:
         for name in ("--with", "--seeds"):
             del words[slice(words.index(name), words.index(name) + 2) if name in words else slice(0)]
     more = [word for name, value in options.items() if f"--{name}" not in words for word in (f"--{name}", value)]
-    if "GoldEvaluation" in text and options:
-        at = words.index("--config") + 2
+    demo = verb == "compare" and "demo" in words[1]
+    if demo or ("GoldEvaluation" in text and options):
+        at = 2 if demo else words.index("--config") + 2
         few = ["--trainer.callbacks.prompts", "few.jsonl", "--trainer.callbacks.max_new_tokens", "16"]
         words = [*words[:at], *few, *words[at:]]
     return [PACKAGED if word.startswith("Qwen/") else word for word in words] + more
@@ -97,7 +99,9 @@ def run(command: str, patch: pytest.MonkeyPatch) -> None:
         if re.search(rf"{folder}(/| |$)", command) and not Path(folder).exists():
             run(made_by, patch)
     said, _, typed = command.rpartition(" | ")
-    words = cut(shlex.split(OURS.sub("", typed)))
+    if (words := cut(shlex.split(OURS.sub("", typed)))) in DONE:
+        return  # of an earlier page
+    DONE.append(words)
     patch.setattr(sys, "stdin", io.StringIO(f"{said.removeprefix('echo ')}\n" if said else "/quit\n"))
     patch.setattr(sys, "argv", ["run.py", *words])
     print(f"$ {shlex.join(words)}", file=sys.__stderr__)
