@@ -130,22 +130,6 @@ def test_header_overrides_parse(cli):
             assert cli.parser.parse_args([verb, "--config", str(config), *options])[verb].name
 
 
-def test_readme_commands_build(cli, monkeypatch):
-    """Every `python run.py` command of the README whose config is shipped, with its options: neither parser nor module
-    nor data module refuses it."""
-    monkeypatch.chdir(ROOT)
-    readme = (ROOT / "README.md").read_text("utf-8")
-    pattern = r"^python run\.py ((?:predict |test )?--config configs/.+?)(?:  +#.*)?$"
-    commands = re.findall(pattern, readme, flags=re.MULTILINE)
-    assert len(commands) >= 8
-    for command in commands:
-        verb, *arguments = shlex.split(f"fit {command}" if command.startswith("--") else command)
-        if "--model.run" in arguments:
-            continue  # of a run that does not exist
-        built = cli.parser.instantiate_classes(cli.parser.parse_args([verb, *arguments]))[verb]
-        assert built.name and built.data.tokenizer == built.model.base
-
-
 def test_baseline_overrides(build):
     """What a header offers as baselines means what its name says; headers that offer the same are built once."""
     built = set()

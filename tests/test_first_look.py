@@ -89,9 +89,11 @@ def test_refused_without_torch() -> None:
 
 
 def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    blocks = (block for page in pages for block in re.findall(r"(?ms)^```bash\n(.*?)^```", page.read_text("utf-8")))
+    text = re.sub(r"\\\n *", " ", "\n".join(blocks))
     found = re.findall(r"^ *(?:python run\.py|mixdpo|python -m mixdpo) (.+?)(?:  +#.*)?$", text, re.MULTILINE)
-    return [command.strip() for command in found if not re.search("VERB|STEPS|--help", command)]
+    return [command.strip() for command in found if not re.search(r"VERB|STEPS|--help|(config|mine)\.yaml", command)]
 
 
 def test_lets_through(monkeypatch: pytest.MonkeyPatch) -> None:
