@@ -177,7 +177,7 @@ def test_the_nearest_name_by_the_parser(meant: str, given: list[Any], parsed: Ca
     assert f"; did you mean '{meant}'?" in message and message.count("did you mean") == 1 and "\n" not in message
 
 
-def test_verbs(parsed: Callable[..., Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verbs(parsed: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "not 'fitt'; did you mean 'fit'?" in parsed(base=("fitt", "--config", "configs/demo.yaml"))
     for verb, meant in (("exprt", "export"), ("export_labels", "export-labels"), ("predcit", "predict")):
         assert cli.main([verb]) == 2 and f"did you mean '{meant}'?" in capfd.readouterr().err
@@ -189,8 +189,10 @@ def test_verbs(parsed: Callable[..., Any], capfd: pytest.CaptureFixture[str], mo
     assert "arguments are required: " in capfd.readouterr().err
     assert main(["fit"]) == 2 and "type python run.py fit, or mixdpo fit" in capfd.readouterr().err
     monkeypatch.setattr(sys, "argv", ["mixdpo"])
-    run: Any = SimpleNamespace(default_root_dir="runs/x", ckpt_path=None)
-    assert resume_command(run) == "mixdpo fit --config runs/x/config.yaml"
+    run: Any = SimpleNamespace(default_root_dir=str(tmp_path), ckpt_path=None)
+    assert resume_command(run) == "the same script in another folder"
+    (tmp_path / "config.yaml").touch()
+    assert resume_command(run) == f"mixdpo fit --config {tmp_path}/config.yaml"
     with pytest.raises(SystemExit, match=r"error: .*did you mean 'config'"):
         cli.main(["fit", "--confi", "x"])
 

@@ -186,7 +186,7 @@ def test_the_verb(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert not Path("runs/own_pairs").exists()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_tables_of_cards_are_what_the_verb_says() -> None:
     """Every config for a GPU; docs/memory.md has memory and hours, configs/own_pairs.yaml one of the numbers."""
     page, made = benchmark.PAGE.read_text("utf-8"), benchmark.cards()

@@ -136,6 +136,7 @@ def test_a_study_runs_each_job_once_and_tells(one_study: tuple[Path, str], finis
 def test_command_line_of_a_run(folder: Path) -> None:
     """The overlay is laid over the study's options, a run's own options and the grid over the overlay."""
     runs = {"dpo": {"overlay": "o.yaml", "options": {"c": [1]}}}
+    Path("o.yaml").touch()
     plan = read_study(write_study(folder, runs=runs, grid={"m.lr": [0.5]}, options={"data.validation": 0, "b": "text"}))
     (point,) = plan.points
     assert plan.arguments("dpo", point, 7) == [
