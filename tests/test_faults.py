@@ -102,7 +102,7 @@ def test_a_signal_ends_the_run_after_the_step_and_it_is_continued_exactly(number
         run(cut, At(2, lambda: terminate(number)), trainer=TWO)
     assert stopped.value.signal == number
     assert last_step(cut) == 3
-    assert f"the same script in another folder, fit(…, ckpt_path='{checkpoint(cut)}'" in capsys.readouterr().err
+    assert f"the same script in another folder, ckpt_path='{checkpoint(cut)}'" in capsys.readouterr().err
     assert not (cut / "adapter").exists()
     assert same(run(tmp_path / "rest", after=cut, trainer=TWO), whole(trainer=TWO))
 

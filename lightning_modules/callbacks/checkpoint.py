@@ -217,6 +217,6 @@ def resume_command(trainer: L.Trainer) -> str:
     """The command that continues from this run's last checkpoint or, without one, from `ckpt_path`, if any."""
     path = _last_checkpoint(trainer) if _last_checkpoint(trainer).exists() else trainer.ckpt_path
     if not (config := Path(trainer.default_root_dir, "config.yaml")).exists():
-        return "the same script in another folder" + f", fit(…, ckpt_path={str(path)!r}, weights_only=True)" * bool(path)
+        return "the same script in another folder" + f", ckpt_path={str(path)!r}, weights_only=True" * bool(path)
     words = ["--config", str(config), *(["--ckpt_path", str(path)] if path else [])]
     return f"{'python run.py' if Path(sys.argv[0]).name == 'run.py' else 'mixdpo fit'} {shlex.join(words)}"
