@@ -122,8 +122,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     rows = [row for _, _, row in islice(open_source("constraints", "train").rows, 40)]
     pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    rated = [pair | {"score_chosen": 9, "score_rejected": n % 9} for n, pair in enumerate(pairs)]
+    ours = {"prompt": "instruction", "chosen": "better", "rejected": "worse"}
     files = {
-        "my_pairs": [pair | {"score_chosen": 9, "score_rejected": n % 9} for n, pair in enumerate(pairs)],
+        "train": rated[:30],
+        "held_out": rated[30:],
+        "their_pairs": [{ours.get(name, name): value for name, value in row.items()} for row in rated],
+        "my_pairs": rated,
         "my_sft": [{"instruction": row["prompt"], "output": row["chosen"], "source": "mine"} for row in rows],
         "my_prompts": [{"instruction": row["prompt"], "prompt": row["prompt"], "part": "mine"} for row in rows[:4]],
         "few": read_prompts("heldout")[:4],
