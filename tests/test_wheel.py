@@ -22,7 +22,7 @@ CUT = "--data.limit 8 --data.validation 0.4 --trainer.max_steps 1 --trainer.call
 
 def in_folder(folder: Path, *command: str | Path) -> str:
     """What a command prints. The clone is not on its path."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
