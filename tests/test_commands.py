@@ -20,7 +20,7 @@ from mixdpo.data.prompts import read_prompts
 from mixdpo.data.sources import open_source
 from mixdpo.model.packaged import PACKAGED
 
-pytestmark = [pytest.mark.real, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md"]
 BLOCK = re.compile(r"(?ms)^```(bash|python)\n(?:# (\w+\.py)\n)?(.*?)^```")
