@@ -144,5 +144,6 @@ def test_shipped_configs_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "demo").mkdir()
     assert find_configs(given[:3])[2] == f"{SHIPPED}/demo.yaml"
     (tmp_path / "demo.yaml").write_text("a: b")
-    assert find_configs(["--config", "demo.yaml"]) == ["--config", "demo.yaml"]  # a file here comes first
+    for name in ("demo.yaml", "demo"):
+        assert find_configs(["--config", name]) == ["--config", "demo.yaml"]  # a file here comes first
     assert "token_cleaning/paper/llama3.1_8b" in shipped_names()

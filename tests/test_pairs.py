@@ -21,7 +21,7 @@ from tiny import response, user
 from mixdpo.data.conversations import read_samples
 from mixdpo.data.messages import split_by_prompt
 from mixdpo.data.pairs import read_pairs
-from mixdpo.data.sources import Origin
+from mixdpo.data.sources import Origin, open_source
 from mixdpo.errors import InputError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -455,6 +455,11 @@ def test_several_sources_are_one(tmp_path):
     for wrong, split in (([path, folder], "train[:1]"), (rows, "test")):
         with pytest.raises(InputError, match="has no split"):
             read_pairs(wrong, split=split)
+
+
+def test_an_id_of_an_earlier_source_is_renamed_whatever_its_column():
+    rows = open_source([[{"sample_id": 7}], [{"id": "7"}]], "train").rows
+    assert [row for _, _, row in rows] == [{"sample_id": 7}, {"id": "7 of source 2"}]
 
 
 def test_rows_in_memory_are_known_by_their_content():
