@@ -70,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"this verb needs Lightning: type python run.py {verb}, or mixdpo {verb}")
         from jsonargparse import auto_cli
 
-        from mixdpo.first_look import FirstLook
+        from mixdpo.first_look import FirstLook, bare_config
         from mixdpo.options import Parser
         from mixdpo.storage.shipped import find_configs
 
-        rest = find_configs(rest)
+        _, *rest = find_configs(bare_config([verb, *rest]))
         FirstLook(verb, *rest)
         quieten()
         if verb == "compare":  # options of run.py may follow

@@ -113,7 +113,7 @@ def test_the_table_is_that_of_the_real_parsers() -> None:
     assert option_names.FILE.read_text("utf-8") == option_names.text(), "run python benchmarks/option_names.py"
 
 
-@pytest.mark.parametrize("given", ["--help", "fit -h", f"{DEMO}--help"])
+@pytest.mark.parametrize("given", ["", "--help", "fit -h", f"{DEMO}--help"])
 def test_help(given: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:
@@ -130,6 +130,8 @@ def test_help(given: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 
 def test_all_help_is_the_parsers() -> None:
+    assert first_look.bare_config(["compare", "--config", "a", "--config", "b"]) == ["compare", "a", "--config", "b"]
+    assert first_look.first_look(["estimate", "--config", "demo", "--card", "8"]) == ["estimate", "demo", "--card", "8"]
     for words in ("--help --all", f"{DEMO}--help --all", "validate --help", "estimate --help"):
         assert first_look.first_look(words.split()) == words.replace(" --all", "").split()
     with pytest.raises(InputError, match="stands twice"):

@@ -47,9 +47,10 @@ class RunFiles(Callback):
             write_json(folder / data.summary_file, data.summary() | plan)
             if order := getattr(data, "order_of_training", None):
                 write_csv(folder / ORDER, ORDER_COLUMNS, order())
-            trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-            print(f"policy: {trainable / 1e6:.2f}M trainable parameters of {pl_module.base}, on {pl_module.device}")
-            print(f"run folder: {folder}; to follow it: tensorboard --logdir {folder}")
+            count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad) / 1e6
+            print(f"policy: {count:.2f}M trainable parameters of {pl_module.base}, on {pl_module.device}")
+            follow = f"; to follow it: tensorboard --logdir {folder}"
+            print(f"run folder: {folder}{follow * ('TensorBoardLogger' in str(trainer.loggers))}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = load_best(trainer, pl_module)
@@ -69,9 +70,8 @@ class RunFiles(Callback):
                 facts["pairs or samples per second"] = f"{each.mean_rows_per_second:.2f}"
         facts["peak memory, GB"] = f"{peak_memory_gb(trainer.strategy.root_device):.1f}"
         gold = next((each.rows for each in trainer.callbacks if isinstance(each, GoldEvaluation)), {})
-        values = {name: float(value) for name, value in metrics.items()}
         save_adapter(pl_module.model, folder / "adapter")
-        print(write_results(folder, gold, values, facts))
+        print(write_results(folder, gold, {name: float(value) for name, value in metrics.items()}, facts))
         encoding = trainer.datamodule.encoding
         trained = Trained(pl_module.base, None, {}, encoding["chat_template"], encoding["chat_template_kwargs"])
         attempt("model card", lambda: describe(folder / "adapter", trained.tokenizer()[0], folder))
