@@ -1,13 +1,15 @@
-"""The commands of the README, run with the real model, cut to 8 pairs and 16 new tokens by their own options.
+"""The commands of README and docs, run with the real model, cut to 8 pairs and 16 new tokens by their own options.
 
-Left out, with the reason: what needs a hub, a GPU, a judge or hours. PAGES may name pages of docs too.
+Left out, with the reason: what needs a hub, a GPU, a judge or hours. A command of several pages runs once.
 """
 
+import gc
 import io
 import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -22,12 +24,13 @@ from mixdpo.model.packaged import PACKAGED
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md"]
-BLOCK = re.compile(r"(?ms)^```(bash|python)\n(?:# (\w+\.py)\n)?(.*?)^```")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?ms)^```(bash|python|yaml)\n(?:# (\w+\.(?:py|yaml))\n)?(.*?)^```")
 OURS = re.compile(r"(?:echo .* \| )?(python run\.py|python -m mixdpo|mixdpo) ")
 LEFT_OUT = {
     r"make |source |pip |uv |git |bash |python3 -m venv|python benchmarks/": "not this program, or hours",
     r"curl |hf |vllm |AE=": "the network",
+    r"cd |B=|DATA=|cp |mkdir |alpaca_eval |python (gen_|show_|utils/)": "other programs, in docs/official_tools.md",
     r".*(llama3|gsm8k|HuggingFaceH4|WandbLogger)": "the hub, or a package that no test has",
     r".*mixdpo (judge|score|lm-eval)|.*--model\.server": "a judge, a server or a package that no test has",
     r".*mixdpo study": "36 or 40 runs",
@@ -44,19 +47,14 @@ CUT = {
     "fit": {"data.limit": "8", "data.validation": "0.25", "trainer.max_steps": "2"},
     "predict": {"data.limit": "8"},
     "ask": {"data.limit": "2", "model.max_new_tokens": "16"},
-    "compare": {
-        "at_once": "2",
-        "seeds": "1",
-        "with": "dpo",
-        "data.limit": "16",
-        "trainer.max_steps": "2",
-        "data.validation": "0.25",
-    },
+    "compare": {"at_once": "2", "seeds": "1", "with": "dpo", "trainer.max_steps": "2"},
     "make-pairs": {"limit": "2", "max_new_tokens": "16", "samples": "2"},
     "cross-fit": {"data.limit": "8", "trainer.max_steps": "1"},
     "chat": {"max_new_tokens": "16"},
     "inspect": {"data.limit": "8", "data.validation": "0.25"},
+    "estimate": {"data.validation": "0.25"},
 }
+CUT["compare"] |= {"data.limit": "16", "data.validation": "0.25"}
 DONE: list[list[str]] = []
 
 
@@ -76,6 +74,7 @@ def cut(words: list[str]) -> list[str]:
     if config and "evaluation" in config.parts:
         verb = "ask"
     options = {} if "--ckpt_path" in words else dict(CUT.get(verb, {}))
+    config = Path("configs/demo.yaml") if config == Path("demo") else config  # the shipped one, by its short name
     text = config.read_text("utf-8") if config and config.exists() and verb == "fit" else ""
     if "lightning_modules.sft" in text:
         options |= {"data.limit": "24", "trainer.max_steps": "-1", "trainer.max_epochs": "1"}
@@ -93,7 +92,8 @@ def cut(words: list[str]) -> list[str]:
         at = 2 if demo else words.index("--config") + 2
         few = ["--trainer.callbacks.prompts", "few.jsonl", "--trainer.callbacks.max_new_tokens", "16"]
         words = [*words[:at], *few, *words[at:]]
-    return [PACKAGED if word.startswith("Qwen/") else word for word in words] + more
+    on_cpu = {"Qwen/Qwen2.5-7B-Instruct": PACKAGED, "bfloat16": "float32", "bf16-mixed": "32-true"}
+    return [on_cpu.get(word, word) for word in words] + more
 
 
 def run(command: str, patch: pytest.MonkeyPatch) -> None:
@@ -111,6 +111,7 @@ def run(command: str, patch: pytest.MonkeyPatch) -> None:
         cli.run(words)
     else:
         assert cli.main(words) == 0, command
+    gc.collect()  # the models of a run
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rated = [pair | {"score_chosen": 9, "score_rejected": n % 9} for n, pair in enumerate(pairs)]
     ours = {"prompt": "instruction", "chosen": "better", "rejected": "worse"}
     files = {
-        "train": rated[:30],
-        "held_out": rated[30:],
+        "train": rated[:6],
+        "held_out": rated[6:8],
         "their_pairs": [{ours.get(name, name): value for name, value in row.items()} for row in rated],
         "my_pairs": rated,
         "my_sft": [{"instruction": row["prompt"], "output": row["chosen"], "source": "mine"} for row in rows],
@@ -143,6 +144,8 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, monkeypatch: pytes
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setitem(os.environ, "COLUMNS", "80")
     sys.modules.pop("my_scorer", None)  # two pages have one
+    for out in (*Path().glob("out*"), *Path().glob("runs/compare")):  # of an earlier page
+        shutil.rmtree(out)
     for kind, name, text in BLOCK.findall(page.read_text("utf-8")):
         if name:
             Path(name).write_text(text, "utf-8")
