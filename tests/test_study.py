@@ -71,10 +71,10 @@ def write_stub(folder: Path, text: str) -> None:
 
 
 def repository(folder: Path) -> Path:
-    """A folder in which the stub is lightning_modules.cli, with six prompts."""
+    """A folder in which the stub is lightning_modules.cli, with eight prompts."""
     write_stub(folder, STUB)
     (folder / "base.yaml").write_text("name: base\n")
-    parts = ["validation", "validation", "seen", "seen", "seen", "unseen"]
+    parts = ["validation", "validation", *["seen"] * 5, "unseen"]
     write_pairs(folder / "prompts.jsonl", [{"prompt": f"p{i}", "part": part} for i, part in enumerate(parts)])
     return folder
 
@@ -125,7 +125,7 @@ def test_parts_that_no_prompt_has_are_refused(folder: Path, capsys: pytest.Captu
 def test_a_study_runs_each_job_once_and_tells(one_study: tuple[Path, str], finished: Path, capsys: Any) -> None:
     folder, printed = one_study
     assert "4 runs, 0 done" in printed
-    assert "mixdpo-seed1: held out 0.335\n4 of 4 runs have ended" in printed
+    assert "mixdpo-seed1: held out 0.345\n4 of 4 runs have ended" in printed
     assert (folder / "out/table.md").read_text() in printed
     lines = [line.split()[0] for line in (folder / "calls").read_text().splitlines()]
     assert lines == ["dpo-seed0", "mixdpo-seed0", "dpo-seed1", "mixdpo-seed1"]
@@ -158,7 +158,7 @@ def test_a_failed_run_is_told_and_tried_again(folder: Path, kind: str, capsys: p
     assert (folder / "out/dpo-seed1.log").read_text() == ("it broke\n" if kind == "fails" else "")
     assert "- missing: dpo, seeds 1" in printed.out and len(calls(folder)) == 4
     table = (folder / "out/table.md").read_text()
-    assert "| mixdpo |  | 2 × 4 |" in table and "| dpo (seeds 0) | +0.200 [" in table
+    assert "| mixdpo |  | 2 × 6 |" in table and "| dpo (seeds 0) | +0.200 [" in table
     fault.unlink()
     assert main(["study", path]) == 0
     assert calls(folder) == ["dpo-seed1"] and "missing" not in capsys.readouterr().out.split("have ended")[-1]
@@ -237,7 +237,7 @@ def test_the_grid_is_chosen_at_the_first_seed(folder: Path) -> None:
     assert started[:9] == [f"{run}-lr{lr}-seed0" for run in runs for lr in (1, 3, 2)]
     # the stub's score rises with lr; a choice among two of three points would not be the others' choice
     assert started[9:] == ["dpo-lr3-seed1", "mixdpo-lr3-seed1"]
-    assert "| mixdpo | lr 3 | 2 × 4 |" in (folder / "out/table.md").read_text()
+    assert "| mixdpo | lr 3 | 2 × 6 |" in (folder / "out/table.md").read_text()
     plan = read_study(path)
     assert chosen_point(plan, "worse", finished_scores(plan, add_finished(plan, set()))) is None and plan.size == 12
     (folder / "worse-lr2-seed0.fails").unlink()
@@ -256,19 +256,21 @@ def test_tables_by_hand(folder: Path) -> None:
         rows = {(row["outcome"], row["run"]): row for row in csv.DictReader(lines)}
     assert len(rows) == 2 * 4
     mixdpo = rows["held out", "mixdpo"]
-    expected = {"mean": 0.335, "tokens": 13.5, "ended": 0.5, "seeds": 2, "prompts": 4, "difference": 0.2}
+    expected = {"mean": 0.345, "tokens": 14.5, "ended": 0.5, "seeds": 2, "prompts": 6, "difference": 0.2}
     assert {key: float(mixdpo[key]) for key in expected} == pytest.approx(expected)
     assert [float(mixdpo[f"difference_{end}"]) for end in ("low", "high")] == pytest.approx([0.2, 0.2])
     assert mixdpo["verdict"] == "decided" and float(mixdpo["detectable"]) == pytest.approx(0)
-    # four prompts of 0.32 to 0.35: the mean of four draws stays inside
-    assert 0.32 <= float(mixdpo["low"]) < 0.335 < float(mixdpo["high"]) <= 0.35
+    # six prompts of 0.32 to 0.37: the mean of six draws stays inside
+    assert 0.32 <= float(mixdpo["low"]) < 0.345 < float(mixdpo["high"]) <= 0.37
     assert rows["held out", "same"]["verdict"] == "undecided" and rows["held out", "dpo"]["difference"] == ""
-    assert float(rows["unseen", "dpo"]["mean"]) == pytest.approx(0.15)
+    assert float(rows["unseen", "dpo"]["mean"]) == pytest.approx(0.17)
+    one = rows["unseen", "mixdpo"]  # a single prompt
+    assert [one[key] for key in ("verdict", "p", "detectable")] == ["undecided", "1.0", "nan"]
     start = rows["held out", "(before training)"]
     assert (float(start["mean"]), float(start["tokens"])) == (0, 20) and float(start["difference"]) < 0
     table = (folder / "out/table.md").read_text()
-    mean = f"0.335 [{float(mixdpo['low']):.3f}, {float(mixdpo['high']):.3f}]"
-    line = f"| mixdpo |  | 2 × 4 | {mean} | 13.5 | 0.500 | dpo | +0.200 [+0.200, +0.200] | decided | 0.000 |"
+    mean = f"0.345 [{float(mixdpo['low']):.3f}, {float(mixdpo['high']):.3f}]"
+    line = f"| mixdpo |  | 2 × 6 | {mean} | 14.5 | 0.500 | dpo | +0.200 [+0.200, +0.200] | decided | 0.000 |"
     assert line in table and "- missing: new, seeds 0, 1" in table
 
 

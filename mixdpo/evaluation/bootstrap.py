@@ -8,6 +8,8 @@ from numpy.typing import ArrayLike
 
 from mixdpo.errors import InputError
 
+FEWEST = 6
+"""Rows that a verdict needs. If 5 rows all have one sign, a sign test still has p = 2 / 2⁵ = 0.06."""
 _BLOCK = 2**22  # resampled indices held at once: 32 MB
 
 
@@ -37,6 +39,10 @@ class Interval:
         """
         beyond = min((self.resamples <= 0).sum(), (self.resamples >= 0).sum())
         return min(1.0, 2 * (1 + float(beyond)) / (1 + len(self.resamples)))
+
+    def decides(self, rows: int) -> bool:
+        """Whether it excludes 0, and has the rows for a verdict."""
+        return rows >= FEWEST and (self.low > 0 or self.high < 0)
 
     def __sub__(self, other: "Interval") -> "Interval":
         """Paired difference: both intervals come from the same items in the same order, and from the same seed."""

@@ -1,6 +1,7 @@
 """The table of a study: mean scores with intervals over prompts and seeds, and differences to a control."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain, product
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from mixdpo.data.prompts import read_prompts
 from mixdpo.errors import InputError
-from mixdpo.evaluation.bootstrap import two_way_bootstrap
+from mixdpo.evaluation.bootstrap import FEWEST, two_way_bootstrap
 from mixdpo.evaluation.fit_results import PAIRS, pair_rows
 from mixdpo.evaluation.study_design import Point, Study
 from mixdpo.storage.files import Row, write_csv, write_text
@@ -165,10 +166,11 @@ def _difference(ours: Mapping[int, Any], theirs: Mapping[int, Any], control: str
         return {"control": control}
     if len(both) < len(ours):  # the row's other numbers are of all its seeds
         control += f" (seeds {', '.join(map(str, both))})"
-    gain = two_way_bootstrap(np.stack([ours[seed][0] - theirs[seed][0] for seed in both]))
+    gains = np.stack([ours[seed][0] - theirs[seed][0] for seed in both])  # (S, N)
+    gain, few = two_way_bootstrap(gains), gains.shape[1] < FEWEST
     row = {"control": control, "difference": gain.mean, "difference_low": gain.low, "difference_high": gain.high}
-    verdict = "decided" if gain.low > 0 or gain.high < 0 else "undecided"
-    return row | {"p": gain.p(), "verdict": verdict, "detectable": power(1) * (gain.high - gain.low) / (2 * 1.96)}
+    row |= {"p": 1.0 if few else gain.p(), "verdict": "decided" if gain.decides(gains.shape[1]) else "undecided"}
+    return row | {"detectable": math.nan if few else power(1) * (gain.high - gain.low) / (2 * 1.96)}
 
 
 def job_rows(plan: Study, folder: Path, when: str = "after") -> list[Row]:

@@ -111,7 +111,7 @@ def differences(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
                 before, after = ([values[key] for key in both] for values in (first[measure], ours))
                 gain = paired_bootstrap(before, after, samples=2_000)
                 row = {"run": run.name, "measure": measure, "n": len(both), "means": [np.mean(before), np.mean(after)]}
-                yield row | {"gain": gain, "decided": gain.low > 0 or gain.high < 0}
+                yield row | {"gain": gain, "decided": gain.decides(len(both))}
 
 
 def report(runs: list[str], out: str | None = None, samples: NonNegativeInt = 12, seed: int = 0) -> None:
