@@ -25,15 +25,15 @@ WORD = re.compile(r"(?!(?i:null|none|true|false|yes|no|on|off|0x[\da-f]+|[\d._]+
 
 def bare_config(arguments: list[str]) -> list[str]:
     """`VERB CONFIG …`, also where `VERB --config CONFIG …` was typed, which is how `fit` takes its config."""
-    is_bare = FIRST.get(arguments[0]) == "--config" and arguments[1:2] == ["--config"]
+    is_bare = arguments[1:2] == ["--config"] and FIRST.get(arguments[0]) == "--config"
     return arguments[:1] + arguments[1 + is_bare :]
 
 
 def first_look(arguments: list[str]) -> list[str]:
     """The arguments of `run.py` for the full parser. Ends the process with a message about a misspelt name, or with the
     help of often used options and of what a config sets; `--help --all` is the full parser's."""
-    arguments = bare_config(arguments or ["--help"])
-    verb, *rest = ("fit", *arguments) if arguments[0].startswith("-") else arguments
+    arguments = bare_config(arguments)
+    verb, *rest = arguments if arguments and not arguments[0].startswith("-") else ("fit", *arguments)
     try:
         check_one_of("the first word (a config file needs --config before it)", verb, option_names()["run"])
         lines = FirstLook(verb, *rest).lines

@@ -113,7 +113,7 @@ def test_the_table_is_that_of_the_real_parsers() -> None:
     assert option_names.FILE.read_text("utf-8") == option_names.text(), "run python benchmarks/option_names.py"
 
 
-@pytest.mark.parametrize("given", ["", "--help", "fit -h", f"{DEMO}--help"])
+@pytest.mark.parametrize("given", ["--help", "fit -h", f"{DEMO}--help"])
 def test_help(given: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:
