@@ -376,7 +376,8 @@ def test_a_logger_of_ones_own_moves_no_file(demo: Callable[..., list[str]], tmp_
 @pytest.mark.slow
 def test_the_bar_is_ours_or_the_users_or_none(demo, tmp_path, monkeypatch) -> None:
     found: list[Any] = []
-    monkeypatch.setattr("lightning.Trainer.fit", lambda self, *_, **__: found.append(self.progress_bar_callback))
+    called = "lightning.pytorch.trainer.call._call_and_handle_interrupt"  # by Trainer.fit, whose options are parsed
+    monkeypatch.setattr(called, lambda trainer, *_, **__: found.append(trainer.progress_bar_callback))
     monkeypatch.setattr(run_cli.RunCLI, "after_fit", lambda _: None)
     for given in (["true"], ["true", "--trainer.callbacks+=TQDMProgressBar"], ["false"]):
         assert in_process(*demo(tmp_path / "runs"), "--trainer.enable_progress_bar", *given) == 0
