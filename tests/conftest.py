@@ -35,6 +35,7 @@ checks = [HealthCheck.too_slow]
 settings.register_profile("any_machine", deadline=None, derandomize=True, database=None, suppress_health_check=checks)
 settings.load_profile("any_machine")
 
+CACHE = os.environ.get("MIXDPO_CACHE")  # of the user
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 
@@ -60,8 +61,9 @@ def _one_thread() -> None:
 
 def _own_caches(patch: pytest.MonkeyPatch, root: Path) -> None:
     """Not MIXDPO_CACHE: the converted real model stays where every session finds it."""
+    given = partial(os.environ.get, "MIXDPO_CACHE")
     for module in ("evaluation.kept_responses", "storage.store"):
-        patch.setattr(f"mixdpo.{module}.cache_root", lambda: Path(os.environ.get("MIXDPO_CACHE") or root))
+        patch.setattr(f"mixdpo.{module}.cache_root", lambda: Path(root if given() in (None, CACHE) else given()))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -29,8 +29,7 @@ BLOCK = re.compile(r"(?ms)^```(bash|python|yaml)\n(?:# (\w+\.(?:py|yaml))\n)?(.*
 OURS = re.compile(r"(?:echo .* \| )?(python run\.py|python -m mixdpo|mixdpo) ")
 LEFT_OUT = {
     r"make |source |pip |uv |git |bash |python3 -m venv|python benchmarks/": "not this program, or hours",
-    r"curl |hf |vllm |AE=": "the network",
-    r"cd |B=|DATA=|cp |mkdir |alpaca_eval |python (gen_|show_|utils/)": "other programs, in docs/official_tools.md",
+    r"curl |hf |vllm |AE=|cd |B=|DATA=|cp |mkdir |alpaca_eval |python (gen_|show_|utils/)": "network, other programs",
     r".*(llama3|gsm8k|HuggingFaceH4|WandbLogger)": "the hub, or a package that no test has",
     r".*mixdpo (judge|score|lm-eval)|.*--model\.server": "a judge, a server or a package that no test has",
     r".*mixdpo study": "36 or 40 runs",

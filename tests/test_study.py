@@ -264,8 +264,7 @@ def test_tables_by_hand(folder: Path) -> None:
     assert 0.32 <= float(mixdpo["low"]) < 0.345 < float(mixdpo["high"]) <= 0.37
     assert rows["held out", "same"]["verdict"] == "undecided" and rows["held out", "dpo"]["difference"] == ""
     assert float(rows["unseen", "dpo"]["mean"]) == pytest.approx(0.17)
-    one = rows["unseen", "mixdpo"]  # a single prompt
-    assert [one[key] for key in ("verdict", "p", "detectable")] == ["undecided", "1.0", "nan"]
+    assert [rows["unseen", "mixdpo"][key] for key in ("verdict", "p", "detectable")] == ["undecided", "1.0", "nan"]
     start = rows["held out", "(before training)"]
     assert (float(start["mean"]), float(start["tokens"])) == (0, 20) and float(start["difference"]) < 0
     table = (folder / "out/table.md").read_text()
