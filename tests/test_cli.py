@@ -364,12 +364,12 @@ def test_a_run_of_its_own_each_time(demo, finished, tmp_path, monkeypatch) -> No
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_a_logger_of_ones_own_moves_no_file(demo: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_logger_of_ones_own_moves_no_file(demo: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs"), "name": "", "version": "v"}}
     for name in ("tiny", "tiny-2"):
         command = [*demo(tmp_path / "runs"), "--trainer.logger", json.dumps(logger), "--trainer.max_steps", "1"]
         assert in_process(*command, "--data.validation", "0") == 0
-        assert (tmp_path / "runs" / name / "config.yaml").is_file()
+        assert (tmp_path / "runs" / name / "config.yaml").is_file() and "tensorboard" not in capsys.readouterr().out
     assert not (tmp_path / "logs" / "v" / "config.yaml").exists()
 
 

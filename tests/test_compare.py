@@ -99,7 +99,7 @@ def test_adapters_are_those_of_the_commands_typed_by_hand(tiny_model, source, tm
     monkeypatch.setattr("mixdpo.evaluation.compare.run", process)
     monkeypatch.setattr("mixdpo.evaluation.study_run.subprocess", SimpleNamespace(Popen=process, STDOUT=0, DEVNULL=0))
     given = [*options(tiny_model, source, tmp_path), "--data.validation_threshold=null"]
-    assert main(["compare", "configs/demo.yaml", "--with", "dpo_easy_only", "--seeds", "1", *given]) == 0
+    assert main(["compare", "--config", "configs/demo.yaml", "--with", "dpo_easy_only", "--seeds", "1", *given]) == 0
     ours = tmp_path / "compare/tiny"
     hand = "--config configs/controls/dpo_easy_only.yaml --trainer.max_epochs -1 --trainer.max_steps 5 --name hand"
     hand += " --data.validation_threshold 2.5 --seed_everything 0"  # 9 pairs in twos are 5 steps, the 6 easy ones 3
